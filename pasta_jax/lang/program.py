@@ -1,0 +1,61 @@
+"""A PASTA-LANG program: what an annotated answer is, apart from how it is spelled.
+
+An annotated answer is text in which some parts are *promised*: the main thread leaves a promise, and a
+branch keeps it (paper section 3). The spelling lives in `tags`, reading in `parse`, writing in `render`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TypeAlias
+
+MIN_TOKENS, MAX_TOKENS = 1, 99
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Ordinary text, decoded by the thread it stands in."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """A promise and the block that keeps it.
+
+    Attributes:
+      topic: what the block is about, 1 to 3 words; no quotes, angle brackets, backslashes or newlines.
+      tokens: the estimated length of the block, in tens of tokens, 1 to 99 (paper section 6.2, Pred-10X).
+      block: the content of the block, decoded by a thread of its own.
+    """
+
+    topic: str
+    tokens: int
+    block: tuple[Node, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sync:
+    """The thread waits here for every branch it has promised, and from here on sees what they wrote."""
+
+
+Node: TypeAlias = Text | Promise | Sync
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """An annotated answer."""
+
+    nodes: tuple[Node, ...]
+
+    def promises(self) -> Iterator[Promise]:
+        """Every promise in document order, nested ones after the one that holds them."""
+        yield from _promises(self.nodes)
+
+
+def _promises(nodes: tuple[Node, ...]) -> Iterator[Promise]:
+    for node in nodes:
+        if isinstance(node, Promise):
+            yield node
+            yield from _promises(node.block)

@@ -1,0 +1,21 @@
+"""How PASTA-LANG is spelled: the fixed pieces of its tags (DESIGN.md decision 1).
+
+Each fixed piece is one vocabulary id; topic words and digits are ordinary tokens. Every other file takes the
+spelling from here.
+"""
+
+PROMISE_OPEN = '<promise topic="'
+PROMISE_TOKENS = '" tokens='
+PROMISE_CLOSE = " />"
+ASYNC_OPEN = "<async>"
+ASYNC_CLOSE = "</async>"
+SYNC = "<sync/>"
+
+PIECES = (PROMISE_OPEN, PROMISE_TOKENS, PROMISE_CLOSE, ASYNC_OPEN, ASYNC_CLOSE, SYNC)
+"""Every fixed piece, in the order in which a tokenizer numbers them."""
+
+MAX_TOPIC_TOKENS = 8
+"""A topic holds 1 to this many tokens; the tag grammar forbids more."""
+
+TOPIC_FORBIDS = '"<>\\\n\r'
+"""Characters that a topic may not hold, since the tag could then not be read back."""
