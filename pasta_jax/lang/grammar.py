@@ -1,0 +1,111 @@
+"""The tag automaton: which tags a sequence of tokens spells, and which token may come next.
+
+It reads token *classes*, not text, so that one small table serves the compiled interpreter (one gather a
+step), the specification and the reading back of traces. The language it accepts, per thread:
+
+    text* ( OPEN topic{1..8} TOKENS [1-9] [0-9]? CLOSE text* | SYNC text* )* ( ASYNC_CLOSE | END )
+
+A token that does not continue a begun tag *breaks* it: the pieces so far are literal text, and the token is
+read as if no tag had begun. That is the whole policy for malformed output (DESIGN.md decision 7).
+
+The tables are plain tuples: `NEXT[state][kind]`, `EVENT[state][kind]`, `BREAKS[state][kind]` and
+`LEGAL[state][kind]`. What depends on the thread (no end of answer in a branch, no `</async>` in main, no
+promise without a free thread) is not in them; the interpreter adds it.
+
+>>> state = TEXT
+>>> for kind in (Kind.OPEN, Kind.TOPIC, Kind.TOKENS, Kind.DIGIT, Kind.CLOSE):
+...     event, state = Event(EVENT[state][kind]), NEXT[state][kind]
+>>> event.name, state == TEXT
+('FORK', True)
+"""
+
+from __future__ import annotations
+
+import enum
+
+from pasta_jax.lang.tags import MAX_TOPIC_TOKENS
+
+
+class Kind(enum.IntEnum):
+    """What a token is to the tag grammar."""
+
+    TEXT = 0  # ordinary, but not fit for a topic
+    TOPIC = 1  # ordinary, fit for a topic too
+    ZERO = 2  # the digit 0; fit for a topic
+    DIGIT = 3  # a digit from 1 to 9; fit for a topic
+    OPEN = 4  # <promise topic="
+    TOKENS = 5  # " tokens=
+    CLOSE = 6  # />
+    ASYNC_OPEN = 7  # <async>, which only the interpreter writes
+    ASYNC_CLOSE = 8  # </async>
+    SYNC = 9  # <sync/>
+    END = 10  # end of answer
+    CONTROL = 11  # padding, turn markers: never part of an answer
+
+
+class Event(enum.IntEnum):
+    """What happens when a token is sampled."""
+
+    NONE = 0
+    FORK = 1  # a promise is complete
+    SYNC = 2
+    FINISH = 3  # </async>
+    END = 4
+    STRAY = 5  # a tag piece or control token out of place: literal text
+
+
+TEXT = 0
+"""State: no tag has begun."""
+_TOPIC = 1  # states 1 .. 1 + MAX_TOPIC_TOKENS: so many topic tokens read
+_NUMBER = _TOPIC + MAX_TOPIC_TOKENS + 1  # states _NUMBER .. _NUMBER + 2: so many digits read
+STATES = _NUMBER + 3
+
+LONGEST_TAG = 1 + MAX_TOPIC_TOKENS + 1 + 2 + 1
+"""Tokens of the longest legal promise tag."""
+
+FITS_TOPIC = (Kind.TOPIC, Kind.ZERO, Kind.DIGIT)
+
+_FROM_TEXT = {
+    Kind.OPEN: (_TOPIC, Event.NONE),
+    Kind.TOKENS: (TEXT, Event.STRAY),
+    Kind.CLOSE: (TEXT, Event.STRAY),
+    Kind.ASYNC_OPEN: (TEXT, Event.STRAY),
+    Kind.ASYNC_CLOSE: (TEXT, Event.FINISH),
+    Kind.SYNC: (TEXT, Event.SYNC),
+    Kind.END: (TEXT, Event.END),
+    Kind.CONTROL: (TEXT, Event.STRAY),
+}
+
+
+def _continues(state: int, kind: Kind) -> tuple[int, Event] | None:
+    """Where a token leads that continues the tag begun in `state`; None if it breaks it."""
+    if _TOPIC <= state < _NUMBER:
+        topic_tokens = state - _TOPIC
+        if kind in FITS_TOPIC and topic_tokens < MAX_TOPIC_TOKENS:
+            return state + 1, Event.NONE
+        if kind == Kind.TOKENS and topic_tokens > 0:
+            return _NUMBER, Event.NONE
+    else:
+        digits = state - _NUMBER
+        if kind == Kind.DIGIT and digits < 2 or kind == Kind.ZERO and digits == 1:
+            return state + 1, Event.NONE
+        if kind == Kind.CLOSE and digits > 0:
+            return TEXT, Event.FORK
+    return None
+
+
+def _transition(state: int, kind: Kind) -> tuple[int, Event, bool]:
+    """(next state, event, whether a begun tag is broken off)."""
+    if state != TEXT:
+        continued = _continues(state, kind)
+        if continued is not None:
+            return *continued, False
+    return *_FROM_TEXT.get(kind, (TEXT, Event.NONE)), state != TEXT
+
+
+_TABLE = [[_transition(state, kind) for kind in Kind] for state in range(STATES)]
+
+NEXT = tuple(tuple(int(cell[0]) for cell in row) for row in _TABLE)
+EVENT = tuple(tuple(int(cell[1]) for cell in row) for row in _TABLE)
+BREAKS = tuple(tuple(cell[2] for cell in row) for row in _TABLE)
+LEGAL = tuple(tuple(not cell[2] and cell[1] != Event.STRAY for cell in row) for row in _TABLE)

@@ -1,0 +1,197 @@
+"""Layout: an annotated answer as `ThreadedTokens`, in document order (DESIGN.md sections 4 and 5).
+
+The interpreter yields the same record, token by token, when it decodes the same answer; a test holds the two
+together. `reading` is the way back.
+
+    prompt | text <promise..> | <async> block </async> | text <sync/> text END
+    main     main               branch 1                 main
+
+A token's target is the next token of its own thread. From that follow the paper's rules (section 4): after a
+promise's ` />` the target skips the block; `<async>` is nobody's target, since the interpreter inserts it;
+nothing is predicted from `</async>`, the last of its thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from pasta_jax import visibility
+from pasta_jax.arrays import NO_TARGET, ThreadedTokens
+from pasta_jax.lang import tags
+from pasta_jax.lang.program import Node, Program, Promise, Text
+from pasta_jax.tokens.positions import Positions
+from pasta_jax.tokens.tokenizer import Tokenizer
+
+
+class LayoutError(ValueError):
+    """A program that cannot be laid out within the limits, and what to do about it."""
+
+
+def layout_example(
+    tokenizer: Tokenizer,
+    prompt: str,
+    program: Program,
+    *,
+    positions: Positions = Positions(),
+    threads: int = 16,
+    learn_prompt: bool = False,
+) -> ThreadedTokens:
+    """One training document: a prompt and its annotated answer.
+
+    Args:
+      tokenizer: gives ids to text and tags.
+      prompt: plain text; never empty.
+      program: the annotated answer.
+      positions: the position scheme.
+      threads: T, the most threads the answer may use, main included; it fixes W.
+      learn_prompt: whether the prompt's own tokens are targets too.
+
+    Returns:
+      [L] fields, NumPy, one document with `doc` 1.
+
+    Raises:
+      LayoutError: more promises than threads, or a topic that the tag grammar forbids.
+    """
+    return layout(tokenizer, tokenizer.encode_prompt(prompt), program, positions, threads, learn_prompt)
+
+
+def layout_text(tokenizer: Tokenizer, text: str, *, threads: int = 16) -> ThreadedTokens:
+    """A plain document, every token of it learnt: [L] fields."""
+    program = Program((Text(text),)) if text else Program(())
+    bos = [tokenizer.vocabulary.bos]
+    return layout(tokenizer, bos, program, Positions(), threads, learn_prompt=True)
+
+
+def layout(
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    program: Program,
+    positions: Positions,
+    threads: int,
+    learn_prompt: bool = False,
+) -> ThreadedTokens:
+    """As `layout_example`, from prompt ids."""
+    scribe = _Scribe(tokenizer, positions, threads)
+    main = scribe.new_thread(segment=scribe.new_segment(), sees=scribe.nothing, position=0)
+    for token in prompt:
+        scribe.write(main, token, learn=learn_prompt)
+    scribe.write_nodes(main, program.nodes)
+    scribe.join(main)
+    scribe.write(main, tokenizer.vocabulary.eos)
+    return scribe.finish()
+
+
+@dataclasses.dataclass
+class _Thread:
+    """Where a thread stands while it is written; `last` is the place of its latest token, for the target."""
+
+    number: int
+    segment: int
+    sees: np.ndarray
+    position: int
+    order: int = 0
+    last: int | None = None
+    unjoined: list[_Thread] = dataclasses.field(default_factory=list)
+
+
+class _Scribe:
+    """Writes a program down in document order, numbering threads and segments as it goes."""
+
+    def __init__(self, tokenizer: Tokenizer, positions: Positions, threads: int):
+        self.tokenizer, self.vocabulary, self.positions = tokenizer, tokenizer.vocabulary, positions
+        self.max_threads = threads
+        self.nothing = np.zeros(visibility.words_for(visibility.max_segments(threads)), np.uint32)
+        self.threads = self.segments = 0
+        self.rows: list[tuple[int, int, int, int, int]] = []
+        self.sees: list[np.ndarray] = []
+        self.targets: list[int] = []
+
+    def new_segment(self) -> int:
+        self.segments += 1
+        return self.segments - 1
+
+    def new_thread(self, segment: int, sees: np.ndarray, position: int) -> _Thread:
+        if self.threads == self.max_threads:
+            raise LayoutError(
+                f"The answer promises more than {self.max_threads - 1} branches. "
+                f"Raise threads above {self.max_threads}, or promise less."
+            )
+        self.threads += 1
+        return _Thread(self.threads - 1, segment, sees, position)
+
+    def write(self, thread: _Thread, token: int, learn: bool = True) -> None:
+        if thread.last is not None and learn:
+            self.targets[thread.last] = token
+        thread.last = len(self.rows)
+        self.rows.append((token, thread.position, thread.segment, thread.order, thread.number))
+        self.sees.append(thread.sees)
+        self.targets.append(NO_TARGET)
+        thread.position += 1
+        thread.order += 1
+
+    def write_nodes(self, thread: _Thread, nodes: tuple[Node, ...]) -> None:
+        for node in nodes:
+            if isinstance(node, Text):
+                for token in self.tokenizer.encode(node.text):
+                    self.write(thread, token)
+            elif isinstance(node, Promise):
+                self.write_promise(thread, node)
+            else:
+                self.join(thread)
+                self.write(thread, self.vocabulary.tag_ids[tags.SYNC])
+
+    def write_promise(self, thread: _Thread, promise: Promise) -> None:
+        for token in promise_tokens(self.tokenizer, promise):
+            self.write(thread, token)
+        start = thread.position
+        reach = visibility.reach(thread.sees, np.int32(thread.segment))
+        thread.segment, thread.sees = self.new_segment(), reach
+        branch = self.new_thread(self.new_segment(), reach, start)
+        self.write(branch, self.vocabulary.tag_ids[tags.ASYNC_OPEN])
+        self.write_nodes(branch, promise.block)
+        length = branch.order - 1
+        self.join(branch)
+        self.write(branch, self.vocabulary.tag_ids[tags.ASYNC_CLOSE])
+        thread.position = self.positions.resume(start, promise.tokens, length)
+        thread.unjoined.append(branch)
+
+    def join(self, thread: _Thread) -> None:
+        """What `thread` has promised since its last join becomes visible to it; with none open, nothing."""
+        if not thread.unjoined:
+            return
+        for member in (thread, *thread.unjoined):
+            thread.sees = thread.sees | visibility.reach(member.sees, np.int32(member.segment))
+        thread.segment, thread.unjoined = self.new_segment(), []
+
+    def finish(self) -> ThreadedTokens:
+        token, position, segment, order, thread = np.array(self.rows, np.int32).T.copy()
+        return ThreadedTokens(
+            token=token,
+            position=position,
+            doc=np.ones_like(token),
+            segment=segment,
+            order=order,
+            sees=np.stack(self.sees),
+            thread=thread,
+            target=np.array(self.targets, np.int32),
+        )
+
+
+def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
+    """The ids of a promise's tag, the number digit by digit; LayoutError if the tag grammar forbids it."""
+    vocabulary = tokenizer.vocabulary
+    topic = tokenizer.encode(promise.topic)
+    if not 1 <= len(topic) <= tags.MAX_TOPIC_TOKENS:
+        raise LayoutError(
+            f"The topic {promise.topic!r} takes {len(topic)} tokens; 1 to {tags.MAX_TOPIC_TOKENS} are allowed. "
+            "Shorten it."
+        )
+    return [
+        vocabulary.tag_ids[tags.PROMISE_OPEN],
+        *topic,
+        vocabulary.tag_ids[tags.PROMISE_TOKENS],
+        *(vocabulary.digits[int(digit)] for digit in str(promise.tokens)),
+        vocabulary.tag_ids[tags.PROMISE_CLOSE],
+    ]

@@ -1,0 +1,58 @@
+"""Position schemes: where the promising thread goes on, before it knows how long the branch will be.
+
+The branch starts right after its promise. The promising thread must skip a gap of unknown size; the paper
+compares several guesses (section 6.2) and adopts Pred-10X. Nothing is renumbered at a join, so a wrong guess
+leaves a gap or an overlap, which the model learns to live with. Visibility never reads positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+TAGS_OF_A_BLOCK = 2
+"""`<async>` and `</async>` take a position each."""
+
+SCHEMES = ("pred", "const", "oracle", "shared")
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """One scheme.
+
+    Attributes:
+      scheme: `pred`, by the promise's own `tokens` times `unit` (Pred-10X with unit 10, Pred-1X with 1);
+        `const`, by `unit` whatever is promised (Const-40); `oracle`, by the true length (training and replay
+        only); `shared`, not at all: both threads go on from the same position.
+      unit: tokens.
+
+    >>> Positions().resume(start=8, tokens=2)
+    30
+    >>> Positions("shared").resume(start=8, tokens=2)
+    8
+    """
+
+    scheme: str = "pred"
+    unit: int = 10
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"Position scheme {self.scheme!r} is unknown. Use one of {', '.join(SCHEMES)}.")
+
+    def resume(self, start: Any, tokens: Any, length: int | None = None) -> Any:
+        """The position of the promising thread's next token.
+
+        Args:
+          start: position of the branch's first token, one after the promise's ` />`; int or integer array.
+          tokens: the number in the promise; int or integer array.
+          length: true length of the branch's content in tokens, known in training only.
+        """
+        if self.scheme == "pred":
+            return start + self.unit * tokens + TAGS_OF_A_BLOCK
+        if self.scheme == "const":
+            return start + self.unit + TAGS_OF_A_BLOCK
+        if self.scheme == "shared":
+            return start
+        if length is None:
+            raise ValueError("The oracle position scheme needs the branch's true length: training and replay only.")
+        return start + length + TAGS_OF_A_BLOCK
