@@ -1,0 +1,39 @@
+# Needs python3 (3.11 or later), make and a package index. Both targets share .venv and install only once.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check pytest clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.demo-installed  ## train, decode and score the embedded benchmark
+	$(BIN)/python -m pasta_jax.demo
+
+test: check pytest  ## everything that must hold
+
+check: .venv/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+pytest: .venv/.test-installed
+	$(BIN)/python -m pytest -n 2
+
+.venv/.demo-installed: requirements.txt
+	$(call install,requirements.txt,$@)
+
+.venv/.test-installed: requirements-test.txt requirements.txt
+	$(call install,requirements-test.txt,$@)
+
+# A virtual environment that another python left behind is of no use: it is checked, not only the one that makes it.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pasta_jax needs Python 3.11 or later; $(PYTHON) is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and ".venv was made with Python " + sys.version.split()[0] + "; remove it (make clean) and try again.")'
+	@echo "Installing $(1) into .venv"
+	$(BIN)/pip install --quiet -r $(1)
+	@touch $(2)
+endef
+
+clean:  ## remove the environment and the caches; runs are kept
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

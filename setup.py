@@ -1,0 +1,53 @@
+"""Packaging: lower bounds only, so that an installed jax is left alone; requirements.txt holds tested pins."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+README = pathlib.Path(__file__).with_name("README.md")
+
+setup(
+    name="pasta_jax",
+    version="0.1.0",
+    description="Learned asynchronous decoding in JAX: a model marks independent parts of its answer, and they are decoded at once.",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["pasta_jax", "pasta_jax.*"]),
+    package_data={"pasta_jax": ["py.typed", "data/almanac/**"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12.0",
+        "jax>=0.8.1",
+        "ml_collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.30",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tensorflow-datasets>=4.9.10",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.8.1"],
+        "cuda": ["jax[cuda12]>=0.8.1"],
+        "hf": ["huggingface_hub>=0.30", "jinja2>=3.1", "tokenizers>=0.20"],
+        "plot": ["matplotlib>=3.8"],
+        "tb": ["tensorboardX>=2.6"],
+        "wandb": ["wandb>=0.18"],
+        "test": [
+            "libtpu; sys_platform == 'linux'",
+            "mypy>=1.14",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+        ],
+    },
+    classifiers=[
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)
