@@ -1,0 +1,104 @@
+"""Configurations: strict, and every refusal says what to write instead."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from pasta_jax import config as config_lib
+from pasta_jax.config import Config, ConfigError, DataConfig, load_config
+
+TINY = str(pathlib.Path(__file__).parents[1] / "configs" / "tiny.py")
+
+
+@pytest.mark.parametrize("variant", ["", ":base", ":baseline", ":pasta"])
+def test_tiny_and_its_json(variant: str) -> None:
+    config = load_config(TINY + variant)
+    tree = config_lib.to_dict(config)
+    assert config_lib.from_dict(json.loads(json.dumps(tree))) == config
+    assert config.stage == "sft"
+
+
+def test_tiny_by_itself_mixes_facts_and_annotated_answers() -> None:
+    assert [name for name, _ in load_config(TINY).data.sources] == ["almanac:base", "almanac:annotated"]
+
+
+def test_overrides_reach_fields_that_the_file_does_not_name() -> None:
+    overrides = ["steps=1e3", "optimizer.lr=1", "optimizer.b2=.5", "log.tb=true", "data.sources=a.jsonl=2,b"]
+    config = load_config(TINY, overrides)
+    assert config.steps == 1000
+    assert isinstance(config.steps, int)
+    assert isinstance(config.optimizer.lr, float)
+    assert config.optimizer.b2 == 0.5
+    assert config.log.tb is True
+    assert config.data.sources == (("a.jsonl", 2.0), ("b", 1.0))
+
+
+def test_what_the_file_derives_follows_an_override(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "derived.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(arg=''):\n"
+        "  c = ConfigDict(dict(steps=100))\n"
+        "  c.optimizer = dict(lr=1, warmup_steps=c.get_ref('steps') // 10)\n"
+        "  return c\n"
+    )
+    config = load_config(str(file), ["steps=500", "optimizer.lr=0.5"])
+    assert config.optimizer.warmup_steps == 50
+    assert config.optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "learning_rate=1",
+            'No config field "learning_rate". Did you mean "optimizer.lr"? Fields: stage, seed',
+        ),
+        (
+            "optimizer.learning_rate=1",
+            'field "optimizer.learning_rate". Did you mean "optimizer.lr"? Fields: lr,',
+        ),
+        ("data.batch_size=4", 'Did you mean "data.rows"?'),
+        ("data.lenght=4", 'Did you mean "data.length"?'),
+        ("qwertyuiop=4", 'No config field "qwertyuiop". Fields: '),
+        ("optimizer.lr.x=1", "config.optimizer.lr is a number, it has no fields."),
+        ("steps=50k", 'config.steps must be an int, got "50k".'),
+        ("steps=1.5", 'config.steps must be an int, got "1.5".'),
+        ("steps=inf", 'config.steps must be an int, got "inf".'),
+        ("optimizer.schedule=step", 'must be one of "constant", "linear", "cosine", got "step".'),
+        ("log.tb=perhaps", 'config.log.tb must be true or false, got "perhaps".'),
+        ("data=3", 'config.data must be a section, got "3".'),
+        ("data.rows=0", "config.data.rows must be at least 1, got 0."),
+        ("data.sources=a=0", "weights must be positive"),
+        ("model.num_kv_heads=3", "config.model: num_heads=4 is not a multiple of num_kv_heads=3"),
+        ("steps", "Write --config.steps=VALUE."),
+    ],
+)
+def test_refusals(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(TINY, [override])
+    assert message in str(error.value)
+
+
+def test_no_such_file_or_variant() -> None:
+    with pytest.raises(ConfigError, match=r"No configuration file no/such\.py"):
+        load_config("no/such.py")
+    with pytest.raises(ConfigError, match="no variant 'huge'"):
+        load_config(TINY + ":huge")
+
+
+def test_json_with_an_unknown_field_is_refused() -> None:
+    with pytest.raises(ConfigError, match='No config field "data.rowz". Did you mean "data.rows"'):
+        config_lib.from_dict({"data": {"rowz": 1}})
+    with pytest.raises(ConfigError, match="config.data.rows must be an int, got true"):
+        config_lib.from_dict({"data": {"rows": True}})
+
+
+def test_differences_and_description() -> None:
+    other = dataclasses.replace(Config(), seed=1, data=DataConfig(rows=3))
+    assert config_lib.differences(Config(), other) == ["seed", "data.rows"]
+    described = config_lib.describe(other)
+    assert "config.data.rows = 3 " in described
+    assert "# B, rows of a batch" in described
