@@ -1,0 +1,110 @@
+"""Decoding without a model: what a thread says next is read from a script, by the compiled interpreter and by
+the specification alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pasta_jax.decoding import interpreter, reference
+from pasta_jax.decoding.state import Request, RowState, Stop
+from pasta_jax.lang import tags
+from pasta_jax.tokens.tokenizer import Vocabulary
+
+PIECES = (b"", b"", b"", *(b"%d" % d for d in range(10)), b"a", b"b ", b'"', *(p.encode() for p in tags.PIECES))
+VOCABULARY = Vocabulary(
+    pieces=PIECES,
+    tag_ids={piece: 16 + i for i, piece in enumerate(tags.PIECES)},
+    pad=0,
+    eos=1,
+    bos=2,
+    control=frozenset({0, 2}),
+)
+OPEN, TOKENS, CLOSE, ASYNC_OPEN, ASYNC_CLOSE, SYNC = VOCABULARY.tag_ids.values()
+EOS, A, B = VOCABULARY.eos, 13, 14
+
+
+def digit(d: int) -> int:
+    return VOCABULARY.digits[d]
+
+
+def request(max_new_tokens: int = 200, max_branch_tokens: int = 30) -> Request:
+    return Request(
+        max_new_tokens=jnp.int32(max_new_tokens),
+        max_branch_tokens=jnp.int32(max_branch_tokens),
+        open_bias=jnp.float32(0),
+        temperature=jnp.float32(0),
+        top_k=jnp.int32(0),
+        top_p=jnp.float32(1),
+        key=jnp.zeros(2, jnp.uint32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """`lines[path % R, order % C]` is what the thread named `path` says as its token number `order`."""
+
+    lines: np.ndarray  # int32 [R, C]
+
+    def says(self, path: int, order: int) -> int:
+        R, C = self.lines.shape
+        return int(self.lines[path % R, order % C])
+
+
+def nearest_legal(token: int, legal: list[bool]) -> int:
+    """The token itself, or the first legal one after it, round the vocabulary."""
+    V = len(legal)
+    return next(t for t in ((token + i) % V for i in range(V)) if legal[t])
+
+
+def run_reference(prompt: list[int], script: Script, limits, ask: Request, positions) -> reference.Answer:
+    def sample(thread, legal) -> int:
+        return nearest_legal(script.says(thread.path, thread.order), [legal(t) for t in range(len(VOCABULARY))])
+
+    return reference.decode(
+        prompt,
+        sample,
+        VOCABULARY,
+        limits,
+        positions=positions,
+        max_new_tokens=int(ask.max_new_tokens),
+        max_branch_tokens=int(ask.max_branch_tokens),
+    )
+
+
+@functools.cache
+def compiled(limits, positions, prompt_length: int):
+    """(prompts [B, L], lengths [B], lines [B, R, C], requests [B]) -> RowState [B]."""
+    rules = interpreter.rules_for(VOCABULARY, limits, positions)
+    V = len(VOCABULARY)
+
+    def sample(state: RowState, lanes, lines):
+        thread = jnp.minimum(lanes.thread, limits.threads - 1)
+        R, C = lines.shape
+        said = lines[state.threads.path[thread] % R, (lanes.order + 1) % C]
+        if not limits.constrained:
+            return said
+        legal = interpreter.legal_tokens(state, lanes, rules)
+        distance = (jnp.arange(V)[None, :] - said[:, None]) % V
+        return jnp.argmin(jnp.where(legal, distance, V), axis=-1).astype(jnp.int32)
+
+    def advance(state, lanes, lines, ask):
+        sampled = sample(state, lanes, lines)
+        return interpreter.advance(state, ask, lanes, sampled, jnp.zeros(sampled.shape, jnp.float32), rules)
+
+    def run(prompt, length, lines, ask):
+        state, lanes = interpreter.begin(limits, limits.pool + limits.lanes, prompt, length)
+        state = advance(state, lanes, lines, ask)
+
+        def step(state):
+            lanes = interpreter.feed(state, ask, limits)
+            return advance(interpreter.record(state, lanes), lanes, lines, ask)
+
+        return jax.lax.while_loop(lambda s: s.stop == Stop.RUNNING, step, state)
+
+    return jax.jit(jax.vmap(run))

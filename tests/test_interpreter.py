@@ -1,0 +1,175 @@
+"""Laws 1 and 3: the golden trace, and the compiled interpreter against its specification."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import scripted
+from pasta_jax.arrays import ThreadedTokens
+from pasta_jax.decoding import interpreter
+from pasta_jax.decoding.state import Limits, Stop
+from pasta_jax.lang import grammar
+from pasta_jax.lang.grammar import Event, Kind
+from pasta_jax.tokens.positions import Positions
+from pasta_jax.visibility import visible
+
+FULL = bool(os.environ.get("PASTA_FULL"))
+PROGRAMS = 10_240 if FULL else 1_280
+
+
+def random_script(rng: np.random.Generator) -> scripted.Script:
+    """From nearly well-formed programs to noise: tag pieces in order, with words, ends and accidents between."""
+    tag = [scripted.OPEN, scripted.A, scripted.TOKENS, scripted.digit(1), scripted.CLOSE]
+    sloppiness = rng.choice([0.0, 0.1, 0.5])
+    ending = rng.choice([0.02, 0.1, 0.3])
+    lines = []
+    for _ in range(rng.integers(1, 9)):
+        line: list[int] = []
+        while len(line) < 80:
+            draw = rng.random()
+            if draw < sloppiness:
+                line.append(int(rng.integers(len(scripted.VOCABULARY))))
+            elif draw < sloppiness + ending:
+                line.append(int(rng.choice([scripted.EOS, scripted.ASYNC_CLOSE])))
+            elif rng.random() < 0.3:
+                number = [scripted.digit(int(d)) for d in str(rng.integers(1, 100))]
+                line += tag[:3] + number + tag[4:]
+            elif rng.random() < 0.2:
+                line.append(scripted.SYNC)
+            else:
+                line.append(int(rng.choice([scripted.A, scripted.B, scripted.digit(3)])))
+        lines.append(line[:80])
+    lines = [lines[i % len(lines)] for i in range(8)]
+    return scripted.Script(np.array(lines, np.int32))
+
+
+SETTINGS = [
+    (Limits(lanes=8, threads=16, pool=160), Positions()),
+    (Limits(lanes=1, threads=16, pool=160), Positions("shared")),
+    (Limits(lanes=2, threads=6, pool=120, max_depth=3), Positions()),
+    (Limits(lanes=4, threads=12, pool=160, max_depth=2), Positions("const", 40)),
+    (Limits(lanes=8, threads=16, pool=160, constrained=False), Positions("pred", 1)),
+    (Limits(lanes=3, threads=9, pool=160, max_depth=3, constrained=False), Positions()),
+    (Limits(lanes=2, threads=2, pool=60, constrained=False), Positions()),
+    (Limits(lanes=8, threads=24, pool=240, max_depth=3), Positions()),
+]
+
+
+@pytest.mark.parametrize("setting", range(len(SETTINGS)))
+def test_compiled_interpreter_is_its_specification(setting, seed):
+    """Law 3: same tokens, threads, places, steps, views and stop, on random programs, malformed ones included."""
+    limits, positions = SETTINGS[setting]
+    rng = np.random.default_rng([seed, setting])
+    n = PROGRAMS // len(SETTINGS)
+    scripts = [random_script(rng) for _ in range(n)]
+    lengths = rng.integers(1, 7, n)
+    asks = [scripted.request(int(m), int(b)) for m, b in zip(rng.integers(5, 200, n), rng.integers(3, 40, n))]
+    prompts = np.full((n, 6), scripted.A, np.int32)
+    rows = scripted.compiled(limits, positions, 6)(
+        prompts, lengths, np.stack([s.lines for s in scripts]), jax.tree.map(lambda *x: jnp.stack(x), *asks)
+    )
+    rows = jax.tree.map(np.asarray, rows)
+    stops = set()
+    for i in range(n):
+        answer = scripted.run_reference(list(prompts[i, : lengths[i]]), scripts[i], limits, asks[i], positions)
+        row = jax.tree.map(lambda x: x[i], rows)  # noqa: B023
+        compare(row, answer, check_views=i < 40)
+        stops.add(answer.stop)
+    assert Stop.EOS in stops and len(stops) > 1, f"the programs are too tame: {stops}"
+
+
+def compare(row, answer, check_views: bool) -> None:
+    n = len(answer.entries)
+    assert int(row.cursor) == n
+    assert Stop(int(row.stop)) == answer.stop
+    assert int(row.step) == answer.steps
+    for name in ("token", "thread", "order", "position", "step"):
+        expected = [getattr(entry, name) for entry in answer.entries]
+        np.testing.assert_array_equal(getattr(row.entries, name)[:n], expected, err_msg=name)
+    t = row.threads
+    assert int(row.used_threads) == len(answer.threads)
+    for thread in answer.threads:
+        k = thread.number
+        pending = thread.pending
+        assert (int(t.phase[k]) == 3) == (pending is None), "done"
+        if pending is not None:
+            assert (int(t.token[k]), int(t.order[k]), int(t.position[k])) == (
+                pending.token,
+                pending.order,
+                pending.position,
+            )
+        assert bool(t.closing[k]) == thread.closing and bool(t.forced[k]) == thread.forced
+        assert int(t.path[k]) == thread.path
+        if thread.parent is not None:
+            assert (int(t.parent[k]), int(t.forked_at[k])) == (thread.parent.number, thread.forked_at)
+    if check_views:
+        compare_views(row, answer)
+
+
+def compare_views(row, answer) -> None:
+    """What the numbering lets a thread's last entry see is what the specification's thread has in its view."""
+    n = len(answer.entries)
+    e = row.entries
+    fields = {name: getattr(e, name)[:n] for name in ("token", "position", "doc", "segment", "order", "sees", "thread")}
+    trace = ThreadedTokens(**fields, target=np.zeros(n, np.int32))
+    may_attend = visible(trace, trace)
+    index = {id(entry): i for i, entry in enumerate(answer.entries)}
+    for thread in answer.threads:
+        mine = [entry for entry in answer.entries if entry.thread == thread.number]
+        at_join = thread.held or thread.waiting_for  # its view is already that of the token to come
+        if mine and not at_join:
+            seen = thread.view[: thread.view.index(mine[-1]) + 1]
+            assert sorted(np.flatnonzero(may_attend[index[id(mine[-1])]])) == sorted(index[id(x)] for x in seen)
+
+
+def test_golden_trace():
+    """Law 1: the paper's Figure 2, step for step and index for index; a fork and a join cost no extra step.
+
+    The figure draws a promise as one token, so here the grammar's table is told that one token completes one.
+    """
+    limits = Limits(lanes=3, threads=4, pool=96)
+    rules = interpreter.rules_for(scripted.VOCABULARY, limits)
+    promise, sync, end = scripted.CLOSE, scripted.SYNC, scripted.EOS
+    rules = dataclasses.replace(rules, event=rules.event.at[grammar.TEXT, Kind.CLOSE].set(Event.FORK))
+    word = scripted.A
+    says = {
+        0: [promise, promise, sync, word, end],  # Let's
+        1: [word] * 32 + [scripted.ASYNC_CLOSE],  # To find the ... a plane
+        2: [word] * 19 + [scripted.ASYNC_CLOSE],  # The length ...
+    }
+    ask, prompt = scripted.request(), jnp.full(21, word)
+    state, lanes = interpreter.begin(limits, limits.pool + limits.lanes, prompt, jnp.int32(21))
+    said = {thread: iter(tokens) for thread, tokens in says.items()}
+    while True:
+        sampled = [0] * limits.lanes
+        for lane in range(limits.lanes):
+            thread = int(lanes.thread[lane])
+            if lanes.active[lane] and not state.threads.closing[thread]:
+                sampled[lane] = next(said[thread])
+        state = interpreter.advance(state, ask, lanes, jnp.array(sampled), jnp.zeros(limits.lanes), rules)
+        if state.stop != Stop.RUNNING:
+            break
+        lanes = interpreter.feed(state, ask, limits)
+        state = interpreter.record(state, lanes)
+
+    e = state.entries
+    trace = {i: (int(e.step[i]), int(e.thread[i]), int(e.token[i])) for i in range(int(state.cursor))}
+    async_open, async_close = scripted.ASYNC_OPEN, scripted.ASYNC_CLOSE
+    expected = {
+        21: (1, 0, promise), 22: (1, 1, async_open),
+        23: (2, 0, promise), 24: (2, 1, word), 25: (2, 2, async_open),
+        26: (3, 1, word), 27: (3, 2, word),
+        28: (4, 1, word), 29: (4, 2, word),
+        64: (22, 1, word), 65: (22, 2, async_close),
+        66: (23, 1, word),
+        77: (34, 1, async_close), 78: (34, 0, sync),
+        79: (35, 0, word),
+    }  # fmt: skip
+    assert {i: trace[i] for i in expected} == expected
+    assert int(state.cursor) == 80 and int(state.step) == 35
