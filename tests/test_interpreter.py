@@ -143,7 +143,7 @@ def test_golden_trace():
         1: [word] * 32 + [scripted.ASYNC_CLOSE],  # To find the ... a plane
         2: [word] * 19 + [scripted.ASYNC_CLOSE],  # The length ...
     }
-    ask, prompt = scripted.request(), jnp.full(21, word)
+    ask, prompt = scripted.request(max_branch_tokens=64), jnp.full(21, word)
     state, lanes = interpreter.begin(limits, limits.pool + limits.lanes, prompt, jnp.int32(21))
     said = {thread: iter(tokens) for thread, tokens in says.items()}
     while True:

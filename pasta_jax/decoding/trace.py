@@ -1,0 +1,158 @@
+"""What a decode did, read on the host: its threads, its program, its record as a training document, its length.
+
+NumPy only; one row at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from pasta_jax.arrays import NO_TARGET, ThreadedTokens
+from pasta_jax.decoding.state import Phase, RowState, Stop
+from pasta_jax.lang import tags
+from pasta_jax.tokens.reading import Threads, threads_of
+from pasta_jax.tokens.tokenizer import Vocabulary
+
+UNFED = -1
+"""In `step`: sampled when the answer ended, so never fed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """One answered request.
+
+    Attributes:
+      tokens: prompt and answer in decode order, as a document: [n] fields. The answer's end and the `</async>`
+        of branches that ended with it come last: they were sampled, but there was nothing left to feed them to.
+      step: int32 [n], the decode step that fed the token, from 1; 0 for the prompt, UNFED for those last ones.
+      logprob: float32 [n], log-probability of the token when it was sampled; 0 for prompt and inserted tokens.
+      prompt_length: tokens of the prompt.
+      stop: why the row stopped.
+      steps: decode steps in which the row was running.
+      parent, forked_at: int32 [threads], whose promise a branch keeps and at which order in it; -1 for main.
+      forced: bool [threads], the interpreter ended the branch.
+    """
+
+    tokens: ThreadedTokens
+    step: np.ndarray
+    logprob: np.ndarray
+    prompt_length: int
+    stop: Stop
+    steps: int
+    parent: np.ndarray
+    forked_at: np.ndarray
+    forced: np.ndarray
+
+    @property
+    def threads(self) -> Threads:
+        """The answer's tokens by thread."""
+        count = len(self.parent)
+        tokens: list[list[int]] = [[] for _ in range(count)]
+        branches: list[dict[int, int]] = [{} for _ in range(count)]
+        for token, thread in zip(
+            self.tokens.token[self.prompt_length :], self.tokens.thread[self.prompt_length :], strict=True
+        ):
+            tokens[thread].append(int(token))
+        for branch in range(1, count):
+            parent = int(self.parent[branch])
+            start = 0 if parent else self.prompt_length
+            branches[parent][int(self.forked_at[branch]) - start] = branch
+        return Threads(tokens, branches)
+
+    @property
+    def widths(self) -> np.ndarray:
+        """int [steps]: how many lanes each step used."""
+        return np.bincount(self.step[self.step > 0], minlength=self.steps + 1)[1:]
+
+
+def read_trace(row: RowState) -> Trace:
+    """The trace of one row, from its state on the host (NumPy leaves without B)."""
+    n, count = int(row.cursor), int(row.used_threads)
+    e, t = row.entries, row.threads
+    last = [k for k in range(count) if row.stop == Stop.EOS and t.phase[k] == Phase.READY]
+    last.sort(key=lambda k: (k == 0, k))  # the answer's end after the branches that it waited for
+
+    def column(entries: Any, threads: Any) -> np.ndarray:
+        return np.concatenate([entries[:n], threads[last]])
+
+    token = column(e.token, t.token)
+    return Trace(
+        tokens=ThreadedTokens(
+            token=token,
+            position=column(e.position, t.position),
+            doc=np.ones_like(token),
+            segment=column(e.segment, t.segment),
+            order=column(e.order, t.order),
+            sees=column(e.sees, t.sees),
+            thread=column(e.thread, np.arange(len(t.phase), dtype=np.int32)),
+            target=_targets(e, t, n, last, int(row.prompt_length)),
+        ),
+        step=column(e.step, np.full(len(t.phase), UNFED, np.int32)),
+        logprob=column(e.logprob, t.logprob),
+        prompt_length=int(row.prompt_length),
+        stop=Stop(int(row.stop)),
+        steps=int(row.step),
+        parent=t.parent[:count],
+        forked_at=t.forked_at[:count],
+        forced=t.forced[:count],
+    )
+
+
+def _targets(e: Any, t: Any, n: int, last: list[int], prompt_length: int) -> np.ndarray:
+    """The next token of each token's own thread, from the last of the prompt on: int32 [n + last]."""
+    token = np.concatenate([e.token[:n], t.token[last]])
+    thread = np.concatenate([e.thread[:n], np.array(last, np.int32)])
+    target = np.full(len(token), NO_TARGET, np.int32)
+    place = {0: prompt_length - 1}
+    for i in range(prompt_length, len(token)):
+        if int(thread[i]) in place:
+            target[place[int(thread[i])]] = token[i]
+        place[int(thread[i])] = i
+    return target
+
+
+def in_document_order(trace: Trace) -> ThreadedTokens:
+    """The trace's tokens in the order of a layout: each block right after its promise."""
+    by_thread = [list(np.flatnonzero(trace.tokens.thread == k)) for k in range(len(trace.parent))]
+    starts = {(int(p), int(o)): k for k, (p, o) in enumerate(zip(trace.parent, trace.forked_at, strict=True)) if k}
+
+    def places(thread: int) -> list[int]:
+        out: list[int] = []
+        for order, place in enumerate(by_thread[thread]):
+            out.append(int(place))
+            if (thread, order) in starts:
+                out += places(starts[thread, order])
+        return out
+
+    order = np.array(places(0))
+    return ThreadedTokens(**{name: array[order] for name, array in trace.tokens.fields().items()})
+
+
+def critical_path(document: ThreadedTokens, prompt_length: int, vocabulary: Vocabulary) -> int:
+    """Decode steps that an answer needs with unlimited lanes, from its layout (document order, [L] fields).
+
+    A token is fed one step after the one before it in its thread; `<async>` together with its promise's ` />`;
+    a sync, and every other end of waiting, together with the last `</async>` that it waits for. The end of the
+    answer is sampled, not fed. For an answer without promises this is its number of tokens.
+    """
+    answer = threads_of(document, prompt_length)
+    closes = {vocabulary.tag_ids[tags.SYNC], vocabulary.tag_ids[tags.ASYNC_CLOSE], vocabulary.eos}
+
+    def walk(thread: int, step: int) -> int:
+        """The step of the thread's last token, the first being fed at `step`."""
+        step -= 1
+        open_until = 0
+        for index, token in enumerate(answer.tokens[thread]):
+            step += 1
+            if token in closes:
+                step, open_until = max(step, open_until), 0
+            if index in answer.branches[thread]:
+                open_until = max(open_until, walk(answer.branches[thread][index], step))
+        return max(step, open_until)
+
+    last = walk(0, 1)
+    ended = bool(answer.tokens[0]) and answer.tokens[0][-1] == vocabulary.eos
+    return last - ended
