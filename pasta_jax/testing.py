@@ -8,41 +8,16 @@ from pasta_jax.lang import tags
 from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined
 
-_PLAIN = (
-    "the ",
-    "Nile",
-    " is long",
-    ". ",
-    "42",
-    " 7",
-    "\n",
-    "\n\n- ",
-    "\r\n",
-    "'",
-    '"',
-    "<",
-    ">",
-    "\\",
-    "\\\\",
-    "/>",
-)
+_PLAIN = ("the ", "Nile", " is long", ". ", "42", " 7", "\n", "\n\n- ", "\r\n")
+_SIGNS = ("'", '"', "<", ">", "\\", "\\\\", "/>")
 _FOREIGN = ("Zürich", "e\u0301", "東京", "🌍", "\u00a0", "\u2028", "\t", "\x00")
-_TAG_LIKE = (
-    "<b>",
-    "<sync />",
-    "< async >",
-    "</ async>",
-    "<promise tokens=2 />",
-    "<\\sync/>",
-    "<\\\\async>",
-    "<prom",
-)
-_FRAGMENTS = (*_PLAIN, *_PLAIN, *_FOREIGN, *_TAG_LIKE, *tags.PIECES)
-_TOPICS = ("rivers", "two words", "The 3 moons", "東京", "it's", "a/b", "tokens=2 />", " ", "é🌍", "7")
+_TAG_LIKE = ("<b>", "<sync />", "< async >", "</ async>", "<promise tokens=2 />", "<\\sync/>", "<\\\\async>")
+_FRAGMENTS = (*_PLAIN, *_PLAIN, *_SIGNS, *_FOREIGN, *_TAG_LIKE, *tags.PIECES)
+_TOPICS = ("rivers", "two words", "The 3 moons", "東京", "it's", "a/b", "tokens=2 /", " ", "é🌍", "7")
 
 
 def random_text(rng: random.Random, *, max_fragments: int = 8) -> str:
-    """Text of at least one fragment: words, digits, quotes, backslashes, and everything that looks like a tag."""
+    """Text of at least one fragment: words, digits, quotes, backslashes, and what looks like tags."""
     return "".join(rng.choices(_FRAGMENTS, k=rng.randint(1, max_fragments)))
 
 

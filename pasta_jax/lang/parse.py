@@ -30,10 +30,11 @@ every fault it met; `build` turns events into a Program. `validate` uses the eve
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from pasta_jax.lang import tags
 from pasta_jax.lang.assemble import text_of
@@ -78,11 +79,14 @@ class Fault(NamedTuple):
     repair: str
 
 
+Kind: TypeAlias = Literal["text", "open", "close", "sync"]
+
+
 class Event(NamedTuple):
     """A step through a program. `text` is the topic of an "open", whose `tokens` is None if not known."""
 
     at: int
-    kind: Literal["text", "open", "close", "sync"]
+    kind: Kind
     text: str = ""
     tokens: int | None = None
 
@@ -155,7 +159,7 @@ _TABLE = {
     "close": re.escape(tags.ASYNC_CLOSE),
     "sync": re.escape(tags.SYNC),
     "literal": rf"<\\+{BODY}",
-    "near_promise": r"""<\s*promise(?=[\s/>])(?:"[^"<]*"|'[^'<]*'|[^<>"'])*>""",
+    "near_promise": r"""<\s*promise(?=[\s/])(?:"[^"<]*"|'[^'<]*'|[^<>"'])*>""",
     "near_open": r"<\s*async\s*>",
     "near_close": r"<\s*/\s*async\s*>",
     "near_sync": r"<\s*sync\s*/?\s*>",
@@ -170,11 +174,8 @@ _CANONICAL = f"{tags.PROMISE_OPEN}…{tags.PROMISE_TOKENS}N{tags.PROMISE_CLOSE}"
 _WRITE_PROMISE = f"Write {_CANONICAL} with N from {MIN_TOKENS} to {MAX_TOKENS}"
 
 
-class _Opened(NamedTuple):
-    """An `<async>` not yet closed. Only a "block" keeps its tags; the others give up their content."""
-
-    at: int
-    role: Literal["block", "bare", "deep"]
+Role: TypeAlias = Literal["block", "bare", "deep"]
+"""What an `<async>` opens. Only a block keeps its tags; one without a promise, or too deep, is unwrapped."""
 
 
 class Reader:
@@ -186,7 +187,8 @@ class Reader:
         self.max_depth = max_depth
         self._report = report
         self._events: list[Event] = []
-        self._opened: list[_Opened] = []
+        self._opened: list[tuple[int, Role]] = []
+        self._roles: collections.Counter[Role] = collections.Counter()
 
     def read(self) -> list[Event]:
         at = 0
@@ -197,7 +199,7 @@ class Reader:
         while self._opened:
             problem = f"{tags.ASYNC_OPEN} is never closed"
             advice = f"Write {tags.ASYNC_CLOSE} where its block ends"
-            self._fault(self._opened[-1].at, problem, advice, "Closed it at the end")
+            self._fault(self._opened[-1][0], problem, advice, "Closed it at the end")
             self._close(len(self.text))
         return self._events
 
@@ -229,7 +231,7 @@ class Reader:
         """Reads a promise together with the `<async>` that must follow it at once."""
         at = tag.start()
         block = _BLOCK_AHEAD.match(self.text, tag.end())
-        if not block or (block[0] != tags.ASYNC_OPEN and not self.lenient):
+        if not block:
             advice = f"Write {tags.ASYNC_OPEN}…{tags.ASYNC_CLOSE} right after it"
             self._fault(at, "a promise without its block", advice, "Dropped the promise")
             return tag.end()
@@ -238,14 +240,13 @@ class Reader:
             self._fault(tag.end(), problem, advice, "Moved it before the promise")
             self._emit(at, "text", block["gap"])
         self._near(block, tags.ASYNC_OPEN, group="open")
-        depth = sum(opened.role == "block" for opened in self._opened)
-        if self.max_depth is not None and depth >= self.max_depth:
+        if self.max_depth is not None and self._roles["block"] >= self.max_depth:
             problem = f"a promise nested deeper than max_depth={self.max_depth}"
             self._fault(at, problem, "Write the block as ordinary text", "Put its block in place as text")
-            self._opened.append(_Opened(block.start("open"), "deep"))
+            self._open(block.start("open"), "deep")
         else:
             self._emit(at, "open", topic, tokens)
-            self._opened.append(_Opened(block.start("open"), "block"))
+            self._open(block.start("open"), "block")
         return block.end()
 
     def _near_promise(self, tag: re.Match[str]) -> int:
@@ -272,13 +273,20 @@ class Reader:
         problem = f"{tags.ASYNC_OPEN} without a promise"
         repair = "Made its content part of the text around it"
         self._fault(tag.start(), problem, f"Write {_CANONICAL} right before it", repair)
-        self._opened.append(_Opened(tag.start(), "bare"))
+        self._open(tag.start(), "bare")
+
+    def _open(self, at: int, role: Role) -> None:
+        self._opened.append((at, role))
+        self._roles[role] += 1
 
     def _close(self, at: int) -> None:
         if not self._opened:
             problem = f"{tags.ASYNC_CLOSE} without {tags.ASYNC_OPEN}"
             self._fault(at, problem, f"Remove it, or write its {tags.ASYNC_OPEN}", "Dropped it")
-        elif self._opened.pop().role == "block":
+            return
+        _, role = self._opened.pop()
+        self._roles[role] -= 1
+        if role == "block":
             self._emit(at, "close")
 
     def _near(self, tag: re.Match[str], exact: str, group: str | int = 0) -> None:
@@ -290,15 +298,9 @@ class Reader:
     def _fault(self, at: int, problem: str, advice: str, repair: str) -> None:
         self._report(Fault(at, problem, advice, repair))
 
-    def _emit(
-        self,
-        at: int,
-        kind: Literal["text", "open", "close", "sync"],
-        text: str = "",
-        tokens: int | None = None,
-    ) -> None:
+    def _emit(self, at: int, kind: Kind, text: str = "", tokens: int | None = None) -> None:
         # A block that is put in place as text has no thread of its own, so nothing in it waits.
-        if kind == "sync" and any(opened.role == "deep" for opened in self._opened):
+        if kind == "sync" and self._roles["deep"]:
             return
         if kind != "text" or text:
             self._events.append(Event(at, kind, text, tokens))

@@ -2,8 +2,8 @@ r"""A Program as canonical annotated text.
 
 >>> from pasta_jax.lang.program import Program, Promise, Sync, Text
 >>> rivers = Promise("rivers", tokens=2, block=(Text("The Nile is the longest river."),))
->>> print(render(Program((Text("Two facts: "), rivers, Sync(), Text(" That is all.")))))
-Two facts: <promise topic="rivers" tokens=2 /><async>The Nile is the longest river.</async><sync/> That is all.
+>>> print(render(Program((Text("A fact: "), rivers, Sync(), Text(" That is all.")))))
+A fact: <promise topic="rivers" tokens=2 /><async>The Nile is the longest river.</async><sync/> That is all.
 
 Ordinary text may itself spell a tag, in an answer about this language for instance. There one backslash is
 written after the `<`, and reading takes it away. Text that already holds such a backslash gets one more, so

@@ -1,6 +1,7 @@
 """Everything that is wrong or doubtful in an annotation, for the one who wrote it or generated it.
 
->>> for problem in validate('<promise topic="the longest river anywhere" tokens=1 /><async>Nile</async><sync />'):
+>>> text = '<promise topic="the longest river anywhere" tokens=1 /><async>Nile</async><sync />'
+>>> for problem in validate(text):
 ...     print(problem)
 line 1, column 1: warning: the topic has more than 3 words. Shorten it.
 line 1, column 1: warning: the block has fewer than 5 words. Write it as ordinary text.
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pasta_jax.lang import tags
 from pasta_jax.lang.parse import Event, Fault, ParseError, Reader, parse, position
+
+Severity: TypeAlias = Literal["error", "warning"]
 
 MAX_TOPIC_WORDS = 3
 MIN_BLOCK_WORDS = 5
@@ -28,7 +31,7 @@ class Problem:
 
     line: int
     column: int
-    severity: Literal["error", "warning"]
+    severity: Severity
     problem: str
     advice: str
 
@@ -39,17 +42,20 @@ class Problem:
 def validate(text: str, *, max_depth: int = 1) -> list[Problem]:
     """Every problem of an annotation, in the order of the text; never raises.
 
-    There is an error among them exactly where `parse` raises. Near misses of tags are errors too if the text
-    does not parse; if it does, they were read as ordinary text and are warnings. Past the first error, what is
-    doubtful is judged on the text as lenient reading repairs it.
+    There is an error among them exactly when `parse` raises. Near misses of tags are errors too if the text
+    does not parse; if it does, they were read as ordinary text and are warnings. What is doubtful is judged
+    on the text as lenient reading repairs it.
     """
     faults: list[Fault] = []
     events = Reader(text, faults.append, lenient=True, max_depth=max_depth).read()
-    severity: Literal["error", "warning"] = "warning" if _parses(text, max_depth) else "error"
-    found = [(fault.at, severity, fault.problem, fault.advice) for fault in faults]
-    found += [(at, "warning", problem, advice) for at, problem, advice in _doubts(events)]
-    found.sort(key=lambda problem: problem[0])
-    return [Problem(*position(text, at), *rest) for at, *rest in found]
+    severity: Severity = "warning" if _parses(text, max_depth) else "error"
+
+    def at_offset(at: int, severity: Severity, problem: str, advice: str) -> Problem:
+        return Problem(*position(text, at), severity, problem, advice)
+
+    found = [at_offset(fault.at, severity, fault.problem, fault.advice) for fault in faults]
+    found += [at_offset(at, "warning", doubt, advice) for at, doubt, advice in _doubts(events)]
+    return sorted(found, key=lambda problem: (problem.line, problem.column))
 
 
 @dataclasses.dataclass
