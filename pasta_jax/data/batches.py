@@ -1,0 +1,185 @@
+"""From documents to batches, in an order that one integer describes.
+
+A `Source` has an end and its own order. `Shuffled` and `Mixture` make of it a `Stream`: endless, seeded, and
+addressed by index, so that a run resumes from the index alone. A batch takes documents from the stream for as
+long as they fit; the first that does not starts the next batch. So none is lost and none is cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import Protocol, TypeVar
+
+from pasta_jax.arrays import ThreadedTokens
+from pasta_jax.data.packing import Packer
+
+T = TypeVar("T")
+
+
+class Stream(Protocol):
+    """Documents [L] by index 0, 1, 2, ... without end; the same index gives the same document always."""
+
+    def __getitem__(self, index: int, /) -> ThreadedTokens: ...
+
+
+class Source(Stream, Protocol):
+    """Documents [L] by index, `len` of them; a source that makes its documents up may claim any length."""
+
+    def __len__(self) -> int: ...
+
+
+# ------------------------------------------------------------------------------------------------- order
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """A source as a stream: every document once an epoch, each epoch in another order."""
+
+    source: Source
+    seed: int
+
+    def __getitem__(self, index: int) -> ThreadedTokens:
+        epoch, i = divmod(index, len(self.source))
+        return self.source[permuted(i, len(self.source), self.seed + epoch * 0x9E37)]
+
+
+class Mixture:
+    """Several streams in one, by weight: in every hundred or so documents each has its share.
+
+    Weights count documents, not tokens. They are rounded to thousandths, and nothing rounds to none.
+    """
+
+    PERIOD = 1000
+
+    def __init__(self, streams: Sequence[Stream], weights: Sequence[float]):
+        if len(streams) != len(weights) or not streams or min(weights) <= 0:
+            raise ValueError(f"A mixture needs a positive weight for each stream, got {list(weights)}.")
+        self.streams = list(streams)
+        shares = [max(1, round(self.PERIOD * weight / sum(weights))) for weight in weights]
+        # Whoever lags most behind its share is next.
+        self._turns: list[tuple[int, int]] = []  # (stream, how many of it came before in the period)
+        self._counts = [0] * len(shares)
+        for turn in range(1, sum(shares) + 1):
+            lag = [turn * share / sum(shares) - n for share, n in zip(shares, self._counts)]
+            i = lag.index(max(lag))
+            self._turns.append((i, self._counts[i]))
+            self._counts[i] += 1
+
+    def __getitem__(self, index: int) -> ThreadedTokens:
+        period, turn = divmod(index, len(self._turns))
+        i, before = self._turns[turn]
+        return self.streams[i][period * self._counts[i] + before]
+
+
+def permuted(i: int, n: int, seed: int) -> int:
+    """The `i`th element of a random order of range(n), without writing the order down.
+
+    A Feistel network permutes the next larger even number of bits; walking on from a number past the end
+    until one within comes makes it a permutation of range(n).
+
+    >>> sorted(permuted(i, 10, seed=1) for i in range(10)) == list(range(10))
+    True
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for round_ in range(4):
+            left, right = right, left ^ (_hash(right, seed * 4 + round_) & mask)
+        i = left << half | right
+        if i < n:
+            return i
+
+
+def _hash(x: int, seed: int) -> int:
+    """SplitMix64."""
+    x = (x + (seed + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
+
+
+# ----------------------------------------------------------------------------------------------- batches
+
+
+def next_batch(stream: Stream, index: int, rows: int, length: int) -> tuple[ThreadedTokens, int]:
+    """The batch that begins with document `index`.
+
+    Args:
+      stream: the documents.
+      index: all the state there is.
+      rows: B.
+      length: L.
+
+    Returns:
+      [B, L] fields, and the index with which the next batch begins.
+
+    Raises:
+      ValueError: a document is longer than L.
+    """
+    packer = Packer(rows, length)
+    while True:
+        document = stream[index]
+        if len(document) > length:
+            raise ValueError(
+                f"Document {index} has {len(document)} tokens; a row holds {length}. "
+                f"Set --config.data.length={len(document)} or more."
+            )
+        if not packer.add(document):
+            return packer.pack(), index
+        index += 1
+
+
+def batches(stream: Stream, index: int, rows: int, length: int) -> Iterator[tuple[ThreadedTokens, int]]:
+    """`next_batch` again and again, each with the index that follows it."""
+    while True:
+        batch, index = next_batch(stream, index, rows, length)
+        yield batch, index
+
+
+@contextlib.contextmanager
+def prefetch(items: Iterator[T], ahead: int = 2) -> Iterator[Iterator[T]]:
+    """The same items, made by another thread while the caller is busy; what it raises is raised here.
+
+    The thread has ended when the `with` block has, however it was left.
+    """
+    ready: queue.Queue[futures.Future[T]] = queue.Queue(maxsize=ahead)
+    abandoned = threading.Event()
+
+    def work() -> None:
+        source = iter(items)
+        more = True
+        while more and not abandoned.is_set():
+            made: futures.Future[T] = futures.Future()
+            try:
+                made.set_result(next(source))
+            except BaseException as error:  # the end, or whatever went wrong: the caller's to see
+                made.set_exception(error)
+                more = False
+            put(made)
+
+    def put(made: futures.Future[T]) -> None:
+        while not abandoned.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(made, timeout=0.1)
+
+    def take() -> Iterator[T]:
+        while True:
+            try:
+                item = ready.get().result()
+            except StopIteration:
+                return
+            yield item
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        yield take()
+    finally:
+        abandoned.set()
+        thread.join()

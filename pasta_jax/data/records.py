@@ -1,0 +1,138 @@
+r"""Annotated answers at rest: JSONL, one record a line.
+
+    {"prompt": "Name two rivers.", "response": "<promise topic=\"rivers\" tokens=1 /><async>...</async>"}
+
+A line that cannot be used never stops the others and is never lost: it is reported with its place and the
+fix, and `write_invalid` keeps it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+
+from pasta_jax.lang.parse import ParseError, parse
+from pasta_jax.lang.program import Program
+
+KEYS = ("prompt", "response")
+SHOWN = 20
+
+
+class RecordError(ValueError):
+    """A file of which nothing can be used, and what to do about it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One record that holds up."""
+
+    prompt: str
+    program: Program
+    line: int  # in the file, from 1
+    raw: str  # the line itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One line that cannot be used: where, why, and what to do."""
+
+    file: str
+    line: int  # from 1
+    column: int | None  # from 1, where the fault has a place in the line
+    message: str
+    raw: str  # the line itself; bytes that are not UTF-8 as lone surrogates, so that none is lost
+
+    def __str__(self) -> str:
+        column = f", column {self.column}" if self.column else ""
+        return f"{self.file} line {self.line}{column}: {self.message}"
+
+
+class _Fault(Exception):
+    """What is wrong with the line at hand."""
+
+    def __init__(self, column: int | None, message: str):
+        super().__init__(column, message)
+        self.column, self.message = column, message
+
+
+def read_records(
+    path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None, max_depth: int = 1
+) -> tuple[list[Example], list[Problem]]:
+    """Every record of a JSONL file, those that hold up and those that do not.
+
+    Args:
+      path: the file.
+      columns: the names its records use for "prompt" and "response", where they differ.
+      max_depth: how deep promises may nest.
+
+    Raises:
+      RecordError: the file cannot be read.
+    """
+    names = {key: key for key in KEYS} | dict(columns or {})
+    if unknown := set(names) - set(KEYS):
+        raise RecordError(
+            f"columns maps {', '.join(sorted(unknown))}; only {' and '.join(KEYS)} can be mapped."
+        )
+    try:
+        with open(path, "rb") as file:
+            lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise RecordError(f"Cannot read {os.fspath(path)}: {error.strerror}.") from error
+    examples, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        raw = line.rstrip(b"\r").decode("utf-8", errors="surrogateescape")
+        try:
+            prompt, program = _read_line(line, names, max_depth)
+            examples.append(Example(prompt, program, number, raw))
+        except _Fault as fault:
+            problems.append(Problem(os.fspath(path), number, fault.column, fault.message, raw))
+    return examples, problems
+
+
+def _read_line(line: bytes, names: Mapping[str, str], max_depth: int) -> tuple[str, Program]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        column = len(line[: error.start].decode("utf-8")) + 1
+        byte = line[error.start]
+        raise _Fault(column, f"byte 0x{byte:02x} is not UTF-8. Save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise _Fault(error.colno, f"not JSON: {error.msg}. Write one object on each line.") from None
+    except RecursionError:
+        raise _Fault(None, "not a record: nested too deeply. Write one flat object on each line.") from None
+    if not isinstance(record, dict):
+        raise _Fault(None, f"not an object. Write one with the keys {' and '.join(KEYS)}.")
+    for name in names.values():
+        if name not in record:
+            found = ", ".join(record) or "none"
+            raise _Fault(
+                None,
+                f'missing "{name}" (found: {found}). Map the names that the file uses, as in '
+                "--config.data.columns=prompt=instruction,response=output.",
+            )
+        if not isinstance(record[name], str) or not record[name].strip():
+            raise _Fault(None, f'"{name}" must be a text that is not empty. Fix or remove the line.')
+    try:
+        return record[names["prompt"]], parse(record[names["response"]], max_depth=max_depth)
+    except ParseError as error:
+        raise _Fault(None, f'in "{names["response"]}", {error}') from None
+
+
+def report(problems: Sequence[Problem], total: int) -> str:
+    """The first problems, and how many there are among `total` records."""
+    more = f"... and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
+    share = len(problems) / max(total, 1)
+    head = f"{len(problems):,} of {total:,} records cannot be used ({share:.1%}):"
+    return "\n  ".join(filter(None, [head, *map(str, problems[:SHOWN]), more]))
+
+
+def write_invalid(path: str | os.PathLike[str], problems: Sequence[Problem]) -> None:
+    """Keeps every unusable line with its place and what is wrong with it, as JSONL."""
+    with open(path, "w", encoding="utf-8") as file:
+        for problem in problems:
+            # ASCII escapes carry the surrogates of `raw`, so the original bytes can be had back.
+            file.write(json.dumps(dataclasses.asdict(problem), ensure_ascii=True) + "\n")
