@@ -75,7 +75,9 @@ def visible(query: Sees, key: Seen) -> Array:
     q_doc, q_segment, q_order = (x[..., :, None] for x in (query.doc, query.segment, query.order))
     k_doc, k_segment, k_order = (x[..., None, :] for x in (key.doc, key.segment, key.order))
     own_past = (k_segment == q_segment) & (k_order <= q_order)
-    return (k_doc == q_doc) & (k_doc != NO_DOC) & (own_past | contains(query.sees[..., :, None, :], k_segment))
+    return (
+        (k_doc == q_doc) & (k_doc != NO_DOC) & (own_past | contains(query.sees[..., :, None, :], k_segment))
+    )
 
 
 def contains(segments: Array, segment: Array) -> Array:

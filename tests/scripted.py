@@ -16,7 +16,16 @@ from pasta_jax.decoding.state import Request, RowState, Stop
 from pasta_jax.lang import tags
 from pasta_jax.tokens.tokenizer import Vocabulary
 
-PIECES = (b"", b"", b"", *(b"%d" % d for d in range(10)), b"a", b"b ", b'"', *(p.encode() for p in tags.PIECES))
+PIECES = (
+    b"",
+    b"",
+    b"",
+    *(b"%d" % d for d in range(10)),
+    b"a",
+    b"b ",
+    b'"',
+    *(p.encode() for p in tags.PIECES),
+)
 VOCABULARY = Vocabulary(
     pieces=PIECES,
     tag_ids={piece: 16 + i for i, piece in enumerate(tags.PIECES)},
@@ -64,7 +73,9 @@ def nearest_legal(token: int, legal: list[bool]) -> int:
 
 def run_reference(prompt: list[int], script: Script, limits, ask: Request, positions) -> reference.Answer:
     def sample(thread, legal) -> int:
-        return nearest_legal(script.says(thread.path, thread.order), [legal(t) for t in range(len(VOCABULARY))])
+        return nearest_legal(
+            script.says(thread.path, thread.order), [legal(t) for t in range(len(VOCABULARY))]
+        )
 
     return reference.decode(
         prompt,

@@ -77,7 +77,9 @@ def test_compiled_interpreter_is_its_specification(setting, seed):
     rows = jax.tree.map(np.asarray, rows)
     stops = set()
     for i in range(n):
-        answer = scripted.run_reference(list(prompts[i, : lengths[i]]), scripts[i], limits, asks[i], positions)
+        answer = scripted.run_reference(
+            list(prompts[i, : lengths[i]]), scripts[i], limits, asks[i], positions
+        )
         row = jax.tree.map(lambda x: x[i], rows)  # noqa: B023
         compare(row, answer, check_views=i < 40)
         stops.add(answer.stop)
@@ -116,7 +118,10 @@ def compare_views(row, answer) -> None:
     """What the numbering lets a thread's last entry see is what the specification's thread has in its view."""
     n = len(answer.entries)
     e = row.entries
-    fields = {name: getattr(e, name)[:n] for name in ("token", "position", "doc", "segment", "order", "sees", "thread")}
+    fields = {
+        name: getattr(e, name)[:n]
+        for name in ("token", "position", "doc", "segment", "order", "sees", "thread")
+    }
     trace = ThreadedTokens(**fields, target=np.zeros(n, np.int32))
     may_attend = visible(trace, trace)
     index = {id(entry): i for i, entry in enumerate(answer.entries)}
@@ -125,7 +130,9 @@ def compare_views(row, answer) -> None:
         at_join = thread.held or thread.waiting_for  # its view is already that of the token to come
         if mine and not at_join:
             seen = thread.view[: thread.view.index(mine[-1]) + 1]
-            assert sorted(np.flatnonzero(may_attend[index[id(mine[-1])]])) == sorted(index[id(x)] for x in seen)
+            assert sorted(np.flatnonzero(may_attend[index[id(mine[-1])]])) == sorted(
+                index[id(x)] for x in seen
+            )
 
 
 def test_golden_trace():

@@ -21,7 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from pasta_jax.arrays import NO_DOC, Array
-from pasta_jax.decoding.state import Entries, Lanes, Limits, Phase, Request, RowState, Stop, ThreadTable, empty_row
+from pasta_jax.decoding.state import (
+    Entries,
+    Lanes,
+    Limits,
+    Phase,
+    Request,
+    RowState,
+    Stop,
+    ThreadTable,
+    empty_row,
+)
 from pasta_jax.lang import grammar, tags
 from pasta_jax.lang.grammar import Event, Kind
 from pasta_jax.tokens.positions import Positions
@@ -373,7 +383,11 @@ def begin(limits: Limits, entries: int, prompt: Array, length: Array) -> tuple[R
 
     e, t = row.entries, row.threads
     e = dataclasses.replace(
-        e, token=head(e.token, prompt), position=head(e.position, place), order=head(e.order, place), doc=head(e.doc, DOC)
+        e,
+        token=head(e.token, prompt),
+        position=head(e.position, place),
+        order=head(e.order, place),
+        doc=head(e.doc, DOC),
     )
     last = jnp.maximum(length - 1, 0)
     t = dataclasses.replace(

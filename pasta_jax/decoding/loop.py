@@ -1,10 +1,10 @@
 """The compiled decode loop: B rows by S lanes, every shape static, nothing of it on the host.
 
-    while someone is running and steps are left:
-        feed, record    interpreter: lanes from ready threads, entries into the trace
-        attend          model: keys and values into the pool, hidden states out
-        sample          one token a lane, tags under the grammar
-        advance         interpreter: fork, hold, join, stop
+while someone is running and steps are left:
+    feed, record    interpreter: lanes from ready threads, entries into the trace
+    attend          model: keys and values into the pool, hidden states out
+    sample          one token a lane, tags under the grammar
+    advance         interpreter: fork, hold, join, stop
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from pasta_jax.model import Pool, Transformer
 from pasta_jax.visibility import visible
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["rows", "requests", "pool"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows", "requests", "pool"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """B requests being answered: every leaf has a leading B. Donated to each call and returned."""
@@ -37,7 +35,13 @@ class Batch:
 
 
 def prefill(
-    model: Transformer, params: Any, rules: Rules, pool: Pool, requests: Request, prompts: Array, lengths: Array
+    model: Transformer,
+    params: Any,
+    rules: Rules,
+    pool: Pool,
+    requests: Request,
+    prompts: Array,
+    lengths: Array,
 ) -> Batch:
     """Feed the prompts and sample the first token of each answer.
 
@@ -106,7 +110,9 @@ def _sample_and_advance(
     return jax.vmap(advance)(rows, requests, lanes, sampled, logprob)
 
 
-def choose(rules: Rules, rows: RowState, requests: Request, lanes: Lanes, logits: Array) -> tuple[Array, Array]:
+def choose(
+    rules: Rules, rows: RowState, requests: Request, lanes: Lanes, logits: Array
+) -> tuple[Array, Array]:
     """The next token of each lane, int32 [B, S], and the log-probability the model gave it, float32 [B, S].
 
     The log-probability is the model's own: before grammar, bias and temperature.

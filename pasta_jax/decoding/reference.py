@@ -171,7 +171,9 @@ class _Run:
             return grammar.LEGAL[thread.tag_state][kind] and (kind != Kind.OPEN or may_open)
 
         token = self.sample(thread, legal)
-        if thread.depth and (kinds[token] == Kind.END or thread.budget <= 0 and kinds[token] != Kind.ASYNC_CLOSE):
+        if thread.depth and (
+            kinds[token] == Kind.END or thread.budget <= 0 and kinds[token] != Kind.ASYNC_CLOSE
+        ):
             token, thread.forced = self.vocabulary.tag_ids[tags.ASYNC_CLOSE], True
         thread.budget -= 1
         kind = Kind(kinds[token])

@@ -38,7 +38,9 @@ class Limits:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.lanes > self.threads:
-            raise ValueError(f"lanes={self.lanes} exceeds threads={self.threads}: a step feeds each thread once.")
+            raise ValueError(
+                f"lanes={self.lanes} exceeds threads={self.threads}: a step feeds each thread once."
+            )
 
     @property
     def words(self) -> int:

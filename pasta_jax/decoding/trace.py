@@ -34,6 +34,7 @@ class Trace:
       steps: decode steps in which the row was running.
       parent, forked_at: int32 [threads], whose promise a branch keeps and at which order in it; -1 for main.
       forced: bool [threads], the interpreter ended the branch.
+      finished: bool [threads], the thread's last token is in `tokens`.
     """
 
     tokens: ThreadedTokens
@@ -45,6 +46,7 @@ class Trace:
     parent: np.ndarray
     forked_at: np.ndarray
     forced: np.ndarray
+    finished: np.ndarray
 
     @property
     def threads(self) -> Threads:
@@ -98,6 +100,7 @@ def read_trace(row: RowState) -> Trace:
         parent=t.parent[:count],
         forked_at=t.forked_at[:count],
         forced=t.forced[:count],
+        finished=(t.phase[:count] == Phase.DONE) | np.isin(np.arange(count), last),
     )
 
 
@@ -114,21 +117,28 @@ def _targets(e: Any, t: Any, n: int, last: list[int], prompt_length: int) -> np.
     return target
 
 
-def in_document_order(trace: Trace) -> ThreadedTokens:
-    """The trace's tokens in the order of a layout: each block right after its promise."""
-    by_thread = [list(np.flatnonzero(trace.tokens.thread == k)) for k in range(len(trace.parent))]
-    starts = {(int(p), int(o)): k for k, (p, o) in enumerate(zip(trace.parent, trace.forked_at, strict=True)) if k}
+def document_order(trace: Trace) -> np.ndarray:
+    """The places in the trace in the order of a layout, each block right after its promise: int [n]."""
+    by_thread = [np.flatnonzero(trace.tokens.thread == k).tolist() for k in range(len(trace.parent))]
+    starts = {
+        (int(p), int(o)): k for k, (p, o) in enumerate(zip(trace.parent, trace.forked_at, strict=True)) if k
+    }
 
     def places(thread: int) -> list[int]:
         out: list[int] = []
         for order, place in enumerate(by_thread[thread]):
-            out.append(int(place))
+            out.append(place)
             if (thread, order) in starts:
                 out += places(starts[thread, order])
         return out
 
-    order = np.array(places(0))
-    return ThreadedTokens(**{name: array[order] for name, array in trace.tokens.fields().items()})
+    return np.array(places(0))
+
+
+def as_document(trace: Trace) -> ThreadedTokens:
+    """The trace's tokens in layout order: [n] fields, equal to the layout of the same answer."""
+    places = document_order(trace)
+    return ThreadedTokens(**{name: array[places] for name, array in trace.tokens.fields().items()})
 
 
 def critical_path(document: ThreadedTokens, prompt_length: int, vocabulary: Vocabulary) -> int:
@@ -139,7 +149,11 @@ def critical_path(document: ThreadedTokens, prompt_length: int, vocabulary: Voca
     answer is sampled, not fed. For an answer without promises this is its number of tokens.
     """
     answer = threads_of(document, prompt_length)
-    closes = {vocabulary.tag_ids[tags.SYNC], vocabulary.tag_ids[tags.ASYNC_CLOSE], vocabulary.eos}
+    sync, end, async_close = (
+        vocabulary.tag_ids[tags.SYNC],
+        vocabulary.eos,
+        vocabulary.tag_ids[tags.ASYNC_CLOSE],
+    )
 
     def walk(thread: int, step: int) -> int:
         """The step of the thread's last token, the first being fed at `step`."""
@@ -147,7 +161,7 @@ def critical_path(document: ThreadedTokens, prompt_length: int, vocabulary: Voca
         open_until = 0
         for index, token in enumerate(answer.tokens[thread]):
             step += 1
-            if token in closes:
+            if token in (sync, async_close if thread else end):
                 step, open_until = max(step, open_until), 0
             if index in answer.branches[thread]:
                 open_until = max(open_until, walk(answer.branches[thread][index], step))

@@ -54,5 +54,7 @@ class Positions:
         if self.scheme == "shared":
             return start
         if length is None:
-            raise ValueError("The oracle position scheme needs the branch's true length: training and replay only.")
+            raise ValueError(
+                "The oracle position scheme needs the branch's true length: training and replay only."
+            )
         return start + length + TAGS_OF_A_BLOCK

@@ -34,9 +34,18 @@ class Threads:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A program, and what was wrong with its tokens, one sentence each."""
+    """What the tokens say.
+
+    Attributes:
+      program: the answer.
+      promises: the promise that each branch keeps, by thread.
+      text_tokens: how many tokens are ordinary text; the others spell tags.
+      issues: what was wrong with the tokens, one sentence each.
+    """
 
     program: Program
+    promises: Mapping[int, Promise]
+    text_tokens: int
     issues: tuple[str, ...]
 
 
@@ -46,14 +55,17 @@ def read(vocabulary: Vocabulary, threads: Threads) -> Reading:
     An answer's tokens end with the end-of-answer id, a branch's with `</async>`; where they do not, the row
     was stopped before, and the branch is listed as unfinished.
     """
-    issues: list[str] = []
-    nodes = _Reader(vocabulary, threads, issues).read(0)
-    return Reading(Program(nodes), tuple(issues))
+    reader = _Reader(vocabulary, threads)
+    nodes = reader.read(0)
+    return Reading(Program(nodes), reader.promises, reader.text_tokens, tuple(reader.issues))
 
 
 class _Reader:
-    def __init__(self, vocabulary: Vocabulary, threads: Threads, issues: list[str]):
-        self.vocabulary, self.threads, self.issues = vocabulary, threads, issues
+    def __init__(self, vocabulary: Vocabulary, threads: Threads):
+        self.vocabulary, self.threads = vocabulary, threads
+        self.promises: dict[int, Promise] = {}
+        self.issues: list[str] = []
+        self.text_tokens = 0
 
     def read(self, thread: int) -> tuple[Node, ...]:
         """The nodes of one thread, those of its branches inside their promises."""
@@ -66,6 +78,7 @@ class _Reader:
         def flush() -> None:
             if spelled := self.vocabulary.text(text):
                 nodes.append(Text(spelled))
+            self.text_tokens += len(text)
             text.clear()
 
         def break_off() -> None:
@@ -113,10 +126,14 @@ class _Reader:
         kinds = [int(self.vocabulary.kinds[token]) for token in tag]
         middle = kinds.index(Kind.TOKENS)
         number = int("".join(str(self.vocabulary.digit_values[token]) for token in tag[middle + 1 : -1]))
-        return Promise(self.vocabulary.text(tag[1:middle]), number, self.read(branch))
+        promise = Promise(self.vocabulary.text(tag[1:middle]), number, self.read(branch))
+        self.promises[branch] = promise
+        return promise
 
     def spelling(self, token: int) -> str:
-        return repr(self.vocabulary.text([token])) if self.vocabulary.text([token]) else f"control token {token}"
+        return (
+            repr(self.vocabulary.text([token])) if self.vocabulary.text([token]) else f"control token {token}"
+        )
 
     def note(self, thread: int, what: str) -> None:
         self.issues.append(f"{'main' if thread == 0 else f'branch {thread}'}: {what}.")
@@ -149,4 +166,3 @@ def threads_of(document: ThreadedTokens, prompt_length: int) -> Threads:
             branches[parent][len(tokens[parent]) - 1] = thread
         tokens[thread].append(int(document.token[place]))
     return Threads(tokens, branches)
-

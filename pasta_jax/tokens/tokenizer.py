@@ -78,7 +78,9 @@ class Vocabulary:
         found = {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
         missing = [d for d in range(10) if b"%d" % d not in found]
         if missing:
-            raise TokenizerError(f"This tokenizer has no id for the digits {missing}; promises cannot be written.")
+            raise TokenizerError(
+                f"This tokenizer has no id for the digits {missing}; promises cannot be written."
+            )
         return tuple(found[b"%d" % d] for d in range(10))
 
     def text(self, ids: Sequence[int]) -> str:
@@ -159,8 +161,12 @@ class SentencePieceTokenizer:
             pieces[i] = piece.encode()
         eos, bos, pad = sp.eos_id(), sp.bos_id(), max(sp.pad_id(), 0)
         if min(eos, bos) < 0:
-            raise TokenizerError("This tokenizer lacks an end-of-text or a begin-of-text id; answers could not end.")
-        control = {i for i in range(size) if sp.IsControl(i) or sp.IsUnknown(i)} - set(tag_ids.values()) - {eos}
+            raise TokenizerError(
+                "This tokenizer lacks an end-of-text or a begin-of-text id; answers could not end."
+            )
+        control = (
+            {i for i in range(size) if sp.IsControl(i) or sp.IsUnknown(i)} - set(tag_ids.values()) - {eos}
+        )
         return Vocabulary(tuple(pieces), tag_ids, pad, eos, bos, frozenset(control | {pad, bos}))
 
     def _piece_bytes(self, i: int) -> bytes:

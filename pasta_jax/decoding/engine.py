@@ -1,0 +1,200 @@
+"""The engine: prompts in, traces out. Rows by lanes in one compiled program; the host only starts and reads.
+
+`Decoder` keeps the compiled functions, one for each shape (rows, prompt bucket); everything a caller may vary
+from call to call (temperature, seed, limits on tokens, bias) is traced and compiles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pasta_jax.decoding import loop
+from pasta_jax.decoding.interpreter import Rules, rules_for
+from pasta_jax.decoding.state import Limits, Request, Stop
+from pasta_jax.decoding.trace import Trace, read_trace
+from pasta_jax.model import ModelConfig, Transformer, empty_pool
+from pasta_jax.tokens.positions import Positions
+from pasta_jax.tokens.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A language model that can decode.
+
+    Attributes:
+      params: nested dict of arrays, as `Transformer` names them.
+      config: sizes and choices.
+      tokenizer: with an id for each tag piece.
+      positions: the scheme that the model was trained with.
+    """
+
+    params: Any
+    config: ModelConfig
+    tokenizer: Tokenizer
+    positions: Positions = Positions()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What a caller may ask of each request; none of it recompiles.
+
+    Attributes:
+      max_new_tokens: tokens of the answer, over all threads, tags included.
+      max_branch_tokens: content tokens of one branch; then its end is forced.
+      temperature: 0 is greedy.
+      top_k, top_p: draw among the most likely only; 0 and 1 switch them off.
+      seed: the same seed gives the same text, whatever else is decoded beside it.
+      open_bias: added to the logit that opens a promise: above 0 more parallel, below 0 more careful,
+        -inf sequential.
+    """
+
+    max_new_tokens: int = 512
+    max_branch_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    open_bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, good in (
+            ("max_new_tokens", self.max_new_tokens >= 1),
+            ("max_branch_tokens", self.max_branch_tokens >= 1),
+            ("temperature", self.temperature >= 0),
+            ("top_k", self.top_k >= 0),
+            ("top_p", 0 < self.top_p <= 1),
+        ):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range.")
+
+    def request(self) -> Request:
+        return Request(
+            max_new_tokens=np.int32(self.max_new_tokens),
+            max_branch_tokens=np.int32(self.max_branch_tokens),
+            open_bias=np.float32(self.open_bias),
+            temperature=np.float32(self.temperature),
+            top_k=np.int32(self.top_k),
+            top_p=np.float32(self.top_p),
+            key=np.array([0, self.seed % 2**32], np.uint32),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call.
+
+    Attributes:
+      wall_s: from the prompts on the host to the finished traces on the host, without compiling.
+      compile_s: compiling, 0 when everything was compiled before.
+    """
+
+    wall_s: float
+    compile_s: float
+
+
+class Decoder:
+    """Decodes batches of prompts with compiled functions that it keeps.
+
+    Args:
+      model: what to decode with.
+      limits: static sizes.
+      rows: B, prompts decoded at once; more prompts are decoded in turns.
+      chunk: decode steps between two looks of the host.
+      prompt_buckets: lengths that prompts are padded to; one compiled prefill each.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        limits: Limits = Limits(),
+        rows: int = 1,
+        chunk: int = 512,
+        prompt_buckets: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048),
+    ):
+        self.model, self.limits, self.rows, self.chunk = model, limits, rows, chunk
+        fitting = {bucket for bucket in prompt_buckets if bucket < limits.pool}
+        self.prompt_buckets = tuple(sorted(fitting | {limits.pool}))
+        self.rules: Rules = rules_for(model.tokenizer.vocabulary, limits, model.positions)
+        transformer = Transformer(model.config)
+        self._prefill = jax.jit(functools.partial(loop.prefill, transformer), donate_argnums=2)
+        self._decode_chunk = jax.jit(functools.partial(loop.decode_chunk, transformer), donate_argnums=2)
+        self._compiled: dict[Any, Any] = {}
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]
+    ) -> tuple[list[Trace], Timing]:
+        """Answer prompts given as ids, each with its own wishes; traces in the same order.
+
+        Raises:
+          ValueError: a prompt that the pool cannot hold; nothing has been decoded then.
+        """
+        for prompt in prompts:
+            self._check(prompt)
+        traces: list[Trace] = []
+        wall = compiling = 0.0
+        for start in range(0, len(prompts), self.rows):
+            group = slice(start, start + self.rows)
+            done, timing = self._decode_rows(prompts[group], sampling[group])
+            traces += done
+            wall, compiling = wall + timing.wall_s, compiling + timing.compile_s
+        return traces, Timing(wall, compiling)
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise ValueError("The prompt is empty. Give the model something to answer.")
+        if len(prompt) >= self.limits.pool:
+            raise ValueError(
+                f"The prompt has {len(prompt)} tokens, and the pool holds {self.limits.pool} for prompt and answer "
+                f"together. Shorten the prompt, or set cache_len to more than {len(prompt)}."
+            )
+
+    def _decode_rows(
+        self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]
+    ) -> tuple[list[Trace], Timing]:
+        """At most B prompts; rows without one stand idle."""
+        B = self.rows
+        bucket = next(b for b in self.prompt_buckets if b >= max(map(len, prompts)))
+        tokens = np.zeros((B, bucket), np.int32)
+        lengths = np.zeros(B, np.int32)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+        asks = [each.request() for each in sampling] + [Sampling().request()] * (B - len(prompts))
+        requests = jax.tree.map(lambda *leaves: np.stack(leaves), *asks)
+
+        pool = empty_pool(self.model.config, B, self.limits.pool + self.limits.lanes)
+        params, steps = self.model.params, jnp.int32(self.chunk)
+        first = (params, self.rules, pool, requests, tokens, lengths)
+        prefill, t_prefill = self._compile("prefill", self._prefill, first, (B, bucket))
+        shapes = jax.eval_shape(self._prefill, *first)
+        decode_chunk, t_decode = self._compile(
+            "decode", self._decode_chunk, (params, self.rules, shapes, steps), (B,)
+        )
+
+        begun = time.perf_counter()
+        batch = prefill(*first)
+        while True:
+            batch = decode_chunk(params, self.rules, batch, steps)
+            if np.all(np.asarray(batch.rows.stop) != Stop.RUNNING):
+                break
+        rows = jax.device_get(batch.rows)
+        wall = time.perf_counter() - begun
+        traces = [read_trace(jax.tree.map(lambda leaf, i=i: leaf[i], rows)) for i in range(len(prompts))]
+        return traces, Timing(wall, t_prefill + t_decode)
+
+    def _compile(self, name: str, function: Any, args: Any, shape: tuple[int, ...]) -> tuple[Any, float]:
+        """The compiled function for these shapes, and the seconds that compiling took now."""
+        key = (name, *shape)
+        if key in self._compiled:
+            return self._compiled[key], 0.0
+        begun = time.perf_counter()
+        self._compiled[key] = function.lower(*args).compile()
+        return self._compiled[key], time.perf_counter() - begun
