@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 
 from pasta_jax.lang import tags
 from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined
+from pasta_jax.tokens.tokenizer import Vocabulary
 
 _PLAIN = ("the ", "Nile", " is long", ". ", "42", " 7", "\n", "\n\n- ", "\r\n")
 _SIGNS = ("'", '"', "<", ">", "\\", "\\\\", "/>")
@@ -46,3 +48,41 @@ def random_program(rng: random.Random, *, max_depth: int = 1, max_nodes: int = 1
         return joined(out)
 
     return Program(nodes(0))
+
+
+class WordTokenizer:
+    """A tokenizer for tests: each word of the texts it was made from is an id; other text goes byte by byte."""
+
+    _WORDS = re.compile(r"[^\W\d]+|.", re.DOTALL)
+
+    def __init__(self, *texts: str):
+        words = {word.encode(): None for text in texts for word in self._WORDS.findall(text)}
+        digits = [b"%d" % d for d in range(10)]
+        control = [b"", b"", b""]
+        tag_pieces = [piece.encode() for piece in tags.PIECES]
+        single = [bytes([byte]) for byte in range(256)]
+        known = [word for word in words if word not in digits and len(word) > 1]
+        pieces = (*control, *tag_pieces, *single, *known)
+        first = len(control)
+        self.vocabulary = Vocabulary(
+            pieces=pieces,
+            tag_ids={piece: first + i for i, piece in enumerate(tags.PIECES)},
+            pad=0,
+            eos=1,
+            bos=2,
+            control=frozenset({0, 2}),
+        )
+        self._bytes = first + len(tag_pieces)
+        self._ids = {word: self._bytes + len(single) + i for i, word in enumerate(known)}
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for word in (found.encode() for found in self._WORDS.findall(text)):
+            ids += [self._ids[word]] if word in self._ids else [self._bytes + byte for byte in word]
+        return ids
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        return [self.vocabulary.bos, *self.encode(prompt + "\n")]
+
+    def to_bytes(self) -> bytes:
+        return b"\0".join(self.vocabulary.pieces)

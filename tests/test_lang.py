@@ -317,13 +317,16 @@ def test_validate_warns_of_what_is_doubtful(text: str, column: int, problem: str
 def test_validate_accepts_what_is_good() -> None:
     promise = '<promise topic="a b c" tokens=1 />'
     assert validate(f"So: {promise}{BLOCK}{A}{BLOCK}<sync/>{A}{BLOCK}<sync/> Done.") == []
-    nested = f"{A}<async>One two three {A}{BLOCK}<sync/> four five.</async>"
+    assert validate(f"{A}{BLOCK}<sync/>{A}{BLOCK}") == []
+    nested = f"{A}<async>One {A}{BLOCK}<sync/> two.</async>"
     assert validate(nested, max_depth=2) == []
     assert validate(nested)[0].severity == "error"
 
 
 def test_validate_lists_every_problem() -> None:
     assert [problem.line for problem in validate(f"</async>\n<async>x\n{A}")] == [1, 2, 2, 3]
+    unclosed = validate(f"{A}<async>one two three four five\n{A}<async>one two three four five", max_depth=2)
+    assert [(problem.line, problem.column) for problem in unclosed] == [(1, 31), (2, 31)]
 
 
 def test_reading_needs_no_numerical_library() -> None:

@@ -302,8 +302,7 @@ class Reader:
         # A block that is put in place as text has no thread of its own, so nothing in it waits.
         if kind == "sync" and self._roles["deep"]:
             return
-        if kind != "text" or text:
-            self._events.append(Event(at, kind, text, tokens))
+        self._events.append(Event(at, kind, text, tokens))
 
 
 def _near_problem(tag: str) -> tuple[str, str, int | None]:
