@@ -1,0 +1,57 @@
+"""pasta_jax: learned asynchronous decoding for JAX.
+
+The public names, loaded when first used, so that `pasta_jax.parse` needs no jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    # the language
+    "Program": "pasta_jax.lang.program",
+    "Text": "pasta_jax.lang.program",
+    "Promise": "pasta_jax.lang.program",
+    "Sync": "pasta_jax.lang.program",
+    "parse": "pasta_jax.lang.parse",
+    "parse_lenient": "pasta_jax.lang.parse",
+    "ParseError": "pasta_jax.lang.parse",
+    "render": "pasta_jax.lang.render",
+    "assemble": "pasta_jax.lang.assemble",
+    "validate": "pasta_jax.lang.validate",
+    # decoding
+    "load": "pasta_jax.loading",
+    "decode": "pasta_jax.decoding.api",
+    "DecodeResult": "pasta_jax.decoding.api",
+    "Decoder": "pasta_jax.decoding.engine",
+    "Model": "pasta_jax.decoding.engine",
+    "Sampling": "pasta_jax.decoding.engine",
+    "Limits": "pasta_jax.decoding.state",
+    # training
+    "Config": "pasta_jax.config",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from pasta_jax.config import Config
+    from pasta_jax.decoding.api import DecodeResult, decode
+    from pasta_jax.decoding.engine import Decoder, Model, Sampling
+    from pasta_jax.decoding.state import Limits
+    from pasta_jax.lang.assemble import assemble
+    from pasta_jax.lang.parse import ParseError, parse, parse_lenient
+    from pasta_jax.lang.program import Program, Promise, Sync, Text
+    from pasta_jax.lang.render import render
+    from pasta_jax.lang.validate import validate
+    from pasta_jax.loading import load
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pasta_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

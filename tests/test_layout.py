@@ -1,0 +1,175 @@
+"""Law 6: text -> Program -> tokens -> Program -> text is the identity, and a trace laid out again is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import scripted
+from pasta_jax.arrays import NO_TARGET
+from pasta_jax.decoding.state import Limits, Stop
+from pasta_jax.decoding.trace import as_document, critical_path, document_order, read_trace
+from pasta_jax.lang.parse import parse
+from pasta_jax.lang.program import Program, Promise, Sync, Text
+from pasta_jax.lang.render import render
+from pasta_jax.testing import WordTokenizer, random_program
+from pasta_jax.tokens.layout import LayoutError, layout, layout_example, layout_text
+from pasta_jax.tokens.positions import Positions
+from pasta_jax.tokens.reading import read, threads_of
+from pasta_jax.tokens.tokenizer import load_tokenizer
+from pasta_jax.visibility import visible
+
+WORDS = WordTokenizer("The rivers two words moons tokens and it's é 東京 the Nile is long a b c d e f")
+DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+ROUNDS = 2000 if os.environ.get("PASTA_FULL") else 200
+
+
+def test_program_to_tokens_and_back(seed):
+    rng = random.Random(seed)
+    for _ in range(ROUNDS):
+        program = random_program(rng, max_depth=3)
+        document = layout(WORDS, [2, 30, 31], program, Positions(), threads=16)
+        reading = read(WORDS.vocabulary, threads_of(document, 3))
+        assert reading.program == program
+        assert not reading.issues
+        annotated = render(program)
+        assert parse(annotated) == program and render(reading.program) == annotated
+
+
+def lines_of(document, prompt_length: int) -> np.ndarray:
+    """The script that says a layout: [T, C], main's orders counted with the prompt."""
+    lines = np.zeros((16, 1 + document.order.max()), np.int32)
+    lines[document.thread, document.order] = document.token
+    return lines
+
+
+def test_trace_laid_out_again_has_the_same_fields(seed):
+    """The interpreter numbers threads, segments, orders, positions and sees as the layout does."""
+    rng = random.Random(seed)
+    limits = Limits(lanes=4, threads=16, pool=1000)
+    tokenizer = ScriptTokenizer()
+    done = 0
+    while done < 40:
+        program = random_program(rng)
+        try:
+            document = layout(tokenizer, [2, 13, 14], program, Positions(), threads=16)
+        except LayoutError:  # this vocabulary spells topics byte by byte, some longer than the grammar allows
+            continue
+        done += 1
+        script = scripted.Script(np.pad(lines_of(document, 3), ((0, 0), (0, 1500)))[:, :1500])
+        ask = scripted.request(900, 900)
+        rows = scripted.compiled(limits, Positions(), 3)(
+            np.array([[2, 13, 14]], np.int32),
+            np.array([3]),
+            script.lines[None],
+            jax.tree.map(lambda x: np.asarray(x)[None], ask),
+        )
+        trace = read_trace(jax.tree.map(lambda x: np.asarray(x)[0], rows))
+        assert trace.stop == Stop.EOS
+        again = as_document(trace)
+        for name, expected in document.fields().items():
+            np.testing.assert_array_equal(getattr(again, name), expected, err_msg=name)
+        assert read(tokenizer.vocabulary, trace.threads) == read(tokenizer.vocabulary, threads_of(document, 3))
+        unlimited = trace.steps if trace.widths.max(initial=0) < limits.lanes else None
+        if unlimited is not None:
+            assert critical_path(document, 3, tokenizer.vocabulary) == unlimited
+        assert document_order(trace).shape == again.token.shape
+
+
+class ScriptTokenizer:
+    """The scripted vocabulary as a tokenizer that knows three letters and writes everything else as one of them."""
+
+    vocabulary = scripted.VOCABULARY
+
+    def encode(self, text: str) -> list[int]:
+        known = {"a": 13, '"': 15, **{str(d): scripted.digit(d) for d in range(10)}}
+        return [known.get(letter, 13) for letter in text]
+
+
+def test_worked_example():
+    """Every field of one small answer, by hand."""
+    program = Program((Text("a"), Promise("b", 2, (Text("c"), Text("d"))), Text("e"), Sync(), Text("f")))
+    words = WordTokenizer("aa")
+    d = layout(words, [2], program, Positions(), threads=3)
+    piece = words.vocabulary.pieces
+    assert [piece[t].decode() for t in d.token] == [
+        "", "a", '<promise topic="', "b", '" tokens=', "2", " />", "<async>", "c", "d", "</async>", "e", "<sync/>",
+        "f", "",
+    ]  # fmt: skip
+    assert d.thread.tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
+    assert d.segment.tolist() == [0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 1, 3, 3, 3]
+    assert d.order.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 7, 8, 9, 10]
+    # The promise's last token is at 6, so the branch starts at 7 and main goes on at 7 + 10 * 2 + 2 = 29.
+    assert d.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 29, 30, 31, 32]
+    assert d.sees[:, 0].tolist() == [0] * 7 + [0b1] * 5 + [0b111] * 3
+    e, f, sync, end = (d.token[i] for i in (11, 13, 12, 14))
+    t = d.token
+    assert d.target.tolist() == [t[1], t[2], t[3], t[4], t[5], t[6], e, t[8], t[9], t[10], NO_TARGET, sync, f, end, -1]
+    assert critical_path(d, 1, words.vocabulary) == 10  # a, the tag's 5, c, d, </async> with sync, f
+
+
+@pytest.mark.parametrize(
+    ("positions", "resumes"),
+    [(Positions(), 29), (Positions("pred", 1), 11), (Positions("const", 40), 49), (Positions("oracle"), 11)]
+    + [(Positions("shared"), 7)],
+)
+def test_position_schemes(positions, resumes):
+    program = Program((Text("a"), Promise("b", 2, (Text("cd"),)), Text("e")))
+    d = layout(WordTokenizer("aa"), [2], program, positions, threads=3)
+    assert d.position[11] == resumes
+
+
+def test_learnt_prompt_and_plain_text():
+    document = layout_text(WORDS, "the Nile is long")
+    assert (document.target[:-1] == document.token[1:]).all() and document.target[-1] == NO_TARGET
+    answer = layout_example(WORDS, "the Nile", Program((Text("is long"),)), threads=4)
+    prompt = len(WORDS.encode_prompt("the Nile"))
+    assert (answer.target[: prompt - 1] == NO_TARGET).all() and answer.target[prompt - 1] == answer.token[prompt]
+
+
+def test_limits_in_words():
+    many = Program((Promise("b", 1, ()),) * 3)
+    with pytest.raises(LayoutError, match="more than 2 branches.*threads above 3"):
+        layout(WORDS, [2], many, Positions(), threads=3)
+    with pytest.raises(LayoutError, match="topic .* takes 10 tokens; 1 to 8"):
+        layout(WORDS, [2], Program((Promise("zzzzzzzzzz", 1, ()),)), Positions(), threads=3)
+    with pytest.raises(ValueError, match="Use one of pred"):
+        Positions("guess")
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs the real responses and tokenizer in ../shared/data")
+def test_real_responses_with_a_real_tokenizer():
+    """Every real response survives encoding, and so does a program made of its paragraphs."""
+    tokenizer = load_tokenizer(DATA / "llama2_tokenizer.model", extend=True)
+    lines = (DATA / "alpaca_eval_responses.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in lines[:: 1 if os.environ.get("PASTA_FULL") else 8]:
+        response = json.loads(line)["response"]
+        assert tokenizer.vocabulary.text(tokenizer.encode(response)) == response
+        parts = [part for part in response.split("\n\n") if part][:14]
+        program = Program(tuple(Promise("part", 1 + i, (Text(part),)) for i, part in enumerate(parts)) + (Sync(),))
+        document = layout(tokenizer, [1], program, Positions(), threads=16)
+        assert read(tokenizer.vocabulary, threads_of(document, 1)).program == program
+        tags = set(tokenizer.vocabulary.tag_ids.values())
+        assert sum(int(t) in tags for t in document.token) == 5 * len(parts) + 1
+
+
+def test_layout_never_lets_a_branch_see_another(seed):
+    """Visibility of a layout against the definition: walk the tree, do not trust the numbering."""
+    rng = random.Random(seed)
+    for _ in range(20):
+        program = random_program(rng, max_depth=2)
+        d = layout(WORDS, [2], program, Positions(), threads=16)
+        may_attend = visible(d, d)
+        assert (np.diagonal(may_attend)).all()
+        assert not np.triu(may_attend, 1).any(), "document order is a causal order"
+        later = np.flatnonzero(d.thread == 0)
+        synced = any(isinstance(node, Sync) for node in program.nodes)
+        if not synced and len(later) > 1:
+            body = may_attend[later[-2]]
+            assert not body[d.thread != 0].any(), "main sees no branch before it has joined any"
