@@ -65,7 +65,7 @@ class Packer:
 
 
 def pack(documents: Sequence[ThreadedTokens], place: Sequence[int], rows: int, length: int) -> ThreadedTokens:
-    """Documents [L_i], each in the row that `place` says: [B, L] fields, documents numbered from 1 in a row."""
+    """Documents [L_i], each in the row that `place` says: [B, L] fields, documents numbered from 1."""
     columns = {
         name: np.full((rows, length, *value.shape[1:]), PADDING.get(name, 0), value.dtype)
         for name, value in documents[0].fields().items()

@@ -1,0 +1,285 @@
+"""Checkpoints: all that is needed to decode from one, or to go on training as if nothing had happened.
+
+    WORKDIR/checkpoints/500/pasta/pasta.json    format, step, data position, configuration, tokenizer
+                            params/             the weights, a nested dict with stable names
+                            optimizer/          the optimiser's state
+
+A directory is renamed into place once it is complete, so one with a number for a name is whole. Reading wants
+to know where the arrays should lie, never where they lay when they were written.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from pasta_jax import config as config_lib
+from pasta_jax.config import Config, ConfigError
+from pasta_jax.tokens.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerError
+from pasta_jax.training.state import Params, TrainState
+
+FORMAT, FORMAT_VERSION = "pasta_jax", 1
+
+_MAY_CHANGE = ("steps", "mesh.", "checkpoint.", "log.")
+"""What a rerun may change without being another experiment."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, not ours, damaged, or of something else; and what to do about it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """All in a checkpoint that is not arrays."""
+
+    path: str
+    step: int
+    data_index: int  # the document with which the next batch begins
+    config: Config
+    tokenizer_model: bytes
+    tag_ids: dict[str, int]
+    versions: dict[str, str]
+
+    def tokenizer(self) -> SentencePieceTokenizer:
+        """The tokenizer that it was trained with."""
+        try:
+            tokenizer = SentencePieceTokenizer(self.tokenizer_model, extend=True)
+        except TokenizerError as error:
+            raise CheckpointError(f"{self.path} is damaged: its tokenizer: {error}") from error
+        if tokenizer.vocabulary.tag_ids != self.tag_ids:
+            raise CheckpointError(f"{self.path} is damaged: its tag ids are not those of its tokenizer.")
+        return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+class Checkpoints:
+    """The checkpoints of one training run. Saving goes on in the background; `close` waits for it."""
+
+    def __init__(self, workdir: str | os.PathLike[str], config: Config, tokenizer: Tokenizer):
+        self._config, self._tokenizer = config, tokenizer
+        self.directory = absolute(workdir) / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, create=True),
+            item_handlers={
+                "pasta": ocp.JsonCheckpointHandler("pasta.json"),
+                "params": ocp.PyTreeCheckpointHandler(),
+                "optimizer": ocp.PyTreeCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The newest step, if any."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data_index: int) -> None:
+        """Saves under the state's step, unless that is saved already."""
+        step = int(state.step)
+        if step == self.latest():
+            return
+        about = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "data_index": data_index,
+            "config": config_lib.to_dict(self._config),
+            "versions": versions(),
+            "tag_ids": self._tokenizer.vocabulary.tag_ids,
+            "tokenizer": base64.b64encode(self._tokenizer.to_bytes()).decode("ascii"),
+        }
+        items = ocp.args.Composite(
+            pasta=ocp.args.JsonSave(about),
+            params=ocp.args.PyTreeSave(state.params),
+            optimizer=ocp.args.PyTreeSave(state.opt_state),
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def restore(self, target: TrainState) -> tuple[TrainState, About]:
+        """The newest state.
+
+        Args:
+          target: `jax.ShapeDtypeStruct`s with the shardings that the arrays should have.
+
+        Raises:
+          CheckpointError: damaged, or of another experiment.
+        """
+        path = self.directory / str(self.latest())
+        about = read_about(path)
+        changed = [
+            name
+            for name in config_lib.differences(about.config, self._config)
+            if not name.startswith(_MAY_CHANGE)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{self.directory.parent} already has step {about.step} of a different config "
+                f"({', '.join(changed)}). Use a new --workdir; --config.init_from starts from its weights."
+            )
+        if about.tokenizer_model != self._tokenizer.to_bytes():
+            raise CheckpointError(
+                f"{path} was trained with another tokenizer than {self._config.data.tokenizer!r} is now. "
+                "Use a new --workdir."
+            )
+        params = _restore(path, "params", target.params)
+        opt_state = _restore(path, "optimizer", target.opt_state)
+        step = jax.device_put(jax.numpy.int32(about.step), target.step.sharding)
+        return TrainState(params, opt_state, step), about
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what shapes a checkpoint."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+
+
+def absolute(path: str | os.PathLike[str]) -> epath.Path:
+    """As Orbax wants it; addresses such as gs://bucket/run stay as they are."""
+    text = os.fspath(path)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def find(path: str | os.PathLike[str]) -> epath.Path:
+    """The newest checkpoint in a workdir or its `checkpoints`, or the checkpoint that `path` itself is.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    root = absolute(path)
+    if not root.exists():
+        raise CheckpointError(f"No checkpoint at {root}: no such directory. Train one with --workdir={root}.")
+    if not root.is_dir():
+        raise CheckpointError(f"{root} is a file. Give a workdir, or a checkpoint within it.")
+    if (root / "pasta").exists() or (root / "params").exists():
+        return root
+    for directory in (root / "checkpoints", root):
+        steps = [child for child in directory.iterdir() if child.name.isdigit()] if directory.exists() else []
+        if steps:
+            return max(steps, key=lambda child: int(child.name))
+    found = ", ".join(sorted(child.name for child in root.iterdir())[:8]) or "nothing"
+    raise CheckpointError(f"{root} holds no finished checkpoint of pasta_jax (found: {found}).")
+
+
+def read_about(path: epath.Path) -> About:
+    """What the checkpoint directory `path` says of itself. Raises CheckpointError."""
+    file = path / "pasta" / "pasta.json"
+    if not file.exists():
+        raise CheckpointError(f"{path} is not a checkpoint of pasta_jax: it has no pasta/pasta.json.")
+    try:
+        tree = json.loads(file.read_text())
+        if tree["format"] != FORMAT:
+            raise CheckpointError(f"{path} is not a checkpoint of pasta_jax but of {tree['format']!r}.")
+        if tree["format_version"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format {tree['format_version']}, this pasta_jax knows {FORMAT_VERSION}. "
+                "Upgrade pasta_jax."
+            )
+        return About(
+            path=os.fspath(path),
+            step=int(tree["step"]),
+            data_index=int(tree["data_index"]),
+            config=config_lib.from_dict(tree["config"]),
+            tokenizer_model=base64.b64decode(tree["tokenizer"], validate=True),
+            tag_ids=dict(tree["tag_ids"]),
+            versions=dict(tree["versions"]),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"The configuration in {file} is not one of this pasta_jax: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, binascii.Error) as error:
+        raise CheckpointError(_damaged(path, f"{file.name}: {type(error).__name__}: {error}")) from error
+
+
+def load_params(
+    path: str | os.PathLike[str],
+    *,
+    shardings: Callable[[Params], Any] | None = None,
+    expected: Params | None = None,
+) -> tuple[Params, About]:
+    """The weights alone, of the newest checkpoint in a workdir or of the one that `path` is.
+
+    Args:
+      path: a workdir, its `checkpoints`, or one checkpoint.
+      shardings: from the tree of shapes (`jax.ShapeDtypeStruct`) to one of shardings; by default all lies on
+        the first device.
+      expected: a tree of shapes that the weights must have.
+
+    Raises:
+      CheckpointError: missing, foreign, damaged, or not as expected.
+    """
+    found = find(path)
+    about = read_about(found)
+    shapes = _saved_shapes(found, "params")
+    if expected is not None:
+        _check_shapes(found, shapes, expected)
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        lie = jax.tree.map(lambda _: here, shapes)
+    else:
+        lie = shardings(shapes)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lie)
+    return _restore(found, "params", target), about
+
+
+def _saved_shapes(path: epath.Path, item: str) -> Any:
+    try:
+        metadata = ocp.PyTreeCheckpointHandler().metadata(path / item)
+        tree = metadata.tree if hasattr(metadata, "tree") else metadata
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+        raise CheckpointError(_damaged(path, f"{item}: {error}")) from error
+
+
+def _restore(path: epath.Path, item: str, target: Any) -> Any:
+    """Arrays with the shapes and shardings of `target`."""
+    if item == "params":
+        _check_shapes(path, _saved_shapes(path, item), target)
+    try:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(
+                path / item, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+            )
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+        raise CheckpointError(_damaged(path, f"{item}: {error}")) from error
+
+
+def _check_shapes(path: epath.Path, saved: Any, expected: Any) -> None:
+    have, want = _named_shapes(saved), _named_shapes(expected)
+    for name in [*want, *have]:
+        if have.get(name) != want.get(name):
+            raise CheckpointError(
+                f"{path} is of another model. First difference: {name} is {have.get(name, 'not there')} "
+                f"in the checkpoint, {want.get(name, 'not there')} by the config."
+            )
+
+
+def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
+
+
+def _damaged(path: epath.Path, reason: str) -> str:
+    older = sorted(int(c.name) for c in path.parent.iterdir() if c.name.isdigit() and c.name != path.name)
+    advice = f"Delete it and step {older[-1]} is used." if older else "It is the only one here."
+    return f"{path} is damaged. {advice} ({reason.splitlines()[0][:300]})"

@@ -1,0 +1,280 @@
+"""The training loop: one linear function for every stage; they differ in the data and the loss passed in."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import logging
+
+from pasta_jax import config as config_lib
+from pasta_jax import sharding
+from pasta_jax.arrays import Array, ThreadedTokens
+from pasta_jax.config import Config, ConfigError
+from pasta_jax.data.batches import Stream, batches, prefetch
+from pasta_jax.data.packing import real_fraction
+from pasta_jax.model.transformer import Transformer
+from pasta_jax.tokens.tokenizer import Tokenizer
+from pasta_jax.training import losses
+from pasta_jax.training.checkpoints import CheckpointError, Checkpoints, load_params, versions
+from pasta_jax.training.metrics import MetricsWriter
+from pasta_jax.training.signals import Stopped, stop_requests
+from pasta_jax.training.state import (
+    Params,
+    TrainState,
+    make_optimizer,
+    make_schedule,
+    new_state,
+    state_shardings,
+)
+from pasta_jax.visibility import visible
+
+LossFn: TypeAlias = Callable[[Array, ThreadedTokens], tuple[Array, dict[str, Array]]]
+"""From float32 logits [B, L, V] and the batch to the loss and measurements, "loss" among them."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; says at which step, and which checkpoint is the last good one."""
+
+
+def sft(logits_BxLxV: Array, batch: ThreadedTokens) -> tuple[Array, dict[str, Array]]:
+    """The loss of supervised finetuning."""
+    return losses.sft_loss(logits_BxLxV, batch.target)
+
+
+def train(
+    config: Config,
+    *,
+    source: Stream,
+    tokenizer: Tokenizer,
+    workdir: str | os.PathLike[str],
+    loss_fn: LossFn = sft,
+    stop_after: int | None = None,
+) -> TrainState:
+    """Trains, from scratch, from `config.init_from`, or from where an earlier call with this workdir ended.
+
+    Args:
+      config: the experiment.
+      source: the documents, endless and addressed by index.
+      tokenizer: goes into the checkpoints.
+      workdir: gets config.json, env.json, metrics.jsonl and checkpoints/.
+      loss_fn: the loss.
+      stop_after: leave after this step as if the run had ended; a later call goes on.
+
+    Returns:
+      the state after the last step, which is saved.
+
+    Raises:
+      ConfigError: sizes that do not go together.
+      CheckpointError: the workdir holds another experiment, or init_from another model.
+      NonFiniteLoss: checkpoints up to the last good one are kept.
+      Stopped: SIGTERM or Ctrl-C came; the state is saved.
+    """
+    # ---------------------------------------------------------------------------------------------- mesh
+
+    workdir = os.fspath(workdir)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    over_rows = sharding.batch_sharding(mesh)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    check_sizes(config, tokenizer, mesh)
+
+    # --------------------------------------------------------------------------------- model and optimiser
+
+    model = Transformer(config.model)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = make_schedule(config.optimizer, config.steps)
+    init_params = functools.partial(initial_params, model, jax.random.key(config.seed))
+    shapes = jax.eval_shape(lambda: new_state(init_params(), optimizer))
+    param_shardings = sharding.param_shardings(shapes.params, mesh)
+    lie = state_shardings(shapes, param_shardings, replicated, optimizer)
+
+    # --------------------------------------------------------------------------------------- update step
+
+    @functools.partial(
+        jax.jit, donate_argnums=0, in_shardings=(lie, over_rows), out_shardings=(lie, replicated)
+    )
+    def update(state: TrainState, fields: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        batch = ThreadedTokens(**fields)
+
+        def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
+            hidden, _ = model.apply({"params": params}, batch.token, batch.position, visible(batch, batch))
+            return loss_fn(model.apply({"params": params}, hidden, method="logits"), batch)
+
+        grads, measured = jax.grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        measured |= {"lr": schedule(state.step), "grad_norm": optax.global_norm(grads)}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), measured
+
+    with Checkpoints(workdir, config, tokenizer) as checkpoints:
+        # ------------------------------------------------------------- start, start from weights, or resume
+
+        data_index = 0
+        if checkpoints.latest() is not None:
+            target = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lie
+            )
+            state, about = checkpoints.restore(target)
+            data_index = about.data_index
+            logging.info("Going on from step %d of %s.", about.step, workdir)
+        else:
+            if config.init_from:
+                params = pretrained_params(config, tokenizer, shapes.params, param_shardings)
+            else:
+                params = jax.jit(init_params, out_shardings=param_shardings)()
+            state = jax.jit(new_state, static_argnums=1, out_shardings=lie)(params, optimizer)
+            del params
+        step = int(state.step)
+        write_about(workdir, config)
+
+        # ---------------------------------------------------------------------------------------- loop
+
+        last = min(config.steps, stop_after or config.steps)
+        saved_at = time.monotonic()
+        meter = Meter(checkpoints)
+        made = batches(source, data_index, config.data.rows, config.data.length)
+        with (
+            MetricsWriter(workdir, first_step=step, steps=config.steps, tb=config.log.tb) as metrics,
+            prefetch(made) as ready,
+            stop_requests() as request,
+        ):
+            leaving = None
+            while step < last and not leaving:
+                batch, data_index = next(ready)
+                state, measured = update(state, jax.device_put(batch.fields(), over_rows))
+                step += 1
+                meter.add(step, measured, batch)
+                metrics.progress(step)
+
+                if step % config.log.every == 0 or step == last:
+                    metrics.write(step, meter.summary())
+
+                every = config.checkpoint
+                is_due = bool(every.every_steps) and step % every.every_steps == 0
+                is_due |= bool(every.every_minutes) and time.monotonic() - saved_at > 60 * every.every_minutes
+                leaving = request.signal  # read once, so that none is left without saving
+                if is_due or step == last or leaving:
+                    meter.check(lag=0)  # what is saved is good
+                    checkpoints.save(state, data_index)
+                    saved_at = time.monotonic()
+
+    if leaving:
+        logging.warning("Saved at step %d. Run the same command again to go on.", step)
+        raise Stopped(leaving)
+    return state
+
+
+# ------------------------------------------------------------------------------------------------- its parts
+
+
+class Meter:
+    """Gathers measurements between two lines of metrics, and looks out for a loss that is not finite.
+
+    It looks one step late, so that the device never waits for the host.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+        self._unseen: list[tuple[int, dict[str, Array]]] = []
+        self._seen: list[dict[str, float]] = []
+        self._fractions: list[float] = []
+        self._tokens = 0
+        self._since: float | None = None  # until the first step is done: compiling is no training
+
+    def add(self, step: int, measured: dict[str, Array], batch: ThreadedTokens) -> None:
+        """Takes what an update returned, which may still be under way."""
+        self._unseen.append((step, measured))
+        self._fractions.append(real_fraction(batch))
+        if self._since is None:
+            jax.block_until_ready(measured)
+            self._since = time.monotonic()
+        else:
+            self._tokens += int(batch.doc.size * self._fractions[-1])
+        self.check(lag=1)
+
+    def check(self, lag: int) -> None:
+        """Raises NonFiniteLoss; waits for all but the last `lag` steps."""
+        while len(self._unseen) > lag:
+            step, measured = self._unseen.pop(0)
+            values = {name: float(value) for name, value in jax.device_get(measured).items()}
+            if not jnp.isfinite(values["loss"]):
+                raise NonFiniteLoss(
+                    f"The loss is {values['loss']} at step {step}; {self._safe()}. Lower "
+                    "--config.optimizer.lr or raise --config.optimizer.warmup_steps, in a new --workdir."
+                )
+            self._seen.append(values)
+
+    def _safe(self) -> str:
+        latest = self._checkpoints.latest()
+        if latest is None:
+            return "no checkpoint was written before it"
+        return f"step {latest} in {self._checkpoints.directory} is good, and is kept"
+
+    def summary(self) -> dict[str, float]:
+        """Means since the last summary, tokens per second and the share of real tokens."""
+        self.check(lag=0)
+        means = {name: sum(m[name] for m in self._seen) / len(self._seen) for name in self._seen[0]}
+        means["lr"] = self._seen[-1]["lr"]
+        now, since = time.monotonic(), self._since or time.monotonic()
+        means["tokens_per_s"] = self._tokens / max(now - since, 1e-9)
+        means["packing"] = sum(self._fractions) / len(self._fractions)
+        self._seen, self._fractions, self._tokens, self._since = [], [], 0, now
+        return means
+
+
+def initial_params(model: Transformer, key: Array) -> Params:
+    """Random weights."""
+    token = jnp.zeros((1, 1), jnp.int32)
+    return model.init(key, token, token, jnp.ones((1, 1, 1), bool))["params"]
+
+
+def pretrained_params(config: Config, tokenizer: Tokenizer, shapes: Params, shardings: Any) -> Params:
+    """The weights of `config.init_from`, which must be of this model and this tokenizer."""
+    params, about = load_params(config.init_from, shardings=lambda _: shardings, expected=shapes)
+    if about.tokenizer_model != tokenizer.to_bytes():
+        raise CheckpointError(
+            f"{about.path} was trained with another tokenizer than {config.data.tokenizer!r}. "
+            "Train with its own, or from scratch."
+        )
+    logging.info("Starting from the weights of %s (step %d).", about.path, about.step)
+    return params
+
+
+def check_sizes(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> None:
+    """Refuses, in words, what would fail in the middle of compiling."""
+    vocabulary = len(tokenizer.vocabulary)
+    if config.model.vocab_size < vocabulary:
+        raise ConfigError(
+            f"model.vocab_size is {config.model.vocab_size}, the tokenizer has {vocabulary} ids. "
+            f"Set --config.model.vocab_size={vocabulary}."
+        )
+    over = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.rows % over:
+        below = config.data.rows // over * over
+        nearest = ", ".join(str(n) for n in (below, below + over) if n)
+        raise ConfigError(
+            f"data.rows {config.data.rows} is not divisible by data*fsdp = {over} devices. "
+            f"Nearest: {nearest}."
+        )
+
+
+def write_about(workdir: str, config: Config) -> None:
+    """config.json and env.json, for the reader; resuming reads the checkpoint's own."""
+    os.makedirs(workdir, exist_ok=True)
+    device = jax.devices()[0]
+    env = {
+        "versions": versions(),
+        "devices": f"{jax.device_count()} x {device.device_kind}",
+        "processes": jax.process_count(),
+        "command": sys.argv,
+    }
+    for name, tree in (("config.json", config_lib.to_dict(config)), ("env.json", env)):
+        with open(os.path.join(workdir, name), "w", encoding="utf-8") as file:
+            json.dump(tree, file, indent=2)

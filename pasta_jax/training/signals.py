@@ -1,0 +1,50 @@
+"""SIGTERM and Ctrl-C while training: save at the next step, then leave."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from absl import logging
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop, saved, and can be resumed. The process ends with the usual status."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(128 + signal_number)
+
+
+class StopRequest:
+    """The signal that asked, or None."""
+
+    signal: int | None = None
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turns the first SIGTERM or SIGINT into a request; a second one does what it always does.
+
+    Outside the main thread, where Python allows no handlers, nothing is changed.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, _: FrameType | None) -> None:
+        request.signal = number
+        signal.signal(number, before[signal.Signals(number)])
+        logging.warning("%s: saving at the next step, then leaving.", signal.Signals(number).name)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
