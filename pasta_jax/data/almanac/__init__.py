@@ -1,0 +1,80 @@
+"""Almanac: the embedded benchmark. Real facts, as instructions whose answers a program can check (DESIGN 11).
+
+In the order in which data flows:
+  facts      what is known: KINDS, FACTS, value, say, successor
+  split      which combinations are held out for evaluation: held_out
+  families   tasks and the structure of their answers: training_task, evaluation_tasks, plain
+  text       for the base model: base_documents, tokenizer_corpus, train_tokenizer
+  annotator  tasks -> annotated answers, imperfect on purpose: annotate, annotate_exactly, Rates
+  judge      answers -> truth: truth, compare
+
+Nothing here imports jax; all randomness comes from a generator or a seed that is passed in.
+
+Examples:
+  >>> import numpy as np
+  >>> task = training_task(np.random.default_rng(0), "compare")
+  >>> truth(task, plain(task)).score
+  1.0
+"""
+
+from pasta_jax.data.almanac.annotator import PERFECT, Rates, annotate, annotate_exactly
+from pasta_jax.data.almanac.facts import FACTS, KIND_OF, KINDS, Fact, say, successor, value
+from pasta_jax.data.almanac.families import (
+    FAMILIES,
+    PARALLEL_FAMILIES,
+    Section,
+    Step,
+    Task,
+    chain_task,
+    compare_task,
+    evaluation_tasks,
+    list_task,
+    mixed_task,
+    plain,
+    prose_task,
+    report_task,
+    single_task,
+    training_task,
+)
+from pasta_jax.data.almanac.judge import CONCLUSION_WEIGHT, Preference, Verdict, compare, truth
+from pasta_jax.data.almanac.split import held_out
+from pasta_jax.data.almanac.text import Document, base_documents, tokenizer_corpus, train_tokenizer
+
+__all__ = [
+    "CONCLUSION_WEIGHT",
+    "FACTS",
+    "FAMILIES",
+    "KINDS",
+    "KIND_OF",
+    "PARALLEL_FAMILIES",
+    "PERFECT",
+    "Document",
+    "Fact",
+    "Preference",
+    "Rates",
+    "Section",
+    "Step",
+    "Task",
+    "Verdict",
+    "annotate",
+    "annotate_exactly",
+    "base_documents",
+    "chain_task",
+    "compare",
+    "compare_task",
+    "evaluation_tasks",
+    "held_out",
+    "list_task",
+    "mixed_task",
+    "plain",
+    "prose_task",
+    "report_task",
+    "say",
+    "single_task",
+    "successor",
+    "tokenizer_corpus",
+    "train_tokenizer",
+    "training_task",
+    "truth",
+    "value",
+]

@@ -1,0 +1,132 @@
+"""An imperfect annotator, standing in for the LLM that annotates training answers (paper section 4).
+
+It takes the true plan of an answer and spoils it as an LLM would: it misses independent parts, promises parts
+that are not independent, guesses lengths badly, and is careless with sync. The text is never altered. What it
+gets wrong is what preference optimisation can put right later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from pasta_jax.data.almanac.families import Task, text_of
+from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text
+
+CountTokens = Callable[[str], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """How often the annotator errs; each a probability.
+
+    Attributes:
+      miss_answer: an answer with independent parts is left without any annotation.
+      miss_part: one independent part of an annotated answer is left to main.
+      false_chain: a chain answer gets promises for its items, although each needs the one before.
+      false_item: in such an answer, one item is promised (the first item apart, at least one is).
+      false_single: a single fact is promised, although one branch alone gains nothing.
+      missing_sync: the sync before a conclusion is forgotten.
+      stray_sync: a needless sync stands between two parts of an answer with several promises.
+      wrong_length: a promise's `tokens` is one ten too few or too many.
+    """
+
+    miss_answer: float = 0.06
+    miss_part: float = 0.08
+    false_chain: float = 0.09
+    false_item: float = 0.7
+    false_single: float = 0.05
+    missing_sync: float = 0.02
+    stray_sync: float = 0.04
+    wrong_length: float = 0.25
+
+
+PERFECT = Rates(0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def annotate(
+    task: Task, rng: np.random.Generator, count_tokens: CountTokens, rates: Rates = Rates()
+) -> Program:
+    """An annotated answer. `count_tokens` measures a block in tokens of the model's vocabulary.
+
+    Examples:
+      >>> from pasta_jax.data.almanac.families import list_task
+      >>> task = list_task(("France", "Japan"), ("capital",))
+      >>> program = annotate(task, np.random.default_rng(0), len, PERFECT)
+      >>> [(promise.topic, promise.tokens) for promise in program.promises()]
+      [('France', 3), ('Japan', 3)]
+    """
+    nodes = list(task.plan.nodes)
+    if task.family == "chain":
+        if rng.random() < rates.false_chain:
+            nodes = _promise_items(nodes, rng, rates.false_item)
+    elif task.family == "single":
+        if rng.random() < rates.false_single:
+            nodes = [Promise(task.facts[0].entity, 1, tuple(nodes))]
+    elif rng.random() < rates.miss_answer:
+        nodes = [Text(text_of(nodes))]
+    else:
+        nodes = _careless_sync(_miss_parts(nodes, rng, rates.miss_part), rng, rates)
+    return Program(_merge(_measure(nodes, rng, count_tokens, rates.wrong_length)))
+
+
+def annotate_exactly(task: Task, count_tokens: CountTokens) -> Program:
+    """The answer as a perfect annotator would annotate it."""
+    return annotate(task, np.random.default_rng(0), count_tokens, PERFECT)
+
+
+def length_in_tens(tokens: int) -> int:
+    """What a promise should say of a block of so many tokens (PAPER.md 1.11: nearest ten, 1 to 99)."""
+    return min(max(MIN_TOKENS, round(tokens / 10)), MAX_TOKENS)
+
+
+def _miss_parts(nodes: list[Node], rng: np.random.Generator, rate: float) -> list[Node]:
+    def missed(node: Node) -> bool:
+        return isinstance(node, Promise) and rng.random() < rate
+
+    return [Text(text_of([node])) if missed(node) else node for node in nodes]
+
+
+def _promise_items(nodes: list[Node], rng: np.random.Generator, rate: float) -> list[Node]:
+    """Chain items as branches. The topic says which item, not who it is: a branch cannot know that."""
+    chosen = rng.random(len(nodes)) < rate
+    chosen[0] = False  # the first item needs nothing before it
+    if not chosen.any():
+        chosen[rng.integers(1, len(nodes))] = True
+    return [Promise(f"item {i}", 1, (n,)) if c else n for i, (n, c) in enumerate(zip(nodes, chosen), start=1)]
+
+
+def _careless_sync(nodes: list[Node], rng: np.random.Generator, rates: Rates) -> list[Node]:
+    if not any(isinstance(node, Promise) for node in nodes):
+        return [node for node in nodes if not isinstance(node, Sync)]
+    if rng.random() < rates.missing_sync:
+        nodes = [node for node in nodes if not isinstance(node, Sync)]
+    promised = [i for i, node in enumerate(nodes) if isinstance(node, Promise)]
+    if len(promised) > 1 and rng.random() < rates.stray_sync:
+        nodes.insert(int(rng.choice(promised[1:])), Sync())
+    return nodes
+
+
+def _measure(
+    nodes: Iterable[Node], rng: np.random.Generator, count_tokens: CountTokens, wrong: float
+) -> Iterable[Node]:
+    for node in nodes:
+        if isinstance(node, Promise):
+            tens = length_in_tens(count_tokens(text_of(node.block)))
+            if rng.random() < wrong:
+                tens += 1 if tens == MIN_TOKENS or rng.random() < 0.5 else -1
+            node = dataclasses.replace(node, tokens=min(tens, MAX_TOKENS))
+        yield node
+
+
+def _merge(nodes: Iterable[Node]) -> tuple[Node, ...]:
+    """Neighbouring texts are one text, as they are when an answer is parsed."""
+    merged: list[Node] = []
+    for node in nodes:
+        if isinstance(node, Text) and merged and isinstance(merged[-1], Text):
+            merged[-1] = Text(merged[-1].text + node.text)
+        else:
+            merged.append(node)
+    return tuple(merged)

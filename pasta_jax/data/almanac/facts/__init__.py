@@ -1,0 +1,221 @@
+"""What is known: 208 entities of six kinds, 842 facts, and the one sentence in which each fact is stated.
+
+The tables are the `.tsv` files in this folder: one row per entity, one column per attribute. The first row
+names the attributes. Order is meant where the kind says `in_order` (elements by atomic number, states by
+order of joining, planets outward).
+
+Ambiguous cases are left out rather than decided: countries with several capitals, with co-official languages
+or on two continents; elements beyond xenon (disputed groups); works whose year of publication or title is not
+one. "Phase" is at room temperature. Names are spelled in ASCII. A "main language" is official (or was never
+declared, as in Mexico) and the most spoken. A year is that of the first book edition, or of the first
+performance.
+
+Checked against:
+  elements   `mendeleev` (name, number, symbol, period, group, phase at 20 °C) and `periodictable`: all agree,
+             but for the spelling of aluminium, where the tables follow IUPAC.
+  states     `us` (capital, postal code, year): all agree. The order follows from the years and, within a year,
+             from general knowledge of the dates; by convention North Dakota is before South Dakota (same
+             day).
+  countries  `countryinfo` with `pycountry` (capital, language, currency; region, which has one name for both
+             Americas): all agree, but for accents, and for Croatia, where it predates the euro (2023).
+  planets, novels, operas   general knowledge alone.
+
+Examples:
+  >>> value("France", "capital"), say("France", "capital")
+  ('Paris', 'Its capital is Paris.')
+  >>> successor("Iron"), successor("Neptune")
+  ('Cobalt', None)
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+from importlib import resources
+from typing import NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """One column of a table: its noun (as prompts say it) and the sentence that states its value."""
+
+    noun: str
+    sentence: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Superlative:
+    """A comparison of integers: whose `noun` is the largest (or smallest) is the one who `phrase`."""
+
+    noun: str
+    phrase: str
+    largest: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of entity, with its table.
+
+    Attributes:
+      name: "country".
+      article: how an entity is introduced: "a country".
+      plural: "countries".
+      attributes: in the order in which they are always stated.
+      superlatives: what can be compared.
+      in_order: whether the order of the rows is itself known ("After Iron comes Cobalt.").
+      table: entity -> its values, one per attribute.
+    """
+
+    name: str
+    article: str
+    plural: str
+    attributes: tuple[Attribute, ...]
+    superlatives: tuple[Superlative, ...]
+    in_order: bool
+    table: dict[str, tuple[str, ...]]
+
+    @property
+    def nouns(self) -> tuple[str, ...]:
+        return tuple(attribute.noun for attribute in self.attributes)
+
+    @functools.cached_property
+    def entities(self) -> tuple[str, ...]:
+        return tuple(self.table)
+
+
+class Fact(NamedTuple):
+    """That `entity` has a value for the attribute `noun`; the value is in the table."""
+
+    entity: str
+    noun: str
+
+
+def _kind(
+    names: str,
+    article: str,
+    sentences: dict[str, str],
+    superlatives: tuple[tuple[str, str, str], ...] = (),
+    *,
+    in_order: bool = False,
+) -> Kind:
+    name, plural = names.split("/")
+    text = (resources.files(__package__) / f"{plural}.tsv").read_text(encoding="utf-8")
+    header, *rows = csv.reader(text.splitlines(), delimiter="\t")
+    if header != ["name", *sentences] or any(len(row) != len(header) for row in rows):
+        raise ValueError(f"{plural}.tsv does not have the columns name, {', '.join(sentences)} in every row.")
+    return Kind(
+        name,
+        article,
+        plural,
+        tuple(Attribute(noun, sentence) for noun, sentence in sentences.items()),
+        tuple(Superlative(noun, phrase, which == "largest") for noun, phrase, which in superlatives),
+        in_order,
+        {row[0]: tuple(row[1:]) for row in rows},
+    )
+
+
+KINDS = (
+    _kind(
+        "country/countries",
+        "a country",
+        {
+            "continent": "Its continent is {}.",
+            "capital": "Its capital is {}.",
+            "language": "Its main language is {}.",
+            "currency": "Its currency is the {}.",
+        },
+    ),
+    _kind(
+        "element/elements",
+        "an element",
+        {
+            "symbol": "Its symbol is {}.",
+            "atomic number": "Its atomic number is {}.",
+            "period": "Its period is {}.",
+            "group": "Its group is {}.",
+            "phase": "At room temperature it is a {}.",
+        },
+        (
+            ("atomic number", "has the highest atomic number", "largest"),
+            ("atomic number", "has the lowest atomic number", "smallest"),
+        ),
+        in_order=True,
+    ),
+    _kind(
+        "state/states",
+        "a state",
+        {
+            "capital": "Its capital is {}.",
+            "postal code": "Its postal code is {}.",
+            "number": "It was state number {}.",
+            "year": "It joined the Union in {}.",
+        },
+        (("number", "has the highest number", "largest"), ("number", "has the lowest number", "smallest")),
+        in_order=True,
+    ),
+    _kind(
+        "planet/planets",
+        "a planet",
+        {
+            "position": "It is planet {} from the Sun.",
+            "type": "It is {}.",
+            "ring system": "It has {}.",
+        },
+        (
+            ("position", "is farthest from the Sun", "largest"),
+            ("position", "is closest to the Sun", "smallest"),
+        ),
+        in_order=True,
+    ),
+    _kind(
+        "novel/novels",
+        "a novel",
+        {
+            "author": "Its author is {}.",
+            "year": "It was published in {}.",
+            "language": "It was written in {}.",
+        },
+        (("year", "is the newest", "largest"), ("year", "is the oldest", "smallest")),
+    ),
+    _kind(
+        "opera/operas",
+        "an opera",
+        {
+            "composer": "Its composer is {}.",
+            "year": "It was first performed in {}.",
+            "language": "It is sung in {}.",
+        },
+        (("year", "is the newest", "largest"), ("year", "is the oldest", "smallest")),
+    ),
+)
+
+KIND_OF: dict[str, Kind] = {entity: kind for kind in KINDS for entity in kind.entities}
+"""The kind of each entity. No two kinds share a name."""
+
+FACTS: tuple[Fact, ...] = tuple(Fact(entity, noun) for entity, kind in KIND_OF.items() for noun in kind.nouns)
+"""Every fact, kind by kind."""
+
+
+def value(entity: str, noun: str) -> str:
+    kind = KIND_OF[entity]
+    return kind.table[entity][kind.nouns.index(noun)]
+
+
+def say(entity: str, noun: str) -> str:
+    """The sentence that states a fact, the same wherever it is stated."""
+    kind = KIND_OF[entity]
+    i = kind.nouns.index(noun)
+    return kind.attributes[i].sentence.format(kind.table[entity][i])
+
+
+def introduce(entity: str) -> str:
+    """The sentence that starts to speak of an entity: "Iron is an element."."""
+    return f"{entity} is {KIND_OF[entity].article}."
+
+
+def successor(entity: str) -> str | None:
+    """What comes after an entity in the order of its kind; None after the last, or without an order."""
+    kind = KIND_OF[entity]
+    following = kind.entities.index(entity) + 1
+    return kind.entities[following] if kind.in_order and following < len(kind.entities) else None

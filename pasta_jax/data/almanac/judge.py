@@ -1,0 +1,186 @@
+r"""The exact judge: truth by program, no model.
+
+A response is read line by line into statements: facts ("Its capital is Paris." under the entity last named),
+chain steps ("2. After Cobalt comes Nickel."), the conclusion; headings and introductions only say whose facts
+follow. Then
+
+    score = right / (expected + wrong)
+
+  right     expected statements that were made, and are true; the conclusion counts CONCLUSION_WEIGHT
+  expected  all that the prompt asks for; the conclusion counts CONCLUSION_WEIGHT
+  wrong     statements and headings that are false, repeated, not asked for, unreadable, or out of order (steps)
+
+so a missing statement costs less than a false one, and repeating oneself costs as much as junk. Independent
+parts may come in any order; the exact gold string is never required.
+
+Examples:
+  >>> from pasta_jax.data.almanac.families import list_task
+  >>> task = list_task(("France", "Japan"), ("capital",))
+  >>> truth(task, "- Japan: Its capital is Tokyo.\n- France: Its capital is Paris.").score
+  1.0
+  >>> truth(task, "- Japan: Its capital is Paris.")
+  Verdict(score=0.0, right=0, expected=2, wrong=('Japan: Its capital is Paris.',))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pasta_jax.data.almanac import facts
+from pasta_jax.data.almanac.facts import KIND_OF, KINDS, Fact
+from pasta_jax.data.almanac.families import Task, say_step
+
+CONCLUSION_WEIGHT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the judge found; `score` is in [0, 1], `wrong` lists every statement that is held against it."""
+
+    score: float
+    right: int
+    expected: int
+    wrong: tuple[str, ...]
+
+
+class Preference(NamedTuple):
+    """Which of two responses is better (0, 1; None for a tie), and how sure the judge is, 0.5 to 1."""
+
+    winner: int | None
+    confidence: float
+
+
+def truth(task: Task, response: str) -> Verdict:
+    """Scores a response against the truth."""
+    reader = _Reader(task)
+    for line in response.splitlines():
+        reader.read_line(line.strip())
+    expected = len(task.facts) + len(task.steps) + (CONCLUSION_WEIGHT if task.conclusion else 0)
+    return Verdict(reader.right / (expected + len(reader.wrong)), reader.right, expected, tuple(reader.wrong))
+
+
+def compare(task: Task, a: str, b: str) -> Preference:
+    """Which response is better, in the protocol of an LLM judge.
+
+    The higher truth score wins, with confidence 0.5 + 2 * |difference|, at most 1. With equal scores the
+    shorter one wins (it says the same with fewer words), with confidence 0.5 + 0.2 * |difference of lengths|
+    / longer length. With equal lengths it is a tie with confidence 0.5. Swapping a and b swaps the winner and
+    nothing else.
+
+    Examples:
+      >>> from pasta_jax.data.almanac.families import single_task
+      >>> compare(single_task(Fact("Peru", "capital")), "Its capital is Quito.", "Its capital is Lima.")
+      Preference(winner=1, confidence=1.0)
+    """
+    score_a, score_b = truth(task, a).score, truth(task, b).score
+    if abs(score_a - score_b) > 1e-9:
+        return Preference(int(score_b > score_a), min(1.0, 0.5 + 2 * abs(score_a - score_b)))
+    if len(a) != len(b):
+        return Preference(int(len(b) < len(a)), 0.5 + 0.2 * abs(len(a) - len(b)) / max(len(a), len(b)))
+    return Preference(None, 0.5)
+
+
+# Sentences are read back with the patterns they are written with; a value may be anything but a full stop.
+_FACT_PATTERNS = {
+    kind.name: [
+        (attribute.noun, re.compile(re.escape(attribute.sentence).replace(r"\{\}", r"([^.]+)")))
+        for attribute in kind.attributes
+    ]
+    for kind in KINDS
+}
+_ITEM = re.compile(r"- ([^:]+):(?: |$)")
+_HEADING = re.compile(r"## (.+)")
+_FROM = re.compile(r"From ([^:]+):")
+_NUMBERED = re.compile(r"(\d+)\. (After [^.]+ comes ([^.]+)\.)(?: |$)")
+_INTRODUCTION = re.compile(rf"([^.]+) is (?:{'|'.join(kind.article for kind in KINDS)})\.")
+_SENTENCE = re.compile(r"[^.]*\.?\s*")
+
+
+class _Reader:
+    """Reads a response line by line; keeps whose facts follow and what has been said."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.right = 0
+        self.wrong: list[str] = []
+        self._open = {*task.facts}  # asked for and not yet stated
+        self._steps = {(step.start, step.number): step for step in task.steps}
+        self._conclusion = task.conclusion
+        self._named: set[str] = set()  # entities and headings introduced so far
+        self._entity = task.facts[0].entity if task.family == "single" else ""
+        self._start = task.steps[0].start if task.family == "chain" else ""
+        self._number = 0  # of the last item of this chain
+        self._groups = {KIND_OF[fact.entity].plural.capitalize() for fact in task.facts}
+        self._entities = {fact.entity for fact in task.facts}
+
+    def read_line(self, line: str) -> None:
+        if not line:
+            return
+        if match := _HEADING.fullmatch(line):
+            self._name(match[1], line, allowed=self.task.family == "report")
+        elif match := _FROM.fullmatch(line):
+            self._begin_chain(match[1], line)
+        elif match := _ITEM.match(line):
+            self._name(match[1], match[0], allowed=match[1] in self._entities)
+            self._read_sentences(line[match.end() :])
+        elif match := _NUMBERED.match(line):
+            self._step(int(match[1]), match[2], match[3])
+            self._read_sentences(line[match.end() :])
+        else:
+            self._read_sentences(line)
+
+    def _read_sentences(self, text: str) -> None:
+        for sentence in _sentences(text):
+            if sentence == self._conclusion:
+                self._conclusion = ""
+                self.right += CONCLUSION_WEIGHT
+            elif match := _INTRODUCTION.fullmatch(sentence):
+                # An introduction, if it is true; else it names nobody, and what follows is nobody's.
+                known = match[1] in self._entities and facts.introduce(match[1]) == sentence
+                self._name(match[1] if known else "", sentence, allowed=known)
+            else:
+                self._fact(sentence)
+
+    def _name(self, name: str, said: str, *, allowed: bool) -> None:
+        """From here on, facts are about `name` (an entity, or the heading of a group)."""
+        self._entity = name if name in KIND_OF else ""
+        if not allowed or name in self._named or name not in self._entities | self._groups:
+            self.wrong.append(said)
+        self._named.add(name)
+
+    def _fact(self, sentence: str) -> None:
+        kind = KIND_OF.get(self._entity)
+        for noun, pattern in _FACT_PATTERNS[kind.name] if kind else ():
+            match = pattern.fullmatch(sentence)
+            if match is None:
+                continue
+            fact = Fact(self._entity, noun)
+            if fact in self._open and facts.value(*fact) == match[1]:
+                self._open.remove(fact)
+                self.right += 1
+                return
+        self.wrong.append(f"{self._entity}: {sentence}" if self._entity else sentence)
+
+    def _begin_chain(self, start: str, said: str) -> None:
+        if start in self._named or (start, 1) not in self._steps:
+            self.wrong.append(said)
+        self._named.add(start)
+        self._start, self._number, self._entity = start, 0, ""
+
+    def _step(self, number: int, said: str, after: str) -> None:
+        """A step counts if it is the right one in its place, and no later item came before it."""
+        step = self._steps.get((self._start, number))
+        if step and number > self._number and said == say_step(step.before, step.after):
+            del self._steps[self._start, number]
+            self.right += 1
+        else:
+            self.wrong.append(f"{number}. {said}")
+        self._number = max(self._number, number)
+        self._entity = after
+
+
+def _sentences(text: str) -> Iterator[str]:
+    yield from filter(None, (sentence.strip() for sentence in _SENTENCE.findall(text)))

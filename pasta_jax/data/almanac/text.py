@@ -1,0 +1,113 @@
+"""Text for the base model, and the tokenizer trained on it.
+
+The base model reads two kinds of document: facts as plain text, and plain instructions with plain answers.
+Both obey the split: a plain text is about one entity or one step, never about a combination that a prompt
+could ask for.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+import sentencepiece
+
+from pasta_jax.data.almanac import facts
+from pasta_jax.data.almanac.facts import KIND_OF
+from pasta_jax.data.almanac.families import plain, say_step, training_task
+from pasta_jax.lang import tags
+
+TURNS = ("<user>", "<model>")
+"""Turn markers, as `pasta_jax.tokens` expects them."""
+
+MOST_PIECES = 1536
+"""The vocabulary may not grow beyond this; it is smaller."""
+
+Document = tuple[str | None, str]
+"""A prompt, or None for plain text, and the text that follows it."""
+
+
+def profile(entity: str, rng: np.random.Generator) -> str:
+    """Facts of one entity as plain text, at least half of them, in their fixed order.
+
+    >>> profile("Mars", np.random.default_rng(0))
+    'Mars is a planet. It is planet 4 from the Sun. It is a rocky planet. It has no rings.'
+    """
+    nouns = KIND_OF[entity].nouns
+    keep = rng.permutation(len(nouns)) < rng.integers((len(nouns) + 1) // 2, len(nouns) + 1)
+    return " ".join([facts.introduce(entity), *(facts.say(entity, n) for n, k in zip(nouns, keep) if k)])
+
+
+def base_documents(rng: np.random.Generator, plain_text: float = 0.4) -> Iterator[Document]:
+    """Documents without end. `plain_text` is the share of documents (not of tokens) that are plain text."""
+    entities = tuple(KIND_OF)
+    while True:
+        if rng.random() >= plain_text:
+            task = training_task(rng)
+            yield task.prompt, plain(task)
+            continue
+        entity = entities[rng.integers(len(entities))]
+        following = facts.successor(entity)
+        if following is not None and rng.random() < 0.2:
+            yield None, say_step(entity, following)
+        else:
+            yield None, profile(entity, rng)
+
+
+def tokenizer_corpus(documents: int = 6000, seed: int = 0) -> Iterator[str]:
+    """What the tokenizer learns from: base documents, and names alone, as in a topic."""
+    rng = np.random.default_rng(seed)
+    for (prompt, text), _ in zip(base_documents(rng), range(documents)):
+        yield f"{prompt}\n{text}" if prompt else text
+    for topic in [*KIND_OF, *(f"item {i}" for i in range(1, 7))]:
+        yield from [topic] * 20
+
+
+def train_tokenizer(path: str | os.PathLike[str] | None = None, *, seed: int = 0) -> bytes:
+    """Trains a SentencePiece model on `tokenizer_corpus`, deterministically; writes it to `path` if given.
+
+    Text comes back exactly (no normalisation, no space put before it, bytes for what is rare), numbers are
+    split into digits, a newline is a piece of its own, and tags and turn markers are control symbols, which
+    no text can produce. The language has fewer than a thousand words, so each is offered as a piece: the
+    vocabulary (about 1200) is as large as they, the characters and the 256 bytes need, and a name is one
+    piece per word.
+    """
+    corpus = list(tokenizer_corpus(seed=seed))
+    words = collections.Counter(word for text in corpus for word in re.findall(" ?[A-Za-z]+", text))
+    model = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        seeds = pathlib.Path(folder, "words.tsv")
+        lines = [f"{word.replace(' ', '▁')}\t{count}\n" for word, count in sorted(words.items())]
+        seeds.write_text("".join(lines), encoding="utf-8")
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(corpus),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=MOST_PIECES,
+            hard_vocab_limit=False,
+            seed_sentencepieces_file=str(seeds),
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=1.0,
+            user_defined_symbols=["\n"],
+            control_symbols=[*tags.PIECES, *TURNS],
+            pad_id=0,
+            eos_id=1,
+            bos_id=2,
+            unk_id=3,
+            num_threads=1,
+            shuffle_input_sentence=False,
+            minloglevel=2,
+        )
+    if path is not None:
+        pathlib.Path(path).write_bytes(model.getvalue())
+    return model.getvalue()
