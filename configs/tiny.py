@@ -31,6 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     config = ConfigDict()
     config.steps = 2000 if arg in ("", "base") else 500
+    config.model = dict(vocab_size=1280)  # the almanac's tokenizer has 1220 ids
     config.data = dict(sources=_SOURCES[arg], rows=8, length=512)
     config.optimizer = dict(lr=2e-3 if arg in ("", "base") else 5e-4, warmup_steps=50)
     config.checkpoint = dict(every_steps=500)

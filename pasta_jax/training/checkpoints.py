@@ -134,7 +134,7 @@ class Checkpoints:
                 f"{self.directory.parent} already has step {about.step} of a different config "
                 f"({', '.join(changed)}). Use a new --workdir; --config.init_from starts from its weights."
             )
-        if about.tokenizer_model != self._tokenizer.to_bytes():
+        if about.tokenizer().vocabulary != self._tokenizer.vocabulary:
             raise CheckpointError(
                 f"{path} was trained with another tokenizer than {self._config.data.tokenizer!r} is now. "
                 "Use a new --workdir."

@@ -21,7 +21,7 @@ from pasta_jax.arrays import Array, ThreadedTokens
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data.batches import Stream, batches, prefetch
 from pasta_jax.data.packing import real_fraction
-from pasta_jax.model.transformer import Transformer
+from pasta_jax.model.transformer import Transformer, init_params
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
 from pasta_jax.training.checkpoints import CheckpointError, Checkpoints, load_params, versions
@@ -91,8 +91,8 @@ def train(
     model = Transformer(config.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     schedule = make_schedule(config.optimizer, config.steps)
-    init_params = functools.partial(initial_params, model, jax.random.key(config.seed))
-    shapes = jax.eval_shape(lambda: new_state(init_params(), optimizer))
+    new_params = functools.partial(init_params, config.model, jax.random.key(config.seed))
+    shapes = jax.eval_shape(lambda: new_state(new_params(), optimizer))
     param_shardings = sharding.param_shardings(shapes.params, mesh)
     lie = state_shardings(shapes, param_shardings, replicated, optimizer)
 
@@ -128,7 +128,7 @@ def train(
             if config.init_from:
                 params = pretrained_params(config, tokenizer, shapes.params, param_shardings)
             else:
-                params = jax.jit(init_params, out_shardings=param_shardings)()
+                params = jax.jit(new_params, out_shardings=param_shardings)()
             state = jax.jit(new_state, static_argnums=1, out_shardings=lie)(params, optimizer)
             del params
         step = int(state.step)
@@ -229,16 +229,10 @@ class Meter:
         return means
 
 
-def initial_params(model: Transformer, key: Array) -> Params:
-    """Random weights."""
-    token = jnp.zeros((1, 1), jnp.int32)
-    return model.init(key, token, token, jnp.ones((1, 1, 1), bool))["params"]
-
-
 def pretrained_params(config: Config, tokenizer: Tokenizer, shapes: Params, shardings: Any) -> Params:
     """The weights of `config.init_from`, which must be of this model and this tokenizer."""
     params, about = load_params(config.init_from, shardings=lambda _: shardings, expected=shapes)
-    if about.tokenizer_model != tokenizer.to_bytes():
+    if about.tokenizer().vocabulary != tokenizer.vocabulary:
         raise CheckpointError(
             f"{about.path} was trained with another tokenizer than {config.data.tokenizer!r}. "
             "Train with its own, or from scratch."

@@ -1,0 +1,78 @@
+"""Trains a model: `python -m pasta_jax.train --config=configs/tiny.py --workdir=W [--config.seed=1]`.
+
+Running the same command again goes on where it was cut off. The workdir holds config.json, env.json,
+metrics.jsonl, checkpoints/, and invalid.jsonl if some records could not be used.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+
+from pasta_jax.config import Config, ConfigError, describe, load_config, split_overrides
+
+BAD_USAGE = 2
+
+
+def main(argv: Sequence[str], *, values: flags.FlagValues, overrides: Sequence[str]) -> None:
+    """The verb. Mistakes in the command or the data end in one line and status 2, not in a traceback."""
+    if len(argv) > 1:
+        _refuse(f"Cannot make sense of {' '.join(argv[1:])!r}. {__doc__.splitlines()[0]}")
+    if not values.config:
+        _refuse("Which experiment? Add --config=configs/tiny.py.")
+    try:
+        config = load_config(values.config, overrides)
+    except ConfigError as error:
+        _refuse(str(error))
+    if values.print_config:
+        print(describe(config))
+        return
+    if not values.workdir:
+        _refuse("Where to? Add --workdir=DIRECTORY.")
+    logging.set_verbosity(logging.INFO)
+    run(config, values.workdir)
+
+
+def run(config: Config, workdir: str) -> None:
+    """Trains `config` in `workdir`, data and all."""
+    # These load jax: the refusals above, and --print_config, come at once.
+    from pasta_jax.data.records import RecordError
+    from pasta_jax.data.sources import make_source, make_tokenizer
+    from pasta_jax.tokens.tokenizer import TokenizerError
+    from pasta_jax.training.checkpoints import CheckpointError
+    from pasta_jax.training.loop import NonFiniteLoss, train
+
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        tokenizer = make_tokenizer(config.data)
+        invalid = os.path.join(workdir, "invalid.jsonl")
+        source = make_source(config.data, tokenizer, config.seed, invalid=invalid)
+        train(config, source=source, tokenizer=tokenizer, workdir=workdir)
+    except (ConfigError, CheckpointError, RecordError, TokenizerError, OSError) as error:
+        _refuse(str(error))
+    except NonFiniteLoss as error:
+        logging.error("%s", error)
+        sys.exit(1)
+
+
+def _refuse(message: str) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(BAD_USAGE)
+
+
+def command() -> None:
+    """Parses the command line and runs `main`."""
+    # Defined here, not on import: importing two verbs into one process must not clash.
+    flags.DEFINE_string("config", None, "The experiment, as configs/tiny.py or configs/tiny.py:pasta.")
+    flags.DEFINE_string("workdir", None, "Where the run lives.")
+    flags.DEFINE_bool("print_config", False, "Show every field of the configuration and leave.")
+    overrides, rest = split_overrides(sys.argv)
+    app.run(functools.partial(main, values=flags.FLAGS, overrides=overrides), argv=rest)
+
+
+if __name__ == "__main__":
+    command()
