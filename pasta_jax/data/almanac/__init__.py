@@ -3,9 +3,12 @@
 In the order in which data flows:
   facts      what is known: KINDS, FACTS, value, say, successor
   split      which combinations are held out for evaluation: held_out
-  families   tasks and the structure of their answers: training_task, evaluation_tasks, plain
+  families   tasks and the structure of their answers: Task, plain, list_task, ...
+  draw       tasks at random: training_task, evaluation_tasks
   text       for the base model: base_documents, tokenizer_corpus, train_tokenizer
   annotator  tasks -> annotated answers, imperfect on purpose: annotate, annotate_exactly, Rates
+  sources    documents for training, by index: SOURCES, source, load_tokenizer
+  prompts    prompt -> task: task_of
   judge      answers -> truth: truth, compare
 
 Nothing here imports jax; all randomness comes from a generator or a seed that is passed in.
@@ -18,6 +21,7 @@ Examples:
 """
 
 from pasta_jax.data.almanac.annotator import PERFECT, Rates, annotate, annotate_exactly
+from pasta_jax.data.almanac.draw import evaluation_tasks, training_task
 from pasta_jax.data.almanac.facts import FACTS, KIND_OF, KINDS, Fact, say, successor, value
 from pasta_jax.data.almanac.families import (
     FAMILIES,
@@ -27,18 +31,24 @@ from pasta_jax.data.almanac.families import (
     Task,
     chain_task,
     compare_task,
-    evaluation_tasks,
     list_task,
     mixed_task,
     plain,
     prose_task,
     report_task,
     single_task,
-    training_task,
 )
 from pasta_jax.data.almanac.judge import CONCLUSION_WEIGHT, Preference, Verdict, compare, truth
+from pasta_jax.data.almanac.prompts import task_of
+from pasta_jax.data.almanac.sources import SOURCES, AlmanacSource, load_tokenizer, source
 from pasta_jax.data.almanac.split import held_out
-from pasta_jax.data.almanac.text import Document, base_documents, tokenizer_corpus, train_tokenizer
+from pasta_jax.data.almanac.text import (
+    Document,
+    base_document,
+    base_documents,
+    tokenizer_corpus,
+    train_tokenizer,
+)
 
 __all__ = [
     "CONCLUSION_WEIGHT",
@@ -48,6 +58,8 @@ __all__ = [
     "KIND_OF",
     "PARALLEL_FAMILIES",
     "PERFECT",
+    "SOURCES",
+    "AlmanacSource",
     "Document",
     "Fact",
     "Preference",
@@ -58,6 +70,7 @@ __all__ = [
     "Verdict",
     "annotate",
     "annotate_exactly",
+    "base_document",
     "base_documents",
     "chain_task",
     "compare",
@@ -65,13 +78,16 @@ __all__ = [
     "evaluation_tasks",
     "held_out",
     "list_task",
+    "load_tokenizer",
     "mixed_task",
     "plain",
     "prose_task",
     "report_task",
     "say",
     "single_task",
+    "source",
     "successor",
+    "task_of",
     "tokenizer_corpus",
     "train_tokenizer",
     "training_task",

@@ -6,8 +6,7 @@
   mixed    branches that each hold a chain
 
 A prompt states exactly what is asked: the entities and the attributes. The plan of an answer is a Program
-with the true independence marks; the plain answer is the same text without them. Sampling is by rejection, so
-that a task's combination falls on its own side of the split (see `split`).
+with the true independence marks; the plain answer is the same text without them. See `draw` for random tasks.
 
 Examples:
   >>> task = list_task(("France", "Japan"), ("capital", "currency"))
@@ -21,18 +20,34 @@ Examples:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from pasta_jax.data.almanac import facts, split
-from pasta_jax.data.almanac.facts import KIND_OF, KINDS, Fact, Kind, Superlative
+from pasta_jax.data.almanac.facts import KIND_OF, Fact, Superlative
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 
 FAMILIES = ("list", "prose", "compare", "chain", "single", "report", "mixed")
 PARALLEL_FAMILIES = ("list", "prose", "compare", "report", "mixed")
 """The families whose answers have independent parts."""
+
+
+TEMPLATES = {
+    "list": ("List the {nouns} of {entities}.", "Make a list of {entities}: {nouns}."),
+    "prose": ("Describe the {nouns} of {entities}.", "Write about {entities}: {nouns}."),
+    "compare": (
+        "Compare the {nouns} of {entities}. Which {phrase}?",
+        "Which {phrase}: {entities}? First give the {nouns}.",
+    ),
+    "chain": (
+        "Name the {length} {plural} after {start} with the {noun} of each.",
+        "Which {length} {plural} come after {start}? Give the {noun} of each.",
+    ),
+    "single": ("What is the {noun} of {entity}?", "Give the {noun} of {entity}."),
+    "report": ("Write a report.\n{sections}", "Write a report with these sections.\n{sections}"),
+    "mixed": ("Continue each chain: {chains}.", "Name what comes next: {chains}."),
+}
+"""The two wordings of each family's prompts; `prompts` reads them back."""
 
 
 class Step(NamedTuple):
@@ -84,18 +99,12 @@ def text_of(nodes: Iterable[Node]) -> str:
 
 
 def list_task(entities: Sequence[str], nouns: Sequence[str], template: int = 0) -> Task:
-    prompt = (
-        f"List the {join(nouns)} of {join(entities)}.",
-        f"Make a list of {join(entities)}: {join(nouns)}.",
-    )[template]
+    prompt = TEMPLATES["list"][template].format(nouns=join(nouns), entities=join(entities))
     return _task("list", prompt, entities, product(entities, nouns), [_item(e, nouns) for e in entities])
 
 
 def prose_task(entities: Sequence[str], nouns: Sequence[str], template: int = 0) -> Task:
-    prompt = (
-        f"Describe the {join(nouns)} of {join(entities)}.",
-        f"Write about {join(entities)}: {join(nouns)}.",
-    )[template]
+    prompt = TEMPLATES["prose"][template].format(nouns=join(nouns), entities=join(entities))
     nodes = [
         _promise(e, (" " if i else "") + facts.introduce(e) + " " + _sentences(e, nouns))
         for i, e in enumerate(entities)
@@ -107,21 +116,16 @@ def compare_task(
     entities: Sequence[str], nouns: Sequence[str], superlative: Superlative, template: int = 0
 ) -> Task:
     """The compared attribute must be among `nouns`, and its values distinct among `entities`."""
-    prompt = (
-        f"Compare the {join(nouns)} of {join(entities)}. Which {superlative.phrase}?",
-        f"Which {superlative.phrase}: {join(entities)}? First give the {join(nouns)}.",
-    )[template]
+    fields = {"nouns": join(nouns), "entities": join(entities), "phrase": superlative.phrase}
+    prompt = TEMPLATES["compare"][template].format(**fields)
     conclusion = f"{winner(entities, superlative)} {superlative.phrase}."
-    nodes = [*(_item(e, nouns) for e in entities), Sync(), Text(conclusion)]
+    nodes: list[Node] = [*(_item(e, nouns) for e in entities), Sync(), Text(conclusion)]
     return _task("compare", prompt, entities, product(entities, nouns), nodes, conclusion=conclusion)
 
 
 def chain_task(start: str, length: int, noun: str, template: int = 0) -> Task:
     kind = KIND_OF[start]
-    prompt = (
-        f"Name the {length} {kind.plural} after {start} with the {noun} of each.",
-        f"Which {length} {kind.plural} come after {start}? Give the {noun} of each.",
-    )[template]
+    prompt = TEMPLATES["chain"][template].format(length=length, plural=kind.plural, start=start, noun=noun)
     steps = chain(start, length)
     nodes = [Text(_numbered(step, facts.say(step.after, noun))) for step in steps]
     asked = product((step.after for step in steps), (noun,))
@@ -131,7 +135,7 @@ def chain_task(start: str, length: int, noun: str, template: int = 0) -> Task:
 
 def single_task(fact: Fact, template: int = 0) -> Task:
     entity, noun = fact
-    prompt = (f"What is the {noun} of {entity}?", f"Give the {noun} of {entity}.")[template]
+    prompt = TEMPLATES["single"][template].format(noun=noun, entity=entity)
     plan = Program((Text(facts.say(entity, noun)),))
     return Task("single", prompt, split.fact(entity, noun), (fact,), (), "", plan)
 
@@ -153,9 +157,8 @@ def report_task(sections: Sequence[Section], template: int = 0) -> Task:
         group = "" if len(section.entities) == 1 else f" {join(section.entities)}"
         return f"{section.heading}{group}: {join(section.nouns)}."
 
-    opening = ("Write a report.", "Write a report with these sections.")[template]
-    prompt = "\n".join([opening, *map(ask, sections)])
-    nodes = []
+    prompt = TEMPLATES["report"][template].format(sections="\n".join(map(ask, sections)))
+    nodes: list[Node] = []
     for section in sections:
         if len(section.entities) == 1:
             body = _sentences(section.entities[0], section.nouns) + "\n"
@@ -169,7 +172,7 @@ def report_task(sections: Sequence[Section], template: int = 0) -> Task:
 
 def mixed_task(starts: Sequence[str], lengths: Sequence[int], template: int = 0) -> Task:
     parts = join([f"{length} after {start}" for start, length in zip(starts, lengths, strict=True)])
-    prompt = (f"Continue each chain: {parts}.", f"Name what comes next: {parts}.")[template]
+    prompt = TEMPLATES["mixed"][template].format(chains=parts)
     chains = [chain(start, length) for start, length in zip(starts, lengths, strict=True)]
     nodes = [
         _promise(start, f"From {start}:\n" + "".join(_numbered(step) for step in steps))
@@ -177,111 +180,6 @@ def mixed_task(starts: Sequence[str], lengths: Sequence[int], template: int = 0)
     ]
     steps = tuple(step for steps in chains for step in steps)
     return Task("mixed", prompt, split.chains(starts), (), steps, "", Program(tuple(nodes)))
-
-
-# ---------------------------------------------------------------------------------------------- drawing parts
-
-_KIND_WEIGHTS = np.array([max(len(kind.entities), 12) for kind in KINDS], np.float64)
-"""Kinds are drawn by their size, so that every entity is seen about equally often; planets somewhat more."""
-_ORDERED = tuple(kind for kind in KINDS if kind.in_order)
-_COMPARED = tuple(kind for kind in KINDS if kind.superlatives)
-_CHAIN_STARTS = tuple(e for kind in _ORDERED for e in kind.entities)
-
-
-def _draw_list(rng: np.random.Generator, kinds: Sequence[Kind] = KINDS) -> Task:
-    kind = _draw_kind(rng, kinds)
-    return list_task(_draw_entities(rng, kind, 3, 6), _draw_nouns(rng, kind), _coin(rng))
-
-
-def _draw_prose(rng: np.random.Generator) -> Task:
-    kind = _draw_kind(rng, KINDS)
-    return prose_task(_draw_entities(rng, kind, 3, 6), _draw_nouns(rng, kind), _coin(rng))
-
-
-def _draw_compare(rng: np.random.Generator) -> Task | None:
-    kind = _draw_kind(rng, _COMPARED)
-    superlative = kind.superlatives[rng.integers(len(kind.superlatives))]
-    entities = _draw_entities(rng, kind, 2, 4)
-    if len({facts.value(e, superlative.noun) for e in entities}) < len(entities):
-        return None
-    nouns = _draw_nouns(rng, kind, must=superlative.noun)
-    return compare_task(entities, nouns, superlative, _coin(rng))
-
-
-def _draw_chain(rng: np.random.Generator) -> Task | None:
-    start, length = _draw_start(rng), int(rng.integers(3, 7))
-    nouns = KIND_OF[start].nouns
-    if not chain(start, length):
-        return None
-    return chain_task(start, length, nouns[rng.integers(len(nouns))], _coin(rng))
-
-
-def _draw_single(rng: np.random.Generator) -> Task:
-    return single_task(facts.FACTS[rng.integers(len(facts.FACTS))], _coin(rng))
-
-
-def _draw_report(rng: np.random.Generator) -> Task | None:
-    sections: list[Section] = []
-    for position in range(int(rng.integers(3, 5))):
-        kind = _draw_kind(rng, KINDS)
-        group = position == 0 or rng.random() < 0.3
-        entities = _draw_entities(rng, kind, 2, 4) if group else _draw_entities(rng, kind, 1, 1)
-        fewest = 2 if group else 1
-        sections.append(Section(entities, _draw_nouns(rng, kind, fewest, 3 if group else 5)))
-    order = rng.permutation(len(sections))
-    sections = [sections[i] for i in order]
-    entities = tuple(e for section in sections for e in section.entities)
-    if len(set(entities)) < len(entities) or len({s.heading for s in sections}) < len(sections):
-        return None
-    return report_task(sections, _coin(rng))
-
-
-def _draw_mixed(rng: np.random.Generator) -> Task | None:
-    starts = _pick(rng, _CHAIN_STARTS, int(rng.integers(3, 6)))
-    lengths = [int(n) for n in rng.integers(2, 5, len(starts))]
-    if not all(chain(start, length) for start, length in zip(starts, lengths, strict=True)):
-        return None
-    return mixed_task(starts, lengths, _coin(rng))
-
-
-_DRAW: dict[str, Callable[[np.random.Generator], Task | None]] = {
-    "list": _draw_list,
-    "prose": _draw_prose,
-    "compare": _draw_compare,
-    "chain": _draw_chain,
-    "single": _draw_single,
-    "report": _draw_report,
-    "mixed": _draw_mixed,
-}
-
-
-def _sample(rng: np.random.Generator, family: str, *, held_out: bool) -> Task:
-    while True:
-        task = _DRAW[family](rng)
-        if task is not None and split.held_out(task.combination) == held_out:
-            return task
-
-
-def training_task(rng: np.random.Generator, family: str | None = None) -> Task:
-    """A fresh training task, of any family unless one is given; its combination is never held out."""
-    return _sample(rng, family or FAMILIES[rng.integers(len(FAMILIES))], held_out=False)
-
-
-def evaluation_tasks(n: int = 500, seed: int = 0) -> list[Task]:
-    """`n` distinct prompts, families in turn, whose combinations never occur in training.
-
-    Raises:
-      ValueError: more are asked for than there are (the family `single` runs out first, near 1200).
-    """
-    rng = np.random.default_rng(seed)
-    tasks: dict[str, Task] = {}
-    tries = 0
-    while len(tasks) < n:
-        task = _sample(rng, FAMILIES[len(tasks) % len(FAMILIES)], held_out=True)
-        tries = 0 if tasks.setdefault(task.prompt, task) is task else tries + 1
-        if tries > 2000:
-            raise ValueError(f"There are no {n} distinct held-out prompts; only about {len(tasks)}.")
-    return list(tasks.values())
 
 
 # ----------------------------------------------------------------------------------------------- small pieces
@@ -352,35 +250,3 @@ def _task(
     conclusion: str = "",
 ) -> Task:
     return Task(family, prompt, split.entities(entities), tuple(asked), (), conclusion, Program(tuple(nodes)))
-
-
-def _coin(rng: np.random.Generator) -> int:
-    return int(rng.integers(2))
-
-
-def _pick(rng: np.random.Generator, items: Sequence[str], count: int) -> tuple[str, ...]:
-    return tuple(items[i] for i in rng.choice(len(items), count, replace=False))
-
-
-def _draw_kind(rng: np.random.Generator, kinds: Sequence[Kind]) -> Kind:
-    weights = np.array([_KIND_WEIGHTS[KINDS.index(kind)] for kind in kinds])
-    return kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
-
-
-def _draw_start(rng: np.random.Generator) -> str:
-    return _CHAIN_STARTS[rng.integers(len(_CHAIN_STARTS))]
-
-
-def _draw_entities(rng: np.random.Generator, kind: Kind, fewest: int, most: int) -> tuple[str, ...]:
-    return _pick(rng, kind.entities, int(rng.integers(fewest, most + 1)))
-
-
-def _draw_nouns(
-    rng: np.random.Generator, kind: Kind, fewest: int | None = None, most: int = 5, must: str | None = None
-) -> tuple[str, ...]:
-    """Some attributes in their fixed order, `must` among them; by default all but two or more."""
-    fewest = max(2, len(kind.nouns) - 2) if fewest is None else fewest
-    count = int(rng.integers(fewest, min(most, len(kind.nouns)) + 1))
-    others = [noun for noun in kind.nouns if noun != must]
-    chosen = {*_pick(rng, others, count - (must is not None)), must}
-    return tuple(noun for noun in kind.nouns if noun in chosen)

@@ -8,7 +8,7 @@ follow. Then
 
   right     expected statements that were made, and are true; the conclusion counts CONCLUSION_WEIGHT
   expected  all that the prompt asks for; the conclusion counts CONCLUSION_WEIGHT
-  wrong     statements and headings that are false, repeated, not asked for, unreadable, or out of order (steps)
+  wrong     statements and headings that are false, repeated, unasked, unreadable, or out of order (steps)
 
 so a missing statement costs less than a false one, and repeating oneself costs as much as junk. Independent
 parts may come in any order; the exact gold string is never required.
@@ -32,6 +32,7 @@ from typing import NamedTuple
 from pasta_jax.data.almanac import facts
 from pasta_jax.data.almanac.facts import KIND_OF, KINDS, Fact
 from pasta_jax.data.almanac.families import Task, say_step
+from pasta_jax.data.almanac.prompts import task_of
 
 CONCLUSION_WEIGHT = 2
 
@@ -53,8 +54,9 @@ class Preference(NamedTuple):
     confidence: float
 
 
-def truth(task: Task, response: str) -> Verdict:
-    """Scores a response against the truth."""
+def truth(task: Task | str, response: str) -> Verdict:
+    """Scores a response to a task, or to its prompt (ValueError if that is no almanac prompt)."""
+    task = task_of(task) if isinstance(task, str) else task
     reader = _Reader(task)
     for line in response.splitlines():
         reader.read_line(line.strip())
@@ -62,7 +64,7 @@ def truth(task: Task, response: str) -> Verdict:
     return Verdict(reader.right / (expected + len(reader.wrong)), reader.right, expected, tuple(reader.wrong))
 
 
-def compare(task: Task, a: str, b: str) -> Preference:
+def compare(task: Task | str, a: str, b: str) -> Preference:
     """Which response is better, in the protocol of an LLM judge.
 
     The higher truth score wins, with confidence 0.5 + 2 * |difference|, at most 1. With equal scores the

@@ -19,8 +19,9 @@ import numpy as np
 import sentencepiece
 
 from pasta_jax.data.almanac import facts
+from pasta_jax.data.almanac.draw import training_task
 from pasta_jax.data.almanac.facts import KIND_OF
-from pasta_jax.data.almanac.families import plain, say_step, training_task
+from pasta_jax.data.almanac.families import plain, say_step
 from pasta_jax.lang import tags
 
 TURNS = ("<user>", "<model>")
@@ -33,31 +34,36 @@ Document = tuple[str | None, str]
 """A prompt, or None for plain text, and the text that follows it."""
 
 
+_ENTITIES = tuple(KIND_OF)
+
+
 def profile(entity: str, rng: np.random.Generator) -> str:
     """Facts of one entity as plain text, at least half of them, in their fixed order.
 
-    >>> profile("Mars", np.random.default_rng(0))
-    'Mars is a planet. It is planet 4 from the Sun. It is a rocky planet. It has no rings.'
+    >>> profile("Mars", np.random.default_rng(1))
+    'Mars is a planet. It is planet 4 from the Sun. It is a rocky planet.'
     """
     nouns = KIND_OF[entity].nouns
     keep = rng.permutation(len(nouns)) < rng.integers((len(nouns) + 1) // 2, len(nouns) + 1)
     return " ".join([facts.introduce(entity), *(facts.say(entity, n) for n, k in zip(nouns, keep) if k)])
 
 
+def base_document(rng: np.random.Generator, plain_text: float = 0.4) -> Document:
+    """One document. `plain_text` is the share of documents (not of tokens) that are plain text."""
+    if rng.random() >= plain_text:
+        task = training_task(rng)
+        return task.prompt, plain(task)
+    entity = _ENTITIES[rng.integers(len(_ENTITIES))]
+    following = facts.successor(entity)
+    if following is not None and rng.random() < 0.2:
+        return None, say_step(entity, following)
+    return None, profile(entity, rng)
+
+
 def base_documents(rng: np.random.Generator, plain_text: float = 0.4) -> Iterator[Document]:
-    """Documents without end. `plain_text` is the share of documents (not of tokens) that are plain text."""
-    entities = tuple(KIND_OF)
+    """Documents without end."""
     while True:
-        if rng.random() >= plain_text:
-            task = training_task(rng)
-            yield task.prompt, plain(task)
-            continue
-        entity = entities[rng.integers(len(entities))]
-        following = facts.successor(entity)
-        if following is not None and rng.random() < 0.2:
-            yield None, say_step(entity, following)
-        else:
-            yield None, profile(entity, rng)
+        yield base_document(rng, plain_text)
 
 
 def tokenizer_corpus(documents: int = 6000, seed: int = 0) -> Iterator[str]:

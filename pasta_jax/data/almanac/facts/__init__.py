@@ -13,12 +13,13 @@ performance.
 Checked against:
   elements   `mendeleev` (name, number, symbol, period, group, phase at 20 °C) and `periodictable`: all agree,
              but for the spelling of aluminium, where the tables follow IUPAC.
-  states     `us` (capital, postal code, year): all agree. The order follows from the years and, within a year,
-             from general knowledge of the dates; by convention North Dakota is before South Dakota (same
-             day).
+  states     `us` (capital, postal code, year): all agree. The order follows from the years and, within a
+             year, from general knowledge of the dates; of the two Dakotas, made states together, North is
+             first by convention.
   countries  `countryinfo` with `pycountry` (capital, language, currency; region, which has one name for both
              Americas): all agree, but for accents, and for Croatia, where it predates the euro (2023).
-  planets, novels, operas   general knowledge alone.
+  planets, novels, operas   general knowledge; some years (Robinson Crusoe, Oblomov, Tosca, Jenufa, Madama
+             Butterfly, Peter Grimes) also against published chronologies.
 
 Examples:
   >>> value("France", "capital"), say("France", "capital")
@@ -148,10 +149,13 @@ KINDS = (
         {
             "capital": "Its capital is {}.",
             "postal code": "Its postal code is {}.",
-            "number": "It was state number {}.",
+            "state number": "It was state number {}.",
             "year": "It joined the Union in {}.",
         },
-        (("number", "has the highest number", "largest"), ("number", "has the lowest number", "smallest")),
+        (
+            ("state number", "has the highest state number", "largest"),
+            ("state number", "has the lowest state number", "smallest"),
+        ),
         in_order=True,
     ),
     _kind(

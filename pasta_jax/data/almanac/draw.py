@@ -1,0 +1,165 @@
+"""Drawing tasks at random: without end for training, distinct and held out for evaluation.
+
+Kinds, entities, attributes, lengths and the wording of the prompt are drawn; a task on the wrong side of the split
+is drawn again.
+
+Examples:
+  >>> training_task(np.random.default_rng(0), "single").family
+  'single'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pasta_jax.data.almanac import facts, split
+from pasta_jax.data.almanac.facts import KIND_OF, KINDS, Kind
+from pasta_jax.data.almanac.families import (
+    FAMILIES,
+    Section,
+    Task,
+    chain,
+    chain_task,
+    compare_task,
+    list_task,
+    mixed_task,
+    prose_task,
+    report_task,
+    single_task,
+)
+
+_KIND_WEIGHTS = np.array([max(len(kind.entities), 12) for kind in KINDS], np.float64)
+"""Kinds are drawn by their size, so that every entity is seen about equally often; planets somewhat more."""
+_ORDERED = tuple(kind for kind in KINDS if kind.in_order)
+_COMPARED = tuple(kind for kind in KINDS if kind.superlatives)
+_CHAIN_STARTS = tuple(e for kind in _ORDERED for e in kind.entities)
+
+
+def _draw_list(rng: np.random.Generator) -> Task:
+    kind = _draw_kind(rng, KINDS)
+    return list_task(_draw_entities(rng, kind, 3, 6), _draw_nouns(rng, kind), _coin(rng))
+
+
+def _draw_prose(rng: np.random.Generator) -> Task:
+    kind = _draw_kind(rng, KINDS)
+    return prose_task(_draw_entities(rng, kind, 3, 6), _draw_nouns(rng, kind), _coin(rng))
+
+
+def _draw_compare(rng: np.random.Generator) -> Task | None:
+    kind = _draw_kind(rng, _COMPARED)
+    superlative = kind.superlatives[rng.integers(len(kind.superlatives))]
+    entities = _draw_entities(rng, kind, 2, 4)
+    if len({facts.value(e, superlative.noun) for e in entities}) < len(entities):
+        return None
+    nouns = _draw_nouns(rng, kind, must=superlative.noun)
+    return compare_task(entities, nouns, superlative, _coin(rng))
+
+
+def _draw_chain(rng: np.random.Generator) -> Task | None:
+    start, length = _draw_start(rng), int(rng.integers(3, 7))
+    nouns = KIND_OF[start].nouns
+    if not chain(start, length):
+        return None
+    return chain_task(start, length, nouns[rng.integers(len(nouns))], _coin(rng))
+
+
+def _draw_single(rng: np.random.Generator) -> Task:
+    return single_task(facts.FACTS[rng.integers(len(facts.FACTS))], _coin(rng))
+
+
+def _draw_report(rng: np.random.Generator) -> Task | None:
+    sections: list[Section] = []
+    for position in range(int(rng.integers(3, 5))):
+        kind = _draw_kind(rng, KINDS)
+        group = position == 0 or rng.random() < 0.3
+        entities = _draw_entities(rng, kind, 2, 4) if group else _draw_entities(rng, kind, 1, 1)
+        fewest = 2 if group else 1
+        sections.append(Section(entities, _draw_nouns(rng, kind, fewest, 3 if group else 5)))
+    order = rng.permutation(len(sections))
+    sections = [sections[i] for i in order]
+    entities = tuple(e for section in sections for e in section.entities)
+    if len(set(entities)) < len(entities) or len({s.heading for s in sections}) < len(sections):
+        return None
+    return report_task(sections, _coin(rng))
+
+
+def _draw_mixed(rng: np.random.Generator) -> Task | None:
+    starts = _pick(rng, _CHAIN_STARTS, int(rng.integers(3, 6)))
+    lengths = [int(n) for n in rng.integers(2, 5, len(starts))]
+    if not all(chain(start, length) for start, length in zip(starts, lengths, strict=True)):
+        return None
+    return mixed_task(starts, lengths, _coin(rng))
+
+
+def _coin(rng: np.random.Generator) -> int:
+    return int(rng.integers(2))
+
+
+def _pick(rng: np.random.Generator, items: Sequence[str], count: int) -> tuple[str, ...]:
+    return tuple(items[i] for i in rng.choice(len(items), count, replace=False))
+
+
+def _draw_kind(rng: np.random.Generator, kinds: Sequence[Kind]) -> Kind:
+    weights = np.array([_KIND_WEIGHTS[KINDS.index(kind)] for kind in kinds])
+    return kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
+
+
+def _draw_start(rng: np.random.Generator) -> str:
+    return _CHAIN_STARTS[rng.integers(len(_CHAIN_STARTS))]
+
+
+def _draw_entities(rng: np.random.Generator, kind: Kind, fewest: int, most: int) -> tuple[str, ...]:
+    return _pick(rng, kind.entities, int(rng.integers(fewest, most + 1)))
+
+
+def _draw_nouns(
+    rng: np.random.Generator, kind: Kind, fewest: int | None = None, most: int = 5, must: str | None = None
+) -> tuple[str, ...]:
+    """Some attributes in their fixed order, `must` among them; by default all but two or more."""
+    fewest = max(2, len(kind.nouns) - 2) if fewest is None else fewest
+    count = int(rng.integers(fewest, min(most, len(kind.nouns)) + 1))
+    others = [noun for noun in kind.nouns if noun != must]
+    chosen = {*_pick(rng, others, count - (must is not None)), must}
+    return tuple(noun for noun in kind.nouns if noun in chosen)
+
+
+_DRAW: dict[str, Callable[[np.random.Generator], Task | None]] = {
+    "list": _draw_list,
+    "prose": _draw_prose,
+    "compare": _draw_compare,
+    "chain": _draw_chain,
+    "single": _draw_single,
+    "report": _draw_report,
+    "mixed": _draw_mixed,
+}
+
+
+def _sample(rng: np.random.Generator, family: str, *, held_out: bool) -> Task:
+    while True:
+        task = _DRAW[family](rng)
+        if task is not None and split.held_out(task.combination) == held_out:
+            return task
+
+
+def training_task(rng: np.random.Generator, family: str | None = None) -> Task:
+    """A fresh training task, of any family unless one is given; its combination is never held out."""
+    return _sample(rng, family or FAMILIES[rng.integers(len(FAMILIES))], held_out=False)
+
+
+def evaluation_tasks(n: int = 500, seed: int = 0) -> list[Task]:
+    """`n` distinct prompts, families in turn, whose combinations never occur in training.
+
+    Raises:
+      ValueError: more are asked for than there are (the family `single` runs out first, near 1200).
+    """
+    rng = np.random.default_rng(seed)
+    tasks: dict[str, Task] = {}
+    tries = 0
+    while len(tasks) < n:
+        task = _sample(rng, FAMILIES[len(tasks) % len(FAMILIES)], held_out=True)
+        tries = 0 if tasks.setdefault(task.prompt, task) is task else tries + 1
+        if tries > 2000:
+            raise ValueError(f"There are no {n} distinct held-out prompts; only about {len(tasks)}.")
+    return list(tasks.values())
