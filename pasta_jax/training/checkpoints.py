@@ -11,7 +11,6 @@ to know where the arrays should lie, never where they lay when they were written
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import importlib.metadata
 import json
@@ -50,6 +49,13 @@ class About:
     tokenizer_model: bytes
     tag_ids: dict[str, int]
     versions: dict[str, str]
+
+    def is_of(self, tokenizer: Tokenizer) -> bool:
+        """Whether it was trained with this tokenizer, or with one of the same vocabulary."""
+        return (
+            self.tokenizer_model == tokenizer.to_bytes()
+            or self.tokenizer().vocabulary == tokenizer.vocabulary
+        )
 
     def tokenizer(self) -> SentencePieceTokenizer:
         """The tokenizer that it was trained with."""
@@ -134,7 +140,7 @@ class Checkpoints:
                 f"{self.directory.parent} already has step {about.step} of a different config "
                 f"({', '.join(changed)}). Use a new --workdir; --config.init_from starts from its weights."
             )
-        if about.tokenizer().vocabulary != self._tokenizer.vocabulary:
+        if not about.is_of(self._tokenizer):
             raise CheckpointError(
                 f"{path} was trained with another tokenizer than {self._config.data.tokenizer!r} is now. "
                 "Use a new --workdir."
@@ -204,9 +210,11 @@ def read_about(path: epath.Path) -> About:
             tag_ids=dict(tree["tag_ids"]),
             versions=dict(tree["versions"]),
         )
+    except CheckpointError:
+        raise
     except ConfigError as error:
         raise CheckpointError(f"The configuration in {file} is not one of this pasta_jax: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, binascii.Error) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(_damaged(path, f"{file.name}: {type(error).__name__}: {error}")) from error
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -27,14 +27,7 @@ from pasta_jax.training import losses
 from pasta_jax.training.checkpoints import CheckpointError, Checkpoints, load_params, versions
 from pasta_jax.training.metrics import MetricsWriter
 from pasta_jax.training.signals import Stopped, stop_requests
-from pasta_jax.training.state import (
-    Params,
-    TrainState,
-    make_optimizer,
-    make_schedule,
-    new_state,
-    state_shardings,
-)
+from pasta_jax.training.state import Params, TrainState, make_optimizer, make_schedule, new_state
 from pasta_jax.visibility import visible
 
 LossFn: TypeAlias = Callable[[Array, ThreadedTokens], tuple[Array, dict[str, Array]]]
@@ -58,6 +51,7 @@ def train(
     workdir: str | os.PathLike[str],
     loss_fn: LossFn = sft,
     stop_after: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> TrainState:
     """Trains, from scratch, from `config.init_from`, or from where an earlier call with this workdir ended.
 
@@ -68,6 +62,7 @@ def train(
       workdir: gets config.json, env.json, metrics.jsonl and checkpoints/.
       loss_fn: the loss.
       stop_after: leave after this step as if the run had ended; a later call goes on.
+      devices: those of the mesh, by default all.
 
     Returns:
       the state after the last step, which is saved.
@@ -81,10 +76,11 @@ def train(
     # ---------------------------------------------------------------------------------------------- mesh
 
     workdir = os.fspath(workdir)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    over_rows = sharding.batch_sharding(mesh)
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    check_sizes(config, tokenizer, mesh)
+    try:
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+        over_rows = sharding.batch_sharding(mesh, config.data.rows)
+    except ValueError as error:
+        raise ConfigError(f"config.mesh: {error}") from error
 
     # --------------------------------------------------------------------------------- model and optimiser
 
@@ -93,13 +89,16 @@ def train(
     schedule = make_schedule(config.optimizer, config.steps)
     new_params = functools.partial(init_params, config.model, jax.random.key(config.seed))
     shapes = jax.eval_shape(lambda: new_state(new_params(), optimizer))
-    param_shardings = sharding.param_shardings(shapes.params, mesh)
-    lie = state_shardings(shapes, param_shardings, replicated, optimizer)
+    lie = sharding.param_shardings(shapes, mesh)  # the optimiser's moments have their parameters' names
+    check_vocabulary(config, tokenizer)
 
     # --------------------------------------------------------------------------------------- update step
 
     @functools.partial(
-        jax.jit, donate_argnums=0, in_shardings=(lie, over_rows), out_shardings=(lie, replicated)
+        jax.jit,
+        donate_argnums=0,
+        in_shardings=(lie, over_rows),
+        out_shardings=(lie, sharding.replicated(mesh)),
     )
     def update(state: TrainState, fields: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         batch = ThreadedTokens(**fields)
@@ -110,7 +109,7 @@ def train(
 
         grads, measured = jax.grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        measured |= {"lr": schedule(state.step), "grad_norm": optax.global_norm(grads)}
+        measured |= {"lr": schedule(state.step), "grad_norm": norm(grads)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), measured
 
     with Checkpoints(workdir, config, tokenizer) as checkpoints:
@@ -118,17 +117,14 @@ def train(
 
         data_index = 0
         if checkpoints.latest() is not None:
-            target = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lie
-            )
-            state, about = checkpoints.restore(target)
+            state, about = checkpoints.restore(sharding.abstract(shapes, lie))
             data_index = about.data_index
             logging.info("Going on from step %d of %s.", about.step, workdir)
         else:
             if config.init_from:
-                params = pretrained_params(config, tokenizer, shapes.params, param_shardings)
+                params = pretrained_params(config, tokenizer, shapes.params, lie.params)
             else:
-                params = jax.jit(new_params, out_shardings=param_shardings)()
+                params = jax.jit(new_params, out_shardings=lie.params)()
             state = jax.jit(new_state, static_argnums=1, out_shardings=lie)(params, optimizer)
             del params
         step = int(state.step)
@@ -232,7 +228,7 @@ class Meter:
 def pretrained_params(config: Config, tokenizer: Tokenizer, shapes: Params, shardings: Any) -> Params:
     """The weights of `config.init_from`, which must be of this model and this tokenizer."""
     params, about = load_params(config.init_from, shardings=lambda _: shardings, expected=shapes)
-    if about.tokenizer().vocabulary != tokenizer.vocabulary:
+    if not about.is_of(tokenizer):
         raise CheckpointError(
             f"{about.path} was trained with another tokenizer than {config.data.tokenizer!r}. "
             "Train with its own, or from scratch."
@@ -241,21 +237,18 @@ def pretrained_params(config: Config, tokenizer: Tokenizer, shapes: Params, shar
     return params
 
 
-def check_sizes(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> None:
-    """Refuses, in words, what would fail in the middle of compiling."""
-    vocabulary = len(tokenizer.vocabulary)
-    if config.model.vocab_size < vocabulary:
+def norm(tree: Any) -> Array:
+    """Of all numbers in a tree together."""
+    return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
+
+
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuses a model that has no embedding for some id."""
+    ids = len(tokenizer.vocabulary)
+    if config.model.vocab_size < ids:
         raise ConfigError(
-            f"model.vocab_size is {config.model.vocab_size}, the tokenizer has {vocabulary} ids. "
-            f"Set --config.model.vocab_size={vocabulary}."
-        )
-    over = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.data.rows % over:
-        below = config.data.rows // over * over
-        nearest = ", ".join(str(n) for n in (below, below + over) if n)
-        raise ConfigError(
-            f"data.rows {config.data.rows} is not divisible by data*fsdp = {over} devices. "
-            f"Nearest: {nearest}."
+            f"model.vocab_size is {config.model.vocab_size}, the tokenizer has {ids} ids. "
+            f"Set --config.model.vocab_size={ids} or more."
         )
 
 

@@ -66,24 +66,3 @@ def decays(params: Params) -> Params:
 def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Before the first update."""
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-
-def state_shardings(
-    state: TrainState, param_shardings: Any, replicated: Any, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """A sharding for every leaf: the optimiser's moments lie as their parameters do, the rest everywhere.
-
-    Args:
-      state: arrays or their shapes.
-      param_shardings: for `state.params`.
-      replicated: for what is not per parameter.
-      optimizer: the one that made `state.opt_state`.
-    """
-    opt_shardings = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        state.opt_state,
-        param_shardings,
-        transform_non_params=lambda _: replicated,
-    )
-    return TrainState(param_shardings, opt_shardings, replicated)

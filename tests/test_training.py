@@ -1,0 +1,258 @@
+"""The training loop: it learns, resumes bit by bit, stops in good order, and shards without a difference."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pasta_jax.arrays import NO_TARGET, ThreadedTokens
+from pasta_jax.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    LogConfig,
+    MeshConfig,
+    OptimizerConfig,
+)
+from pasta_jax.model.config import ModelConfig
+from pasta_jax.testing import WordTokenizer
+from pasta_jax.training import loop
+from pasta_jax.training.checkpoints import CheckpointError, find
+from pasta_jax.training.metrics import read_metrics
+from pasta_jax.training.signals import Stopped
+from pasta_jax.training.state import TrainState, decays, make_schedule
+
+TOKENIZER = WordTokenizer("the Nile is long")
+VOCABULARY = len(TOKENIZER.vocabulary)
+CONFIG = Config(
+    steps=8,
+    model=ModelConfig(
+        vocab_size=-(-VOCABULARY // 8) * 8,
+        num_layers=1,
+        model_dim=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_dim=32,
+    ),
+    data=DataConfig(rows=8, length=32),
+    # A large eps, so that where a gradient is next to nothing its rounding error is not blown up to a step.
+    optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, eps=1e-4),
+    mesh=MeshConfig(fsdp=1),
+    checkpoint=CheckpointConfig(every_steps=4),
+    log=LogConfig(every=1),
+)
+
+
+class Counting:
+    """Documents that count upwards from a token that depends on the index."""
+
+    def __getitem__(self, index: int) -> ThreadedTokens:
+        rng = np.random.default_rng(index)
+        line = np.arange(rng.integers(5, 15), dtype=np.int32)
+        token = line + rng.integers(10, 20, dtype=np.int32)
+        return ThreadedTokens(
+            token=token,
+            position=line,
+            doc=np.ones_like(line),
+            segment=np.zeros_like(line),
+            order=line,
+            sees=np.zeros((len(line), 1), np.uint32),
+            thread=np.zeros_like(line),
+            target=np.append(token[1:], NO_TARGET).astype(np.int32),
+        )
+
+
+class At(Counting):
+    """The same; something happens when one document is asked for."""
+
+    def __init__(self, index: int, happens: Callable[[], object]):
+        self.index, self.happens = index, happens
+
+    def __getitem__(self, index: int) -> ThreadedTokens:
+        if index == self.index:
+            self.happens()
+        return super().__getitem__(index)
+
+
+def train(workdir: pathlib.Path, config: Config = CONFIG, source: Any = None, **kwargs: Any) -> TrainState:
+    devices = jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor]
+    source = source or Counting()
+    return loop.train(config, source=source, tokenizer=TOKENIZER, workdir=workdir, devices=devices, **kwargs)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal to the bit."""
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def changed(config: Config = CONFIG, **sections: dict[str, Any]) -> Config:
+    new = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **new)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, pathlib.Path]:
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return train(workdir), workdir
+
+
+def test_it_learns_and_writes_down_what_it_did(whole: tuple[TrainState, pathlib.Path]) -> None:
+    _, workdir = whole
+    lines = read_metrics(str(workdir / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    for line in lines:
+        assert set(line) == {
+            *("step", "loss", "accuracy", "targets", "lr", "grad_norm", "tokens_per_s", "packing")
+        }
+        assert 0.8 < line["packing"] <= 1
+    assert json.loads((workdir / "config.json").read_text())["data"]["rows"] == 8
+    assert json.loads((workdir / "env.json").read_text())["versions"]["jax"] == jax.__version__
+    assert find(workdir).name == "8"
+
+
+def test_resuming_is_bit_identical(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    train(tmp_path, stop_after=3)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')  # a run that was cut off after its last save
+    resumed = train(tmp_path)
+    assert_same(resumed, whole[0])
+    lines = read_metrics(str(tmp_path / "metrics.jsonl"))
+    uninterrupted = read_metrics(str(whole[1] / "metrics.jsonl"))
+    assert [(x["step"], x["loss"]) for x in lines] == [(x["step"], x["loss"]) for x in uninterrupted]
+    assert_same(train(tmp_path), whole[0])  # and once it is finished, running it again changes nothing
+
+
+def test_sigterm_saves_and_resumes(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    source = At(130, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped) as stopped:
+        train(tmp_path, source=source)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert 1 <= int(find(tmp_path).name) < 8
+    assert_same(train(tmp_path), whole[0])
+
+
+def test_sharded_is_unsharded(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    sharded = train(tmp_path, changed(mesh={"data": 2, "fsdp": 2, "tensor": 2}))
+    q_proj = sharded.params["layer_0"]["attn"]["q_proj"]
+    assert len({str(shard.index) for shard in q_proj.addressable_shards}) == 4
+    for x, y in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole[0])):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(
+    whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    train(tmp_path, changed(mesh={"data": 1, "fsdp": 4, "tensor": 2}), stop_after=4)
+    resumed = train(tmp_path, changed(mesh={"data": 2}))
+    for x, y in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole[0])):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+GOLDEN = {"loss": 0.0, "grad_norm": 0.0, "params": 0.0, "embedding": 0.0}
+
+
+def test_golden_step(tmp_path: pathlib.Path) -> None:
+    state = train(tmp_path, stop_after=1)
+    (line,) = read_metrics(str(tmp_path / "metrics.jsonl"))
+    found = {name: line[name] for name in ("loss", "grad_norm")}
+    found["params"] = sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(state.params))
+    found["embedding"] = float(state.params["embed"]["embedding"][15, 3])
+    assert found == pytest.approx(GOLDEN, rel=1e-4), (
+        f"One SFT step gives other numbers than before. If you meant this, update GOLDEN to {found}."
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None:
+    def loss_fn(logits: Any, batch: ThreadedTokens) -> Any:
+        loss, measured = loop.sft(logits, batch)
+        loss = jnp.where(jnp.any(batch.token == 99), jnp.nan, loss)
+        return loss, measured | {"loss": loss}
+
+    class Poisoned(Counting):
+        def __getitem__(self, index: int) -> ThreadedTokens:
+            document = super().__getitem__(index)
+            if index == 140:
+                document.token[0] = 99
+            return document
+
+    with pytest.raises(
+        loop.NonFiniteLoss, match=r"The loss is nan at step 6; step 4 in .* is good, and is kept"
+    ):
+        train(tmp_path, source=Poisoned(), loss_fn=loss_fn)
+    assert find(tmp_path).name == "4"
+
+
+def test_an_error_in_the_data_is_raised(tmp_path: pathlib.Path) -> None:
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(tmp_path, source=At(50, fail))
+
+
+def test_starting_from_weights(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    config = dataclasses.replace(CONFIG, init_from=str(whole[1]), steps=1)
+    train(tmp_path, config)
+    (line,) = read_metrics(str(tmp_path / "metrics.jsonl"))
+    assert line["loss"] < read_metrics(str(whole[1] / "metrics.jsonl"))[-2]["loss"] * 1.2
+    other = changed(config, model={"mlp_dim": 64})
+    with pytest.raises(
+        CheckpointError, match=r"First difference: layer_0/mlp/\w+ is \(.*32.*\) in the checkpoint"
+    ):
+        train(tmp_path / "other", other)
+    with pytest.raises(CheckpointError, match="no such directory"):
+        train(tmp_path / "none", dataclasses.replace(CONFIG, init_from=str(tmp_path / "nowhere")))
+
+
+def test_a_workdir_of_another_experiment_is_refused(whole: tuple[TrainState, pathlib.Path]) -> None:
+    before = (whole[1] / "config.json").read_text()
+    with pytest.raises(
+        CheckpointError, match=r"already has step 8 of a different config \(optimizer.lr\)\. Use"
+    ):
+        train(whole[1], changed(optimizer={"lr": 1.0}))
+    assert (whole[1] / "config.json").read_text() == before
+
+
+def test_sizes_that_do_not_go_together(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=f"the tokenizer has {VOCABULARY} ids"):
+        train(tmp_path, changed(model={"vocab_size": 64}))
+    with pytest.raises(ConfigError, match=r"does not divide rows B=6"):
+        train(tmp_path, changed(data={"rows": 6}, mesh={"data": 4}))
+    with pytest.raises(ConfigError, match=r"config.mesh: mesh .* devices"):
+        loop.train(CONFIG, source=Counting(), tokenizer=TOKENIZER, workdir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # Warm-up 1/2, 1; then over 4 steps from 1 down to a half.
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5]),
+        ("cosine", [0.5, 1, 1, 0.5 + 0.25 * (1 + 2**-0.5), 0.75, 0.5 + 0.25 * (1 - 2**-0.5), 0.5]),
+    ],
+)
+def test_schedules(kind: Any, expected: list[float]) -> None:
+    schedule = make_schedule(OptimizerConfig(lr=1, warmup_steps=2, schedule=kind, final_lr=0.5), steps=6)
+    np.testing.assert_allclose([schedule(i) for i in range(7)], expected, rtol=1e-6)
+
+
+def test_norms_do_not_decay(whole: tuple[TrainState, pathlib.Path]) -> None:
+    mask = decays(whole[0].params)
+    assert mask["embed"]["embedding"]
+    assert mask["layer_0"]["mlp"]["up_proj"]
+    assert not mask["layer_0"]["mlp_norm"]["scale"]
+    assert not mask["final_norm"]["scale"]
