@@ -1,6 +1,6 @@
 """Drawing tasks at random: without end for training, distinct and held out for evaluation.
 
-Kinds, entities, attributes, lengths and the wording of the prompt are drawn; a task on the wrong side of the split
+Kinds, entities, attributes, lengths and wordings are drawn; a task on the wrong side of the split
 is drawn again.
 
 Examples:
@@ -160,6 +160,6 @@ def evaluation_tasks(n: int = 500, seed: int = 0) -> list[Task]:
     while len(tasks) < n:
         task = _sample(rng, FAMILIES[len(tasks) % len(FAMILIES)], held_out=True)
         tries = 0 if tasks.setdefault(task.prompt, task) is task else tries + 1
-        if tries > 2000:
+        if tries > 1000:
             raise ValueError(f"There are no {n} distinct held-out prompts; only about {len(tasks)}.")
     return list(tasks.values())

@@ -127,6 +127,8 @@ def chain_task(start: str, length: int, noun: str, template: int = 0) -> Task:
     kind = KIND_OF[start]
     prompt = TEMPLATES["chain"][template].format(length=length, plural=kind.plural, start=start, noun=noun)
     steps = chain(start, length)
+    if not steps:
+        raise ValueError(f"There are no {length} {kind.plural} after {start}.")
     nodes = [Text(_numbered(step, facts.say(step.after, noun))) for step in steps]
     asked = product((step.after for step in steps), (noun,))
     combination = split.chain(kind.name, start, length)
@@ -174,6 +176,8 @@ def mixed_task(starts: Sequence[str], lengths: Sequence[int], template: int = 0)
     parts = join([f"{length} after {start}" for start, length in zip(starts, lengths, strict=True)])
     prompt = TEMPLATES["mixed"][template].format(chains=parts)
     chains = [chain(start, length) for start, length in zip(starts, lengths, strict=True)]
+    if not all(chains):
+        raise ValueError(f"Not all of these chains exist: {parts}.")
     nodes = [
         _promise(start, f"From {start}:\n" + "".join(_numbered(step) for step in steps))
         for start, steps in zip(starts, chains, strict=True)

@@ -18,7 +18,7 @@ from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
 
 SOURCES = ("base", "plain", "annotated")
-"""What there is to learn from: text for the base model, plain answers, answers with the annotator's annotations."""
+"""What there is to learn from: text for the base model, plain answers, annotated answers."""
 
 _ENDLESS = 2**31
 """Documents are made up as they are asked for; this many are claimed."""

@@ -35,6 +35,7 @@ Document = tuple[str | None, str]
 
 
 _ENTITIES = tuple(KIND_OF)
+_PATH_LENGTH = 240
 
 
 def profile(entity: str, rng: np.random.Generator) -> str:
@@ -88,7 +89,9 @@ def train_tokenizer(path: str | os.PathLike[str] | None = None, *, seed: int = 0
     words = collections.Counter(word for text in corpus for word in re.findall(" ?[A-Za-z]+", text))
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
-        seeds = pathlib.Path(folder, "words.tsv")
+        # The model keeps this file's name, which therefore has one length everywhere and is blanked below:
+        # the model must not depend on where the folder lies.
+        seeds = pathlib.Path(folder, "w" * (_PATH_LENGTH - len(os.fsencode(folder)) - 1))
         lines = [f"{word.replace(' ', '▁')}\t{count}\n" for word, count in sorted(words.items())]
         seeds.write_text("".join(lines), encoding="utf-8")
         sentencepiece.SentencePieceTrainer.Train(
@@ -114,6 +117,7 @@ def train_tokenizer(path: str | os.PathLike[str] | None = None, *, seed: int = 0
             shuffle_input_sentence=False,
             minloglevel=2,
         )
+    trained = model.getvalue().replace(os.fsencode(seeds), b"w" * _PATH_LENGTH)
     if path is not None:
-        pathlib.Path(path).write_bytes(model.getvalue())
-    return model.getvalue()
+        pathlib.Path(path).write_bytes(trained)
+    return trained
