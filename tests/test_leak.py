@@ -1,0 +1,104 @@
+"""Law 4: d logits(q) / d embedding(k) is exactly zero iff q may not see k, through the whole model.
+
+It tests visibility through the whole model, not the matrix builder: a leak in any layer would show.
+"""
+
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_model import random_params
+from test_visibility import Writer, random_tree
+
+from pasta_jax.model import ModelConfig, Transformer, empty_pool
+from pasta_jax.visibility import visible
+
+CONFIG = ModelConfig(
+    vocab_size=24, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32
+)
+
+
+def nested() -> Writer:
+    """Two branches at once, one with a branch of its own, then a join of both and a third after it."""
+    writer = Writer()
+    main = writer.main
+    main.write(2)
+    one = main.fork()
+    one.write(1)
+    main.write(1)
+    inner = one.fork()
+    two = main.fork()
+    for thread in (inner, two, one, main, inner):
+        thread.write(1)
+    one.join(inner)
+    one.write(1)
+    main.join(one, two)
+    main.write(1)
+    three = main.fork()
+    main.write(1)
+    three.write(1)
+    main.join(three)
+    main.write(1)
+    return writer
+
+
+def influence(may_attend: np.ndarray, seed: int, *, with_pool: bool) -> np.ndarray:
+    """bool [Q, P]: whether the gradient of any logit of q reaches the embedding of k at all."""
+    length = len(may_attend)
+    rng = np.random.default_rng(seed)
+    model, params = Transformer(CONFIG), random_params(CONFIG, rng)
+    tokens = rng.integers(0, CONFIG.vocab_size, (1, length), np.int32)
+    positions = rng.integers(0, 50, (1, length), np.int32)
+    embedded = model.apply({"params": params}, tokens, method=lambda m, t: m.embed(t))
+    memory = (empty_pool(CONFIG, 1, length + 4), jnp.zeros(1, jnp.int32)) if with_pool else ()
+
+    weights_V = rng.normal(size=CONFIG.vocab_size).astype(np.float32)
+
+    def logits(embedded: jax.Array) -> jax.Array:
+        hidden, _ = model.apply(
+            {"params": params},
+            embedded,
+            positions,
+            jnp.asarray(may_attend)[None],
+            *memory,
+            method="from_embedded",
+        )
+        return model.apply({"params": params}, hidden, method="logits")[0]
+
+    def reaches(one_query: jax.Array) -> jax.Array:
+        """Cotangents of one query's logits in, which embeddings they reach out: bool [P]."""
+        _, pull = jax.vjp(logits, embedded)
+        return jnp.any(pull(one_query[:, None] * weights_V)[0][0] != 0, axis=-1)
+
+    return np.asarray(jax.jit(jax.vmap(reaches))(jnp.eye(length)))
+
+
+@pytest.mark.parametrize("with_pool", [False, True], ids=["own tokens", "pool"])
+def test_nothing_leaks_in_a_nested_program(with_pool: bool, seed: int) -> None:
+    tokens = nested().tokens()
+    may_attend = visible(tokens, tokens)
+    past = np.tri(len(may_attend), k=-1, dtype=bool)
+    assert may_attend[past].any() and not may_attend[past].all() and may_attend[-1].all()
+    np.testing.assert_array_equal(influence(may_attend, seed, with_pool=with_pool), may_attend)
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_nothing_leaks_in_random_programs(case: int, seed: int) -> None:
+    rng = random.Random(seed + case)
+    while True:
+        writer, may_attend = random_tree(rng, threads=10)
+        if len(may_attend) >= 20:
+            break
+    tokens = writer.tokens()
+    np.testing.assert_array_equal(visible(tokens, tokens), may_attend)
+    np.testing.assert_array_equal(influence(may_attend, seed, with_pool=case % 2 == 1), may_attend)
+
+
+def test_padding_reaches_nobody_and_nobody_reaches_padding(seed: int) -> None:
+    """Only its own residual stream reaches a query that sees nothing."""
+    may_attend = np.tril(np.ones((8, 8), bool))
+    may_attend[5:], may_attend[:, 5:] = False, False
+    own = np.eye(8, dtype=bool)
+    np.testing.assert_array_equal(influence(may_attend, seed, with_pool=False), may_attend | own)

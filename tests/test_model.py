@@ -1,0 +1,206 @@
+"""The decoder: the pool path against the whole pass, causality, padding, counts, configurations."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from pasta_jax.model import ModelConfig, Pool, Transformer, empty_pool, init_params, param_count, pool_bytes
+from pasta_jax.model.layers import attend
+from pasta_jax.model.pool import write
+
+TINY = ModelConfig(
+    vocab_size=48, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32
+)
+LLAMA = dataclasses.replace(
+    TINY, activation="silu", norm_offset=0.0, embed_scale=False, tie_embeddings=False, norm_eps=1e-5
+)
+
+
+def random_params(config: ModelConfig, rng: np.random.Generator) -> Any:
+    """Parameters away from any special value (no norm scale is 0); no compiling."""
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config: ModelConfig, params: Any, *args: Any) -> tuple[Any, Any]:
+    return Transformer(config).apply({"params": params}, *args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(config: ModelConfig, params: Any, hidden: Any) -> Any:
+    return Transformer(config).apply({"params": params}, hidden, method="logits")
+
+
+def inputs(rng: np.random.Generator, rows: int, length: int) -> tuple[Any, Any, Any]:
+    """Random tokens and positions, and random visibility among the past (itself always)."""
+    tokens = rng.integers(0, TINY.vocab_size, (rows, length), np.int32)
+    positions = rng.integers(0, 500, (rows, length), np.int32)
+    may_attend = np.tril(rng.random((rows, length, length)) < 0.6) | np.eye(length, dtype=bool)
+    return tokens, positions, may_attend
+
+
+@pytest.mark.parametrize("config", [TINY, LLAMA], ids=["gemma", "llama"])
+def test_the_pool_in_random_chunks_equals_the_whole_pass(config: ModelConfig, seed: int) -> None:
+    """Rows stand at their own places of the pool; only the used prefix is attended to."""
+    rng = np.random.default_rng(seed)
+    rows, length, entries, lanes = 3, 16, 40, 5
+    params = random_params(config, rng)
+    tokens, positions, may_attend = inputs(rng, rows, length)
+    whole, nothing = forward(config, params, tokens, positions, may_attend)
+    assert nothing is None
+
+    # Row b's tokens go to its entries in order; a step takes up to `lanes` of them, the other lanes are idle:
+    # token 0, nothing visible, written where the next step's tokens go.
+    junk = jax.tree.map(lambda x: x + 7.0, empty_pool(config, rows, entries))  # never read, so never seen
+    pool, done = junk, np.zeros(rows, np.int32)
+    collected = np.zeros(whole.shape, np.float32)
+    while (done < length).any():
+        take = np.minimum(rng.integers(0, lanes + 1, rows), length - done)
+        step_tokens, step_positions = np.zeros((2, rows, lanes), np.int32)
+        step_attend = np.zeros((rows, lanes, length + lanes), bool)
+        for b in range(rows):
+            now = slice(done[b], done[b] + take[b])
+            step_tokens[b, : take[b]] = tokens[b, now]
+            step_positions[b, : take[b]] = positions[b, now]
+            step_attend[b, : take[b], :length] = may_attend[b, now]
+        hidden, pool = forward(config, params, step_tokens, step_positions, step_attend, pool, done)
+        for b in range(rows):
+            collected[b, done[b] : done[b] + take[b]] = hidden[b, : take[b]]
+        done = done + take.astype(np.int32)
+    np.testing.assert_allclose(collected, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_prefill_then_one_token_at_a_time_equals_the_whole_pass(seed: int) -> None:
+    """One row: the other way to write, and a static prefix of the pool that grows."""
+    rng = np.random.default_rng(seed)
+    length, prompt = 8, 5
+    params = random_params(TINY, rng)
+    tokens, positions, may_attend = inputs(rng, 1, length)
+    whole, _ = forward(TINY, params, tokens, positions, may_attend)
+    pool: Pool | None = empty_pool(TINY, 1, 32)
+    pieces = []
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, length))]:
+        now = slice(start, stop)
+        attend = may_attend[:, now, :stop]
+        hidden, pool = forward(
+            TINY, params, tokens[:, now], positions[:, now], attend, pool, jnp.array([start])
+        )
+        pieces.append(hidden)
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_each_row_writes_at_its_own_start() -> None:
+    new = jnp.arange(1.0, 5.0).reshape(2, 2, 1, 1)
+    written = write(jnp.zeros((2, 5, 1, 1)), new, jnp.array([0, 3]))[..., 0, 0]
+    np.testing.assert_array_equal(written, [[1, 2, 0, 0, 0], [0, 0, 0, 3, 4]])
+    one = write(jnp.zeros((1, 5, 1, 1)), new[:1], jnp.array([2]))[..., 0, 0]
+    np.testing.assert_array_equal(one, [[0, 0, 1, 2, 0]])
+
+
+def test_a_later_token_changes_nothing_before_it(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    length, changed = 10, 6
+    params = random_params(TINY, rng)
+    tokens, positions, _ = inputs(rng, 1, length)
+    causal = np.tril(np.ones((1, length, length), bool))
+    other = tokens.copy()
+    other[0, changed] = (tokens[0, changed] + 1) % TINY.vocab_size
+    one, two = (forward(TINY, params, t, positions, causal)[0] for t in (tokens, other))
+    differs = (np.asarray(one) != np.asarray(two)).any(-1)[0]
+    assert differs.tolist() == [i >= changed for i in range(length)]
+
+
+def test_only_differences_of_positions_matter(seed: int) -> None:
+    params = random_params(TINY, np.random.default_rng(seed))
+    tokens, positions, may_attend = inputs(np.random.default_rng(seed), 2, 9)
+    here, _ = forward(TINY, params, tokens, positions, may_attend)
+    moved, _ = forward(TINY, params, tokens, positions + 100, may_attend)
+    mixed, _ = forward(TINY, params, tokens, positions[:, ::-1], may_attend)
+    np.testing.assert_allclose(here, moved, atol=1e-4)
+    assert np.abs(here - mixed).max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_query_without_keys_is_finite_and_hurts_nobody(dtype: str, seed: int) -> None:
+    config = dataclasses.replace(TINY, dtype=dtype)
+    params = random_params(config, np.random.default_rng(seed))
+    tokens, positions, may_attend = inputs(np.random.default_rng(seed), 2, 8)
+    may_attend[:, 5:, :] = False
+    may_attend[:, :, 5:] = False
+
+    def loss(params: Any) -> Any:
+        hidden, _ = forward(config, params, tokens, positions, may_attend)
+        logits = logits_of(config, params, hidden)
+        assert hidden.dtype == dtype and logits.dtype == jnp.float32
+        return (logits**2).mean()
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g.astype(np.float32)).all() for g in jax.tree.leaves(gradient))
+
+
+def test_one_visible_key_gives_the_gradient_of_finite_differences() -> None:
+    """A softmax over one key is 1 whatever the score; over two it is not."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 1, 4))
+    for may_attend in ([[[1, 0], [1, 1]]], [[[1, 0], [0, 0]]]):
+        attended = functools.partial(attend, may_attend_BxQxP=jnp.array(may_attend, bool))
+        check_grads(attended, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_names_shapes_and_count() -> None:
+    D, N, K, H, F, V, Z = 16, 4, 2, 8, 32, 48, 2
+    params = jax.eval_shape(lambda key: init_params(TINY, key), jax.random.key(0))
+    shapes = jax.tree.map(lambda x: x.shape, params)
+    layer = {
+        "attn_norm": {"scale": (D,)},
+        "attn": {"q_proj": (D, N, H), "k_proj": (D, K, H), "v_proj": (D, K, H), "o_proj": (N, H, D)},
+        "mlp_norm": {"scale": (D,)},
+        "mlp": {"gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D)},
+    }
+    expected: dict[str, Any] = {f"layer_{z}": layer for z in range(Z)}
+    expected |= {"embed": {"embedding": (V, D)}, "final_norm": {"scale": (D,)}}
+    assert shapes == expected and type(params) is dict
+    assert (
+        param_count(params) == 48 * 16 + 2 * (16 + 16 * 8 * (4 + 2 + 2 + 4) + 16 + 3 * 16 * 32) + 16 == 6_992
+    )
+    untied = jax.eval_shape(lambda key: init_params(LLAMA, key), jax.random.key(0))
+    assert param_count(untied) == 6_992 + 16 * 48 and untied["head"].shape == (D, V)
+    assert (
+        param_count(jax.eval_shape(lambda k: init_params(ModelConfig(), k), jax.random.key(0))) == 1_148_032
+    )
+
+
+@pytest.mark.parametrize("config", [TINY, LLAMA], ids=["gemma", "llama"])
+def test_a_new_model_starts_near_the_uniform_distribution(config: ModelConfig) -> None:
+    wide = dataclasses.replace(config, num_layers=1, model_dim=128, vocab_size=512)
+    params = jax.jit(init_params, static_argnums=0)(wide, jax.random.key(0))
+    tokens, positions, may_attend = inputs(np.random.default_rng(0), 4, 16)
+    hidden, _ = forward(wide, params, tokens, positions, may_attend)
+    logits = logits_of(wide, params, hidden)
+    assert 0.5 < float(hidden.std()) < 2 and 0.5 < float(logits.std()) < 2
+
+
+def test_pool_bytes_counts_what_is_allocated() -> None:
+    for dtype in ("float32", "bfloat16"):
+        config = dataclasses.replace(TINY, dtype=dtype)
+        pool = empty_pool(config, rows=2, entries=10)
+        assert pool_bytes(config, 2, 10) == sum(x.nbytes for x in jax.tree.leaves(pool))
+
+
+def test_shapes_that_do_not_fit_say_so() -> None:
+    model, params = Transformer(TINY), random_params(TINY, np.random.default_rng(0))
+    tokens, positions, may_attend = inputs(np.random.default_rng(0), 2, 4)
+    pool = empty_pool(TINY, 2, 8)
+    with pytest.raises(ValueError, match="4 keys, its own tokens"):
+        model.apply({"params": params}, tokens, positions, may_attend[:, :, :3])
+    with pytest.raises(ValueError, match="at most the pool's 8 entries"):
+        model.apply({"params": params}, tokens, positions, np.ones((2, 4, 9), bool), pool, np.zeros(2, int))
+    with pytest.raises(ValueError, match="go together"):
+        model.apply({"params": params}, tokens, positions, may_attend, pool)
