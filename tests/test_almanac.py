@@ -113,7 +113,11 @@ def test_foreign_prompts_are_refused() -> None:
         "Name the 9 planets after Mars with the type of each.",
         "Continue each chain: 2 after .",
         "Compare the capital of France and Peru. Which has the highest atomic number?",
+        "Which is the oldest: Ulysses and Siddhartha? First give the author and year.",
+        "Which is the oldest: Ulysses and Dune? First give the author.",
         "Write a report.\nPeru.",
+        "Write a report.\nPeru: capital.\nPeru: currency.",
+        "Write a report.\nCountries Peru and Cuba: capital.\nCountries Laos and Chile: currency.",
     ]:
         with pytest.raises(ValueError, match="Not an almanac prompt"):
             almanac.task_of(prompt)
@@ -196,7 +200,7 @@ def test_the_split_is_stable_and_of_its_size() -> None:
     assert held[:3] == HELD
 
 
-HELD = [("France", "Spain"), ("France", "Portugal"), ("France", "Hungary")]
+HELD = [("France", "Spain"), ("France", "Latvia"), ("France", "Hungary")]
 
 
 def test_deterministic(seed: int) -> None:

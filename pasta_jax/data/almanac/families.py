@@ -115,7 +115,10 @@ def prose_task(entities: Sequence[str], nouns: Sequence[str], template: int = 0)
 def compare_task(
     entities: Sequence[str], nouns: Sequence[str], superlative: Superlative, template: int = 0
 ) -> Task:
-    """The compared attribute must be among `nouns`, and its values distinct among `entities`."""
+    """The compared attribute must be among `nouns`, and its values must differ (else ValueError)."""
+    values = {facts.value(entity, superlative.noun) for entity in entities}
+    if superlative.noun not in nouns or len(values) < len(entities):
+        raise ValueError(f"Nobody can say which of {join(entities)} {superlative.phrase}.")
     fields = {"nouns": join(nouns), "entities": join(entities), "phrase": superlative.phrase}
     prompt = TEMPLATES["compare"][template].format(**fields)
     conclusion = f"{winner(entities, superlative)} {superlative.phrase}."
@@ -168,6 +171,8 @@ def report_task(sections: Sequence[Section], template: int = 0) -> Task:
             body = "".join(_item_text(e, section.nouns) for e in section.entities)
         nodes.append(_promise(section.heading, f"## {section.heading}\n{body}"))
     entities = [e for section in sections for e in section.entities]
+    if len(set(entities)) < len(entities) or len({s.heading for s in sections}) < len(sections):
+        raise ValueError("No two sections of a report may share an entity or a heading.")
     asked = [fact for section in sections for fact in product(section.entities, section.nouns)]
     return _task("report", prompt, entities, asked, nodes)
 
