@@ -9,33 +9,26 @@ FILE.jsonl          records with a prompt and an annotated response (see `record
 from __future__ import annotations
 
 import dataclasses
-import functools
+import logging
 import os
 from collections.abc import Callable, Sequence
-
-import numpy as np
-from absl import logging
 
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import Mixture, Shuffled, Stream
 from pasta_jax.data.records import Example, Problem, RecordError, read_records, report, write_invalid
-from pasta_jax.lang.program import Program, Text
-from pasta_jax.tokens.layout import LayoutError, layout_example, layout_text
-from pasta_jax.tokens.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from pasta_jax.tokens.layout import LayoutError, layout_example
+from pasta_jax.tokens.tokenizer import Tokenizer, load_tokenizer
+
+LOG = logging.getLogger("pasta_jax")
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer that `config.tokenizer` names; tags that it lacks get new ids after its end."""
     if config.tokenizer == "almanac":
-        return _almanac_tokenizer()
+        return almanac.load_tokenizer()
     return load_tokenizer(config.tokenizer, extend=True)
-
-
-@functools.cache
-def _almanac_tokenizer() -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(almanac.train_tokenizer())
 
 
 def make_source(
@@ -57,65 +50,32 @@ def make_source(
     for number, (name, _) in enumerate(config.sources):
         own_seed = seed * 1000 + number
         if name.startswith("almanac:"):
-            streams.append(Almanac(name.partition(":")[2], config, tokenizer, own_seed))
+            streams.append(_almanac(name.partition(":")[2], config, tokenizer, own_seed))
         elif name.endswith((".jsonl", ".json")):
             streams.append(Shuffled(_records(name, config, tokenizer, problems), own_seed))
         else:
             raise ConfigError(f"config.data.sources: {name!r} is neither almanac:NAME nor a .jsonl file.")
     if problems and invalid is not None:
         write_invalid(invalid, problems)
-        logging.warning("All records that cannot be used are kept in %s.", os.fspath(invalid))
+        LOG.warning("All records that cannot be used are kept in %s.", os.fspath(invalid))
     if len(streams) == 1:
         return streams[0]
     return Mixture(streams, [weight for _, weight in config.sources])
 
 
-# ------------------------------------------------------------------------------------------------ almanac
-
-
-class Almanac:
-    """Documents of the embedded benchmark, made up afresh for each index.
-
-    Args:
-      kind: base, plain or annotated.
-      config: threads and the position scheme.
-      tokenizer: gives the ids, and measures the blocks.
-      seed: of all that is random.
-    """
-
-    KINDS = ("base", "plain", "annotated")
-
-    def __init__(self, kind: str, config: DataConfig, tokenizer: Tokenizer, seed: int):
-        if kind not in self.KINDS:
-            names = ", ".join(f"almanac:{k}" for k in self.KINDS)
-            raise ConfigError(f"config.data.sources: no almanac:{kind}. Use one of {names}.")
-        self.kind, self.config, self.tokenizer, self.seed = kind, config, tokenizer, seed
-
-    def __getitem__(self, index: int) -> ThreadedTokens:
-        prompt, program = self.example(index)
-        if prompt is None:
-            return layout_text(self.tokenizer, "".join(_texts(program)), threads=self.config.threads)
-        return layout_example(
-            self.tokenizer, prompt, program, positions=self.config.positions, threads=self.config.threads
-        )
-
-    def example(self, index: int) -> tuple[str | None, Program]:
-        """A prompt, or None for plain text, and what follows it."""
-        rng = np.random.default_rng([self.seed, index])
-        if self.kind == "base":
-            prompt, text = next(almanac.base_documents(rng))
-            return prompt, Program((Text(text),))
-        task = almanac.training_task(rng)
-        if self.kind == "plain":
-            return task.prompt, Program((Text(almanac.plain(task)),))
-        return task.prompt, almanac.annotate(task, rng, lambda text: len(self.tokenizer.encode(text)))
-
-
-def _texts(program: Program) -> list[str]:
-    return [node.text for node in program.nodes if isinstance(node, Text)]
-
-
-# ------------------------------------------------------------------------------------------------ records
+def _almanac(which: str, config: DataConfig, tokenizer: Tokenizer, seed: int) -> Stream:
+    """Documents made up afresh for each index: they need no shuffling, and have no end."""
+    if which not in almanac.SOURCES:
+        names = ", ".join(f"almanac:{name}" for name in almanac.SOURCES)
+        raise ConfigError(f"config.data.sources: no almanac:{which}. Use one of {names}.")
+    return almanac.source(
+        which,
+        tokenizer,
+        seed=seed,
+        length=config.length,
+        threads=config.threads,
+        positions=config.positions,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,5 +121,5 @@ def _records(path: str, config: DataConfig, tokenizer: Tokenizer, problems: list
     if not usable:
         raise ConfigError(f"config.data.sources: {report(unusable, total)}" if total else f"{path} is empty.")
     if unusable:
-        logging.warning("%s", report(sorted(unusable, key=lambda p: p.line), total))
+        LOG.warning("%s", report(sorted(unusable, key=lambda p: p.line), total))
     return Records(usable, layout)

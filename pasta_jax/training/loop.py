@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sys
 import time
@@ -13,7 +14,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from absl import logging
 
 from pasta_jax import config as config_lib
 from pasta_jax import sharding
@@ -32,6 +32,8 @@ from pasta_jax.visibility import visible
 
 LossFn: TypeAlias = Callable[[Array, ThreadedTokens], tuple[Array, dict[str, Array]]]
 """From float32 logits [B, L, V] and the batch to the loss and measurements, "loss" among them."""
+
+LOG = logging.getLogger("pasta_jax")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -119,7 +121,7 @@ def train(
         if checkpoints.latest() is not None:
             state, about = checkpoints.restore(sharding.abstract(shapes, lie))
             data_index = about.data_index
-            logging.info("Going on from step %d of %s.", about.step, workdir)
+            LOG.info("Going on from step %d of %s.", about.step, workdir)
         else:
             if config.init_from:
                 params = pretrained_params(config, tokenizer, shapes.params, lie.params)
@@ -162,7 +164,7 @@ def train(
                     saved_at = time.monotonic()
 
     if leaving:
-        logging.warning("Saved at step %d. Run the same command again to go on.", step)
+        LOG.warning("Saved at step %d. Run the same command again to go on.", step)
         raise Stopped(leaving)
     return state
 
@@ -216,10 +218,12 @@ class Meter:
     def summary(self) -> dict[str, float]:
         """Means since the last summary, tokens per second and the share of real tokens."""
         self.check(lag=0)
-        means = {name: sum(m[name] for m in self._seen) / len(self._seen) for name in self._seen[0]}
+        names = sorted(self._seen[0], key=lambda name: (name != "loss", name))
+        means = {name: sum(m[name] for m in self._seen) / len(self._seen) for name in names}
         means["lr"] = self._seen[-1]["lr"]
-        now, since = time.monotonic(), self._since or time.monotonic()
-        means["tokens_per_s"] = self._tokens / max(now - since, 1e-9)
+        now = time.monotonic()
+        if self._tokens and self._since is not None:
+            means["tokens_per_s"] = self._tokens / max(now - self._since, 1e-9)
         means["packing"] = sum(self._fractions) / len(self._fractions)
         self._seen, self._fractions, self._tokens, self._since = [], [], 0, now
         return means
@@ -233,7 +237,7 @@ def pretrained_params(config: Config, tokenizer: Tokenizer, shapes: Params, shar
             f"{about.path} was trained with another tokenizer than {config.data.tokenizer!r}. "
             "Train with its own, or from scratch."
         )
-    logging.info("Starting from the weights of %s (step %d).", about.path, about.step)
+    LOG.info("Starting from the weights of %s (step %d).", about.path, about.step)
     return params
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from absl import logging
 from tqdm import tqdm
+
+LOG = logging.getLogger("pasta_jax")
 
 
 class MetricsWriter:
@@ -50,7 +52,7 @@ class MetricsWriter:
                 self._tb.add_scalar(name, value, step)
         said = "  ".join(f"{name} {_short(value)}" for name, value in measurements.items())
         if self._bar.disable:
-            logging.info("step %d  %s", step, said)
+            LOG.info("step %d  %s", step, said)
         else:
             self._bar.set_postfix_str(said)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from absl import logging
+LOG = logging.getLogger("pasta_jax")
 
 
 class Stopped(SystemExit):
@@ -39,7 +40,7 @@ def stop_requests() -> Iterator[StopRequest]:
     def ask(number: int, _: FrameType | None) -> None:
         request.signal = number
         signal.signal(number, before[signal.Signals(number)])
-        logging.warning("%s: saving at the next step, then leaving.", signal.Signals(number).name)
+        LOG.warning("%s: saving at the next step, then leaving.", signal.Signals(number).name)
 
     for number in before:
         signal.signal(number, ask)

@@ -1,0 +1,125 @@
+"""python -m pasta_jax.train, as a person meets it, and the sources that its configuration names."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pasta_jax.arrays import NO_TARGET
+from pasta_jax.config import ConfigError, DataConfig
+from pasta_jax.data.sources import make_source, make_tokenizer
+from pasta_jax.training.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = "--config=configs/tiny.py"
+SMALL = ["--config.model.num_layers=1", "--config.data.rows=2", "--config.log.every=1"]
+PROMISE = '<promise topic="rivers" tokens=1 /><async>The Nile.</async>'
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "pasta_jax.train", *arguments]
+    env = os.environ | {"XLA_FLAGS": ""}
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Which experiment? Add --config=configs/tiny.py."),
+        ([TINY], "Where to? Add --workdir=DIRECTORY."),
+        ([TINY, "--config.learning_rate=1"], 'No config field "learning_rate". Did you mean "optimizer.lr"?'),
+        ([TINY, "--config.steps=50k", "--print_config"], 'config.steps must be an int, got "50k".'),
+        (["--config=configs/none.py"], "No configuration file configs/none.py"),
+        ([TINY, "more"], "Cannot make sense of 'more'."),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_print_config() -> None:
+    done = command(TINY + ":pasta", "--print_config", "--config.optimizer.lr=1e-4")
+    assert done.returncode == 0
+    assert "config.optimizer.lr = 0.0001 " in done.stdout
+    assert "# peak learning rate" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_steps_and_two_more(tmp_path: pathlib.Path) -> None:
+    workdir = tmp_path / "run"
+    arguments = [TINY + ":base", f"--workdir={workdir}", *SMALL]
+    first = command(*arguments, "--config.steps=2")
+    assert first.returncode == 0, first.stderr
+    again = command(*arguments, "--config.steps=3")
+    assert again.returncode == 0, again.stderr
+    assert "Going on from step 2" in again.stderr
+    assert "step 3  loss" in again.stderr
+    assert [line["step"] for line in read_metrics(str(workdir / "metrics.jsonl"))] == [1, 2, 3]
+    other = command(*arguments, "--config.seed=1")
+    assert other.returncode == 2
+    assert "already has step 3 of a different config (seed). Use a new --workdir" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+def test_records_that_cannot_be_used_are_reported_and_kept(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [
+        {"prompt": "Rivers?", "response": f"One: {PROMISE}"},
+        {"prompt": "Rivers?", "response": "One: <promise"},
+        {"prompt": "Rivers?", "response": PROMISE + "</async>"},
+        {"prompt": "Rivers?", "response": "long " * 100},
+        {"prompt": "Rivers?", "response": PROMISE * 20},
+    ]
+    file, invalid = tmp_path / "data.jsonl", tmp_path / "invalid.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    config = DataConfig(sources=((str(file), 1.0),), length=256)
+    source = make_source(config, make_tokenizer(config), seed=0, invalid=invalid)
+    assert len({tuple(source[i].token) for i in range(10)}) == 2
+    kept = [json.loads(line) for line in invalid.read_text().splitlines()]
+    assert sorted(k["line"] for k in kept) == [3, 4, 5]
+    assert "3 of 5 records cannot be used (60.0%)" in caplog.text
+    assert "</async> without <async>" in caplog.text
+    assert "tokens, a row holds 256. Set --config.data.length=" in caplog.text
+    assert "promises more than 15 branches" in caplog.text
+
+
+def test_unknown_and_unusable_sources(tmp_path: pathlib.Path) -> None:
+    tokenizer = make_tokenizer(DataConfig())
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    for name, message in {
+        "almanac:none": "no almanac:none. Use one of almanac:base, almanac:plain",
+        "wikipedia": "'wikipedia' is neither almanac:NAME nor a .jsonl file",
+        str(tmp_path / "none.jsonl"): "No such file",
+        str(empty): "is empty",
+        str(bad): "1 of 1 records cannot be used",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            make_source(DataConfig(sources=((name, 1.0),)), tokenizer, seed=0)
+
+
+def test_the_almanac_by_index() -> None:
+    config = DataConfig(sources=(("almanac:base", 1.0), ("almanac:annotated", 1.0)))
+    tokenizer = make_tokenizer(config)
+    source, same, other = (make_source(config, tokenizer, seed) for seed in (3, 3, 4))
+    documents = [source[i] for i in range(20)]
+    for i, document in enumerate(documents):
+        np.testing.assert_array_equal(document.token, same[i].token)
+        assert len(document) <= config.length
+        assert (document.target != NO_TARGET).any()
+    assert any(document.thread.max() > 0 for document in documents)
+    assert any(len(other[i]) != len(source[i]) for i in range(20))
