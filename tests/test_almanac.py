@@ -111,6 +111,7 @@ def test_foreign_prompts_are_refused() -> None:
         "What is the capital of Iron?",
         "List the capital of France and and Japan.",
         "Name the 9 planets after Mars with the type of each.",
+        "Name the 02 planets after Mars with the type of each.",
         "Continue each chain: 2 after .",
         "Compare the capital of France and Peru. Which has the highest atomic number?",
         "Which is the oldest: Ulysses and Siddhartha? First give the author and year.",
@@ -246,8 +247,18 @@ def test_tokenizer(rng: np.random.Generator) -> None:
         ids = tokenizer.encode(text)
         assert vocabulary.text(ids) == text
         assert not set(ids) & {*vocabulary.tag_ids.values(), *vocabulary.control, vocabulary.eos}
+    assert tokenizer.encode("1803") == [vocabulary.digits[int(digit)] for digit in "1803"]
     newline = tokenizer.encode("\n")
     assert len(newline) == 1 and tokenizer.encode("a\nb").count(newline[0]) == 1
+
+
+def test_reports_vary(rng: np.random.Generator) -> None:
+    plans = [list(almanac.training_task(rng, "report").plan.promises()) for _ in range(200)]
+    groups = {kind.plural.capitalize() for kind in almanac.KINDS}
+    where = [[promise.topic in groups for promise in plan] for plan in plans]
+    assert all(any(row) for row in where)
+    assert {row[0] for row in where} == {row[-1] for row in where} == {True, False}
+    assert {len(plan) for plan in plans} == {3, 4}
 
 
 def test_blocks_are_worth_a_promise(rng: np.random.Generator) -> None:

@@ -65,15 +65,16 @@ def _draw_single(rng: np.random.Generator) -> Task:
 
 
 def _draw_report(rng: np.random.Generator) -> Task:
+    """Three or four sections in any order, one of them a group at least."""
     sections: list[Section] = []
     for position in range(int(rng.integers(3, 5))):
         kind = _draw_kind(rng, KINDS)
-        group = position == 0 or rng.random() < 0.3
-        entities = _draw_entities(rng, kind, 2, 4) if group else _draw_entities(rng, kind, 1, 1)
-        fewest = 2 if group else 1
-        sections.append(Section(entities, _draw_nouns(rng, kind, fewest, 3 if group else 5)))
-    order = rng.permutation(len(sections))
-    sections = [sections[i] for i in order]
+        if position == 0 or rng.random() < 0.3:
+            section = Section(_draw_entities(rng, kind, 2, 4), _draw_nouns(rng, kind, 2, 3))
+        else:
+            section = Section(_draw_entities(rng, kind, 1, 1), _draw_nouns(rng, kind, 1))
+        sections.append(section)
+    sections = [sections[i] for i in rng.permutation(len(sections))]
     return report_task(sections, _coin(rng))
 
 

@@ -59,7 +59,7 @@ _PATTERNS = [(f, i, _pattern(template)) for f, pair in TEMPLATES.items() for i, 
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Longest first, so that "New Mexico" is not read as "Mexico"."""
+    """Longest first: a name may begin with another one."""
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
 
 
