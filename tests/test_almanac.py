@@ -247,7 +247,7 @@ def test_tokenizer(rng: np.random.Generator) -> None:
         ids = tokenizer.encode(text)
         assert vocabulary.text(ids) == text
         assert not set(ids) & {*vocabulary.tag_ids.values(), *vocabulary.control, vocabulary.eos}
-    assert tokenizer.encode("1803") == [vocabulary.digits[int(digit)] for digit in "1803"]
+    assert [vocabulary.pieces[i] for i in tokenizer.encode("1803")] == [b"1", b"8", b"0", b"3"]
     newline = tokenizer.encode("\n")
     assert len(newline) == 1 and tokenizer.encode("a\nb").count(newline[0]) == 1
 
