@@ -49,6 +49,20 @@ def rotate(x_BxQxNxH: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxQxNxH.dtype)
 
 
+def project(x: Array, weight: Array, inner: int = 1) -> Array:
+    """Multiplies the last `inner` dims of x with the first of the weight, the other dims kept.
+
+    As one plain matrix product: on CPU the gradient of an einsum over [B, Q, D] takes two and a half times as
+    long.
+
+    >>> project(jnp.ones((2, 5, 3)), jnp.ones((3, 4, 8))).shape
+    (2, 5, 4, 8)
+    """
+    rows, columns = x.shape[:-inner], weight.shape[inner:]
+    size = math.prod(weight.shape[:inner])
+    return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*rows, *columns)
+
+
 def attend(q_BxQxNxH: Array, k_BxPxKxH: Array, v_BxPxKxH: Array, may_attend_BxQxP: Array) -> Array:
     """Grouped-query attention, [B, Q, N, H]; softmax in float32.
 
@@ -100,15 +114,16 @@ class Attention(nn.Module):
         v_proj = self.param("v_proj", from_D, (D, K, H), c.dtype)
         o_proj = self.param("o_proj", to_residual, (N, H, D), c.dtype)
 
-        q_BxQxNxH = rotate(jnp.einsum("BQD,DNH->BQNH", x_BxQxD, q_proj), *rotary)
-        k_BxPxKxH = rotate(jnp.einsum("BQD,DKH->BQKH", x_BxQxD, k_proj), *rotary)
-        v_BxPxKxH = jnp.einsum("BQD,DKH->BQKH", x_BxQxD, v_proj)
+        q_BxQxNxH = rotate(project(x_BxQxD, q_proj), *rotary)
+        k_BxPxKxH = rotate(project(x_BxQxD, k_proj), *rotary)
+        v_BxPxKxH = project(x_BxQxD, v_proj)
         if pool_kv is not None:
             k_BxPxKxH = write(pool_kv[0], k_BxPxKxH, start_B)
             v_BxPxKxH = write(pool_kv[1], v_BxPxKxH, start_B)
         used = may_attend_BxQxP.shape[-1]
         out_BxQxNxH = attend(q_BxQxNxH, k_BxPxKxH[:, :used], v_BxPxKxH[:, :used], may_attend_BxQxP)
-        return jnp.einsum("BQNH,NHD->BQD", out_BxQxNxH, o_proj), (k_BxPxKxH, v_BxPxKxH)
+        # Not an einsum: that contracts (H, N) in this order, and so copies o_proj at every step.
+        return jnp.tensordot(out_BxQxNxH, o_proj, axes=2), (k_BxPxKxH, v_BxPxKxH)
 
 
 class MLP(nn.Module):
@@ -125,9 +140,9 @@ class MLP(nn.Module):
         gate_proj = self.param("gate_proj", from_D, (D, F), c.dtype)
         up_proj = self.param("up_proj", from_D, (D, F), c.dtype)
         down_proj = self.param("down_proj", to_residual, (F, D), c.dtype)
-        gate_BxQxF = ACTIVATIONS[c.activation](jnp.einsum("BQD,DF->BQF", x_BxQxD, gate_proj))
-        up_BxQxF = jnp.einsum("BQD,DF->BQF", x_BxQxD, up_proj)
-        return jnp.einsum("BQF,FD->BQD", gate_BxQxF * up_BxQxF, down_proj)
+        gate_BxQxF = ACTIVATIONS[c.activation](project(x_BxQxD, gate_proj))
+        up_BxQxF = project(x_BxQxD, up_proj)
+        return project(gate_BxQxF * up_BxQxF, down_proj)
 
 
 class Layer(nn.Module):

@@ -75,7 +75,7 @@ class Vocabulary:
     @functools.cached_property
     def digits(self) -> tuple[int, ...]:
         """The ids of "0" to "9"."""
-        found = {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
+        found = {piece: i for i, piece in enumerate(self.pieces)}  # the last: byte-fallback ids come first
         missing = [d for d in range(10) if b"%d" % d not in found]
         if missing:
             raise TokenizerError(
