@@ -185,6 +185,8 @@ def test_a_new_model_starts_near_the_uniform_distribution(config: ModelConfig) -
     hidden, _ = forward(wide, params, tokens, positions, may_attend)
     logits = logits_of(wide, params, hidden)
     assert 0.5 < float(hidden.std()) < 2 and 0.5 < float(logits.std()) < 2
+    embedded = Transformer(wide).apply({"params": params}, tokens, method=lambda m, t: m.embed(t))
+    assert np.isclose(np.std(np.asarray(embedded)), 1.0 if wide.embed_scale else 128**-0.5, rtol=0.1)
 
 
 def test_pool_bytes_counts_what_is_allocated() -> None:
@@ -202,5 +204,7 @@ def test_shapes_that_do_not_fit_say_so() -> None:
         model.apply({"params": params}, tokens, positions, may_attend[:, :, :3])
     with pytest.raises(ValueError, match="at most the pool's 8 entries"):
         model.apply({"params": params}, tokens, positions, np.ones((2, 4, 9), bool), pool, np.zeros(2, int))
+    with pytest.raises(ValueError, match=r"may_attend is \[1, 4, 4\]; 2 rows of 4 queries"):
+        model.apply({"params": params}, tokens, positions, may_attend[:1])
     with pytest.raises(ValueError, match="go together"):
         model.apply({"params": params}, tokens, positions, may_attend, pool)

@@ -103,6 +103,7 @@ def test_optimiser_state_lies_where_its_parameters_lie() -> None:
     adam = state[1][0]
     assert adam.mu == places and adam.nu == places and adam.count == replicated(mesh)
     assert places["layer_1"]["mlp"]["down_proj"].spec == PartitionSpec(("tensor",), ("fsdp",))
+    assert places["layer_1"]["attn"]["o_proj"].spec == PartitionSpec(("tensor",), None, ("fsdp",))
     assert places["embed"]["embedding"].spec == PartitionSpec(("tensor",), ("fsdp",))
 
 

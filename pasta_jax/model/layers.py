@@ -72,7 +72,8 @@ def attend(q_BxQxNxH: Array, k_BxPxKxH: Array, v_BxPxKxH: Array, may_attend_BxQx
     B, Q, N, H = q_BxQxNxH.shape
     P, K = k_BxPxKxH.shape[1:3]
     G = N // K
-    # The G queries that share a kv head are rows of one matrix product: on CPU ten times as fast as a batch of G.
+    # The R = G Q queries that share a kv head are rows of one matrix product: on CPU ten times as fast as a
+    # batch of G.
     q_BxQxKxGxH = q_BxQxNxH.reshape(B, Q, K, G, H) / math.sqrt(H)
     q_BxKxGQxH = q_BxQxKxGxH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * Q, H)
     scores_BxKxGQxP = jnp.einsum("BKRH,BPKH->BKRP", q_BxKxGQxH, k_BxPxKxH, preferred_element_type=jnp.float32)
