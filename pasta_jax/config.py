@@ -366,12 +366,10 @@ def field_type(cls: type, path: str, prefix: str = "") -> Any:
 
 
 def _suggest(cls: type, name: str, prefix: str) -> str | None:
-    """The field that was meant: first within the section, then anywhere."""
+    """The field that was meant: of that name or a synonym, or spelled much like it."""
     meant = _SYNONYMS.get(name, name)
     here = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
     everywhere = {path: path.rsplit(".", 1)[-1] for path, _, _ in _walk(Config())}
-    if meant in here:
-        return prefix + meant
     elsewhere = [path for path, last in everywhere.items() if last == meant]
     if elsewhere:
         return elsewhere[0]
