@@ -35,16 +35,24 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from pasta_jax.config import Config
-    from pasta_jax.decoding.api import DecodeResult, decode
-    from pasta_jax.decoding.engine import Decoder, Model, Sampling
-    from pasta_jax.decoding.state import Limits
-    from pasta_jax.lang.assemble import assemble
-    from pasta_jax.lang.parse import ParseError, parse, parse_lenient
-    from pasta_jax.lang.program import Program, Promise, Sync, Text
-    from pasta_jax.lang.render import render
-    from pasta_jax.lang.validate import validate
-    from pasta_jax.loading import load
+    from pasta_jax.config import Config as Config
+    from pasta_jax.decoding.api import DecodeResult as DecodeResult
+    from pasta_jax.decoding.api import decode as decode
+    from pasta_jax.decoding.engine import Decoder as Decoder
+    from pasta_jax.decoding.engine import Model as Model
+    from pasta_jax.decoding.engine import Sampling as Sampling
+    from pasta_jax.decoding.state import Limits as Limits
+    from pasta_jax.lang.assemble import assemble as assemble
+    from pasta_jax.lang.parse import ParseError as ParseError
+    from pasta_jax.lang.parse import parse as parse
+    from pasta_jax.lang.parse import parse_lenient as parse_lenient
+    from pasta_jax.lang.program import Program as Program
+    from pasta_jax.lang.program import Promise as Promise
+    from pasta_jax.lang.program import Sync as Sync
+    from pasta_jax.lang.program import Text as Text
+    from pasta_jax.lang.render import render as render
+    from pasta_jax.lang.validate import validate as validate
+    from pasta_jax.loading import load as load
 
 
 def __getattr__(name: str) -> Any:

@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pasta_jax.arrays import Array
 from pasta_jax.decoding import interpreter, reference
-from pasta_jax.decoding.state import Request, RowState, Stop
+from pasta_jax.decoding.state import Lanes, Limits, Request, RowState, Stop
 from pasta_jax.lang import tags
+from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 PIECES = (
@@ -71,8 +75,10 @@ def nearest_legal(token: int, legal: list[bool]) -> int:
     return next(t for t in ((token + i) % V for i in range(V)) if legal[t])
 
 
-def run_reference(prompt: list[int], script: Script, limits, ask: Request, positions) -> reference.Answer:
-    def sample(thread, legal) -> int:
+def run_reference(
+    prompt: list[int], script: Script, limits: Limits, ask: Request, positions: Positions
+) -> reference.Answer:
+    def sample(thread: reference.Thread, legal: Callable[[int], bool]) -> int:
         return nearest_legal(
             script.says(thread.path, thread.order), [legal(t) for t in range(len(VOCABULARY))]
         )
@@ -89,12 +95,12 @@ def run_reference(prompt: list[int], script: Script, limits, ask: Request, posit
 
 
 @functools.cache
-def compiled(limits, positions, prompt_length: int):
+def compiled(limits: Limits, positions: Positions, prompt_length: int) -> Any:
     """(prompts [B, L], lengths [B], lines [B, R, C], requests [B]) -> RowState [B]."""
     rules = interpreter.rules_for(VOCABULARY, limits, positions)
     V = len(VOCABULARY)
 
-    def sample(state: RowState, lanes, lines):
+    def sample(state: RowState, lanes: Lanes, lines: Array) -> Array:
         thread = jnp.minimum(lanes.thread, limits.threads - 1)
         R, C = lines.shape
         said = lines[state.threads.path[thread] % R, (lanes.order + 1) % C]
@@ -104,15 +110,15 @@ def compiled(limits, positions, prompt_length: int):
         distance = (jnp.arange(V)[None, :] - said[:, None]) % V
         return jnp.argmin(jnp.where(legal, distance, V), axis=-1).astype(jnp.int32)
 
-    def advance(state, lanes, lines, ask):
+    def advance(state: RowState, lanes: Lanes, lines: Array, ask: Request) -> RowState:
         sampled = sample(state, lanes, lines)
         return interpreter.advance(state, ask, lanes, sampled, jnp.zeros(sampled.shape, jnp.float32), rules)
 
-    def run(prompt, length, lines, ask):
+    def run(prompt: Array, length: Array, lines: Array, ask: Request) -> RowState:
         state, lanes = interpreter.begin(limits, limits.pool + limits.lanes, prompt, length)
         state = advance(state, lanes, lines, ask)
 
-        def step(state):
+        def step(state: RowState) -> RowState:
             lanes = interpreter.feed(state, ask, limits)
             return advance(interpreter.record(state, lanes), lanes, lines, ask)
 

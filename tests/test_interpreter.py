@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import scripted
+
 from pasta_jax.arrays import ThreadedTokens
-from pasta_jax.decoding import interpreter
-from pasta_jax.decoding.state import Limits, Stop
+from pasta_jax.decoding import interpreter, reference
+from pasta_jax.decoding.state import Limits, RowState, Stop
 from pasta_jax.lang import grammar
 from pasta_jax.lang.grammar import Event, Kind
 from pasta_jax.tokens.positions import Positions
@@ -86,7 +86,7 @@ def test_compiled_interpreter_is_its_specification(setting, seed):
     assert Stop.EOS in stops and len(stops) > 1, f"the programs are too tame: {stops}"
 
 
-def compare(row, answer, check_views: bool) -> None:
+def compare(row: RowState, answer: reference.Answer, check_views: bool) -> None:
     n = len(answer.entries)
     assert int(row.cursor) == n
     assert Stop(int(row.stop)) == answer.stop
@@ -114,7 +114,7 @@ def compare(row, answer, check_views: bool) -> None:
         compare_views(row, answer)
 
 
-def compare_views(row, answer) -> None:
+def compare_views(row: RowState, answer: reference.Answer) -> None:
     """What the numbering lets a thread's last entry see is what the specification's thread has in its view."""
     n = len(answer.entries)
     e = row.entries

@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-
 import scripted
-from pasta_jax.arrays import NO_TARGET
+
+from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import as_document, critical_path, document_order, read_trace
 from pasta_jax.lang.parse import parse
@@ -42,7 +42,7 @@ def test_program_to_tokens_and_back(seed):
         assert parse(annotated) == program and render(reading.program) == annotated
 
 
-def lines_of(document, prompt_length: int) -> np.ndarray:
+def lines_of(document: ThreadedTokens) -> np.ndarray:
     """The script that says a layout: [T, C], main's orders counted with the prompt."""
     lines = np.zeros((16, 1 + document.order.max()), np.int32)
     lines[document.thread, document.order] = document.token
@@ -62,7 +62,7 @@ def test_trace_laid_out_again_has_the_same_fields(seed):
         except LayoutError:  # this vocabulary spells topics byte by byte, some longer than the grammar allows
             continue
         done += 1
-        script = scripted.Script(np.pad(lines_of(document, 3), ((0, 0), (0, 1500)))[:, :1500])
+        script = scripted.Script(np.pad(lines_of(document), ((0, 0), (0, 1500)))[:, :1500])
         ask = scripted.request(900, 900)
         rows = scripted.compiled(limits, Positions(), 3)(
             np.array([[2, 13, 14]], np.int32),
@@ -75,17 +75,20 @@ def test_trace_laid_out_again_has_the_same_fields(seed):
         again = as_document(trace)
         for name, expected in document.fields().items():
             np.testing.assert_array_equal(getattr(again, name), expected, err_msg=name)
-        assert read(tokenizer.vocabulary, trace.threads) == read(tokenizer.vocabulary, threads_of(document, 3))
+        assert read(tokenizer.vocabulary, trace.threads) == read(
+            tokenizer.vocabulary, threads_of(document, 3)
+        )
         unlimited = trace.steps if trace.widths.max(initial=0) < limits.lanes else None
         if unlimited is not None:
             assert critical_path(document, 3, tokenizer.vocabulary) == unlimited
         assert document_order(trace).shape == again.token.shape
 
 
-class ScriptTokenizer:
-    """The scripted vocabulary as a tokenizer that knows three letters and writes everything else as one of them."""
+class ScriptTokenizer(WordTokenizer):
+    """The scripted vocabulary as a tokenizer that knows three letters and writes the others as one of them."""
 
-    vocabulary = scripted.VOCABULARY
+    def __init__(self) -> None:
+        self.vocabulary = scripted.VOCABULARY
 
     def encode(self, text: str) -> list[int]:
         known = {"a": 13, '"': 15, **{str(d): scripted.digit(d) for d in range(10)}}
@@ -110,14 +113,35 @@ def test_worked_example():
     assert d.sees[:, 0].tolist() == [0] * 7 + [0b1] * 5 + [0b111] * 3
     e, f, sync, end = (d.token[i] for i in (11, 13, 12, 14))
     t = d.token
-    assert d.target.tolist() == [t[1], t[2], t[3], t[4], t[5], t[6], e, t[8], t[9], t[10], NO_TARGET, sync, f, end, -1]
+    assert d.target.tolist() == [
+        t[1],
+        t[2],
+        t[3],
+        t[4],
+        t[5],
+        t[6],
+        e,
+        t[8],
+        t[9],
+        t[10],
+        NO_TARGET,
+        sync,
+        f,
+        end,
+        -1,
+    ]
     assert critical_path(d, 1, words.vocabulary) == 10  # a, the tag's 5, c, d, </async> with sync, f
 
 
 @pytest.mark.parametrize(
     ("positions", "resumes"),
-    [(Positions(), 29), (Positions("pred", 1), 11), (Positions("const", 40), 49), (Positions("oracle"), 11)]
-    + [(Positions("shared"), 7)],
+    [
+        (Positions(), 29),
+        (Positions("pred", 1), 11),
+        (Positions("const", 40), 49),
+        (Positions("oracle"), 11),
+        (Positions("shared"), 7),
+    ],
 )
 def test_position_schemes(positions, resumes):
     program = Program((Text("a"), Promise("b", 2, (Text("cd"),)), Text("e")))
@@ -130,7 +154,9 @@ def test_learnt_prompt_and_plain_text():
     assert (document.target[:-1] == document.token[1:]).all() and document.target[-1] == NO_TARGET
     answer = layout_example(WORDS, "the Nile", Program((Text("is long"),)), threads=4)
     prompt = len(WORDS.encode_prompt("the Nile"))
-    assert (answer.target[: prompt - 1] == NO_TARGET).all() and answer.target[prompt - 1] == answer.token[prompt]
+    assert (answer.target[: prompt - 1] == NO_TARGET).all() and answer.target[prompt - 1] == answer.token[
+        prompt
+    ]
 
 
 def test_limits_in_words():
@@ -152,7 +178,7 @@ def test_real_responses_with_a_real_tokenizer():
         response = json.loads(line)["response"]
         assert tokenizer.vocabulary.text(tokenizer.encode(response)) == response
         parts = [part for part in response.split("\n\n") if part][:14]
-        program = Program(tuple(Promise("part", 1 + i, (Text(part),)) for i, part in enumerate(parts)) + (Sync(),))
+        program = Program((*(Promise("part", 1 + i, (Text(part),)) for i, part in enumerate(parts)), Sync()))
         document = layout(tokenizer, [1], program, Positions(), threads=16)
         assert read(tokenizer.vocabulary, threads_of(document, 1)).program == program
         tags = set(tokenizer.vocabulary.tag_ids.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import overload
+from typing import TypedDict, overload
 
 import numpy as np
 
@@ -112,10 +112,27 @@ class DecodeResult:
         return self.text
 
 
+class Options(TypedDict, total=False):
+    """The keyword arguments of `decode`, for type checkers; what they mean and their defaults stand there."""
+
+    mode: str
+    max_new_tokens: int
+    max_branches: int
+    max_branch_tokens: int
+    lanes: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    open_bias: float
+    grammar: bool
+    cache_len: int | None
+
+
 @overload
-def decode(model: Model, prompt: str, **options) -> DecodeResult: ...  # noqa: ANN003
+def decode(model: Model, prompt: str, **options: Unpack[Options]) -> DecodeResult: ...
 @overload
-def decode(model: Model, prompt: Sequence[str], **options) -> list[DecodeResult]: ...  # noqa: ANN003
+def decode(model: Model, prompt: Sequence[str], **options: Unpack[Options]) -> list[DecodeResult]: ...
 def decode(
     model: Model,
     prompt: str | Sequence[str],

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pasta_jax import sharding
 from pasta_jax.decoding import loop
 from pasta_jax.decoding.interpreter import Rules, rules_for
 from pasta_jax.decoding.state import Limits, Request, Stop
 from pasta_jax.decoding.trace import Trace, read_trace
-from pasta_jax.model import ModelConfig, Transformer, empty_pool
+from pasta_jax.model import ModelConfig, Pool, Transformer, empty_pool
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -109,6 +110,8 @@ class Decoder:
       rows: B, prompts decoded at once; more prompts are decoded in turns.
       chunk: decode steps between two looks of the host.
       prompt_buckets: lengths that prompts are padded to; one compiled prefill each.
+      mesh: the model's parameters lie on it; rows go over data and fsdp, heads over tensor. Without one, all is
+        on the parameters' device.
     """
 
     def __init__(
@@ -119,11 +122,15 @@ class Decoder:
         rows: int = 1,
         chunk: int = 512,
         prompt_buckets: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048),
+        mesh: jax.sharding.Mesh | None = None,
     ):
         self.model, self.limits, self.rows, self.chunk = model, limits, rows, chunk
         fitting = {bucket for bucket in prompt_buckets if bucket < limits.pool}
         self.prompt_buckets = tuple(sorted(fitting | {limits.pool}))
-        self.rules: Rules = rules_for(model.tokenizer.vocabulary, limits, model.positions)
+        self.mesh = mesh
+        self.rules: Rules = rules_for(
+            model.tokenizer.vocabulary, limits, model.positions, model.config.vocab_size
+        )
         transformer = Transformer(model.config)
         self._prefill = jax.jit(functools.partial(loop.prefill, transformer), donate_argnums=2)
         self._decode_chunk = jax.jit(functools.partial(loop.decode_chunk, transformer), donate_argnums=2)
@@ -170,7 +177,7 @@ class Decoder:
         asks = [each.request() for each in sampling] + [Sampling().request()] * (B - len(prompts))
         requests = jax.tree.map(lambda *leaves: np.stack(leaves), *asks)
 
-        pool = empty_pool(self.model.config, B, self.limits.pool + self.limits.lanes)
+        pool = self._empty_pool()
         params, steps = self.model.params, jnp.int32(self.chunk)
         first = (params, self.rules, pool, requests, tokens, lengths)
         prefill, t_prefill = self._compile("prefill", self._prefill, first, (B, bucket))
@@ -189,6 +196,13 @@ class Decoder:
         wall = time.perf_counter() - begun
         traces = [read_trace(jax.tree.map(lambda leaf, i=i: leaf[i], rows)) for i in range(len(prompts))]
         return traces, Timing(wall, t_prefill + t_decode)
+
+    def _empty_pool(self) -> Pool:
+        """[B, P + S, K, H] a layer: a step writes S entries, those of idle lanes after the real ones."""
+        pool = empty_pool(self.model.config, self.rows, self.limits.pool + self.limits.lanes)
+        if self.mesh is None:
+            return pool
+        return jax.device_put(pool, sharding.pool_shardings(pool, self.mesh))
 
     def _compile(self, name: str, function: Any, args: Any, shape: tuple[int, ...]) -> tuple[Any, float]:
         """The compiled function for these shapes, and the seconds that compiling took now."""

@@ -57,20 +57,25 @@ class Rules:
     positions: Positions
     async_open: int
     async_close: int
+    ids: int  # how many of the V ids the tokenizer has; a model may have more
 
 
 jax.tree_util.register_dataclass(
     Rules,
     ["kinds", "digit_values", "next_state", "event", "legal"],
-    ["limits", "positions", "async_open", "async_close"],
+    ["limits", "positions", "async_open", "async_close", "ids"],
 )
 
 
-def rules_for(vocabulary: Vocabulary, limits: Limits, positions: Positions = Positions()) -> Rules:
-    """The rules of decoding with a tokenizer's vocabulary."""
+def rules_for(
+    vocabulary: Vocabulary, limits: Limits, positions: Positions = Positions(), vocab_size: int | None = None
+) -> Rules:
+    """The rules of decoding with a tokenizer's vocabulary, for a model with V = `vocab_size` logits."""
+    ids = len(vocabulary)
+    spare = (vocab_size or ids) - ids
     return Rules(
-        kinds=jnp.asarray(vocabulary.kinds),
-        digit_values=jnp.asarray(vocabulary.digit_values),
+        kinds=jnp.pad(jnp.asarray(vocabulary.kinds), (0, spare), constant_values=Kind.CONTROL),
+        digit_values=jnp.pad(jnp.asarray(vocabulary.digit_values), (0, spare)),
         next_state=jnp.array(grammar.NEXT, jnp.int32),
         event=jnp.array(grammar.EVENT, jnp.int32),
         legal=jnp.array(grammar.LEGAL, bool),
@@ -78,6 +83,7 @@ def rules_for(vocabulary: Vocabulary, limits: Limits, positions: Positions = Pos
         positions=positions,
         async_open=vocabulary.tag_ids[tags.ASYNC_OPEN],
         async_close=vocabulary.tag_ids[tags.ASYNC_CLOSE],
+        ids=ids,
     )
 
 
@@ -121,7 +127,7 @@ def room(state: RowState, request: Request, limits: Limits) -> Array:
 
 def record(state: RowState, lanes: Lanes) -> RowState:
     """The lanes as pool entries; idle lanes leave unreal ones behind, which the next step overwrites."""
-    step = state.step + 1
+    step = state.step + (state.stop == Stop.RUNNING)
     written = Entries(
         token=lanes.token,
         position=lanes.position,
@@ -145,8 +151,12 @@ def record(state: RowState, lanes: Lanes) -> RowState:
 
 
 def legal_tokens(state: RowState, lanes: Lanes, rules: Rules) -> Array:
-    """What each lane may sample next by the tag grammar: bool [S, V]."""
+    """What each lane may sample next: bool [S, V]. Ids of the tokenizer, and only where the grammar has them."""
     t, limits = state.threads, rules.limits
+    V = rules.kinds.shape[0]
+    known = jnp.broadcast_to(jnp.arange(V) < rules.ids, (limits.lanes, V))
+    if not limits.constrained:
+        return known
     thread = jnp.minimum(lanes.thread, limits.threads - 1)
     in_branch = (t.depth[thread] > 0)[:, None]
     kind = jnp.arange(len(Kind))
@@ -154,7 +164,7 @@ def legal_tokens(state: RowState, lanes: Lanes, rules: Rules) -> Array:
     legal &= ~(in_branch & (kind == Kind.END))
     legal &= ~(~in_branch & (kind == Kind.ASYNC_CLOSE))
     legal &= ~(~_can_open(state, limits)[thread][:, None] & (kind == Kind.OPEN))
-    return legal[:, rules.kinds]
+    return legal[:, rules.kinds] & known
 
 
 def _can_open(state: RowState, limits: Limits) -> Array:
@@ -355,7 +365,7 @@ def _stop_when_full(state: RowState, request: Request, limits: Limits) -> RowSta
 
 
 def _child_of(t: ThreadTable) -> Array:
-    """bool [T parents, T branches]."""
+    """Bool [T parents, T branches]."""
     return t.parent == jnp.arange(t.parent.shape[0])[:, None]
 
 

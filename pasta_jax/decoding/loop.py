@@ -58,9 +58,8 @@ def prefill(
     rows, lanes = jax.vmap(begin)(prompts, lengths)
     length = prompts.shape[1]
     prompt = jax.tree.map(lambda x: x[:, :length], rows.entries)
-    hidden, pool = model.apply(
-        {"params": params}, prompts, prompt.position, visible(prompt, prompt), pool, jnp.zeros_like(lengths)
-    )
+    start = jnp.zeros_like(lengths)
+    hidden, pool = attend(model, params, prompts, prompt.position, visible(prompt, prompt), pool, start)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     hidden = jnp.broadcast_to(last, (last.shape[0], limits.lanes, last.shape[2]))
     rows = _sample_and_advance(model, params, rules, rows, requests, lanes, hidden)
@@ -89,9 +88,23 @@ def decode_step(model: Transformer, params: Any, rules: Rules, batch: Batch) -> 
     lanes = jax.vmap(functools.partial(interpreter.feed, limits=limits))(batch.rows, requests)
     rows = jax.vmap(interpreter.record)(batch.rows, lanes)
     may_attend = visible(lanes, rows.entries)
-    hidden, pool = model.apply({"params": params}, lanes.token, lanes.position, may_attend, batch.pool, start)
+    hidden, pool = attend(model, params, lanes.token, lanes.position, may_attend, batch.pool, start)
     rows = _sample_and_advance(model, params, rules, rows, requests, lanes, hidden)
     return Batch(rows, requests, pool)
+
+
+def attend(
+    model: Transformer,
+    params: Any,
+    tokens: Array,
+    positions: Array,
+    may_attend: Array,
+    pool: Pool,
+    start: Array,
+) -> tuple[Array, Pool]:
+    """The model over the pool: hidden states [B, Q, D], and the pool with the tokens' keys and values."""
+    out: Any = model.apply({"params": params}, tokens, positions, may_attend, pool, start)
+    return out
 
 
 def _sample_and_advance(
@@ -121,9 +134,8 @@ def choose(
     limits = rules.limits
     is_open = rules.kinds == interpreter.Kind.OPEN
     biased = jnp.where(is_open, logits + requests.open_bias[:, None, None], logits)
-    if limits.constrained:
-        legal = jax.vmap(functools.partial(interpreter.legal_tokens, rules=rules))(rows, lanes)
-        biased = jnp.where(legal, biased, sampling.NEVER)
+    legal = jax.vmap(functools.partial(interpreter.legal_tokens, rules=rules))(rows, lanes)
+    biased = jnp.where(legal, biased, sampling.NEVER)
     thread = jnp.minimum(lanes.thread, limits.threads - 1)
     path = jnp.take_along_axis(rows.threads.path, thread, axis=1)
     keys = jax.vmap(jax.vmap(sampling.draw_key, (None, 0, 0)))(requests.key, path, lanes.order + 1)

@@ -172,7 +172,7 @@ class _Run:
 
         token = self.sample(thread, legal)
         if thread.depth and (
-            kinds[token] == Kind.END or thread.budget <= 0 and kinds[token] != Kind.ASYNC_CLOSE
+            kinds[token] == Kind.END or (thread.budget <= 0 and kinds[token] != Kind.ASYNC_CLOSE)
         ):
             token, thread.forced = self.vocabulary.tag_ids[tags.ASYNC_CLOSE], True
         thread.budget -= 1

@@ -1,5 +1,7 @@
-"""Drawing tokens. A draw depends on the request's key, the thread and the index in the thread, on nothing else:
-the same text for any number of lanes, batch mates, chunk length or mesh (DESIGN.md decision 9).
+"""Drawing tokens.
+
+A draw depends on the request's key, the thread and the index in the thread, on nothing else: the same text for
+any number of lanes, batch mates, chunk length or mesh (DESIGN.md decision 9).
 """
 
 from __future__ import annotations

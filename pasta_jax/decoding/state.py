@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import typing
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +73,13 @@ class Stop(enum.IntEnum):
         return self.name.lower()
 
 
-def _pytree(cls: type) -> type:
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    return jax.tree_util.register_dataclass(cls, [f.name for f in dataclasses.fields(cls)], [])
+Class = TypeVar("Class")
+
+
+@typing.dataclass_transform(frozen_default=True)
+def _pytree(cls: type[Class]) -> type[Class]:
+    """A frozen dataclass all of whose fields are leaves."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
 @_pytree
@@ -141,7 +147,7 @@ class RowState:
     prompt_length: Array  # int32 []
     used_threads: Array  # int32 []
     used_segments: Array  # int32 []
-    step: Array  # int32 []  decode steps done
+    step: Array  # int32 []  decode steps done while running
     stop: Array  # int32 []  a Stop
 
 

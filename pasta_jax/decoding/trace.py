@@ -66,7 +66,7 @@ class Trace:
 
     @property
     def widths(self) -> np.ndarray:
-        """int [steps]: how many lanes each step used."""
+        """Int [steps]: how many lanes each step used."""
         return np.bincount(self.step[self.step > 0], minlength=self.steps + 1)[1:]
 
 

@@ -87,7 +87,7 @@ def _continues(state: int, kind: Kind) -> tuple[int, Event] | None:
             return _NUMBER, Event.NONE
     else:
         digits = state - _NUMBER
-        if kind == Kind.DIGIT and digits < 2 or kind == Kind.ZERO and digits == 1:
+        if (kind == Kind.DIGIT and digits < 2) or (kind == Kind.ZERO and digits == 1):
             return state + 1, Event.NONE
         if kind == Kind.CLOSE and digits > 0:
             return TEXT, Event.FORK

@@ -1,0 +1,231 @@
+"""Laws 2 and 5: a decoded trace fed once gives the same logits, and nothing but the request changes the text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pasta_jax.arrays import NO_DOC, NO_TARGET, ThreadedTokens
+from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.state import Limits, Stop
+from pasta_jax.decoding.trace import Trace, as_document, critical_path
+from pasta_jax.lang import tags
+from pasta_jax.model import ModelConfig, Transformer, init_params
+from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens.reading import read, threads_of
+from pasta_jax.visibility import visible
+
+WORDS = WordTokenizer("rivers and cities of the world")
+LIMITS = Limits(lanes=8, threads=16, pool=300)
+PROMPTS = ("rivers", "cities of the world", "the", "and the rivers", "world")
+
+
+@functools.cache
+def chatty_model() -> Model:
+    """A random model that loves tags: what it writes is nonsense, in many threads."""
+    config = ModelConfig(
+        vocab_size=len(WORDS.vocabulary) + 1, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8,
+        mlp_dim=64, tie_embeddings=False,
+    )  # fmt: skip
+    params = init_params(config, jax.random.key(1))
+    # The head has no bias, so favour the tag pieces through one direction of the final norm's output.
+    head = np.array(params["head"])
+    head *= 0.35
+    for piece, weight in ((tags.PROMISE_OPEN, 3.0), (tags.PROMISE_TOKENS, 6.0), (tags.PROMISE_CLOSE, 9.0)):
+        head[:, WORDS.vocabulary.tag_ids[piece]] *= weight
+    for piece, weight in ((tags.SYNC, 8.0), (tags.ASYNC_CLOSE, 9.0)):
+        head[:, WORDS.vocabulary.tag_ids[piece]] *= weight
+    head[:, WORDS.vocabulary.eos] *= 9.0
+    return Model({**params, "head": jnp.asarray(head)}, config, WORDS)
+
+
+def ask(seed: int, **changes: Any) -> Sampling:
+    wishes = Sampling(max_new_tokens=200, max_branch_tokens=30, temperature=1.0, seed=seed, open_bias=3.5)
+    return dataclasses.replace(wishes, **changes)
+
+
+@functools.cache
+def decoder(limits: Limits = LIMITS, rows: int = 4, chunk: int = 512) -> Decoder:
+    return Decoder(chatty_model(), limits=limits, rows=rows, chunk=chunk, prompt_buckets=(16,))
+
+
+def ids(prompt: str) -> list[int]:
+    return WORDS.encode_prompt(prompt)
+
+
+def decode(seeds: Sequence[int], *, greedy: bool = False, **options: Any) -> list[Trace]:
+    prompts = [ids(PROMPTS[seed % len(PROMPTS)]) for seed in seeds]
+    wishes = [ask(seed, temperature=0.0 if greedy else 1.0) for seed in seeds]
+    traces, _ = decoder(**options).decode(prompts, wishes)
+    return traces
+
+
+def text(trace: Trace) -> tuple:
+    """All that the text is: tokens by thread, whatever the schedule, and how it ended."""
+    return [list(t) for t in trace.threads.tokens], [dict(b) for b in trace.threads.branches], trace.stop
+
+
+SEEDS = range(12)
+
+
+def test_the_model_is_worth_testing_with():
+    traces = decode(SEEDS)
+    branches = [len(t.parent) - 1 for t in traces]
+    assert max(branches) >= 5 and np.mean(branches) > 2
+    assert any(t.stop == Stop.EOS for t in traces)
+    assert sum(int(np.sum(t.tokens.token == WORDS.vocabulary.tag_ids[tags.SYNC])) for t in traces) > 3
+    assert max(t.widths.max() for t in traces) >= 4
+
+
+def once_through(model: Model, trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of the trace fed at once as a training row, and its targets: [n, V], [n]."""
+    document = as_document(trace)
+    size = -len(document) % 64
+    padded = {
+        name: np.pad(array, [(0, size)] + [(0, 0)] * (array.ndim - 1))
+        for name, array in document.fields().items()
+    }
+    padded["target"][len(document) :] = NO_TARGET
+    assert (padded["doc"][len(document) :] == NO_DOC).all()
+    row = dataclasses.replace(document, **{k: v[None] for k, v in padded.items()})
+    transformer = Transformer(model.config)
+    hidden: Any = transformer.apply({"params": model.params}, row.token, row.position, visible(row, row))
+    hidden, _ = hidden
+    logits: Any = transformer.apply({"params": model.params}, hidden, method="logits")
+    return np.asarray(logits[0, : len(document)]), document.target
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+@pytest.mark.parametrize("max_depth", [1, 3])
+def test_parity(lanes, max_depth, seed):
+    """Law 2: every sampled token has the log-probability, fed at once, that it had when it was decoded."""
+    limits = Limits(lanes=lanes, threads=16, pool=300, max_depth=max_depth)
+    seeds = [seed + i for i in range(6)]
+    checked = 0
+    for trace in decode(seeds, limits=limits):
+        logits, targets = once_through(chatty_model(), trace)
+        logprobs = jax.nn.log_softmax(logits)
+        document = as_document(trace)
+        # The token that each place predicts is its thread's next one; compare with what was recorded for it.
+        place = {(int(t), int(o)): i for i, (t, o) in enumerate(zip(document.thread, document.order))}
+        recorded = trace.logprob[[_in_trace(trace, document, i) for i in range(len(document))]]
+        for i, target in enumerate(targets):
+            after = place.get((int(document.thread[i]), int(document.order[i]) + 1))
+            if target == NO_TARGET or after is None or trace.forced[document.thread[i]]:
+                continue
+            assert document.token[after] == target
+            assert abs(float(logprobs[i, target]) - float(recorded[after])) < 1e-4
+            checked += 1
+    assert checked > 100
+
+
+def _in_trace(trace: Trace, document: ThreadedTokens, i: int) -> int:
+    same = (trace.tokens.thread == document.thread[i]) & (trace.tokens.order == document.order[i])
+    return int(np.flatnonzero(same)[0])
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+class TestInvariance:
+    """Law 5. The pool is large enough and no row is cut, so only the request may matter."""
+
+    def test_lanes(self, greedy):
+        expected = [text(t) for t in decode(SEEDS, greedy=greedy)]
+        for lanes in (1, 2, 4):
+            limits = dataclasses.replace(LIMITS, lanes=lanes)
+            found = decode(SEEDS, greedy=greedy, limits=limits)
+            for seed, one, other in zip(SEEDS, expected, found):
+                if Stop.LENGTH not in (one[2], other.stop):
+                    assert text(other) == one, (lanes, seed)
+
+    def test_chunk(self, greedy):
+        expected = [text(t) for t in decode(SEEDS, greedy=greedy)]
+        assert [text(t) for t in decode(SEEDS, greedy=greedy, chunk=7)] == expected
+
+    def test_batch_mates_order_and_idle_rows(self, greedy):
+        expected = [text(t) for t in decode(SEEDS, greedy=greedy)]
+        backwards = decode(list(SEEDS)[::-1], greedy=greedy)
+        assert [text(t) for t in backwards][::-1] == expected
+        alone = [text(decode([seed], greedy=greedy)[0]) for seed in SEEDS]
+        assert alone == expected
+        assert [text(t) for t in decode(SEEDS, greedy=greedy, rows=1)] == expected
+
+    def test_longer_pool(self, greedy):
+        expected = [text(t) for t in decode(SEEDS, greedy=greedy)]
+        longer = dataclasses.replace(LIMITS, pool=611)
+        assert [text(t) for t in decode(SEEDS, greedy=greedy, limits=longer)] == expected
+
+    def test_more_threads_than_needed(self, greedy):
+        """Other lanes may stand idle: 12 lanes never change what 8 say."""
+        expected = [text(t) for t in decode(SEEDS, greedy=greedy)]
+        wide = dataclasses.replace(LIMITS, lanes=12)
+        for one, other in zip(expected, decode(SEEDS, greedy=greedy, limits=wide)):
+            if Stop.LENGTH not in (one[2], other.stop):
+                assert text(other) == one
+
+
+def test_mesh():
+    """Law 5, the mesh: parameters and pool over 8 devices give the same text."""
+    from pasta_jax import sharding
+
+    expected = [text(t) for t in decode(SEEDS)]
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    model = chatty_model()
+    params = jax.device_put(model.params, sharding.param_shardings(model.params, mesh))
+    spread = Decoder(
+        dataclasses.replace(model, params=params), limits=LIMITS, rows=4, prompt_buckets=(16,), mesh=mesh
+    )
+    traces, _ = spread.decode([ids(PROMPTS[s % len(PROMPTS)]) for s in SEEDS], [ask(s) for s in SEEDS])
+    assert [text(t) for t in traces] == expected
+
+
+def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
+    limits = Limits(lanes=16, threads=16, pool=300)
+    for trace in decode(SEEDS, limits=limits):
+        if trace.stop == Stop.EOS:
+            assert critical_path(as_document(trace), trace.prompt_length, WORDS.vocabulary) == trace.steps
+
+
+def test_with_the_grammar_nothing_is_malformed():
+    for trace in decode(SEEDS):
+        if trace.stop == Stop.EOS:
+            reading = read(WORDS.vocabulary, trace.threads)
+            assert not reading.issues
+            assert read(WORDS.vocabulary, threads_of(as_document(trace), trace.prompt_length)) == reading
+
+
+def test_without_the_grammar_nothing_crashes():
+    limits = dataclasses.replace(LIMITS, constrained=False)
+    traces = decode(SEEDS, limits=limits)
+    assert any(read(WORDS.vocabulary, trace.threads).issues for trace in traces)
+
+
+def test_open_bias_and_limits_of_one_request_leave_the_others_alone():
+    expected = [text(t) for t in decode([0, 1, 2, 3])]
+    wishes = [ask(0), ask(1, open_bias=-np.inf), ask(2, max_new_tokens=9), ask(3)]
+    traces, _ = decoder().decode([ids(PROMPTS[s]) for s in range(4)], wishes)
+    assert [text(traces[i]) for i in (0, 3)] == [expected[i] for i in (0, 3)]
+    assert len(traces[1].parent) == 1
+    assert traces[2].stop == Stop.LENGTH and np.sum(traces[2].step > 0) == 9
+
+
+def test_pool_full_stops_one_row_with_its_text():
+    limits = Limits(lanes=8, threads=16, pool=40)
+    traces = decode(SEEDS, limits=limits)
+    full = [t for t in traces if t.stop == Stop.CACHE_FULL]
+    assert full and all(len(t.tokens) == 40 for t in full)
+
+
+def test_prompts_that_cannot_be_answered():
+    with pytest.raises(ValueError, match="prompt has 301 tokens, and the pool holds 300.*set cache_len"):
+        decoder().decode([[5] * 301], [ask(0)])
+    with pytest.raises(ValueError, match="empty"):
+        decoder().decode([[]], [ask(0)])
+    with pytest.raises(ValueError, match="temperature=-1"):
+        ask(0, temperature=-1)
