@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypedDict, overload
+from typing import TypedDict, Unpack, overload
 
 import numpy as np
 
@@ -132,7 +132,7 @@ class Options(TypedDict, total=False):
 @overload
 def decode(model: Model, prompt: str, **options: Unpack[Options]) -> DecodeResult: ...
 @overload
-def decode(model: Model, prompt: Sequence[str], **options: Unpack[Options]) -> list[DecodeResult]: ...
+def decode(model: Model, prompt: list[str], **options: Unpack[Options]) -> list[DecodeResult]: ...
 def decode(
     model: Model,
     prompt: str | Sequence[str],

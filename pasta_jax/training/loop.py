@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from pasta_jax import config as config_lib
 from pasta_jax import sharding
@@ -21,17 +19,13 @@ from pasta_jax.arrays import Array, ThreadedTokens
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data.batches import Stream, batches, prefetch
 from pasta_jax.data.packing import real_fraction
-from pasta_jax.model.transformer import Transformer, init_params
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
 from pasta_jax.training.checkpoints import CheckpointError, Checkpoints, load_params, versions
 from pasta_jax.training.metrics import MetricsWriter
 from pasta_jax.training.signals import Stopped, stop_requests
-from pasta_jax.training.state import Params, TrainState, make_optimizer, make_schedule, new_state
-from pasta_jax.visibility import visible
-
-LossFn: TypeAlias = Callable[[Array, ThreadedTokens], tuple[Array, dict[str, Array]]]
-"""From float32 logits [B, L, V] and the batch to the loss and measurements, "loss" among them."""
+from pasta_jax.training.state import Params, TrainState
+from pasta_jax.training.update import LossFn, make_update
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -75,59 +69,31 @@ def train(
       NonFiniteLoss: checkpoints up to the last good one are kept.
       Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
-    # ---------------------------------------------------------------------------------------------- mesh
+    # ----------------------------------------------------------------------------------- mesh and update
 
     workdir = os.fspath(workdir)
     try:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-        over_rows = sharding.batch_sharding(mesh, config.data.rows)
+        update = make_update(config, mesh, loss_fn)
     except ValueError as error:
         raise ConfigError(f"config.mesh: {error}") from error
-
-    # --------------------------------------------------------------------------------- model and optimiser
-
-    model = Transformer(config.model)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = make_schedule(config.optimizer, config.steps)
-    new_params = functools.partial(init_params, config.model, jax.random.key(config.seed))
-    shapes = jax.eval_shape(lambda: new_state(new_params(), optimizer))
-    lie = sharding.param_shardings(shapes, mesh)  # the optimiser's moments have their parameters' names
     check_vocabulary(config, tokenizer)
-
-    # --------------------------------------------------------------------------------------- update step
-
-    @functools.partial(
-        jax.jit,
-        donate_argnums=0,
-        in_shardings=(lie, over_rows),
-        out_shardings=(lie, sharding.replicated(mesh)),
-    )
-    def update(state: TrainState, fields: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        batch = ThreadedTokens(**fields)
-
-        def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-            hidden, _ = model.apply({"params": params}, batch.token, batch.position, visible(batch, batch))
-            return loss_fn(model.apply({"params": params}, hidden, method="logits"), batch)
-
-        grads, measured = jax.grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        measured |= {"lr": schedule(state.step), "grad_norm": norm(grads)}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), measured
 
     with Checkpoints(workdir, config, tokenizer) as checkpoints:
         # ------------------------------------------------------------- start, start from weights, or resume
 
         data_index = 0
         if checkpoints.latest() is not None:
-            state, about = checkpoints.restore(sharding.abstract(shapes, lie))
+            state, about = checkpoints.restore(sharding.abstract(update.shapes, update.shardings))
             data_index = about.data_index
             LOG.info("Going on from step %d of %s.", about.step, workdir)
         else:
             if config.init_from:
-                params = pretrained_params(config, tokenizer, shapes.params, lie.params)
+                shapes, lie = update.shapes.params, update.shardings.params
+                params = pretrained_params(config, tokenizer, shapes, lie)
             else:
-                params = jax.jit(new_params, out_shardings=lie.params)()
-            state = jax.jit(new_state, static_argnums=1, out_shardings=lie)(params, optimizer)
+                params = update.new_params()
+            state = update.start(params)
             del params
         step = int(state.step)
         write_about(workdir, config)
@@ -146,7 +112,7 @@ def train(
             leaving = None
             while step < last and not leaving:
                 batch, data_index = next(ready)
-                state, measured = update(state, jax.device_put(batch.fields(), over_rows))
+                state, measured = update.step(state, jax.device_put(batch.fields(), update.batch_sharding))
                 step += 1
                 meter.add(step, measured, batch)
                 metrics.progress(step)
@@ -239,11 +205,6 @@ def pretrained_params(config: Config, tokenizer: Tokenizer, shapes: Params, shar
         )
     LOG.info("Starting from the weights of %s (step %d).", about.path, about.step)
     return params
-
-
-def norm(tree: Any) -> Array:
-    """Of all numbers in a tree together."""
-    return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:

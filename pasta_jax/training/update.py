@@ -1,0 +1,86 @@
+"""One update of the weights, as a compiled function: the part of training that runs on the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pasta_jax import sharding
+from pasta_jax.arrays import Array, ThreadedTokens
+from pasta_jax.config import Config
+from pasta_jax.model.transformer import Transformer, init_params
+from pasta_jax.training.state import Params, TrainState, make_optimizer, make_schedule, new_state
+from pasta_jax.visibility import visible
+
+LossFn: TypeAlias = Callable[[Array, ThreadedTokens], tuple[Array, dict[str, Array]]]
+"""From float32 logits [B, L, V] and the batch to the loss and measurements, "loss" among them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How a state is made and moved on a mesh.
+
+    Attributes:
+      step: jitted: state and the fields of a batch ([B, L] by name) to the next state and measurements; the
+        state is donated. `.lower` compiles it ahead of time, from shapes.
+      shapes: of a state, `jax.ShapeDtypeStruct`s.
+      shardings: where its leaves lie.
+      batch_sharding: where a batch's arrays lie.
+      new_params: random weights, jitted.
+      start: weights to a state before the first update, jitted.
+    """
+
+    step: Any
+    shapes: TrainState
+    shardings: TrainState
+    batch_sharding: jax.sharding.NamedSharding
+    new_params: Callable[[], Params]
+    start: Callable[[Params], TrainState]
+
+
+def make_update(config: Config, mesh: Any, loss_fn: LossFn) -> Update:
+    """The update of an experiment, on a mesh of devices or of a topology.
+
+    Raises:
+      ValueError: the mesh does not divide what it should.
+    """
+    model = Transformer(config.model)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = make_schedule(config.optimizer, config.steps)
+    new_params = functools.partial(init_params, config.model, jax.random.key(config.seed))
+    shapes = jax.eval_shape(lambda: new_state(new_params(), optimizer))
+    lie = sharding.param_shardings(shapes, mesh)  # the optimiser's moments have their parameters' names
+    over_rows = sharding.batch_sharding(mesh, config.data.rows)
+
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        in_shardings=(lie, over_rows),
+        out_shardings=(lie, sharding.replicated(mesh)),
+    )
+    def step(state: TrainState, fields: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        batch = ThreadedTokens(**fields)
+
+        def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
+            out: Any = model.apply({"params": params}, batch.token, batch.position, visible(batch, batch))
+            logits: Any = model.apply({"params": params}, out[0], method="logits")
+            return loss_fn(logits, batch)
+
+        grads, measured = jax.grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        measured |= {"lr": schedule(state.step), "grad_norm": norm(grads)}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), measured
+
+    start = jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=lie)
+    return Update(step, shapes, lie, over_rows, jax.jit(new_params, out_shardings=lie.params), start)
+
+
+def norm(tree: Any) -> Array:
+    """Of all numbers in a tree together."""
+    return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
