@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from pasta_jax.data.almanac import facts
 from pasta_jax.data.almanac.draw import training_task
@@ -35,7 +36,6 @@ Document = tuple[str | None, str]
 
 
 _ENTITIES = tuple(KIND_OF)
-_PATH_LENGTH = 240
 
 
 def profile(entity: str, rng: np.random.Generator) -> str:
@@ -89,9 +89,7 @@ def train_tokenizer(path: str | os.PathLike[str] | None = None, *, seed: int = 0
     words = collections.Counter(word for text in corpus for word in re.findall(" ?[A-Za-z]+", text))
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
-        # The model keeps this file's name, which therefore has one length everywhere and is blanked below:
-        # the model must not depend on where the folder lies.
-        seeds = pathlib.Path(folder, "w" * (_PATH_LENGTH - len(os.fsencode(folder)) - 1))
+        seeds = pathlib.Path(folder, "words.tsv")
         lines = [f"{word.replace(' ', '▁')}\t{count}\n" for word, count in sorted(words.items())]
         seeds.write_text("".join(lines), encoding="utf-8")
         sentencepiece.SentencePieceTrainer.Train(
@@ -117,7 +115,9 @@ def train_tokenizer(path: str | os.PathLike[str] | None = None, *, seed: int = 0
             shuffle_input_sentence=False,
             minloglevel=2,
         )
-    trained = model.getvalue().replace(os.fsencode(seeds), b"w" * _PATH_LENGTH)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto.trainer_spec.ClearField("seed_sentencepieces_file")  # the model must not depend on where that lay
+    trained = proto.SerializeToString(deterministic=True)
     if path is not None:
         pathlib.Path(path).write_bytes(trained)
     return trained

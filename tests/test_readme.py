@@ -1,0 +1,90 @@
+"""Law 11: every command in the README runs, in the order in which a reader would run them, on fewer steps."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+SHORTER = {
+    "pasta_jax.train": ["--config.steps=2", "--config.data.rows=2"],
+    "pasta_jax.evaluate": ["--prompts=2"],
+    "pasta_jax.demo": ["--prompts=2"],
+    "pasta_jax.compile": ["--pool=256"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [split for line in lines if (split := shlex.split(line, comments=True))]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder as a reader would have it: configs and runs beside each other, and records of one's own."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    record = blocks("json")[0].strip()
+    json.loads(record)
+    (folder / "mine.jsonl").write_text((record + "\n") * 8, encoding="utf-8")
+    (folder / "runs").mkdir()
+    return folder
+
+
+def run(workspace: Path, arguments: list[str]) -> str:
+    done = subprocess.run(
+        arguments, cwd=workspace, capture_output=True, text=True, timeout=600, env=_environment(), check=False
+    )
+    assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def test_every_command(workspace):
+    """In order: what the first ones write, the later ones read. Installing is what the test run itself did."""
+    ran = 0
+    for command in commands():
+        if command[0] == "make":
+            done = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, check=False)
+            assert done.returncode == 0, command
+        elif command[:2] == ["python", "-m"]:
+            shorter = [sys.executable, *command[1:], *SHORTER.get(command[2], [])]
+            if any("--ckpt=runs/demo/" in part for part in command):
+                _demo_model(workspace)
+            run(workspace, shorter)
+            ran += 1
+        else:
+            assert command[:2] == ["pip", "install"], f"what is this command? {command}"
+            assert all((ROOT / part).exists() for part in command if part.endswith(".txt"))
+    assert ran >= 7, "the README lost its commands"
+
+
+def _demo_model(workspace: Path) -> None:
+    """The model that the demo would have left, of two steps."""
+    if (workspace / "runs/demo/pasta").exists():
+        return
+    train = [sys.executable, "-m", "pasta_jax.train", "--config=configs/tiny.py", "--workdir=runs/demo/pasta"]
+    run(workspace, [*train, *SHORTER["pasta_jax.train"]])
+
+
+def test_every_snippet(workspace):
+    _demo_model(workspace)
+    for snippet in blocks("python"):
+        assert run(workspace, [sys.executable, "-c", snippet])
