@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import NO_TARGET
-from pasta_jax.training.losses import sequence_logprobs, sft_loss, token_logprobs
+from pasta_jax.training.losses import sft_loss, token_logprobs
 
 # Two words, logits 0 and ln 3: probabilities 1/4 and 3/4. Equal logits: 1/2 each.
 SURE, EVEN = [0.0, math.log(3)], [0.0, 0.0]
@@ -50,10 +50,3 @@ def test_a_batch_without_targets_is_zero_and_not_nan() -> None:
     loss, grad = jax.value_and_grad(lambda logits: sft_loss(logits, nothing)[0])(LOGITS_1x4x2)
     assert float(loss) == 0
     assert (np.asarray(grad) == 0).all()
-
-
-def test_sequence_logprobs() -> None:
-    logprobs = jnp.array([[-1.0, -2.0, -4.0, -8.0], [-16.0, 0.0, 0.0, -99.0]])
-    doc = jnp.array([[1, 1, 2, 2], [1, 1, 1, 0]])
-    sums = sequence_logprobs(logprobs, doc, docs=3)
-    np.testing.assert_array_equal(sums, [[-3.0, -12.0, 0.0], [-16.0, 0.0, 0.0]])

@@ -196,6 +196,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None
     assert find(tmp_path).name == "4"
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: pathlib.Path) -> None:
+    def loss_fn(logits: Any, batch: ThreadedTokens) -> Any:
+        loss, measured = loop.sft(logits, batch)
+        # The square root of 1, or of 0, where its slope is infinite: the loss is what it was, its gradient NaN.
+        inside = jnp.where(jnp.any(batch.token == 99), 0.0, 1.0)
+        loss = loss + jnp.sqrt(inside + 0.0 * logits.sum()) - inside
+        return loss, measured | {"loss": loss}
+
+    class Poisoned(Counting):
+        def __getitem__(self, index: int) -> ThreadedTokens:
+            document = super().__getitem__(index)
+            if index == 180:
+                document.token[0] = 99
+            return document
+
+    config = dataclasses.replace(CONFIG, steps=8, log=LogConfig(every=100))
+    message = r"norm of the gradient is nan at step 8; step 4 in .* is good, and is kept"
+    with pytest.raises(loop.NonFiniteLoss, match=message):
+        train(tmp_path, config, source=Poisoned(), loss_fn=loss_fn)
+    assert find(tmp_path).name == "4"
+
+
 def test_an_error_in_the_data_is_raised(tmp_path: pathlib.Path) -> None:
     def fail() -> None:
         raise OSError("the disk is gone")

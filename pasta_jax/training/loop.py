@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pasta_jax import config as config_lib
 from pasta_jax import sharding
@@ -31,7 +31,7 @@ LOG = logging.getLogger("pasta_jax")
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; says at which step, and which checkpoint is the last good one."""
+    """The loss or its gradient became NaN or infinite; says at which step, and which checkpoint is good."""
 
 
 def sft(logits_BxLxV: Array, batch: ThreadedTokens) -> tuple[Array, dict[str, Array]]:
@@ -139,8 +139,9 @@ def train(
 
 
 class Meter:
-    """Gathers measurements between two lines of metrics, and looks out for a loss that is not finite.
+    """Gathers measurements between two lines of metrics, and looks out for a loss or gradient not finite.
 
+    The loss of a step is that of the weights before it; the gradient says whether those after it are good too.
     It looks one step late, so that the device never waits for the host.
     """
 
@@ -168,11 +169,12 @@ class Meter:
         while len(self._unseen) > lag:
             step, measured = self._unseen.pop(0)
             values = {name: float(value) for name, value in jax.device_get(measured).items()}
-            if not jnp.isfinite(values["loss"]):
-                raise NonFiniteLoss(
-                    f"The loss is {values['loss']} at step {step}; {self._safe()}. Lower "
-                    "--config.optimizer.lr or raise --config.optimizer.warmup_steps, in a new --workdir."
-                )
+            for name, said in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+                if not math.isfinite(values[name]):
+                    raise NonFiniteLoss(
+                        f"The {said} is {values[name]} at step {step}; {self._safe()}. Lower "
+                        "--config.optimizer.lr or raise --config.optimizer.warmup_steps, in a new --workdir."
+                    )
             self._seen.append(values)
 
     def _safe(self) -> str:

@@ -32,19 +32,3 @@ def token_logprobs(logits_BxLxV: Array, target_BxL: Array) -> Array:
     some_target_BxLx1 = jnp.where(has_target_BxL, target_BxL, 0)[..., None]
     chosen_BxL = jnp.take_along_axis(logits_BxLxV, some_target_BxLx1, axis=-1)[..., 0]
     return jnp.where(has_target_BxL, chosen_BxL - jax.nn.logsumexp(logits_BxLxV, axis=-1), 0.0)
-
-
-def sequence_logprobs(logprobs_BxL: Array, doc_BxL: Array, docs: int) -> Array:
-    """Log-probability of each whole document.
-
-    Args:
-      logprobs_BxL: of the targets, as `token_logprobs` gives them.
-      doc_BxL: int32; the document of each token, from 1; padding is in none.
-      docs: static; the most documents in a row.
-
-    Returns:
-      float32 [B, docs]; 0 for documents that do not occur.
-    """
-    numbers = jnp.arange(1, docs + 1).reshape(1, 1, docs)
-    is_in_BxLxdocs = doc_BxL[..., None] == numbers
-    return jnp.where(is_in_BxLxdocs, logprobs_BxL[..., None], 0.0).sum(axis=1)

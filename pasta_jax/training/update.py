@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from pasta_jax import sharding
@@ -74,13 +73,8 @@ def make_update(config: Config, mesh: Any, loss_fn: LossFn) -> Update:
 
         grads, measured = jax.grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        measured |= {"lr": schedule(state.step), "grad_norm": norm(grads)}
+        measured |= {"lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), measured
 
     start = jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=lie)
     return Update(step, shapes, lie, over_rows, jax.jit(new_params, out_shardings=lie.params), start)
-
-
-def norm(tree: Any) -> Array:
-    """Of all numbers in a tree together."""
-    return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
