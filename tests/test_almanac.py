@@ -12,6 +12,7 @@ import pytest
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac import facts, families, split
 from pasta_jax.lang import tags
+from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.program import Promise, Sync
 from pasta_jax.tokens.tokenizer import MODEL_TURN, USER_TURN
 
@@ -265,7 +266,7 @@ def test_blocks_are_worth_a_promise(rng: np.random.Generator) -> None:
     tokenizer = almanac.load_tokenizer()
     for family in ("list", "prose", "compare", "mixed"):
         tasks = [almanac.training_task(rng, family) for _ in range(200)]
-        texts = [families.text_of(promise.block) for task in tasks for promise in task.plan.promises()]
+        texts = [text_of(promise.block) for task in tasks for promise in task.plan.promises()]
         blocks = [len(tokenizer.encode(text)) for text in texts]
         assert 20 <= np.mean(blocks) <= 35
         answers = [len(tokenizer.encode(almanac.plain(task))) for task in tasks]

@@ -9,7 +9,7 @@ import pytest
 
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac.annotator import length_in_tens
-from pasta_jax.data.almanac.families import text_of
+from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 
 

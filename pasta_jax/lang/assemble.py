@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pasta_jax.lang.program import Node, Program, Promise, Text
 
 
@@ -15,7 +17,7 @@ def assemble(program: Program) -> str:
     return text_of(program.nodes)
 
 
-def text_of(nodes: tuple[Node, ...]) -> str:
+def text_of(nodes: Sequence[Node]) -> str:
     """The reader's text of some nodes, of a block for instance."""
     out: list[str] = []
     todo = [*reversed(nodes)]

@@ -16,6 +16,7 @@ from pasta_jax.arrays import NO_DOC, ThreadedTokens
 from pasta_jax.lang import grammar
 from pasta_jax.lang.grammar import Event, Kind
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
+from pasta_jax.lang.render import joined
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 
@@ -120,7 +121,7 @@ class _Reader:
         flush()
         if thread and not finished:
             self.note(thread, "stopped before its </async>")
-        return _merge(nodes)
+        return joined(nodes)
 
     def promise(self, tag: list[int], branch: int) -> Promise:
         kinds = [int(self.vocabulary.kinds[token]) for token in tag]
@@ -137,17 +138,6 @@ class _Reader:
 
     def note(self, thread: int, what: str) -> None:
         self.issues.append(f"{'main' if thread == 0 else f'branch {thread}'}: {what}.")
-
-
-def _merge(nodes: list[Node]) -> tuple[Node, ...]:
-    """Adjacent texts as one."""
-    merged: list[Node] = []
-    for node in nodes:
-        if isinstance(node, Text) and merged and isinstance(merged[-1], Text):
-            merged[-1] = Text(merged[-1].text + node.text)
-        else:
-            merged.append(node)
-    return tuple(merged)
 
 
 def threads_of(document: ThreadedTokens, prompt_length: int) -> Threads:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from pasta_jax.data.almanac.families import Task, text_of
+from pasta_jax.data.almanac.families import Task
+from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text
+from pasta_jax.lang.render import joined
 
 CountTokens = Callable[[str], int]
 
@@ -69,7 +71,7 @@ def annotate(
         nodes = [Text(text_of(nodes))]
     else:
         nodes = _careless_sync(_miss_parts(nodes, rng, rates.miss_part), rng, rates)
-    return Program(_merge(_measure(nodes, rng, count_tokens, rates.wrong_length)))
+    return Program(joined(_measure(nodes, rng, count_tokens, rates.wrong_length)))
 
 
 def annotate_exactly(task: Task, count_tokens: CountTokens) -> Program:
@@ -119,14 +121,3 @@ def _measure(
                 tens += 1 if tens == MIN_TOKENS or rng.random() < 0.5 else -1
             node = dataclasses.replace(node, tokens=min(tens, MAX_TOKENS))
         yield node
-
-
-def _merge(nodes: Iterable[Node]) -> tuple[Node, ...]:
-    """Neighbouring texts are one text, as they are when an answer is parsed."""
-    merged: list[Node] = []
-    for node in nodes:
-        if isinstance(node, Text) and merged and isinstance(merged[-1], Text):
-            merged[-1] = Text(merged[-1].text + node.text)
-        else:
-            merged.append(node)
-    return tuple(merged)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from pasta_jax.data.almanac import facts, split
 from pasta_jax.data.almanac.facts import KIND_OF, Fact, Superlative
+from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 
 FAMILIES = ("list", "prose", "compare", "chain", "single", "report", "mixed")
@@ -84,15 +85,7 @@ class Task:
 
 def plain(task: Task) -> str:
     """The answer without marks."""
-    return text_of(task.plan.nodes)
-
-
-def text_of(nodes: Iterable[Node]) -> str:
-    """The text of nodes, every block in its place."""
-    return "".join(
-        node.text if isinstance(node, Text) else text_of(node.block) if isinstance(node, Promise) else ""
-        for node in nodes
-    )
+    return assemble(task.plan)
 
 
 # ---------------------------------------------------------------------------------------- from parts to tasks
