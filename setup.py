@@ -17,6 +17,7 @@ setup(
     package_data={"pasta_jax": ["py.typed", "data/almanac/**"]},
     install_requires=[
         "absl-py>=2.1",
+        "etils[epath]>=1.9",
         "flax>=0.12.0",
         "jax>=0.8.1",
         "ml_collections>=1.1",

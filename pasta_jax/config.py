@@ -44,6 +44,7 @@ class DataConfig:
         tuple[str, str], ...
     ] = ()  # keys of foreign JSONL, as in prompt=instruction,response=output
     tokenizer: str = "almanac"  # almanac, or a SentencePiece model file
+    extend_tokenizer: bool = False  # tags that such a file lacks get new ids after its own
     rows: int = 8  # B, rows of a batch
     length: int = 512  # L, tokens of a row; no document may be longer
     threads: int = 16  # T, the most threads of an answer, main included
@@ -96,7 +97,7 @@ class LogConfig:
 class Config:
     """One experiment."""
 
-    stage: Literal["sft", "preference"] = "sft"  # which of the two stages
+    stage: Literal["sft"] = "sft"  # supervised finetuning; preference optimisation is not built yet
     seed: int = 0  # of the weights and the order of the data
     steps: int = 1000  # optimiser steps
     init_from: str = ""  # workdir or checkpoint whose weights to start from; empty starts from scratch
@@ -111,6 +112,8 @@ class Config:
         for name in ("steps", "data.rows", "data.length", "data.threads", "data.max_depth", "log.every"):
             if (value := _look_up(self, name)) < 1:
                 raise ConfigError(f"config.{name} must be at least 1, got {value}.")
+        if self.seed < 0:
+            raise ConfigError(f"config.seed must be at least 0, got {self.seed}.")
         if not self.data.sources:
             raise ConfigError("config.data.sources is empty. Name at least one, as in almanac:annotated.")
         if any(weight <= 0 for _, weight in self.data.sources):

@@ -94,6 +94,16 @@ def test_nothing_there(tmp_path: pathlib.Path) -> None:
         load_params(tmp_path / "model.safetensors")
 
 
+def test_a_folder_of_models_is_no_checkpoint(written: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """What the demo writes: a model named pasta is not the item of a checkpoint that has this name."""
+    for name in ("base", "pasta"):
+        (tmp_path / name).symlink_to(written)
+    (tmp_path / "evaluation").mkdir()
+    with pytest.raises(CheckpointError, match=f"{tmp_path} holds models: base, pasta. Give one of them."):
+        load_params(tmp_path)
+    assert load_params(tmp_path / "pasta")[1].step == 30
+
+
 def test_foreign(workdir: pathlib.Path) -> None:
     about = workdir / "checkpoints" / "30" / "pasta" / "pasta.json"
     tree = json.loads(about.read_text())

@@ -25,10 +25,10 @@ LOG = logging.getLogger("pasta_jax")
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer that `config.tokenizer` names; tags that it lacks get new ids after its end."""
+    """The tokenizer that `config.tokenizer` names. Raises TokenizerError."""
     if config.tokenizer == "almanac":
         return almanac.load_tokenizer()
-    return load_tokenizer(config.tokenizer, extend=True)
+    return load_tokenizer(config.tokenizer, extend=config.extend_tokenizer)
 
 
 def make_source(

@@ -21,6 +21,7 @@ from pasta_jax import visibility
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.lang import tags
 from pasta_jax.lang.program import Node, Program, Promise, Text
+from pasta_jax.lang.render import promise_problem
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -52,7 +53,7 @@ def layout_example(
       [L] fields, NumPy, one document with `doc` 1.
 
     Raises:
-      LayoutError: more promises than threads, or a topic that the tag grammar forbids.
+      LayoutError: more promises than threads, or one that the tag grammar forbids.
     """
     return layout(tokenizer, tokenizer.encode_prompt(prompt), program, positions, threads, learn_prompt)
 
@@ -116,7 +117,7 @@ class _Scribe:
         if self.threads == self.max_threads:
             raise LayoutError(
                 f"The answer promises more than {self.max_threads - 1} branches. "
-                f"Raise threads above {self.max_threads}, or promise less."
+                f"Raise --config.data.threads above {self.max_threads}, or promise less."
             )
         self.threads += 1
         return _Thread(self.threads - 1, segment, sees, position)
@@ -182,6 +183,8 @@ class _Scribe:
 def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
     """The ids of a promise's tag, the number digit by digit; LayoutError if the tag grammar forbids it."""
     vocabulary = tokenizer.vocabulary
+    if problem := promise_problem(promise.topic, promise.tokens):
+        raise LayoutError(f"The promise {promise.topic!r} cannot be written: {problem}.")
     topic = tokenizer.encode(promise.topic)
     if not 1 <= len(topic) <= tags.MAX_TOPIC_TOKENS:
         raise LayoutError(

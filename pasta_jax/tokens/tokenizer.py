@@ -125,11 +125,11 @@ class SentencePieceTokenizer:
 
     Args:
       model: the serialised model.
-      extend: give tags that the vocabulary lacks new ids after its end (the embedding must then be that much
-        larger). Otherwise a vocabulary without them is an error.
+      extend: give tags that the vocabulary lacks, or has as ordinary text, new ids after its end (the embedding
+        must then be that much larger). Otherwise such a vocabulary is an error.
 
     Raises:
-      TokenizerError: not a SentencePiece model, or no ids for the tags.
+      TokenizerError: not a SentencePiece model, no ids for the tags, or text would not come back.
     """
 
     def __init__(self, model: bytes, *, extend: bool = False):
@@ -140,20 +140,32 @@ class SentencePieceTokenizer:
             raise TokenizerError(f"Not a SentencePiece model: {error}") from error
         self._ids = {self._sp.IdToPiece(i): i for i in range(self._sp.GetPieceSize())}
         self._fence = self._sp.EncodeAsIds(_FENCE)
+        if not any(self._sp.IdToPiece(i).strip("\u2581") for i in self._fence):  # at most the dummy prefix
+            raise TokenizerError(
+                "This tokenizer drops control characters, so text would not come back as it was. "
+                "Train one with normalization_rule_name=identity."
+            )
         self.vocabulary = self._read_vocabulary(extend)
 
     def _read_vocabulary(self, extend: bool) -> Vocabulary:
         sp, size = self._sp, self._sp.GetPieceSize()
         pieces = [self._piece_bytes(i) for i in range(size)]
-        missing = [piece for piece in tags.PIECES if piece not in self._ids]
+        tag_ids = {
+            piece: self._ids[piece]
+            for piece in tags.PIECES
+            if piece in self._ids and sp.IsControl(self._ids[piece])
+        }
+        missing = [piece for piece in tags.PIECES if piece not in tag_ids]
         if missing and not extend:
-            split = self._sp.EncodeAsPieces(missing[0])
+            if missing[0] in self._ids:
+                fault = f"{missing[0]!r} is no control symbol, so text that spells it would become the tag"
+            else:
+                fault = f"it splits {missing[0]!r} into {len(sp.EncodeAsPieces(missing[0]))} pieces"
             raise TokenizerError(
-                f"This tokenizer has no id for {len(missing)} of the {len(tags.PIECES)} tag pieces; it splits "
-                f"{missing[0]!r} into {len(split)} pieces. Train one with the tags as control symbols, or load "
-                "this one with extend=True, which adds ids after its end."
+                f"This tokenizer has no id for {len(missing)} of the {len(tags.PIECES)} tag pieces; {fault}. "
+                "Train one with the tags as control symbols, or load this one with extend=True "
+                "(--config.data.extend_tokenizer=true), which adds ids after its end."
             )
-        tag_ids = {piece: self._ids[piece] for piece in tags.PIECES if piece in self._ids}
         for piece in missing:
             tag_ids[piece] = len(pieces)
             pieces.append(piece.encode())

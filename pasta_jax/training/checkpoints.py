@@ -60,7 +60,7 @@ class About:
     def tokenizer(self) -> SentencePieceTokenizer:
         """The tokenizer that it was trained with."""
         try:
-            tokenizer = SentencePieceTokenizer(self.tokenizer_model, extend=True)
+            tokenizer = SentencePieceTokenizer(self.tokenizer_model, extend=self.config.data.extend_tokenizer)
         except TokenizerError as error:
             raise CheckpointError(f"{self.path} is damaged: its tokenizer: {error}") from error
         if tokenizer.vocabulary.tag_ids != self.tag_ids:
@@ -177,14 +177,21 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
         raise CheckpointError(f"No checkpoint at {root}: no such directory. Train one with --workdir={root}.")
     if not root.is_dir():
         raise CheckpointError(f"{root} is a file. Give a workdir, or a checkpoint within it.")
-    if (root / "pasta").exists() or (root / "params").exists():
+    if (root / "pasta" / "pasta.json").exists() and (root / "params").exists():
         return root
     for directory in (root / "checkpoints", root):
-        steps = [child for child in directory.iterdir() if child.name.isdigit()] if directory.exists() else []
-        if steps:
-            return max(steps, key=lambda child: int(child.name))
-    found = ", ".join(sorted(child.name for child in root.iterdir())[:8]) or "nothing"
+        if steps := _steps(directory):
+            return max(steps, key=lambda step: int(step.name))
+    children = sorted(root.iterdir(), key=lambda child: child.name)
+    if models := [child.name for child in children if _steps(child / "checkpoints")]:
+        raise CheckpointError(f"{root} holds models: {', '.join(models)}. Give one of them.")
+    found = ", ".join(child.name for child in children[:8]) or "nothing"
     raise CheckpointError(f"{root} holds no finished checkpoint of pasta_jax (found: {found}).")
+
+
+def _steps(directory: epath.Path) -> list[epath.Path]:
+    """The checkpoints in a directory, which need not exist."""
+    return [child for child in directory.iterdir() if child.name.isdigit()] if directory.is_dir() else []
 
 
 def read_about(path: epath.Path) -> About:
