@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+from pasta_jax.verbs import refuse
+
 
 def main(argv: Sequence[str]) -> None:
     """The verb. Mistakes end in one line and status 2."""
     values = flags.FLAGS
     if len(argv) != 2 or not values.ckpt:
-        _refuse(f"Give one prompt and --ckpt=WORKDIR. {__doc__.splitlines()[0]}")
+        refuse(f"Give one prompt and --ckpt=WORKDIR. {__doc__.splitlines()[0]}")
     from pasta_jax import decode, load
     from pasta_jax.reports.timeline import timeline
     from pasta_jax.training.checkpoints import CheckpointError
@@ -27,12 +29,18 @@ def main(argv: Sequence[str]) -> None:
             argv[1],
             mode=values.mode,
             max_new_tokens=values.max_new_tokens,
+            max_branches=values.max_branches,
             lanes=values.lanes,
             temperature=values.temperature,
+            top_k=values.top_k,
+            top_p=values.top_p,
             seed=values.seed,
+            open_bias=values.open_bias,
+            grammar=values.grammar,
+            cache_len=values.cache_len,
         )
     except (CheckpointError, ValueError) as error:
-        _refuse(str(error))
+        refuse(str(error))
     print(result.annotated if values.annotated else result.text)
     stats = result.stats
     said = [
@@ -49,11 +57,6 @@ def main(argv: Sequence[str]) -> None:
         print(timeline(result), file=sys.stderr)
 
 
-def _refuse(message: str) -> None:
-    print(message, file=sys.stderr)
-    sys.exit(2)
-
-
 def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_string("ckpt", None, "Workdir or checkpoint of the model.")
@@ -61,9 +64,15 @@ def command() -> None:
         "mode", "parallel", ["parallel", "sequential", "both"], "How to decode; both times both."
     )
     flags.DEFINE_integer("max_new_tokens", 512, "Most tokens of the answer, tags included.", lower_bound=1)
+    flags.DEFINE_integer("max_branches", 15, "Most promises that the answer can hold.", lower_bound=0)
     flags.DEFINE_integer("lanes", 8, "Threads that decode in the same step.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
+    flags.DEFINE_integer("top_k", 0, "Draw among so many of the likeliest only; 0 is all.", lower_bound=0)
+    flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest of this share only; 1 is all.")
     flags.DEFINE_integer("seed", 0, "Of the drawing.")
+    flags.DEFINE_float("open_bias", 0.0, "Added to the logit that opens a promise; above 0 more parallel.")
+    flags.DEFINE_bool("grammar", True, "Keep tags well formed; without it malformed pieces become text.")
+    flags.DEFINE_integer("cache_len", None, "Tokens of prompt and answer together; by default both fit.")
     flags.DEFINE_bool("annotated", False, "Print the answer with its tags.")
     flags.DEFINE_bool("timeline", False, "Draw the threads over time.")
     app.run(main)

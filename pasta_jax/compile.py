@@ -16,6 +16,7 @@ from typing import Any
 from absl import app, flags
 
 from pasta_jax.config import Config, ConfigError, load_config, split_overrides
+from pasta_jax.verbs import refuse
 
 HOST_CALLS = ("callback", "outfeed", "infeed", "send-to-host", "SendToHost", "is_host_transfer=true")
 """What a compiled program's text holds if it ever waits for the host."""
@@ -57,16 +58,17 @@ def lower_decode(config: Config, mesh: Any, limits: Any, rows: int, prompt: int 
     import numpy as np
 
     from pasta_jax import sharding
+    from pasta_jax.data.sources import make_tokenizer
     from pasta_jax.decoding import loop
     from pasta_jax.decoding.engine import Sampling
     from pasta_jax.decoding.interpreter import rules_for
     from pasta_jax.model import Transformer, empty_pool, init_params
-    from pasta_jax.testing import WordTokenizer
 
     model = Transformer(config.model)
     params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
     params = sharding.abstract(params, sharding.param_shardings(params, mesh))
-    rules = rules_for(WordTokenizer().vocabulary, limits, config.data.positions, config.model.vocab_size)
+    vocabulary = make_tokenizer(config.data).vocabulary
+    rules = rules_for(vocabulary, limits, config.data.positions, config.model.vocab_size)
     rules = sharding.abstract(rules, sharding.replicated(mesh))
     pool = jax.eval_shape(lambda: empty_pool(config.model, rows, limits.pool + limits.lanes))
     pool = sharding.abstract(pool, sharding.pool_shardings(pool, mesh))
@@ -97,7 +99,7 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
     """The verb. Mistakes end in one line and status 2."""
     values = flags.FLAGS
     if len(argv) > 1 or not values.config:
-        _refuse(f"Which experiment? Add --config=configs/tiny.py. {__doc__.splitlines()[0]}")
+        refuse(f"Which experiment? Add --config=configs/tiny.py. {__doc__.splitlines()[0]}")
     try:
         config = load_config(values.config, overrides)
         devices = topology_devices(values.topology)
@@ -109,7 +111,7 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
         prefill, decode = lower_decode(config, mesh, limits, values.rows)
         programs = {"train": lower_train(config, mesh), "prefill": prefill, "decode": decode}
     except (ConfigError, ValueError, RuntimeError) as error:
-        _refuse(str(error))
+        refuse(str(error))
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"{values.topology}, {len(devices)} chips: {shape}")
     for name, lowered in programs.items():
@@ -125,11 +127,6 @@ def describe_memory(compiled: Any) -> str:
     mib = 2**20
     arguments, temporary = memory.argument_size_in_bytes / mib, memory.temp_size_in_bytes / mib
     return f"{arguments + temporary:9.1f} MiB a chip ({arguments:.1f} arguments, {temporary:.1f} temporary)"
-
-
-def _refuse(message: str) -> None:
-    print(message, file=sys.stderr)
-    sys.exit(2)
 
 
 def command() -> None:

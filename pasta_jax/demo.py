@@ -18,6 +18,7 @@ from absl import app, flags
 from pasta_jax import evaluate, train
 from pasta_jax.config import load_config
 from pasta_jax.decoding.engine import Model
+from pasta_jax.verbs import refuse
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.py"
 
@@ -25,6 +26,10 @@ CONFIG = Path(__file__).parent.parent / "configs" / "tiny.py"
 def main(argv: Sequence[str]) -> None:
     """The verb."""
     del argv
+    if not CONFIG.exists():
+        refuse(
+            "The demo needs configs/tiny.py, which is in the repository only. Clone it, and run make demo."
+        )
     from pasta_jax.loading import load
 
     begun = time.monotonic()
@@ -46,13 +51,12 @@ def main(argv: Sequence[str]) -> None:
         f"4/4  Evaluating both on {flags.FLAGS.prompts} held-out prompts, each decoded twice at batch 1",
         begun,
     )
-    baseline, pasta = load(paths["baseline"]), load(paths["pasta"])
-    table = evaluate.compare(baseline, pasta, flags.FLAGS.prompts, paths["evaluation"])
+    table = evaluate.compare(paths["baseline"], paths["pasta"], flags.FLAGS.prompts, paths["evaluation"])
 
     print(f"\n{table}\n")
     print("Speeds are geometric means. theoretical: the baseline's tokens / PASTA's longest chain of steps;")
     print("realized: the baseline's seconds / PASTA's, both through the same engine, second of two runs.\n")
-    show_one_answer(pasta)
+    show_one_answer(load(paths["pasta"]))
     print(
         f"\nIn {workdir}: base/, baseline/ and pasta/ are models; evaluation/ has every answer and this table."
     )

@@ -4,6 +4,7 @@
 
 Both go through the same engine, prompt by prompt in turn, at batch 1; each request is decoded twice and the
 second is timed (paper section 5.1). The workdir gets a JSONL file of answers for each model, and table.md.
+Running the same command again goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import app, flags
 from tqdm import tqdm
@@ -25,6 +27,7 @@ from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, critical_path
 from pasta_jax.reports.tables import markdown_table
+from pasta_jax.verbs import refuse
 
 LIMITS = Limits(lanes=8, threads=16, pool=640)
 GREEDY = Sampling(max_new_tokens=512, max_branch_tokens=256)
@@ -101,24 +104,76 @@ def measure(decoder: Decoder, task: almanac.Task) -> tuple[Answer, DecodeResult]
     return answer, decoded
 
 
-def evaluate(models: Mapping[str, Model], prompts: int, workdir: str) -> dict[str, list[Answer]]:
+def evaluate(
+    models: Mapping[str, Model], prompts: int, workdir: str, about: Mapping[str, Any]
+) -> dict[str, list[Answer]]:
     """Every model's answers to the same held-out prompts; also written to WORKDIR/NAME.jsonl as they come.
 
-    The models take turns at each prompt, so that what the machine does besides meets them alike.
+    The models take turns at each prompt, so that what the machine does besides meets them alike. Prompts that
+    all of them answered in an earlier call are not asked again.
+
+    Args:
+      models: by name.
+      prompts: how many.
+      workdir: where to write; answers that are there already count if they are of the same `about`.
+      about: which models these are, as JSON can hold it.
     """
     os.makedirs(workdir, exist_ok=True)
+    tasks = almanac.evaluation_tasks(prompts)
+    paths = {name: os.path.join(workdir, f"{name}.jsonl") for name in models}
     decoders = {name: Decoder(model, limits=LIMITS) for name, model in models.items()}
-    answers: dict[str, list[Answer]] = {name: [] for name in models}
+    answers = _answered(tasks, paths, os.path.join(workdir, "about.json"), about)
+    done = min(map(len, answers.values()))
     with contextlib.ExitStack() as stack:
-        paths = {name: os.path.join(workdir, f"{name}.jsonl") for name in models}
-        files = {name: stack.enter_context(open(path, "w", encoding="utf-8")) for name, path in paths.items()}
-        for task in tqdm(almanac.evaluation_tasks(prompts), unit="prompt", disable=not sys.stderr.isatty()):
+        files = {name: stack.enter_context(open(path, "a", encoding="utf-8")) for name, path in paths.items()}
+        quiet = not sys.stderr.isatty()
+        for task in tqdm(tasks[done:], initial=done, total=len(tasks), unit="prompt", disable=quiet):
             for name, decoder in decoders.items():
                 answer, _ = measure(decoder, task)
                 answers[name].append(answer)
-                print(
-                    json.dumps(dataclasses.asdict(answer), ensure_ascii=False), file=files[name], flush=True
-                )
+                print(_line(answer), file=files[name], flush=True)
+    return answers
+
+
+def _answered(
+    tasks: Sequence[almanac.Task], paths: Mapping[str, str], about_path: str, about: Mapping[str, Any]
+) -> dict[str, list[Answer]]:
+    """Answers of an earlier call to the first of the tasks, as many as every model has; the files hold no more."""
+    found: dict[str, list[Answer]] = {name: [] for name in paths}
+    if os.path.exists(about_path):
+        with open(about_path, encoding="utf-8") as file:
+            if file.read() == _as_json(about):
+                found = {name: _read_answers(path) for name, path in paths.items()}
+    done = 0
+    for task, *given in zip(tasks, *found.values()):
+        if any(answer.prompt != task.prompt for answer in given):
+            break
+        done += 1
+    for name, path in paths.items():
+        found[name] = found[name][:done]
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.writelines(_line(answer) + "\n" for answer in found[name])
+        os.replace(path + ".tmp", path)
+    with open(about_path, "w", encoding="utf-8") as file:  # last: until then the files may be of other models
+        file.write(_as_json(about))
+    return found
+
+
+def _line(answer: Answer) -> str:
+    return json.dumps(dataclasses.asdict(answer), ensure_ascii=False)
+
+
+def _as_json(about: Mapping[str, Any]) -> str:
+    return json.dumps(about, indent=2) + "\n"
+
+
+def _read_answers(path: str) -> list[Answer]:
+    """The answers in a file, up to the first line that is none, as one that was cut short."""
+    answers: list[Answer] = []
+    with contextlib.suppress(OSError, ValueError, TypeError), open(path, encoding="utf-8") as file:
+        for line in file:
+            fields = json.loads(line)
+            answers.append(Answer(**fields | {"issues": tuple(fields["issues"])}))
     return answers
 
 
@@ -179,9 +234,24 @@ def table(rows: Sequence[Summary]) -> str:
     )
 
 
-def compare(baseline: Model, test: Model, prompts: int, workdir: str) -> str:
-    """Evaluates both, writes everything to `workdir` and returns the table."""
-    answers = evaluate({"baseline": baseline, "pasta": test}, prompts, workdir)
+def compare(baseline: str, test: str, prompts: int, workdir: str) -> str:
+    """Evaluates the models of two workdirs or checkpoints, writes everything to `workdir`, returns the table.
+
+    Raises:
+      CheckpointError: a model that cannot be loaded.
+      ValueError: more prompts than there are.
+    """
+    from pasta_jax.loading import load
+    from pasta_jax.training.checkpoints import find
+
+    checkpoints = {"baseline": find(baseline), "pasta": find(test)}
+    models = {name: load(path) for name, path in checkpoints.items()}
+    # A model may have been trained anew to the same step: then its checkpoint was written at another time.
+    about = {
+        name: {"checkpoint": os.fspath(path), "written": (path / "pasta" / "pasta.json").stat().mtime}
+        for name, path in checkpoints.items()
+    }
+    answers = evaluate(models, prompts, workdir, about)
     text = table(summarise(answers["baseline"], answers["pasta"]))
     with open(os.path.join(workdir, "table.md"), "w", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -189,18 +259,14 @@ def compare(baseline: Model, test: Model, prompts: int, workdir: str) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The verb."""
-    from pasta_jax.loading import load
-    from pasta_jax.training.checkpoints import CheckpointError
-
+    """The verb. Mistakes end in one line and status 2."""
     values = flags.FLAGS
     if len(argv) > 1 or not (values.ckpt and values.baseline):
-        sys.exit(f"Name both models. {__doc__}")
+        refuse("Name both models: --ckpt=runs/pasta --baseline=runs/baseline.")
     try:
-        baseline, test = load(values.baseline), load(values.ckpt)
-    except CheckpointError as error:
-        sys.exit(str(error))
-    print(compare(baseline, test, values.prompts, values.workdir))
+        print(compare(values.baseline, values.ckpt, values.prompts, values.workdir))
+    except (ValueError, OSError) as error:
+        refuse(str(error))
 
 
 def command() -> None:

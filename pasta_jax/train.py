@@ -16,25 +16,24 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from pasta_jax.config import Config, ConfigError, describe, load_config, split_overrides
-
-BAD_USAGE = 2
+from pasta_jax.verbs import refuse
 
 
 def main(argv: Sequence[str], *, values: flags.FlagValues, overrides: Sequence[str]) -> None:
     """The verb. Mistakes in the command or the data end in one line and status 2, not in a traceback."""
     if len(argv) > 1:
-        _refuse(f"Cannot make sense of {' '.join(argv[1:])!r}. {__doc__.splitlines()[0]}")
+        refuse(f"Cannot make sense of {' '.join(argv[1:])!r}. {__doc__.splitlines()[0]}")
     if not values.config:
-        _refuse("Which experiment? Add --config=configs/tiny.py.")
+        refuse("Which experiment? Add --config=configs/tiny.py.")
     try:
         config = load_config(values.config, overrides)
     except ConfigError as error:
-        _refuse(str(error))
+        refuse(str(error))
     if values.print_config:
         print(describe(config))
         return
     if not values.workdir:
-        _refuse("Where to? Add --workdir=DIRECTORY.")
+        refuse("Where to? Add --workdir=DIRECTORY.")
     show_log()
     run(config, values.workdir)
 
@@ -44,6 +43,7 @@ def run(config: Config, workdir: str) -> None:
     # These load jax: the refusals above, and --print_config, come at once.
     from pasta_jax.data.records import RecordError
     from pasta_jax.data.sources import make_source, make_tokenizer
+    from pasta_jax.tokens.layout import LayoutError
     from pasta_jax.tokens.tokenizer import TokenizerError
     from pasta_jax.training.checkpoints import CheckpointError
     from pasta_jax.training.loop import NonFiniteLoss, train
@@ -54,8 +54,8 @@ def run(config: Config, workdir: str) -> None:
         invalid = os.path.join(workdir, "invalid.jsonl")
         source = make_source(config.data, tokenizer, config.seed, invalid=invalid)
         train(config, source=source, tokenizer=tokenizer, workdir=workdir)
-    except (ConfigError, CheckpointError, RecordError, TokenizerError, OSError) as error:
-        _refuse(str(error))
+    except (ConfigError, CheckpointError, RecordError, LayoutError, TokenizerError, OSError) as error:
+        refuse(str(error))
     except NonFiniteLoss as error:
         print(error, file=sys.stderr)
         sys.exit(1)
@@ -71,11 +71,6 @@ def show_log() -> None:
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-
-
-def _refuse(message: str) -> None:
-    print(message, file=sys.stderr)
-    sys.exit(BAD_USAGE)
 
 
 def command() -> None:

@@ -45,6 +45,23 @@ def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: st
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "config.seed must be at least 0, got -1."),
+        ("data.threads=4", "The answer promises more than 3 branches. Raise --config.data.threads above 4"),
+        ("data.length=8", "need more than the 8 tokens of a row. Set --config.data.length=512"),
+    ],
+)
+def test_data_that_does_not_fit_ends_in_one_line_and_status_2(
+    override: str, message: str, tmp_path: pathlib.Path
+) -> None:
+    done = command(TINY + ":pasta", f"--workdir={tmp_path}", *SMALL, f"--config.{override}")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+
+
 def test_print_config() -> None:
     done = command(TINY + ":pasta", "--print_config", "--config.optimizer.lr=1e-4")
     assert done.returncode == 0

@@ -13,7 +13,7 @@ from pasta_jax.data.almanac.draw import training_task
 from pasta_jax.data.almanac.families import Task, plain
 from pasta_jax.data.almanac.text import base_document, train_tokenizer
 from pasta_jax.lang.program import Program, Text
-from pasta_jax.tokens.layout import layout_example, layout_text
+from pasta_jax.tokens.layout import LayoutError, layout_example, layout_text
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
 
@@ -70,7 +70,10 @@ class AlmanacSource:
         for _ in range(100):  # the longest answers of all may not fit a short row
             if len(document := self._document(rng)) <= self.length:
                 return document
-        raise ValueError(f"Almanac documents need more than the {self.length} tokens of a row; 512 hold all.")
+        raise LayoutError(
+            f"Almanac documents need more than the {self.length} tokens of a row. "
+            "Set --config.data.length=512, which holds them all."
+        )
 
     def _document(self, rng: np.random.Generator) -> ThreadedTokens:
         if self.which == "base":
