@@ -24,6 +24,9 @@ verb, or the package's own front: they may import everything, and nothing import
 
 VERBS = len(LEVELS)
 
+APART = {"decoding", "data"}
+"""On one level, and yet neither may import the other: one needs no answers, the other no training text."""
+
 
 def level(part: str) -> int:
     return next((i for i, parts in enumerate(LEVELS) if part in parts), VERBS)
@@ -55,6 +58,21 @@ def test_imports_point_one_way(file: pathlib.Path) -> None:
         if name.startswith("pasta_jax.") and level(mine) < VERBS:
             theirs = name.split(".")[1]
             assert level(theirs) <= level(mine), f"{mine} may not import {name}"
+            assert mine == theirs or not {mine, theirs} <= APART, f"{mine} may not import {name}"
+
+
+def test_the_order_is_that_of_the_design() -> None:
+    """DESIGN.md section 3; and every part of the package has its place, so that none escapes as a verb."""
+    order = [
+        ("lang", "arrays", "visibility"),
+        ("tokens", "model"),
+        ("decoding", "data"),
+        ("training", "preference"),
+    ]
+    levels = [{level(part) for part in parts} for parts in order]
+    assert levels == [{0}, {1}, {2}, {3}]
+    packages = {folder.parent.name for folder in PACKAGE.glob("*/__init__.py")}
+    assert packages <= set().union(*LEVELS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
