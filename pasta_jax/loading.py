@@ -18,4 +18,5 @@ def load(path: str | os.PathLike[str]) -> Model:
       CheckpointError: no checkpoint there, a foreign or a damaged one.
     """
     params, about = load_params(path)
-    return Model(params, about.config.model, about.tokenizer(), about.config.data.positions)
+    data = about.config.data
+    return Model(params, about.config.model, about.tokenizer(), data.positions, data.max_depth)

@@ -84,6 +84,52 @@ def test_trace_laid_out_again_has_the_same_fields(seed):
         assert document_order(trace).shape == again.token.shape
 
 
+def test_nested_trace_laid_out_again_is_the_same_but_for_names(seed):
+    """Where promises nest, threads and segments are numbered as they were decoded; all else is equal."""
+    rng = random.Random(seed)
+    tokenizer = ScriptTokenizer()
+    limits = Limits(lanes=4, threads=16, pool=1000, max_depth=3)
+    done = 0
+    while done < 20:
+        program = random_program(rng, max_depth=3)
+        try:
+            document = layout(tokenizer, [2, 13, 14], program, Positions(), threads=16)
+        except LayoutError:
+            continue
+        done += 1
+        paths = paths_of(document)
+        size = max(paths) + 1
+        lines = np.zeros((size, 1500), np.int32)
+        lines[np.array(paths)[document.thread], document.order] = document.token
+        rows = scripted.compiled(limits, Positions(), 3)(
+            np.array([[2, 13, 14]], np.int32),
+            np.array([3]),
+            np.pad(lines, ((0, 4096 - size), (0, 0)))[None],
+            jax.tree.map(lambda x: np.asarray(x)[None], scripted.request(900, 900)),
+        )
+        trace = read_trace(jax.tree.map(lambda x: np.asarray(x)[0], rows))
+        again = as_document(trace)
+        for name in ("token", "position", "doc", "order", "target"):
+            np.testing.assert_array_equal(getattr(again, name), getattr(document, name), err_msg=name)
+        np.testing.assert_array_equal(visible(again, again), visible(document, document))
+        first_seen = {thread: i for i, thread in reversed(list(enumerate(again.thread.tolist())))}
+        names = {thread: n for n, thread in enumerate(sorted(first_seen, key=lambda t: first_seen[t]))}
+        np.testing.assert_array_equal([names[t] for t in again.thread.tolist()], document.thread)
+
+
+def paths_of(document: ThreadedTokens) -> list[int]:
+    """The schedule's name of each thread of a layout: parent's path times T and which child it is."""
+    paths, children = [0], {0: 0}
+    for place in np.flatnonzero(np.diff(document.thread, prepend=0)):
+        thread = int(document.thread[place])
+        if thread == len(paths):
+            parent = int(document.thread[place - 1])
+            children[parent] += 1
+            children[thread] = 0
+            paths.append(paths[parent] * 16 + children[parent])
+    return paths
+
+
 class ScriptTokenizer(WordTokenizer):
     """The scripted vocabulary as a tokenizer that knows three letters and writes the others as one of them."""
 

@@ -28,11 +28,16 @@ def mesh() -> Any:
     return sharding.make_mesh(2, 2, 2, devices=ahead.topology_devices("v5e:2x4"))
 
 
+def is_spread(compiled: Any) -> bool:
+    """The arrays with heads, mlp or vocabulary in them (parameters, pool) are split over chips, all 20 or more."""
+    return sum(not lies.is_fully_replicated for lies in jax.tree.leaves(compiled.input_shardings[0])) > 20
+
+
 def test_train_step(mesh):
     compiled = ahead.lower_train(load_config(TINY, MESH), mesh).compile()
     assert "tpu" in str(mesh.devices.flat[0]).lower()
     assert not ahead.host_calls(compiled)
-    assert compiled.memory_analysis().argument_size_in_bytes < 16 * 2**20
+    assert is_spread(compiled)
     text = compiled.as_text()
     assert "all-reduce" in text or "reduce-scatter" in text  # gradients really cross chips
 
@@ -43,7 +48,7 @@ def test_prefill_and_decode_loop(mesh):
     for lowered in programs:
         compiled = lowered.compile()
         assert not ahead.host_calls(compiled)
-        assert compiled.memory_analysis().argument_size_in_bytes < 16 * 2**20
+        assert is_spread(compiled)
     assert "while" in programs[1].compile().as_text()
 
 

@@ -24,6 +24,9 @@ from pasta_jax.tokens.tokenizer import Tokenizer
 
 MODES = ("parallel", "sequential", "both")
 
+MAX_ROWS = 8
+"""Prompts decoded at once; a longer list takes turns. Fewer are rounded up to a power of two."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
@@ -177,9 +180,12 @@ def decode(
     ids = [model.tokenizer.encode_prompt(each) for each in prompts]
     if cache_len is None:
         cache_len = _round_up(max(map(len, ids)) + max_new_tokens, 128)
-    limits = Limits(min(lanes, max_branches + 1), max_branches + 1, cache_len, constrained=grammar)
+    limits = Limits(min(lanes, max_branches + 1), max_branches + 1, cache_len, model.max_depth, grammar)
     wishes = Sampling(max_new_tokens, max_branch_tokens, temperature, top_k, top_p, seed, open_bias)
-    decoder = Decoder(model, limits=limits, rows=len(prompts))
+    rows = min(MAX_ROWS, 1 << (len(prompts) - 1).bit_length())
+    if (limits, rows) not in model.decoders:
+        model.decoders[limits, rows] = Decoder(model, limits=limits, rows=rows)
+    decoder = model.decoders[limits, rows]
     plain = dataclasses.replace(wishes, open_bias=float("-inf"))
     results = _decode(decoder, ids, plain if mode == "sequential" else wishes, repeat=mode == "both")
     if mode == "both":
@@ -245,15 +251,16 @@ def _branch(trace: Trace, thread: int, promise: Promise) -> Branch:
     mine = np.flatnonzero(trace.tokens.thread == thread)
     fed = trace.step[mine][trace.step[mine] != UNFED]
     finished = bool(trace.finished[thread])
+    start = int(fed.min(initial=trace.steps))
     return Branch(
         id=thread,
         parent=int(trace.parent[thread]),
         topic=promise.topic,
         promised_tokens=10 * promise.tokens,
-        tokens=len(mine) - 1 - finished,
+        tokens=max(0, len(mine) - 1 - finished),
         text=assemble(Program(promise.block)),
-        start_step=int(fed.min(initial=trace.steps)),
-        end_step=int(fed.max(initial=0)),
+        start_step=start,
+        end_step=int(fed.max(initial=start)),
         stop_reason="budget" if trace.forced[thread] else "done" if finished else "cut",
     )
 

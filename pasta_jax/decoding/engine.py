@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pasta_jax import sharding
@@ -26,7 +25,7 @@ from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A language model that can decode.
 
@@ -35,12 +34,16 @@ class Model:
       config: sizes and choices.
       tokenizer: with an id for each tag piece.
       positions: the scheme that the model was trained with.
+      max_depth: how deep its promises may nest.
+      decoders: compiled decoders by their static sizes, which `pasta_jax.decode` keeps here.
     """
 
     params: Any
     config: ModelConfig
     tokenizer: Tokenizer
     positions: Positions = Positions()
+    max_depth: int = 1
+    decoders: dict[Any, Decoder] = dataclasses.field(init=False, repr=False, default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +147,8 @@ class Decoder:
         Raises:
           ValueError: a prompt that the pool cannot hold; nothing has been decoded then.
         """
+        if len(prompts) != len(sampling):
+            raise ValueError(f"{len(prompts)} prompts and {len(sampling)} samplings: give one for each.")
         for prompt in prompts:
             self._check(prompt)
         traces: list[Trace] = []
@@ -176,39 +181,37 @@ class Decoder:
             tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
         asks = [each.request() for each in sampling] + [Sampling().request()] * (B - len(prompts))
         requests = jax.tree.map(lambda *leaves: np.stack(leaves), *asks)
+        params, rules, steps = self.model.params, self.rules, np.int32(self.chunk)
 
-        pool = self._empty_pool()
-        params, steps = self.model.params, jnp.int32(self.chunk)
-        first = (params, self.rules, pool, requests, tokens, lengths)
-        prefill, t_prefill = self._compile("prefill", self._prefill, first, (B, bucket))
-        shapes = jax.eval_shape(self._prefill, *first)
+        def first() -> tuple[Any, ...]:
+            return params, rules, self.empty_pool(), requests, tokens, lengths
+
+        prefill, t_prefill = self._compile(("prefill", bucket), self._prefill, first)
         decode_chunk, t_decode = self._compile(
-            "decode", self._decode_chunk, (params, self.rules, shapes, steps), (B,)
+            "decode", self._decode_chunk, lambda: (params, rules, prefill(*first()), steps)
         )
 
         begun = time.perf_counter()
-        batch = prefill(*first)
+        batch = prefill(*first())
         while True:
-            batch = decode_chunk(params, self.rules, batch, steps)
+            batch = decode_chunk(params, rules, batch, steps)
             if np.all(np.asarray(batch.rows.stop) != Stop.RUNNING):
                 break
         rows = jax.device_get(batch.rows)
-        wall = time.perf_counter() - begun
         traces = [read_trace(jax.tree.map(lambda leaf, i=i: leaf[i], rows)) for i in range(len(prompts))]
-        return traces, Timing(wall, t_prefill + t_decode)
+        return traces, Timing(time.perf_counter() - begun, t_prefill + t_decode)
 
-    def _empty_pool(self) -> Pool:
+    def empty_pool(self) -> Pool:
         """[B, P + S, K, H] a layer: a step writes S entries, those of idle lanes after the real ones."""
         pool = empty_pool(self.model.config, self.rows, self.limits.pool + self.limits.lanes)
         if self.mesh is None:
             return pool
         return jax.device_put(pool, sharding.pool_shardings(pool, self.mesh))
 
-    def _compile(self, name: str, function: Any, args: Any, shape: tuple[int, ...]) -> tuple[Any, float]:
-        """The compiled function for these shapes, and the seconds that compiling took now."""
-        key = (name, *shape)
+    def _compile(self, key: Any, function: Any, args: Callable[[], tuple[Any, ...]]) -> tuple[Any, float]:
+        """The compiled function, and the seconds that compiling took now; `args` are asked for only then."""
         if key in self._compiled:
             return self._compiled[key], 0.0
         begun = time.perf_counter()
-        self._compiled[key] = function.lower(*args).compile()
+        self._compiled[key] = function.lower(*args()).compile()
         return self._compiled[key], time.perf_counter() - begun

@@ -73,6 +73,10 @@ def rules_for(
     """The rules of decoding with a tokenizer's vocabulary, for a model with V = `vocab_size` logits."""
     ids = len(vocabulary)
     spare = (vocab_size or ids) - ids
+    if spare < 0:
+        raise ValueError(
+            f"The tokenizer has {ids} ids, the model logits for {vocab_size}: they do not belong together."
+        )
     return Rules(
         kinds=jnp.pad(jnp.asarray(vocabulary.kinds), (0, spare), constant_values=Kind.CONTROL),
         digit_values=jnp.pad(jnp.asarray(vocabulary.digit_values), (0, spare)),
@@ -163,17 +167,23 @@ def legal_tokens(state: RowState, lanes: Lanes, rules: Rules) -> Array:
     legal = rules.legal[t.tag_state[thread]]
     legal &= ~(in_branch & (kind == Kind.END))
     legal &= ~(~in_branch & (kind == Kind.ASYNC_CLOSE))
-    legal &= ~(~_can_open(state, limits)[thread][:, None] & (kind == Kind.OPEN))
+    legal &= ~(~_may_open(state, lanes.active, thread, limits)[:, None] & (kind == Kind.OPEN))
     return legal[:, rules.kinds] & known
 
 
-def _can_open(state: RowState, limits: Limits) -> Array:
-    """Whether each thread may begin a promise: bool [T]."""
+def _may_open(state: RowState, active: Array, thread: Array, limits: Limits) -> Array:
+    """Whether each lane may begin a promise: bool [S].
+
+    Every tag that has begun, and every lane before that might begin one now, has a thread set aside: a promise
+    that could be opened can be kept.
+    """
     t = state.threads
-    begun = jnp.sum(t.tag_state != grammar.TEXT)
-    thread_free = state.used_threads + begun < limits.threads
     can_finish_tag = (t.depth == 0) | (t.budget > grammar.LONGEST_TAG)
-    return thread_free & (t.depth < limits.max_depth) & can_finish_tag
+    might = (t.tag_state == grammar.TEXT) & ~t.closing & (t.depth < limits.max_depth) & can_finish_tag
+    might_S = might[thread] & active
+    begun = jnp.sum(t.tag_state != grammar.TEXT)
+    before = jnp.cumsum(might_S) - might_S
+    return might_S & (state.used_threads + begun + before < limits.threads)
 
 
 # ------------------------------------------------------------------------------------------------- advance

@@ -139,13 +139,14 @@ class _Run:
             went_on = [thread for thread in fed if not thread.closing]
             for thread in fed:
                 thread.pending, thread.waiting_for = None, []
-            self.go_on(sorted(went_on, key=lambda t: t.number))
+            self.go_on(went_on)
         return Answer(self.entries, self.threads, self.stop, self.steps)
 
     def go_on(self, threads: list[Thread]) -> None:
-        """Sample for each thread, then let it happen."""
-        may_open = [self.may_open(thread) for thread in threads]
-        events = [(thread, self.take(thread, opens)) for thread, opens in zip(threads, may_open)]
+        """Sample for each thread, in the order of their lanes, then let it happen."""
+        may_open = self.may_open(threads)
+        events = [(thread, self.take(thread, thread in may_open)) for thread in threads]
+        events.sort(key=lambda pair: pair[0].number)
         for thread, event in events:
             if event == Event.FORK:
                 self.fork(thread)
@@ -189,11 +190,18 @@ class _Run:
         thread.position += 1
         return Event.STRAY if event == Event.FINISH and thread.depth == 0 else event
 
-    def may_open(self, thread: Thread) -> bool:
-        begun = sum(other.tag_state != grammar.TEXT for other in self.threads)
-        tag_fits = thread.depth == 0 or thread.budget > grammar.LONGEST_TAG
-        free = len(self.threads) + begun < self.limits.threads
-        return free and thread.depth < self.limits.max_depth and tag_fits
+    def may_open(self, threads: list[Thread]) -> list[Thread]:
+        """Those that may begin a promise now: a free thread is set aside for each, and for each begun tag."""
+        begun = sum(thread.tag_state != grammar.TEXT for thread in self.threads)
+        free = self.limits.threads - len(self.threads) - begun
+        might = [
+            thread
+            for thread in threads
+            if thread.tag_state == grammar.TEXT
+            and thread.depth < self.limits.max_depth
+            and (thread.depth == 0 or thread.budget > grammar.LONGEST_TAG)
+        ]
+        return might[: max(0, free)]
 
     def fork(self, parent: Thread) -> None:
         if parent.depth == self.limits.max_depth or len(self.threads) == self.limits.threads:

@@ -136,7 +136,11 @@ def document_order(trace: Trace) -> np.ndarray:
 
 
 def as_document(trace: Trace) -> ThreadedTokens:
-    """The trace's tokens in layout order: [n] fields, equal to the layout of the same answer."""
+    """The trace's tokens in layout order: [n] fields, equal to the layout of the same answer.
+
+    Where promises nest, threads and segments are numbered in the order in which they were decoded, and a layout's
+    in document order: the same but for these names.
+    """
     places = document_order(trace)
     return ThreadedTokens(**{name: array[places] for name, array in trace.tokens.fields().items()})
 
