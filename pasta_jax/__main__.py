@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from pasta_jax.verbs import refuse
+from pasta_jax.verbs import refuse, show_log
 
 
 def main(argv: Sequence[str]) -> None:
@@ -18,6 +18,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if len(argv) != 2 or not values.ckpt:
         refuse(f"Give one prompt and --ckpt=WORKDIR. {__doc__.splitlines()[0]}")
+    show_log()
     from pasta_jax import decode, load
     from pasta_jax.reports.timeline import timeline
     from pasta_jax.training.checkpoints import CheckpointError

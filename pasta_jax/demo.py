@@ -18,7 +18,7 @@ from absl import app, flags
 from pasta_jax import evaluate, train
 from pasta_jax.config import load_config
 from pasta_jax.decoding.engine import Model
-from pasta_jax.verbs import refuse
+from pasta_jax.verbs import refuse, show_log
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.py"
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     begun = time.monotonic()
     workdir = flags.FLAGS.workdir
     paths = {name: os.path.join(workdir, name) for name in ("base", "baseline", "pasta", "evaluation")}
-    train.show_log()
+    show_log()
 
     stages = {
         "base": "the base model, on facts as plain text and plain instructions",

@@ -27,7 +27,7 @@ from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, critical_path
 from pasta_jax.reports.tables import markdown_table
-from pasta_jax.verbs import refuse
+from pasta_jax.verbs import refuse, show_log
 
 LIMITS = Limits(lanes=8, threads=16, pool=640)
 GREEDY = Sampling(max_new_tokens=512, max_branch_tokens=256)
@@ -263,6 +263,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if len(argv) > 1 or not (values.ckpt and values.baseline):
         refuse("Name both models: --ckpt=runs/pasta --baseline=runs/baseline.")
+    show_log()
     try:
         print(compare(values.baseline, values.ckpt, values.prompts, values.workdir))
     except (ValueError, OSError) as error:

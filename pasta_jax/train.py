@@ -7,16 +7,14 @@ metrics.jsonl, checkpoints/, and invalid.jsonl if some records could not be used
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from absl import app, flags
-from absl import logging as absl_logging
 
 from pasta_jax.config import Config, ConfigError, describe, load_config, split_overrides
-from pasta_jax.verbs import refuse
+from pasta_jax.verbs import refuse, show_log
 
 
 def main(argv: Sequence[str], *, values: flags.FlagValues, overrides: Sequence[str]) -> None:
@@ -59,18 +57,6 @@ def run(config: Config, workdir: str) -> None:
     except NonFiniteLoss as error:
         print(error, file=sys.stderr)
         sys.exit(1)
-
-
-def show_log() -> None:
-    """Shows on stderr what the library logs as it goes along, and of other libraries warnings only."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    log = logging.getLogger("pasta_jax")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 def command() -> None:

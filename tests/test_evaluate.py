@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+from typing import Any
 
 import jax
 import pytest
@@ -16,10 +17,12 @@ from pasta_jax.testing import WordTokenizer
 
 
 def answer(family: str, prompt: str = "?", **measured: float) -> Answer:
-    fields = dict(truth=1.0, output_tokens=1, text_tokens=1, critical_path=1, decode_steps=1, wall_s=1.0)
+    fields: dict[str, Any] = dict(
+        truth=1.0, output_tokens=1, text_tokens=1, critical_path=1, decode_steps=1, wall_s=1.0
+    )
     return Answer(
         family=family, prompt=prompt, text="", annotated="", stop_reason="eos", issues=(), **fields | measured
-    )  # type: ignore[arg-type]
+    )
 
 
 def test_summarise() -> None:

@@ -55,6 +55,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def test_imports_point_one_way(file: pathlib.Path) -> None:
     mine = part_of(file)
     for name in imports(file):
+        assert not name.startswith("pasta_jax.testing"), "that is for tests only"
         if name.startswith("pasta_jax.") and level(mine) < VERBS:
             theirs = name.split(".")[1]
             assert level(theirs) <= level(mine), f"{mine} may not import {name}"

@@ -1,0 +1,78 @@
+"""Every verb refuses what it cannot do in one line and with status 2, and passes on what it is asked for."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from pasta_jax import demo
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line, env = [sys.executable, *arguments], os.environ | {"XLA_FLAGS": ""}
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pasta_jax"], "Give one prompt and --ckpt=WORKDIR."),
+        (["pasta_jax", "--ckpt=no/such", "Rivers?"], "No checkpoint at "),
+        (["pasta_jax.train"], "Which experiment?"),
+        (["pasta_jax.compile"], "Which experiment?"),
+        (["pasta_jax.evaluate"], "Name both models: --ckpt=runs/pasta --baseline=runs/baseline."),
+        (["pasta_jax.evaluate", "--ckpt=no/such", "--baseline=no/such"], "No checkpoint at "),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: str) -> None:
+    done = run("-m", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_the_demo_without_a_clone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setattr(demo, "CONFIG", tmp_path / "configs" / "tiny.py")
+    with pytest.raises(SystemExit) as leaving:
+        demo.main([])
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "The demo needs configs/tiny.py, which is in the repository only."
+    )
+
+
+def test_options_reach_decode() -> None:
+    """In a process of its own, since flags are global."""
+    given = {
+        "mode": "sequential",
+        "max_new_tokens": 7,
+        "max_branches": 3,
+        "lanes": 2,
+        "temperature": 0.5,
+        "top_k": 4,
+        "top_p": 0.75,
+        "seed": 9,
+        "open_bias": -1.5,
+        "grammar": False,
+        "cache_len": 64,
+    }
+    flags = [f"--{name}={str(value).lower()}" for name, value in given.items()]
+    code = f"""if True:
+        import sys, pasta_jax
+        from pasta_jax import __main__ as verb
+        def decode(model, prompt, **options):
+            assert (model, prompt) == ("W", "Rivers?")
+            assert options == {given}, options
+            raise ValueError("decoded")
+        pasta_jax.load, pasta_jax.decode = lambda path: path, decode
+        sys.argv = ["pasta_jax", "--ckpt=W", *{flags}, "Rivers?"]
+        verb.command()
+    """
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (2, "decoded\n")
