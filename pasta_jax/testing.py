@@ -82,6 +82,8 @@ class WordTokenizer:
         return ids
 
     def encode_prompt(self, prompt: str) -> list[int]:
+        if not prompt.strip():
+            raise ValueError("The prompt is empty. Give the model something to answer.")
         return [self.vocabulary.bos, *self.encode(prompt + "\n")]
 
     def to_bytes(self) -> bytes:

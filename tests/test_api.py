@@ -1,0 +1,177 @@
+"""`pasta_jax.decode` as a caller meets it: what it returns agrees with itself, and its options do what they say."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pasta_jax
+from pasta_jax.lang import tags
+from pasta_jax.lang.assemble import text_of
+from pasta_jax.model import ModelConfig, init_params
+from pasta_jax.testing import WordTokenizer
+
+WORDS = WordTokenizer("rivers and cities of the world")
+PROMPT, OTHER = "rivers", "cities of the world"
+SEEDS = range(6)
+
+
+@functools.cache
+def model() -> pasta_jax.Model:
+    """Random, and fond of tags: what it writes is nonsense, in several threads."""
+    config = ModelConfig(
+        vocab_size=len(WORDS.vocabulary) + 1, num_layers=1, model_dim=32, num_heads=2, num_kv_heads=1, head_dim=8,
+        mlp_dim=32, tie_embeddings=False,
+    )  # fmt: skip
+    params = init_params(config, jax.random.key(1))
+    head = 0.35 * np.array(params["head"])
+    for piece in tags.PIECES:
+        head[:, WORDS.vocabulary.tag_ids[piece]] *= 3.0 if piece == tags.PROMISE_OPEN else 8.0
+    head[:, WORDS.vocabulary.eos] *= 8.0
+    return pasta_jax.Model({**params, "head": jnp.asarray(head)}, config, WORDS)
+
+
+def options(**changes: Any) -> Any:
+    return dict(max_new_tokens=100, max_branch_tokens=20, temperature=1.0, open_bias=3.5) | changes
+
+
+@functools.cache
+def results() -> list[pasta_jax.DecodeResult]:
+    return [pasta_jax.decode(model(), PROMPT, **options(seed=seed)) for seed in SEEDS]
+
+
+def what_was_said(result: pasta_jax.DecodeResult) -> tuple[Any, ...]:
+    """All of a result but the time it took."""
+    return result.annotated, result.tokens.tolist(), result.branches, result.stop_reason, result.issues
+
+
+def test_there_is_something_to_test() -> None:
+    assert sum(len(result.branches) for result in results()) >= 6
+    assert {"eos", "length"} & {result.stop_reason for result in results()}
+
+
+def test_texts_agree() -> None:
+    for result in results():
+        assert str(result) == result.text == pasta_jax.assemble(result.program)
+        assert pasta_jax.parse(result.annotated) == result.program
+        assert pasta_jax.render(result.program) == result.annotated
+
+
+def test_branches_agree_with_the_promises() -> None:
+    for result in results():
+        promises = list(result.program.promises())
+        assert [branch.id for branch in result.branches] == list(range(1, len(promises) + 1))
+        for branch, promise in zip(result.branches, promises):
+            assert (branch.topic, branch.promised_tokens) == (promise.topic, 10 * promise.tokens)
+            assert branch.text == text_of(promise.block)
+            assert branch.parent == 0
+            assert 0 <= branch.tokens <= 20
+            assert 1 <= branch.start_step <= branch.end_step <= result.stats.decode_steps
+            assert branch.stop_reason in ("done", "budget", "cut")
+            if branch.stop_reason == "budget":
+                assert branch.tokens == 20
+                assert f"branch {branch.id}: over its budget, its </async> was forced." in result.issues
+            if result.stop_reason == "eos":
+                assert branch.stop_reason != "cut"
+
+
+def test_stats_agree_with_the_tokens() -> None:
+    end, tag_ids = WORDS.vocabulary.eos, set(WORDS.vocabulary.tag_ids.values())
+    for result in results():
+        stats = result.stats
+        assert stats.prompt_tokens == len(WORDS.encode_prompt(PROMPT))
+        assert len(result.tokens) == len(result.logprobs)
+        assert (result.logprobs <= 0).all() and np.isfinite(result.logprobs).all()
+        assert stats.output_tokens == int((result.tokens != end).sum()) <= 100
+        assert (result.stop_reason == "eos") == (result.tokens[-1] == end)
+        written = sum(token in tag_ids for token in result.tokens.tolist())
+        assert stats.sequential_steps <= stats.output_tokens - written
+        assert stats.step_speedup == pytest.approx(stats.sequential_steps / stats.decode_steps)
+        assert stats.tokens_per_s == pytest.approx(stats.output_tokens / stats.wall_s)
+        assert 1 <= stats.mean_width <= stats.max_width <= 8
+        fed = round(stats.mean_width * stats.decode_steps)
+        # Whatever was sampled was fed, but for the last token of each thread when the answer ended.
+        assert fed <= len(result.tokens) <= fed + 1 + len(result.branches)
+        assert stats.sequential_wall_s is None and stats.measured_speedup is None
+
+
+def test_sequential_has_no_branches() -> None:
+    for seed in SEEDS:
+        result = pasta_jax.decode(model(), PROMPT, mode="sequential", **options(seed=seed))
+        assert result.branches == () and tags.PROMISE_OPEN not in result.annotated
+        assert result.stats.max_width == 1
+        assert result.stats.decode_steps == result.stats.output_tokens
+
+
+def test_both_measures_the_speedup() -> None:
+    result = pasta_jax.decode(model(), PROMPT, mode="both", **options())
+    assert what_was_said(result) == what_was_said(results()[0])
+    stats = result.stats
+    assert stats.sequential_wall_s is not None and stats.measured_speedup is not None
+    assert stats.measured_speedup == pytest.approx(stats.sequential_wall_s / stats.wall_s)
+
+
+def test_a_list_gives_a_list() -> None:
+    alone = [pasta_jax.decode(model(), prompt, **options()) for prompt in (PROMPT, OTHER, PROMPT)]
+    together = pasta_jax.decode(model(), [PROMPT, OTHER, PROMPT], **options())
+    assert isinstance(together, list)
+    assert [what_was_said(a) for a in together] == [what_was_said(a) for a in alone]
+    assert together[1].stats.prompt_tokens == len(WORDS.encode_prompt(OTHER))
+    (one,) = pasta_jax.decode(model(), [OTHER], **options())
+    assert what_was_said(one) == what_was_said(alone[1])
+    assert pasta_jax.decode(model(), []) == []
+
+
+def test_seeds() -> None:
+    again = [pasta_jax.decode(model(), PROMPT, **options(seed=seed)) for seed in SEEDS]
+    assert [what_was_said(a) for a in again] == [what_was_said(a) for a in results()]
+    assert len({result.annotated for result in again}) > 1
+    greedy = {
+        pasta_jax.decode(model(), PROMPT, **options(seed=seed, temperature=0.0)).annotated for seed in SEEDS
+    }
+    assert len(greedy) == 1
+
+
+def test_what_was_compiled_is_kept() -> None:
+    assert results()
+    for changes in (
+        {"seed": 99},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"open_bias": -math.inf},
+    ):
+        result = pasta_jax.decode(model(), PROMPT, **options(**changes))
+        assert result.stats.compile_s == 0, changes
+    assert result.branches == ()
+
+
+def test_limits() -> None:
+    short = pasta_jax.decode(model(), PROMPT, **options(max_new_tokens=3, cache_len=128))
+    assert short.stats.output_tokens <= 3
+    for seed in SEEDS:
+        one = pasta_jax.decode(model(), PROMPT, **options(seed=seed, max_branches=1, lanes=1))
+        assert len(one.branches) <= 1 and one.stats.max_width == 1
+    full = [pasta_jax.decode(model(), PROMPT, **options(seed=s, cache_len=20)) for s in SEEDS]
+    cut = [result for result in full if result.stop_reason == "cache_full"]
+    assert cut and all(result.stats.prompt_tokens + len(result.tokens) == 20 for result in cut)
+
+
+def test_mistakes_in_words() -> None:
+    for prompt in ("", " \n"):
+        with pytest.raises(ValueError, match="empty"):
+            pasta_jax.decode(model(), prompt)
+    with pytest.raises(ValueError, match="The prompt is empty"):
+        pasta_jax.decode(model(), [PROMPT, ""])
+    with pytest.raises(
+        ValueError, match=r"The prompt has \d+ tokens, and the pool holds 16 .* set cache_len"
+    ):
+        pasta_jax.decode(model(), "x" * 50, cache_len=16)
+    with pytest.raises(ValueError, match="mode='fast' is unknown. Use one of parallel, sequential, both."):
+        pasta_jax.decode(model(), PROMPT, mode="fast")
+    with pytest.raises(ValueError, match="top_p=0 is out of range"):
+        pasta_jax.decode(model(), PROMPT, top_p=0)

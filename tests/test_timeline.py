@@ -1,0 +1,73 @@
+"""Threads drawn over time, from made-up decodes whose drawing is known."""
+
+import numpy as np
+
+from pasta_jax.arrays import ThreadedTokens
+from pasta_jax.decoding.api import Branch, DecodeResult, Stats
+from pasta_jax.decoding.state import Stop
+from pasta_jax.decoding.trace import UNFED, Trace
+from pasta_jax.lang.program import Program
+from pasta_jax.reports.timeline import timeline
+
+
+def decoded(steps: int, fed: list[list[int]], topics: list[str]) -> DecodeResult:
+    """An answer of which thread k was fed in the steps `fed[k]`, after a prompt of one token."""
+    thread = np.array([0] + [k for k, mine in enumerate(fed) for _ in mine], np.int32)
+    step = np.array([0] + [s for mine in fed for s in mine], np.int32)
+    nothing = np.zeros_like(thread)
+    trace = Trace(
+        tokens=ThreadedTokens(
+            token=nothing,
+            position=nothing,
+            doc=nothing + 1,
+            segment=nothing,
+            order=nothing,
+            sees=nothing[:, None].astype(np.uint32),
+            thread=thread,
+            target=nothing,
+        ),
+        step=step,
+        logprob=np.zeros(len(thread), np.float32),
+        prompt_length=1,
+        stop=Stop.EOS,
+        steps=steps,
+        parent=np.array([-1] + [0] * len(topics)),
+        forked_at=np.array([-1] + [0] * len(topics)),
+        forced=np.zeros(len(fed), bool),
+        finished=np.ones(len(fed), bool),
+    )
+    branches = tuple(
+        Branch(k, 0, topic, 10, len(fed[k]), "", min(fed[k]), max(fed[k]), "done")
+        for k, topic in enumerate(topics, 1)
+    )
+    stats = Stats(1, len(thread) - 1, steps, 1, 1.0, 1.0, 0.0, 1.0, 1, 1.0)
+    return DecodeResult(
+        "", "", trace.tokens.token[1:], trace.logprob[1:], branches, stats, "eos", (), Program(()), trace
+    )
+
+
+def test_every_step_a_column() -> None:
+    # Main waits in steps 4 and 5; branch 2 finds no lane in step 4. The end of the answer is fed to nobody.
+    result = decoded(6, [[1, 2, 3, 6, UNFED], [2, 3, 4, 5], [3, 5]], ["rivers", "mountains and seas"])
+    assert timeline(result, width=40).splitlines() == [
+        "decode step        1",
+        "main               ███··█",
+        "1 rivers            ████",
+        "2 mountains and s…   █·█",
+    ]
+
+
+def test_several_steps_a_column() -> None:
+    # 40 characters leave 21 columns: two steps each, the ruler saying every tenth column's first.
+    main = [s for s in range(1, 31) if not 11 <= s <= 14]
+    result = decoded(30, [main, [11, 12, 13, 14]], ["rivers"])
+    assert timeline(result, width=40).splitlines() == [
+        "decode step        1         21",
+        "main               █████··████████",
+        "1 rivers                ██",
+    ]
+
+
+def test_an_answer_that_was_never_begun() -> None:
+    result = decoded(0, [[UNFED]], [])
+    assert timeline(result).splitlines()[1] == "main               ·"
