@@ -22,7 +22,7 @@ setup(
         "jax>=0.8.1",
         "ml_collections>=1.1",
         "numpy>=2.0",
-        "optax>=0.2.6",
+        "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
         "safetensors>=0.5",
         "sentencepiece>=0.2",

@@ -54,14 +54,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon for the matrices and AdamW for the rest; warm-up, a schedule and gradient clipping."""
+    """AdamW with warm-up, a schedule and gradient clipping."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon learns faster from scratch, at a little more time a step
-    lr: float = 1e-3  # AdamW's peak learning rate
-    muon_lr: float = 2e-2  # Muon's, of the matrices between the embeddings
-    warmup_steps: int = 50  # linear, from zero to the peak
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # from the peak down to peak * final_lr
-    final_lr: float = 0.1  # at the last step, as a fraction of the peak
+    lr: float = 1e-3  # peak learning rate
+    warmup_steps: int = 50  # linear, from zero to lr
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # from lr down to lr * final_lr
+    final_lr: float = 0.1  # at the last step, as a fraction of lr
     weight_decay: float = 0.01  # on matrices only, never on norms
     b1: float = 0.9  # decay of the mean of gradients
     b2: float = 0.95  # decay of the mean of squared gradients

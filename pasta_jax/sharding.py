@@ -35,7 +35,6 @@ PARAMETERS = {
     "gate_proj": "DF",
     "up_proj": "DF",
     "down_proj": "FD",
-    "ns_coeffs": "",  # constants in Muon's state: everywhere
 }
 """Name of a parameter, the last of its path, to its dimensions."""
 

@@ -23,14 +23,13 @@ from pasta_jax.config import (
     MeshConfig,
     OptimizerConfig,
 )
-from pasta_jax.model import init_params
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.training import loop
 from pasta_jax.training.checkpoints import CheckpointError, find
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.signals import Stopped
-from pasta_jax.training.state import TrainState, decays, make_optimizer, make_schedule, matrix_dims
+from pasta_jax.training.state import TrainState, decays, make_schedule
 
 TOKENIZER = WordTokenizer("the Nile is long")
 VOCABULARY = len(TOKENIZER.vocabulary)
@@ -279,21 +278,3 @@ def test_norms_do_not_decay(whole: tuple[TrainState, pathlib.Path]) -> None:
     assert mask["layer_0"]["mlp"]["up_proj"]
     assert not mask["layer_0"]["mlp_norm"]["scale"]
     assert not mask["final_norm"]["scale"]
-
-
-def test_muon_takes_the_matrices_and_adam_the_rest():
-    """Every projection is orthogonalised as the matrix it multiplies with; embeddings and norms are AdamW's."""
-    params = init_params(ModelConfig(vocab_size=16, num_layers=1, model_dim=8, mlp_dim=16), jax.random.key(0))
-    dims = matrix_dims(params)
-    matrices = {name for block in ("attn", "mlp") for name in dims["layer_0"][block]}
-    assert matrices == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert dims["embed"]["embedding"] is None and dims["final_norm"]["scale"] is None
-    config = OptimizerConfig(name="muon", warmup_steps=1, muon_lr=1.0, weight_decay=0.0)
-    optimizer = make_optimizer(config, 10)
-    gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-    step = np.asarray(updates["layer_0"]["attn"]["o_proj"]).reshape(-1, 8)  # rows N * H, columns D
-    singular = np.linalg.svd(step, compute_uv=False)
-    # Newton-Schulz brings all singular values near one; optax then scales by sqrt(max(1, rows / columns)).
-    scale = max(1.0, step.shape[1] / step.shape[0]) ** 0.5
-    assert singular.min() > 0.5 * scale and singular.max() < 1.5 * scale
