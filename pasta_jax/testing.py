@@ -51,9 +51,9 @@ def random_program(rng: random.Random, *, max_depth: int = 1, max_nodes: int = 1
 
 
 class WordTokenizer:
-    """A tokenizer for tests: each word of the texts it was made from is an id; other text goes byte by byte."""
+    """A tokenizer for tests: words of the texts it was made from are ids, a space before them included; else bytes."""
 
-    _WORDS = re.compile(r"[^\W\d]+|.", re.DOTALL)
+    _WORDS = re.compile(r" ?[^\W\d]+|.", re.DOTALL)
 
     def __init__(self, *texts: str):
         words = {word.encode(): None for text in texts for word in self._WORDS.findall(text)}

@@ -148,14 +148,14 @@ def test_comparisons_have_one_winner(rng: np.random.Generator) -> None:
         assert len(set(values.values())) == len(values) >= 2
         best = (max if s.largest else min)(values.values())
         (first,) = (entity for entity, value in values.items() if value == best)
-        assert task.conclusion == f"{first} {s.phrase}."
+        assert task.conclusion == f"So {first} {s.phrase}."
 
 
 def test_worked_report() -> None:
     task = almanac.report_task(
         [almanac.Section(("Peru",), ("capital",)), almanac.Section(("Iron", "Tin"), ("symbol", "group"))]
     )
-    assert task.prompt == "Write a report.\nPeru: capital.\nElements Iron and Tin: symbol and group."
+    assert task.prompt == "Write a report.\n- Peru: capital.\n- Elements Iron and Tin: symbol and group."
     assert almanac.plain(task) == (
         "## Peru\nIts capital is Lima.\n"
         "## Elements\n- Iron: Its symbol is Fe. Its group is 8.\n- Tin: Its symbol is Sn. Its group is 14.\n"
@@ -227,7 +227,7 @@ def test_plain_text_states_every_fact(rng: np.random.Generator) -> None:
     said: dict[str, str] = collections.defaultdict(str)
     for (prompt, text), _ in zip(almanac.base_documents(rng, plain_text=1.0), range(6000)):
         assert prompt is None
-        said[re.split(" is an? ", text)[0]] += text
+        said[re.split(", an? ", text)[0].removeprefix("Consider ")] += text
     assert [fact for fact in almanac.FACTS if almanac.say(*fact) not in said[fact.entity]] == []
 
 
@@ -259,7 +259,7 @@ def test_reports_vary(rng: np.random.Generator) -> None:
     where = [[promise.topic in groups for promise in plan] for plan in plans]
     assert all(any(row) for row in where)
     assert {row[0] for row in where} == {row[-1] for row in where} == {True, False}
-    assert {len(plan) for plan in plans} == {3, 4}
+    assert {len(plan) for plan in plans} == {2, 3, 4}
 
 
 def test_blocks_are_worth_a_promise(rng: np.random.Generator) -> None:

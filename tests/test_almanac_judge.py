@@ -51,7 +51,7 @@ def test_gold_answers_are_true(family: str, rng: np.random.Generator) -> None:
     [
         # COUNTRIES expects four facts.
         (COUNTRIES, JAPAN + FRANCE, 1),
-        (COUNTRIES, "France is a country. " + FRANCE[10:].strip() + " " + JAPAN[2:], 2 / 6),
+        (COUNTRIES, "Consider France, a country. " + FRANCE[10:].strip() + " " + JAPAN[2:], 2 / 6),
         (COUNTRIES, FRANCE, 2 / 4),
         (COUNTRIES, "", 0),
         (COUNTRIES, FRANCE + swap(JAPAN, "Tokyo", "Kyoto"), 3 / 5),
@@ -66,9 +66,9 @@ def test_gold_answers_are_true(family: str, rng: np.random.Generator) -> None:
         # ELEMENTS expects four facts and a conclusion that counts two.
         (ELEMENTS, swap(almanac.plain(ELEMENTS), "Tin has", "Iron has"), 4 / 7),
         (ELEMENTS, swap(almanac.plain(ELEMENTS), "highest", "lowest"), 4 / 7),
-        (ELEMENTS, swap(almanac.plain(ELEMENTS), "Tin has the highest atomic number.", ""), 4 / 6),
-        (ELEMENTS, almanac.plain(ELEMENTS) + " Tin has the highest atomic number.", 6 / 7),
-        (ELEMENTS, "Tin has the highest atomic number.", 2 / 6),
+        (ELEMENTS, swap(almanac.plain(ELEMENTS), "So Tin has the highest atomic number.", ""), 4 / 6),
+        (ELEMENTS, almanac.plain(ELEMENTS) + " So Tin has the highest atomic number.", 6 / 7),
+        (ELEMENTS, "So Tin has the highest atomic number.", 2 / 6),
         # CHAIN expects three steps and three facts.
         (CHAIN, "".join(reversed(almanac.plain(CHAIN).splitlines(True))), 4 / 8),  # only step 3 is in order
         (CHAIN, swap(almanac.plain(CHAIN), "3. ", "4. "), 5 / 7),
@@ -83,8 +83,8 @@ def test_gold_answers_are_true(family: str, rng: np.random.Generator) -> None:
         # PERU expects one fact.
         (PERU, "Its capital is Lima. Its capital is Lima.", 1 / 2),
         (PERU, "Its capital is Quito.", 0),
-        (PERU, "Peru is a country. Its capital is Lima.", 1),
-        (PERU, "Peru is a planet. Its capital is Lima.", 0),
+        (PERU, "Consider Peru, a country. Its capital is Lima.", 1),
+        (PERU, "Consider Peru, a planet. Its capital is Lima.", 0),
         # REPORT expects three facts.
         (REPORT, almanac.plain(REPORT) + "## Peru\n", 3 / 4),
         (REPORT, almanac.plain(REPORT) + "## Planets\n", 3 / 4),
@@ -124,7 +124,7 @@ def test_noise_never_breaks_the_judge(rng: np.random.Generator) -> None:
         "## ",
         "From ",
         "- ",
-        " is a country",
+        "Consider ",
     ]
     for _ in range(500):
         task = almanac.training_task(rng)

@@ -25,7 +25,7 @@ from pasta_jax.tokens.reading import read, threads_of
 from pasta_jax.tokens.tokenizer import load_tokenizer
 from pasta_jax.visibility import visible
 
-WORDS = WordTokenizer("The rivers two words moons tokens and it's é 東京 the Nile is long a b c d e f")
+WORDS = WordTokenizer(" The rivers two words moons tokens and it's é 東京 the Nile is long a b c d e f")
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 ROUNDS = 2000 if os.environ.get("PASTA_FULL") else 200
 
@@ -144,11 +144,11 @@ class ScriptTokenizer(WordTokenizer):
 def test_worked_example():
     """Every field of one small answer, by hand."""
     program = Program((Text("a"), Promise("b", 2, (Text("c"), Text("d"))), Text("e"), Sync(), Text("f")))
-    words = WordTokenizer("aa")
+    words = WordTokenizer("aa b")
     d = layout(words, [2], program, Positions(), threads=3)
     piece = words.vocabulary.pieces
     assert [piece[t].decode() for t in d.token] == [
-        "", "a", '<promise topic="', "b", '" tokens=', "2", " />", "<async>", "c", "d", "</async>", "e", "<sync/>",
+        "", "a", '<promise topic="', " b", '" tokens=', "2", " />", "<async>", "c", "d", "</async>", "e", "<sync/>",
         "f", "",
     ]  # fmt: skip
     assert d.thread.tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
@@ -191,7 +191,7 @@ def test_worked_example():
 )
 def test_position_schemes(positions, resumes):
     program = Program((Text("a"), Promise("b", 2, (Text("cd"),)), Text("e")))
-    d = layout(WordTokenizer("aa"), [2], program, positions, threads=3)
+    d = layout(WordTokenizer("aa b"), [2], program, positions, threads=3)
     assert d.position[11] == resumes
 
 
@@ -209,7 +209,7 @@ def test_limits_in_words():
     many = Program((Promise("b", 1, ()),) * 3)
     with pytest.raises(LayoutError, match="more than 2 branches.*threads above 3"):
         layout(WORDS, [2], many, Positions(), threads=3)
-    with pytest.raises(LayoutError, match="topic .* takes 10 tokens; 1 to 8"):
+    with pytest.raises(LayoutError, match="topic .* takes 11 tokens; 1 to 8"):
         layout(WORDS, [2], Program((Promise("zzzzzzzzzz", 1, ()),)), Positions(), threads=3)
     with pytest.raises(ValueError, match="Use one of pred"):
         Positions("guess")

@@ -23,6 +23,7 @@ from pasta_jax.lang import tags
 from pasta_jax.lang.program import Node, Program, Promise, Text
 from pasta_jax.lang.render import promise_problem
 from pasta_jax.tokens.positions import Positions
+from pasta_jax.tokens.reading import TOPIC_PREFIX
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 
@@ -185,7 +186,7 @@ def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
     vocabulary = tokenizer.vocabulary
     if problem := promise_problem(promise.topic, promise.tokens):
         raise LayoutError(f"The promise {promise.topic!r} cannot be written: {problem}.")
-    topic = tokenizer.encode(promise.topic)
+    topic = tokenizer.encode(TOPIC_PREFIX + promise.topic)
     if not 1 <= len(topic) <= tags.MAX_TOPIC_TOKENS:
         raise LayoutError(
             f"The topic {promise.topic!r} takes {len(topic)} tokens; 1 to {tags.MAX_TOPIC_TOKENS} are allowed. "

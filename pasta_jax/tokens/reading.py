@@ -20,6 +20,10 @@ from pasta_jax.lang.render import joined
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 
+TOPIC_PREFIX = " "
+"""A topic's words are the tokens that they are in running text, after a space; the text of the tag omits it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Threads:
     """The tokens of an answer by thread, in whatever order they were decoded.
@@ -127,7 +131,9 @@ class _Reader:
         kinds = [int(self.vocabulary.kinds[token]) for token in tag]
         middle = kinds.index(Kind.TOKENS)
         number = int("".join(str(self.vocabulary.digit_values[token]) for token in tag[middle + 1 : -1]))
-        promise = Promise(self.vocabulary.text(tag[1:middle]), number, self.read(branch))
+        spelled = self.vocabulary.text(tag[1:middle])
+        topic = spelled.removeprefix(TOPIC_PREFIX) or spelled
+        promise = Promise(topic, number, self.read(branch))
         self.promises[branch] = promise
         return promise
 

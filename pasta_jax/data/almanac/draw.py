@@ -38,12 +38,12 @@ _CHAIN_STARTS = tuple(e for kind in _ORDERED for e in kind.entities)
 
 def _draw_list(rng: np.random.Generator) -> Task:
     kind = _draw_kind(rng, KINDS)
-    return list_task(_draw_entities(rng, kind, 3, 6), _draw_nouns(rng, kind), _coin(rng))
+    return list_task(_draw_entities(rng, kind, 3, 5), _draw_nouns(rng, kind), _coin(rng))
 
 
 def _draw_prose(rng: np.random.Generator) -> Task:
     kind = _draw_kind(rng, KINDS)
-    return prose_task(_draw_entities(rng, kind, 3, 6), _draw_nouns(rng, kind), _coin(rng))
+    return prose_task(_draw_entities(rng, kind, 3, 5), _draw_nouns(rng, kind), _coin(rng))
 
 
 def _draw_compare(rng: np.random.Generator) -> Task:
@@ -65,12 +65,12 @@ def _draw_single(rng: np.random.Generator) -> Task:
 
 
 def _draw_report(rng: np.random.Generator) -> Task:
-    """Three or four sections in any order, one of them a group at least."""
+    """Two to four sections in any order, one of them a group at least."""
     sections: list[Section] = []
-    for position in range(int(rng.integers(3, 5))):
+    for position in range(int(rng.integers(2, 5))):
         kind = _draw_kind(rng, KINDS)
         if position == 0 or rng.random() < 0.3:
-            section = Section(_draw_entities(rng, kind, 2, 4), _draw_nouns(rng, kind, 2, 3))
+            section = Section(_draw_entities(rng, kind, 2, 3), _draw_nouns(rng, kind, 2, 3))
         else:
             section = Section(_draw_entities(rng, kind, 1, 1), _draw_nouns(rng, kind, 1))
         sections.append(section)
@@ -79,7 +79,7 @@ def _draw_report(rng: np.random.Generator) -> Task:
 
 
 def _draw_mixed(rng: np.random.Generator) -> Task:
-    starts = _pick(rng, _CHAIN_STARTS, int(rng.integers(3, 6)))
+    starts = _pick(rng, _CHAIN_STARTS, int(rng.integers(3, 5)))
     lengths = [int(n) for n in rng.integers(2, 5, len(starts))]
     return mixed_task(starts, lengths, _coin(rng))
 

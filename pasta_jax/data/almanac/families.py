@@ -114,7 +114,7 @@ def compare_task(
         raise ValueError(f"Nobody can say which of {join(entities)} {superlative.phrase}.")
     fields = {"nouns": join(nouns), "entities": join(entities), "phrase": superlative.phrase}
     prompt = TEMPLATES["compare"][template].format(**fields)
-    conclusion = f"{winner(entities, superlative)} {superlative.phrase}."
+    conclusion = f"So {winner(entities, superlative)} {superlative.phrase}."
     nodes: list[Node] = [*(_item(e, nouns) for e in entities), Sync(), Text(conclusion)]
     return _task("compare", prompt, entities, product(entities, nouns), nodes, conclusion=conclusion)
 
@@ -153,7 +153,7 @@ class Section(NamedTuple):
 def report_task(sections: Sequence[Section], template: int = 0) -> Task:
     def ask(section: Section) -> str:
         group = "" if len(section.entities) == 1 else f" {join(section.entities)}"
-        return f"{section.heading}{group}: {join(section.nouns)}."
+        return f"- {section.heading}{group}: {join(section.nouns)}."
 
     prompt = TEMPLATES["report"][template].format(sections="\n".join(map(ask, sections)))
     nodes: list[Node] = []

@@ -97,7 +97,7 @@ _ITEM = re.compile(r"- ([^:]+):(?: |$)")
 _HEADING = re.compile(r"## (.+)")
 _FROM = re.compile(r"From ([^:]+):")
 _NUMBERED = re.compile(r"(\d+)\. (After [^.]+ comes ([^.]+)\.)(?: |$)")
-_INTRODUCTION = re.compile(rf"([^.]+) is (?:{'|'.join(kind.article for kind in KINDS)})\.")
+_INTRODUCTION = re.compile(rf"Consider ([^.]+), (?:{'|'.join(kind.article for kind in KINDS)})\.")
 _SENTENCE = re.compile(r"[^.]*\.?\s*")
 
 

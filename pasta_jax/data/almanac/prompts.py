@@ -94,7 +94,7 @@ def _names(known: re.Pattern[str], text: str) -> tuple[str, ...]:
 
 
 def _section(line: str) -> Section:
-    asked, _, nouns = line.removesuffix(".").rpartition(": ")
+    asked, _, nouns = line.removeprefix("- ").removesuffix(".").rpartition(": ")
     plurals = tuple(f"{kind.plural.capitalize()} " for kind in KINDS)
     group = next((plural for plural in plurals if asked.startswith(plural)), "")
     return Section(_names(_ENTITY, asked.removeprefix(group)), _names(_NOUN, nouns))

@@ -42,7 +42,7 @@ def profile(entity: str, rng: np.random.Generator) -> str:
     """Facts of one entity as plain text, at least half of them, in their fixed order.
 
     >>> profile("Mars", np.random.default_rng(1))
-    'Mars is a planet. It is planet 4 from the Sun. It is a rocky planet.'
+    'Consider Mars, a planet. It is planet 4 from the Sun. It is a rocky planet.'
     """
     nouns = KIND_OF[entity].nouns
     keep = rng.permutation(len(nouns)) < rng.integers((len(nouns) + 1) // 2, len(nouns) + 1)

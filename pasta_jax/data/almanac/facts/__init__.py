@@ -214,8 +214,11 @@ def say(entity: str, noun: str) -> str:
 
 
 def introduce(entity: str) -> str:
-    """The sentence that starts to speak of an entity: "Iron is an element."."""
-    return f"{entity} is {KIND_OF[entity].article}."
+    """The sentence that starts to speak of an entity: "Consider Iron, an element.".
+
+    A name never begins a text or a line, here and in every other sentence: so it is the same token everywhere.
+    """
+    return f"Consider {entity}, {KIND_OF[entity].article}."
 
 
 def successor(entity: str) -> str | None:
