@@ -23,6 +23,10 @@ _SOURCES = {
 }
 
 
+_STEPS = {"": 1800, "base": 1500, "baseline": 300, "pasta": 450}
+_LR = {"": 3e-3, "base": 3e-3, "baseline": 1e-3, "pasta": 1.5e-3}
+
+
 def get_config(arg: str = "") -> ConfigDict:
     """The experiment `arg`: base, baseline, pasta, or none for all in one."""
     if arg not in _SOURCES:
@@ -30,9 +34,10 @@ def get_config(arg: str = "") -> ConfigDict:
             f"configs/tiny.py has no variant {arg!r}. Use one of {', '.join(filter(None, _SOURCES))}."
         )
     config = ConfigDict()
-    config.steps = 2000 if arg in ("", "base") else 500
-    config.model = dict(vocab_size=1280)  # the almanac's tokenizer has 1220 ids
-    config.data = dict(sources=_SOURCES[arg], rows=8, length=512)
-    config.optimizer = dict(lr=2e-3 if arg in ("", "base") else 5e-4, warmup_steps=50)
+    config.steps = _STEPS[arg]
+    config.model = dict(vocab_size=1280)  # the almanac's tokenizer has 1220 ids; the rest is padding
+    config.data = dict(sources=_SOURCES[arg], rows=6, length=320)
+    config.optimizer = dict(lr=_LR[arg], warmup_steps=30, final_lr=0.03)
     config.checkpoint = dict(every_steps=500)
+    config.log = dict(every=50)
     return config

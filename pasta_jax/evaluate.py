@@ -29,8 +29,8 @@ from pasta_jax.decoding.trace import as_document, critical_path
 from pasta_jax.reports.tables import markdown_table
 from pasta_jax.verbs import refuse, show_log
 
-LIMITS = Limits(lanes=8, threads=16, pool=640)
-GREEDY = Sampling(max_new_tokens=512, max_branch_tokens=256)
+LIMITS = Limits(lanes=8, threads=16, pool=448)
+GREEDY = Sampling(max_new_tokens=384, max_branch_tokens=256)
 
 
 @dataclasses.dataclass(frozen=True)

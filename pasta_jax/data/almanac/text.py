@@ -49,7 +49,7 @@ def profile(entity: str, rng: np.random.Generator) -> str:
     return " ".join([facts.introduce(entity), *(facts.say(entity, n) for n, k in zip(nouns, keep) if k)])
 
 
-def base_document(rng: np.random.Generator, plain_text: float = 0.4) -> Document:
+def base_document(rng: np.random.Generator, plain_text: float = 0.25) -> Document:
     """One document. `plain_text` is the share of documents (not of tokens) that are plain text."""
     if rng.random() >= plain_text:
         task = training_task(rng)
@@ -61,7 +61,7 @@ def base_document(rng: np.random.Generator, plain_text: float = 0.4) -> Document
     return None, profile(entity, rng)
 
 
-def base_documents(rng: np.random.Generator, plain_text: float = 0.4) -> Iterator[Document]:
+def base_documents(rng: np.random.Generator, plain_text: float = 0.25) -> Iterator[Document]:
     """Documents without end."""
     while True:
         yield base_document(rng, plain_text)
