@@ -51,7 +51,7 @@ def random_program(rng: random.Random, *, max_depth: int = 1, max_nodes: int = 1
 
 
 class WordTokenizer:
-    """A tokenizer for tests: words of the texts it was made from are ids, a space before them included; else bytes."""
+    """A tokenizer for tests: the words of some texts are ids, a space before them included; else bytes."""
 
     _WORDS = re.compile(r" ?[^\W\d]+|.", re.DOTALL)
 

@@ -19,7 +19,6 @@ from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined
 from pasta_jax.tokens.tokenizer import Vocabulary
 
-
 TOPIC_PREFIX = " "
 """A topic's words are the tokens that they are in running text, after a space; the text of the tag omits it."""
 
