@@ -17,7 +17,7 @@ from pasta_jax.decoding.state import Limits
 pytestmark = pytest.mark.tpu
 
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
-MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "data.rows=8"]
 
 
 @pytest.fixture(scope="module")
