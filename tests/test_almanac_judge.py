@@ -64,11 +64,11 @@ def test_gold_answers_are_true(family: str, rng: np.random.Generator) -> None:
         (COUNTRIES, FRANCE + JAPAN[:-6], 3 / 5),  # cut short
         (COUNTRIES, "Its capital is Paris.", 0),  # whose?
         # ELEMENTS expects four facts and a conclusion that counts two.
-        (ELEMENTS, swap(almanac.plain(ELEMENTS), "Tin has", "Iron has"), 4 / 7),
+        (ELEMENTS, swap(almanac.plain(ELEMENTS), "? Tin", "? Iron"), 4 / 7),
         (ELEMENTS, swap(almanac.plain(ELEMENTS), "highest", "lowest"), 4 / 7),
-        (ELEMENTS, swap(almanac.plain(ELEMENTS), "So Tin has the highest atomic number.", ""), 4 / 6),
-        (ELEMENTS, almanac.plain(ELEMENTS) + " So Tin has the highest atomic number.", 6 / 7),
-        (ELEMENTS, "So Tin has the highest atomic number.", 2 / 6),
+        (ELEMENTS, swap(almanac.plain(ELEMENTS), "Which has the highest atomic number? Tin.", ""), 4 / 6),
+        (ELEMENTS, almanac.plain(ELEMENTS) + " Which has the highest atomic number? Tin.", 6 / 7),
+        (ELEMENTS, "Which has the highest atomic number? Tin.", 2 / 6),
         # CHAIN expects three steps and three facts.
         (CHAIN, "".join(reversed(almanac.plain(CHAIN).splitlines(True))), 4 / 8),  # only step 3 is in order
         (CHAIN, swap(almanac.plain(CHAIN), "3. ", "4. "), 5 / 7),

@@ -84,6 +84,13 @@ def _draw_mixed(rng: np.random.Generator) -> Task:
     return mixed_task(starts, lengths, _coin(rng))
 
 
+def _draw_short_comparison(rng: np.random.Generator) -> Task:
+    """A comparison of nothing but what decides it."""
+    kind = _draw_kind(rng, _COMPARED)
+    superlative = kind.superlatives[rng.integers(len(kind.superlatives))]
+    return compare_task(_draw_entities(rng, kind, 2, 4), (superlative.noun,), superlative, _coin(rng))
+
+
 def _coin(rng: np.random.Generator) -> int:
     return int(rng.integers(2))
 
@@ -116,7 +123,9 @@ def _draw_nouns(
     return tuple(noun for noun in kind.nouns if noun in chosen)
 
 
-_DRAW: dict[str, Callable[[np.random.Generator], Task]] = {
+_Draw = Callable[[np.random.Generator], Task]
+
+_DRAW: dict[str, _Draw] = {
     "list": _draw_list,
     "prose": _draw_prose,
     "compare": _draw_compare,
@@ -127,10 +136,10 @@ _DRAW: dict[str, Callable[[np.random.Generator], Task]] = {
 }
 
 
-def _sample(rng: np.random.Generator, family: str, *, held_out: bool) -> Task:
+def _sample(rng: np.random.Generator, draw: _Draw, *, held_out: bool) -> Task:
     while True:
         try:
-            task = _DRAW[family](rng)
+            task = draw(rng)
         except ValueError:
             continue  # a tie, a chain beyond its end, ...: the builders know what makes no task
         if split.held_out(task.combination) == held_out:
@@ -139,7 +148,12 @@ def _sample(rng: np.random.Generator, family: str, *, held_out: bool) -> Task:
 
 def training_task(rng: np.random.Generator, family: str | None = None) -> Task:
     """A fresh training task, of any family unless one is given; its combination is never held out."""
-    return _sample(rng, family or FAMILIES[rng.integers(len(FAMILIES))], held_out=False)
+    return _sample(rng, _DRAW[family or FAMILIES[rng.integers(len(FAMILIES))]], held_out=False)
+
+
+def short_comparison(rng: np.random.Generator) -> Task:
+    """A training task for the base model only: comparing is learnt from many short ones."""
+    return _sample(rng, _draw_short_comparison, held_out=False)
 
 
 def evaluation_tasks(n: int = 500, seed: int = 0) -> list[Task]:
@@ -152,7 +166,7 @@ def evaluation_tasks(n: int = 500, seed: int = 0) -> list[Task]:
     tasks: dict[str, Task] = {}
     tries = 0
     while len(tasks) < n:
-        task = _sample(rng, FAMILIES[len(tasks) % len(FAMILIES)], held_out=True)
+        task = _sample(rng, _DRAW[FAMILIES[len(tasks) % len(FAMILIES)]], held_out=True)
         tries = 0 if tasks.setdefault(task.prompt, task) is task else tries + 1
         if tries > 1000:
             raise ValueError(f"There are no {n} distinct held-out prompts; only about {len(tasks)}.")

@@ -114,7 +114,7 @@ def compare_task(
         raise ValueError(f"Nobody can say which of {join(entities)} {superlative.phrase}.")
     fields = {"nouns": join(nouns), "entities": join(entities), "phrase": superlative.phrase}
     prompt = TEMPLATES["compare"][template].format(**fields)
-    conclusion = f"So {winner(entities, superlative)} {superlative.phrase}."
+    conclusion = f"Which {superlative.phrase}? {winner(entities, superlative)}."
     nodes: list[Node] = [*(_item(e, nouns) for e in entities), Sync(), Text(conclusion)]
     return _task("compare", prompt, entities, product(entities, nouns), nodes, conclusion=conclusion)
 

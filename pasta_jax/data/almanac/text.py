@@ -20,7 +20,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from pasta_jax.data.almanac import facts
-from pasta_jax.data.almanac.draw import training_task
+from pasta_jax.data.almanac.draw import short_comparison, training_task
 from pasta_jax.data.almanac.facts import KIND_OF
 from pasta_jax.data.almanac.families import plain, say_step
 from pasta_jax.lang import tags
@@ -50,9 +50,12 @@ def profile(entity: str, rng: np.random.Generator) -> str:
 
 
 def base_document(rng: np.random.Generator, plain_text: float = 0.25) -> Document:
-    """One document. `plain_text` is the share of documents (not of tokens) that are plain text."""
+    """One document. `plain_text` is the share of documents (not of tokens) that are plain text.
+
+    One in six of the others is a comparison of nothing but what decides it.
+    """
     if rng.random() >= plain_text:
-        task = training_task(rng)
+        task = short_comparison(rng) if rng.random() < 1 / 6 else training_task(rng)
         return task.prompt, plain(task)
     entity = _ENTITIES[rng.integers(len(_ENTITIES))]
     following = facts.successor(entity)
