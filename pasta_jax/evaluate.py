@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
@@ -28,6 +29,8 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, critical_path
 from pasta_jax.reports.tables import markdown_table
 from pasta_jax.verbs import refuse, show_log
+
+LOG = logging.getLogger("pasta_jax")
 
 LIMITS = Limits(lanes=8, threads=16, pool=448)
 GREEDY = Sampling(max_new_tokens=384, max_branch_tokens=256)
@@ -127,11 +130,14 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(path, "a", encoding="utf-8")) for name, path in paths.items()}
         quiet = not sys.stderr.isatty()
-        for task in tqdm(tasks[done:], initial=done, total=len(tasks), unit="prompt", disable=quiet):
+        bar = tqdm(tasks[done:], initial=done, total=len(tasks), unit="prompt", disable=quiet)
+        for number, task in enumerate(bar, done + 1):
             for name, decoder in decoders.items():
                 answer, _ = measure(decoder, task)
                 answers[name].append(answer)
                 print(_line(answer), file=files[name], flush=True)
+            if quiet and number % 100 == 0:
+                LOG.info("%d of %d prompts", number, len(tasks))
     return answers
 
 
