@@ -136,6 +136,11 @@ _DRAW: dict[str, _Draw] = {
 }
 
 
+_TRAINING_WEIGHTS = {"list": 4, "prose": 5, "compare": 5, "chain": 2, "single": 2, "report": 7, "mixed": 3}
+_TRAINING_SHARES = np.array([_TRAINING_WEIGHTS[family] for family in FAMILIES]) / 28
+"""Training sees more of what is hard to learn; evaluation has all families alike."""
+
+
 def _sample(rng: np.random.Generator, draw: _Draw, *, held_out: bool) -> Task:
     while True:
         try:
@@ -148,7 +153,8 @@ def _sample(rng: np.random.Generator, draw: _Draw, *, held_out: bool) -> Task:
 
 def training_task(rng: np.random.Generator, family: str | None = None) -> Task:
     """A fresh training task, of any family unless one is given; its combination is never held out."""
-    return _sample(rng, _DRAW[family or FAMILIES[rng.integers(len(FAMILIES))]], held_out=False)
+    family = family or FAMILIES[int(rng.choice(len(FAMILIES), p=_TRAINING_SHARES))]
+    return _sample(rng, _DRAW[family], held_out=False)
 
 
 def short_comparison(rng: np.random.Generator) -> Task:
