@@ -13,9 +13,7 @@ interpreter (its trace). So a decoded answer *is* a training row.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 Array = Any
 """A NumPy or a JAX array. Shapes and dtypes stand beside the fields and arguments."""
@@ -50,12 +48,3 @@ class ThreadedTokens:
     def fields(self) -> dict[str, Array]:
         """The arrays by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-
-Record = TypeVar("Record")
-
-
-def stack(records: list[ThreadedTokens]) -> ThreadedTokens:
-    """Rows [L] of equal length to a batch [B, L]."""
-    columns = {name: np.stack([getattr(r, name) for r in records]) for name in records[0].fields()}
-    return ThreadedTokens(**columns)

@@ -77,9 +77,7 @@ def text(trace: Trace) -> tuple:
 
 
 def agree(one: Trace, other: Trace) -> bool:
-    """The same text; where a limit cut one of them, which thread it cut depends on the schedule, so as far as
-    both go.
-    """  # fmt: skip
+    """The same text; where a limit cut one, the schedule decides which thread it cut: as far as both go."""
     if one.stop == other.stop == Stop.EOS:
         return text(one) == text(other)
     pairs = list(zip(one.threads.tokens, other.threads.tokens))

@@ -80,7 +80,7 @@ def test_compiled_interpreter_is_its_specification(setting, seed):
         answer = scripted.run_reference(
             list(prompts[i, : lengths[i]]), scripts[i], limits, asks[i], positions
         )
-        row = jax.tree.map(lambda x: x[i], rows)  # noqa: B023
+        row = jax.tree.map(lambda x, i=i: x[i], rows)
         compare(row, answer, check_views=i < 40)
         stops.add(answer.stop)
     assert Stop.EOS in stops and len(stops) > 1, f"the programs are too tame: {stops}"
