@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     config = ConfigDict()
     config.steps = _STEPS[arg]
-    config.model = dict(vocab_size=1280)  # the almanac's tokenizer has 1220 ids; the rest is padding
+    config.model = dict(vocab_size=1408)  # the almanac's tokenizer has 1332 ids; the rest is padding
     config.data = dict(sources=_SOURCES[arg], rows=6, length=320)
     config.optimizer = dict(lr=_LR[arg], warmup_steps=30, final_lr=0.03)
     config.checkpoint = dict(every_steps=500)

@@ -9,8 +9,10 @@ import sys
 import numpy as np
 import pytest
 
+from pasta_jax.baselines import sot
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac import facts, families, split
+from pasta_jax.data.almanac.text import skeleton_document
 from pasta_jax.lang import tags
 from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.program import Promise, Sync
@@ -115,8 +117,8 @@ def test_foreign_prompts_are_refused() -> None:
         "Name the 02 planets after Mars with the type of each.",
         "Continue each chain: 2 after .",
         "Compare the capital of France and Peru. Which has the highest atomic number?",
-        "Which is the oldest: Ulysses and Siddhartha? First give the author and year.",
-        "Which is the oldest: Ulysses and Dune? First give the author.",
+        "Which is the newest: Ulysses and Siddhartha? First give the author and year.",
+        "Which is the newest: Ulysses and Dune? First give the author.",
         "Write a report.\nPeru.",
         "Write a report.\nPeru: capital.\nPeru: currency.",
         "Write a report.\nCountries Peru and Cuba: capital.\nCountries Laos and Chile: currency.",
@@ -139,6 +141,36 @@ def test_plans(rng: np.random.Generator) -> None:
             assert ("\n- " in "\n" + almanac.plain(task)) == (family in ("list", "compare", "report"))
 
 
+def test_points_are_the_plain_answer_in_parts(rng: np.random.Generator) -> None:
+    for family in almanac.FAMILIES:
+        for _ in range(50):
+            task = almanac.training_task(rng, family)
+            names, texts = zip(*families.points(task))
+            assert "".join(texts) == almanac.plain(task)
+            assert len(set(names)) == len(names)
+            assert sot.read_points(sot.skeleton(names)) == list(names)
+            assert len(names) == len(task.steps) if family == "chain" else True
+
+
+def test_skeleton_documents_ask_as_skeleton_of_thought_does(rng: np.random.Generator) -> None:
+    asked = collections.Counter[str]()
+    for _ in range(100):
+        prompt, answer = skeleton_document(rng)
+        assert prompt is not None
+        question, _, rest = prompt.partition("\nGive only")
+        if rest:
+            asked["skeleton"] += 1
+            named = [name for name, _ in families.points(almanac.task_of(question))]
+            assert sot.read_points(answer) == named
+        else:
+            asked["point"] += 1
+            question, point = re.fullmatch(
+                r"(.*?)\n1\. .*Write only \d+\. ([^\n]+)", prompt, re.DOTALL
+            ).groups()
+            assert (point, answer) in families.points(almanac.task_of(question))
+    assert min(asked.values()) > 20
+
+
 def test_comparisons_have_one_winner(rng: np.random.Generator) -> None:
     for _ in range(200):
         task = almanac.training_task(rng, "compare")
@@ -146,7 +178,7 @@ def test_comparisons_have_one_winner(rng: np.random.Generator) -> None:
         (s,) = (s for s in kind.superlatives if task.conclusion.startswith(f"Which {s.phrase}?"))
         values = {fact.entity: int(almanac.value(*fact)) for fact in task.facts if fact.noun == s.noun}
         assert len(set(values.values())) == len(values) >= 2
-        best = (max if s.largest else min)(values.values())
+        best = max(values.values())
         (first,) = (entity for entity, value in values.items() if value == best)
         assert task.conclusion == f"Which {s.phrase}? {first}."
 
@@ -179,7 +211,9 @@ def test_evaluation_never_occurs_in_training(rng: np.random.Generator) -> None:
         assert not almanac.held_out(task.combination)
         assert task.prompt not in prompts
     for (prompt, _), _ in zip(almanac.base_documents(rng), range(3000)):
-        assert prompt is None or not almanac.held_out(almanac.task_of(prompt).combination)
+        if prompt is not None:
+            question = re.split(r"\n(?:Give only|1\. )", prompt)[0]  # without what a skeleton adds
+            assert not almanac.held_out(almanac.task_of(question).combination)
 
 
 def test_the_split_ignores_order_family_and_wording() -> None:

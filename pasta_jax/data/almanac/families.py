@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from pasta_jax.data.almanac import facts, split
 from pasta_jax.data.almanac.facts import KIND_OF, Fact, Superlative
-from pasta_jax.lang.assemble import assemble
+from pasta_jax.lang.assemble import assemble, text_of
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 
 FAMILIES = ("list", "prose", "compare", "chain", "single", "report", "mixed")
@@ -86,6 +86,24 @@ class Task:
 def plain(task: Task) -> str:
     """The answer without marks."""
     return assemble(task.plan)
+
+
+def points(task: Task) -> list[tuple[str, str]]:
+    r"""The answer as named points with their texts, in order; the texts joined are the plain answer.
+
+    >>> points(list_task(("France", "Japan"), ("capital",)))[0]
+    ('France', '- France: Its capital is Paris.\n')
+    """
+    steps = iter(task.steps)
+
+    def name(node: Node) -> str:
+        if isinstance(node, Promise):
+            return node.topic
+        if task.family == "chain":
+            return next(steps).after
+        return "conclusion" if task.conclusion else task.facts[0].entity
+
+    return [(name(node), text_of([node])) for node in task.plan.nodes if not isinstance(node, Sync)]
 
 
 # ---------------------------------------------------------------------------------------- from parts to tasks
@@ -215,8 +233,7 @@ def chain(start: str, length: int) -> tuple[Step, ...]:
 
 
 def winner(entities: Sequence[str], superlative: Superlative) -> str:
-    best = max if superlative.largest else min
-    return best(entities, key=lambda entity: int(facts.value(entity, superlative.noun)))
+    return max(entities, key=lambda entity: int(facts.value(entity, superlative.noun)))
 
 
 def say_step(before: str, after: str) -> str:

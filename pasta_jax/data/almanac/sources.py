@@ -11,14 +11,14 @@ from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.data.almanac.annotator import Rates, annotate
 from pasta_jax.data.almanac.draw import training_task
 from pasta_jax.data.almanac.families import Task, plain
-from pasta_jax.data.almanac.text import base_document, train_tokenizer
+from pasta_jax.data.almanac.text import base_document, skeleton_document, train_tokenizer
 from pasta_jax.lang.program import Program, Text
 from pasta_jax.tokens.layout import LayoutError, layout_example, layout_text
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
 
-SOURCES = ("base", "plain", "annotated")
-"""What there is to learn from: text for the base model, plain answers, annotated answers."""
+SOURCES = ("base", "plain", "annotated", "skeletons")
+"""What there is to learn from: text for the base model, plain answers, annotated answers, skeletons and points."""
 
 _ENDLESS = 2**31
 """Documents are made up as they are asked for; this many are claimed."""
@@ -76,8 +76,8 @@ class AlmanacSource:
         )
 
     def _document(self, rng: np.random.Generator) -> ThreadedTokens:
-        if self.which == "base":
-            prompt, text = base_document(rng)
+        if self.which in ("base", "skeletons"):
+            prompt, text = (base_document if self.which == "base" else skeleton_document)(rng)
             if prompt is None:
                 return layout_text(self.tokenizer, text, threads=self.threads)
             return self._layout(prompt, Program((Text(text),)))

@@ -19,10 +19,11 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from pasta_jax.baselines import sot
 from pasta_jax.data.almanac import facts
 from pasta_jax.data.almanac.draw import short_comparison, training_task
 from pasta_jax.data.almanac.facts import KIND_OF
-from pasta_jax.data.almanac.families import plain, say_step
+from pasta_jax.data.almanac.families import plain, points, say_step
 from pasta_jax.lang import tags
 
 TURNS = ("<user>", "<model>")
@@ -52,9 +53,12 @@ def profile(entity: str, rng: np.random.Generator) -> str:
 def base_document(rng: np.random.Generator, plain_text: float = 0.25) -> Document:
     """One document. `plain_text` is the share of documents (not of tokens) that are plain text.
 
-    One in six of the others is a comparison of nothing but what decides it.
+    Of the others, one in ten is a skeleton or one of its points, and of the rest one in six a comparison of
+    nothing but what decides it.
     """
     if rng.random() >= plain_text:
+        if rng.random() < 0.1:
+            return skeleton_document(rng)
         task = short_comparison(rng) if rng.random() < 1 / 6 else training_task(rng)
         return task.prompt, plain(task)
     entity = _ENTITIES[rng.integers(len(_ENTITIES))]
@@ -62,6 +66,16 @@ def base_document(rng: np.random.Generator, plain_text: float = 0.25) -> Documen
     if following is not None and rng.random() < 0.2:
         return None, say_step(entity, following)
     return None, profile(entity, rng)
+
+
+def skeleton_document(rng: np.random.Generator) -> Document:
+    """What Skeleton-of-Thought asks for: the points of an answer, or the text of one point."""
+    task = training_task(rng)
+    names, texts = zip(*points(task))
+    if rng.random() < 0.5:
+        return sot.skeleton_prompt(task.prompt), sot.skeleton(names)
+    index = int(rng.integers(len(names)))
+    return sot.point_prompt(task.prompt, names, index), texts[index]
 
 
 def base_documents(rng: np.random.Generator, plain_text: float = 0.25) -> Iterator[Document]:
@@ -82,14 +96,14 @@ def tokenizer_corpus(documents: int = 6000, seed: int = 0) -> Iterator[str]:
 def train_tokenizer(path: str | os.PathLike[str] | None = None, *, seed: int = 0) -> bytes:
     """Trains a SentencePiece model on `tokenizer_corpus`, deterministically; writes it to `path` if given.
 
-    Text comes back exactly (no normalisation, no space put before it, bytes for what is rare), numbers are
-    split into digits, a newline is a piece of its own, and tags and turn markers are control symbols, which
+    Text comes back exactly (no normalisation, no space put before it, bytes for what is rare), a number is
+    one piece, a newline is a piece of its own, and tags and turn markers are control symbols, which
     no text can produce. The language has fewer than a thousand words, so each is offered as a piece: the
     vocabulary (about 1200) is as large as they, the characters and the 256 bytes need, and a name is one
     piece per word.
     """
     corpus = list(tokenizer_corpus(seed=seed))
-    words = collections.Counter(word for text in corpus for word in re.findall(" ?[A-Za-z]+", text))
+    words = collections.Counter(word for text in corpus for word in re.findall(" ?[A-Za-z]+| ?[0-9]+", text))
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         seeds = pathlib.Path(folder, "words.tsv")
@@ -106,7 +120,7 @@ def train_tokenizer(path: str | os.PathLike[str] | None = None, *, seed: int = 0
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             byte_fallback=True,
-            split_digits=True,
+            split_digits=False,
             character_coverage=1.0,
             user_defined_symbols=["\n"],
             control_symbols=[*tags.PIECES, *TURNS],

@@ -47,11 +47,14 @@ class Attribute:
 
 @dataclasses.dataclass(frozen=True)
 class Superlative:
-    """A comparison of integers: whose `noun` is the largest (or smallest) is the one who `phrase`."""
+    """A comparison of integers: whose `noun` is the largest is the one who `phrase`.
+
+    One direction each: a model of a million parameters that must also read from the question which end of the
+    order is meant learns neither.
+    """
 
     noun: str
     phrase: str
-    largest: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +99,7 @@ def _kind(
     names: str,
     article: str,
     sentences: dict[str, str],
-    superlatives: tuple[tuple[str, str, str], ...] = (),
-    *,
+    *superlatives: Superlative,
     in_order: bool = False,
 ) -> Kind:
     name, plural = names.split("/")
@@ -110,7 +112,7 @@ def _kind(
         article,
         plural,
         tuple(Attribute(noun, sentence) for noun, sentence in sentences.items()),
-        tuple(Superlative(noun, phrase, which == "largest") for noun, phrase, which in superlatives),
+        superlatives,
         in_order,
         {row[0]: tuple(row[1:]) for row in rows},
     )
@@ -137,10 +139,7 @@ KINDS = (
             "group": "Its group is {}.",
             "phase": "At room temperature it is a {}.",
         },
-        (
-            ("atomic number", "has the highest atomic number", "largest"),
-            ("atomic number", "has the lowest atomic number", "smallest"),
-        ),
+        Superlative("atomic number", "has the highest atomic number"),
         in_order=True,
     ),
     _kind(
@@ -152,10 +151,7 @@ KINDS = (
             "state number": "It was state number {}.",
             "year": "It joined the Union in {}.",
         },
-        (
-            ("state number", "has the highest state number", "largest"),
-            ("state number", "has the lowest state number", "smallest"),
-        ),
+        Superlative("state number", "has the highest state number"),
         in_order=True,
     ),
     _kind(
@@ -166,10 +162,7 @@ KINDS = (
             "type": "It is {}.",
             "ring system": "It has {}.",
         },
-        (
-            ("position", "is farthest from the Sun", "largest"),
-            ("position", "is closest to the Sun", "smallest"),
-        ),
+        Superlative("position", "is farthest from the Sun"),
         in_order=True,
     ),
     _kind(
@@ -180,7 +173,7 @@ KINDS = (
             "year": "It was published in {}.",
             "language": "It was written in {}.",
         },
-        (("year", "is the newest", "largest"), ("year", "is the oldest", "smallest")),
+        Superlative("year", "is the newest"),
     ),
     _kind(
         "opera/operas",
@@ -190,7 +183,7 @@ KINDS = (
             "year": "It was first performed in {}.",
             "language": "It is sung in {}.",
         },
-        (("year", "is the newest", "largest"), ("year", "is the oldest", "smallest")),
+        Superlative("year", "is the newest"),
     ),
 )
 

@@ -1,0 +1,37 @@
+"""Skeleton-of-Thought: two rounds, the second all at once."""
+
+import dataclasses
+
+from pasta_jax.baselines import sot
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    text: str
+    steps: int
+
+
+def test_points_are_asked_together_and_joined_in_order() -> None:
+    calls: list[list[str]] = []
+    replies = {
+        "Why?\nGive only the points.": Said("1. cost\n2. time\n", 7),
+        "Why?\n1. cost\n2. time\nWrite only 1. cost": Said("It is cheap. ", 4),
+        "Why?\n1. cost\n2. time\nWrite only 2. time": Said("It is quick.", 9),
+    }
+
+    def ask(prompts: list[str]) -> list[Said]:
+        calls.append(prompts)
+        return [replies[prompt] for prompt in prompts]
+
+    answer = sot.answer(ask, "Why?")
+    assert list(map(len, calls)) == [1, 2]
+    assert answer == sot.Answer("It is cheap. It is quick.", ("cost", "time"), steps=7 + 9, tokens=7 + 4 + 9)
+
+
+def test_a_skeleton_without_points_is_the_answer() -> None:
+    assert sot.answer(lambda prompts: [Said("No idea.", 3)], "Why?") == sot.Answer("No idea.", (), 3, 3)
+
+
+def test_what_is_no_point_is_passed_over_and_eight_are_enough() -> None:
+    assert sot.read_points("Sure:\n1. a\n\n- b\n12. c d\n3.e") == ["a", "c d"]
+    assert sot.read_points(sot.skeleton([str(i) for i in range(20)])) == [str(i) for i in range(8)]
