@@ -8,6 +8,8 @@ One letter a dimension, the same in code, comments, docs and README:
 
 `ThreadedTokens` is the one record that both producers yield: the layout of an annotated text (NumPy) and the
 interpreter (its trace). So a decoded answer *is* a training row.
+
+`PairedTokens` adds what preference optimisation needs to know of each token.
 """
 
 from __future__ import annotations
@@ -48,3 +50,13 @@ class ThreadedTokens:
     def fields(self) -> dict[str, Array]:
         """The arrays by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedTokens(ThreadedTokens):
+    """Answers to learn from in pairs, a better and a worse one to the same prompt; both lie in the same batch."""
+
+    pair: (
+        Array  # int32 [..., L]     +i in the better answer of the batch's pair i = 1, 2, ...; -i in the worse
+    )
+    reference: Array  # float32 [..., L]  log-probability of `target` under the reference; 0 without one

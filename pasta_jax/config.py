@@ -94,26 +94,66 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """The second stage, in rounds: sample, score, pair, train (paper section 4)."""
+
+    baseline: str = (
+        ""  # workdir of a sequential model, the opponent in speed and quality; empty: the first model
+    )
+    prompts: str = "almanac"  # almanac (fresh ones each round), or a JSONL file of prompts and responses
+    prompts_per_round: int = 256
+    rounds: int = 2
+    samples: int = 8  # N, answers to each prompt
+    temperature: float = 1.0
+    weight: float = 4.0  # lambda: score = efficiency + weight * quality; inf is quality alone
+    efficiency: Literal["speedup", "parallelism", "harmonic", "arithmetic"] = (
+        "speedup"  # the means are of both
+    )
+    judge: Literal["almanac"] = "almanac"  # who compares answers
+    loss: Literal["bonbon", "ipo", "dpo"] = "bonbon"
+    alpha: float = 0.005  # bonbon: weight of the better answer's likelihood
+    margin: float = 0.0  # bonbon, ipo: nats; 0 is (N-1) H_(N-1), what best-of-N implies
+    beta: float = 0.1  # dpo: steepness
+    lr: float = 5e-7  # peak learning rate of this stage; the rest is as in config.optimizer
+    epochs: float = 1.0  # passes over the pairs of a round
+    rows: int = 32  # answers sampled at once
+    lanes: int = 4  # S while sampling
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment."""
 
-    stage: Literal["sft"] = "sft"  # supervised finetuning; preference optimisation is not built yet
+    stage: Literal["sft", "preference", "both"] = "sft"  # both: supervised finetuning, then preference
     seed: int = 0  # of the weights and the order of the data
     steps: int = 1000  # optimiser steps
     init_from: str = ""  # workdir or checkpoint whose weights to start from; empty starts from scratch
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "data.rows", "data.length", "data.threads", "data.max_depth", "log.every"):
+        counts = ["steps", "data.rows", "data.length", "data.threads", "data.max_depth", "log.every"]
+        counts += [f"preference.{name}" for name in ("prompts_per_round", "rounds", "rows", "lanes")]
+        for name in counts:
             if (value := _look_up(self, name)) < 1:
                 raise ConfigError(f"config.{name} must be at least 1, got {value}.")
         if self.seed < 0:
             raise ConfigError(f"config.seed must be at least 0, got {self.seed}.")
+        if self.preference.samples < 2:
+            raise ConfigError(
+                f"config.preference.samples must be at least 2, to have a better and a worse answer, "
+                f"got {self.preference.samples}."
+            )
+        if self.stage == "preference" and not self.init_from:
+            raise ConfigError(
+                "config.init_from is empty: preference optimisation starts from a finetuned model. Add "
+                "--config.init_from=WORKDIR, or set stage to both."
+            )
         if not self.data.sources:
             raise ConfigError("config.data.sources is empty. Name at least one, as in almanac:annotated.")
         if any(weight <= 0 for _, weight in self.data.sources):

@@ -6,6 +6,7 @@ metrics.jsonl, checkpoints/, and invalid.jsonl if some records could not be used
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -36,11 +37,16 @@ def main(argv: Sequence[str], *, values: flags.FlagValues, overrides: Sequence[s
     run(config, values.workdir)
 
 
-def run(config: Config, workdir: str) -> None:
-    """Trains `config` in `workdir`, data and all."""
+def run(config: Config, workdir: str) -> str:
+    """Trains `config` in `workdir`, data and all.
+
+    Returns:
+      the workdir of the model that came out: this one, or that of the last round of preference optimisation.
+    """
     # These load jax: the refusals above, and --print_config, come at once.
     from pasta_jax.data.records import RecordError
     from pasta_jax.data.sources import make_source, make_tokenizer
+    from pasta_jax.preference import rounds
     from pasta_jax.tokens.layout import LayoutError
     from pasta_jax.tokens.tokenizer import TokenizerError
     from pasta_jax.training.checkpoints import CheckpointError
@@ -48,10 +54,17 @@ def run(config: Config, workdir: str) -> None:
 
     try:
         os.makedirs(workdir, exist_ok=True)
+        if config.stage == "preference":
+            return rounds.run(config, workdir)
+        if config.stage == "both":
+            first = run(dataclasses.replace(config, stage="sft"), os.path.join(workdir, "sft"))
+            second = dataclasses.replace(config, stage="preference", init_from=first)
+            return run(second, os.path.join(workdir, "preference"))
         tokenizer = make_tokenizer(config.data)
         invalid = os.path.join(workdir, "invalid.jsonl")
         source = make_source(config.data, tokenizer, config.seed, invalid=invalid)
         train(config, source=source, tokenizer=tokenizer, workdir=workdir)
+        return workdir
     except (ConfigError, CheckpointError, RecordError, LayoutError, TokenizerError, OSError) as error:
         refuse(str(error))
     except NonFiniteLoss as error:

@@ -164,9 +164,9 @@ def test_skeleton_documents_ask_as_skeleton_of_thought_does(rng: np.random.Gener
             assert sot.read_points(answer) == named
         else:
             asked["point"] += 1
-            question, point = re.fullmatch(
-                r"(.*?)\n1\. .*Write only \d+\. ([^\n]+)", prompt, re.DOTALL
-            ).groups()
+            match = re.fullmatch(r"(.*?)\n1\. .*Write only \d+\. ([^\n]+)", prompt, re.DOTALL)
+            assert match is not None
+            question, point = match.groups()
             assert (point, answer) in families.points(almanac.task_of(question))
     assert min(asked.values()) > 20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,8 +39,17 @@ class Packer:
         self._place: list[int] = []
         self._room = [length] * rows
 
-    def add(self, document: ThreadedTokens) -> bool:
-        """Takes a document, or leaves all as it was and says False."""
+    def add(self, *documents: ThreadedTokens) -> bool:
+        """Takes documents, all of them, or leaves all as it was and says False."""
+        before = len(self.documents), [*self._place], [*self._room]
+        for document in documents:
+            if not self._add(document):
+                del self.documents[before[0] :]
+                _, self._place, self._room = before
+                return False
+        return True
+
+    def _add(self, document: ThreadedTokens) -> bool:
         size = len(document)
         row = next((row for row in range(self.rows) if self._room[row] >= size), None)
         if row is not None:
@@ -59,25 +69,40 @@ class Packer:
         self.documents.append(document)
         return True
 
-    def pack(self) -> ThreadedTokens:
-        """All that was taken: [B, L] fields."""
+    def spans(self) -> list[tuple[int, slice]]:
+        """Where `pack` puts each document: its row, and its places there."""
+        return spans([len(document) for document in self.documents], self._place, self.rows)
+
+    def pack(self) -> Any:
+        """All that was taken, a record of its kind: [B, L] fields."""
         return pack(self.documents, self._place, self.rows, self.length)
 
 
-def pack(documents: Sequence[ThreadedTokens], place: Sequence[int], rows: int, length: int) -> ThreadedTokens:
+def spans(lengths: Sequence[int], place: Sequence[int], rows: int) -> list[tuple[int, slice]]:
+    """One document behind the other in each row: the row and the places of each.
+
+    >>> spans([3, 2, 4], [0, 1, 0], rows=2)
+    [(0, slice(0, 3, None)), (1, slice(0, 2, None)), (0, slice(3, 7, None))]
+    """
+    used, found = [0] * rows, []
+    for length, row in zip(lengths, place):
+        found.append((row, slice(used[row], used[row] + length)))
+        used[row] += length
+    return found
+
+
+def pack(documents: Sequence[ThreadedTokens], place: Sequence[int], rows: int, length: int) -> Any:
     """Documents [L_i], each in the row that `place` says: [B, L] fields, documents numbered from 1."""
     columns = {
         name: np.full((rows, length, *value.shape[1:]), PADDING.get(name, 0), value.dtype)
         for name, value in documents[0].fields().items()
     }
-    used, count = [0] * rows, [0] * rows
-    for document, row in zip(documents, place):
-        here = slice(used[row], used[row] + len(document))
+    count = [0] * rows
+    for document, (row, here) in zip(documents, spans([len(d) for d in documents], place, rows)):
         count[row] += 1
         for name, value in document.fields().items():
             columns[name][row, here] = count[row] if name == "doc" else value
-        used[row] = here.stop
-    return ThreadedTokens(**columns)
+    return type(documents[0])(**columns)
 
 
 def real_fraction(batch: ThreadedTokens) -> float:

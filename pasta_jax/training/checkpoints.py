@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +170,8 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
 def find(path: str | os.PathLike[str]) -> epath.Path:
     """The newest checkpoint in a workdir or its `checkpoints`, or the checkpoint that `path` itself is.
 
+    In a workdir of preference optimisation, that of the last round.
+
     Raises:
       CheckpointError: there is none.
     """
@@ -183,6 +186,11 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
         if steps := _steps(directory):
             return max(steps, key=lambda step: int(step.name))
     children = sorted(root.iterdir(), key=lambda child: child.name)
+    rounds = [child for child in children if re.fullmatch(r"round-\d+", child.name)]
+    if rounds:  # of preference optimisation: the last that holds a model
+        rounds.sort(key=lambda child: int(child.name.removeprefix("round-")), reverse=True)
+        if trained := next(filter(None, (_steps(child / "checkpoints") for child in rounds)), None):
+            return max(trained, key=lambda step: int(step.name))
     if models := [child.name for child in children if _steps(child / "checkpoints")]:
         raise CheckpointError(f"{root} holds models: {', '.join(models)}. Give one of them.")
     found = ", ".join(child.name for child in children[:8]) or "nothing"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from pasta_jax import config as config_lib
 from pasta_jax import sharding
 from pasta_jax.arrays import Array, ThreadedTokens
 from pasta_jax.config import Config, ConfigError
-from pasta_jax.data.batches import Stream, batches, prefetch
+from pasta_jax.data.batches import batches, prefetch
 from pasta_jax.data.packing import real_fraction
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
@@ -34,18 +35,36 @@ class NonFiniteLoss(RuntimeError):
     """The loss or its gradient became NaN or infinite; says at which step, and which checkpoint is good."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """In what two stages of training differ.
+
+    Attributes:
+      record: what a batch is.
+      loss_fn: from logits and such a batch.
+      batches: (source, index, rows, length) to batches, each with the index with which the next one begins.
+    """
+
+    record: type[ThreadedTokens]
+    loss_fn: LossFn
+    batches: Callable[[Any, int, int, int], Iterator[tuple[ThreadedTokens, int]]] = batches
+
+
 def sft(logits_BxLxV: Array, batch: ThreadedTokens) -> tuple[Array, dict[str, Array]]:
     """The loss of supervised finetuning."""
     return losses.sft_loss(logits_BxLxV, batch.target)
 
 
+SFT = Stage(ThreadedTokens, sft)
+
+
 def train(
     config: Config,
     *,
-    source: Stream,
+    source: Any,
     tokenizer: Tokenizer,
     workdir: str | os.PathLike[str],
-    loss_fn: LossFn = sft,
+    stage: Stage = SFT,
     stop_after: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> TrainState:
@@ -53,10 +72,10 @@ def train(
 
     Args:
       config: the experiment.
-      source: the documents, endless and addressed by index.
+      source: the documents, endless and addressed by index (for other stages, what their batches are made of).
       tokenizer: goes into the checkpoints.
       workdir: gets config.json, env.json, metrics.jsonl and checkpoints/.
-      loss_fn: the loss.
+      stage: supervised finetuning, or another.
       stop_after: leave after this step as if the run had ended; a later call goes on.
       devices: those of the mesh, by default all.
 
@@ -74,7 +93,7 @@ def train(
     workdir = os.fspath(workdir)
     try:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-        update = make_update(config, mesh, loss_fn)
+        update = make_update(config, mesh, stage.loss_fn, stage.record)
     except ValueError as error:
         raise ConfigError(f"config.mesh: {error}") from error
     check_vocabulary(config, tokenizer)
@@ -103,7 +122,7 @@ def train(
         last = min(config.steps, stop_after or config.steps)
         saved_at = time.monotonic()
         meter = Meter(checkpoints)
-        made = batches(source, data_index, config.data.rows, config.data.length)
+        made = stage.batches(source, data_index, config.data.rows, config.data.length)
         with (
             MetricsWriter(workdir, first_step=step, steps=config.steps, tb=config.log.tb) as metrics,
             prefetch(made) as ready,

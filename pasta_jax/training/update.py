@@ -17,7 +17,7 @@ from pasta_jax.model.transformer import Transformer, init_params
 from pasta_jax.training.state import Params, TrainState, make_optimizer, make_schedule, new_state
 from pasta_jax.visibility import visible
 
-LossFn: TypeAlias = Callable[[Array, ThreadedTokens], tuple[Array, dict[str, Array]]]
+LossFn: TypeAlias = Callable[[Array, Any], tuple[Array, dict[str, Array]]]
 """From float32 logits [B, L, V] and the batch to the loss and measurements, "loss" among them."""
 
 
@@ -43,8 +43,16 @@ class Update:
     start: Callable[[Params], TrainState]
 
 
-def make_update(config: Config, mesh: Any, loss_fn: LossFn) -> Update:
+def make_update(
+    config: Config, mesh: Any, loss_fn: LossFn, record: type[ThreadedTokens] = ThreadedTokens
+) -> Update:
     """The update of an experiment, on a mesh of devices or of a topology.
+
+    Args:
+      config: sizes and the optimiser.
+      mesh: where all lies.
+      loss_fn: the loss.
+      record: what a batch is, as the loss takes it.
 
     Raises:
       ValueError: the mesh does not divide what it should.
@@ -64,7 +72,7 @@ def make_update(config: Config, mesh: Any, loss_fn: LossFn) -> Update:
         out_shardings=(lie, sharding.replicated(mesh)),
     )
     def step(state: TrainState, fields: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        batch = ThreadedTokens(**fields)
+        batch = record(**fields)
 
         def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
             out: Any = model.apply({"params": params}, batch.token, batch.position, visible(batch, batch))

@@ -1,0 +1,193 @@
+"""Preference optimisation in rounds: sample, score, pair, train, and again from what came out.
+
+    WORKDIR/round-1/samples.jsonl    the policy's answers with their traces
+                    pairs.jsonl      scores, and which samples make the pair
+                    reference.npz    log-probabilities of the chosen ones under the policy that drew them
+                    checkpoints/     the next policy, metrics.jsonl beside it
+                    round.json       how it went; it is written last
+            round-2/...
+
+The model that draws a round's samples is where its training starts from, and its reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pasta_jax.arrays import PairedTokens
+from pasta_jax.config import Config, ConfigError, PreferenceConfig, to_dict
+from pasta_jax.data import almanac
+from pasta_jax.data.batches import permuted
+from pasta_jax.data.records import RecordError, read_records
+from pasta_jax.decoding.engine import Model
+from pasta_jax.lang.assemble import assemble
+from pasta_jax.loading import load
+from pasta_jax.preference.pairs import Choice, choose_all, make_pairs, pair_batches, steps_for
+from pasta_jax.preference.sample import Prompt, Record, sample
+from pasta_jax.preference.score import scores
+from pasta_jax.training.loop import Stage, train
+from pasta_jax.training.losses import bonbon_margin, preference_loss
+
+LOG = logging.getLogger("pasta_jax")
+
+
+def run(config: Config, workdir: str) -> str:
+    """All rounds, those that are done already apart.
+
+    Returns:
+      the workdir of the last one.
+
+    Raises:
+      ConfigError: prompts that the judge does not know, no pairs, or a workdir of another experiment.
+      CheckpointError: as `train`.
+    """
+    baseline = load(config.preference.baseline or config.init_from)
+    policy = config.init_from
+    for number in range(1, config.preference.rounds + 1):
+        policy = run_round(config, number, policy, baseline, os.path.join(workdir, f"round-{number}"))
+    return policy
+
+
+def run_round(config: Config, number: int, policy: str, baseline: Model, folder: str) -> str:
+    """One round from the model in the workdir `policy`; returns `folder`, the workdir of the next policy."""
+    if os.path.exists(os.path.join(folder, "round.json")):
+        return folder
+    # ------------------------------------------------------------------------------------ sample and score
+
+    os.makedirs(folder, exist_ok=True)
+    wishes, data = config.preference, config.data
+    _check_same(os.path.join(folder, "about.json"), config, policy)
+    model = load(policy)
+    seed = config.seed * 1000 + number
+    LOG.info(
+        "Round %d: sampling %d answers to each of %d prompts.",
+        number,
+        wishes.samples,
+        wishes.prompts_per_round,
+    )
+    records = sample(
+        model,
+        baseline,
+        prompts_of(wishes, seed),
+        wishes,
+        length=data.length,
+        seed=seed,
+        path=os.path.join(folder, "samples.jsonl"),
+    )
+    choices = choose_all(records, wishes, data.length)
+    _write_pairs(os.path.join(folder, "pairs.jsonl"), records, choices, wishes)
+
+    # --------------------------------------------------------------------------------------- pair and train
+
+    path = os.path.join(folder, "reference.npz")
+    pairs = make_pairs(records, choices, model, rows=data.rows, length=data.length, path=path)
+    if not pairs:
+        raise ConfigError(
+            f"No pairs in {folder}: the samples of every prompt scored alike. Raise "
+            "--config.preference.temperature, .samples or .prompts_per_round."
+        )
+    steps = steps_for(pairs, wishes.epochs, data.rows, data.length, seed)
+    LOG.info("Round %d: %d pairs of %d prompts, %d steps.", number, len(pairs), len(records), steps)
+    loss = functools.partial(
+        preference_loss,
+        kind=wishes.loss,
+        alpha=wishes.alpha,
+        margin=wishes.margin or bonbon_margin(wishes.samples),
+        beta=wishes.beta,
+    )
+    optimizer = dataclasses.replace(config.optimizer, lr=wishes.lr, warmup_steps=max(1, steps // 10))
+    train(
+        dataclasses.replace(config, stage="preference", init_from=policy, steps=steps, optimizer=optimizer),
+        source=pairs,
+        tokenizer=model.tokenizer,
+        workdir=folder,
+        stage=Stage(PairedTokens, loss, functools.partial(pair_batches, seed=seed)),
+    )
+    answers = [answer for record in records for answer in record.samples]
+    about = {
+        "round": number,
+        "policy": policy,
+        "prompts": len(records),
+        "pairs": len(pairs),
+        "ties": sum(choice is None for choice in choices),
+        "steps": steps,
+        "mean_critical_path": float(np.mean([answer.critical_path for answer in answers])),
+        "mean_tokens": float(np.mean([answer.output_tokens for answer in answers])),
+    }
+    _write_json(os.path.join(folder, "round.json"), about)
+    return folder
+
+
+def prompts_of(config: PreferenceConfig, seed: int) -> list[Prompt]:
+    """The prompts of a round: training prompts of the almanac made up afresh, or some from a file."""
+    count = config.prompts_per_round
+    if config.prompts == "almanac":
+        tasks = [almanac.training_task(np.random.default_rng([seed, i])) for i in range(count)]
+        return [Prompt(task.prompt, almanac.plain(task)) for task in tasks]
+    try:
+        examples, _ = read_records(config.prompts)
+    except RecordError as error:
+        raise ConfigError(f"config.preference.prompts: {error}") from error
+    if not examples:
+        raise ConfigError(f"config.preference.prompts: nothing in {config.prompts} can be used.")
+    chosen = [examples[permuted(i, len(examples), seed)] for i in range(min(count, len(examples)))]
+    prompts = [Prompt(example.prompt, assemble(example.program)) for example in chosen]
+    if config.judge == "almanac":
+        for prompt in prompts:
+            _check_almanac(prompt)
+    return prompts
+
+
+def _check_almanac(prompt: Prompt) -> None:
+    try:
+        almanac.task_of(prompt.text)
+    except ValueError as error:
+        raise ConfigError(
+            f"config.preference.judge: the almanac judges its own prompts only. {error}"
+        ) from None
+
+
+def _check_same(path: str, config: Config, policy: str) -> None:
+    """Keeps what a round is of beside it, and refuses to go on with one that is of something else."""
+    tree = to_dict(config)
+    about = {name: tree[name] for name in ("seed", "data", "optimizer", "preference")} | {"policy": policy}
+    about["preference"].pop("rounds")  # more rounds may follow
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        changed = [name for name in about if found.get(name) != json.loads(json.dumps(about[name]))]
+        if changed:
+            raise ConfigError(
+                f"{os.path.dirname(path)} is of another experiment ({', '.join(changed)} differ). "
+                "Use a new --workdir."
+            )
+    _write_json(path, about)
+
+
+def _write_pairs(
+    path: str, records: Sequence[Record], choices: Sequence[Choice | None], config: PreferenceConfig
+) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        for record, choice in zip(records, choices, strict=True):
+            line = {
+                "prompt": record.prompt.text,
+                "scores": [round(score, 4) for score in scores(record, config)],
+                "better": choice and record.samples[choice.better].annotated,
+                "worse": choice and record.samples[choice.worse].annotated,
+            }
+            print(json.dumps(line, ensure_ascii=False), file=file)
+    os.replace(path + ".tmp", path)
+
+
+def _write_json(path: str, tree: Any) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(tree, file, indent=2)
+    os.replace(path + ".tmp", path)
