@@ -1,8 +1,8 @@
 """The whole path on the embedded benchmark: `make demo`, or `python -m pasta_jax.demo --workdir=runs/demo`.
 
-Trains a base model on Almanac, finetunes a sequential baseline and PASTA from it, evaluates both on held-out
-prompts, and shows one answer's threads over time. Two CPU cores, no accelerator, no download; every part resumes
-where it was cut off.
+Trains a base model on Almanac, finetunes a sequential baseline and PASTA from it, improves PASTA by one round
+of preference optimisation, evaluates all of them on held-out prompts, and shows one answer's threads over time.
+Two CPU cores, no accelerator, no download; every part resumes where it was cut off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from pasta_jax.config import load_config
 from pasta_jax.decoding.engine import Model
 from pasta_jax.verbs import refuse, show_log
 
-CONFIG = Path(__file__).parent.parent / "configs" / "tiny.py"
+CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIG, PREFERENCE = CONFIGS / "tiny.py", CONFIGS / "tiny_preference.py"
+
+STAGES = {
+    "base": "the base model, on facts as plain text and plain instructions",
+    "baseline": "Baseline-SFT, from the base, on plain answers",
+    "pasta": "PASTA-SFT, from the base, on the same answers with imperfect annotations",
+}
+"""What is trained, in order, and how it is announced."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,33 +42,42 @@ def main(argv: Sequence[str]) -> None:
 
     begun = time.monotonic()
     workdir = flags.FLAGS.workdir
-    paths = {name: os.path.join(workdir, name) for name in ("base", "baseline", "pasta", "evaluation")}
+    paths = {name: os.path.join(workdir, name) for name in (*STAGES, "bon", "evaluation")}
     show_log()
 
-    stages = {
-        "base": "the base model, on facts as plain text and plain instructions",
-        "baseline": "Baseline-SFT, from the base, on plain answers",
-        "pasta": "PASTA-SFT, from the base, on the same answers with imperfect annotations",
-    }
-    for number, (name, what) in enumerate(stages.items(), 1):
-        say(f"{number}/4  Training {what}", begun)
+    for number, (name, what) in enumerate(STAGES.items(), 1):
+        say(f"{number}/5  Training {what}", begun)
         start = [] if name == "base" else [f"init_from={paths['base']}"]
         train.run(load_config(f"{CONFIG}:{name}", start), paths[name])
 
     say(
-        f"4/4  Evaluating both on {flags.FLAGS.prompts} held-out prompts, each decoded twice at batch 1",
+        "4/5  One round of preference optimisation, PASTA-BoN: PASTA-SFT's answers, sampled, scored and paired",
         begun,
     )
-    table = evaluate.compare(paths["baseline"], paths["pasta"], flags.FLAGS.prompts, paths["evaluation"])
+    wishes = [
+        f"init_from={paths['pasta']}",
+        f"preference.baseline={paths['baseline']}",
+        "preference.rounds=1",
+    ]
+    train.run(load_config(str(PREFERENCE), wishes), paths["bon"])
+
+    say(f"5/5  Evaluating on {flags.FLAGS.prompts} held-out prompts, each decoded twice at batch 1", begun)
+    tests = {"PASTA-SFT": paths["pasta"], "PASTA-BoN": paths["bon"]}
+    table = evaluate.compare(paths["baseline"], tests, flags.FLAGS.prompts, paths["evaluation"])
 
     print(f"\n{table}\n")
-    print("Speeds are geometric means. theoretical: the baseline's tokens / PASTA's longest chain of steps;")
-    print("realized: the baseline's seconds / PASTA's, both through the same engine, second of two runs.\n")
-    show_one_answer(load(paths["pasta"]))
     print(
-        f"\nIn {workdir}: base/, baseline/ and pasta/ are models; evaluation/ has every answer and this table."
+        "win rate: the judge's, against the baseline. Speeds are geometric means, also against the baseline;"
     )
-    print(f'Ask it yourself:  python -m pasta_jax --ckpt={paths["pasta"]} --timeline "{shown_prompt()}"')
+    print(
+        "theoretical: its tokens / the model's longest chain of steps; realized: its seconds / the model's, both"
+    )
+    print("through the same engine, second of two runs.\n")
+    show_one_answer(load(paths["bon"]))
+    print(
+        f"\nIn {workdir}: base/, baseline/, pasta/, bon/ are models; evaluation/ has every answer and this table."
+    )
+    print(f'Ask it yourself:  python -m pasta_jax --ckpt={paths["bon"]} --timeline "{shown_prompt()}"')
     say("Done", begun)
 
 

@@ -9,58 +9,36 @@ Running the same command again goes on where it was cut off.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import logging
-import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from absl import app, flags
-from tqdm import tqdm
 
-from pasta_jax.data import almanac
-from pasta_jax.decoding.api import DecodeResult, result
-from pasta_jax.decoding.engine import Decoder, Model, Sampling
-from pasta_jax.decoding.state import Limits
-from pasta_jax.decoding.trace import as_document, critical_path
+from pasta_jax.evaluation import (
+    Answer,
+    decoding,
+    evaluate,
+    geometric_mean,
+    parallelism,
+    realized,
+    theoretical,
+    win,
+)
 from pasta_jax.reports.tables import markdown_table
 from pasta_jax.verbs import refuse, show_log
 
-LOG = logging.getLogger("pasta_jax")
-
-LIMITS = Limits(lanes=8, threads=16, pool=448)
-GREEDY = Sampling(max_new_tokens=384, max_branch_tokens=256)
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One model's answer to one prompt, measured.
-
-    Attributes:
-      truth: the judge's score, 0 to 1.
-      output_tokens: tokens of the answer, tags included.
-      text_tokens: tokens without tags.
-      critical_path: decode steps needed with unlimited lanes.
-      decode_steps: decode steps taken.
-      wall_s: seconds of the second of two decodes, prompt included.
-    """
-
-    family: str
-    prompt: str
-    text: str
-    annotated: str
-    truth: float
-    output_tokens: int
-    text_tokens: int
-    critical_path: int
-    decode_steps: int
-    wall_s: float
-    stop_reason: str
-    issues: tuple[str, ...]
+HEADER = [
+    "model",
+    "family",
+    "prompts",
+    "truth: baseline",
+    "truth",
+    "win rate",
+    "theoretical",
+    "realized",
+    "parallelism",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +47,7 @@ class Summary:
 
     Attributes:
       truth, baseline_truth: mean scores, 0 to 1.
+      win_rate: against the baseline, 0 to 1; ties count half.
       theoretical: baseline's tokens / critical path of the test's answer.
       realized: baseline's seconds / test's seconds.
       parallelism: the test's tokens without tags / its critical path.
@@ -78,109 +57,10 @@ class Summary:
     prompts: int
     truth: float
     baseline_truth: float
+    win_rate: float
     theoretical: float
     realized: float
     parallelism: float
-
-
-def measure(decoder: Decoder, task: almanac.Task) -> tuple[Answer, DecodeResult]:
-    """Decodes a prompt twice, times the second and judges the answer."""
-    tokenizer = decoder.model.tokenizer
-    prompt = [tokenizer.encode_prompt(task.prompt)]
-    decoder.decode(prompt, [GREEDY])
-    (trace,), timing = decoder.decode(prompt, [GREEDY])
-    decoded = result(tokenizer, trace, timing.wall_s)
-    answer = Answer(
-        family=task.family,
-        prompt=task.prompt,
-        text=decoded.text,
-        annotated=decoded.annotated,
-        truth=almanac.truth(task, decoded.text).score,
-        output_tokens=decoded.stats.output_tokens,
-        text_tokens=decoded.stats.sequential_steps,
-        critical_path=max(1, critical_path(as_document(trace), trace.prompt_length, tokenizer.vocabulary)),
-        decode_steps=trace.steps,
-        wall_s=timing.wall_s,
-        stop_reason=decoded.stop_reason,
-        issues=decoded.issues,
-    )
-    return answer, decoded
-
-
-def evaluate(
-    models: Mapping[str, Model], prompts: int, workdir: str, about: Mapping[str, Any]
-) -> dict[str, list[Answer]]:
-    """Every model's answers to the same held-out prompts; also written to WORKDIR/NAME.jsonl as they come.
-
-    The models take turns at each prompt, so that what the machine does besides meets them alike. Prompts that
-    all of them answered in an earlier call are not asked again.
-
-    Args:
-      models: by name.
-      prompts: how many.
-      workdir: where to write; answers that are there already count if they are of the same `about`.
-      about: which models these are, as JSON can hold it.
-    """
-    os.makedirs(workdir, exist_ok=True)
-    tasks = almanac.evaluation_tasks(prompts)
-    paths = {name: os.path.join(workdir, f"{name}.jsonl") for name in models}
-    decoders = {name: Decoder(model, limits=LIMITS) for name, model in models.items()}
-    answers = _answered(tasks, paths, os.path.join(workdir, "about.json"), about)
-    done = min(map(len, answers.values()))
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(path, "a", encoding="utf-8")) for name, path in paths.items()}
-        quiet = not sys.stderr.isatty()
-        bar = tqdm(tasks[done:], initial=done, total=len(tasks), unit="prompt", disable=quiet)
-        for number, task in enumerate(bar, done + 1):
-            for name, decoder in decoders.items():
-                answer, _ = measure(decoder, task)
-                answers[name].append(answer)
-                print(_line(answer), file=files[name], flush=True)
-            if quiet and number % 100 == 0:
-                LOG.info("%d of %d prompts", number, len(tasks))
-    return answers
-
-
-def _answered(
-    tasks: Sequence[almanac.Task], paths: Mapping[str, str], about_path: str, about: Mapping[str, Any]
-) -> dict[str, list[Answer]]:
-    """Answers of an earlier call to the first of the tasks, as many as every model has; the files hold no more."""
-    found: dict[str, list[Answer]] = {name: [] for name in paths}
-    if os.path.exists(about_path):
-        with open(about_path, encoding="utf-8") as file:
-            if file.read() == _as_json(about):
-                found = {name: _read_answers(path) for name, path in paths.items()}
-    done = 0
-    for task, *given in zip(tasks, *found.values()):
-        if any(answer.prompt != task.prompt for answer in given):
-            break
-        done += 1
-    for name, path in paths.items():
-        found[name] = found[name][:done]
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.writelines(_line(answer) + "\n" for answer in found[name])
-        os.replace(path + ".tmp", path)
-    with open(about_path, "w", encoding="utf-8") as file:  # last: until then the files may be of other models
-        file.write(_as_json(about))
-    return found
-
-
-def _line(answer: Answer) -> str:
-    return json.dumps(dataclasses.asdict(answer), ensure_ascii=False)
-
-
-def _as_json(about: Mapping[str, Any]) -> str:
-    return json.dumps(about, indent=2) + "\n"
-
-
-def _read_answers(path: str) -> list[Answer]:
-    """The answers in a file, up to the first line that is none, as one that was cut short."""
-    answers: list[Answer] = []
-    with contextlib.suppress(OSError, ValueError, TypeError), open(path, encoding="utf-8") as file:
-        for line in file:
-            fields = json.loads(line)
-            answers.append(Answer(**fields | {"issues": tuple(fields["issues"])}))
-    return answers
 
 
 def summarise(baseline: Sequence[Answer], test: Sequence[Answer]) -> list[Summary]:
@@ -195,53 +75,45 @@ def summarise(baseline: Sequence[Answer], test: Sequence[Answer]) -> list[Summar
                 prompts=len(pairs),
                 truth=sum(t.truth for _, t in pairs) / len(pairs),
                 baseline_truth=sum(b.truth for b, _ in pairs) / len(pairs),
-                theoretical=geometric_mean([max(1, b.output_tokens) / t.critical_path for b, t in pairs]),
-                realized=geometric_mean([b.wall_s / t.wall_s for b, t in pairs]),
-                parallelism=geometric_mean([max(1, t.text_tokens) / t.critical_path for _, t in pairs]),
+                win_rate=sum(win(b, t) for b, t in pairs) / len(pairs),
+                theoretical=geometric_mean([theoretical(b, t) for b, t in pairs]),
+                realized=geometric_mean([realized(b, t) for b, t in pairs]),
+                parallelism=geometric_mean([parallelism(t) for _, t in pairs]),
             )
         )
     return rows
 
 
-def geometric_mean(ratios: Sequence[float]) -> float:
-    """exp(mean(log)).
-
-    >>> round(geometric_mean([1.0, 4.0]), 6)
-    2.0
-    """
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
-
-
-def table(rows: Sequence[Summary]) -> str:
-    """As Markdown."""
-    header = [
-        "family",
-        "prompts",
-        "truth: baseline",
-        "truth: PASTA",
-        "theoretical",
-        "realized",
-        "parallelism",
-    ]
+def table(rows: Mapping[str, Sequence[Summary]]) -> str:
+    """As Markdown, the rows of each model by its name."""
     return markdown_table(
-        header,
+        HEADER,
         [
             [
+                model,
                 row.name,
                 str(row.prompts),
                 f"{100 * row.baseline_truth:.1f} %",
                 f"{100 * row.truth:.1f} %",
+                f"{100 * row.win_rate:.1f} %",
                 f"{row.theoretical:.2f}x",
                 f"{row.realized:.2f}x",
                 f"{row.parallelism:.2f}x",
             ]
-            for row in rows
+            for model, summaries in rows.items()
+            for row in summaries
         ],
     )
 
 
-def compare(baseline: str, test: str, prompts: int, workdir: str) -> str:
-    """Evaluates the models of two workdirs or checkpoints, writes everything to `workdir`, returns the table.
+def compare(baseline: str, tests: Mapping[str, str], prompts: int, workdir: str) -> str:
+    """Evaluates models against a baseline, writes everything to `workdir`, returns the table.
+
+    Args:
+      baseline: workdir or checkpoint of the sequential model.
+      tests: the others', by name.
+      prompts: how many.
+      workdir: where answers and table go.
 
     Raises:
       CheckpointError: a model that cannot be loaded.
@@ -250,15 +122,15 @@ def compare(baseline: str, test: str, prompts: int, workdir: str) -> str:
     from pasta_jax.loading import load
     from pasta_jax.training.checkpoints import find
 
-    checkpoints = {"baseline": find(baseline), "pasta": find(test)}
-    models = {name: load(path) for name, path in checkpoints.items()}
+    checkpoints = {name: find(path) for name, path in {"baseline": baseline, **tests}.items()}
+    systems = {name: decoding(load(path)) for name, path in checkpoints.items()}
     # A model may have been trained anew to the same step: then its checkpoint was written at another time.
     about = {
         name: {"checkpoint": os.fspath(path), "written": (path / "pasta" / "pasta.json").stat().mtime}
         for name, path in checkpoints.items()
     }
-    answers = evaluate(models, prompts, workdir, about)
-    text = table(summarise(answers["baseline"], answers["pasta"]))
+    answers = evaluate(systems, prompts, workdir, about)
+    text = table({name: summarise(answers["baseline"], answers[name]) for name in tests})
     with open(os.path.join(workdir, "table.md"), "w", encoding="utf-8") as file:
         file.write(text + "\n")
     return text
@@ -271,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
         refuse("Name both models: --ckpt=runs/pasta --baseline=runs/baseline.")
     show_log()
     try:
-        print(compare(values.baseline, values.ckpt, values.prompts, values.workdir))
+        print(compare(values.baseline, {"PASTA": values.ckpt}, values.prompts, values.workdir))
     except (ValueError, OSError) as error:
         refuse(str(error))
 

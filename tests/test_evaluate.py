@@ -5,23 +5,27 @@ import math
 import pathlib
 from typing import Any
 
-import jax
 import pytest
 
-from pasta_jax import evaluate as evaluation
 from pasta_jax.data import almanac
-from pasta_jax.decoding.engine import Decoder, Model
-from pasta_jax.evaluate import Answer, evaluate, summarise, table
-from pasta_jax.model import ModelConfig, init_params
-from pasta_jax.testing import WordTokenizer
+from pasta_jax.evaluate import summarise, table
+from pasta_jax.evaluation import Answer, System, evaluate
 
 
-def answer(family: str, prompt: str = "?", **measured: float) -> Answer:
+def answer(
+    family: str, prompt: str = "What is the capital of Peru?", text: str = "", **measured: float
+) -> Answer:
     fields: dict[str, Any] = dict(
         truth=1.0, output_tokens=1, text_tokens=1, critical_path=1, decode_steps=1, wall_s=1.0
     )
     return Answer(
-        family=family, prompt=prompt, text="", annotated="", stop_reason="eos", issues=(), **fields | measured
+        family=family,
+        prompt=prompt,
+        text=text,
+        annotated="",
+        stop_reason="eos",
+        issues=(),
+        **fields | measured,
     )
 
 
@@ -32,7 +36,15 @@ def test_summarise() -> None:
         answer("single", output_tokens=6, wall_s=1.0, truth=0.0),
     ]
     test = [
-        answer("list", output_tokens=60, text_tokens=36, critical_path=20, wall_s=2.0, truth=0.5),
+        answer(
+            "list",
+            text="Its capital is Lima.",
+            output_tokens=60,
+            text_tokens=36,
+            critical_path=20,
+            wall_s=2.0,
+            truth=0.5,
+        ),
         answer("list", output_tokens=70, text_tokens=40, critical_path=5, wall_s=3.0, truth=0.5),
         answer("single", output_tokens=6, text_tokens=6, critical_path=12, wall_s=2.0, truth=1.0),
     ]
@@ -42,6 +54,7 @@ def test_summarise() -> None:
         ("single", 1),
         ("overall", 3),
     ]
+    assert (lists.win_rate, single.win_rate, overall.win_rate) == (0.75, 0.5, pytest.approx(2 / 3))
     assert (lists.baseline_truth, lists.truth, overall.baseline_truth) == (0.75, 0.5, 0.5)
     # 40 / 20 = 2 and 90 / 5 = 18: root of 36. 8 / 2 = 4 and 3 / 3 = 1: root of 4. 36 / 20 and 40 / 5: root of 14.4.
     found = (lists.theoretical, lists.realized, lists.parallelism)
@@ -50,10 +63,11 @@ def test_summarise() -> None:
     # Over all: the cube roots of 36 / 2, 4 / 2 and 14.4 / 2, not the means of the families.
     found = (overall.theoretical, overall.realized, overall.parallelism)
     assert found == pytest.approx((18 ** (1 / 3), 2 ** (1 / 3), 7.2 ** (1 / 3)))
-    assert table([lists, single, overall]).splitlines()[2:] == [
-        "| list    |       2 |          75.0 % |       50.0 % |       6.00x |    2.00x |       3.79x |",
-        "| single  |       1 |           0.0 % |      100.0 % |       0.50x |    0.50x |       0.50x |",
-        "| overall |       3 |          50.0 % |       66.7 % |       2.62x |    1.26x |       1.93x |",
+    rows = table({"m": [lists, single, overall]}).splitlines()[2:]
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
+        ["m", "list", "2", "75.0 %", "50.0 %", "75.0 %", "6.00x", "2.00x", "3.79x"],
+        ["m", "single", "1", "0.0 %", "100.0 %", "50.0 %", "0.50x", "0.50x", "0.50x"],
+        ["m", "overall", "3", "50.0 %", "66.7 %", "66.7 %", "2.62x", "1.26x", "1.93x"],
     ]
 
 
@@ -68,33 +82,25 @@ TASKS = almanac.evaluation_tasks(5)
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The prompts that were decoded, in order; decoding itself is made up."""
-    prompts: list[str] = []
+def asked() -> list[str]:
+    """The prompts that were answered, in order; the answers are made up."""
+    return []
 
-    def measure(decoder: Decoder, task: almanac.Task) -> tuple[Answer, None]:
-        prompts.append(task.prompt)
-        if len(prompts) == 7:
+
+def systems(asked: list[str]) -> dict[str, System]:
+    def system(task: almanac.Task) -> Answer:
+        asked.append(task.prompt)
+        if len(asked) == 7:
             raise KeyboardInterrupt
-        return answer(task.family, task.prompt, wall_s=0.1 + len(prompts)), None
+        return answer(task.family, task.prompt, wall_s=0.1 + len(asked))
 
-    monkeypatch.setattr(evaluation, "measure", measure)
-    return prompts
-
-
-def models() -> dict[str, Model]:
-    tokenizer = WordTokenizer()
-    config = ModelConfig(
-        vocab_size=len(tokenizer.vocabulary), num_layers=1, model_dim=8, head_dim=8, mlp_dim=8
-    )
-    model = Model(init_params(config, jax.random.key(0)), config, tokenizer)
-    return {"a": model, "b": model}
+    return {"a": system, "b": system}
 
 
 def cut_off(workdir: pathlib.Path, asked: list[str]) -> None:
     """Three prompts answered by both, the fourth by the first alone, whose line broke off."""
     with pytest.raises(KeyboardInterrupt):
-        evaluate(models(), 5, str(workdir), {"step": 1})
+        evaluate(systems(asked), 5, str(workdir), {"step": 1})
     with open(workdir / "a.jsonl", "a") as file:
         file.write('{"family": "li')
     asked.clear()
@@ -102,14 +108,14 @@ def cut_off(workdir: pathlib.Path, asked: list[str]) -> None:
 
 def test_it_goes_on_where_it_was_cut_off(tmp_path: pathlib.Path, asked: list[str]) -> None:
     cut_off(tmp_path, asked)
-    answers = evaluate(models(), 5, str(tmp_path), {"step": 1})
+    answers = evaluate(systems(asked), 5, str(tmp_path), {"step": 1})
     assert asked == [task.prompt for task in TASKS[3:] for _ in "ab"]
     for name in "ab":
         assert [a.prompt for a in answers[name]] == [task.prompt for task in TASKS]
         lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert [line["wall_s"] for line in lines] == [a.wall_s for a in answers[name]]
     asked.clear()
-    again = evaluate(models(), 5, str(tmp_path), {"step": 1})
+    again = evaluate(systems(asked), 5, str(tmp_path), {"step": 1})
     assert again == answers and not asked
 
 
@@ -120,7 +126,7 @@ def test_answers_of_other_models_are_not_kept(
     cut_off(tmp_path, asked)
     if step is None:
         (tmp_path / "about.json").unlink()
-    evaluate(models(), 2, str(tmp_path), {"step": step or 1})
+    evaluate(systems(asked), 2, str(tmp_path), {"step": step or 1})
     assert len(asked) == 4
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
 
@@ -129,5 +135,5 @@ def test_answers_to_other_prompts_are_not_kept(tmp_path: pathlib.Path, asked: li
     cut_off(tmp_path, asked)
     lines = (tmp_path / "b.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b.jsonl").write_text("".join([lines[0], lines[2], lines[1]]))
-    evaluate(models(), 3, str(tmp_path), {"step": 1})
+    evaluate(systems(asked), 3, str(tmp_path), {"step": 1})
     assert asked == [task.prompt for task in TASKS[1:3] for _ in "ab"]

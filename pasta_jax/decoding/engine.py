@@ -6,6 +6,7 @@ from call to call (temperature, seed, limits on tokens, bias) is traced and comp
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
@@ -138,6 +139,21 @@ class Decoder:
         self._prefill = jax.jit(functools.partial(loop.prefill, transformer), donate_argnums=2)
         self._decode_chunk = jax.jit(functools.partial(loop.decode_chunk, transformer), donate_argnums=2)
         self._compiled: dict[Any, Any] = {}
+
+    def for_model(self, model: Model) -> Decoder:
+        """The same for another model of the same shape: it shares what is compiled.
+
+        Raises:
+          ValueError: the models differ in more than their parameters.
+        """
+        mine, theirs = (
+            (m.config, m.positions, m.max_depth, m.tokenizer.vocabulary) for m in (self.model, model)
+        )
+        if mine != theirs:
+            raise ValueError("Only models alike in all but their parameters share compiled programs.")
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def decode(
         self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]

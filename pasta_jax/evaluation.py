@@ -1,0 +1,299 @@
+"""Systems that answer prompts, measured one beside the other: what `evaluate`, the demo and `reproduce` share.
+
+A system is anything that answers a task and says what it cost: a model in the engine, or Skeleton-of-Thought,
+which asks the engine twice. Speeds are measured at batch 1, each request decoded twice and the second timed
+(paper section 5.1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from tqdm import tqdm
+
+from pasta_jax.baselines import sot
+from pasta_jax.data import almanac
+from pasta_jax.decoding.api import DecodeResult, result
+from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.state import Limits
+from pasta_jax.decoding.trace import Trace, as_document, critical_path
+
+LOG = logging.getLogger("pasta_jax")
+
+LIMITS = Limits(lanes=8, threads=16, pool=448)
+GREEDY = Sampling(max_new_tokens=384, max_branch_tokens=256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One system's answer to one prompt, measured.
+
+    Attributes:
+      truth: the judge's score, 0 to 1.
+      output_tokens: tokens of the answer, tags included.
+      text_tokens: tokens without tags.
+      critical_path: decode steps needed with unlimited lanes.
+      decode_steps: decode steps taken.
+      wall_s: seconds of the second of two decodes, prompt included; 0 if it was not timed.
+      promises: branches that the answer was decoded in, main apart.
+      syncs: times that main waited for them before its end.
+    """
+
+    family: str
+    prompt: str
+    text: str
+    annotated: str
+    truth: float
+    output_tokens: int
+    text_tokens: int
+    critical_path: int
+    decode_steps: int
+    wall_s: float
+    stop_reason: str
+    issues: tuple[str, ...]
+    promises: int = 0
+    syncs: int = 0
+
+
+System: TypeAlias = Callable[[almanac.Task], Answer]
+
+
+# ------------------------------------------------------------------------------------------------- systems
+
+
+def decoding(model: Model, like: Decoder | None = None) -> System:
+    """A model in the engine at batch 1. `like` is a decoder whose compiled programs it may share."""
+    decoder = like.for_model(model) if like else Decoder(model, limits=LIMITS)
+
+    def answer(task: almanac.Task) -> Answer:
+        return measure(decoder, task)[0]
+
+    return answer
+
+
+def measure(decoder: Decoder, task: almanac.Task) -> tuple[Answer, DecodeResult]:
+    """Decodes a prompt twice, times the second and judges the answer."""
+    tokenizer = decoder.model.tokenizer
+    prompt = [tokenizer.encode_prompt(task.prompt)]
+    decoder.decode(prompt, [GREEDY])
+    (trace,), timing = decoder.decode(prompt, [GREEDY])
+    return judged(decoder.model, task, trace, timing.wall_s)
+
+
+def judged(model: Model, task: almanac.Task, trace: Trace, wall_s: float) -> tuple[Answer, DecodeResult]:
+    """A trace as an answer to a task."""
+    tokenizer = model.tokenizer
+    decoded = result(tokenizer, trace, wall_s)
+    answer = Answer(
+        family=task.family,
+        prompt=task.prompt,
+        text=decoded.text,
+        annotated=decoded.annotated,
+        truth=almanac.truth(task, decoded.text).score,
+        output_tokens=decoded.stats.output_tokens,
+        text_tokens=decoded.stats.sequential_steps,
+        critical_path=max(1, critical_path(as_document(trace), trace.prompt_length, tokenizer.vocabulary)),
+        decode_steps=trace.steps,
+        wall_s=wall_s,
+        stop_reason=decoded.stop_reason,
+        issues=decoded.issues,
+        promises=len(decoded.branches),
+        syncs=decoded.annotated.count("<sync/>"),
+    )
+    return answer, decoded
+
+
+def skeleton_of_thought(model: Model) -> System:
+    """Skeleton-of-Thought with a model that knows its prompts, in the engine: the points in rows of a batch.
+
+    The batch is the smallest of 1, 2, 4 and 8 rows that holds the points, a lane each, so that no step is
+    wider than it must be.
+    """
+    limits = dataclasses.replace(LIMITS, lanes=1)
+    sequential = dataclasses.replace(GREEDY, open_bias=-math.inf)
+
+    @functools.cache
+    def decoder(rows: int) -> Decoder:
+        return Decoder(model, limits=limits, rows=rows)
+
+    def once(task: almanac.Task) -> tuple[sot.Answer, float, str]:
+        wall_s: list[float] = []
+        stops: list[str] = []
+
+        def ask(prompts: list[str]) -> list[_Reply]:
+            rows = 1 << (len(prompts) - 1).bit_length()
+            ids = [model.tokenizer.encode_prompt(prompt) for prompt in prompts]
+            traces, timing = decoder(rows).decode(ids, [sequential] * len(ids))
+            wall_s.append(timing.wall_s)
+            results = [result(model.tokenizer, trace) for trace in traces]
+            stops.extend(each.stop_reason for each in results)
+            return [_Reply(each.text, each.stats.output_tokens) for each in results]
+
+        reply = sot.answer(ask, task.prompt)
+        return reply, sum(wall_s), next((stop for stop in stops if stop != "eos"), "eos")
+
+    def answer(task: almanac.Task) -> Answer:
+        once(task)
+        reply, wall_s, stop = once(task)
+        return Answer(
+            family=task.family,
+            prompt=task.prompt,
+            text=reply.text,
+            annotated=reply.text,
+            truth=almanac.truth(task, reply.text).score,
+            output_tokens=reply.tokens,
+            text_tokens=len(model.tokenizer.encode(reply.text)),
+            critical_path=max(1, reply.steps),
+            decode_steps=reply.steps,
+            wall_s=wall_s,
+            stop_reason=stop,
+            issues=(),
+            promises=len(reply.points),
+        )
+
+    return answer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reply:
+    text: str
+    steps: int
+
+
+def answer_at_once(model: Model, tasks: Sequence[almanac.Task], like: Decoder | None = None) -> list[Answer]:
+    """Many answers of a model, in batches and not timed: what truth and theoretical speed need."""
+    decoder = like.for_model(model) if like else batched_decoder(model)
+    prompts = [model.tokenizer.encode_prompt(task.prompt) for task in tasks]
+    traces, _ = decoder.decode(prompts, [GREEDY] * len(prompts))
+    return [judged(model, task, trace, 0.0)[0] for task, trace in zip(tasks, traces, strict=True)]
+
+
+def batched_decoder(model: Model) -> Decoder:
+    """The decoder of `answer_at_once`."""
+    return Decoder(model, limits=dataclasses.replace(LIMITS, lanes=4), rows=32, chunk=64)
+
+
+# --------------------------------------------------------------------------------------- answers, and at rest
+
+
+def evaluate(
+    systems: Mapping[str, System], prompts: int, workdir: str, about: Mapping[str, Any]
+) -> dict[str, list[Answer]]:
+    """Every system's answers to the same held-out prompts; also written to WORKDIR/NAME.jsonl as they come.
+
+    The systems take turns at each prompt, so that what the machine does besides meets them alike. Prompts that
+    all of them answered in an earlier call are not asked again.
+
+    Args:
+      systems: by name.
+      prompts: how many.
+      workdir: where to write; answers that are there already count if they are of the same `about`.
+      about: which systems these are, as JSON can hold it.
+    """
+    os.makedirs(workdir, exist_ok=True)
+    tasks = almanac.evaluation_tasks(prompts)
+    paths = {name: os.path.join(workdir, f"{name}.jsonl") for name in systems}
+    answers = _answered(tasks, paths, os.path.join(workdir, "about.json"), about)
+    done = min(map(len, answers.values()))
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(path, "a", encoding="utf-8")) for name, path in paths.items()}
+        quiet = not sys.stderr.isatty()
+        bar = tqdm(tasks[done:], initial=done, total=len(tasks), unit="prompt", disable=quiet)
+        for number, task in enumerate(bar, done + 1):
+            for name, system in systems.items():
+                answers[name].append(system(task))
+                print(_line(answers[name][-1]), file=files[name], flush=True)
+            if quiet and number % 100 == 0:
+                LOG.info("%d of %d prompts", number, len(tasks))
+    return answers
+
+
+def _answered(
+    tasks: Sequence[almanac.Task], paths: Mapping[str, str], about_path: str, about: Mapping[str, Any]
+) -> dict[str, list[Answer]]:
+    """Answers of an earlier call to the first of the tasks, as many as every system has; the files hold no more."""
+    found: dict[str, list[Answer]] = {name: [] for name in paths}
+    if os.path.exists(about_path):
+        with open(about_path, encoding="utf-8") as file:
+            if file.read() == _as_json(about):
+                found = {name: read_answers(path) for name, path in paths.items()}
+    done = 0
+    for task, *given in zip(tasks, *found.values()):
+        if any(answer.prompt != task.prompt for answer in given):
+            break
+        done += 1
+    for name, path in paths.items():
+        found[name] = found[name][:done]
+        write_answers(path, found[name])
+    with open(
+        about_path, "w", encoding="utf-8"
+    ) as file:  # last: until then the files may be of other systems
+        file.write(_as_json(about))
+    return found
+
+
+def write_answers(path: str, answers: Sequence[Answer]) -> None:
+    """Replaces the file."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.writelines(_line(answer) + "\n" for answer in answers)
+    os.replace(path + ".tmp", path)
+
+
+def read_answers(path: str) -> list[Answer]:
+    """The answers in a file, up to the first line that is none, as one that was cut short."""
+    answers: list[Answer] = []
+    with contextlib.suppress(OSError, ValueError, TypeError), open(path, encoding="utf-8") as file:
+        for line in file:
+            fields = json.loads(line)
+            answers.append(Answer(**fields | {"issues": tuple(fields["issues"])}))
+    return answers
+
+
+def _line(answer: Answer) -> str:
+    return json.dumps(dataclasses.asdict(answer), ensure_ascii=False)
+
+
+def _as_json(about: Mapping[str, Any]) -> str:
+    return json.dumps(about, indent=2) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------- numbers
+
+
+def win(baseline: Answer, test: Answer) -> float:
+    """What the judge says of the test's answer against the baseline's: 1 better, 0 worse, 0.5 a tie."""
+    winner = almanac.compare(test.prompt, test.text, baseline.text).winner
+    return 0.5 if winner is None else float(winner == 0)
+
+
+def theoretical(baseline: Answer, test: Answer) -> float:
+    """Tokens of the baseline's answer / critical path of the test's."""
+    return max(1, baseline.output_tokens) / test.critical_path
+
+
+def parallelism(test: Answer) -> float:
+    """Tokens without tags / critical path."""
+    return max(1, test.text_tokens) / test.critical_path
+
+
+def realized(baseline: Answer, test: Answer) -> float:
+    """Seconds of the baseline / seconds of the test; both must have been timed."""
+    return baseline.wall_s / test.wall_s
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """exp(mean(log)).
+
+    >>> round(geometric_mean([1.0, 4.0]), 6)
+    2.0
+    """
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
