@@ -75,10 +75,23 @@ def nearest_legal(token: int, legal: list[bool]) -> int:
     return next(t for t in ((token + i) % V for i in range(V)) if legal[t])
 
 
+Views = dict[int, list[reference.Entry]]
+"""What each entry of an answer sees, itself last, by `id(entry)`."""
+
+
 def run_reference(
-    prompt: list[int], script: Script, limits: Limits, ask: Request, positions: Positions
+    prompt: list[int],
+    script: Script,
+    limits: Limits,
+    ask: Request,
+    positions: Positions,
+    views: Views | None = None,
 ) -> reference.Answer:
+    """`views`, if given, is filled: whenever a thread samples, its view is that of the entry it was just fed."""
+
     def sample(thread: reference.Thread, legal: Callable[[int], bool]) -> int:
+        if views is not None:
+            views[id(thread.view[-1])] = list(thread.view)
         return nearest_legal(
             script.says(thread.path, thread.order), [legal(t) for t in range(len(VOCABULARY))]
         )
