@@ -23,7 +23,7 @@ _SOURCES = {
 }
 
 
-_STEPS = {"": 1800, "base": 1900, "baseline": 250, "pasta": 550}
+_STEPS = {"": 1800, "base": 1800, "baseline": 250, "pasta": 700}
 _LR = {"": 3e-3, "base": 3e-3, "baseline": 1e-3, "pasta": 1.5e-3}
 
 

@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model = dict(vocab_size=1408)
     config.data = dict(sources="almanac:annotated", rows=6, length=320)
     # The first stage, as configs/tiny.py:pasta; the second takes its rate and its steps from `preference`.
-    config.steps = 550
+    config.steps = 700
     config.optimizer = dict(lr=1.5e-3, warmup_steps=30, final_lr=0.03)
     config.preference = dict(
         baseline="runs/demo/baseline", prompts_per_round=256, samples=8, rounds=2, weight=4.0, lr=2e-4

@@ -89,31 +89,37 @@ def sample(
       seed: the same one draws the same samples, whatever was there before.
       path: the JSONL file.
     """
-    records = [*read_records(path)][: len(prompts)]
-    if any(record.prompt != prompt for record, prompt in zip(records, prompts)):
+    records = [*read_records(path)]
+    if {record.prompt for record in records} - {*prompts}:
         records = []
     write_records(path, records)  # a line that was cut short goes
     if len(records) == len(prompts):
         return records
-    decoders = {
-        name: Decoder(model, limits=Limits(lanes, 16, length, model.max_depth), rows=config.rows, chunk=64)
-        for name, model, lanes in (("policy", policy, config.lanes), ("baseline", baseline, 1))
-    }
+
+    def decoder(model: Model, lanes: int) -> Decoder:
+        return Decoder(model, limits=Limits(lanes, 16, length, model.max_depth), rows=config.rows, chunk=64)
+
+    plain = _answers(decoder(baseline, lanes=1), prompts, [_greedy(length)] * len(prompts))
+    # Rows of a batch wait for the longest: prompts with answers of like length go together.
+    order = sorted(range(len(prompts)), key=lambda i: (plain[i].output_tokens, i))
+    if [record.prompt for record in records] != [prompts[i] for i in order[: len(records)]]:
+        records = []
+        write_records(path, records)
     group = max(1, config.rows // config.samples)
     todo = range(len(records), len(prompts), group)
+    engine = decoder(policy, config.lanes)
     with open(path, "a", encoding="utf-8") as file:
         for start in tqdm(todo, unit="group", desc="sampling", disable=not sys.stderr.isatty()):
-            asked = prompts[start : start + group]
-            plain = _answers(decoders["baseline"], asked, [_greedy(length)] * len(asked))
+            here = order[start : start + group]
             wishes = [
-                _drawn(length, config.temperature, np.random.SeedSequence([seed, start + i, j]))
-                for i in range(len(asked))
+                _drawn(length, config.temperature, np.random.SeedSequence([seed, i, j]))
+                for i in here
                 for j in range(config.samples)
             ]
-            drawn = _answers(decoders["policy"], [p for p in asked for _ in range(config.samples)], wishes)
-            for i, prompt in enumerate(asked):
-                mine = drawn[i * config.samples : (i + 1) * config.samples]
-                records.append(Record(prompt, plain[i], tuple(mine)))
+            drawn = _answers(engine, [prompts[i] for i in here for _ in range(config.samples)], wishes)
+            for number, i in enumerate(here):
+                mine = drawn[number * config.samples : (number + 1) * config.samples]
+                records.append(Record(prompts[i], plain[i], tuple(mine)))
                 print(_to_json(records[-1]), file=file, flush=True)
     return records
 

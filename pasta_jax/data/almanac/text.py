@@ -53,13 +53,13 @@ def profile(entity: str, rng: np.random.Generator) -> str:
 def base_document(rng: np.random.Generator, plain_text: float = 0.25) -> Document:
     """One document. `plain_text` is the share of documents (not of tokens) that are plain text.
 
-    Of the others, one in ten is a skeleton or one of its points, and of the rest one in six a comparison of
+    Of the others, one in ten is a skeleton or one of its points, and of the rest one in eight a comparison of
     nothing but what decides it.
     """
     if rng.random() >= plain_text:
         if rng.random() < 0.1:
             return skeleton_document(rng)
-        task = short_comparison(rng) if rng.random() < 1 / 6 else training_task(rng)
+        task = short_comparison(rng) if rng.random() < 1 / 8 else training_task(rng)
         return task.prompt, plain(task)
     entity = _ENTITIES[rng.integers(len(_ENTITIES))]
     following = facts.successor(entity)
