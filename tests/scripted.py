@@ -39,6 +39,8 @@ VOCABULARY = Vocabulary(
     control=frozenset({0, 2}),
 )
 OPEN, TOKENS, CLOSE, ASYNC_OPEN, ASYNC_CLOSE, SYNC = VOCABULARY.tag_ids.values()
+FORK = CLOSE
+"""In the apar dialect."""
 EOS, A, B = VOCABULARY.eos, 13, 14
 
 
@@ -76,7 +78,12 @@ def nearest_legal(token: int, legal: list[bool]) -> int:
 
 
 def run_reference(
-    prompt: list[int], script: Script, limits: Limits, ask: Request, positions: Positions
+    prompt: list[int],
+    script: Script,
+    limits: Limits,
+    ask: Request,
+    positions: Positions,
+    dialect: tags.Dialect = "pasta",
 ) -> reference.Answer:
     def sample(thread: reference.Thread, legal: Callable[[int], bool]) -> int:
         return nearest_legal(
@@ -86,7 +93,7 @@ def run_reference(
     return reference.decode(
         prompt,
         sample,
-        VOCABULARY,
+        VOCABULARY.with_dialect(dialect),
         limits,
         positions=positions,
         max_new_tokens=int(ask.max_new_tokens),
@@ -95,9 +102,11 @@ def run_reference(
 
 
 @functools.cache
-def compiled(limits: Limits, positions: Positions, prompt_length: int) -> Any:
+def compiled(
+    limits: Limits, positions: Positions, prompt_length: int, dialect: tags.Dialect = "pasta"
+) -> Any:
     """(prompts [B, L], lengths [B], lines [B, R, C], requests [B]) -> RowState [B]."""
-    rules = interpreter.rules_for(VOCABULARY, limits, positions)
+    rules = interpreter.rules_for(VOCABULARY.with_dialect(dialect), limits, positions)
     V = len(VOCABULARY)
 
     def sample(state: RowState, lanes: Lanes, lines: Array) -> Array:
