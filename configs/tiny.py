@@ -10,6 +10,10 @@ does, and finetunes a sequential baseline and PASTA from one base:
     $T --config=configs/tiny.py:baseline --workdir=runs/baseline --config.init_from=runs/base
     $T --config=configs/tiny.py:pasta    --workdir=runs/pasta    --config.init_from=runs/base
 
+A rival, APAR, on the same engine and from the same base, trained for as long as PASTA:
+
+    $T --config=configs/tiny.py:apar     --workdir=runs/apar     --config.init_from=runs/base
+
 Any field can be changed, as in --config.optimizer.lr=1e-3; --print_config shows them all.
 """
 
@@ -20,15 +24,16 @@ _SOURCES = {
     "base": "almanac:base",
     "baseline": "almanac:plain",
     "pasta": "almanac:annotated",
+    "apar": "almanac:apar",
 }
 
 
-_STEPS = {"": 1800, "base": 1900, "baseline": 250, "pasta": 550}
-_LR = {"": 3e-3, "base": 3e-3, "baseline": 1e-3, "pasta": 1.5e-3}
+_STEPS = {"": 1800, "base": 1900, "baseline": 250, "pasta": 550, "apar": 550}
+_LR = {"": 3e-3, "base": 3e-3, "baseline": 1e-3, "pasta": 1.5e-3, "apar": 1.5e-3}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The experiment `arg`: base, baseline, pasta, or none for all in one."""
+    """The experiment `arg`: base, baseline, pasta, apar, or none for all in one."""
     if arg not in _SOURCES:
         raise ValueError(
             f"configs/tiny.py has no variant {arg!r}. Use one of {', '.join(filter(None, _SOURCES))}."
@@ -37,6 +42,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.steps = _STEPS[arg]
     config.model = dict(vocab_size=1280)  # the almanac's tokenizer has 1220 ids; the rest is padding
     config.data = dict(sources=_SOURCES[arg], rows=6, length=320)
+    if arg == "apar":  # its fork says no length: parent and child go on from the same position
+        config.data.dialect = "apar"
+        config.data.positions = dict(scheme="shared")
     config.optimizer = dict(lr=_LR[arg], warmup_steps=30, final_lr=0.03)
     config.checkpoint = dict(every_steps=500)
     config.log = dict(every=50)

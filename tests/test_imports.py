@@ -15,9 +15,9 @@ PACKAGE = ROOT / "pasta_jax"
 
 LEVELS = [
     {"lang", "arrays", "visibility"},
-    {"tokens", "model", "sharding"},
+    {"tokens", "model", "sharding", "baselines"},
     {"config", "decoding", "data"},
-    {"training", "preference", "baselines", "reports", "testing"},
+    {"training", "preference", "reports", "testing"},
 ]
 """Who may import whom: a part imports its own level and those above it in this list. What is not named is a
 verb, or the package's own front: they may import everything, and nothing imports them."""
