@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 from absl import flags
 from ml_collections import config_flags
 
+from pasta_jax.lang.tags import Dialect
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.tokens.positions import Positions
 
@@ -50,6 +51,7 @@ class DataConfig:
     threads: int = 16  # T, the most threads of an answer, main included
     max_depth: int = 1  # how deep promises may nest; 1 is the paper
     positions: Positions = Positions()  # where a thread goes on after a promise
+    dialect: Dialect = "pasta"  # the tags there are: pasta, or apar's bare promises without sync
 
 
 @dataclasses.dataclass(frozen=True)

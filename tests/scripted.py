@@ -39,6 +39,8 @@ VOCABULARY = Vocabulary(
     control=frozenset({0, 2}),
 )
 OPEN, TOKENS, CLOSE, ASYNC_OPEN, ASYNC_CLOSE, SYNC = VOCABULARY.tag_ids.values()
+FORK = CLOSE
+"""In the apar dialect."""
 EOS, A, B = VOCABULARY.eos, 13, 14
 
 
@@ -86,6 +88,7 @@ def run_reference(
     ask: Request,
     positions: Positions,
     views: Views | None = None,
+    dialect: tags.Dialect = "pasta",
 ) -> reference.Answer:
     """`views`, if given, is filled: whenever a thread samples, its view is that of the entry it was just fed."""
 
@@ -99,7 +102,7 @@ def run_reference(
     return reference.decode(
         prompt,
         sample,
-        VOCABULARY,
+        VOCABULARY.with_dialect(dialect),
         limits,
         positions=positions,
         max_new_tokens=int(ask.max_new_tokens),
@@ -108,9 +111,11 @@ def run_reference(
 
 
 @functools.cache
-def compiled(limits: Limits, positions: Positions, prompt_length: int) -> Any:
+def compiled(
+    limits: Limits, positions: Positions, prompt_length: int, dialect: tags.Dialect = "pasta"
+) -> Any:
     """(prompts [B, L], lengths [B], lines [B, R, C], requests [B]) -> RowState [B]."""
-    rules = interpreter.rules_for(VOCABULARY, limits, positions)
+    rules = interpreter.rules_for(VOCABULARY.with_dialect(dialect), limits, positions)
     V = len(VOCABULARY)
 
     def sample(state: RowState, lanes: Lanes, lines: Array) -> Array:

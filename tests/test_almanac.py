@@ -15,6 +15,7 @@ from pasta_jax.data.almanac import facts, families, split
 from pasta_jax.data.almanac.text import skeleton_document
 from pasta_jax.lang import tags
 from pasta_jax.lang.assemble import text_of
+from pasta_jax.lang.grammar import OPENS
 from pasta_jax.lang.program import Promise, Sync
 from pasta_jax.tokens.tokenizer import MODEL_TURN, USER_TURN
 
@@ -309,20 +310,20 @@ def test_blocks_are_worth_a_promise(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("which", almanac.SOURCES)
 def test_sources(which: str, seed: int) -> None:
-    tokenizer = almanac.load_tokenizer()
+    tokenizer = almanac.load_tokenizer().with_dialect("apar" if which == "apar" else "pasta")
     source = almanac.source(which, tokenizer, seed=seed, length=200)
     documents = [source[i] for i in range(50)]
     assert all(len(document) <= 200 for document in documents)
     again = almanac.source(which, tokenizer, seed=seed, length=200)
     assert all(np.array_equal(again[i].token, documents[i].token) for i in (49, 7))
     assert len({document.token.tobytes() for document in documents}) > 25
-    opens = tokenizer.vocabulary.tag_ids[tags.PROMISE_OPEN]
-    assert any(opens in document.token for document in documents) == (which == "annotated")
+    begins = np.isin(tokenizer.vocabulary.kinds, OPENS)
+    assert any(begins[document.token].any() for document in documents) == (which in ("annotated", "apar"))
 
 
 def test_sources_refuse() -> None:
     tokenizer = almanac.load_tokenizer()
-    with pytest.raises(ValueError, match="no 'nothing'; it has base, plain, annotated"):
+    with pytest.raises(ValueError, match="no 'nothing'; it has base, plain, annotated, apar"):
         almanac.source("nothing", tokenizer)
     with pytest.raises(ValueError, match="more than the 3 tokens"):
         almanac.source("plain", tokenizer, length=3)[0]

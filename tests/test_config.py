@@ -12,7 +12,7 @@ from pasta_jax.config import Config, ConfigError, DataConfig, load_config
 TINY = str(pathlib.Path(__file__).parents[1] / "configs" / "tiny.py")
 
 
-@pytest.mark.parametrize("variant", ["", ":base", ":baseline", ":pasta"])
+@pytest.mark.parametrize("variant", ["", ":base", ":baseline", ":pasta", ":apar", ":sot"])
 def test_tiny_and_its_json(variant: str) -> None:
     config = load_config(TINY + variant)
     tree = config_lib.to_dict(config)

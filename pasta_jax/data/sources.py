@@ -3,6 +3,7 @@
 almanac:base        facts as plain text, and plain instructions with plain answers
 almanac:plain       instructions with plain answers
 almanac:annotated   the same, annotated imperfectly
+almanac:apar        the same, forked by APAR's rules; needs dialect=apar
 FILE.jsonl          records with a prompt and an annotated response (see `records`)
 """
 
@@ -27,8 +28,10 @@ LOG = logging.getLogger("pasta_jax")
 def make_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer that `config.tokenizer` names. Raises TokenizerError."""
     if config.tokenizer == "almanac":
-        return almanac.load_tokenizer()
-    return load_tokenizer(config.tokenizer, extend=config.extend_tokenizer)
+        tokenizer = almanac.load_tokenizer()
+    else:
+        tokenizer = load_tokenizer(config.tokenizer, extend=config.extend_tokenizer)
+    return tokenizer.with_dialect(config.dialect)
 
 
 def make_source(

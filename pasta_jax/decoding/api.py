@@ -35,7 +35,8 @@ class Branch:
     Attributes:
       id: thread number, from 1 in order of promise.
       parent: thread that promised it; 0 is main.
-      topic, promised_tokens: what the promise said; promised_tokens in tokens, ten times the tag's number.
+      topic, promised_tokens: what the promise said; promised_tokens in tokens, ten times the tag's number. A bare
+        promise says "" and 0.
       tokens: content tokens written.
       text: reader's text of the block.
       start_step, end_step: decode steps that fed its first and its last token.

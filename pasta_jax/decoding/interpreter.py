@@ -167,7 +167,8 @@ def legal_tokens(state: RowState, lanes: Lanes, rules: Rules) -> Array:
     legal = rules.legal[t.tag_state[thread]]
     legal &= ~(in_branch & (kind == Kind.END))
     legal &= ~(~in_branch & (kind == Kind.ASYNC_CLOSE))
-    legal &= ~(~_may_open(state, lanes.active, thread, limits)[:, None] & (kind == Kind.OPEN))
+    opens = (kind == Kind.OPEN) | (kind == Kind.FORK)
+    legal &= ~(~_may_open(state, lanes.active, thread, limits)[:, None] & opens)
     return legal[:, rules.kinds] & known
 
 
@@ -175,7 +176,7 @@ def _may_open(state: RowState, active: Array, thread: Array, limits: Limits) -> 
     """Whether each lane may begin a promise: bool [S].
 
     Every tag that has begun, and every lane before that might begin one now, has a thread set aside: a promise
-    that could be opened can be kept.
+    that could be opened can be kept. (A bare promise is asked for no less, though it is opened and done at once.)
     """
     t = state.threads
     can_finish_tag = (t.depth == 0) | (t.budget > grammar.LONGEST_TAG)
@@ -255,7 +256,7 @@ def _take(
     event = jnp.where(went_on, rules.event[t.tag_state, kind], Event.NONE)
     event = jnp.where((event == Event.FINISH) & ~in_branch, Event.STRAY, event)
     digit = rules.digit_values[token]
-    number = jnp.where(kind == Kind.TOKENS, 0, t.number)
+    number = jnp.where((kind == Kind.TOKENS) | (kind == Kind.FORK), 0, t.number)
     number = jnp.where((kind == Kind.ZERO) | (kind == Kind.DIGIT), 10 * number + digit, number)
     table = dataclasses.replace(
         t,

@@ -20,6 +20,7 @@ from pasta_jax.arrays import Array
 from pasta_jax.decoding import interpreter, sampling
 from pasta_jax.decoding.interpreter import Rules
 from pasta_jax.decoding.state import Lanes, Request, RowState, Stop
+from pasta_jax.lang.grammar import Kind
 from pasta_jax.model import Pool, Transformer
 from pasta_jax.visibility import visible
 
@@ -132,7 +133,7 @@ def choose(
     """
     B, S, V = logits.shape
     limits = rules.limits
-    is_open = rules.kinds == interpreter.Kind.OPEN
+    is_open = (rules.kinds == Kind.OPEN) | (rules.kinds == Kind.FORK)
     biased = jnp.where(is_open, logits + requests.open_bias[:, None, None], logits)
     legal = jax.vmap(functools.partial(interpreter.legal_tokens, rules=rules))(rows, lanes)
     biased = jnp.where(legal, biased, sampling.NEVER)

@@ -169,7 +169,7 @@ class _Run:
                 return True
             if kind in (Kind.END, Kind.ASYNC_CLOSE) and (kind == Kind.END) != (thread.depth == 0):
                 return False
-            return grammar.LEGAL[thread.tag_state][kind] and (kind != Kind.OPEN or may_open)
+            return grammar.LEGAL[thread.tag_state][kind] and (kind not in grammar.OPENS or may_open)
 
         token = self.sample(thread, legal)
         if thread.depth and (
@@ -180,7 +180,7 @@ class _Run:
         kind = Kind(kinds[token])
         event = Event(grammar.EVENT[thread.tag_state][kind])
         thread.tag_state = grammar.NEXT[thread.tag_state][kind]
-        if kind == Kind.TOKENS:
+        if kind in (Kind.TOKENS, Kind.FORK):
             thread.value = 0
         elif kind in (Kind.ZERO, Kind.DIGIT):
             thread.value = 10 * thread.value + int(self.vocabulary.digit_values[token])

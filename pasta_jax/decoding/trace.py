@@ -12,7 +12,7 @@ import numpy as np
 
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.decoding.state import Phase, RowState, Stop
-from pasta_jax.lang import tags
+from pasta_jax.lang.grammar import Kind
 from pasta_jax.tokens.reading import Threads, threads_of
 from pasta_jax.tokens.tokenizer import Vocabulary
 
@@ -153,11 +153,6 @@ def critical_path(document: ThreadedTokens, prompt_length: int, vocabulary: Voca
     answer is sampled, not fed. For an answer without promises this is its number of tokens.
     """
     answer = threads_of(document, prompt_length)
-    sync, end, async_close = (
-        vocabulary.tag_ids[tags.SYNC],
-        vocabulary.eos,
-        vocabulary.tag_ids[tags.ASYNC_CLOSE],
-    )
 
     def walk(thread: int, step: int) -> int:
         """The step of the thread's last token, the first being fed at `step`."""
@@ -165,7 +160,7 @@ def critical_path(document: ThreadedTokens, prompt_length: int, vocabulary: Voca
         open_until = 0
         for index, token in enumerate(answer.tokens[thread]):
             step += 1
-            if token in (sync, async_close if thread else end):
+            if vocabulary.kinds[token] in (Kind.SYNC, Kind.ASYNC_CLOSE if thread else Kind.END):
                 step, open_until = max(step, open_until), 0
             if index in answer.branches[thread]:
                 open_until = max(open_until, walk(answer.branches[thread][index], step))

@@ -3,7 +3,10 @@
 It reads token *classes*, not text, so that one small table serves the compiled interpreter (one gather a
 step), the specification and the reading back of traces. The language it accepts, per thread:
 
-    text* ( OPEN topic{1..8} TOKENS [1-9] [0-9]? CLOSE text* | SYNC text* )* ( ASYNC_CLOSE | END )
+    text* ( OPEN topic{1..8} TOKENS [1-9] [0-9]? CLOSE text* | FORK text* | SYNC text* )* ( ASYNC_CLOSE | END )
+
+No vocabulary has all of it: the pasta dialect lacks FORK, and the apar dialect has no other promise and no SYNC
+(`Vocabulary.kinds`).
 
 A token that does not continue a begun tag *breaks* it: the pieces so far are literal text, and the token is
 read as if no tag had begun. That is the whole policy for malformed output (DESIGN.md decision 7).
@@ -40,7 +43,8 @@ class Kind(enum.IntEnum):
     ASYNC_CLOSE = 8  # </async>
     SYNC = 9  # <sync/>
     END = 10  # end of answer
-    CONTROL = 11  # padding, turn markers: never part of an answer
+    CONTROL = 11  # padding, turn markers, tags of another dialect: never part of an answer
+    FORK = 12  # <promise/>, a whole promise in one token
 
 
 class Event(enum.IntEnum):
@@ -63,6 +67,9 @@ STATES = _NUMBER + 3
 LONGEST_TAG = 1 + MAX_TOPIC_TOKENS + 1 + 2 + 1
 """Tokens of the longest legal promise tag."""
 
+OPENS = (Kind.OPEN, Kind.FORK)
+"""What begins a promise."""
+
 FITS_TOPIC = (Kind.TOPIC, Kind.ZERO, Kind.DIGIT)
 
 _FROM_TEXT = {
@@ -74,6 +81,7 @@ _FROM_TEXT = {
     Kind.SYNC: (TEXT, Event.SYNC),
     Kind.END: (TEXT, Event.END),
     Kind.CONTROL: (TEXT, Event.STRAY),
+    Kind.FORK: (TEXT, Event.FORK),
 }
 
 

@@ -34,6 +34,11 @@ class Promise:
     tokens: int
     block: tuple[Node, ...]
 
+    @property
+    def is_bare(self) -> bool:
+        """Neither topic ("") nor length (0): a fork of the apar dialect, written `<promise/>`."""
+        return not self.topic and not self.tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Sync:

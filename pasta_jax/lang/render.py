@@ -11,6 +11,11 @@ no two texts are ever written alike:
 
 >>> print(render(Program((Text("Write <sync/> to wait, not <\\sync/> or <b>."),))))
 Write <\sync/> to wait, not <\\sync/> or <b>.
+
+A bare promise (of the apar dialect) is for people to read; `parse` reads no such thing back:
+
+>>> print(render(Program((Text("- Nile:"), Promise("", tokens=0, block=(Text(" In Africa."),))))))
+- Nile:<promise/><async> In Africa.</async>
 """
 
 from __future__ import annotations
@@ -102,6 +107,8 @@ def promise_problem(topic: str, tokens: int) -> str | None:
 
 
 def _promise_tag(promise: Promise) -> str:
+    if promise.is_bare:
+        return tags.FORK
     if problem := promise_problem(promise.topic, promise.tokens):
         raise ValueError(f"cannot render the promise {promise.topic!r}: {problem}")
     return f"{tags.PROMISE_OPEN}{promise.topic}{tags.PROMISE_TOKENS}{promise.tokens}{tags.PROMISE_CLOSE}"

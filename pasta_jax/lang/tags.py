@@ -2,7 +2,14 @@
 
 Each fixed piece is one vocabulary id; topic words and digits are ordinary tokens. Every other file takes the
 spelling from here.
+
+A model speaks one *dialect*: `pasta`, all of this, or `apar`, whose only promise is the bare `<promise/>` and
+which has no sync (Liu et al. 2024; see `baselines.apar`).
 """
+
+from typing import Literal, TypeAlias
+
+Dialect: TypeAlias = Literal["pasta", "apar"]
 
 PROMISE_OPEN = '<promise topic="'
 PROMISE_TOKENS = '" tokens='
@@ -10,6 +17,8 @@ PROMISE_CLOSE = " />"
 ASYNC_OPEN = "<async>"
 ASYNC_CLOSE = "</async>"
 SYNC = "<sync/>"
+FORK = "<promise/>"
+"""A bare promise; in its dialect it has the id of PROMISE_CLOSE, so one tokenizer serves both dialects."""
 
 PIECES = (PROMISE_OPEN, PROMISE_TOKENS, PROMISE_CLOSE, ASYNC_OPEN, ASYNC_CLOSE, SYNC)
 """Every fixed piece, in the order in which a tokenizer numbers them."""

@@ -24,7 +24,7 @@ from pasta_jax.lang.program import Node, Program, Promise, Text
 from pasta_jax.lang.render import promise_problem
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.reading import TOPIC_PREFIX
-from pasta_jax.tokens.tokenizer import Tokenizer
+from pasta_jax.tokens.tokenizer import Tokenizer, Vocabulary
 
 
 class LayoutError(ValueError):
@@ -141,6 +141,7 @@ class _Scribe:
             elif isinstance(node, Promise):
                 self.write_promise(thread, node)
             else:
+                check_dialect(self.vocabulary, "pasta")
                 self.join(thread)
                 self.write(thread, self.vocabulary.tag_ids[tags.SYNC])
 
@@ -184,6 +185,9 @@ class _Scribe:
 def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
     """The ids of a promise's tag, the number digit by digit; LayoutError if the tag grammar forbids it."""
     vocabulary = tokenizer.vocabulary
+    check_dialect(vocabulary, "apar" if promise.is_bare else "pasta")
+    if promise.is_bare:
+        return [vocabulary.tag_ids[tags.PROMISE_CLOSE]]
     if problem := promise_problem(promise.topic, promise.tokens):
         raise LayoutError(f"The promise {promise.topic!r} cannot be written: {problem}.")
     topic = tokenizer.encode(TOPIC_PREFIX + promise.topic)
@@ -199,3 +203,12 @@ def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
         *(vocabulary.digits[int(digit)] for digit in str(promise.tokens)),
         vocabulary.tag_ids[tags.PROMISE_CLOSE],
     ]
+
+
+def check_dialect(vocabulary: Vocabulary, needed: tags.Dialect) -> None:
+    """LayoutError if an answer has tags that the vocabulary's dialect lacks."""
+    if vocabulary.dialect != needed:
+        raise LayoutError(
+            f"The answer has tags of the {needed} dialect, the tokenizer those of {vocabulary.dialect}. "
+            f"Set --config.data.dialect={needed}."
+        )

@@ -128,10 +128,12 @@ class _Reader:
 
     def promise(self, tag: list[int], branch: int) -> Promise:
         kinds = [int(self.vocabulary.kinds[token]) for token in tag]
-        middle = kinds.index(Kind.TOKENS)
-        number = int("".join(str(self.vocabulary.digit_values[token]) for token in tag[middle + 1 : -1]))
-        spelled = self.vocabulary.text(tag[1:middle])
-        topic = spelled.removeprefix(TOPIC_PREFIX) or spelled
+        topic, number = "", 0
+        if kinds != [Kind.FORK]:
+            middle = kinds.index(Kind.TOKENS)
+            number = int("".join(str(self.vocabulary.digit_values[token]) for token in tag[middle + 1 : -1]))
+            spelled = self.vocabulary.text(tag[1:middle])
+            topic = spelled.removeprefix(TOPIC_PREFIX) or spelled
         promise = Promise(topic, number, self.read(branch))
         self.promises[branch] = promise
         return promise

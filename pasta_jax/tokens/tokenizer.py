@@ -6,6 +6,7 @@ drops anything. Ordinary text never encodes to a tag's id, whatever it spells, s
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -21,14 +22,18 @@ from pasta_jax.lang.grammar import Kind
 
 USER_TURN, MODEL_TURN = "<user>", "<model>"
 
-_TAG_KINDS = {
-    tags.PROMISE_OPEN: Kind.OPEN,
-    tags.PROMISE_TOKENS: Kind.TOKENS,
-    tags.PROMISE_CLOSE: Kind.CLOSE,
-    tags.ASYNC_OPEN: Kind.ASYNC_OPEN,
-    tags.ASYNC_CLOSE: Kind.ASYNC_CLOSE,
-    tags.SYNC: Kind.SYNC,
+_BLOCK_KINDS = {tags.ASYNC_OPEN: Kind.ASYNC_OPEN, tags.ASYNC_CLOSE: Kind.ASYNC_CLOSE}
+_TAG_KINDS: dict[tags.Dialect, dict[str, Kind]] = {
+    "pasta": _BLOCK_KINDS
+    | {
+        tags.PROMISE_OPEN: Kind.OPEN,
+        tags.PROMISE_TOKENS: Kind.TOKENS,
+        tags.PROMISE_CLOSE: Kind.CLOSE,
+        tags.SYNC: Kind.SYNC,
+    },
+    "apar": _BLOCK_KINDS | {tags.PROMISE_CLOSE: Kind.FORK},
 }
+"""What the tag pieces are in each dialect; those that it lacks are control symbols there."""
 
 
 class TokenizerError(ValueError):
@@ -44,6 +49,7 @@ class Vocabulary:
       tag_ids: id of each piece in `tags.PIECES`.
       pad, eos, bos: control ids.
       control: all ids that are never part of an answer's text (pad, bos, turn markers, ...), eos excepted.
+      dialect: which tags there are; `with_dialect` changes it.
     """
 
     pieces: tuple[bytes, ...]
@@ -52,6 +58,14 @@ class Vocabulary:
     eos: int
     bos: int
     control: frozenset[int]
+    dialect: tags.Dialect = "pasta"
+
+    def with_dialect(self, dialect: tags.Dialect) -> Vocabulary:
+        """The same ids, read as the tags of a dialect. `apar` takes the id of ` />` for its `<promise/>`."""
+        pieces = list(self.pieces)
+        shared = tags.FORK if dialect == "apar" else tags.PROMISE_CLOSE
+        pieces[self.tag_ids[tags.PROMISE_CLOSE]] = shared.encode()
+        return dataclasses.replace(self, pieces=tuple(pieces), dialect=dialect)
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -63,7 +77,7 @@ class Vocabulary:
         for i in self.control:
             kinds[i] = Kind.CONTROL
         for piece, i in self.tag_ids.items():
-            kinds[i] = _TAG_KINDS[piece]
+            kinds[i] = _TAG_KINDS[self.dialect].get(piece, Kind.CONTROL)
         kinds[self.eos] = Kind.END
         return kinds
 
@@ -204,6 +218,12 @@ class SentencePieceTokenizer:
 
     def to_bytes(self) -> bytes:
         return self._bytes
+
+    def with_dialect(self, dialect: tags.Dialect) -> SentencePieceTokenizer:
+        """The same tokenizer for a model that speaks `dialect`; a new one speaks `pasta`."""
+        other = copy.copy(self)
+        other.vocabulary = self.vocabulary.with_dialect(dialect)
+        return other
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, extend: bool = False) -> SentencePieceTokenizer:

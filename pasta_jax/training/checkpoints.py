@@ -52,11 +52,10 @@ class About:
     versions: dict[str, str]
 
     def is_of(self, tokenizer: Tokenizer) -> bool:
-        """Whether it was trained with this tokenizer, or with one of the same vocabulary."""
-        return (
-            self.tokenizer_model == tokenizer.to_bytes()
-            or self.tokenizer().vocabulary == tokenizer.vocabulary
-        )
+        """Whether it was trained with this tokenizer, or with one of the same vocabulary, in whatever dialect."""
+        if self.tokenizer_model == tokenizer.to_bytes():
+            return True
+        return self.tokenizer().vocabulary.with_dialect(tokenizer.vocabulary.dialect) == tokenizer.vocabulary
 
     def tokenizer(self) -> SentencePieceTokenizer:
         """The tokenizer that it was trained with."""
@@ -66,7 +65,7 @@ class About:
             raise CheckpointError(f"{self.path} is damaged: its tokenizer: {error}") from error
         if tokenizer.vocabulary.tag_ids != self.tag_ids:
             raise CheckpointError(f"{self.path} is damaged: its tag ids are not those of its tokenizer.")
-        return tokenizer
+        return tokenizer.with_dialect(self.config.data.dialect)
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -8,6 +8,7 @@ import functools
 import numpy as np
 
 from pasta_jax.arrays import ThreadedTokens
+from pasta_jax.baselines import apar
 from pasta_jax.data.almanac.annotator import Rates, annotate
 from pasta_jax.data.almanac.draw import training_task
 from pasta_jax.data.almanac.families import Task, plain
@@ -17,8 +18,9 @@ from pasta_jax.tokens.layout import LayoutError, layout_example, layout_text
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
 
-SOURCES = ("base", "plain", "annotated", "skeletons")
-"""What there is to learn from: text for the base model, plain answers, annotated answers, skeletons and points."""
+SOURCES = ("base", "plain", "annotated", "apar", "skeletons")
+"""What there is to learn from: text for the base model, plain answers, annotated answers, plain answers with the
+forks of APAR, and what Skeleton-of-Thought asks for."""
 
 _ENDLESS = 2**31
 """Documents are made up as they are asked for; this many are claimed."""
@@ -87,6 +89,8 @@ class AlmanacSource:
     def _program(self, task: Task, rng: np.random.Generator) -> Program:
         if self.which == "plain":
             return Program((Text(plain(task)),))
+        if self.which == "apar":
+            return apar.annotate(plain(task))
         return annotate(task, rng, lambda text: len(self.tokenizer.encode(text)), self.rates)
 
     def _layout(self, prompt: str, program: Program) -> ThreadedTokens:
