@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
 import logging
 import math
@@ -140,36 +142,39 @@ def _seed_cells(plan: Plan, here: Folder, seed: int) -> Iterator[Cell]:
         return Cell(f"seed-{seed}-{name}", seconds, run)
 
     for name, seconds in SFT.items():
-        yield cell(name, seconds, lambda name=name: _finetune(here, seed, name))
-    yield cell("samples", 60, lambda: _sample(here, seed))
+        yield cell(name, seconds, functools.partial(_finetune, here, seed, name))
+    yield cell("samples", 60, functools.partial(_sample, here, seed))
     for weight in plan.weights:
-        yield cell(
-            bon(weight), 25 + 85 * (plan.rounds - 1), lambda w=weight: _prefer(here, seed, w, plan.rounds)
-        )
+        run = functools.partial(_prefer, here, seed, weight, plan.rounds)
+        yield cell(bon(weight), 25 + 85 * (plan.rounds - 1), run)
     systems = 4 + len(plan.weights)
-    yield cell("timed", 30 * systems + plan.timed * systems // 8, lambda: _time(plan, here, seed))
+    yield cell("timed", 10 * systems + plan.timed * systems // 9, functools.partial(_time, plan, here, seed))
     if plan.rounds > 1:
         first = {f"{bon(w)}-round-1": os.path.join(here.model(seed, bon(w)), "round-1") for w in plan.weights}
-        yield cell("counted", 20 + 12 * len(first), lambda: _count(plan, here, seed, first))
+        yield cell("counted", 20 + 12 * len(first), functools.partial(_count, plan, here, seed, first))
 
 
 def _ablation_cells(plan: Plan, here: Folder, seed: int) -> Iterator[Cell]:
-    for name, (scheme, unit) in POSITIONS.items():
-        wishes = [f"data.positions.scheme={scheme}", f"data.positions.unit={unit}"]
-        model = {name: here.model(seed, f"positions-{name}")}
-        run = lambda model=model, name=name, wishes=wishes: (  # noqa: E731
-            _train(_tiny("pasta", f"init_from={here.base}", f"seed={seed}", *wishes), model[name]),
-            _count(plan, here, seed, model),
-        )
-        yield Cell(f"positions-{name}", 150, run)
+    for scheme in POSITIONS:
+        yield Cell(f"positions-{scheme}", 150, functools.partial(_ablate_positions, plan, here, seed, scheme))
     for efficiency in EFFICIENCIES:
         for weight in plan.weights:
-            name = bon(weight, efficiency)
-            run = lambda name=name, weight=weight, efficiency=efficiency: (  # noqa: E731
-                _prefer(here, seed, weight, 1, efficiency),
-                _count(plan, here, seed, {name: here.model(seed, name)}),
-            )
-            yield Cell(f"efficiency-{name}", 40, run)
+            run = functools.partial(_ablate_efficiency, plan, here, seed, weight, efficiency)
+            yield Cell(f"efficiency-{bon(weight, efficiency)}", 40, run)
+
+
+def _ablate_positions(plan: Plan, here: Folder, seed: int, scheme: str) -> None:
+    kind, unit = POSITIONS[scheme]
+    workdir = here.model(seed, f"positions-{scheme}")
+    wishes = (f"seed={seed}", f"data.positions.scheme={kind}", f"data.positions.unit={unit}")
+    _train(_tiny("pasta", f"init_from={here.base}", *wishes), workdir)
+    _count(plan, here, seed, {scheme: workdir})
+
+
+def _ablate_efficiency(plan: Plan, here: Folder, seed: int, weight: float, efficiency: str) -> None:
+    _prefer(here, seed, weight, 1, efficiency)
+    name = bon(weight, efficiency)
+    _count(plan, here, seed, {name: here.model(seed, name)})
 
 
 def _tiny(variant: str, *wishes: str) -> Config:
@@ -202,9 +207,12 @@ def _finetune(here: Folder, seed: int, name: str) -> None:
 
 def _sample(here: Folder, seed: int) -> None:
     """The samples of the first round, which all lambdas share: it is the same policy that draws them."""
+    from pasta_jax.loading import load
     from pasta_jax.preference import rounds
 
-    rounds.draw(_preference(here, seed, 1.0, 1), 1, here.model(seed, "pasta"), here.model(seed, "samples"))
+    os.makedirs(here.model(seed, "samples"), exist_ok=True)
+    policy, baseline = (load(here.model(seed, name)) for name in ("pasta", "baseline"))
+    rounds.draw(_preference(here, seed, 1.0, 1), 1, policy, baseline, here.model(seed, "samples"))
 
 
 def _prefer(here: Folder, seed: int, weight: float, count: int, efficiency: str = "speedup") -> None:
@@ -364,3 +372,227 @@ def _result(
         **{key: estimate(table[key], key) for key in ("win_rate", "truth", "theoretical", "parallelism")},
         **labels,
     )
+
+
+# --------------------------------------------------------------------------------------------------- claims
+
+
+def claims(found: Sequence[Any]) -> list[Any]:
+    """What the paper says, and whether these results say so too; `found` as `results` makes it."""
+    from pasta_jax.reports.page import Claim
+    from pasta_jax.reports.results import by_round, headline
+
+    shown = headline(found)
+    by_name = {result.name: result for result in shown}
+    baseline, sft, apar, sot = (by_name[name] for name in ("Baseline-SFT", "PASTA-SFT", "APAR", "SoT"))
+    trained = [result for result in shown if result.method == "PASTA-BoN"]
+
+    def said(result: Any) -> str:
+        win, speed = result.win_rate.mean, result.realized.mean
+        return (
+            f"{result.name} {100 * win:.1f} % win rate, {100 * result.truth.mean:.1f} % truth at {speed:.2f}x"
+        )
+
+    def better(result: Any, rival: Any) -> bool:
+        return bool(
+            result.realized.mean > rival.realized.mean
+            and result.win_rate.mean > rival.win_rate.mean
+            and result.truth.mean > rival.truth.mean
+        )
+
+    made: list[Claim] = []
+
+    def claim(text: str, holds: bool | None, *evidence: str) -> None:
+        made.append(Claim(text, holds, "; ".join(evidence)))
+
+    for rival in (apar, sot):
+        winners = [result for result in trained if better(result, rival)]
+        best = max(winners or trained, key=lambda result: result.realized.mean)
+        claim(
+            f"A PASTA-BoN point is better than {rival.name} in win rate, truth and realized speedup at once",
+            bool(winners),
+            said(best),
+            said(rival),
+        )
+
+    def chord(speed: float) -> float:
+        """The win rate at a realized speed on the line from Baseline-SFT to APAR."""
+        share = (speed - 1.0) / (apar.realized.mean - 1.0)
+        return float(0.5 + share * (apar.win_rate.mean - 0.5))
+
+    if apar.realized.mean > 1.0:
+        within = [result for result in trained if result.realized.mean <= apar.realized.mean]
+        above = all(result.win_rate.mean > chord(result.realized.mean) for result in within)
+        reach = max(result.realized.mean for result in trained) >= apar.realized.mean
+        over = max(
+            trained, key=lambda result: (result.realized.mean >= apar.realized.mean, result.win_rate.mean)
+        )
+        claim(
+            "The PASTA frontier lies above the segment from Baseline-SFT to APAR",
+            above and reach and over.win_rate.mean > apar.win_rate.mean,
+            *map(said, (*within, over, apar)),
+        )
+    else:
+        claim("The PASTA frontier lies above the segment from Baseline-SFT to APAR", None, said(apar))
+    safe = [result for result in trained if result.win_rate.mean >= 0.5]
+    best = max(safe or trained, key=lambda result: result.realized.mean if safe else result.win_rate.mean)
+    claim(
+        "At no loss of quality (win rate at least 50 %) realized speedup is at least 1.5x",
+        bool(safe) and best.realized.mean >= 1.5,
+        said(best),
+    )
+    fastest = max(trained, key=lambda result: result.realized.mean)
+    claim("The speed end reaches the paper's 1.93x realized", fastest.realized.mean >= 1.93, said(fastest))
+
+    def percent(result: Any, family: str, measure: str) -> float:
+        return 100 * float(result.families[family][measure])
+
+    claim(
+        "APAR misses the independent parts of prose",
+        apar.families["prose"]["theoretical"] < 1.1,
+        f"APAR {apar.families['prose']['theoretical']:.2f}x theoretical on prose; "
+        f"{sft.name} {sft.families['prose']['theoretical']:.2f}x",
+    )
+    claim(
+        "APAR harms chain",
+        percent(apar, "chain", "truth") < percent(baseline, "chain", "truth") - 3,
+        f"truth {percent(apar, 'chain', 'truth'):.1f} %, Baseline-SFT {percent(baseline, 'chain', 'truth'):.1f} %; "
+        f"it forks in {percent(apar, 'chain', 'promised'):.1f} % of chain answers",
+    )
+    for family, bar in (("chain", 2.0), ("single", 2.0)):
+        worst = max(trained, key=lambda result: percent(result, family, "promised"))
+        claim(
+            f"After the second stage {family} stays sequential (promises in under {bar:g} % of answers)",
+            percent(worst, family, "promised") < bar,
+            f"at most {percent(worst, family, 'promised'):.1f} % ({worst.name})",
+        )
+    least = min(trained, key=lambda result: percent(result, "compare", "synced"))
+    claim(
+        "After the second stage every compare answer syncs before its conclusion",
+        percent(least, "compare", "synced") > 99.5,
+        *(f"{result.name} {percent(result, 'compare', 'synced'):.1f} %" for result in trained),
+    )
+    for weight, line in by_round(found).items():
+        wins = [result.win_rate.mean for result in line]
+        claim(
+            f"Win rate rises from PASTA-SFT through the rounds at lambda {weight:g}",
+            all(later > earlier for earlier, later in itertools.pairwise(wins)),
+            " to ".join(f"{100 * win:.1f} %" for win in wins),
+        )
+    return made
+
+
+# ----------------------------------------------------------------------------------------------------- verb
+
+
+def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
+    """results.json, figures, report.md and report.html from the answers in `workdir`."""
+    from pasta_jax.reports import page, plots
+
+    found = results(plan, workdir)
+    with open(os.path.join(workdir, "results.json"), "w", encoding="utf-8") as file:
+        tree = {"about": about, "results": [dataclasses.asdict(result) for result in found]}
+        json.dump(tree, file, indent=1, default=dict)
+    figures = [
+        ("frontier", plots.frontier, "Quality against speed; the paper's Figure 4."),
+        ("rounds", plots.rounds, "Rounds of preference optimisation; the paper's Figure 5."),
+        ("families", plots.families, "Families of prompts."),
+    ]
+    if plan.ablations:
+        figures[2:2] = [
+            ("positions", plots.positions, "Position schemes, PASTA-SFT; the paper's Figure 6."),
+            ("efficiency", plots.efficiency_terms, "Efficiency terms, one round; the paper's Figure 8."),
+        ]
+    paths = []
+    for name, draw, caption in figures:
+        paths.append((os.path.join(workdir, f"{name}.png"), caption))
+        draw(found, paths[-1][0])
+    page.write_report(workdir, about, found, claims(found), paths)
+
+
+def run(plan: Plan, workdir: str) -> None:
+    """All cells that are not finished, then the report."""
+    todo = [*cells(plan, workdir)]
+    done = {cell.name: seconds for cell in todo if (seconds := _seconds(workdir, cell)) is not None}
+    left = sum(cell.seconds for cell in todo if cell.name not in done)
+    total = sum(cell.seconds for cell in todo)
+    print(
+        f"{len(todo)} cells, about {total / 60:.0f} minutes on two cores; "
+        f"{len(done)} are done, about {left / 60:.0f} minutes are left.",
+        file=sys.stderr,
+        flush=True,
+    )
+    for number, cell in enumerate(todo, start=1):
+        if cell.name in done:
+            continue
+        LOG.info(
+            "Cell %d of %d: %s (about %d s; about %.0f min left)",
+            number,
+            len(todo),
+            cell.name,
+            cell.seconds,
+            left / 60,
+        )
+        begun = time.monotonic()
+        cell.run()
+        left -= cell.seconds
+        os.makedirs(os.path.join(workdir, "cells"), exist_ok=True)
+        with open(_mark(workdir, cell), "w", encoding="utf-8") as file:
+            json.dump({"seconds": round(time.monotonic() - begun, 1)}, file)
+
+
+def _mark(workdir: str, cell: Cell) -> str:
+    return os.path.join(workdir, "cells", f"{cell.name}.json")
+
+
+def _seconds(workdir: str, cell: Cell) -> float | None:
+    """What a finished cell took; None if it is not finished."""
+    if not os.path.exists(_mark(workdir, cell)):
+        return None
+    with open(_mark(workdir, cell), encoding="utf-8") as file:
+        return float(json.load(file)["seconds"])
+
+
+def about_this(plan: Plan, workdir: str) -> dict[str, Any]:
+    """Where and how it was run."""
+    import jax
+
+    from pasta_jax.training.checkpoints import versions
+
+    seconds = [_seconds(workdir, cell) for cell in cells(plan, workdir)]
+    return {
+        "command": "python -m pasta_jax.reproduce " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}; jax on {jax.devices()[0].device_kind}",
+        "versions": versions(),
+        "seeds": list(plan.seeds),
+        "prompts": f"{plan.timed} held out, in turns over seven families; timed at batch 1, second of two runs",
+        "intervals": "95 %, bootstrap over prompts and seeds",
+        "time": f"{sum(filter(None, seconds)) / 60:.0f} minutes",
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """The verb."""
+    if len(argv) > 1:
+        refuse(f"Cannot make sense of {' '.join(argv[1:])!r}. Add --quick, or nothing.")
+    if not TINY.exists():
+        refuse("This needs configs/, which is in the repository only. Clone it, and run make reproduce.")
+    values = flags.FLAGS
+    plan = QUICK if values.quick else FULL
+    workdir = values.workdir or ("runs/reproduce-quick" if values.quick else "runs/reproduce")
+    show_log()
+    run(plan, workdir)
+    write(plan, workdir, about_this(plan, workdir))
+    print(f"Report: {workdir}/report.html (and report.md), numbers: {workdir}/results.json")
+
+
+def command() -> None:
+    """Parses the command line and runs `main`."""
+    flags.DEFINE_bool("quick", False, "One seed, three lambdas, fewer prompts, no ablations.")
+    flags.DEFINE_string("workdir", None, "Where everything goes; the same one resumes.")
+    app.run(main)
+
+
+if __name__ == "__main__":
+    command()

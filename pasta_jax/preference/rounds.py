@@ -63,25 +63,10 @@ def run_round(config: Config, number: int, policy: str, baseline: Model, folder:
     # ------------------------------------------------------------------------------------ sample and score
 
     os.makedirs(folder, exist_ok=True)
-    wishes, data = config.preference, config.data
+    wishes, data, seed = config.preference, config.data, _seed(config, number)
     _check_same(os.path.join(folder, "about.json"), config, policy)
     model = load(policy)
-    seed = config.seed * 1000 + number
-    LOG.info(
-        "Round %d: sampling %d answers to each of %d prompts.",
-        number,
-        wishes.samples,
-        wishes.prompts_per_round,
-    )
-    records = sample(
-        model,
-        baseline,
-        prompts_of(wishes, seed),
-        wishes,
-        length=data.length,
-        seed=seed,
-        path=os.path.join(folder, "samples.jsonl"),
-    )
+    records = draw(config, number, model, baseline, folder)
     choices = choose_all(records, wishes, data.length)
     _write_pairs(os.path.join(folder, "pairs.jsonl"), records, choices, wishes)
 
@@ -124,6 +109,31 @@ def run_round(config: Config, number: int, policy: str, baseline: Model, folder:
     }
     _write_json(os.path.join(folder, "round.json"), about)
     return folder
+
+
+def draw(config: Config, number: int, policy: Model, baseline: Model, folder: str) -> list[Record]:
+    """The samples of one round, in FOLDER/samples.jsonl; those that are there already are kept."""
+    wishes = config.preference
+    LOG.info(
+        "Round %d: sampling %d answers to each of %d prompts.",
+        number,
+        wishes.samples,
+        wishes.prompts_per_round,
+    )
+    return sample(
+        policy,
+        baseline,
+        prompts_of(wishes, _seed(config, number)),
+        wishes,
+        length=config.data.length,
+        seed=_seed(config, number),
+        path=os.path.join(folder, "samples.jsonl"),
+    )
+
+
+def _seed(config: Config, number: int) -> int:
+    """Of the prompts, the samples and the order of a round."""
+    return config.seed * 1000 + number
 
 
 def prompts_of(config: PreferenceConfig, seed: int) -> list[Prompt]:

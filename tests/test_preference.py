@@ -1,0 +1,298 @@
+"""The second stage: samples and their traces, scores, pairs, batches of pairs, rounds that go on."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from pasta_jax.arrays import NO_DOC, PairedTokens, ThreadedTokens
+from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, PreferenceConfig
+from pasta_jax.data import almanac
+from pasta_jax.data.almanac.judge import Preference
+from pasta_jax.decoding.engine import Model
+from pasta_jax.model import ModelConfig, init_params
+from pasta_jax.preference import rounds
+from pasta_jax.preference.pairs import (
+    Pair,
+    choose,
+    choose_all,
+    make_pairs,
+    pair_batches,
+    reference_logprobs,
+    steps_for,
+)
+from pasta_jax.preference.sample import Answer, Prompt, Record, read_records, sample, write_records
+from pasta_jax.preference.score import EFFICIENCIES, combined, quality, scores
+from pasta_jax.train import run as train
+from pasta_jax.training.checkpoints import find
+
+# Small enough to train at once, long enough to answer something.
+MODEL = ModelConfig(vocab_size=1408, num_layers=1, model_dim=16, head_dim=8, mlp_dim=16, num_heads=2)
+LENGTH = 128
+WISHES = PreferenceConfig(prompts_per_round=3, rounds=2, samples=4, rows=8, lanes=2, lr=1e-3)
+CONFIG = Config(
+    seed=3,
+    steps=2,
+    model=MODEL,
+    data=DataConfig(rows=8, length=LENGTH),  # a row for each of the fake devices
+    preference=WISHES,
+    checkpoint=CheckpointConfig(every_steps=0, every_minutes=0),
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(init_params(MODEL, jax.random.key(1)), MODEL, almanac.load_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    return rounds.prompts_of(WISHES, seed=5)
+
+
+@pytest.fixture(scope="module")
+def records(model: Model, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    path = tmp_path_factory.mktemp("samples") / "samples.jsonl"
+    return sample(model, model, prompts, WISHES, length=LENGTH, seed=7, path=str(path))
+
+
+def assert_same(one: list[Record], other: list[Record]) -> None:
+    """Records by all their fields; arrays have no equality of their own."""
+    assert list(map(str, map(dataclasses.asdict, one))) == list(map(str, map(dataclasses.asdict, other)))
+
+
+# ------------------------------------------------------------------------------------------------- sampling
+
+
+def test_samples_differ_and_the_baseline_promises_nothing(
+    records: list[Record], prompts: list[Prompt]
+) -> None:
+    assert {record.prompt for record in records} == {*prompts}
+    for record in records:
+        assert len(record.samples) == WISHES.samples
+        assert len({answer.annotated for answer in record.samples}) > 1
+        assert "<promise" not in record.baseline.annotated
+        assert record.baseline.critical_path == record.baseline.output_tokens
+    lengths = [record.baseline.output_tokens for record in records]
+    assert lengths == sorted(lengths)
+
+
+def test_the_same_seed_draws_the_same_and_a_cut_file_is_completed(
+    model: Model, prompts: list[Prompt], records: list[Record], tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "samples.jsonl"
+    first = sample(model, model, prompts, WISHES, length=LENGTH, seed=7, path=str(path))
+    assert_same(first, records)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:100])  # the last line broke off
+    assert_same(sample(model, model, prompts, WISHES, length=LENGTH, seed=7, path=str(path)), records)
+    assert path.read_text() == "".join(lines)
+    other = sample(model, model, prompts, WISHES, length=LENGTH, seed=8, path=str(tmp_path / "other"))
+    assert [r.samples[0].annotated for r in other] != [r.samples[0].annotated for r in records]
+
+
+def test_samples_of_other_prompts_are_not_kept(
+    model: Model, prompts: list[Prompt], records: list[Record], tmp_path: pathlib.Path
+) -> None:
+    path = str(tmp_path / "samples.jsonl")
+    wanted = rounds.prompts_of(WISHES, seed=6)
+    first = sample(model, model, wanted, WISHES, length=LENGTH, seed=7, path=path)
+    assert {record.prompt for record in first}.isdisjoint({record.prompt for record in records})
+    assert_same(sample(model, model, prompts, WISHES, length=LENGTH, seed=7, path=path), records)
+
+
+def test_records_come_back_from_a_file_as_they_were(records: list[Record], tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / "records.jsonl")
+    write_records(path, records)
+    back = [*read_records(path)]
+    assert_same(back, records)
+    for mine, theirs in zip(records[0].samples, back[0].samples):
+        for name, array in mine.document.fields().items():
+            assert array.dtype == theirs.document.fields()[name].dtype, name
+
+
+# -------------------------------------------------------------------------------------------------- scoring
+
+
+def fixed(winner: int | None, confidence: float):  # type: ignore[no-untyped-def]
+    return lambda prompt, a, b: Preference(winner, confidence)
+
+
+def test_quality_asks_in_both_orders() -> None:
+    # A judge that always prefers what it reads first wins one of two: (1 + 0.8) / (1 + 0.8).
+    assert quality(fixed(0, 0.8), "", "x", ["y"]) == 1.0
+    assert quality(fixed(None, 0.5), "", "x", ["y", "z"]) == 1.0
+
+    def likes(prompt: str, a: str, b: str) -> Preference:
+        return Preference(0 if a == "x" else 1, 1.0)
+
+    assert quality(likes, "", "x", ["y", "z"]) == 5.0  # four wins and the one for free, over the one for free
+    assert quality(likes, "", "y", ["x", "x"]) == 0.2
+
+
+def test_efficiency_terms_by_hand() -> None:
+    found = {name: term(3.0, 1.5) for name, term in EFFICIENCIES.items()}
+    assert found == {"speedup": 3.0, "parallelism": 1.5, "harmonic": 2.0, "arithmetic": 2.25}
+    assert combined(2.0, 0.5, 4.0) == 4.0
+    assert combined(2.0, 0.5, math.inf) == 0.5
+
+
+def made_up(text: str, path: int, tokens: int = 20) -> Answer:
+    nothing = ThreadedTokens(**{name: np.zeros(4, np.int32) for name in ThreadedTokens.__dataclass_fields__})
+    return Answer(text, text, tokens, tokens, path, "eos", nothing, np.zeros(4, np.int32))
+
+
+def test_scores_by_hand_and_what_lambda_does() -> None:
+    task = almanac.task_of("What is the capital of Peru?")
+    right, wrong = "Its capital is Lima.", "Its capital is Cusco."
+    record = Record(
+        Prompt(task.prompt, right),
+        baseline=made_up(right, path=20),
+        samples=(made_up(right, path=10), made_up(wrong, path=5), made_up(right, path=20)),
+    )
+    # Right: two ties in both orders, (1 + 4/4) / (1 + 4/4) = 1. Wrong: four losses for sure, 1 / 5.
+    assert scores(record, PreferenceConfig(weight=1.0)) == [2.0 + 1.0, 4.0 + 0.2, 1.0 + 1.0]
+    assert scores(record, PreferenceConfig(weight=math.inf)) == [1.0, 0.2, 1.0]
+    fast, safe = (choose(scores(record, PreferenceConfig(weight=w))) for w in (1.0, 4.0))
+    assert fast and safe
+    assert (fast.better, fast.worse, safe.better, safe.worse) == (1, 2, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- pairs
+
+
+def test_reference_log_probabilities_are_those_of_decoding(model: Model, records: list[Record]) -> None:
+    """Law 2, across the file: what the trace recorded is what the training pass finds."""
+    documents = [answer.document for record in records for answer in record.samples]
+    once = reference_logprobs(model, documents, rows=4, length=LENGTH)
+    again = reference_logprobs(model, documents[::-1], rows=8, length=LENGTH)[::-1]
+    for document, mine, theirs in zip(documents, once, again, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+        assert mine.shape == document.token.shape
+        assert ((mine == 0) == (document.target == -1)).all()
+        assert (mine <= 0).all()
+
+
+def pairs_of(model: Model, records: list[Record], path: pathlib.Path) -> list[Pair]:
+    choices = choose_all(records, WISHES, LENGTH)
+    return make_pairs(records, choices, model, rows=4, length=LENGTH, path=str(path / "reference.npz"))
+
+
+def test_pairs_are_cached_and_too_long_ones_left_out(
+    model: Model, records: list[Record], tmp_path: pathlib.Path
+) -> None:
+    pairs = pairs_of(model, records, tmp_path)
+    broken = dataclasses.replace(model, params=jax.tree.map(np.zeros_like, model.params))
+    again = pairs_of(broken, records, tmp_path)  # from the file: the model is not asked
+    for one, other in zip(pairs, again, strict=True):
+        np.testing.assert_array_equal(one.better.reference, other.better.reference)
+        assert (one.better.pair == 1).all() and (one.worse.pair == -1).all()
+    assert choose_all(records, WISHES, 3) == [None] * len(records)
+
+
+def test_batches_hold_whole_pairs_and_every_pair_once_an_epoch(
+    model: Model, records: list[Record], tmp_path: pathlib.Path
+) -> None:
+    pairs = pairs_of(model, records, tmp_path) * 3
+    seen, index = 0, 0
+    for batch, index in pair_batches(pairs, 0, rows=4, length=LENGTH, seed=1):
+        assert isinstance(batch, PairedTokens)
+        numbers = set(np.unique(batch.pair)) - {0}
+        count = len(numbers) // 2
+        assert numbers == {*range(1, count + 1), *range(-count, 0)}
+        assert ((batch.pair == 0) == (batch.doc == NO_DOC)).all()
+        seen += count
+        assert index == seen
+        if index >= len(pairs):
+            break
+    steps = steps_for(pairs, 1.0, 4, LENGTH, seed=1)
+    assert sum(1 for _ in zip(range(steps), pair_batches(pairs, 0, 4, LENGTH, seed=1))) == steps
+    with pytest.raises(ValueError, match=r"does not fit into 1 rows of 8.*data\.rows"):
+        next(pair_batches(pairs, 0, rows=1, length=8))
+
+
+# --------------------------------------------------------------------------------------------------- rounds
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Both stages in one run, from nothing: sft/, preference/round-1 and round-2."""
+    workdir = tmp_path_factory.mktemp("both")
+    train(dataclasses.replace(CONFIG, stage="both"), str(workdir))
+    return workdir
+
+
+def test_both_stages(trained: pathlib.Path) -> None:
+    for number in (1, 2):
+        folder = trained / "preference" / f"round-{number}"
+        names = {path.name for path in folder.iterdir()}
+        assert names >= {"samples.jsonl", "pairs.jsonl", "reference.npz", "checkpoints", "round.json"}
+        about = json.loads((folder / "round.json").read_text())
+        assert about["pairs"] + about["ties"] == about["prompts"] == WISHES.prompts_per_round
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert all(math.isfinite(line["loss"]) and "margin" in line for line in metrics)
+    assert "round-2" in str(find(trained / "preference"))
+    policy = json.loads((trained / "preference" / "round-2" / "round.json").read_text())["policy"]
+    assert policy.endswith("round-1")
+
+
+def test_a_finished_run_does_nothing_and_a_cut_one_goes_on(
+    trained: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir)
+    config = dataclasses.replace(CONFIG, stage="preference", init_from=str(trained / "sft"))
+    last = workdir / "preference" / "round-2"
+    for name in ("round.json", "checkpoints", "about.json", "metrics.jsonl"):
+        path = last / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = (last / "samples.jsonl").stat().st_mtime_ns
+    first = (workdir / "preference" / "round-1" / "samples.jsonl").stat().st_mtime_ns
+    assert train(config, str(workdir / "preference")) == str(last)
+    assert (last / "samples.jsonl").read_text() == (
+        trained / "preference" / "round-2" / "samples.jsonl"
+    ).read_text()
+    assert (workdir / "preference" / "round-1" / "samples.jsonl").stat().st_mtime_ns == first
+    assert before and (last / "round.json").exists()
+
+
+def test_a_workdir_of_another_experiment_is_refused(
+    trained: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained / "preference", workdir)
+    (workdir / "round-1" / "round.json").unlink()
+    other = dataclasses.replace(
+        CONFIG,
+        stage="preference",
+        init_from=str(trained / "sft"),
+        preference=dataclasses.replace(WISHES, weight=1.0),
+    )
+    with pytest.raises(SystemExit):
+        train(other, str(workdir))
+    assert "another experiment (preference differ)" in capsys.readouterr().err
+
+
+def test_configurations_that_cannot_be_meant() -> None:
+    with pytest.raises(ConfigError, match=r"preference\.samples must be at least 2"):
+        Config(preference=PreferenceConfig(samples=1))
+    with pytest.raises(ConfigError, match=r"init_from is empty.*finetuned"):
+        Config(stage="preference")
+
+
+def test_prompts_from_a_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    line = {"prompt": "What is the capital of Peru?", "response": "Its capital is Lima."}
+    path.write_text(json.dumps(line) + "\n")
+    wishes = dataclasses.replace(WISHES, prompts=str(path))
+    assert rounds.prompts_of(wishes, 0) == [Prompt(line["prompt"], line["response"])]
+    path.write_text(json.dumps(line | {"prompt": "Why?"}) + "\n")
+    with pytest.raises(ConfigError, match=r"almanac judges its own prompts only.*'Why\?'"):
+        rounds.prompts_of(wishes, 0)
+    with pytest.raises(ConfigError, match=r"preference\.prompts: Cannot read"):
+        rounds.prompts_of(dataclasses.replace(WISHES, prompts=str(tmp_path / "none.jsonl")), 0)
