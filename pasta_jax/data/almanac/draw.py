@@ -158,7 +158,7 @@ def training_task(rng: np.random.Generator, family: str | None = None) -> Task:
 
 
 def short_comparison(rng: np.random.Generator) -> Task:
-    """A training task for the base model only: comparing is learnt from many short ones."""
+    """A training task that evaluation has none of: comparing is learnt from many short ones."""
     return _sample(rng, _draw_short_comparison, held_out=False)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.baselines import apar
 from pasta_jax.data.almanac.annotator import Rates, annotate
-from pasta_jax.data.almanac.draw import training_task
+from pasta_jax.data.almanac.draw import short_comparison, training_task
 from pasta_jax.data.almanac.families import Task, plain
 from pasta_jax.data.almanac.text import base_document, skeleton_document, train_tokenizer
 from pasta_jax.lang.program import Program, Text
@@ -83,7 +83,7 @@ class AlmanacSource:
             if prompt is None:
                 return layout_text(self.tokenizer, text, threads=self.threads)
             return self._layout(prompt, Program((Text(text),)))
-        task = training_task(rng)
+        task = short_comparison(rng) if rng.random() < 1 / 8 else training_task(rng)
         return self._layout(task.prompt, self._program(task, rng))
 
     def _program(self, task: Task, rng: np.random.Generator) -> Program:
