@@ -1,13 +1,16 @@
-# Needs python3 (3.11 or later), make and a package index. Both targets share .venv and install only once.
+# Needs python3 (3.11 or later), make and a package index. All targets share .venv and install only once.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check pytest clean
+.PHONY: demo reproduce test check pytest clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo-installed  ## train, decode and score the embedded benchmark
 	$(BIN)/python -m pasta_jax.demo
+
+reproduce: .venv/.reproduce-installed  ## the paper's comparison, with figures; options: make reproduce ARGS="..."
+	$(BIN)/python -m pasta_jax.reproduce $(ARGS)
 
 test: check pytest  ## everything that must hold
 
@@ -22,7 +25,10 @@ pytest: .venv/.test-installed
 .venv/.demo-installed: requirements.txt
 	$(call install,requirements.txt,$@)
 
-.venv/.test-installed: requirements-test.txt requirements.txt
+.venv/.reproduce-installed: requirements-reproduce.txt requirements.txt
+	$(call install,requirements-reproduce.txt,$@)
+
+.venv/.test-installed: requirements-test.txt requirements-reproduce.txt requirements.txt
 	$(call install,requirements-test.txt,$@)
 
 # A virtual environment that another python left behind is of no use: it is checked, not only the one that makes it.

@@ -38,6 +38,7 @@ setup(
         "wandb": ["wandb>=0.18"],
         "test": [
             "libtpu; sys_platform == 'linux'",
+            "matplotlib>=3.8",
             "mypy>=1.14",
             "pytest>=8",
             "pytest-xdist>=3.6",

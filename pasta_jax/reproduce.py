@@ -350,7 +350,7 @@ def results(plan: Plan, workdir: str) -> list[Any]:
 
 
 def _result(
-    name: str, method: str, found: Found, weight: float | None = None, round: int = 0, **labels: str
+    name: str, method: str, found: Found, weight: float | None = None, round: int = 0, **labels: Any
 ) -> Any:
     from pasta_jax.reports.results import Result
 
@@ -382,7 +382,7 @@ def claims(found: Sequence[Any]) -> list[Any]:
     from pasta_jax.reports.page import Claim
     from pasta_jax.reports.results import by_round, headline
 
-    shown = headline(found)
+    shown: list[Any] = headline(found)  # all of these were timed
     by_name = {result.name: result for result in shown}
     baseline, sft, apar, sot = (by_name[name] for name in ("Baseline-SFT", "PASTA-SFT", "APAR", "SoT"))
     trained = [result for result in shown if result.method == "PASTA-BoN"]

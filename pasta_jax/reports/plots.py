@@ -1,0 +1,370 @@
+"""The paper's figures, drawn from our results.
+
+Each function takes all results, picks those it shows (`results.py`) and writes a PNG. Figures are made without
+pyplot: no window, no backend chosen, no setting of matplotlib changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pasta_jax.reports import results as pick
+from pasta_jax.reports.labels import INK, Label, place
+from pasta_jax.reports.results import Estimate, Result, weight_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+BASELINE = 1.0, 50.0
+"""Speed (x) and win rate (%) of Baseline-SFT, with which all others are compared: not measured, so it is."""
+
+PALE = "#666666"
+
+WIN_RATE = "Win rate against Baseline-SFT (%)"
+THEORETICAL = "Theoretical speedup"
+REALIZED = "Realized speedup"
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How one kind of point is drawn; colours are Okabe and Ito's, which the colour-blind can tell apart."""
+
+    color: str
+    marker: str
+    line: Any = "-"
+
+
+METHODS = {
+    "Baseline-SFT": Look("#4d4d4d", "s"),
+    "PASTA-SFT": Look("#56b4e9", "v"),
+    "PASTA-BoN": Look("#0072b2", "o"),
+    "APAR": Look("#d55e00", "^"),
+    "SoT": Look("#009e73", "D"),
+}
+
+SERIES = (
+    Look("#0072b2", "o", "-"),
+    Look("#d55e00", "^", "--"),
+    Look("#009e73", "D", "-."),
+    Look("#cc79a7", "s", ":"),
+    Look("#e69f00", "v", (0, (5, 1, 1, 1, 1, 1))),
+    Look("#56b4e9", "P", "-"),
+)
+"""For lines that are no method: lambdas, efficiency terms."""
+
+
+def frontier(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+    """Figure 4: win rate against realized speedup, theoretical speedup and parallelism."""
+    _save(draw_frontier(results), path)
+
+
+def rounds(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+    """Figure 5: win rate against speedup, from PASTA-SFT through the rounds, a line for each lambda."""
+    _save(draw_rounds(results), path)
+
+
+def positions(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+    """Figure 6: win rate against speedup of PASTA-SFT under each position scheme."""
+    _save(draw_positions(results), path)
+
+
+def efficiency_terms(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+    """Figure 8: win rate against speedup over lambda, a line for each efficiency term."""
+    _save(draw_efficiency_terms(results), path)
+
+
+def families(results: Sequence[Result], path: str | os.PathLike[str], weight: float | None = None) -> None:
+    """Truth and speedups of every family of prompts; of PASTA-BoN only one model, see `results.chosen`."""
+    _save(draw_families(results, weight), path)
+
+
+def draw_frontier(results: Sequence[Result]) -> Figure:
+    """What `frontier` saves."""
+    shown = pick.headline(results)
+    figure = _figure(12, 5.2)
+    figure.suptitle(_measured_on(shown), fontsize=10, color=PALE)
+    speeds: list[tuple[str, Callable[[Result], Estimate | None]]] = [
+        (REALIZED, lambda r: r.realized),
+        (THEORETICAL, lambda r: r.theoretical),
+        ("Parallelism", lambda r: r.parallelism),
+    ]
+    panels = figure.subplots(1, 3, sharey=True)
+    for (title, speed), axes in zip(speeds, panels):
+        _dress_scatter(axes, title, WIN_RATE if axes is panels[0] else "")
+        _frontier_panel(axes, shown, speed)
+    _legend(figure, panels)
+    for (_, speed), axes in zip(speeds, panels):
+        found = _measured(shown, speed)
+        trained = [(r, x) for r, x in found if r.weight is not None]
+        place(axes, [Label(x.mean, 100 * r.win_rate.mean, weight_label(r.weight)) for r, x in trained])
+    return figure
+
+
+def _frontier_panel(axes: Axes, shown: Sequence[Result], speed: Callable[[Result], Estimate | None]) -> None:
+    others = [(r, x) for r, x in _measured(shown, speed) if r.method != "Baseline-SFT"]
+    if not others:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=PALE)
+        axes.set(xlim=(0, 0.5), xticks=[])
+        return
+    _point(axes, *BASELINE, METHODS["Baseline-SFT"], "Baseline-SFT")
+    for result, x in others:
+        if result.method == "APAR":
+            axes.plot(
+                *zip(BASELINE, (x.mean, 100 * result.win_rate.mean)),
+                linestyle="--",
+                color=PALE,
+                linewidth=1.2,
+                zorder=1,
+                label="Baseline-SFT to APAR",
+            )
+    trained = sorted((x.mean, 100 * r.win_rate.mean) for r, x in others if r.method == "PASTA-BoN")
+    axes.plot(*zip(*trained), color=METHODS["PASTA-BoN"].color, linewidth=1.5, zorder=2)
+    for result, x in others:
+        _estimate(axes, x, result.win_rate.scaled(100), METHODS[result.method], result.method)
+    here = Estimate.exact(BASELINE[0]), Estimate.exact(BASELINE[1])
+    _limit(axes, [here[0], *(x for _, x in others)], [here[1], *(r.win_rate.scaled(100) for r in shown)])
+
+
+def draw_rounds(results: Sequence[Result]) -> Figure:
+    """What `rounds` saves."""
+    lines = {
+        weight_label(weight): [(r, "SFT" if r.method == "PASTA-SFT" else f"R{r.round}") for r in line]
+        for weight, line in pick.by_round(results).items()
+    }
+    return _draw_lines(lines, "R1, R2, ...: rounds of preference optimisation")
+
+
+def draw_efficiency_terms(results: Sequence[Result]) -> Figure:
+    """What `efficiency_terms` saves."""
+    lines = {
+        term: [(r, weight_label(r.weight)) for r in line]
+        for term, line in pick.by_efficiency(results).items()
+    }
+    return _draw_lines(lines, "Efficiency term of the score")
+
+
+def _draw_lines(lines: dict[str, list[tuple[Result, str]]], title: str) -> Figure:
+    """Win rate against theoretical speedup, results of a line joined in their order and labelled."""
+    figure = _figure(7.5, 5.6)
+    axes = figure.subplots()
+    shown = [result for line in lines.values() for result, _ in line]
+    figure.suptitle(_measured_on(shown), fontsize=10, color=PALE)
+    labels: dict[tuple[float, float], Label] = {}
+    for look, (name, line) in zip(itertools.cycle(SERIES), lines.items()):
+        known = [(r, text) for r, text in line if _is_finite(r.theoretical, r.win_rate)]
+        track = [(r.theoretical.mean, 100 * r.win_rate.mean) for r, _ in known]
+        axes.plot(*zip(*track), color=look.color, linestyle=look.line, linewidth=1.5, zorder=2)
+        axes.plot(
+            [], [], look.marker, color=look.color, linestyle=look.line, markeredgecolor="white", label=name
+        )
+        for (result, text), (x, y) in zip(known, track):
+            of_all = result.method == "PASTA-SFT"  # where every line starts
+            point_look = METHODS["PASTA-SFT"] if of_all else look
+            _estimate(axes, result.theoretical, result.win_rate.scaled(100), point_look)
+            labels[x, y] = Label(x, y, text, INK if of_all else look.color)
+    _limit(axes, [r.theoretical for r in shown], [r.win_rate.scaled(100) for r in shown])
+    _dress_scatter(axes, THEORETICAL, WIN_RATE)
+    _legend(figure, [axes], title)
+    place(axes, list(labels.values()))
+    return figure
+
+
+def draw_positions(results: Sequence[Result]) -> Figure:
+    """What `positions` saves."""
+    shown = [r for r in pick.by_positions(results) if _is_finite(r.theoretical, r.win_rate)]
+    figure = _figure(7.5, 5.2)
+    figure.suptitle(_measured_on(shown), fontsize=10, color=PALE)
+    axes = figure.subplots()
+    for result in shown:
+        look = SERIES[0] if result.positions == pick.POSITIONS else SERIES[1]
+        _estimate(axes, result.theoretical, result.win_rate.scaled(100), look)
+    _limit(axes, [r.theoretical for r in shown], [r.win_rate.scaled(100) for r in shown])
+    _dress_scatter(axes, THEORETICAL, WIN_RATE)
+    place(axes, [Label(r.theoretical.mean, 100 * r.win_rate.mean, r.positions) for r in shown], size=10)
+    return figure
+
+
+def draw_families(results: Sequence[Result], weight: float | None = None) -> Figure:
+    """What `families` saves."""
+    best = pick.chosen(results, weight)
+    shown = [r for r in pick.headline(results) if r.method != "PASTA-BoN" or r is best]
+    names = list(dict.fromkeys(name for r in shown for name in r.families))
+    measures = [
+        measure
+        for measure in ("truth", "theoretical", "realized")
+        if any(measure in family for r in shown for family in r.families.values())
+    ]
+    figure = _figure(11, 2 + 2.1 * max(1, len(measures)))
+    figure.suptitle(_measured_on(shown, intervals=False), fontsize=10, color=PALE)
+    panels = figure.subplots(max(1, len(measures)), 1, sharex=True, squeeze=False)[:, 0]
+    width = 0.8 / max(1, len(shown))
+    for axes, measure in zip(panels, measures):
+        title, factor = pick.FAMILY_MEASURES[measure]
+        for i, result in enumerate(shown):
+            label = result.method if result.weight is None else f"PASTA-BoN {weight_label(result.weight)}"
+            heights = [factor * result.families.get(name, {}).get(measure, math.nan) for name in names]
+            places = [j + (i - (len(shown) - 1) / 2) * width for j in range(len(names))]
+            axes.bar(places, heights, width * 0.92, color=METHODS[result.method].color, label=label, zorder=2)
+        if measure == "truth":
+            axes.set_ylim(0, 100)
+        else:
+            axes.axhline(1, color=INK, linewidth=0.8, linestyle=":", zorder=3)
+        _dress(axes, "", title)
+        axes.grid(visible=False, axis="x")
+        axes.set_xticks(range(len(names)), names, fontsize=11)
+    _legend(figure, panels)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Figures need matplotlib. Install it: pip install 'pasta_jax[plot]'") from error
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    figure.savefig(
+        path, format="png", dpi=DPI, metadata={"Software": None}
+    )  # the same figure, the same bytes
+
+
+def _measured(
+    shown: Iterable[Result], speed: Callable[[Result], Estimate | None]
+) -> list[tuple[Result, Estimate]]:
+    """Results that have this speed, and it."""
+    return [(r, x) for r in shown if (x := speed(r)) is not None and _is_finite(x, r.win_rate)]
+
+
+def _is_finite(*estimates: Estimate) -> bool:
+    return all(math.isfinite(estimate.mean) for estimate in estimates)
+
+
+def _point(axes: Axes, x: float, y: float, look: Look, label: str | None = None) -> None:
+    axes.plot(
+        [x],
+        [y],
+        look.marker,
+        color=look.color,
+        markersize=8,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        label=label,
+        zorder=4,
+    )
+
+
+def _estimate(axes: Axes, x: Estimate, y: Estimate, look: Look, label: str | None = None) -> None:
+    """A point and its 95 % intervals."""
+    bars: dict[str, Any] = {
+        name: [[max(0.0, e.mean - e.low)], [max(0.0, e.high - e.mean)]]
+        for name, e in (("xerr", x), ("yerr", y))
+        if e.has_interval
+    }
+    if bars:
+        axes.errorbar(
+            [x.mean],
+            [y.mean],
+            **bars,
+            fmt="none",
+            ecolor=look.color,
+            elinewidth=1,
+            capsize=2,
+            alpha=0.7,
+            zorder=3,
+        )
+    _point(axes, x.mean, y.mean, look, label)
+
+
+def _limit(axes: Axes, x: Sequence[Estimate], y: Sequence[Estimate]) -> None:
+    """Room for all points; points that are nearly equal are not pulled apart until noise looks like news."""
+    axes.set_xlim(_range(x, least=0.2))
+    axes.set_ylim(_range(y, least=6))
+
+
+def _range(estimates: Sequence[Estimate], least: float) -> tuple[float, float]:
+    """From the lowest to the highest, with margins, and at least `least`.
+
+    Intervals are taken in, but may not press the means into less than a fifth of it: wider ones are cut off.
+    """
+    finite = [e for e in estimates if math.isfinite(e.mean)] or [Estimate.exact(1)]
+    low, high = min(e.mean for e in finite), max(e.mean for e in finite)
+    reach = 2 * max(high - low, least / 2)
+    known = [e for e in finite if e.has_interval]
+    low = max(min([low, *(e.low for e in known)]), low - reach)
+    high = min(max([high, *(e.high for e in known)]), high + reach)
+    middle, half = (low + high) / 2, max(high - low, least * 0.8) / 2 * 1.2
+    return middle - half, middle + half
+
+
+def _dress_scatter(axes: Axes, x_label: str, y_label: str) -> None:
+    """Speed along x, win rate along y; fine lines for Baseline-SFT: as fast, and as good."""
+    from matplotlib.ticker import MaxNLocator
+
+    _dress(axes, f"{x_label} (x, geometric mean)", y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter("{x:.4g}x")
+    for line in (axes.axvline(BASELINE[0]), axes.axhline(BASELINE[1])):
+        line.set(color=PALE, linewidth=0.8, linestyle=":", zorder=0.9)
+
+
+def _dress(axes: Axes, x_label: str, y_label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(x_label, fontsize=11, color=INK)
+    axes.set_ylabel(y_label, fontsize=11, color=INK)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+    axes.tick_params(labelsize=10, colors=INK)
+    axes.grid(visible=True, color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Figure, panels: Iterable[Axes], title: str | None = None) -> None:
+    """One for all panels, below them, so that it hides nothing."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    if not handles:
+        return
+    methods = [*METHODS]  # a label is one of them, alone or before a lambda
+    order = sorted(
+        handles, key=lambda label: next((i for i, m in enumerate(methods) if m in label.split(" λ")), 9)
+    )
+    figure.legend(
+        [handles[label] for label in order],
+        order,
+        loc="outside lower center",
+        ncols=len(order) if len(order) < 7 else 4,
+        frameon=False,
+        fontsize=10,
+        title=title,
+    )
+
+
+def _measured_on(shown: Sequence[Result], intervals: bool = True) -> str:
+    """What lies behind the points, for a figure that is passed on without its caption."""
+    if not shown:
+        return "no results"
+    parts = [_count([r.seeds for r in shown], "seed"), _count([r.prompts for r in shown], "prompt")]
+    drawn = [e for r in shown for e in (r.win_rate, r.theoretical, r.parallelism)]
+    if intervals and any(e.has_interval for e in drawn):
+        parts.append("bars are 95 % intervals")
+    return ", ".join(parts)
+
+
+def _count(numbers: Sequence[int], noun: str) -> str:
+    few, many = min(numbers), max(numbers)
+    return f"{few if few == many else f'{few} to {many}'} {noun}{'' if many == 1 else 's'}"

@@ -1,0 +1,162 @@
+"""What a reproduction found: one record for each model compared, and the comparisons that can be made of them.
+
+Win rates and truth are from 0 to 1, speeds are ratios to Baseline-SFT (1.0 is as fast), geometric means over
+prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+METHODS = ("Baseline-SFT", "PASTA-SFT", "PASTA-BoN", "APAR", "SoT")
+"""In the order in which they are listed."""
+
+POSITIONS = "Pred-10X"
+EFFICIENCY = "speedup"
+"""The position scheme and the efficiency term of the main comparison; other results belong to an ablation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval; a plain number has `low == high == mean`."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def exact(cls, value: float) -> Estimate:
+        """A number without an interval."""
+        return cls(value, value, value)
+
+    @property
+    def has_interval(self) -> bool:
+        """False for a plain number, and where no finite interval is known."""
+        return self.low < self.high and math.isfinite(self.high - self.low)
+
+    def scaled(self, factor: float) -> Estimate:
+        """The same in another unit."""
+        return Estimate(self.mean * factor, self.low * factor, self.high * factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One model, or one model per seed, measured on the evaluation prompts.
+
+    Attributes:
+      name: as tables show it.
+      method: one of METHODS.
+      seeds, prompts: how many.
+      weight: lambda of PASTA-BoN, infinity for quality alone; None for the others.
+      round: of preference optimisation, 0 before the first.
+      win_rate: against Baseline-SFT, a tie counting half.
+      truth: the judge's mean score.
+      theoretical: the baseline's tokens / critical path.
+      parallelism: tokens without tags / critical path.
+      realized: the baseline's seconds / seconds; None if no time was taken.
+      families: of each family of prompts, means under the names in FAMILY_MEASURES; any may be missing.
+      positions: position scheme, as the paper spells it: `Pred-1X`, `Const-40`, `Oracle`, ...
+      efficiency: what preference optimisation took for speed: `harmonic`, `arithmetic`, `parallelism`, ...
+    """
+
+    name: str
+    method: str
+    seeds: int
+    prompts: int
+    weight: float | None
+    round: int
+    win_rate: Estimate
+    truth: Estimate
+    theoretical: Estimate
+    parallelism: Estimate
+    realized: Estimate | None
+    families: Mapping[str, Mapping[str, float]]
+    positions: str = POSITIONS
+    efficiency: str = EFFICIENCY
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"Method {self.method!r} is unknown. Use one of {', '.join(METHODS)}.")
+        if (self.weight is None) == (self.method == "PASTA-BoN"):
+            raise ValueError(f"{self.name}: PASTA-BoN has a weight, and nothing else has.")
+
+
+FAMILY_MEASURES: Mapping[str, tuple[str, float]] = {
+    "truth": ("Truth (%)", 100),
+    "win_rate": ("Win rate against Baseline-SFT (%)", 100),
+    "realized": ("Realized speedup (x)", 1),
+    "theoretical": ("Theoretical speedup (x)", 1),
+    "parallelism": ("Parallelism (x)", 1),
+    "promises": ("Promises per answer", 1),
+    "promised": ("Answers with a promise (%)", 100),
+    "synced": ("Answers with a sync (%)", 100),
+}
+"""Keys of `Result.families`: title and factor of the unit shown."""
+
+
+def weight_label(weight: float | None) -> str:
+    """A short name of a lambda.
+
+    >>> weight_label(0.5), weight_label(8.0), weight_label(math.inf)
+    ('λ=0.5', 'λ=8', 'λ=∞')
+    """
+    return "λ=∞" if weight == math.inf else f"λ={weight:g}"
+
+
+def headline(results: Sequence[Result]) -> list[Result]:
+    """The main comparison, in its order: no ablations, and of each lambda its last round."""
+    kept: dict[tuple[str, float | None], list[Result]] = {}
+    for result in filter(_is_main, results):
+        known = kept.setdefault((result.method, result.weight), [])
+        if known and known[0].round < result.round:
+            known.clear()
+        if not known or known[0].round == result.round:
+            known.append(result)
+    return sorted((r for group in kept.values() for r in group), key=_place)
+
+
+def by_round(results: Sequence[Result]) -> dict[float, list[Result]]:
+    """Of each lambda its rounds, from PASTA-SFT on if that is there."""
+    start = [r for r in results if _is_main(r) and r.method == "PASTA-SFT"][:1]
+    found: dict[float, list[Result]] = {}
+    for result in sorted(filter(_is_main, results), key=lambda r: (r.weight or 0.0, r.round)):
+        if result.weight is not None:
+            found.setdefault(result.weight, list(start)).append(result)
+    return found
+
+
+def by_positions(results: Sequence[Result]) -> list[Result]:
+    """PASTA-SFT under each position scheme, as in the paper's Figure 6."""
+    return [r for r in results if r.method == "PASTA-SFT"]
+
+
+def by_efficiency(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Of each efficiency term PASTA-BoN over lambda, in the last round that every term reached."""
+    found: dict[str, list[Result]] = {}
+    for result in sorted(results, key=_place):
+        if result.method == "PASTA-BoN" and result.positions == POSITIONS:
+            found.setdefault(result.efficiency, []).append(result)
+    last = min((max(r.round for r in group) for group in found.values()), default=0)
+    return {term: [r for r in group if r.round == last] for term, group in found.items()}
+
+
+def chosen(results: Sequence[Result], weight: float | None = None) -> Result | None:
+    """One PASTA-BoN to stand for all: that of `weight`, or else the fastest that wins half its comparisons.
+
+    If none does, the one that wins most.
+    """
+    trained = [r for r in headline(results) if r.method == "PASTA-BoN" and weight in (None, r.weight)]
+    good = [r for r in trained if r.win_rate.mean >= 0.5]
+    if good:
+        return max(good, key=lambda r: r.theoretical.mean)
+    return max(trained, key=lambda r: r.win_rate.mean, default=None)
+
+
+def _is_main(result: Result) -> bool:
+    return (result.positions, result.efficiency) == (POSITIONS, EFFICIENCY)
+
+
+def _place(result: Result) -> tuple[int, float]:
+    return METHODS.index(result.method), 0.0 if result.weight is None else result.weight
