@@ -88,7 +88,7 @@ def answer(task: almanac.Task, *, right: bool, speed: float, promises: int = 0, 
 
 
 def made_up(workdir: pathlib.Path, plan: Plan) -> None:
-    """Answers of every system: PASTA-BoN twice as fast and right, APAR 1.25 times and wrong in compare and chain."""
+    """Answers of every system: PASTA-BoN right and twice as fast, APAR wrong in compare and chain."""
     here = Folder(str(workdir))
     tasks = almanac.evaluation_tasks(plan.timed)
     systems: dict[str, Any] = {
