@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from absl import app, flags
 
 from pasta_jax.evaluation import (
+    LIMITS,
     Answer,
     decoding,
     evaluate,
@@ -119,11 +120,14 @@ def compare(baseline: str, tests: Mapping[str, str], prompts: int, workdir: str)
       CheckpointError: a model that cannot be loaded.
       ValueError: more prompts than there are.
     """
+    from pasta_jax.decoding.engine import Decoder
     from pasta_jax.loading import load
     from pasta_jax.training.checkpoints import find
 
     checkpoints = {name: find(path) for name, path in {"baseline": baseline, **tests}.items()}
-    systems = {name: decoding(load(path)) for name, path in checkpoints.items()}
+    models = {name: load(path) for name, path in checkpoints.items()}
+    engine = Decoder(models["baseline"], limits=LIMITS)
+    systems = {name: decoding(model, like=engine) for name, model in models.items()}
     # A model may have been trained anew to the same step: then its checkpoint was written at another time.
     about = {
         name: {"checkpoint": os.fspath(path), "written": (path / "pasta" / "pasta.json").stat().mtime}

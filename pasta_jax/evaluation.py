@@ -71,8 +71,8 @@ System: TypeAlias = Callable[[almanac.Task], Answer]
 
 
 def decoding(model: Model, like: Decoder | None = None) -> System:
-    """A model in the engine at batch 1. `like` is a decoder whose compiled programs it may share."""
-    decoder = like.for_model(model) if like else Decoder(model, limits=LIMITS)
+    """A model in the engine at batch 1. `like` is a decoder whose compiled programs it shares if they fit."""
+    decoder = like.for_model(model) if like and like.fits(model) else Decoder(model, limits=LIMITS)
 
     def answer(task: almanac.Task) -> Answer:
         return measure(decoder, task)[0]

@@ -148,10 +148,18 @@ def _seed_cells(plan: Plan, here: Folder, seed: int) -> Iterator[Cell]:
         run = functools.partial(_prefer, here, seed, weight, plan.rounds)
         yield cell(bon(weight), 25 + 85 * (plan.rounds - 1), run)
     systems = 4 + len(plan.weights)
-    yield cell("timed", 10 * systems + plan.timed * systems // 9, functools.partial(_time, plan, here, seed))
+    yield cell(
+        f"timed-{systems}-{plan.timed}",
+        10 * systems + plan.timed * systems // 9,
+        functools.partial(_time, plan, here, seed),
+    )
     if plan.rounds > 1:
         first = {f"{bon(w)}-round-1": os.path.join(here.model(seed, bon(w)), "round-1") for w in plan.weights}
-        yield cell("counted", 20 + 12 * len(first), functools.partial(_count, plan, here, seed, first))
+        yield cell(
+            f"counted-{len(first)}-{plan.counted}",
+            20 + 12 * len(first),
+            functools.partial(_count, plan, here, seed, first),
+        )
 
 
 def _ablation_cells(plan: Plan, here: Folder, seed: int) -> Iterator[Cell]:

@@ -17,7 +17,7 @@ from pasta_jax.testing import WordTokenizer
 
 WORDS = WordTokenizer("rivers and cities of the world")
 PROMPT, OTHER = "rivers", "cities of the world"
-SEEDS = range(6)
+SEEDS = range(2, 8)
 
 
 @functools.cache
@@ -108,7 +108,7 @@ def test_sequential_has_no_branches() -> None:
 
 
 def test_both_measures_the_speedup() -> None:
-    result = pasta_jax.decode(model(), PROMPT, mode="both", **options())
+    result = pasta_jax.decode(model(), PROMPT, mode="both", **options(seed=SEEDS[0]))
     assert what_was_said(result) == what_was_said(results()[0])
     stats = result.stats
     assert stats.sequential_wall_s is not None and stats.measured_speedup is not None

@@ -28,7 +28,17 @@ def test_full_and_quick_do_what_they_say() -> None:
     assert len(set(full)) == len(full)
     assert full[0] == "base"
     for seed in range(3):
-        for name in ("baseline", "pasta", "apar", "sot", "samples", "bon-1", "bon-8", "bon-inf", "timed"):
+        for name in (
+            "baseline",
+            "pasta",
+            "apar",
+            "sot",
+            "samples",
+            "bon-1",
+            "bon-8",
+            "bon-inf",
+            "timed-9-350",
+        ):
             assert f"seed-{seed}-{name}" in full
     assert {"positions-Pred-1X", "positions-Const-40", "efficiency-bon-4-harmonic"} <= set(full)
     quick = [*reproduce.cells(reproduce.QUICK, "w")]

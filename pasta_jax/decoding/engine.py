@@ -140,16 +140,20 @@ class Decoder:
         self._decode_chunk = jax.jit(functools.partial(loop.decode_chunk, transformer), donate_argnums=2)
         self._compiled: dict[Any, Any] = {}
 
+    def fits(self, model: Model) -> bool:
+        """Whether another model differs in nothing but its parameters."""
+        mine, theirs = (
+            (m.config, m.positions, m.max_depth, m.tokenizer.vocabulary) for m in (self.model, model)
+        )
+        return bool(mine == theirs)
+
     def for_model(self, model: Model) -> Decoder:
-        """The same for another model of the same shape: it shares what is compiled.
+        """The same for another model that fits: it shares what is compiled.
 
         Raises:
           ValueError: the models differ in more than their parameters.
         """
-        mine, theirs = (
-            (m.config, m.positions, m.max_depth, m.tokenizer.vocabulary) for m in (self.model, model)
-        )
-        if mine != theirs:
+        if not self.fits(model):
             raise ValueError("Only models alike in all but their parameters share compiled programs.")
         other = copy.copy(self)
         other.model = model

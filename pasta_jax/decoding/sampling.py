@@ -40,8 +40,10 @@ def sample(logits: Array, keys: Array, temperature: Array, top_k: Array, top_p: 
         kept = jax.lax.cond(
             jnp.any((top_k > 0) | (top_p < 1)), lambda: _keep_likely(scaled, top_k, top_p), lambda: scaled
         )
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
-        drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
+        # One random number a token, by the inverse of the distribution: noise for every logit costs more.
+        mass = jnp.cumsum(jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True)), axis=-1)
+        point = jax.vmap(jax.random.uniform)(keys)[:, None] * mass[:, -1:]
+        drawn = jnp.sum(mass <= point, axis=-1).astype(jnp.int32)
         return jnp.where(temperature > 0, drawn, greedy)
 
     return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
