@@ -75,7 +75,7 @@ def test_what_the_file_derives_follows_an_override(tmp_path: pathlib.Path) -> No
         ("model.num_kv_heads=3", "config.model: num_heads=4 is not a multiple of num_kv_heads=3"),
         ("steps", "Write --config.steps=VALUE."),
         ("seed=-1", "config.seed must be at least 0, got -1."),
-        ("stage=preference", 'config.stage must be one of "sft", got "preference".'),
+        ("stage=dpo", 'config.stage must be one of "sft", "preference", "both", got "dpo".'),
     ],
 )
 def test_refusals(override: str, message: str) -> None:
