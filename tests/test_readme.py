@@ -16,6 +16,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 SHORTER = {
     "pasta_jax.train": ["--config.steps=2", "--config.data.rows=2"],
+    "configs/tiny_preference.py": [
+        f"--config.preference.{wish}" for wish in ("prompts_per_round=2", "samples=4", "rows=8", "rounds=1")
+    ],
     "pasta_jax.evaluate": ["--prompts=2"],
     "pasta_jax.demo": ["--prompts=2"],
     "pasta_jax.compile": ["--pool=256"],
@@ -65,7 +68,12 @@ def test_every_command(workspace):
             done = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, check=False)
             assert done.returncode == 0, command
         elif command[:2] == ["python", "-m"]:
-            shorter = [sys.executable, *command[1:], *SHORTER.get(command[2], [])]
+            named = [command[2], *(part.removeprefix("--config=") for part in command)]
+            shorter = [
+                sys.executable,
+                *command[1:],
+                *(wish for name in named for wish in SHORTER.get(name, [])),
+            ]
             if any("--ckpt=runs/demo/" in part for part in command):
                 _demo_model(workspace)
             run(workspace, shorter)
@@ -78,9 +86,9 @@ def test_every_command(workspace):
 
 def _demo_model(workspace: Path) -> None:
     """The model that the demo would have left, of two steps."""
-    if (workspace / "runs/demo/pasta").exists():
+    if (workspace / "runs/demo/bon").exists():
         return
-    train = [sys.executable, "-m", "pasta_jax.train", "--config=configs/tiny.py", "--workdir=runs/demo/pasta"]
+    train = [sys.executable, "-m", "pasta_jax.train", "--config=configs/tiny.py", "--workdir=runs/demo/bon"]
     run(workspace, [*train, *SHORTER["pasta_jax.train"]])
 
 
