@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
@@ -137,10 +138,13 @@ def _seed(config: Config, number: int) -> int:
 
 
 def prompts_of(config: PreferenceConfig, seed: int) -> list[Prompt]:
-    """The prompts of a round: training prompts of the almanac made up afresh, or some from a file."""
+    """The prompts of a round: training prompts of the almanac made up afresh, all families alike, or a file's."""
     count = config.prompts_per_round
     if config.prompts == "almanac":
-        tasks = [almanac.training_task(np.random.default_rng([seed, i])) for i in range(count)]
+        families = itertools.cycle(almanac.FAMILIES)
+        tasks = [
+            almanac.training_task(np.random.default_rng([seed, i]), next(families)) for i in range(count)
+        ]
         return [Prompt(task.prompt, almanac.plain(task)) for task in tasks]
     try:
         examples, _ = read_records(config.prompts)

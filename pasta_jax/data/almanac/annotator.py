@@ -41,7 +41,7 @@ class Rates:
 
     miss_answer: float = 0.06
     miss_part: float = 0.08
-    false_chain: float = 0.7
+    false_chain: float = 0.6
     false_item: float = 0.9
     false_single: float = 0.05
     missing_sync: float = 0.02
