@@ -31,7 +31,7 @@ _SOURCES = {
 }
 
 
-_STEPS = {"": 1800, "base": 1650, "baseline": 250, "pasta": 620, "apar": 620, "sot": 250}
+_STEPS = {"": 1800, "base": 1600, "baseline": 250, "pasta": 700, "apar": 700, "sot": 250}
 _LR = {"": 3e-3, "base": 3e-3, "baseline": 1e-3, "pasta": 1.5e-3, "apar": 1.5e-3, "sot": 1e-3}
 
 

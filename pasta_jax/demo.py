@@ -113,7 +113,7 @@ def say(what: str, begun: float) -> None:
 def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_string("workdir", "runs/demo", "Where everything goes; the same one resumes.")
-    flags.DEFINE_integer("prompts", 500, "Held-out prompts of the evaluation.", lower_bound=1)
+    flags.DEFINE_integer("prompts", 420, "Held-out prompts of the evaluation.", lower_bound=1)
     app.run(main)
 
 
