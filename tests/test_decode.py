@@ -20,6 +20,7 @@ from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang import tags
 from pasta_jax.model import ModelConfig, Transformer, init_params
 from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.reading import read, threads_of
 from pasta_jax.visibility import visible
 
@@ -295,3 +296,21 @@ def test_prompts_that_cannot_be_answered():
         decoder().decode([[]], [ask(0)])
     with pytest.raises(ValueError, match="temperature=-1"):
         ask(0, temperature=-1)
+
+
+def test_models_alike_in_all_but_their_parameters_share_what_is_compiled():
+    mine = chatty_model()
+    prompt, wishes = [ids("rivers")], [ask(3, temperature=0)]
+    (expected,), _ = decoder().decode(prompt, wishes)
+    head = jnp.roll(mine.params["head"], 1, axis=1)
+    other = dataclasses.replace(mine, params={**mine.params, "head": head})
+    engine = decoder().for_model(other)
+    (trace,), timing = engine.decode(prompt, wishes)
+    assert timing.compile_s == 0
+    alone = Decoder(other, limits=LIMITS, rows=4, prompt_buckets=(16,)).decode(prompt, wishes)[0][0]
+    assert text(trace) == text(alone) != text(expected)
+    assert text(decoder().decode(prompt, wishes)[0][0]) == text(expected)
+    shared = dataclasses.replace(mine, positions=Positions("shared"))
+    assert not decoder().fits(shared)
+    with pytest.raises(ValueError, match="alike in all but their parameters"):
+        decoder().for_model(shared)

@@ -178,8 +178,12 @@ def test_reference_log_probabilities_are_those_of_decoding(model: Model, records
         assert (mine <= 0).all()
 
 
+def scored(records: list[Record]) -> list[list[float]]:
+    return [scores(record, WISHES) for record in records]
+
+
 def pairs_of(model: Model, records: list[Record], path: pathlib.Path) -> list[Pair]:
-    choices = choose_all(records, WISHES, LENGTH)
+    choices = choose_all(records, scored(records), LENGTH)
     return make_pairs(records, choices, model, rows=4, length=LENGTH, path=str(path / "reference.npz"))
 
 
@@ -192,7 +196,7 @@ def test_pairs_are_cached_and_too_long_ones_left_out(
     for one, other in zip(pairs, again, strict=True):
         np.testing.assert_array_equal(one.better.reference, other.better.reference)
         assert (one.better.pair == 1).all() and (one.worse.pair == -1).all()
-    assert choose_all(records, WISHES, 3) == [None] * len(records)
+    assert choose_all(records, scored(records), 3) == [None] * len(records)
 
 
 def test_batches_hold_whole_pairs_and_every_pair_once_an_epoch(

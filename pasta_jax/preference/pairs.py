@@ -11,13 +11,11 @@ import jax
 import numpy as np
 
 from pasta_jax.arrays import Array, PairedTokens, ThreadedTokens
-from pasta_jax.config import PreferenceConfig
 from pasta_jax.data.batches import permuted
 from pasta_jax.data.packing import Packer
 from pasta_jax.decoding.engine import Model
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.preference.sample import Record
-from pasta_jax.preference.score import scores
 from pasta_jax.training.losses import token_logprobs
 from pasta_jax.visibility import visible
 
@@ -53,9 +51,11 @@ def choose(values: Sequence[float]) -> Choice | None:
     return Choice(better, worse, values[better], values[worse])
 
 
-def choose_all(records: Sequence[Record], config: PreferenceConfig, length: int) -> list[Choice | None]:
-    """Of each record; a pair of which an answer is longer than `length` is none."""
-    choices = [choose(scores(record, config)) for record in records]
+def choose_all(
+    records: Sequence[Record], scored: Sequence[Sequence[float]], length: int
+) -> list[Choice | None]:
+    """Of each record, by its samples' scores; a pair of which an answer is longer than `length` is none."""
+    choices = [choose(values) for values in scored]
 
     def fits(record: Record, choice: Choice) -> bool:
         return all(len(record.samples[i].document) <= length for i in choice[:2])

@@ -68,8 +68,9 @@ def run_round(config: Config, number: int, policy: str, baseline: Model, folder:
     _check_same(os.path.join(folder, "about.json"), config, policy)
     model = load(policy)
     records = draw(config, number, model, baseline, folder)
-    choices = choose_all(records, wishes, data.length)
-    _write_pairs(os.path.join(folder, "pairs.jsonl"), records, choices, wishes)
+    scored = [scores(record, wishes) for record in records]
+    choices = choose_all(records, scored, data.length)
+    _write_pairs(os.path.join(folder, "pairs.jsonl"), records, scored, choices)
 
     # --------------------------------------------------------------------------------------- pair and train
 
@@ -187,13 +188,16 @@ def _check_same(path: str, config: Config, policy: str) -> None:
 
 
 def _write_pairs(
-    path: str, records: Sequence[Record], choices: Sequence[Choice | None], config: PreferenceConfig
+    path: str,
+    records: Sequence[Record],
+    scored: Sequence[Sequence[float]],
+    choices: Sequence[Choice | None],
 ) -> None:
     with open(path + ".tmp", "w", encoding="utf-8") as file:
-        for record, choice in zip(records, choices, strict=True):
+        for record, values, choice in zip(records, scored, choices, strict=True):
             line = {
                 "prompt": record.prompt.text,
-                "scores": [round(score, 4) for score in scores(record, config)],
+                "scores": [round(score, 4) for score in values],
                 "better": choice and record.samples[choice.better].annotated,
                 "worse": choice and record.samples[choice.worse].annotated,
             }

@@ -25,6 +25,7 @@ Examples:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -77,12 +78,21 @@ def compare(task: Task | str, a: str, b: str) -> Preference:
       >>> compare(single_task(Fact("Peru", "capital")), "Its capital is Quito.", "Its capital is Lima.")
       Preference(winner=1, confidence=1.0)
     """
-    score_a, score_b = truth(task, a).score, truth(task, b).score
+    score_a, score_b = (
+        _score(task, response) if isinstance(task, str) else truth(task, response).score
+        for response in (a, b)
+    )
     if abs(score_a - score_b) > 1e-9:
         return Preference(int(score_b > score_a), min(1.0, 0.5 + 2 * abs(score_a - score_b)))
     if len(a) != len(b):
         return Preference(int(len(b) < len(a)), 0.5 + 0.2 * abs(len(a) - len(b)) / max(len(a), len(b)))
     return Preference(None, 0.5)
+
+
+@functools.lru_cache(maxsize=4096)
+def _score(prompt: str, response: str) -> float:
+    """An answer is compared with several others, each time in both orders; it is read once."""
+    return truth(prompt, response).score
 
 
 # Sentences are read back with the patterns they are written with; a value may be anything but a full stop.
