@@ -1,6 +1,7 @@
 """The second stage: samples and their traces, scores, pairs, batches of pairs, rounds that go on."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -10,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from pasta_jax.arrays import NO_DOC, PairedTokens, ThreadedTokens
+from pasta_jax.arrays import NO_DOC, NO_TARGET, PairedTokens, ThreadedTokens
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac.judge import Preference
 from pasta_jax.decoding.engine import Model
+from pasta_jax.lang.parse import parse
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.preference import rounds
 from pasta_jax.preference.pairs import (
@@ -28,8 +30,12 @@ from pasta_jax.preference.pairs import (
 )
 from pasta_jax.preference.sample import Answer, Prompt, Record, read_records, sample, write_records
 from pasta_jax.preference.score import EFFICIENCIES, combined, quality, scores
+from pasta_jax.tokens.layout import layout_example
 from pasta_jax.train import run as train
+from pasta_jax.training import loop
 from pasta_jax.training.checkpoints import find
+from pasta_jax.training.losses import preference_loss
+from pasta_jax.training.metrics import read_metrics
 
 # Small enough to train at once, long enough to answer something.
 MODEL = ModelConfig(vocab_size=1408, num_layers=1, model_dim=16, head_dim=8, mlp_dim=16, num_heads=2)
@@ -300,3 +306,52 @@ def test_prompts_from_a_file(tmp_path: pathlib.Path) -> None:
         rounds.prompts_of(wishes, 0)
     with pytest.raises(ConfigError, match=r"preference\.prompts: Cannot read"):
         rounds.prompts_of(dataclasses.replace(WISHES, prompts=str(tmp_path / "none.jsonl")), 0)
+
+
+# --------------------------------------------------------------------------------------------- golden (law 7)
+
+GOLDEN = {
+    "loss": 633.8917846679688,
+    "grad_norm": 2210.114501953125,
+    "better": -243.2581329345703,
+    "params": 4742.630981026217,
+}
+
+
+def test_golden_step(tmp_path: pathlib.Path) -> None:
+    """One step of preference optimisation from made-up pairs: law 7 for the second stage."""
+    tokenizer = almanac.load_tokenizer()
+
+    def document(prompt: str, annotated: str, sign: int) -> PairedTokens:
+        tokens = layout_example(tokenizer, prompt, parse(annotated))
+        reference = np.where(tokens.target == NO_TARGET, 0.0, -7.0).astype(np.float32)
+        return PairedTokens(**tokens.fields(), pair=np.full(len(tokens), sign, np.int32), reference=reference)
+
+    prompt = "List the capital of Peru and Cuba."
+    good = (
+        '<promise topic="Peru" tokens=1 /><async>- Peru: Its capital is Lima.\n</async>'
+        '<promise topic="Cuba" tokens=1 /><async>- Cuba: Its capital is Havana.\n</async>'
+    )
+    pair = Pair(document(prompt, good, +1), document(prompt, "- Peru: Its capital is Lima.\n", -1))
+    names = ThreadedTokens.__dataclass_fields__
+    plain = [ThreadedTokens(**{n: getattr(d, n) for n in names}) for d in (pair.better, pair.worse)]
+    fresh = Model(init_params(MODEL, jax.random.key(CONFIG.seed)), MODEL, tokenizer)
+    better, worse = (x.sum() for x in reference_logprobs(fresh, plain, 2, LENGTH))
+    h = (better - worse) - (pair.better.reference.sum() - pair.worse.reference.sum())
+    assert GOLDEN["loss"] == pytest.approx(0.1 * -better + 0.9 * (h - 4.0) ** 2, rel=1e-4)
+
+    config = dataclasses.replace(CONFIG, steps=1)
+    loss = functools.partial(preference_loss, kind="bonbon", alpha=0.1, margin=4.0)
+    state = loop.train(
+        config,
+        source=[pair],
+        tokenizer=tokenizer,
+        workdir=tmp_path,
+        stage=loop.Stage(PairedTokens, loss, pair_batches),
+    )
+    (line,) = read_metrics(str(tmp_path / "metrics.jsonl"))
+    found = {name: line[name] for name in ("loss", "grad_norm", "better")}
+    found["params"] = sum(float(jax.numpy.abs(x).sum()) for x in jax.tree.leaves(state.params))
+    assert found == pytest.approx(GOLDEN, rel=1e-4), (
+        f"One preference step gives other numbers than before. If you meant this, update GOLDEN to {found}."
+    )

@@ -226,7 +226,7 @@ def test_every_cell_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(reproduce, "_preference", lambda *wishes: small(preference(*wishes)))
     monkeypatch.setattr(reproduce, "EFFICIENCIES", ("harmonic",))
     monkeypatch.setattr(reproduce, "POSITIONS", {"Shared": ("shared", 0)})
-    plan = Plan((0,), (1.0,), rounds=2, timed=2, counted=2, ablations=True)
+    plan = Plan((0,), (1.0,), rounds=2, timed=7, counted=7, ablations=True)
     reproduce.run(plan, str(tmp_path))
     reproduce.write(plan, str(tmp_path), reproduce.about_this(plan, str(tmp_path)))
     assert (tmp_path / "report.html").exists()

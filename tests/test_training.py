@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None
     # Step 8 is one that is saved; nothing else makes the loop look at it at once.
     config = dataclasses.replace(CONFIG, steps=12, log=LogConfig(every=100))
     with pytest.raises(loop.NonFiniteLoss, match=r"nan at step 8; step 4 in .* is good, and is kept"):
-        train(tmp_path, config, source=Poisoned(), loss_fn=loss_fn)
+        train(tmp_path, config, source=Poisoned(), stage=loop.Stage(ThreadedTokens, loss_fn))
     assert find(tmp_path).name == "4"
 
 
@@ -214,7 +214,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path
     config = dataclasses.replace(CONFIG, steps=8, log=LogConfig(every=100))
     message = r"norm of the gradient is nan at step 8; step 4 in .* is good, and is kept"
     with pytest.raises(loop.NonFiniteLoss, match=message):
-        train(tmp_path, config, source=Poisoned(), loss_fn=loss_fn)
+        train(tmp_path, config, source=Poisoned(), stage=loop.Stage(ThreadedTokens, loss_fn))
     assert find(tmp_path).name == "4"
 
 
