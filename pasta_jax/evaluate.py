@@ -122,17 +122,13 @@ def compare(baseline: str, tests: Mapping[str, str], prompts: int, workdir: str)
     """
     from pasta_jax.decoding.engine import Decoder
     from pasta_jax.loading import load
-    from pasta_jax.training.checkpoints import find
+    from pasta_jax.training.checkpoints import checkpoint_mark, find
 
     checkpoints = {name: find(path) for name, path in {"baseline": baseline, **tests}.items()}
     models = {name: load(path) for name, path in checkpoints.items()}
     engine = Decoder(models["baseline"], limits=LIMITS)
     systems = {name: decoding(model, like=engine) for name, model in models.items()}
-    # A model may have been trained anew to the same step: then its checkpoint was written at another time.
-    about = {
-        name: {"checkpoint": os.fspath(path), "written": (path / "pasta" / "pasta.json").stat().mtime}
-        for name, path in checkpoints.items()
-    }
+    about = {name: checkpoint_mark(path) for name, path in checkpoints.items()}
     answers = evaluate(systems, prompts, workdir, about)
     text = table({name: summarise(answers["baseline"], answers[name]) for name in tests})
     with open(os.path.join(workdir, "table.md"), "w", encoding="utf-8") as file:

@@ -124,7 +124,7 @@ class Folder:
         return os.path.join(self.root, f"seed-{seed}", "answers", kind)
 
 
-SFT = {"baseline": 50, "pasta": 130, "apar": 110, "sot": 50}
+SFT = {"baseline": 125, "pasta": 125, "apar": 125, "sot": 125}
 """Finetuned models, and the seconds that each takes."""
 
 
@@ -210,7 +210,10 @@ def _train(config: Config, workdir: str) -> None:
 
 
 def _finetune(here: Folder, seed: int, name: str) -> None:
-    _train(_tiny(name, f"init_from={here.base}", f"seed={seed}"), here.model(seed, name))
+    """All finetuned models get what PASTA gets, also those for which configs/tiny.py has less."""
+    pasta = _tiny("pasta")
+    alike = (f"steps={pasta.steps}", f"optimizer.lr={pasta.optimizer.lr}")
+    _train(_tiny(name, f"init_from={here.base}", f"seed={seed}", *alike), here.model(seed, name))
 
 
 def _sample(here: Folder, seed: int) -> None:
@@ -237,6 +240,7 @@ def _time(plan: Plan, here: Folder, seed: int) -> None:
     from pasta_jax.decoding.engine import Decoder
     from pasta_jax.evaluation import LIMITS, decoding, evaluate, skeleton_of_thought
     from pasta_jax.loading import load
+    from pasta_jax.training.checkpoints import checkpoint_mark
 
     baseline = load(here.model(seed, "baseline"))
     engine = Decoder(baseline, limits=LIMITS)  # models that are alike share what is compiled
@@ -245,7 +249,13 @@ def _time(plan: Plan, here: Folder, seed: int) -> None:
         systems[name] = decoding(load(here.model(seed, name)), like=engine)
     systems["apar"] = decoding(load(here.model(seed, "apar")))
     systems["sot"] = skeleton_of_thought(load(here.model(seed, "sot")))
-    evaluate(systems, plan.timed, here.answers(seed, "timed"), {"seed": seed, "systems": [*systems]})
+    about = {name: checkpoint_mark(here.model(seed, name)) for name in systems}
+    evaluate(systems, plan.timed, here.answers(seed, _timed(plan)), about)
+
+
+def _timed(plan: Plan) -> str:
+    """The folder of a plan's timed answers: a quick plan and a full one may share a workdir."""
+    return f"timed-{len(plan.weights)}-{plan.timed}"
 
 
 def _count(plan: Plan, here: Folder, seed: int, models: Mapping[str, str]) -> None:
@@ -255,12 +265,12 @@ def _count(plan: Plan, here: Folder, seed: int, models: Mapping[str, str]) -> No
     from pasta_jax.loading import load
 
     tasks, engine = almanac.evaluation_tasks(plan.counted), None
-    os.makedirs(here.answers(seed, "counted"), exist_ok=True)
+    folder = here.answers(seed, f"counted-{plan.counted}")
+    os.makedirs(folder, exist_ok=True)
     for name, workdir in models.items():
         model = load(workdir)
         engine = engine.for_model(model) if engine else batched_decoder(model)
-        path = os.path.join(here.answers(seed, "counted"), f"{name}.jsonl")
-        write_answers(path, answer_at_once(model, tasks, like=engine))
+        write_answers(os.path.join(folder, f"{name}.jsonl"), answer_at_once(model, tasks, like=engine))
 
 
 # -------------------------------------------------------------------------------------------------- results
@@ -277,10 +287,16 @@ class Found:
         """Every measure of every answer, float64 [seeds, prompts]; speeds as logarithms."""
         from pasta_jax.evaluation import parallelism, realized, theoretical, win
 
+        for b, t in zip(self.baseline, self.test, strict=True):
+            if [answer.prompt for answer in b] != [answer.prompt for answer in t] or not b:
+                raise ValueError(
+                    "Answers are missing, or to other prompts. Remove this seed's cells and run again."
+                )
+
         def each(measure: Callable[[Answer, Answer], float]) -> np.ndarray:
             return np.array(
                 [
-                    [measure(b, t) for b, t in zip(*both)]
+                    [measure(b, t) for b, t in zip(*both, strict=True)]
                     for both in zip(self.baseline, self.test, strict=True)
                 ]
             )
@@ -328,10 +344,10 @@ def results(plan: Plan, workdir: str) -> list[Any]:
     here = Folder(workdir)
 
     def timed(seed: int, name: str) -> list[Answer]:
-        return read_answers(os.path.join(here.answers(seed, "timed"), f"{name}.jsonl"))
+        return read_answers(os.path.join(here.answers(seed, _timed(plan)), f"{name}.jsonl"))
 
     def counted(seed: int, name: str) -> list[Answer]:
-        return read_answers(os.path.join(here.answers(seed, "counted"), f"{name}.jsonl"))
+        return read_answers(os.path.join(here.answers(seed, f"counted-{plan.counted}"), f"{name}.jsonl"))
 
     baseline = [timed(seed, "baseline") for seed in plan.seeds]
     found = [_result("Baseline-SFT", "Baseline-SFT", Found(baseline, baseline))]
@@ -545,8 +561,9 @@ def run(plan: Plan, workdir: str) -> None:
         cell.run()
         left -= cell.seconds
         os.makedirs(os.path.join(workdir, "cells"), exist_ok=True)
-        with open(_mark(workdir, cell), "w", encoding="utf-8") as file:
+        with open(_mark(workdir, cell) + ".tmp", "w", encoding="utf-8") as file:
             json.dump({"seconds": round(time.monotonic() - begun, 1)}, file)
+        os.replace(_mark(workdir, cell) + ".tmp", _mark(workdir, cell))
 
 
 def _mark(workdir: str, cell: Cell) -> str:
@@ -575,7 +592,15 @@ def about_this(plan: Plan, workdir: str) -> dict[str, Any]:
         "versions": versions(),
         "seeds": list(plan.seeds),
         "prompts": f"{plan.timed} held out, in turns over seven families; timed at batch 1, second of two runs",
-        "intervals": "95 %, bootstrap over prompts and seeds",
+        "intervals": "95 %, bootstrap over prompts"
+        + (" and seeds" if len(plan.seeds) > 1 else " of one seed"),
+        "base model": "one, of seed 0; seeds are of finetuning and sampling",
+        "training": "Baseline-SFT, PASTA-SFT, APAR and SoT: the same steps and rate; PASTA-BoN goes on from there",
+        "engine": "realized: both sides in the same engine of 8 lanes, as in the paper (SoT's points in rows of "
+        "one lane, which is faster); a baseline in an engine of one lane is faster on a CPU (docs/PERFORMANCE.md)",
+        "chosen beforehand": "margin, alpha and learning rate of the second stage, and the annotator's habit, on "
+        "evaluation prompts with seed 0 (docs/PERFORMANCE.md); nothing of the rivals",
+        "win rate": "the judge's: higher truth wins, with equal truth the shorter text; a tie counts half",
         "time": f"{sum(filter(None, seconds)) / 60:.0f} minutes",
     }
 

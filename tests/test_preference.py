@@ -243,7 +243,7 @@ def test_both_stages(trained: pathlib.Path) -> None:
         names = {path.name for path in folder.iterdir()}
         assert names >= {"samples.jsonl", "pairs.jsonl", "reference.npz", "checkpoints", "round.json"}
         about = json.loads((folder / "round.json").read_text())
-        assert about["pairs"] + about["ties"] == about["prompts"] == WISHES.prompts_per_round
+        assert about["pairs"] + about["without_pair"] == about["prompts"] == WISHES.prompts_per_round
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert all(math.isfinite(line["loss"]) and "margin" in line for line in metrics)
     assert "round-2" in str(find(trained / "preference"))
@@ -276,7 +276,6 @@ def test_a_workdir_of_another_experiment_is_refused(
 ) -> None:
     workdir = tmp_path / "copy"
     shutil.copytree(trained / "preference", workdir)
-    (workdir / "round-1" / "round.json").unlink()
     other = dataclasses.replace(
         CONFIG,
         stage="preference",

@@ -120,15 +120,17 @@ def made_up(workdir: pathlib.Path, plan: Plan) -> None:
             promises=int(t.family not in ("chain", "single")),
             syncs=int(t.family == "compare"),
         )
-    os.makedirs(here.answers(0, "timed"))
-    os.makedirs(here.answers(0, "counted"))
+    os.makedirs(here.answers(0, "timed-2-14"))
+    os.makedirs(here.answers(0, "counted-14"))
     for name, system in systems.items():
-        write_answers(os.path.join(here.answers(0, "timed"), f"{name}.jsonl"), [system(t) for t in tasks])
+        write_answers(
+            os.path.join(here.answers(0, "timed-2-14"), f"{name}.jsonl"), [system(t) for t in tasks]
+        )
     untimed = [f"{reproduce.bon(w)}-round-1" for w in plan.weights] + [*reproduce.POSITIONS]
     untimed += [reproduce.bon(w, e) for w in plan.weights for e in reproduce.EFFICIENCIES]
     for name in untimed:
         answers = [dataclasses.replace(systems["pasta"](t), wall_s=0.0) for t in tasks]
-        write_answers(os.path.join(here.answers(0, "counted"), f"{name}.jsonl"), answers)
+        write_answers(os.path.join(here.answers(0, "counted-14"), f"{name}.jsonl"), answers)
 
 
 @pytest.fixture
@@ -153,6 +155,14 @@ def test_results_by_hand(found: list[Any]) -> None:
     assert by_name["PASTA-BoN-1, round 1"].realized is None
     assert by_name["PASTA-SFT, Const-40"].positions == "Const-40"
     assert by_name["PASTA-BoN-1, harmonic"].efficiency == "harmonic"
+
+
+def test_answers_that_are_missing_are_not_passed_over(tmp_path: pathlib.Path) -> None:
+    made_up(tmp_path, PLAN)
+    path = tmp_path / "seed-0" / "answers" / "timed-2-14" / "apar.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match="missing, or to other prompts"):
+        reproduce.results(PLAN, str(tmp_path))
 
 
 def test_claims_follow_the_numbers(found: list[Any]) -> None:

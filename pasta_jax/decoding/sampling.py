@@ -41,9 +41,12 @@ def sample(logits: Array, keys: Array, temperature: Array, top_k: Array, top_p: 
             jnp.any((top_k > 0) | (top_p < 1)), lambda: _keep_likely(scaled, top_k, top_p), lambda: scaled
         )
         # One random number a token, by the inverse of the distribution: noise for every logit costs more.
-        mass = jnp.cumsum(jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True)), axis=-1)
+        weight = jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True))
+        mass = jnp.cumsum(weight, axis=-1)
         point = jax.vmap(jax.random.uniform)(keys)[:, None] * mass[:, -1:]
-        drawn = jnp.sum(mass <= point, axis=-1).astype(jnp.int32)
+        # A sum in floating point may waver where nothing is added: a token without weight is never drawn.
+        reached = (mass > point) & (weight > 0)
+        drawn = jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), greedy).astype(jnp.int32)
         return jnp.where(temperature > 0, drawn, greedy)
 
     return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)

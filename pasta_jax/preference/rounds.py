@@ -34,6 +34,7 @@ from pasta_jax.loading import load
 from pasta_jax.preference.pairs import Choice, choose_all, make_pairs, pair_batches, steps_for
 from pasta_jax.preference.sample import Prompt, Record, sample
 from pasta_jax.preference.score import scores
+from pasta_jax.training.checkpoints import checkpoint_mark
 from pasta_jax.training.loop import Stage, train
 from pasta_jax.training.losses import bonbon_margin, preference_loss
 
@@ -59,13 +60,14 @@ def run(config: Config, workdir: str) -> str:
 
 def run_round(config: Config, number: int, policy: str, baseline: Model, folder: str) -> str:
     """One round from the model in the workdir `policy`; returns `folder`, the workdir of the next policy."""
+    os.makedirs(folder, exist_ok=True)
+    _check_same(os.path.join(folder, "about.json"), config, policy)
     if os.path.exists(os.path.join(folder, "round.json")):
         return folder
+
     # ------------------------------------------------------------------------------------ sample and score
 
-    os.makedirs(folder, exist_ok=True)
     wishes, data, seed = config.preference, config.data, _seed(config, number)
-    _check_same(os.path.join(folder, "about.json"), config, policy)
     model = load(policy)
     records = draw(config, number, model, baseline, folder)
     scored = [scores(record, wishes) for record in records]
@@ -104,7 +106,7 @@ def run_round(config: Config, number: int, policy: str, baseline: Model, folder:
         "policy": policy,
         "prompts": len(records),
         "pairs": len(pairs),
-        "ties": sum(choice is None for choice in choices),
+        "without_pair": sum(choice is None for choice in choices),
         "steps": steps,
         "mean_critical_path": float(np.mean([answer.critical_path for answer in answers])),
         "mean_tokens": float(np.mean([answer.output_tokens for answer in answers])),
@@ -173,8 +175,10 @@ def _check_almanac(prompt: Prompt) -> None:
 def _check_same(path: str, config: Config, policy: str) -> None:
     """Keeps what a round is of beside it, and refuses to go on with one that is of something else."""
     tree = to_dict(config)
-    about = {name: tree[name] for name in ("seed", "data", "optimizer", "preference")} | {"policy": policy}
+    about = {name: tree[name] for name in ("seed", "data", "optimizer", "preference")}
     about["preference"].pop("rounds")  # more rounds may follow
+    baseline = config.preference.baseline or config.init_from
+    about["policy"], about["opponent"] = checkpoint_mark(policy), checkpoint_mark(baseline)
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             found = json.load(file)

@@ -196,6 +196,12 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
     raise CheckpointError(f"{root} holds no finished checkpoint of pasta_jax (found: {found}).")
 
 
+def checkpoint_mark(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Which checkpoint `find` finds, and when it was written: trained anew to the same step, it is another."""
+    found = find(path)
+    return {"checkpoint": os.fspath(found), "written": (found / "pasta" / "pasta.json").stat().mtime}
+
+
 def _steps(directory: epath.Path) -> list[epath.Path]:
     """The checkpoints in a directory, which need not exist."""
     return [child for child in directory.iterdir() if child.name.isdigit()] if directory.is_dir() else []
