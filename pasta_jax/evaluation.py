@@ -26,6 +26,7 @@ from pasta_jax.decoding.api import DecodeResult, result
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
+from pasta_jax.files import replacing
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -243,9 +244,8 @@ def _answered(
 
 def write_answers(path: str, answers: Sequence[Answer]) -> None:
     """Replaces the file."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         file.writelines(_line(answer) + "\n" for answer in answers)
-    os.replace(path + ".tmp", path)
 
 
 def read_answers(path: str) -> list[Answer]:

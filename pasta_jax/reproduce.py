@@ -36,6 +36,7 @@ from absl import app, flags
 
 from pasta_jax.config import Config, load_config
 from pasta_jax.evaluation import Answer
+from pasta_jax.files import replacing
 from pasta_jax.verbs import refuse, show_log
 
 LOG = logging.getLogger("pasta_jax")
@@ -561,9 +562,8 @@ def run(plan: Plan, workdir: str) -> None:
         cell.run()
         left -= cell.seconds
         os.makedirs(os.path.join(workdir, "cells"), exist_ok=True)
-        with open(_mark(workdir, cell) + ".tmp", "w", encoding="utf-8") as file:
+        with replacing(_mark(workdir, cell)) as file:
             json.dump({"seconds": round(time.monotonic() - begun, 1)}, file)
-        os.replace(_mark(workdir, cell) + ".tmp", _mark(workdir, cell))
 
 
 def _mark(workdir: str, cell: Cell) -> str:

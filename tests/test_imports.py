@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "pasta_jax"
 
 LEVELS = [
-    {"lang", "arrays", "visibility"},
+    {"lang", "arrays", "visibility", "files"},
     {"tokens", "model", "sharding", "baselines"},
     {"config", "decoding", "data"},
     {"training", "preference", "reports", "testing", "loading"},

@@ -14,6 +14,7 @@ from pasta_jax.arrays import Array, PairedTokens, ThreadedTokens
 from pasta_jax.data.batches import permuted
 from pasta_jax.data.packing import Packer
 from pasta_jax.decoding.engine import Model
+from pasta_jax.files import replacing
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.preference.sample import Record
 from pasta_jax.training.losses import token_logprobs
@@ -95,9 +96,8 @@ def make_pairs(
             logprobs = np.split(file["logprobs"], np.cumsum(file["lengths"])[:-1])
     else:
         logprobs = reference_logprobs(reference, documents, rows, length)
-        with open(path + ".tmp", "wb") as file:
+        with replacing(path, "wb") as file:
             np.savez(file, logprobs=np.concatenate(logprobs), lengths=[len(each) for each in logprobs])
-        os.replace(path + ".tmp", path)
     paired = [
         PairedTokens(**document.fields(), pair=np.full(len(document), sign, np.int32), reference=logprob)
         for document, logprob, sign in zip(documents, logprobs, [1, -1] * (len(documents) // 2), strict=True)

@@ -29,6 +29,7 @@ from pasta_jax.data import almanac
 from pasta_jax.data.batches import permuted
 from pasta_jax.data.records import RecordError, read_records
 from pasta_jax.decoding.engine import Model
+from pasta_jax.files import replacing
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.loading import load
 from pasta_jax.preference.pairs import Choice, choose_all, make_pairs, pair_batches, steps_for
@@ -197,7 +198,7 @@ def _write_pairs(
     scored: Sequence[Sequence[float]],
     choices: Sequence[Choice | None],
 ) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for record, values, choice in zip(records, scored, choices, strict=True):
             line = {
                 "prompt": record.prompt.text,
@@ -206,10 +207,8 @@ def _write_pairs(
                 "worse": choice and record.samples[choice.worse].annotated,
             }
             print(json.dumps(line, ensure_ascii=False), file=file)
-    os.replace(path + ".tmp", path)
 
 
 def _write_json(path: str, tree: Any) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         json.dump(tree, file, indent=2)
-    os.replace(path + ".tmp", path)

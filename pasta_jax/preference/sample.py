@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from pasta_jax.decoding.api import result
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path, document_order
+from pasta_jax.files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +171,8 @@ def read_records(path: str) -> Iterator[Record]:
 
 def write_records(path: str, records: Sequence[Record]) -> None:
     """Replaces the file."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         file.writelines(_to_json(record) + "\n" for record in records)
-    os.replace(path + ".tmp", path)
 
 
 def _to_json(record: Record) -> str:

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from pasta_jax.files import replacing
+
 LOG = logging.getLogger("pasta_jax")
 
 
@@ -69,10 +71,8 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 def _open_at(path: str, first_step: int) -> TextIO:
     kept = [m for m in read_metrics(path) if m["step"] <= first_step] if os.path.exists(path) else []
-    replacement = path + ".tmp"
-    with open(replacement, "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         file.writelines(json.dumps(m) + "\n" for m in kept)
-    os.replace(replacement, path)
     return open(path, "a", encoding="utf-8")
 
 
