@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 from pasta_jax.model import ModelConfig, Pool, Transformer, empty_pool, init_params, param_count, pool_bytes
-from pasta_jax.model.layers import attend
+from pasta_jax.model.layers import attend, attend_to_earlier
 from pasta_jax.model.pool import write
 
 TINY = ModelConfig(
@@ -115,6 +115,23 @@ def test_a_later_token_changes_nothing_before_it(seed: int) -> None:
     one, two = (forward(TINY, params, t, positions, causal)[0] for t in (tokens, other))
     differs = (np.asarray(one) != np.asarray(two)).any(-1)[0]
     assert differs.tolist() == [i >= changed for i in range(length)]
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 150, 600])
+def test_blocks_of_queries_give_what_all_at_once_gives(length: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, length, n, 8)), jnp.float32) for n in (4, 2, 2))
+    may_attend = inputs(rng, 2, length)[2]
+    may_attend[0, length // 2] = False  # padding sees nothing
+
+    def both(one: Any) -> Any:
+        out = one(q, k, v, may_attend)
+        return out, jax.grad(lambda *qkv: (one(*qkv, may_attend) ** 2).sum(), (0, 1, 2))(q, k, v)
+
+    for mine, whole in zip(
+        jax.tree.leaves(both(attend_to_earlier)), jax.tree.leaves(both(attend)), strict=True
+    ):
+        np.testing.assert_allclose(mine, whole, atol=1e-4)
 
 
 def test_only_differences_of_positions_matter(seed: int) -> None:

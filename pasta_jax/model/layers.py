@@ -91,6 +91,26 @@ def attend(q_BxQxNxH: Array, k_BxPxKxH: Array, v_BxPxKxH: Array, may_attend_BxQx
     return out_BxKxGxQxH.transpose(0, 3, 1, 2, 4).reshape(B, Q, N, H).astype(v_BxPxKxH.dtype)
 
 
+def attend_to_earlier(q_BxQxNxH: Array, k_BxQxKxH: Array, v_BxQxKxH: Array, may_attend_BxQxQ: Array) -> Array:
+    """`attend` where no query may attend to a later key, so that almost half of the matrix need not be computed.
+
+    Queries go in blocks, each with the keys up to its end: five blocks take 60 % of the time of one on CPU.
+    """
+    Q = q_BxQxNxH.shape[1]
+    block = max(64, -(-Q // 8))
+    blocks = [
+        attend(
+            q_BxQxNxH[:, start:end],
+            k_BxQxKxH[:, :end],
+            v_BxQxKxH[:, :end],
+            may_attend_BxQxQ[:, start:end, :end],
+        )
+        for start in range(0, Q, block)
+        for end in [min(start + block, Q)]
+    ]
+    return jnp.concatenate(blocks, axis=1)
+
+
 class Attention(nn.Module):
     """Attention over this call's own tokens, or over a layer of the pool after writing them there."""
 
@@ -118,11 +138,13 @@ class Attention(nn.Module):
         q_BxQxNxH = rotate(project(x_BxQxD, q_proj), *rotary)
         k_BxPxKxH = rotate(project(x_BxQxD, k_proj), *rotary)
         v_BxPxKxH = project(x_BxQxD, v_proj)
-        if pool_kv is not None:
+        if pool_kv is None:
+            out_BxQxNxH = attend_to_earlier(q_BxQxNxH, k_BxPxKxH, v_BxPxKxH, may_attend_BxQxP)
+        else:
             k_BxPxKxH = write(pool_kv[0], k_BxPxKxH, start_B)
             v_BxPxKxH = write(pool_kv[1], v_BxPxKxH, start_B)
-        used = may_attend_BxQxP.shape[-1]
-        out_BxQxNxH = attend(q_BxQxNxH, k_BxPxKxH[:, :used], v_BxPxKxH[:, :used], may_attend_BxQxP)
+            used = may_attend_BxQxP.shape[-1]
+            out_BxQxNxH = attend(q_BxQxNxH, k_BxPxKxH[:, :used], v_BxPxKxH[:, :used], may_attend_BxQxP)
         # Not an einsum: that contracts (H, N) in this order, and so copies o_proj at every step.
         return jnp.tensordot(out_BxQxNxH, o_proj, axes=2), (k_BxPxKxH, v_BxPxKxH)
 

@@ -74,7 +74,8 @@ class Transformer(nn.Module):
           positions_BxQ: int32 [B, Q], rotary positions.
           may_attend_BxQxP: bool [B, Q, P], true where the query may attend to the key. A query without
             any key is padding: its hidden state is finite and means nothing.
-          pool: without one, the keys are this call's own tokens (P == Q). With one, row b's keys are first
+          pool: without one, the keys are this call's own tokens (P == Q), and none may attend to a later one,
+            as in document order. With one, row b's keys are first
             written to its entries start_B[b] .. start_B[b] + Q - 1, and then every query attends to the
             pool's first P entries (P may be less than the pool holds).
           start_B: int32 [B], with a pool only.
