@@ -99,18 +99,14 @@ class LogConfig:
 class PreferenceConfig:
     """The second stage, in rounds: sample, score, pair, train (paper section 4)."""
 
-    baseline: str = (
-        ""  # workdir of a sequential model, the opponent in speed and quality; empty: the first model
-    )
+    baseline: str = ""  # workdir of a sequential model, the opponent; empty: the model that init_from names
     prompts: str = "almanac"  # almanac (fresh ones each round), or a JSONL file of prompts and responses
     prompts_per_round: int = 256
     rounds: int = 2
     samples: int = 8  # N, answers to each prompt
     temperature: float = 1.0
     weight: float = 4.0  # lambda: score = efficiency + weight * quality; inf is quality alone
-    efficiency: Literal["speedup", "parallelism", "harmonic", "arithmetic"] = (
-        "speedup"  # the means are of both
-    )
+    efficiency: Literal["speedup", "parallelism", "harmonic", "arithmetic"] = "speedup"  # means: of both
     judge: Literal["almanac"] = "almanac"  # who compares answers
     loss: Literal["bonbon", "ipo", "dpo"] = "bonbon"
     alpha: float = 0.005  # bonbon: weight of the better answer's likelihood

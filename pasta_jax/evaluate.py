@@ -21,11 +21,10 @@ from pasta_jax.evaluation import (
     decoding,
     evaluate,
     geometric_mean,
-    parallelism,
     realized,
-    theoretical,
     win,
 )
+from pasta_jax.preference.score import parallelism, theoretical_speedup
 from pasta_jax.reports.tables import markdown_table
 from pasta_jax.verbs import refuse, show_log
 
@@ -77,7 +76,7 @@ def summarise(baseline: Sequence[Answer], test: Sequence[Answer]) -> list[Summar
                 truth=sum(t.truth for _, t in pairs) / len(pairs),
                 baseline_truth=sum(b.truth for b, _ in pairs) / len(pairs),
                 win_rate=sum(win(b, t) for b, t in pairs) / len(pairs),
-                theoretical=geometric_mean([theoretical(b, t) for b, t in pairs]),
+                theoretical=geometric_mean([theoretical_speedup(b, t) for b, t in pairs]),
                 realized=geometric_mean([realized(b, t) for b, t in pairs]),
                 parallelism=geometric_mean([parallelism(t) for _, t in pairs]),
             )

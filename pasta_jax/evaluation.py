@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from pasta_jax.baselines import sot
 from pasta_jax.data import almanac
-from pasta_jax.decoding.api import DecodeResult, result
+from pasta_jax.decoding.api import result
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.files import replacing
+from pasta_jax.lang.tags import ASYNC_CLOSE, SYNC
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -46,7 +47,7 @@ class Answer:
       decode_steps: decode steps taken.
       wall_s: seconds of the second of two decodes, prompt included; 0 if it was not timed.
       promises: branches that the answer was decoded in, main apart.
-      syncs: times that main waited for them before its end.
+      joined: no branch is open when main says its last text: there is none, or a sync after the last one.
     """
 
     family: str
@@ -62,7 +63,7 @@ class Answer:
     stop_reason: str
     issues: tuple[str, ...]
     promises: int = 0
-    syncs: int = 0
+    joined: bool = True
 
 
 System: TypeAlias = Callable[[almanac.Task], Answer]
@@ -76,25 +77,19 @@ def decoding(model: Model, like: Decoder | None = None) -> System:
     decoder = like.for_model(model) if like and like.fits(model) else Decoder(model, limits=LIMITS)
 
     def answer(task: almanac.Task) -> Answer:
-        return measure(decoder, task)[0]
+        prompt = [model.tokenizer.encode_prompt(task.prompt)]
+        decoder.decode(prompt, [GREEDY])
+        (trace,), timing = decoder.decode(prompt, [GREEDY])
+        return judged(model, task, trace, timing.wall_s)
 
     return answer
 
 
-def measure(decoder: Decoder, task: almanac.Task) -> tuple[Answer, DecodeResult]:
-    """Decodes a prompt twice, times the second and judges the answer."""
-    tokenizer = decoder.model.tokenizer
-    prompt = [tokenizer.encode_prompt(task.prompt)]
-    decoder.decode(prompt, [GREEDY])
-    (trace,), timing = decoder.decode(prompt, [GREEDY])
-    return judged(decoder.model, task, trace, timing.wall_s)
-
-
-def judged(model: Model, task: almanac.Task, trace: Trace, wall_s: float) -> tuple[Answer, DecodeResult]:
+def judged(model: Model, task: almanac.Task, trace: Trace, wall_s: float) -> Answer:
     """A trace as an answer to a task."""
     tokenizer = model.tokenizer
     decoded = result(tokenizer, trace, wall_s)
-    answer = Answer(
+    return Answer(
         family=task.family,
         prompt=task.prompt,
         text=decoded.text,
@@ -108,9 +103,13 @@ def judged(model: Model, task: almanac.Task, trace: Trace, wall_s: float) -> tup
         stop_reason=decoded.stop_reason,
         issues=decoded.issues,
         promises=len(decoded.branches),
-        syncs=decoded.annotated.count("<sync/>"),
+        joined=_joined(decoded.annotated),
     )
-    return answer, decoded
+
+
+def _joined(annotated: str) -> bool:
+    _, opened, after = annotated.rpartition(ASYNC_CLOSE)
+    return not opened or SYNC in after
 
 
 def skeleton_of_thought(model: Model) -> System:
@@ -175,7 +174,7 @@ def answer_at_once(model: Model, tasks: Sequence[almanac.Task], like: Decoder | 
     decoder = like.for_model(model) if like else batched_decoder(model)
     prompts = [model.tokenizer.encode_prompt(task.prompt) for task in tasks]
     traces, _ = decoder.decode(prompts, [GREEDY] * len(prompts))
-    return [judged(model, task, trace, 0.0)[0] for task, trace in zip(tasks, traces, strict=True)]
+    return [judged(model, task, trace, 0.0) for task, trace in zip(tasks, traces, strict=True)]
 
 
 def batched_decoder(model: Model) -> Decoder:
@@ -273,16 +272,6 @@ def win(baseline: Answer, test: Answer) -> float:
     """What the judge says of the test's answer against the baseline's: 1 better, 0 worse, 0.5 a tie."""
     winner = almanac.compare(test.prompt, test.text, baseline.text).winner
     return 0.5 if winner is None else float(winner == 0)
-
-
-def theoretical(baseline: Answer, test: Answer) -> float:
-    """Tokens of the baseline's answer / critical path of the test's."""
-    return max(1, baseline.output_tokens) / test.critical_path
-
-
-def parallelism(test: Answer) -> float:
-    """Tokens without tags / critical path."""
-    return max(1, test.text_tokens) / test.critical_path
 
 
 def realized(baseline: Answer, test: Answer) -> float:

@@ -11,6 +11,7 @@ cut off. --quick does one seed, three lambdas and fewer prompts, and no ablation
             seed-0/NAME             the models of a seed; bon-4/round-1, round-2
             seed-0/answers/         what each of them answered, those of a comparison timed side by side
             cells/NAME.json         written when a cell is finished: its seconds
+            configs.json            what all of it is of
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import itertools
 import json
 import logging
 import math
@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from pasta_jax.config import Config, load_config
+from pasta_jax.config import Config, ConfigError, load_config, to_dict
 from pasta_jax.evaluation import Answer
 from pasta_jax.files import replacing
 from pasta_jax.verbs import refuse, show_log
@@ -101,7 +101,7 @@ class Cell:
 def cells(plan: Plan, workdir: str) -> Iterator[Cell]:
     """All the work, in order."""
     here = Folder(workdir)
-    yield Cell("base", 320, lambda: _train(_tiny("base"), here.base))
+    yield Cell("base", 220, lambda: _train(_tiny("base"), here.base))
     for seed in plan.seeds:
         yield from _seed_cells(plan, here, seed)
     if plan.ablations:
@@ -125,7 +125,7 @@ class Folder:
         return os.path.join(self.root, f"seed-{seed}", "answers", kind)
 
 
-SFT = {"baseline": 125, "pasta": 125, "apar": 125, "sot": 125}
+SFT = {"baseline": 150, "pasta": 150, "apar": 150, "sot": 150}
 """Finetuned models, and the seconds that each takes."""
 
 
@@ -165,7 +165,7 @@ def _seed_cells(plan: Plan, here: Folder, seed: int) -> Iterator[Cell]:
 
 def _ablation_cells(plan: Plan, here: Folder, seed: int) -> Iterator[Cell]:
     for scheme in POSITIONS:
-        yield Cell(f"positions-{scheme}", 150, functools.partial(_ablate_positions, plan, here, seed, scheme))
+        yield Cell(f"positions-{scheme}", 165, functools.partial(_ablate_positions, plan, here, seed, scheme))
     for efficiency in EFFICIENCIES:
         for weight in plan.weights:
             run = functools.partial(_ablate_efficiency, plan, here, seed, weight, efficiency)
@@ -211,10 +211,7 @@ def _train(config: Config, workdir: str) -> None:
 
 
 def _finetune(here: Folder, seed: int, name: str) -> None:
-    """All finetuned models get what PASTA gets, also those for which configs/tiny.py has less."""
-    pasta = _tiny("pasta")
-    alike = (f"steps={pasta.steps}", f"optimizer.lr={pasta.optimizer.lr}")
-    _train(_tiny(name, f"init_from={here.base}", f"seed={seed}", *alike), here.model(seed, name))
+    _train(_tiny(name, f"init_from={here.base}", f"seed={seed}"), here.model(seed, name))
 
 
 def _sample(here: Folder, seed: int) -> None:
@@ -286,7 +283,8 @@ class Found:
 
     def table(self) -> dict[str, np.ndarray]:
         """Every measure of every answer, float64 [seeds, prompts]; speeds as logarithms."""
-        from pasta_jax.evaluation import parallelism, realized, theoretical, win
+        from pasta_jax.evaluation import realized, win
+        from pasta_jax.preference.score import parallelism, theoretical_speedup
 
         for b, t in zip(self.baseline, self.test, strict=True):
             if [answer.prompt for answer in b] != [answer.prompt for answer in t] or not b:
@@ -305,11 +303,11 @@ class Found:
         measures = {
             "win_rate": each(win),
             "truth": each(lambda b, t: t.truth),
-            "theoretical": np.log(each(theoretical)),
+            "theoretical": np.log(each(theoretical_speedup)),
             "parallelism": np.log(each(lambda b, t: parallelism(t))),
             "promises": each(lambda b, t: t.promises),
             "promised": each(lambda b, t: t.promises > 0),
-            "synced": each(lambda b, t: t.syncs > 0),
+            "joined": each(lambda b, t: t.joined),
         }
         if all(t.wall_s for answers in self.test for t in answers):
             measures["realized"] = np.log(each(realized))
@@ -399,112 +397,25 @@ def _result(
     )
 
 
-# --------------------------------------------------------------------------------------------------- claims
+def perfect_speedup(prompts: int) -> float:
+    """Theoretical speedup of the true answers under perfect annotations: what Almanac allows, a geometric mean."""
+    from pasta_jax.data import almanac
+    from pasta_jax.decoding.trace import critical_path
+    from pasta_jax.evaluation import geometric_mean
+    from pasta_jax.lang.program import Program, Text
+    from pasta_jax.tokens.layout import layout_example
 
+    tokenizer = almanac.load_tokenizer()
 
-def claims(found: Sequence[Any]) -> list[Any]:
-    """What the paper says, and whether these results say so too; `found` as `results` makes it."""
-    from pasta_jax.reports.page import Claim
-    from pasta_jax.reports.results import by_round, headline
+    def steps(task: almanac.Task, program: Program) -> int:
+        start = len(tokenizer.encode_prompt(task.prompt))
+        return critical_path(layout_example(tokenizer, task.prompt, program), start, tokenizer.vocabulary)
 
-    shown: list[Any] = headline(found)  # all of these were timed
-    by_name = {result.name: result for result in shown}
-    baseline, sft, apar, sot = (by_name[name] for name in ("Baseline-SFT", "PASTA-SFT", "APAR", "SoT"))
-    trained = [result for result in shown if result.method == "PASTA-BoN"]
+    def speedup(task: almanac.Task) -> float:
+        exact = almanac.annotate_exactly(task, lambda text: len(tokenizer.encode(text)))
+        return steps(task, Program((Text(almanac.plain(task)),))) / steps(task, exact)
 
-    def said(result: Any) -> str:
-        win, speed = result.win_rate.mean, result.realized.mean
-        return (
-            f"{result.name} {100 * win:.1f} % win rate, {100 * result.truth.mean:.1f} % truth at {speed:.2f}x"
-        )
-
-    def better(result: Any, rival: Any) -> bool:
-        return bool(
-            result.realized.mean > rival.realized.mean
-            and result.win_rate.mean > rival.win_rate.mean
-            and result.truth.mean > rival.truth.mean
-        )
-
-    made: list[Claim] = []
-
-    def claim(text: str, holds: bool | None, *evidence: str) -> None:
-        made.append(Claim(text, holds, "; ".join(evidence)))
-
-    for rival in (apar, sot):
-        winners = [result for result in trained if better(result, rival)]
-        best = max(winners or trained, key=lambda result: result.realized.mean)
-        claim(
-            f"A PASTA-BoN point is better than {rival.name} in win rate, truth and realized speedup at once",
-            bool(winners),
-            said(best),
-            said(rival),
-        )
-
-    def chord(speed: float) -> float:
-        """The win rate at a realized speed on the line from Baseline-SFT to APAR."""
-        share = (speed - 1.0) / (apar.realized.mean - 1.0)
-        return float(0.5 + share * (apar.win_rate.mean - 0.5))
-
-    if apar.realized.mean > 1.0:
-        within = [result for result in trained if result.realized.mean <= apar.realized.mean]
-        above = all(result.win_rate.mean > chord(result.realized.mean) for result in within)
-        reach = max(result.realized.mean for result in trained) >= apar.realized.mean
-        over = max(
-            trained, key=lambda result: (result.realized.mean >= apar.realized.mean, result.win_rate.mean)
-        )
-        claim(
-            "The PASTA frontier lies above the segment from Baseline-SFT to APAR",
-            above and reach and over.win_rate.mean > apar.win_rate.mean,
-            *map(said, (*within, over, apar)),
-        )
-    else:
-        claim("The PASTA frontier lies above the segment from Baseline-SFT to APAR", None, said(apar))
-    safe = [result for result in trained if result.win_rate.mean >= 0.5]
-    best = max(safe or trained, key=lambda result: result.realized.mean if safe else result.win_rate.mean)
-    claim(
-        "At no loss of quality (win rate at least 50 %) realized speedup is at least 1.5x",
-        bool(safe) and best.realized.mean >= 1.5,
-        said(best),
-    )
-    fastest = max(trained, key=lambda result: result.realized.mean)
-    claim("The speed end reaches the paper's 1.93x realized", fastest.realized.mean >= 1.93, said(fastest))
-
-    def percent(result: Any, family: str, measure: str) -> float:
-        return 100 * float(result.families[family][measure])
-
-    claim(
-        "APAR misses the independent parts of prose",
-        apar.families["prose"]["theoretical"] < 1.1,
-        f"APAR {apar.families['prose']['theoretical']:.2f}x theoretical on prose; "
-        f"{sft.name} {sft.families['prose']['theoretical']:.2f}x",
-    )
-    claim(
-        "APAR harms chain",
-        percent(apar, "chain", "truth") < percent(baseline, "chain", "truth") - 3,
-        f"truth {percent(apar, 'chain', 'truth'):.1f} %, Baseline-SFT {percent(baseline, 'chain', 'truth'):.1f} %; "
-        f"it forks in {percent(apar, 'chain', 'promised'):.1f} % of chain answers",
-    )
-    for family, bar in (("chain", 2.0), ("single", 2.0)):
-        worst = max(trained, key=lambda result: percent(result, family, "promised"))
-        claim(
-            f"After the second stage {family} stays sequential (promises in under {bar:g} % of answers)",
-            percent(worst, family, "promised") < bar,
-            f"at most {percent(worst, family, 'promised'):.1f} % ({worst.name})",
-        )
-    least = min(trained, key=lambda result: percent(result, "compare", "synced"))
-    claim(
-        "After the second stage every compare answer syncs before its conclusion",
-        percent(least, "compare", "synced") > 99.5,
-        *(f"{result.name} {percent(result, 'compare', 'synced'):.1f} %" for result in trained),
-    )
-    for weight, line in by_round(found).items():
-        wins = [result.win_rate.mean for result in line]
-        claim(
-            f"Win rate rises from PASTA-SFT through the rounds at lambda {weight:g}",
-            all(later > earlier for earlier, later in itertools.pairwise(wins)),
-            " to ".join(f"{100 * win:.1f} %" for win in wins),
-        )
-    return made
+    return geometric_mean([speedup(task) for task in almanac.evaluation_tasks(prompts)])
 
 
 # ----------------------------------------------------------------------------------------------------- verb
@@ -513,10 +424,12 @@ def claims(found: Sequence[Any]) -> list[Any]:
 def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
     """results.json, figures, report.md and report.html from the answers in `workdir`."""
     from pasta_jax.reports import page, plots
+    from pasta_jax.reports.claims import claims
 
-    found = results(plan, workdir)
-    with open(os.path.join(workdir, "results.json"), "w", encoding="utf-8") as file:
-        tree = {"about": about, "results": [dataclasses.asdict(result) for result in found]}
+    found, ceiling = results(plan, workdir), perfect_speedup(plan.timed)
+    with replacing(os.path.join(workdir, "results.json")) as file:
+        rows = [dataclasses.asdict(result) for result in found]
+        tree = {"about": about, "perfect_annotations": ceiling, "results": rows}
         json.dump(tree, file, indent=1, default=dict)
     figures = [
         ("frontier", plots.frontier, "Quality against speed; the paper's Figure 4."),
@@ -532,11 +445,16 @@ def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
     for name, draw, caption in figures:
         paths.append((os.path.join(workdir, f"{name}.png"), caption))
         draw(found, paths[-1][0])
-    page.write_report(workdir, about, found, claims(found), paths)
+    page.write_report(workdir, about, found, claims(found, ceiling), paths)
 
 
 def run(plan: Plan, workdir: str) -> None:
-    """All cells that are not finished, then the report."""
+    """All cells that are not finished.
+
+    Raises:
+      ConfigError: `workdir` was begun with other configurations.
+    """
+    _check_same(workdir)
     todo = [*cells(plan, workdir)]
     done = {cell.name: seconds for cell in todo if (seconds := _seconds(workdir, cell)) is not None}
     left = sum(cell.seconds for cell in todo if cell.name not in done)
@@ -564,6 +482,25 @@ def run(plan: Plan, workdir: str) -> None:
         os.makedirs(os.path.join(workdir, "cells"), exist_ok=True)
         with replacing(_mark(workdir, cell)) as file:
             json.dump({"seconds": round(time.monotonic() - begun, 1)}, file)
+
+
+def _check_same(workdir: str) -> None:
+    """Keeps the configurations beside what is made with them; what others left is not mixed in."""
+    path = os.path.join(workdir, "configs.json")
+    trees = {name: to_dict(_tiny(name)) for name in ("base", *SFT)}
+    trees["preference"] = to_dict(load_config(str(PREFERENCE)))
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        changed = [name for name, tree in json.loads(json.dumps(trees)).items() if found.get(name) != tree]
+        if changed:
+            raise ConfigError(
+                f"{workdir} was begun with another configuration ({', '.join(changed)} differ). "
+                "Use a new --workdir."
+            )
+    os.makedirs(workdir, exist_ok=True)
+    with replacing(path) as file:
+        json.dump(trees, file, indent=1)
 
 
 def _mark(workdir: str, cell: Cell) -> str:
@@ -595,11 +532,12 @@ def about_this(plan: Plan, workdir: str) -> dict[str, Any]:
         "intervals": "95 %, bootstrap over prompts"
         + (" and seeds" if len(plan.seeds) > 1 else " of one seed"),
         "base model": "one, of seed 0; seeds are of finetuning and sampling",
-        "training": "Baseline-SFT, PASTA-SFT, APAR and SoT: the same steps and rate; PASTA-BoN goes on from there",
+        "training": "Baseline-SFT, PASTA-SFT, APAR and SoT: the same base, steps and rate; PASTA-BoN goes on from "
+        "PASTA-SFT",
         "engine": "realized: both sides in the same engine of 8 lanes, as in the paper (SoT's points in rows of "
         "one lane, which is faster); a baseline in an engine of one lane is faster on a CPU (docs/PERFORMANCE.md)",
-        "chosen beforehand": "margin, alpha and learning rate of the second stage, and the annotator's habit, on "
-        "evaluation prompts with seed 0 (docs/PERFORMANCE.md); nothing of the rivals",
+        "chosen beforehand": "steps and rate of finetuning, for PASTA; margin, alpha and rate of the second stage, "
+        "and the annotator's habit: on evaluation prompts, seed 0 (docs/PERFORMANCE.md); nothing for the rivals",
         "win rate": "the judge's: higher truth wins, with equal truth the shorter text; a tie counts half",
         "time": f"{sum(filter(None, seconds)) / 60:.0f} minutes",
     }
@@ -615,7 +553,10 @@ def main(argv: Sequence[str]) -> None:
     plan = QUICK if values.quick else FULL
     workdir = values.workdir or ("runs/reproduce-quick" if values.quick else "runs/reproduce")
     show_log()
-    run(plan, workdir)
+    try:
+        run(plan, workdir)
+    except ConfigError as error:
+        refuse(str(error))
     write(plan, workdir, about_this(plan, workdir))
     print(f"Report: {workdir}/report.html (and report.md), numbers: {workdir}/results.json")
 

@@ -15,7 +15,9 @@ from pasta_jax.arrays import NO_DOC, NO_TARGET, PairedTokens, ThreadedTokens
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac.judge import Preference
-from pasta_jax.decoding.engine import Model
+from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.state import Limits
+from pasta_jax.decoding.trace import as_document, document_order
 from pasta_jax.lang.parse import parse
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.preference import rounds
@@ -29,7 +31,7 @@ from pasta_jax.preference.pairs import (
     steps_for,
 )
 from pasta_jax.preference.sample import Answer, Prompt, Record, read_records, sample, write_records
-from pasta_jax.preference.score import EFFICIENCIES, combined, quality, scores
+from pasta_jax.preference.score import EFFICIENCIES, Judge, combined, quality, scores
 from pasta_jax.tokens.layout import layout_example
 from pasta_jax.train import run as train
 from pasta_jax.training import loop
@@ -64,7 +66,7 @@ def prompts() -> list[Prompt]:
 @pytest.fixture(scope="module")
 def records(model: Model, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     path = tmp_path_factory.mktemp("samples") / "samples.jsonl"
-    return sample(model, model, prompts, WISHES, length=LENGTH, seed=7, path=str(path))
+    return sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=str(path))
 
 
 def assert_same(one: list[Record], other: list[Record]) -> None:
@@ -92,13 +94,17 @@ def test_the_same_seed_draws_the_same_and_a_cut_file_is_completed(
     model: Model, prompts: list[Prompt], records: list[Record], tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "samples.jsonl"
-    first = sample(model, model, prompts, WISHES, length=LENGTH, seed=7, path=str(path))
+    first = sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=str(path))
     assert_same(first, records)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]) + lines[2][:100])  # the last line broke off
-    assert_same(sample(model, model, prompts, WISHES, length=LENGTH, seed=7, path=str(path)), records)
+    assert_same(
+        sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=str(path)), records
+    )
     assert path.read_text() == "".join(lines)
-    other = sample(model, model, prompts, WISHES, length=LENGTH, seed=8, path=str(tmp_path / "other"))
+    other = sample(
+        model, model, prompts, WISHES, length=LENGTH, threads=16, seed=8, path=str(tmp_path / "other")
+    )
     assert [r.samples[0].annotated for r in other] != [r.samples[0].annotated for r in records]
 
 
@@ -107,9 +113,9 @@ def test_samples_of_other_prompts_are_not_kept(
 ) -> None:
     path = str(tmp_path / "samples.jsonl")
     wanted = rounds.prompts_of(WISHES, seed=6)
-    first = sample(model, model, wanted, WISHES, length=LENGTH, seed=7, path=path)
+    first = sample(model, model, wanted, WISHES, length=LENGTH, threads=16, seed=7, path=path)
     assert {record.prompt for record in first}.isdisjoint({record.prompt for record in records})
-    assert_same(sample(model, model, prompts, WISHES, length=LENGTH, seed=7, path=path), records)
+    assert_same(sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=path), records)
 
 
 def test_records_come_back_from_a_file_as_they_were(records: list[Record], tmp_path: pathlib.Path) -> None:
@@ -125,7 +131,7 @@ def test_records_come_back_from_a_file_as_they_were(records: list[Record], tmp_p
 # -------------------------------------------------------------------------------------------------- scoring
 
 
-def fixed(winner: int | None, confidence: float):  # type: ignore[no-untyped-def]
+def fixed(winner: int | None, confidence: float) -> Judge:
     return lambda prompt, a, b: Preference(winner, confidence)
 
 
@@ -172,8 +178,27 @@ def test_scores_by_hand_and_what_lambda_does() -> None:
 # ---------------------------------------------------------------------------------------------------- pairs
 
 
-def test_reference_log_probabilities_are_those_of_decoding(model: Model, records: list[Record]) -> None:
-    """Law 2, across the file: what the trace recorded is what the training pass finds."""
+def test_reference_log_probabilities_are_those_of_decoding(model: Model, prompts: list[Prompt]) -> None:
+    """Law 2: what was recorded of a token when it was sampled is what the training pass finds."""
+    decoder = Decoder(model, limits=Limits(2, 16, LENGTH), rows=len(prompts))
+    asked = [model.tokenizer.encode_prompt(prompt.text) for prompt in prompts]
+    wish = Sampling(max_new_tokens=LENGTH, max_branch_tokens=20, temperature=1.0, open_bias=6.0, seed=5)
+    traces, _ = decoder.decode(asked, [wish] * len(asked))
+    assert sum(len(trace.parent) - 1 for trace in traces) > 3
+    found = reference_logprobs(model, [as_document(trace) for trace in traces], rows=4, length=LENGTH)
+    checked = 0
+    for trace, logprob in zip(traces, found, strict=True):
+        document, recorded = as_document(trace), trace.logprob[document_order(trace)]
+        place = {(int(t), int(o)): i for i, (t, o) in enumerate(zip(document.thread, document.order))}
+        for i in np.flatnonzero(document.target != NO_TARGET):
+            after = place.get((int(document.thread[i]), int(document.order[i]) + 1))
+            if after is not None and recorded[after] != 0:  # 0: the interpreter wrote it
+                assert logprob[i] == pytest.approx(recorded[after], abs=1e-4)
+                checked += 1
+    assert checked > 100
+
+
+def test_reference_log_probabilities_do_not_depend_on_packing(model: Model, records: list[Record]) -> None:
     documents = [answer.document for record in records for answer in record.samples]
     once = reference_logprobs(model, documents, rows=4, length=LENGTH)
     again = reference_logprobs(model, documents[::-1], rows=8, length=LENGTH)[::-1]
@@ -205,6 +230,17 @@ def test_pairs_are_cached_and_too_long_ones_left_out(
     assert choose_all(records, scored(records), 3) == [None] * len(records)
 
 
+def test_other_pairs_do_not_get_what_was_cached(
+    model: Model, records: list[Record], tmp_path: pathlib.Path
+) -> None:
+    pairs_of(model, records, tmp_path)
+    swapped = pairs_of(model, records[::-1], tmp_path)
+    (tmp_path / "fresh").mkdir()
+    fresh = pairs_of(model, records[::-1], tmp_path / "fresh")
+    for one, other in zip(swapped, fresh, strict=True):
+        np.testing.assert_allclose(one.better.reference, other.better.reference, atol=1e-4)
+
+
 def test_batches_hold_whole_pairs_and_every_pair_once_an_epoch(
     model: Model, records: list[Record], tmp_path: pathlib.Path
 ) -> None:
@@ -222,7 +258,7 @@ def test_batches_hold_whole_pairs_and_every_pair_once_an_epoch(
             break
     steps = steps_for(pairs, 1.0, 4, LENGTH, seed=1)
     assert sum(1 for _ in zip(range(steps), pair_batches(pairs, 0, 4, LENGTH, seed=1))) == steps
-    with pytest.raises(ValueError, match=r"does not fit into 1 rows of 8.*data\.rows"):
+    with pytest.raises(ConfigError, match=r"does not fit into 1 rows of 8.*data\.rows"):
         next(pair_batches(pairs, 0, rows=1, length=8))
 
 
@@ -252,7 +288,7 @@ def test_both_stages(trained: pathlib.Path) -> None:
 
 
 def test_a_finished_run_does_nothing_and_a_cut_one_goes_on(
-    trained: pathlib.Path, tmp_path: pathlib.Path
+    trained: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workdir = tmp_path / "copy"
     shutil.copytree(trained, workdir)
@@ -261,14 +297,14 @@ def test_a_finished_run_does_nothing_and_a_cut_one_goes_on(
     for name in ("round.json", "checkpoints", "about.json", "metrics.jsonl"):
         path = last / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    before = (last / "samples.jsonl").stat().st_mtime_ns
     first = (workdir / "preference" / "round-1" / "samples.jsonl").stat().st_mtime_ns
+    monkeypatch.setattr(Decoder, "decode", None)  # nothing is sampled a second time
     assert train(config, str(workdir / "preference")) == str(last)
     assert (last / "samples.jsonl").read_text() == (
         trained / "preference" / "round-2" / "samples.jsonl"
     ).read_text()
     assert (workdir / "preference" / "round-1" / "samples.jsonl").stat().st_mtime_ns == first
-    assert before and (last / "round.json").exists()
+    assert (last / "round.json").exists()
 
 
 def test_a_workdir_of_another_experiment_is_refused(

@@ -15,6 +15,7 @@ from pasta_jax.config import Config
 from pasta_jax.data import almanac
 from pasta_jax.evaluation import Answer, write_answers
 from pasta_jax.model import ModelConfig
+from pasta_jax.reports.claims import claims
 from pasta_jax.reproduce import Cell, Folder, Plan
 
 PLAN = Plan((0,), (1.0, math.inf), rounds=2, timed=14, counted=14, ablations=True)
@@ -77,7 +78,9 @@ def test_a_finished_cell_is_not_done_again(
 # -------------------------------------------------------------------------------------------------- results
 
 
-def answer(task: almanac.Task, *, right: bool, speed: float, promises: int = 0, syncs: int = 0) -> Answer:
+def answer(
+    task: almanac.Task, *, right: bool, speed: float, promises: int = 0, joined: bool = True
+) -> Answer:
     text = almanac.plain(task) if right else "No idea."
     return Answer(
         family=task.family,
@@ -93,7 +96,7 @@ def answer(task: almanac.Task, *, right: bool, speed: float, promises: int = 0, 
         stop_reason="eos",
         issues=(),
         promises=promises,
-        syncs=syncs,
+        joined=joined,
     )
 
 
@@ -103,7 +106,7 @@ def made_up(workdir: pathlib.Path, plan: Plan) -> None:
     tasks = almanac.evaluation_tasks(plan.timed)
     systems: dict[str, Any] = {
         "baseline": lambda t: answer(t, right=True, speed=1.0),
-        "pasta": lambda t: answer(t, right=t.family != "chain", speed=1.5, promises=1),
+        "pasta": lambda t: answer(t, right=t.family != "chain", speed=1.5, promises=1, joined=False),
         "apar": lambda t: answer(
             t,
             right=t.family not in ("compare", "chain"),
@@ -118,7 +121,6 @@ def made_up(workdir: pathlib.Path, plan: Plan) -> None:
             right=True,
             speed=2.0,
             promises=int(t.family not in ("chain", "single")),
-            syncs=int(t.family == "compare"),
         )
     os.makedirs(here.answers(0, "timed-2-14"))
     os.makedirs(here.answers(0, "counted-14"))
@@ -166,7 +168,7 @@ def test_answers_that_are_missing_are_not_passed_over(tmp_path: pathlib.Path) ->
 
 
 def test_claims_follow_the_numbers(found: list[Any]) -> None:
-    made = {claim.text: claim for claim in reproduce.claims(found)}
+    made = {claim.text: claim for claim in claims(found)}
     holds = {text: claim.holds for text, claim in made.items()}
     assert holds.pop("APAR misses the independent parts of prose") is True
     assert holds.pop("APAR harms chain") is True
@@ -179,7 +181,7 @@ def test_claims_follow_the_numbers(found: list[Any]) -> None:
             return result
         return dataclasses.replace(result, realized=dataclasses.replace(result.realized, mean=1.1))
 
-    made = {claim.text: claim for claim in reproduce.claims([slower(result) for result in found])}
+    made = {claim.text: claim for claim in claims([slower(result) for result in found])}
     assert (
         made["A PASTA-BoN point is better than APAR in win rate, truth and realized speedup at once"].holds
         is False

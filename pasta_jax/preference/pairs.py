@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from pasta_jax.arrays import Array, PairedTokens, ThreadedTokens
+from pasta_jax.config import ConfigError
 from pasta_jax.data.batches import permuted
 from pasta_jax.data.packing import Packer
 from pasta_jax.decoding.engine import Model
@@ -18,7 +19,7 @@ from pasta_jax.files import replacing
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.preference.sample import Record
 from pasta_jax.training.losses import token_logprobs
-from pasta_jax.visibility import visible
+from pasta_jax.training.update import logits_of
 
 
 class Choice(NamedTuple):
@@ -83,7 +84,7 @@ def make_pairs(
       choices: of each record.
       reference: the model that drew the samples.
       rows, length: of the batches in which it reads them.
-      path: read if it is there, else written.
+      path: read if it is there and of the same tokens, else written.
     """
     documents = [
         record.samples[i].document
@@ -91,18 +92,27 @@ def make_pairs(
         if choice
         for i in choice[:2]
     ]
-    if os.path.exists(path):
-        with np.load(path) as file:
-            logprobs = np.split(file["logprobs"], np.cumsum(file["lengths"])[:-1])
-    else:
-        logprobs = reference_logprobs(reference, documents, rows, length)
+    token = np.concatenate([document.token for document in documents])
+    logprob = _kept(path, token)
+    if logprob is None:
+        logprob = np.concatenate(reference_logprobs(reference, documents, rows, length))
         with replacing(path, "wb") as file:
-            np.savez(file, logprobs=np.concatenate(logprobs), lengths=[len(each) for each in logprobs])
+            np.savez(file, token=token, logprob=logprob)
+    logprobs = np.split(logprob, np.cumsum([len(document) for document in documents])[:-1])
     paired = [
         PairedTokens(**document.fields(), pair=np.full(len(document), sign, np.int32), reference=logprob)
         for document, logprob, sign in zip(documents, logprobs, [1, -1] * (len(documents) // 2), strict=True)
     ]
     return [Pair(*both) for both in zip(paired[::2], paired[1::2], strict=True)]
+
+
+def _kept(path: str, token: np.ndarray) -> np.ndarray | None:
+    """Log-probabilities that an earlier run left for the same tokens."""
+    if os.path.exists(path):
+        with np.load(path) as file:
+            if "token" in file and np.array_equal(file["token"], token):
+                return np.asarray(file["logprob"])
+    return None
 
 
 def reference_logprobs(
@@ -114,8 +124,7 @@ def reference_logprobs(
     @jax.jit
     def forward(params: Array, fields: dict[str, Array]) -> Array:
         batch = ThreadedTokens(**fields)
-        hidden, _ = transformer.apply({"params": params}, batch.token, batch.position, visible(batch, batch))
-        return token_logprobs(transformer.apply({"params": params}, hidden, method="logits"), batch.target)
+        return token_logprobs(logits_of(transformer, params, batch), batch.target)
 
     found: list[np.ndarray] = []
     start = 0
@@ -147,7 +156,7 @@ def pair_batches(
                 break
             index, number = index + 1, number + 1
         if number == 1:
-            raise ValueError(
+            raise ConfigError(
                 f"A pair of {len(pair.better)} and {len(pair.worse)} tokens does not fit into {rows} rows of "
                 f"{length}. Raise --config.data.rows or --config.data.length."
             )

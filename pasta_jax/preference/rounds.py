@@ -77,13 +77,13 @@ def run_round(config: Config, number: int, policy: str, baseline: Model, folder:
 
     # --------------------------------------------------------------------------------------- pair and train
 
-    path = os.path.join(folder, "reference.npz")
-    pairs = make_pairs(records, choices, model, rows=data.rows, length=data.length, path=path)
-    if not pairs:
+    if not any(choices):
         raise ConfigError(
             f"No pairs in {folder}: the samples of every prompt scored alike. Raise "
             "--config.preference.temperature, .samples or .prompts_per_round."
         )
+    path = os.path.join(folder, "reference.npz")
+    pairs = make_pairs(records, choices, model, rows=data.rows, length=data.length, path=path)
     steps = steps_for(pairs, wishes.epochs, data.rows, data.length, seed)
     LOG.info("Round %d: %d pairs of %d prompts, %d steps.", number, len(pairs), len(records), steps)
     loss = functools.partial(
@@ -131,6 +131,7 @@ def draw(config: Config, number: int, policy: Model, baseline: Model, folder: st
         prompts_of(wishes, _seed(config, number)),
         wishes,
         length=config.data.length,
+        threads=config.data.threads,
         seed=_seed(config, number),
         path=os.path.join(folder, "samples.jsonl"),
     )

@@ -75,6 +75,7 @@ def sample(
     config: PreferenceConfig,
     *,
     length: int,
+    threads: int,
     seed: int,
     path: str,
 ) -> list[Record]:
@@ -86,6 +87,7 @@ def sample(
       prompts: the questions.
       config: N and the rest.
       length: tokens that prompt and answer may take together.
+      threads: that one answer may have, main included.
       seed: the same one draws the same samples, whatever was there before.
       path: the JSONL file.
     """
@@ -97,7 +99,9 @@ def sample(
         return records
 
     def decoder(model: Model, lanes: int) -> Decoder:
-        return Decoder(model, limits=Limits(lanes, 16, length, model.max_depth), rows=config.rows, chunk=64)
+        return Decoder(
+            model, limits=Limits(lanes, threads, length, model.max_depth), rows=config.rows, chunk=64
+        )
 
     plain = _answers(decoder(baseline, lanes=1), prompts, [_greedy(length)] * len(prompts))
     # Rows of a batch wait for the longest: prompts with answers of like length go together.

@@ -15,7 +15,18 @@ from typing import Protocol, TypeAlias
 from pasta_jax.config import PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac.judge import Preference
-from pasta_jax.preference.sample import Answer, Record
+from pasta_jax.preference.sample import Record
+
+
+class Counted(Protocol):
+    """What speed is read from, of any measured answer: tokens with and without tags, and steps."""
+
+    @property
+    def output_tokens(self) -> int: ...
+    @property
+    def text_tokens(self) -> int: ...
+    @property
+    def critical_path(self) -> int: ...
 
 
 class Judge(Protocol):
@@ -38,12 +49,12 @@ EFFICIENCIES: dict[str, Efficiency] = {
 """The efficiency terms that the paper compares (section 6.3), from theoretical speedup and parallelism."""
 
 
-def theoretical_speedup(baseline: Answer, answer: Answer) -> float:
+def theoretical_speedup(baseline: Counted, answer: Counted) -> float:
     """Tokens of the baseline's answer / critical path of this one."""
     return max(1, baseline.output_tokens) / answer.critical_path
 
 
-def parallelism(answer: Answer) -> float:
+def parallelism(answer: Counted) -> float:
     """Tokens without tags / critical path."""
     return max(1, answer.text_tokens) / answer.critical_path
 

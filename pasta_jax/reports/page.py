@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from pasta_jax.reports import paper
 from pasta_jax.reports import results as pick
+from pasta_jax.reports.claims import Claim
 from pasta_jax.reports.results import Estimate, Result, weight_label
 from pasta_jax.reports.tables import markdown_table
 
@@ -22,20 +23,6 @@ TITLE = "pasta_jax: the paper's comparison, reproduced"
 NOT_COMPARABLE = "another task, another model (Gemma 7B, AlpacaEval, H100): not comparable in absolute terms"
 
 MISSING = "–"
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """What the paper says, and whether these results say so too.
-
-    Attributes:
-      holds: None if it was not measured.
-      evidence: the numbers.
-    """
-
-    text: str
-    holds: bool | None
-    evidence: str
 
 
 @dataclasses.dataclass(frozen=True)

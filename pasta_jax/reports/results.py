@@ -91,7 +91,7 @@ FAMILY_MEASURES: Mapping[str, tuple[str, float]] = {
     "parallelism": ("Parallelism (x)", 1),
     "promises": ("Promises per answer", 1),
     "promised": ("Answers with a promise (%)", 100),
-    "synced": ("Answers with a sync (%)", 100),
+    "joined": ("Answers that wait for all branches before they end (%)", 100),
 }
 """Keys of `Result.families`: title and factor of the unit shown."""
 

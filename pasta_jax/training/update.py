@@ -21,6 +21,13 @@ LossFn: TypeAlias = Callable[[Array, Any], tuple[Array, dict[str, Array]]]
 """From float32 logits [B, L, V] and the batch to the loss and measurements, "loss" among them."""
 
 
+def logits_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Array:
+    """Of every token of a batch ([B, L] fields), all fed at once: float32 [B, L, V]."""
+    out: Any = model.apply({"params": params}, batch.token, batch.position, visible(batch, batch))
+    logits: Any = model.apply({"params": params}, out[0], method="logits")
+    return logits
+
+
 @dataclasses.dataclass(frozen=True)
 class Update:
     """How a state is made and moved on a mesh.
@@ -75,9 +82,7 @@ def make_update(
         batch = record(**fields)
 
         def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-            out: Any = model.apply({"params": params}, batch.token, batch.position, visible(batch, batch))
-            logits: Any = model.apply({"params": params}, out[0], method="logits")
-            return loss_fn(logits, batch)
+            return loss_fn(logits_of(model, params, batch), batch)
 
         grads, measured = jax.grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

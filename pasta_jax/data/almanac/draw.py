@@ -137,7 +137,8 @@ _DRAW: dict[str, _Draw] = {
 
 
 _TRAINING_WEIGHTS = {"list": 4, "prose": 4, "compare": 4, "chain": 2, "single": 2, "report": 9, "mixed": 3}
-_TRAINING_SHARES = np.array([_TRAINING_WEIGHTS[family] for family in FAMILIES]) / 28
+_TOTAL_WEIGHT = sum(_TRAINING_WEIGHTS.values())
+_TRAINING_SHARES = np.array([_TRAINING_WEIGHTS[family] / _TOTAL_WEIGHT for family in FAMILIES])
 """Training sees more of what is hard to learn; evaluation has all families alike."""
 
 
