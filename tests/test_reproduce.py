@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pasta_jax import reproduce
-from pasta_jax.config import Config
+from pasta_jax.config import Config, ConfigError
 from pasta_jax.data import almanac
 from pasta_jax.evaluation import Answer, write_answers
 from pasta_jax.model import ModelConfig
@@ -73,6 +73,19 @@ def test_a_finished_cell_is_not_done_again(
     reproduce.run(PLAN, str(tmp_path))
     assert "about 0 minutes are left" in capsys.readouterr().err
     assert done == ["a", "b"]
+
+
+def test_what_another_configuration_left_is_not_mixed_in(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce, "cells", lambda plan, workdir: [])
+    reproduce.run(PLAN, str(tmp_path))
+    reproduce.run(reproduce.QUICK, str(tmp_path))  # of the same configurations
+    tiny = reproduce._tiny
+    longer = lambda name, *wishes: dataclasses.replace(tiny(name, *wishes), steps=7)  # noqa: E731
+    monkeypatch.setattr(reproduce, "_tiny", longer)
+    with pytest.raises(ConfigError, match=r"base, baseline, pasta, apar, sot differ.*new --workdir"):
+        reproduce.run(PLAN, str(tmp_path))
 
 
 # -------------------------------------------------------------------------------------------------- results
@@ -193,6 +206,50 @@ def test_claims_follow_the_numbers(found: list[Any]) -> None:
     assert "1.10x" in made["The speed end reaches the paper's 1.93x realized"].evidence
     assert made["The speed end reaches the paper's 1.93x realized"].holds is False
     assert made["The PASTA frontier lies above the segment from Baseline-SFT to APAR"].holds is False
+
+
+def test_claims_say_where_and_why_they_fail(found: list[Any]) -> None:
+    made = {claim.text: claim for claim in claims(found, ceiling=1.53)}
+    joined = made["After the second stage every compare answer waits for its branches before the conclusion"]
+    assert joined.holds is True
+    unjoined = [
+        dataclasses.replace(r, families={**r.families, "compare": {**r.families["compare"], "joined": 0.5}})
+        for r in found
+    ]
+    made = {claim.text: claim for claim in claims(unjoined)}
+    assert made[joined.text].holds is False and "50.0 %" in made[joined.text].evidence
+    slow = [
+        dataclasses.replace(r, realized=r.realized and dataclasses.replace(r.realized, mean=1.2))
+        for r in found
+    ]
+    text = "The speed end reaches the paper's 1.93x realized"
+    evidence = {claim.text: claim for claim in claims(slow, ceiling=1.53)}[text].evidence
+    assert "1.20" in evidence and "1.53x theoretical" in evidence
+
+
+def test_a_win_rate_that_fails_names_its_families(found: list[Any]) -> None:
+    def loses(r: Any) -> Any:
+        if r.method != "PASTA-BoN":
+            return r
+        families = {**r.families, "report": {**r.families["report"], "win_rate": 0.4}}
+        return dataclasses.replace(r, families=families, win_rate=dataclasses.replace(r.win_rate, mean=0.45))
+
+    made = {claim.text: claim for claim in claims([loses(r) for r in found])}
+    claim = made["At no loss of quality (win rate at least 50 %) realized speedup is at least 1.5x"]
+    assert claim.holds is False and "loses in report (40 %)" in claim.evidence
+
+
+def test_perfect_annotations_are_as_fast_as_the_benchmark_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = almanac.evaluation_tasks(70)
+
+    def of(family: str) -> float:
+        chosen = [task for task in tasks if task.family == family]
+        monkeypatch.setattr(almanac, "evaluation_tasks", lambda count: chosen[:count])
+        return reproduce.perfect_speedup(5)
+
+    assert of("single") == of("chain") == 1.0
+    # Three to five items of like length, but each promise takes steps of its own before the next.
+    assert 1.5 < of("list") < 2.5
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say(seed: int) -> None:
