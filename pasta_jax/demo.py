@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
         f"init_from={paths['pasta']}",
         f"preference.baseline={paths['baseline']}",
         "preference.rounds=1",
+        "preference.prompts_per_round=192",
     ]
     train.run(load_config(str(PREFERENCE), wishes), paths["bon"])
 
@@ -113,7 +114,7 @@ def say(what: str, begun: float) -> None:
 def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_string("workdir", "runs/demo", "Where everything goes; the same one resumes.")
-    flags.DEFINE_integer("prompts", 420, "Held-out prompts of the evaluation.", lower_bound=1)
+    flags.DEFINE_integer("prompts", 280, "Held-out prompts of the evaluation.", lower_bound=1)
     app.run(main)
 
 
