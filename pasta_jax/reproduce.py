@@ -65,7 +65,7 @@ class Plan:
       rounds: of preference optimisation.
       timed: prompts whose decodes are timed, all systems taking turns.
       counted: prompts of answers that are not timed.
-      ablations: whether models are trained for the ablations of positions and of the efficiency term.
+      ablated: lambdas of the ablation of the efficiency term; without any, positions are not ablated either.
     """
 
     seeds: tuple[int, ...]
@@ -73,11 +73,13 @@ class Plan:
     rounds: int
     timed: int
     counted: int
-    ablations: bool
+    ablated: tuple[float, ...]
 
 
-FULL = Plan((0, 1, 2), (1.0, 2.0, 4.0, 8.0, math.inf), rounds=2, timed=350, counted=350, ablations=True)
-QUICK = Plan((0,), (1.0, 4.0, math.inf), rounds=2, timed=140, counted=140, ablations=False)
+FULL = Plan(
+    (0, 1, 2), (1.0, 2.0, 4.0, 8.0, math.inf), rounds=2, timed=280, counted=280, ablated=(1.0, 4.0, math.inf)
+)
+QUICK = Plan((0,), (1.0, 4.0, math.inf), rounds=2, timed=140, counted=140, ablated=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,7 @@ def cells(plan: Plan, workdir: str) -> Iterator[Cell]:
     yield Cell("base", 220, lambda: _train(_tiny("base"), here.base))
     for seed in plan.seeds:
         yield from _seed_cells(plan, here, seed)
-    if plan.ablations:
+    if plan.ablated:
         yield from _ablation_cells(plan, here, plan.seeds[0])
 
 
@@ -167,7 +169,7 @@ def _ablation_cells(plan: Plan, here: Folder, seed: int) -> Iterator[Cell]:
     for scheme in POSITIONS:
         yield Cell(f"positions-{scheme}", 165, functools.partial(_ablate_positions, plan, here, seed, scheme))
     for efficiency in EFFICIENCIES:
-        for weight in plan.weights:
+        for weight in plan.ablated:
             run = functools.partial(_ablate_efficiency, plan, here, seed, weight, efficiency)
             yield Cell(f"efficiency-{bon(weight, efficiency)}", 40, run)
 
@@ -359,13 +361,13 @@ def results(plan: Plan, workdir: str) -> list[Any]:
         if plan.rounds > 1:
             first = [counted(seed, f"{bon(weight)}-round-1") for seed in plan.seeds]
             found.append(_result(f"{named}, round 1", "PASTA-BoN", Found(baseline, first), weight, 1))
-    if plan.ablations:
+    if plan.ablated:
         seed = plan.seeds[0]
         for name in POSITIONS:
             one = Found(baseline[:1], [counted(seed, name)])
             found.append(_result(f"PASTA-SFT, {name}", "PASTA-SFT", one, positions=name))
         for efficiency in EFFICIENCIES:
-            for weight in plan.weights:
+            for weight in plan.ablated:
                 one = Found(baseline[:1], [counted(seed, bon(weight, efficiency))])
                 named = f"PASTA-BoN-{weight:g}, {efficiency}"
                 found.append(_result(named, "PASTA-BoN", one, weight, 1, efficiency=efficiency))
@@ -436,7 +438,7 @@ def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
         ("rounds", plots.rounds, "Rounds of preference optimisation; the paper's Figure 5."),
         ("families", plots.families, "Families of prompts."),
     ]
-    if plan.ablations:
+    if plan.ablated:
         figures[2:2] = [
             ("positions", plots.positions, "Position schemes, PASTA-SFT; the paper's Figure 6."),
             ("efficiency", plots.efficiency_terms, "Efficiency terms, one round; the paper's Figure 8."),

@@ -18,7 +18,7 @@ from pasta_jax.model import ModelConfig
 from pasta_jax.reports.claims import claims
 from pasta_jax.reproduce import Cell, Folder, Plan
 
-PLAN = Plan((0,), (1.0, math.inf), rounds=2, timed=14, counted=14, ablations=True)
+PLAN = Plan((0,), (1.0, math.inf), rounds=2, timed=14, counted=14, ablated=(1.0, math.inf))
 
 
 # ---------------------------------------------------------------------------------------------------- cells
@@ -38,7 +38,7 @@ def test_full_and_quick_do_what_they_say() -> None:
             "bon-1",
             "bon-8",
             "bon-inf",
-            "timed-9-350",
+            "timed-9-280",
         ):
             assert f"seed-{seed}-{name}" in full
     assert {"positions-Pred-1X", "positions-Const-40", "efficiency-bon-4-harmonic"} <= set(full)
@@ -295,7 +295,7 @@ def test_every_cell_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(reproduce, "_preference", lambda *wishes: small(preference(*wishes)))
     monkeypatch.setattr(reproduce, "EFFICIENCIES", ("harmonic",))
     monkeypatch.setattr(reproduce, "POSITIONS", {"Shared": ("shared", 0)})
-    plan = Plan((0,), (1.0,), rounds=2, timed=7, counted=7, ablations=True)
+    plan = Plan((0,), (1.0,), rounds=2, timed=7, counted=7, ablated=(1.0,))
     reproduce.run(plan, str(tmp_path))
     reproduce.write(plan, str(tmp_path), reproduce.about_this(plan, str(tmp_path)))
     assert (tmp_path / "report.html").exists()

@@ -129,6 +129,11 @@ _METHODS_TEXT = (
     "parallelism, tokens without tags / critical path. Realized / theoretical is the quotient of the two means."
 )
 
+_ABLATIONS_TEXT = (
+    "The column `seeds` says of how many seeds a row is a mean: an ablation may have fewer than the rows of the main "
+    "comparison beside which it stands."
+)
+
 _MEASURED = (
     "win rate, %",
     "truth, %",
@@ -208,7 +213,7 @@ def _ablation_blocks(results: Sequence[Result], shown: Sequence[Result]) -> list
     rest = [r for r in results if not any(r is other for other in told)]
     if rest:
         page += [Heading(3, "Others"), Table(["model", *_MEASURED], _rows(rest, _full_name))]
-    return [Heading(2, "Ablations"), *page] if page else []
+    return [Heading(2, "Ablations"), Text(_ABLATIONS_TEXT), *page] if page else []
 
 
 def _full_name(result: Result) -> str:
