@@ -130,8 +130,8 @@ _METHODS_TEXT = (
 )
 
 _ABLATIONS_TEXT = (
-    "The column `seeds` says of how many seeds a row is a mean: an ablation may have fewer than the rows of the main "
-    "comparison beside which it stands."
+    "The column `seeds` says of how many seeds a row is a mean: an ablation may have fewer than the rows of the "
+    "main comparison beside which it stands."
 )
 
 _MEASURED = (
