@@ -27,7 +27,8 @@ from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.files import replacing
-from pasta_jax.lang.tags import ASYNC_CLOSE, SYNC
+from pasta_jax.lang.parse import parse
+from pasta_jax.lang.program import Promise, Sync
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -47,7 +48,6 @@ class Answer:
       decode_steps: decode steps taken.
       wall_s: seconds of the second of two decodes, prompt included; 0 if it was not timed.
       promises: branches that the answer was decoded in, main apart.
-      joined: no branch is open when main says its last text: there is none, or a sync after the last one.
     """
 
     family: str
@@ -62,8 +62,7 @@ class Answer:
     wall_s: float
     stop_reason: str
     issues: tuple[str, ...]
-    promises: int = 0
-    joined: bool = True
+    promises: int
 
 
 System: TypeAlias = Callable[[almanac.Task], Answer]
@@ -103,13 +102,7 @@ def judged(model: Model, task: almanac.Task, trace: Trace, wall_s: float) -> Ans
         stop_reason=decoded.stop_reason,
         issues=decoded.issues,
         promises=len(decoded.branches),
-        joined=_joined(decoded.annotated),
     )
-
-
-def _joined(annotated: str) -> bool:
-    _, opened, after = annotated.rpartition(ASYNC_CLOSE)
-    return not opened or SYNC in after
 
 
 def skeleton_of_thought(model: Model) -> System:
@@ -277,6 +270,20 @@ def win(baseline: Answer, test: Answer) -> float:
 def realized(baseline: Answer, test: Answer) -> float:
     """Seconds of the baseline / seconds of the test; both must have been timed."""
     return baseline.wall_s / test.wall_s
+
+
+def concludes_last(test: Answer) -> bool:
+    """Whether no branch is open where main says its last text, so that it may rest on all of them.
+
+    For PASTA-LANG only: the tags of other dialects are not read.
+    """
+    is_open = beside = False
+    for node in parse(test.annotated, lenient=True).nodes:
+        if isinstance(node, Promise | Sync):
+            is_open = isinstance(node, Promise)
+        elif node.text.strip():
+            beside = is_open
+    return not beside
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:

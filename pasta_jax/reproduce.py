@@ -65,7 +65,8 @@ class Plan:
       rounds: of preference optimisation.
       timed: prompts whose decodes are timed, all systems taking turns.
       counted: prompts of answers that are not timed.
-      ablated: lambdas of the ablation of the efficiency term; without any, positions are not ablated either.
+      ablated: lambdas of the ablation of the efficiency term, finite ones; without any, positions are not ablated
+        either.
     """
 
     seeds: tuple[int, ...]
@@ -76,9 +77,7 @@ class Plan:
     ablated: tuple[float, ...]
 
 
-FULL = Plan(
-    (0, 1, 2), (1.0, 2.0, 4.0, 8.0, math.inf), rounds=2, timed=280, counted=280, ablated=(1.0, 4.0, math.inf)
-)
+FULL = Plan((0, 1, 2), (1.0, 2.0, 4.0, 8.0, math.inf), rounds=2, timed=210, counted=210, ablated=(1.0, 4.0))
 QUICK = Plan((0,), (1.0, 4.0, math.inf), rounds=2, timed=140, counted=140, ablated=())
 
 
@@ -88,7 +87,7 @@ class Cell:
 
     Attributes:
       name: of the file that says that it is done.
-      seconds: what it takes on two cores (Xeon, AVX-512), as measured.
+      seconds: what it takes on two cores (Xeon or EPYC, AVX-512), about.
       run: does it; may have been cut off before.
     """
 
@@ -285,7 +284,7 @@ class Found:
 
     def table(self) -> dict[str, np.ndarray]:
         """Every measure of every answer, float64 [seeds, prompts]; speeds as logarithms."""
-        from pasta_jax.evaluation import realized, win
+        from pasta_jax.evaluation import concludes_last, realized, win
         from pasta_jax.preference.score import parallelism, theoretical_speedup
 
         for b, t in zip(self.baseline, self.test, strict=True):
@@ -309,7 +308,7 @@ class Found:
             "parallelism": np.log(each(lambda b, t: parallelism(t))),
             "promises": each(lambda b, t: t.promises),
             "promised": each(lambda b, t: t.promises > 0),
-            "joined": each(lambda b, t: t.joined),
+            "concludes_last": each(lambda b, t: concludes_last(t)),
         }
         if all(t.wall_s for answers in self.test for t in answers):
             measures["realized"] = np.log(each(realized))
@@ -380,6 +379,8 @@ def _result(
     from pasta_jax.reports.results import Result
 
     table = found.table()
+    if not method.startswith("PASTA"):
+        table.pop("concludes_last")  # nothing to read it from
     kinds = np.array([answer.family for answer in found.baseline[0]])
     families = {}
     for family in dict.fromkeys(kinds.tolist()):
@@ -400,7 +401,10 @@ def _result(
 
 
 def perfect_speedup(prompts: int) -> float:
-    """Theoretical speedup of the true answers under perfect annotations: what Almanac allows, a geometric mean."""
+    """Theoretical speedup of the true answers under perfect annotations, a geometric mean.
+
+    More than that takes promises that are not kept, as for the items of a chain.
+    """
     from pasta_jax.data import almanac
     from pasta_jax.decoding.trace import critical_path
     from pasta_jax.evaluation import geometric_mean
@@ -428,10 +432,10 @@ def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
     from pasta_jax.reports import page, plots
     from pasta_jax.reports.claims import claims
 
-    found, ceiling = results(plan, workdir), perfect_speedup(plan.timed)
+    found, perfect = results(plan, workdir), perfect_speedup(plan.timed)
     with replacing(os.path.join(workdir, "results.json")) as file:
         rows = [dataclasses.asdict(result) for result in found]
-        tree = {"about": about, "perfect_annotations": ceiling, "results": rows}
+        tree = {"about": about, "perfect_annotations": perfect, "results": rows}
         json.dump(tree, file, indent=1, default=dict)
     figures = [
         ("frontier", plots.frontier, "Quality against speed; the paper's Figure 4."),
@@ -447,7 +451,7 @@ def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
     for name, draw, caption in figures:
         paths.append((os.path.join(workdir, f"{name}.png"), caption))
         draw(found, paths[-1][0])
-    page.write_report(workdir, about, found, claims(found, ceiling), paths)
+    page.write_report(workdir, about, found, claims(found, perfect), paths)
 
 
 def run(plan: Plan, workdir: str) -> None:

@@ -109,7 +109,11 @@ def blocks(
     shown = pick.headline(results)
     page: list[Block] = [Heading(1, TITLE), Facts({name: _said(value) for name, value in about.items()})]
     if claims:
-        page += [Heading(2, "The paper's claims"), Text(_verdict(claims)), Checklist(claims)]
+        page += [
+            Heading(2, "Claims, the paper's and our own bars"),
+            Text(_verdict(claims)),
+            Checklist(claims),
+        ]
     page += [Heading(2, "All methods"), Text(_METHODS_TEXT), Table(["model", *_MEASURED], _rows(shown))]
     if figures:
         page.append(Heading(2, "Figures"))

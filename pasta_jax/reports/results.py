@@ -91,7 +91,10 @@ FAMILY_MEASURES: Mapping[str, tuple[str, float]] = {
     "parallelism": ("Parallelism (x)", 1),
     "promises": ("Promises per answer", 1),
     "promised": ("Answers with a promise (%)", 100),
-    "joined": ("Answers that wait for all branches before they end (%)", 100),
+    "concludes_last": (
+        "Answers in which main's last text waits for every branch, or that have none (%)",
+        100,
+    ),
 }
 """Keys of `Result.families`: title and factor of the unit shown."""
 
