@@ -99,7 +99,9 @@ class LogConfig:
 class PreferenceConfig:
     """The second stage, in rounds: sample, score, pair, train (paper section 4)."""
 
-    baseline: str = ""  # workdir of a sequential model, the opponent; empty: the model that init_from names
+    baseline: str = (
+        ""  # workdir of a sequential model, the opponent; empty: the model that this stage begins with
+    )
     prompts: str = "almanac"  # almanac (fresh ones each round), or a JSONL file of prompts and responses
     prompts_per_round: int = 256
     rounds: int = 2

@@ -227,9 +227,7 @@ def _answered(
     for name, path in paths.items():
         found[name] = found[name][:done]
         write_answers(path, found[name])
-    with open(
-        about_path, "w", encoding="utf-8"
-    ) as file:  # last: until then the files may be of other systems
+    with replacing(about_path) as file:  # last: until then the files may be of other systems
         file.write(_as_json(about))
     return found
 

@@ -37,6 +37,7 @@ from absl import app, flags
 from pasta_jax.config import Config, ConfigError, load_config, to_dict
 from pasta_jax.evaluation import Answer
 from pasta_jax.files import replacing
+from pasta_jax.training.checkpoints import CheckpointError
 from pasta_jax.verbs import refuse, show_log
 
 LOG = logging.getLogger("pasta_jax")
@@ -495,9 +496,11 @@ def _check_same(workdir: str) -> None:
     path = os.path.join(workdir, "configs.json")
     trees = {name: to_dict(_tiny(name)) for name in ("base", *SFT)}
     trees["preference"] = to_dict(load_config(str(PREFERENCE)))
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+    if os.path.exists(path) or os.path.exists(os.path.join(workdir, "cells")):
+        found = {}
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                found = json.load(file)
         changed = [name for name, tree in json.loads(json.dumps(trees)).items() if found.get(name) != tree]
         if changed:
             raise ConfigError(
@@ -542,8 +545,9 @@ def about_this(plan: Plan, workdir: str) -> dict[str, Any]:
         "PASTA-SFT",
         "engine": "realized: both sides in the same engine of 8 lanes, as in the paper (SoT's points in rows of "
         "one lane, which is faster); a baseline in an engine of one lane is faster on a CPU (docs/PERFORMANCE.md)",
-        "chosen beforehand": "steps and rate of finetuning, for PASTA; margin, alpha and rate of the second stage, "
-        "and the annotator's habit: on evaluation prompts, seed 0 (docs/PERFORMANCE.md); nothing for the rivals",
+        "chosen beforehand": "kv heads, steps and rate, for PASTA and the baseline; margin, alpha and rate of the "
+        "second stage; the annotator's habit: all on evaluation prompts, seed 0 (docs/PERFORMANCE.md); nothing for "
+        "the rivals",
         "win rate": "the judge's: higher truth wins, with equal truth the shorter text; a tie counts half",
         "time": f"{sum(filter(None, seconds)) / 60:.0f} minutes",
     }
@@ -561,7 +565,7 @@ def main(argv: Sequence[str]) -> None:
     show_log()
     try:
         run(plan, workdir)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         refuse(str(error))
     write(plan, workdir, about_this(plan, workdir))
     print(f"Report: {workdir}/report.html (and report.md), numbers: {workdir}/results.json")

@@ -24,6 +24,13 @@ def test_tiny_by_itself_mixes_facts_and_annotated_answers() -> None:
     assert [name for name, _ in load_config(TINY).data.sources] == ["almanac:base", "almanac:annotated"]
 
 
+def test_both_stages_begin_like_the_first_alone() -> None:
+    alone = load_config(TINY + ":pasta")
+    both = load_config(str(pathlib.Path(TINY).with_name("tiny_preference.py")) + ":both")
+    for name in ("steps", "model", "data", "optimizer"):
+        assert getattr(both, name) == getattr(alone, name), name
+
+
 def test_overrides_reach_fields_that_the_file_does_not_name() -> None:
     overrides = ["steps=1e3", "optimizer.lr=1", "optimizer.b2=.5", "log.tb=true", "data.sources=a.jsonl=2,b"]
     config = load_config(TINY, overrides)

@@ -240,6 +240,9 @@ def test_layout_sees_what_the_tree_says(seed):
     for _ in range(40):
         d = layout(WORDS, [2], random_program(rng, max_depth=3), Positions(), threads=16)
         np.testing.assert_array_equal(visible(d, d), sight_of(d))
+        assert not np.triu(
+            visible(d, d), 1
+        ).any()  # what a whole pass may count on (layers.attend_to_earlier)
 
 
 def sight_of(document: ThreadedTokens) -> np.ndarray:

@@ -72,7 +72,8 @@ def influence(may_attend: np.ndarray, seed: int, *, with_pool: bool) -> np.ndarr
         _, pull = jax.vjp(logits, embedded)
         return jnp.any(pull(one_query[:, None] * weights_V)[0][0] != 0, axis=-1)
 
-    return np.asarray(jax.jit(jax.vmap(reaches))(jnp.eye(length)))
+    # Not vmap: from about a hundred queries on, XLA for CPU (jax 0.10.2) gets some of its rows plainly wrong.
+    return np.asarray(jax.jit(lambda ones: jax.lax.map(reaches, ones))(jnp.eye(length)))
 
 
 @pytest.mark.parametrize("with_pool", [False, True], ids=["own tokens", "pool"])
@@ -94,6 +95,16 @@ def test_nothing_leaks_in_random_programs(case: int, seed: int) -> None:
     tokens = writer.tokens()
     np.testing.assert_array_equal(visible(tokens, tokens), may_attend)
     np.testing.assert_array_equal(influence(may_attend, seed, with_pool=case % 2 == 1), may_attend)
+
+
+def test_nothing_leaks_between_blocks_of_queries(seed: int) -> None:
+    """A whole pass of more than one block (`attend_to_earlier`)."""
+    rng = random.Random(seed)
+    while True:
+        _, may_attend = random_tree(rng, threads=10, events=150)
+        if len(may_attend) >= 70:
+            break
+    np.testing.assert_array_equal(influence(may_attend, seed, with_pool=False), may_attend)
 
 
 def test_padding_reaches_nobody_and_nobody_reaches_padding(seed: int) -> None:

@@ -86,6 +86,9 @@ def test_what_another_configuration_left_is_not_mixed_in(
     monkeypatch.setattr(reproduce, "_tiny", longer)
     with pytest.raises(ConfigError, match=r"base, baseline, pasta, apar, sot differ.*new --workdir"):
         reproduce.run(PLAN, str(tmp_path))
+    (tmp_path / "old" / "cells").mkdir(parents=True)  # of a version that kept no configurations
+    with pytest.raises(ConfigError, match="another configuration"):
+        reproduce.run(PLAN, str(tmp_path / "old"))
 
 
 # -------------------------------------------------------------------------------------------------- results

@@ -63,14 +63,14 @@ class Writer:
         return Tokens(as_int[0], as_int[1], as_int[2], np.stack(sees))
 
 
-def random_tree(rng: random.Random, threads: int) -> tuple[Writer, np.ndarray]:
+def random_tree(rng: random.Random, threads: int, events: int = 60) -> tuple[Writer, np.ndarray]:
     """A random nested program of at most `threads` threads, and who sees whom by plain sets of tokens."""
     writer = Writer(words_for(max_segments(threads)))
     known: dict[Thread, set[int]] = {writer.main: set()}
     open_children: dict[Thread, list[Thread]] = {writer.main: []}
     seen_by: list[set[int]] = []
     running, made = [writer.main], 1
-    for _ in range(rng.randrange(10, 60)):
+    for _ in range(rng.randrange(10, events)):
         thread = rng.choice(running)
         event = rng.random()
         ready = [c for c in open_children[thread] if not open_children[c]]

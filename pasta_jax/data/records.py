@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
+from pasta_jax.files import replacing
 from pasta_jax.lang.parse import ParseError, parse
 from pasta_jax.lang.program import Program
 
@@ -132,7 +133,7 @@ def report(problems: Sequence[Problem], total: int) -> str:
 
 def write_invalid(path: str | os.PathLike[str], problems: Sequence[Problem]) -> None:
     """Keeps every unusable line with its place and what is wrong with it, as JSONL."""
-    with open(path, "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for problem in problems:
             # ASCII escapes carry the surrogates of `raw`, so the original bytes can be had back.
             file.write(json.dumps(dataclasses.asdict(problem), ensure_ascii=True) + "\n")

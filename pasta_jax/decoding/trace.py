@@ -27,6 +27,7 @@ class Trace:
     Attributes:
       tokens: prompt and answer in decode order, as a document: [n] fields. The answer's end and the `</async>`
         of branches that ended with it come last: they were sampled, but there was nothing left to feed them to.
+        A whole pass of the model wants them in document order (`as_document`): there none sees a later one.
       step: int32 [n], the decode step that fed the token, from 1; 0 for the prompt, UNFED for those last ones.
       logprob: float32 [n], log-probability of the token when it was sampled; 0 for prompt and inserted tokens.
       prompt_length: tokens of the prompt.

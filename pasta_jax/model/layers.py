@@ -94,7 +94,7 @@ def attend(q_BxQxNxH: Array, k_BxPxKxH: Array, v_BxPxKxH: Array, may_attend_BxQx
 def attend_to_earlier(q_BxQxNxH: Array, k_BxQxKxH: Array, v_BxQxKxH: Array, may_attend_BxQxQ: Array) -> Array:
     """`attend` where no query may attend to a later key, so that almost half of the matrix need not be computed.
 
-    Queries go in blocks, each with the keys up to its end: five blocks take 60 % of the time of one on CPU.
+    Queries go in blocks, each with the keys up to its end: five blocks take two thirds of the time of one on CPU.
     """
     Q = q_BxQxNxH.shape[1]
     block = max(64, -(-Q // 8))

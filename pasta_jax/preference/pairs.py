@@ -92,6 +92,8 @@ def make_pairs(
         if choice
         for i in choice[:2]
     ]
+    if not documents:
+        return []
     token = np.concatenate([document.token for document in documents])
     logprob = _kept(path, token)
     if logprob is None:
