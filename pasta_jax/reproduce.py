@@ -88,7 +88,7 @@ class Cell:
 
     Attributes:
       name: of the file that says that it is done.
-      seconds: what it takes on two cores (Xeon or EPYC, AVX-512), about.
+      seconds: about what it takes on two cores (EPYC, AVX-512), to say beforehand how long a run will take.
       run: does it; may have been cut off before.
     """
 
@@ -103,7 +103,7 @@ class Cell:
 def cells(plan: Plan, workdir: str) -> Iterator[Cell]:
     """All the work, in order."""
     here = Folder(workdir)
-    yield Cell("base", 220, lambda: _train(_tiny("base"), here.base))
+    yield Cell("base", 240, lambda: _train(_tiny("base"), here.base))
     for seed in plan.seeds:
         yield from _seed_cells(plan, here, seed)
     if plan.ablated:
@@ -127,7 +127,7 @@ class Folder:
         return os.path.join(self.root, f"seed-{seed}", "answers", kind)
 
 
-SFT = {"baseline": 150, "pasta": 150, "apar": 150, "sot": 150}
+SFT = {"baseline": 145, "pasta": 145, "apar": 145, "sot": 145}
 """Finetuned models, and the seconds that each takes."""
 
 
@@ -149,29 +149,29 @@ def _seed_cells(plan: Plan, here: Folder, seed: int) -> Iterator[Cell]:
     yield cell("samples", 60, functools.partial(_sample, here, seed))
     for weight in plan.weights:
         run = functools.partial(_prefer, here, seed, weight, plan.rounds)
-        yield cell(bon(weight), 25 + 85 * (plan.rounds - 1), run)
+        yield cell(bon(weight), 20 + 50 * (plan.rounds - 1), run)
     systems = 4 + len(plan.weights)
     yield cell(
         f"timed-{systems}-{plan.timed}",
-        10 * systems + plan.timed * systems // 9,
+        5 * systems + plan.timed * systems // 15,
         functools.partial(_time, plan, here, seed),
     )
     if plan.rounds > 1:
         first = {f"{bon(w)}-round-1": os.path.join(here.model(seed, bon(w)), "round-1") for w in plan.weights}
         yield cell(
             f"counted-{len(first)}-{plan.counted}",
-            20 + 12 * len(first),
+            10 + 6 * len(first),
             functools.partial(_count, plan, here, seed, first),
         )
 
 
 def _ablation_cells(plan: Plan, here: Folder, seed: int) -> Iterator[Cell]:
     for scheme in POSITIONS:
-        yield Cell(f"positions-{scheme}", 165, functools.partial(_ablate_positions, plan, here, seed, scheme))
+        yield Cell(f"positions-{scheme}", 150, functools.partial(_ablate_positions, plan, here, seed, scheme))
     for efficiency in EFFICIENCIES:
         for weight in plan.ablated:
             run = functools.partial(_ablate_efficiency, plan, here, seed, weight, efficiency)
-            yield Cell(f"efficiency-{bon(weight, efficiency)}", 40, run)
+            yield Cell(f"efficiency-{bon(weight, efficiency)}", 30, run)
 
 
 def _ablate_positions(plan: Plan, here: Folder, seed: int, scheme: str) -> None:

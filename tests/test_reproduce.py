@@ -184,7 +184,7 @@ def test_claims_follow_the_numbers(found: list[Any]) -> None:
     made = {claim.text: claim for claim in claims(found)}
     holds = {text: claim.holds for text, claim in made.items()}
     assert holds.pop("APAR misses the independent parts of prose") is True
-    assert holds.pop("APAR harms chain") is True
+    assert holds.pop("APAR harms chain (by more than 3 points of truth)") is True
     for text in [text for text in holds if text.startswith("Win rate rises")]:
         assert holds.pop(text) is False  # round 1 is like PASTA-SFT here
     assert set(holds.values()) == {True}, holds

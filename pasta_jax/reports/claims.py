@@ -76,7 +76,7 @@ def _better_at_once(compared: Compared) -> Iterator[Claim]:
 
     for rival in (compared.apar, compared.sot):
         winners = [result for result in compared.trained if better(result, rival)]
-        best = max(winners or compared.trained, key=_speed)
+        best = max(winners, key=_speed) if winners else max(compared.trained, key=lambda r: r.win_rate.mean)
         yield _claim(
             f"A PASTA-BoN point is better than {rival.name} in win rate, truth and realized speedup at once",
             bool(winners),
@@ -156,12 +156,15 @@ def _rivals_weaknesses(compared: Compared) -> Iterator[Claim]:
         f"APAR {apar.families['prose']['theoretical']:.2f}x theoretical on prose",
         f"{sft.name} {sft.families['prose']['theoretical']:.2f}x",
     )
+    harmed = _percent(apar, "chain", "truth") < _percent(baseline, "chain", "truth") - 3
     yield _claim(
-        "APAR harms chain",
-        _percent(apar, "chain", "truth") < _percent(baseline, "chain", "truth") - 3,
+        "APAR harms chain (by more than 3 points of truth)",
+        harmed,
         f"truth {_percent(apar, 'chain', 'truth'):.1f} %",
         f"Baseline-SFT {_percent(baseline, 'chain', 'truth'):.1f} %",
-        f"it forks in {_percent(apar, 'chain', 'promised'):.1f} % of chain answers",
+        f"it forks in {_percent(apar, 'chain', 'promised'):.1f} % of chain answers, "
+        f"{apar.families['chain']['theoretical']:.2f}x theoretical",
+        "" if harmed else "so its branches need nothing that they cannot see",
     )
 
 
@@ -177,13 +180,14 @@ def _stays_sequential(compared: Compared) -> Iterator[Claim]:
 
 
 def _syncs(compared: Compared) -> Claim:
-    """An answer without branches has none to wait for: the evidence says how many have some."""
+    """The evidence says how many answers have branches to wait for, and what it costs not to."""
     shares = [_percent(result, "compare", "concludes_last") for result in compared.trained]
     return _claim(
         "After the second stage every compare answer waits for its branches before the conclusion",
         min(shares) == 100.0,
         *(
-            f"{r.name} {share:.1f} % (with branches: {_percent(r, 'compare', 'promised'):.1f} %)"
+            f"{r.name} {share:.1f} % (with branches: {_percent(r, 'compare', 'promised'):.1f} %; truth: "
+            f"{_percent(r, 'compare', 'truth'):.1f} %)"
             for r, share in zip(compared.trained, shares, strict=True)
         ),
     )
