@@ -25,6 +25,7 @@ def answer(
         annotated="",
         stop_reason="eos",
         issues=(),
+        promises=0,
         **fields | measured,
     )
 
