@@ -38,12 +38,8 @@ class ConfigError(ValueError):
 class DataConfig:
     """What is learnt from, and how it is cut into batches."""
 
-    sources: tuple[tuple[str, float], ...] = (
-        ("almanac:annotated", 1.0),
-    )  # almanac:NAME or a JSONL file, and its weight
-    columns: tuple[
-        tuple[str, str], ...
-    ] = ()  # keys of foreign JSONL, as in prompt=instruction,response=output
+    sources: tuple[tuple[str, float], ...] = (("almanac:annotated", 1.0),)  # almanac:NAME or JSONL, weight
+    columns: tuple[tuple[str, str], ...] = ()  # keys of foreign JSONL: prompt=instruction,response=output
     tokenizer: str = "almanac"  # almanac, or a SentencePiece model file
     extend_tokenizer: bool = False  # tags that such a file lacks get new ids after its own
     rows: int = 8  # B, rows of a batch
@@ -99,9 +95,7 @@ class LogConfig:
 class PreferenceConfig:
     """The second stage, in rounds: sample, score, pair, train (paper section 4)."""
 
-    baseline: str = (
-        ""  # workdir of a sequential model, the opponent; empty: the model that this stage begins with
-    )
+    baseline: str = ""  # workdir of a sequential model, the opponent; empty: the model of the start
     prompts: str = "almanac"  # almanac (fresh ones each round), or a JSONL file of prompts and responses
     prompts_per_round: int = 256
     rounds: int = 2

@@ -1,6 +1,7 @@
 """Configurations: strict, and every refusal says what to write instead."""
 
 import dataclasses
+import inspect
 import json
 import pathlib
 
@@ -111,3 +112,10 @@ def test_differences_and_description() -> None:
     described = config_lib.describe(other)
     assert "config.data.rows = 3 " in described
     assert "# B, rows of a batch" in described
+
+
+def test_no_comment_beside_a_field_is_lost() -> None:
+    """They are the documentation that --print_config shows, and are found on the field's own line only."""
+    for section in (Config(), *(x for x in vars(Config()).values() if dataclasses.is_dataclass(x))):
+        fields = inspect.getsource(type(section)).partition("def __post_init__")[0]
+        assert len(config_lib._field_docs(type(section))) == fields.count("  # "), type(section).__name__
