@@ -82,7 +82,10 @@ def test_what_another_configuration_left_is_not_mixed_in(
     reproduce.run(PLAN, str(tmp_path))
     reproduce.run(reproduce.QUICK, str(tmp_path))  # of the same configurations
     tiny = reproduce._tiny
-    longer = lambda name, *wishes: dataclasses.replace(tiny(name, *wishes), steps=7)  # noqa: E731
+
+    def longer(name: str, *wishes: str) -> Config:
+        return dataclasses.replace(tiny(name, *wishes), steps=7)
+
     monkeypatch.setattr(reproduce, "_tiny", longer)
     with pytest.raises(ConfigError, match=r"base, baseline, pasta, apar, sot differ.*new --workdir"):
         reproduce.run(PLAN, str(tmp_path))
@@ -263,9 +266,8 @@ def test_the_frontier_is_compared_where_apar_is(found: list[Any]) -> None:
     assert judged((1.5, 0.47), (2.0, 0.46), (1.8, 0.40)).holds is True
     below = judged((1.5, 0.49), (2.0, 0.46), (1.8, 0.40))
     assert below.holds is False and "at APAR's speed it wins 48.0 %" in below.evidence
-    assert (
-        judged((1.5, 0.52), (2.0, 0.53), (1.8, 0.40)).holds is False
-    )  # faster and better, and yet below: 51.5 %
+    # A point that is faster and better, and yet the line to it is at 51.5 % where APAR is.
+    assert judged((1.5, 0.52), (2.0, 0.53), (1.8, 0.40)).holds is False
     slow = judged((1.5, 0.49), (1.4, 0.50), (1.3, 0.50))
     assert slow.holds is False and "no point is as fast as APAR" in slow.evidence
     assert judged((1.0, 0.49), (1.4, 0.50), (1.3, 0.50)).holds is None
