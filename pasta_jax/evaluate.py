@@ -24,6 +24,7 @@ from pasta_jax.evaluation import (
     realized,
     win,
 )
+from pasta_jax.files import replacing
 from pasta_jax.preference.score import parallelism, theoretical_speedup
 from pasta_jax.reports.tables import markdown_table
 from pasta_jax.verbs import refuse, show_log
@@ -130,7 +131,7 @@ def compare(baseline: str, tests: Mapping[str, str], prompts: int, workdir: str)
     about = {name: checkpoint_mark(path) for name, path in checkpoints.items()}
     answers = evaluate(systems, prompts, workdir, about)
     text = table({name: summarise(answers["baseline"], answers[name]) for name in tests})
-    with open(os.path.join(workdir, "table.md"), "w", encoding="utf-8") as file:
+    with replacing(os.path.join(workdir, "table.md")) as file:
         file.write(text + "\n")
     return text
 

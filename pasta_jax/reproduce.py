@@ -31,12 +31,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import app, flags
 
 from pasta_jax.config import Config, ConfigError, load_config, to_dict
-from pasta_jax.evaluation import Answer
+from pasta_jax.evaluation import Answer, read_answers
 from pasta_jax.files import replacing
+from pasta_jax.reports.claims import claims
+from pasta_jax.reports.measures import Found, measured, perfect_speedup
+from pasta_jax.reports.results import Result
 from pasta_jax.training.checkpoints import CheckpointError
 from pasta_jax.verbs import refuse, show_log
 
@@ -276,72 +278,8 @@ def _count(plan: Plan, here: Folder, seed: int, models: Mapping[str, str]) -> No
 # -------------------------------------------------------------------------------------------------- results
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """Answers of one model a seed, beside the baseline's of that seed: [seeds][prompts]."""
-
-    baseline: list[list[Answer]]
-    test: list[list[Answer]]
-
-    def table(self) -> dict[str, np.ndarray]:
-        """Every measure of every answer, float64 [seeds, prompts]; speeds as logarithms."""
-        from pasta_jax.evaluation import concludes_last, realized, win
-        from pasta_jax.preference.score import parallelism, theoretical_speedup
-
-        for b, t in zip(self.baseline, self.test, strict=True):
-            if [answer.prompt for answer in b] != [answer.prompt for answer in t] or not b:
-                raise ValueError(
-                    "Answers are missing, or to other prompts. Remove this seed's cells and run again."
-                )
-
-        def each(measure: Callable[[Answer, Answer], float]) -> np.ndarray:
-            return np.array(
-                [
-                    [measure(b, t) for b, t in zip(*both, strict=True)]
-                    for both in zip(self.baseline, self.test, strict=True)
-                ]
-            )
-
-        measures = {
-            "win_rate": each(win),
-            "truth": each(lambda b, t: t.truth),
-            "theoretical": np.log(each(theoretical_speedup)),
-            "parallelism": np.log(each(lambda b, t: parallelism(t))),
-            "promises": each(lambda b, t: t.promises),
-            "promised": each(lambda b, t: t.promises > 0),
-            "concludes_last": each(lambda b, t: concludes_last(t)),
-        }
-        if all(t.wall_s for answers in self.test for t in answers):
-            measures["realized"] = np.log(each(realized))
-        return measures
-
-
-SPEEDS = ("theoretical", "parallelism", "realized")
-
-
-def estimate(values: np.ndarray, name: str, draws: int = 2000) -> Any:
-    """Mean and 95 % interval of a measure [seeds, prompts]; a geometric mean for speeds.
-
-    A bootstrap over prompts and seeds: prompts are drawn anew with all their seeds, and seeds anew for each
-    draw where there are several.
-    """
-    from pasta_jax.reports.results import Estimate
-
-    rng = np.random.default_rng(0)
-    seeds, prompts = values.shape
-    means = np.empty(draws)
-    for i in range(draws):
-        rows = rng.integers(seeds, size=seeds)
-        means[i] = values[rows][:, rng.integers(prompts, size=prompts)].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    scale = np.exp if name in SPEEDS else float
-    return Estimate(*(float(scale(x)) for x in (values.mean(), low, high)))
-
-
-def results(plan: Plan, workdir: str) -> list[Any]:
+def results(plan: Plan, workdir: str) -> list[Result]:
     """All that was measured, as the report shows it."""
-    from pasta_jax.evaluation import read_answers
-
     here = Folder(workdir)
 
     def timed(seed: int, name: str) -> list[Answer]:
@@ -351,78 +289,27 @@ def results(plan: Plan, workdir: str) -> list[Any]:
         return read_answers(os.path.join(here.answers(seed, f"counted-{plan.counted}"), f"{name}.jsonl"))
 
     baseline = [timed(seed, "baseline") for seed in plan.seeds]
-    found = [_result("Baseline-SFT", "Baseline-SFT", Found(baseline, baseline))]
+    found = [measured("Baseline-SFT", "Baseline-SFT", Found(baseline, baseline))]
     for name, method in (("pasta", "PASTA-SFT"), ("apar", "APAR"), ("sot", "SoT")):
-        found.append(_result(method, method, Found(baseline, [timed(seed, name) for seed in plan.seeds])))
+        found.append(measured(method, method, Found(baseline, [timed(seed, name) for seed in plan.seeds])))
     for weight in plan.weights:
         named = f"PASTA-BoN-{weight:g}"
         answers = [timed(seed, bon(weight)) for seed in plan.seeds]
-        found.append(_result(named, "PASTA-BoN", Found(baseline, answers), weight, plan.rounds))
+        found.append(measured(named, "PASTA-BoN", Found(baseline, answers), weight, plan.rounds))
         if plan.rounds > 1:
             first = [counted(seed, f"{bon(weight)}-round-1") for seed in plan.seeds]
-            found.append(_result(f"{named}, round 1", "PASTA-BoN", Found(baseline, first), weight, 1))
+            found.append(measured(f"{named}, round 1", "PASTA-BoN", Found(baseline, first), weight, 1))
     if plan.ablated:
         seed = plan.seeds[0]
         for name in POSITIONS:
             one = Found(baseline[:1], [counted(seed, name)])
-            found.append(_result(f"PASTA-SFT, {name}", "PASTA-SFT", one, positions=name))
+            found.append(measured(f"PASTA-SFT, {name}", "PASTA-SFT", one, positions=name))
         for efficiency in EFFICIENCIES:
             for weight in plan.ablated:
                 one = Found(baseline[:1], [counted(seed, bon(weight, efficiency))])
                 named = f"PASTA-BoN-{weight:g}, {efficiency}"
-                found.append(_result(named, "PASTA-BoN", one, weight, 1, efficiency=efficiency))
+                found.append(measured(named, "PASTA-BoN", one, weight, 1, efficiency=efficiency))
     return found
-
-
-def _result(
-    name: str, method: str, found: Found, weight: float | None = None, round: int = 0, **labels: Any
-) -> Any:
-    from pasta_jax.reports.results import Result
-
-    table = found.table()
-    if not method.startswith("PASTA"):
-        table.pop("concludes_last")  # nothing to read it from
-    kinds = np.array([answer.family for answer in found.baseline[0]])
-    families = {}
-    for family in dict.fromkeys(kinds.tolist()):
-        means = {key: float(values[:, kinds == family].mean()) for key, values in table.items()}
-        families[family] = {k: math.exp(v) if k in SPEEDS else v for k, v in means.items()}
-    return Result(
-        name=name,
-        method=method,
-        seeds=len(found.test),
-        prompts=len(kinds),
-        weight=weight,
-        round=round,
-        realized=estimate(table["realized"], "realized") if "realized" in table else None,
-        families=families,
-        **{key: estimate(table[key], key) for key in ("win_rate", "truth", "theoretical", "parallelism")},
-        **labels,
-    )
-
-
-def perfect_speedup(prompts: int) -> float:
-    """Theoretical speedup of the true answers under perfect annotations, a geometric mean.
-
-    More than that takes promises that are not kept, as for the items of a chain.
-    """
-    from pasta_jax.data import almanac
-    from pasta_jax.decoding.trace import critical_path
-    from pasta_jax.evaluation import geometric_mean
-    from pasta_jax.lang.program import Program, Text
-    from pasta_jax.tokens.layout import layout_example
-
-    tokenizer = almanac.load_tokenizer()
-
-    def steps(task: almanac.Task, program: Program) -> int:
-        start = len(tokenizer.encode_prompt(task.prompt))
-        return critical_path(layout_example(tokenizer, task.prompt, program), start, tokenizer.vocabulary)
-
-    def speedup(task: almanac.Task) -> float:
-        exact = almanac.annotate_exactly(task, lambda text: len(tokenizer.encode(text)))
-        return steps(task, Program((Text(almanac.plain(task)),))) / steps(task, exact)
-
-    return geometric_mean([speedup(task) for task in almanac.evaluation_tasks(prompts)])
 
 
 # ----------------------------------------------------------------------------------------------------- verb
@@ -431,7 +318,6 @@ def perfect_speedup(prompts: int) -> float:
 def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
     """results.json, figures, report.md and report.html from the answers in `workdir`."""
     from pasta_jax.reports import page, plots
-    from pasta_jax.reports.claims import claims
 
     found, perfect = results(plan, workdir), perfect_speedup(plan.timed)
     with replacing(os.path.join(workdir, "results.json")) as file:

@@ -15,6 +15,7 @@ from pasta_jax.config import Config, ConfigError
 from pasta_jax.data import almanac
 from pasta_jax.evaluation import Answer, concludes_last, write_answers
 from pasta_jax.model import ModelConfig
+from pasta_jax.reports import measures
 from pasta_jax.reports.claims import claims
 from pasta_jax.reproduce import Cell, Folder, Plan
 
@@ -300,7 +301,7 @@ def test_perfect_annotations_are_as_fast_as_the_benchmark_allows(monkeypatch: py
     def of(family: str) -> float:
         chosen = [task for task in tasks if task.family == family]
         monkeypatch.setattr(almanac, "evaluation_tasks", lambda count: chosen[:count])
-        return reproduce.perfect_speedup(5)
+        return measures.perfect_speedup(5)
 
     assert of("single") == of("chain") == 1.0
     # Three to five items of like length, but each promise takes steps of its own before the next.
@@ -311,10 +312,10 @@ def test_intervals_cover_the_mean_as_often_as_they_say(seed: int) -> None:
     rng = np.random.default_rng(seed)
     inside = 0
     for _ in range(200):
-        interval = reproduce.estimate(rng.normal(0.3, 1.0, (1, 60)), "truth", draws=300)
+        interval = measures.estimate(rng.normal(0.3, 1.0, (1, 60)), "truth", draws=300)
         inside += interval.low <= 0.3 <= interval.high
     assert 175 <= inside <= 200
-    speeds = reproduce.estimate(np.log([[2.0, 8.0]]), "realized")
+    speeds = measures.estimate(np.log([[2.0, 8.0]]), "realized")
     assert speeds.mean == pytest.approx(4.0)
     assert (speeds.low, speeds.high) == pytest.approx((2.0, 8.0))
 

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from pasta_jax.files import replacing
 from pasta_jax.reports import paper
 from pasta_jax.reports import results as pick
 from pasta_jax.reports.claims import Claim
@@ -95,8 +96,9 @@ def write_report(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     page = blocks(about, results, claims, figures)
-    (folder / "report.md").write_text(as_markdown(page, folder), encoding="utf-8")
-    (folder / "report.html").write_text(as_html(page), encoding="utf-8")
+    for name, text in (("report.md", as_markdown(page, folder)), ("report.html", as_html(page))):
+        with replacing(folder / name) as file:
+            file.write(text)
 
 
 def blocks(
