@@ -16,6 +16,7 @@ cut off. --quick does one seed, three lambdas and fewer prompts, and no ablation
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -37,7 +38,7 @@ from pasta_jax.config import Config, ConfigError, load_config, to_dict
 from pasta_jax.evaluation import Answer, read_answers
 from pasta_jax.files import replacing
 from pasta_jax.reports.claims import claims
-from pasta_jax.reports.measures import Found, measured, perfect_speedup
+from pasta_jax.reports.measures import Found, exact_speedup, measured
 from pasta_jax.reports.results import Result
 from pasta_jax.training.checkpoints import CheckpointError
 from pasta_jax.verbs import refuse, show_log
@@ -223,17 +224,41 @@ def _sample(here: Folder, seed: int) -> None:
     from pasta_jax.loading import load
     from pasta_jax.preference import rounds
 
-    os.makedirs(here.model(seed, "samples"), exist_ok=True)
+    folder = here.model(seed, "samples")
+    os.makedirs(folder, exist_ok=True)
+    if _drawn_by(folder) != (marks := _drawers(here, seed)):  # of a run that was cut off, or of other models
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, "samples.jsonl"))
+        with replacing(os.path.join(folder, "about.json")) as file:
+            json.dump(marks, file)
     policy, baseline = (load(here.model(seed, name)) for name in ("pasta", "baseline"))
-    rounds.draw(_preference(here, seed, 1.0, 1), 1, policy, baseline, here.model(seed, "samples"))
+    rounds.draw(_preference(here, seed, 1.0, 1), 1, policy, baseline, folder)
+
+
+def _drawers(here: Folder, seed: int) -> dict[str, Any]:
+    """The models whose answers the samples are, as marks that JSON can hold."""
+    from pasta_jax.training.checkpoints import checkpoint_mark
+
+    marks = {name: checkpoint_mark(here.model(seed, name)) for name in ("pasta", "baseline")}
+    return dict(json.loads(json.dumps(marks)))
+
+
+def _drawn_by(folder: str) -> Any:
+    """Those of the samples that are there; None without any."""
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "about.json")) as file:
+        return json.load(file)
+    return None
 
 
 def _prefer(here: Folder, seed: int, weight: float, count: int, efficiency: str = "speedup") -> None:
-    workdir = here.model(seed, bon(weight, efficiency))
+    workdir, samples = here.model(seed, bon(weight, efficiency)), here.model(seed, "samples")
+    if _drawn_by(samples) != _drawers(here, seed):
+        mark = os.path.join(here.root, "cells", f"seed-{seed}-samples.json")
+        raise ConfigError(f"{samples} is of other models than there are now. Remove {mark} and run again.")
     first = os.path.join(workdir, "round-1")
     if not os.path.exists(os.path.join(first, "samples.jsonl")):
         os.makedirs(first, exist_ok=True)
-        shutil.copy(os.path.join(here.model(seed, "samples"), "samples.jsonl"), first)
+        shutil.copy(os.path.join(samples, "samples.jsonl"), first)
     _train(_preference(here, seed, weight, count, efficiency), workdir)
 
 
@@ -290,12 +315,18 @@ def results(plan: Plan, workdir: str) -> list[Result]:
 
     baseline = [timed(seed, "baseline") for seed in plan.seeds]
     found = [measured("Baseline-SFT", "Baseline-SFT", Found(baseline, baseline))]
-    for name, method in (("pasta", "PASTA-SFT"), ("apar", "APAR"), ("sot", "SoT")):
-        found.append(measured(method, method, Found(baseline, [timed(seed, name) for seed in plan.seeds])))
+    others = {
+        method: Found(baseline, [timed(seed, name) for seed in plan.seeds])
+        for name, method in (("pasta", "PASTA-SFT"), ("apar", "APAR"), ("sot", "SoT"))
+    }
+    found += [measured(method, method, answers) for method, answers in others.items()]
+    rivals = {name: others[name] for name in ("APAR", "SoT")}
     for weight in plan.weights:
         named = f"PASTA-BoN-{weight:g}"
         answers = [timed(seed, bon(weight)) for seed in plan.seeds]
-        found.append(measured(named, "PASTA-BoN", Found(baseline, answers), weight, plan.rounds))
+        found.append(
+            measured(named, "PASTA-BoN", Found(baseline, answers), weight, plan.rounds, rivals=rivals)
+        )
         if plan.rounds > 1:
             first = [counted(seed, f"{bon(weight)}-round-1") for seed in plan.seeds]
             found.append(measured(f"{named}, round 1", "PASTA-BoN", Found(baseline, first), weight, 1))
@@ -319,11 +350,13 @@ def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
     """results.json, figures, report.md and report.html from the answers in `workdir`."""
     from pasta_jax.reports import page, plots
 
-    found, perfect = results(plan, workdir), perfect_speedup(plan.timed)
+    found, exact = results(plan, workdir), exact_speedup(plan.timed)
     with replacing(os.path.join(workdir, "results.json")) as file:
         rows = [dataclasses.asdict(result) for result in found]
-        tree = {"about": about, "perfect_annotations": perfect, "results": rows}
-        json.dump(tree, file, indent=1, default=dict)
+        for row in rows:
+            row["weight"] = "inf" if row["weight"] == math.inf else row["weight"]  # JSON has no infinity
+        tree = {"about": about, "exact_annotations": exact, "results": rows}
+        json.dump(tree, file, indent=1, allow_nan=False)
     figures = [
         ("frontier", plots.frontier, "Quality against speed; the paper's Figure 4."),
         ("rounds", plots.rounds, "Rounds of preference optimisation; the paper's Figure 5."),
@@ -338,7 +371,7 @@ def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
     for name, draw, caption in figures:
         paths.append((os.path.join(workdir, f"{name}.png"), caption))
         draw(found, paths[-1][0])
-    page.write_report(workdir, about, found, claims(found, perfect), paths)
+    page.write_report(workdir, about, found, claims(found, exact), paths)
 
 
 def run(plan: Plan, workdir: str) -> None:
@@ -434,8 +467,11 @@ def about_this(plan: Plan, workdir: str) -> dict[str, Any]:
         "chosen beforehand": "kv heads, steps and rate, for PASTA and the baseline; margin, alpha and rate of the "
         "second stage; the annotator's habit: all on evaluation prompts, seed 0 (docs/PERFORMANCE.md); nothing for "
         "the rivals",
+        "differs from the paper": "N = 8 samples (10), alpha 0.1 (0.005), rate 2e-4 (5e-7), margin 4 nats (not "
+        "stated); quality is a ratio of confidences with one added on each side, at most 5, so lambda is not on "
+        "the paper's scale; of two answers as true as each other the shorter wins; oracle positions not tried",
         "win rate": "the judge's: higher truth wins, with equal truth the shorter text; a tie counts half",
-        "time": f"{sum(filter(None, seconds)) / 60:.0f} minutes",
+        "time": f"{sum(filter(None, seconds)) / 60:.0f} minutes; of cells that were cut off, the last session's",
     }
 
 
@@ -448,12 +484,15 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     plan = QUICK if values.quick else FULL
     workdir = values.workdir or ("runs/reproduce-quick" if values.quick else "runs/reproduce")
+    whole = os.path.abspath(
+        workdir
+    )  # models know each other by path: another spelling would be another model
     show_log()
     try:
-        run(plan, workdir)
+        run(plan, whole)
+        write(plan, whole, about_this(plan, whole))
     except (ConfigError, CheckpointError) as error:
         refuse(str(error))
-    write(plan, workdir, about_this(plan, workdir))
     print(f"Report: {workdir}/report.html (and report.md), numbers: {workdir}/results.json")
 
 

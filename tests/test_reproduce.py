@@ -95,6 +95,18 @@ def test_what_another_configuration_left_is_not_mixed_in(
         reproduce.run(PLAN, str(tmp_path / "old"))
 
 
+def test_samples_of_other_models_are_not_learnt_from(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Folder(str(tmp_path))
+    folder = pathlib.Path(here.model(0, "samples"))
+    folder.mkdir(parents=True)
+    (folder / "about.json").write_text(json.dumps({"pasta": "as it was"}))
+    monkeypatch.setattr(reproduce, "_drawers", lambda here, seed: {"pasta": "trained again"})
+    with pytest.raises(ConfigError, match="other models.*seed-0-samples.json"):
+        reproduce._prefer(here, 0, 1.0, 1)
+
+
 # -------------------------------------------------------------------------------------------------- results
 
 
@@ -166,6 +178,9 @@ def test_results_by_hand(found: list[Any]) -> None:
     assert bon.theoretical.mean == pytest.approx(2.0)
     assert bon.parallelism.mean == pytest.approx(100 / 60)
     assert bon.win_rate.mean == 0.5
+    paired = bon.against["APAR"]
+    assert paired["truth"].mean == pytest.approx(2 / 7) and paired["win_rate"].mean == pytest.approx(1 / 7)
+    assert paired["realized"].mean == pytest.approx(2.0 / 1.25 ** (6 / 7))
     apar = by_name["APAR"]
     assert apar.truth.mean == pytest.approx(5 / 7)
     assert apar.win_rate.mean == pytest.approx((5 * 0.5) / 7)
@@ -180,7 +195,7 @@ def test_answers_that_are_missing_are_not_passed_over(tmp_path: pathlib.Path) ->
     made_up(tmp_path, PLAN)
     path = tmp_path / "seed-0" / "answers" / "timed-2-14" / "apar.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(ValueError, match="missing, or to other prompts"):
+    with pytest.raises(ConfigError, match="missing, or to other prompts"):
         reproduce.results(PLAN, str(tmp_path))
 
 
@@ -213,7 +228,7 @@ def test_claims_follow_the_numbers(found: list[Any]) -> None:
 
 
 def test_claims_say_where_and_why_they_fail(found: list[Any]) -> None:
-    made = {claim.text: claim for claim in claims(found, perfect=1.53)}
+    made = {claim.text: claim for claim in claims(found, exact=1.53)}
     waits = made["After the second stage every compare answer waits for its branches before the conclusion"]
     assert waits.holds is True
     unsaid = [
@@ -229,7 +244,7 @@ def test_claims_say_where_and_why_they_fail(found: list[Any]) -> None:
         for r in found
     ]
     text = "The speed end reaches the paper's 1.93x realized"
-    evidence = {claim.text: claim for claim in claims(slow, perfect=1.53)}[text].evidence
+    evidence = {claim.text: claim for claim in claims(slow, exact=1.53)}[text].evidence
     assert "1.20" in evidence and "1.53x theoretical" in evidence
 
 
@@ -266,7 +281,9 @@ def test_the_frontier_is_compared_where_apar_is(found: list[Any]) -> None:
     # From (1, 50 %) to (2, 46 %): 48 % at 1.5x.
     assert judged((1.5, 0.47), (2.0, 0.46), (1.8, 0.40)).holds is True
     below = judged((1.5, 0.49), (2.0, 0.46), (1.8, 0.40))
-    assert below.holds is False and "at APAR's speed it wins 48.0 %" in below.evidence
+    assert (
+        below.holds is False and "at APAR's speed the line between its points is at 48.0 %" in below.evidence
+    )
     # A point that is faster and better, and yet the line to it is at 51.5 % where APAR is.
     assert judged((1.5, 0.52), (2.0, 0.53), (1.8, 0.40)).holds is False
     slow = judged((1.5, 0.49), (1.4, 0.50), (1.3, 0.50))
@@ -295,13 +312,13 @@ def test_concluding_last(annotated: str, expected: bool) -> None:
     assert concludes_last(one) is expected
 
 
-def test_perfect_annotations_are_as_fast_as_the_benchmark_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_annotations_are_as_fast_as_the_benchmark_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = almanac.evaluation_tasks(70)
 
     def of(family: str) -> float:
         chosen = [task for task in tasks if task.family == family]
         monkeypatch.setattr(almanac, "evaluation_tasks", lambda count: chosen[:count])
-        return measures.perfect_speedup(5)
+        return measures.exact_speedup(5)
 
     assert of("single") == of("chain") == 1.0
     # Three to five items of like length, but each promise takes steps of its own before the next.

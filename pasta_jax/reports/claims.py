@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from pasta_jax.reports.results import Estimate, Result, by_round, headline
+from pasta_jax.reports.results import Estimate, Result, by_round, headline, height, upper_hull
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Compared:
     trained: Sequence[Result]
 
 
-def claims(results: Sequence[Result], perfect: float | None = None) -> list[Claim]:
+def claims(results: Sequence[Result], exact: float | None = None) -> list[Claim]:
     """All of them, in the paper's order.
 
     Args:
       results: of every model; those of the main comparison were timed.
-      perfect: theoretical speedup of perfect annotations on the same prompts, if it is known.
+      exact: theoretical speedup of exact annotations of the same prompts, if it is known.
     """
     shown = headline(results)
     by_name = {result.name: result for result in shown}
@@ -58,7 +58,7 @@ def claims(results: Sequence[Result], perfect: float | None = None) -> list[Clai
         *_better_at_once(compared),
         _above_the_segment(compared),
         _no_loss(compared),
-        _speed_end(compared, perfect),
+        _speed_end(compared, exact),
         *_rivals_weaknesses(compared),
         *_stays_sequential(compared),
         _syncs(compared),
@@ -67,22 +67,20 @@ def claims(results: Sequence[Result], perfect: float | None = None) -> list[Clai
 
 
 def _better_at_once(compared: Compared) -> Iterator[Claim]:
-    def better(result: Result, rival: Result) -> bool:
-        return (
-            _speed(result) > _speed(rival)
-            and result.win_rate.mean > rival.win_rate.mean
-            and result.truth.mean > rival.truth.mean
-        )
+    def lost(result: Result, rival: Result) -> list[str]:
+        """The measures in which it is not better."""
+        return [name for name, value in _MEASURES.items() if value(result).mean <= value(rival).mean]
 
     for rival in (compared.apar, compared.sot):
-        winners = [result for result in compared.trained if better(result, rival)]
+        winners = [result for result in compared.trained if not lost(result, rival)]
         best = max(winners, key=_speed) if winners else max(compared.trained, key=lambda r: r.win_rate.mean)
         yield _claim(
             f"A PASTA-BoN point is better than {rival.name} in win rate, truth and realized speedup at once",
             bool(winners),
             _said(best),
             _said(rival),
-            "" if winners else _behind(best, rival, "truth"),
+            _difference(best, rival),
+            *(_behind(best, rival, name) for name in lost(best, rival)),
         )
 
 
@@ -97,30 +95,19 @@ def _above_the_segment(compared: Compared) -> Claim:
     if _speed(apar) <= 1.0:
         return _claim(text, None, _said(apar), "it is no faster than Baseline-SFT: there is no segment")
     points = [(1.0, 0.5), *((_speed(result), result.win_rate.mean) for result in compared.trained)]
-    faster = [point for point in points if point[0] >= _speed(apar)]
-    if not faster:
+    at_apar = height(upper_hull(points), _speed(apar))
+    if at_apar is None:
         return _claim(text, False, _said(apar), *map(_said, compared.trained), "no point is as fast as APAR")
-    slower = [point for point in points if point[0] < _speed(apar)]
-    at_apar = max(_between(a, b, _speed(apar)) for a in slower for b in faster)
     holds = at_apar > apar.win_rate.mean
     best = max(compared.trained, key=lambda result: (_speed(result) >= _speed(apar), result.win_rate.mean))
     return _claim(
         text,
         holds,
-        f"at APAR's speed it wins {100 * at_apar:.1f} %",
+        f"at APAR's speed the line between its points is at {100 * at_apar:.1f} %",
         _said(apar),
         _said(best),
         "" if holds else _behind(best, apar, "win_rate"),
     )
-
-
-def _between(a: tuple[float, float], b: tuple[float, float], x: float) -> float:
-    """The height at x of the line from point a to point b.
-
-    >>> _between((1.0, 0.5), (2.0, 0.4), 1.5)
-    0.45
-    """
-    return a[1] + (b[1] - a[1]) * (x - a[0]) / (b[0] - a[0])
 
 
 def _no_loss(compared: Compared) -> Claim:
@@ -138,13 +125,15 @@ def _no_loss(compared: Compared) -> Claim:
     )
 
 
-def _speed_end(compared: Compared, perfect: float | None) -> Claim:
+def _speed_end(compared: Compared, exact: float | None) -> Claim:
     fastest = max(compared.trained, key=_speed)
     return _claim(
         "The speed end reaches the paper's 1.93x realized",
         _speed(fastest) >= 1.93,
         _said(fastest),
-        "" if perfect is None else f"perfect annotations of these prompts: {perfect:.2f}x theoretical",
+        ""
+        if exact is None
+        else f"exact annotations of these prompts, each sync in its place: {exact:.2f}x theoretical",
     )
 
 
@@ -197,7 +186,7 @@ def _rises(results: Sequence[Result]) -> Iterator[Claim]:
     for weight, line in by_round(results).items():
         wins = [result.win_rate for result in line]
         rises = all(_wins_more(*pair) for pair in itertools.pairwise(line))
-        overlap = rises and wins[-1].low <= wins[0].high
+        overlap = wins[-1].low <= wins[0].high and wins[0].low <= wins[-1].high
         falls = next((pair for pair in itertools.pairwise(line) if not _wins_more(*pair)), None)
         yield _claim(
             f"Win rate rises from PASTA-SFT through the rounds at lambda {weight:g}",
@@ -216,13 +205,38 @@ def _claim(text: str, holds: bool | None, *evidence: str) -> Claim:
 
 
 def _speed(result: Result) -> float:
-    if result.realized is None:
-        raise ValueError(f"{result.name} was not timed; claims about speed need realized speedups.")
-    return result.realized.mean
+    return _realized(result).mean
 
 
 def _percent(result: Result, family: str, measure: str) -> float:
     return 100 * result.families[family][measure]
+
+
+def _realized(result: Result) -> Estimate:
+    if result.realized is None:
+        raise ValueError(f"{result.name} was not timed; claims about speed need realized speedups.")
+    return result.realized
+
+
+_MEASURES: Mapping[str, Callable[[Result], Estimate]] = {
+    "win_rate": lambda result: result.win_rate,
+    "truth": lambda result: result.truth,
+    "realized": _realized,
+}
+
+
+def _difference(result: Result, rival: Result) -> str:
+    """What a reader needs who asks whether it is noise: intervals of differences on the same prompts."""
+    if not (paired := result.against.get(rival.name)):
+        return ""
+    points = [
+        f"{paired[name].mean * 100:+.1f} [{paired[name].low * 100:+.1f}, {paired[name].high * 100:+.1f}]"
+        for name in ("win_rate", "truth")
+    ]
+    return (
+        f"paired differences: {points[0]} points of win rate, {points[1]} points of truth, "
+        f"{_with_interval(paired['realized'], 2)} times as fast"
+    )
 
 
 def _said(result: Result) -> str:
@@ -252,5 +266,10 @@ def _behind(result: Result, rival: Result, measure: str) -> str:
         (result.families[family][measure] - rival.families[family][measure], family)
         for family in rival.families
     )
+    if measure == "realized":
+        said = ", ".join(f"{family} {gap:+.2f}x" for gap, family in gaps if gap < -0.005)
+        return f"realized by family, against {rival.name}: {said}" if said else ""
     said = ", ".join(f"{family} {100 * gap:+.1f}" for gap, family in gaps if gap < -0.0005)
-    return f"points of {measure.replace('_', ' ')} by family, against {rival.name}: {said}" if said else ""
+    each = rival.prompts // max(1, len(rival.families)) * rival.seeds
+    what = f"points of {measure.replace('_', ' ')} by family, about {each} answers each, against {rival.name}"
+    return f"{what}: {said}" if said else ""

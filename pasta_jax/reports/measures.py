@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from pasta_jax.config import ConfigError
 from pasta_jax.data import almanac
 from pasta_jax.decoding.trace import critical_path
 from pasta_jax.evaluation import Answer, concludes_last, geometric_mean, realized, win
@@ -31,7 +32,7 @@ class Found:
         """Every measure of every answer, float64 [seeds, prompts]; speeds as logarithms."""
         for b, t in zip(self.baseline, self.test, strict=True):
             if [answer.prompt for answer in b] != [answer.prompt for answer in t] or not b:
-                raise ValueError(
+                raise ConfigError(
                     "Answers are missing, or to other prompts. Remove this seed's cells and run again."
                 )
 
@@ -82,8 +83,9 @@ def measured(
     round: int = 0,
     positions: str = POSITIONS,
     efficiency: str = EFFICIENCY,
+    rivals: Mapping[str, Found] | None = None,
 ) -> Result:
-    """What the report shows of a model; the arguments beside `found` are those of `Result`."""
+    """What the report shows of a model, and paired differences from rivals by name; else as in `Result`."""
     table = found.table()
     if not method.startswith("PASTA"):
         table.pop("concludes_last")  # nothing to read it from
@@ -108,13 +110,24 @@ def measured(
         families=families,
         positions=positions,
         efficiency=efficiency,
+        against={rival: differences(found, theirs) for rival, theirs in (rivals or {}).items()},
     )
 
 
-def perfect_speedup(prompts: int) -> float:
-    """Theoretical speedup of the true answers under perfect annotations, a geometric mean.
+def differences(test: Found, rival: Found) -> dict[str, Estimate]:
+    """A model against a rival on the same prompts and seeds (`Result.against`).
 
-    More than that takes promises that are not kept, as for the items of a chain.
+    The same prompt is as hard for both, so a difference of theirs has less noise than each of them.
+    """
+    ours, theirs = test.table(), rival.table()
+    return {name: estimate(ours[name] - theirs[name], name) for name in ("win_rate", "truth", "realized")}
+
+
+def exact_speedup(prompts: int) -> float:
+    """Theoretical speedup of the true answers under exact annotations, a geometric mean.
+
+    Exact: all that is independent is promised, and what needs it waits for it. No upper bound: a model that
+    knows an answer by heart may leave out a sync, and APAR's tags cost fewer tokens.
     """
     tokenizer = almanac.load_tokenizer()
 

@@ -136,7 +136,7 @@ _METHODS_TEXT = (
 )
 
 _ABLATIONS_TEXT = (
-    "The column `seeds` says of how many seeds a row is a mean: an ablation may have fewer than the rows of the "
+    "The column seeds says of how many seeds a row is a mean: an ablation may have fewer than the rows of the "
     "main comparison beside which it stands."
 )
 
@@ -257,8 +257,9 @@ def _paper_blocks() -> list[Block]:
         Heading(2, "The paper's own numbers"),
         Text(
             f"Jin et al., ICML 2025 (arXiv 2502.11517): {NOT_COMPARABLE}. Win rates are length-controlled. "
-            "Digitised numbers are good to about 0.01x and 0.2 points. The arithmetic means are of realized "
-            "speedup, theoretical speedup and parallelism."
+            "Quality was judged by GPT-4 in the comparison, by Gemini in rounds and ablations. Digitised numbers "
+            "are good to about 0.01x and 0.2 points. Arithmetic means are of realized and theoretical speedup "
+            "and parallelism."
         ),
         Table(header, comparison),
     ]

@@ -124,8 +124,11 @@ def _frontier_panel(axes: Axes, shown: Sequence[Result], speed: Callable[[Result
                 zorder=1,
                 label="Baseline-SFT to APAR",
             )
-    trained = sorted((x.mean, 100 * r.win_rate.mean) for r, x in others if r.method == "PASTA-BoN")
-    axes.plot(*zip(*trained), color=METHODS["PASTA-BoN"].color, linewidth=1.5, zorder=2)
+    trained = [(x.mean, 100 * r.win_rate.mean) for r, x in others if r.method == "PASTA-BoN"]
+    hull = pick.upper_hull([BASELINE, *trained])
+    axes.plot(
+        *zip(*hull), color=METHODS["PASTA-BoN"].color, linewidth=1.5, zorder=2, label="PASTA's frontier"
+    )
     for result, x in others:
         _estimate(axes, x, result.win_rate.scaled(100), METHODS[result.method], result.method)
     here = Estimate.exact(BASELINE[0]), Estimate.exact(BASELINE[1])

@@ -7,8 +7,10 @@ prompts.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 METHODS = ("Baseline-SFT", "PASTA-SFT", "PASTA-BoN", "APAR", "SoT")
 """In the order in which they are listed."""
@@ -59,6 +61,8 @@ class Result:
       families: of each family of prompts, means under the names in FAMILY_MEASURES; any may be missing.
       positions: position scheme, as the paper spells it: `Pred-1X`, `Const-40`, `Oracle`, ...
       efficiency: what preference optimisation took for speed: `harmonic`, `arithmetic`, `parallelism`, ...
+      against: by name of a rival, differences on the same prompts (paired): of win_rate and truth, and the ratio of
+        realized speedups.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Result:
     families: Mapping[str, Mapping[str, float]]
     positions: str = POSITIONS
     efficiency: str = EFFICIENCY
+    against: Mapping[str, Mapping[str, Estimate]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -143,6 +148,41 @@ def by_efficiency(results: Sequence[Result]) -> dict[str, list[Result]]:
             found.setdefault(result.efficiency, []).append(result)
     last = min((max(r.round for r in group) for group in found.values()), default=0)
     return {term: [r for r in group if r.round == last] for term, group in found.items()}
+
+
+Point: TypeAlias = tuple[float, float]
+
+
+def upper_hull(points: Sequence[Point]) -> list[Point]:
+    """The corners of the lowest line from left to right that is bent one way and has no point above it.
+
+    >>> upper_hull([(1.0, 0.5), (1.2, 0.4), (1.5, 0.48), (1.6, 0.2)])
+    [(1.0, 0.5), (1.5, 0.48), (1.6, 0.2)]
+    """
+    hull: list[Point] = []
+    for x, y in sorted(points):
+        while hull and hull[-1][0] == x:  # sorted: the higher one comes last
+            hull.pop()
+        while len(hull) > 1 and _between(hull[-2], (x, y), hull[-1][0]) >= hull[-1][1]:
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def height(line: Sequence[Point], x: float) -> float | None:
+    """Of a line from left to right at x; None where it does not reach.
+
+    >>> height([(1.0, 0.5), (2.0, 0.4)], 1.5)
+    0.45
+    """
+    for a, b in itertools.pairwise(line):
+        if a[0] <= x <= b[0]:
+            return _between(a, b, x)
+    return None
+
+
+def _between(a: Point, b: Point, x: float) -> float:
+    return a[1] + (b[1] - a[1]) * (x - a[0]) / (b[0] - a[0])
 
 
 def chosen(results: Sequence[Result], weight: float | None = None) -> Result | None:
