@@ -11,7 +11,7 @@ does, and finetunes a sequential baseline and PASTA from one base:
     $T --config=configs/tiny.py:pasta    --workdir=runs/pasta    --config.init_from=runs/base
 
 The rivals, on the same engine and from the same base, trained for as long: APAR, and the model of
-Skeleton-of-Thought, half on plain answers, half on skeletons and points:
+Skeleton-of-Thought, on skeletons and points:
 
     $T --config=configs/tiny.py:apar     --workdir=runs/apar     --config.init_from=runs/base
     $T --config=configs/tiny.py:sot      --workdir=runs/sot      --config.init_from=runs/base
@@ -27,7 +27,7 @@ _SOURCES = {
     "baseline": "almanac:plain",
     "pasta": "almanac:annotated",
     "apar": "almanac:apar",
-    "sot": "almanac:plain=0.5,almanac:skeletons=0.5",
+    "sot": "almanac:skeletons",
 }
 
 
