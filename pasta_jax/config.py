@@ -143,6 +143,7 @@ class Config:
                 f"config.preference.samples must be at least 2, to have a better and a worse answer, "
                 f"got {self.preference.samples}."
             )
+        self._check_preference()
         if self.stage == "preference" and not self.init_from:
             raise ConfigError(
                 "config.init_from is empty: preference optimisation starts from a finetuned model. Add "
@@ -152,6 +153,20 @@ class Config:
             raise ConfigError("config.data.sources is empty. Name at least one, as in almanac:annotated.")
         if any(weight <= 0 for _, weight in self.data.sources):
             raise ConfigError(f"config.data.sources: weights must be positive, got {self.data.sources}.")
+
+    def _check_preference(self) -> None:
+        p = self.preference
+        for name, good, wanted in (
+            ("weight", p.weight >= 0, "at least 0, inf for quality alone"),
+            ("temperature", p.temperature > 0, "above 0: at 0 all samples are the same"),
+            ("alpha", 0 <= p.alpha <= 1, "from 0 to 1"),
+            ("margin", p.margin >= 0, "at least 0"),
+            ("beta", p.beta > 0, "above 0"),
+            ("epochs", p.epochs > 0, "above 0"),
+            ("lr", p.lr > 0, "above 0"),
+        ):
+            if not good:
+                raise ConfigError(f"config.preference.{name} must be {wanted}, got {getattr(p, name)}.")
 
 
 # ------------------------------------------------------------------------------------------- files and flags
@@ -353,6 +368,7 @@ def _in_words(kind: Any) -> str:
 # -------------------------------------------------------------------------------------------- unknown fields
 
 _SYNONYMS = {
+    "lambda": "weight",
     "learning_rate": "lr",
     "peak_lr": "lr",
     "wd": "weight_decay",

@@ -413,6 +413,8 @@ def run(plan: Plan, workdir: str) -> None:
 def _check_same(workdir: str) -> None:
     """Keeps the configurations beside what is made with them; what others left is not mixed in."""
     path = os.path.join(workdir, "configs.json")
+    if os.path.isdir(workdir) and (there := {*os.listdir(workdir)}) and not there & {"configs.json", "cells"}:
+        raise ConfigError(f"{workdir} holds {min(there)} and more, and no reproduction. Use a new --workdir.")
     trees = {name: to_dict(_tiny(name)) for name in ("base", *SFT)}
     trees["preference"] = to_dict(load_config(str(PREFERENCE)))
     if os.path.exists(path) or os.path.exists(os.path.join(workdir, "cells")):

@@ -18,7 +18,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ def run(config: Config, workdir: str) -> str:
     policy = config.init_from
     for number in range(1, config.preference.rounds + 1):
         policy = run_round(config, number, policy, baseline, os.path.join(workdir, f"round-{number}"))
+    LOG.info("All rounds are done; the model is in %s.", policy)
     return policy
 
 
@@ -64,6 +65,7 @@ def run_round(config: Config, number: int, policy: str, baseline: Model, folder:
     os.makedirs(folder, exist_ok=True)
     _check_same(os.path.join(folder, "about.json"), config, policy)
     if os.path.exists(os.path.join(folder, "round.json")):
+        LOG.info("Round %d was done before.", number)
         return folder
 
     # ------------------------------------------------------------------------------------ sample and score
@@ -118,17 +120,12 @@ def run_round(config: Config, number: int, policy: str, baseline: Model, folder:
 
 def draw(config: Config, number: int, policy: Model, baseline: Model, folder: str) -> list[Record]:
     """The samples of one round, in FOLDER/samples.jsonl; those that are there already are kept."""
-    wishes = config.preference
-    LOG.info(
-        "Round %d: sampling %d answers to each of %d prompts.",
-        number,
-        wishes.samples,
-        wishes.prompts_per_round,
-    )
+    wishes, prompts = config.preference, prompts_of(config.preference, _seed(config, number))
+    LOG.info("Round %d: sampling.", number)
     return sample(
         policy,
         baseline,
-        prompts_of(wishes, _seed(config, number)),
+        prompts,
         wishes,
         length=config.data.length,
         threads=config.data.threads,
@@ -152,11 +149,16 @@ def prompts_of(config: PreferenceConfig, seed: int) -> list[Prompt]:
         ]
         return [Prompt(task.prompt, almanac.plain(task)) for task in tasks]
     try:
-        examples, _ = read_records(config.prompts)
+        examples, problems = read_records(config.prompts)
     except RecordError as error:
         raise ConfigError(f"config.preference.prompts: {error}") from error
+    if problems:
+        LOG.warning("%d prompts cannot be used, the first: %s", len(problems), problems[0])
     if not examples:
-        raise ConfigError(f"config.preference.prompts: nothing in {config.prompts} can be used.")
+        raise ConfigError(
+            f"config.preference.prompts: nothing in {config.prompts} can be used. It takes a prompt and a "
+            'response on each line, as in {"prompt": "...", "response": "..."}.'
+        )
     chosen = [examples[permuted(i, len(examples), seed)] for i in range(min(count, len(examples)))]
     prompts = [Prompt(example.prompt, assemble(example.program)) for example in chosen]
     if config.judge == "almanac":
@@ -181,16 +183,27 @@ def _check_same(path: str, config: Config, policy: str) -> None:
     about["preference"].pop("rounds")  # more rounds may follow
     baseline = config.preference.baseline or config.init_from
     about["policy"], about["opponent"] = checkpoint_mark(policy), checkpoint_mark(baseline)
-    if os.path.exists(path):
+    folder = os.path.dirname(path)
+    if os.path.exists(path) and os.path.exists(os.path.join(folder, "samples.jsonl")):
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        changed = [name for name in about if found.get(name) != json.loads(json.dumps(about[name]))]
+            found, wanted = dict(_leaves(json.load(file))), dict(_leaves(json.loads(json.dumps(about))))
+        changed = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
         if changed:
+            name = changed[0]
             raise ConfigError(
-                f"{os.path.dirname(path)} is of another experiment ({', '.join(changed)} differ). "
-                "Use a new --workdir."
+                f"{folder} is of another experiment: {name} was {found.get(name)!r} and is {wanted.get(name)!r} now"
+                f"{f' ({len(changed)} fields differ)' * (len(changed) > 1)}. Use a new --workdir."
             )
     _write_json(path, about)
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested dicts."""
+    if not isinstance(tree, dict):
+        yield path, tree
+        return
+    for name, below in tree.items():
+        yield from _leaves(below, f"{path}.{name}" if path else name)
 
 
 def _write_pairs(

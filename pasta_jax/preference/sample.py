@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +26,12 @@ from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path, document_order
 from pasta_jax.files import replacing
+from pasta_jax.training.signals import Stopped, stop_requests
+
+LOG = logging.getLogger("pasta_jax")
+
+SAY_EVERY_S = 20.0
+"""Seconds between lines on how far it is, where nobody sees a progress bar."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +98,17 @@ def sample(
       threads: that one answer may have, main included.
       seed: the same one draws the same samples, whatever was there before.
       path: the JSONL file.
+
+    Raises:
+      Stopped: by a signal, between two groups of prompts; what was sampled is kept.
     """
     records = [*read_records(path)]
     if {record.prompt for record in records} - {*prompts}:
         records = []
     write_records(path, records)  # a line that was cut short goes
+    LOG.info(
+        "%d answers to each of %d prompts; %d prompts are done.", config.samples, len(prompts), len(records)
+    )
     if len(records) == len(prompts):
         return records
 
@@ -112,8 +126,9 @@ def sample(
     group = max(1, config.rows // config.samples)
     todo = range(len(records), len(prompts), group)
     engine = decoder(policy, config.lanes)
-    with open(path, "a", encoding="utf-8") as file:
-        for start in tqdm(todo, unit="group", desc="sampling", disable=not sys.stderr.isatty()):
+    someone_looks, said_at = sys.stderr.isatty(), time.monotonic()
+    with open(path, "a", encoding="utf-8") as file, stop_requests() as request:
+        for start in tqdm(todo, unit="group", desc="sampling", disable=not someone_looks):
             here = order[start : start + group]
             wishes = [
                 _drawn(length, config.temperature, np.random.SeedSequence([seed, i, j]))
@@ -125,6 +140,16 @@ def sample(
                 mine = drawn[number * config.samples : (number + 1) * config.samples]
                 records.append(Record(prompts[i], plain[i], tuple(mine)))
                 print(_to_json(records[-1]), file=file, flush=True)
+            if request.signal:
+                LOG.warning(
+                    "%d of %d prompts are sampled. Run the same command again to go on.",
+                    len(records),
+                    len(prompts),
+                )
+                raise Stopped(request.signal)
+            if not someone_looks and time.monotonic() - said_at > SAY_EVERY_S:
+                LOG.info("%d of %d prompts are sampled.", len(records), len(prompts))
+                said_at = time.monotonic()
     return records
 
 

@@ -151,6 +151,7 @@ def train(
     if leaving:
         LOG.warning("Saved at step %d. Run the same command again to go on.", step)
         raise Stopped(leaving)
+    LOG.info("Step %d of %d of %s is done.", step, config.steps, workdir)
     return state
 
 
