@@ -4,8 +4,11 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import shutil
+import signal
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +24,7 @@ from pasta_jax.decoding.trace import as_document, document_order
 from pasta_jax.lang.parse import parse
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.preference import rounds
+from pasta_jax.preference import sample as sample_module
 from pasta_jax.preference.pairs import (
     Pair,
     choose,
@@ -38,6 +42,7 @@ from pasta_jax.training import loop
 from pasta_jax.training.checkpoints import find
 from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.metrics import read_metrics
+from pasta_jax.training.signals import Stopped
 
 # Small enough to train at once, long enough to answer something.
 MODEL = ModelConfig(vocab_size=1408, num_layers=1, model_dim=16, head_dim=8, mlp_dim=16, num_heads=2)
@@ -106,6 +111,30 @@ def test_the_same_seed_draws_the_same_and_a_cut_file_is_completed(
         model, model, prompts, WISHES, length=LENGTH, threads=16, seed=8, path=str(tmp_path / "other")
     )
     assert [r.samples[0].annotated for r in other] != [r.samples[0].annotated for r in records]
+
+
+def test_a_signal_while_sampling_leaves_what_is_done(
+    model: Model,
+    prompts: list[Prompt],
+    records: list[Record],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "samples.jsonl"
+    answers, calls = sample_module._answers, iter(range(1000))
+
+    def interrupted(*args: Any) -> Any:
+        if next(calls) == 1:  # the baseline's answers are the first call
+            os.kill(os.getpid(), signal.SIGINT)
+        return answers(*args)
+
+    monkeypatch.setattr(sample_module, "_answers", interrupted)
+    with pytest.raises(Stopped) as stopped:
+        sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=str(path))
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert 1 <= len(path.read_text().splitlines()) < len(prompts)
+    again = sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=str(path))
+    assert_same(again, records)
 
 
 def test_samples_of_other_prompts_are_not_kept(
@@ -320,7 +349,8 @@ def test_a_workdir_of_another_experiment_is_refused(
     )
     with pytest.raises(SystemExit):
         train(other, str(workdir))
-    assert "another experiment (preference differ)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "another experiment: preference.weight was" in said and "and is 1.0 now" in said
 
 
 def test_configurations_that_cannot_be_meant() -> None:
@@ -328,6 +358,17 @@ def test_configurations_that_cannot_be_meant() -> None:
         Config(preference=PreferenceConfig(samples=1))
     with pytest.raises(ConfigError, match=r"init_from is empty.*finetuned"):
         Config(stage="preference")
+    for name, value in (
+        ("weight", math.nan),
+        ("temperature", 0.0),
+        ("alpha", 2.0),
+        ("margin", -1.0),
+        ("beta", 0.0),
+        ("epochs", 0.0),
+        ("lr", -1.0),
+    ):
+        with pytest.raises(ConfigError, match=rf"preference\.{name} must be .*, got {value}"):
+            Config(preference=dataclasses.replace(WISHES, **{name: value}))
 
 
 def test_prompts_from_a_file(tmp_path: pathlib.Path) -> None:
