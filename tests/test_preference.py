@@ -367,8 +367,9 @@ def test_configurations_that_cannot_be_meant() -> None:
         ("epochs", 0.0),
         ("lr", -1.0),
     ):
+        wish: dict[str, Any] = {name: value}
         with pytest.raises(ConfigError, match=rf"preference\.{name} must be .*, got {value}"):
-            Config(preference=dataclasses.replace(WISHES, **{name: value}))
+            Config(preference=dataclasses.replace(WISHES, **wish))
 
 
 def test_prompts_from_a_file(tmp_path: pathlib.Path) -> None:
