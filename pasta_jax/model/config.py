@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
+
+LayerKind = Literal["global", "local"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for longer texts; of global layers, with `rope_base`."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0  # by which texts are longer than those of pretraining
+    original_length: int = 8192  # of those of pretraining (llama3, yarn)
+    low_freq_factor: float = 1.0  # llama3: waves longer than original_length / this are divided by factor
+    high_freq_factor: float = 4.0  # llama3: waves shorter than original_length / this stay
+    beta_fast: float = 32.0  # yarn: frequencies with more turns in original_length stay
+    beta_slow: float = 1.0  # yarn: frequencies with fewer turns are divided by factor
+    attention_factor: float = 0.0  # yarn: of cosines and sines; 0 is 0.1 ln(factor) + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and choices of one decoder-only transformer; the default is the tiny Gemma-style model."""
+    """Sizes and choices of one decoder-only transformer; the default is the tiny Gemma-style model.
+
+    `model.presets` has those of published models.
+    """
 
     vocab_size: int = 1536  # V
     num_layers: int = 4  # Z
@@ -17,12 +37,23 @@ class ModelConfig:
     head_dim: int = 32  # H
     mlp_dim: int = 512  # F
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6
-    activation: str = "gelu_tanh"  # of the gated MLP: gelu_tanh (Gemma) or silu (Llama)
+    activation: Literal["gelu_tanh", "silu"] = "gelu_tanh"  # of the gated MLP: gelu_tanh (Gemma), silu (Llama)
     norm_offset: float = 1.0  # Gemma's RMSNorm multiplies by (offset + scale)
+    post_norms: bool = False  # Gemma 2 and 3 also norm what attention and MLP add to the residual stream
+    qk_norm: bool = False  # Gemma 3 and Qwen 3 norm each head's queries and keys, before rotary positions
+    qkv_bias: bool = False  # Qwen 2.5
+    query_scale: float = 0.0  # scores are divided by its root; 0 is head_dim
+    attn_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0 is off (Gemma 2: 50)
+    final_softcap: float = 0.0  # likewise logits (Gemma 2: 30)
+    sliding_window: int = 0  # local layers see keys at positions above their own less this
+    layer_kinds: tuple[LayerKind, ...] = ("global",)  # of layer 0, 1, ...; repeated until the last layer
+    local_rope_base: float = 0.0  # rope_base of local layers, which have no scaling; 0 is as global ones
     embed_scale: bool = True  # Gemma multiplies embeddings by sqrt(D)
     tie_embeddings: bool = True
     dtype: str = "float32"  # of parameters and compute; softmax, norms and logits are float32 always
+    weights: Literal["plain", "int8"] = "plain"  # int8: matrices as int8 and a scale for each column, to decode
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -32,3 +63,32 @@ class ModelConfig:
             )
         if self.activation not in ("gelu_tanh", "silu"):
             raise ValueError(f"activation={self.activation!r} is unknown. Use 'gelu_tanh' or 'silu'.")
+        if not self.layer_kinds or not set(self.layer_kinds) <= {"global", "local"}:
+            raise ValueError(f"layer_kinds={self.layer_kinds}: name each layer 'global' or 'local'.")
+        if "local" in self.kinds and self.sliding_window < 1:
+            raise ValueError("Local layers need sliding_window, how many positions they see. Set it above 0.")
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Of each of the Z layers."""
+        return tuple(self.layer_kinds[z % len(self.layer_kinds)] for z in range(self.num_layers))
+
+
+DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The matrices of a layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside frozen weights: y = x w + (alpha / rank) (x a) b (Hu et al. 2021)."""
+
+    rank: int = 0  # R; 0 is no adapters
+    alpha: float = 16.0
+    targets: tuple[str, ...] = DENSE  # the matrices that get adapters
+    rows: tuple[int, ...] = ()  # vocabulary ids whose embedding is trained in full, as those of tags must be
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank must be at least 0, got {self.rank}.")
+        if unknown := set(self.targets) - set(DENSE):
+            raise ValueError(f"targets: {', '.join(sorted(unknown))} unknown. Use some of {', '.join(DENSE)}.")
