@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -117,6 +116,7 @@ _MUST_BE: dict[str, tuple[Any, str]] = {
     "use_bidirectional_attention": (False, "every token here attends to earlier ones alone"),
     "is_causal": (True, "every token here attends to earlier ones alone"),
     "partial_rotary_factor": (1.0, "rotary positions turn all of a head here"),
+    "use_mrope": (False, "positions here are one number a token"),
     "per_layer_config": (None, "all layers here have the same sizes"),
     "quantization_config": (None, "its tensors are packed; take the repository that it was made from"),
     "num_experts": (0, "mixtures of experts are not supported"),
