@@ -176,7 +176,9 @@ def test_transformers_with_its_cache_continues_alike(name: str, transformers: An
         np.testing.assert_array_equal(out[0, len(prompt) :].numpy(), expected)
 
 
-NEUTRAL: dict[str, Any] = {
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+
+OTHERWISE: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "hidden_act": "relu",
     "hidden_activation": "relu",
@@ -184,31 +186,38 @@ NEUTRAL: dict[str, Any] = {
     "final_logit_softcapping": None,
     "query_pre_attn_scalar": 100,
     "sliding_window": 64,
+    "sliding_window_pattern": 3,
+    "max_window_layers": 0,
     "rope_theta": 10_000.0,
     "rope_scaling": None,
     "rope_local_base_freq": 10_000.0,
-    "sliding_window_pattern": 3,
-    "max_window_layers": 0,
+    "rope_parameters": PLAIN,
 }
+
+
+def changes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Fields of a `config.json` with other values, one at a time; those that say nothing there are left out."""
+    silent = {"sliding_window", "max_window_layers"} if config.get("use_sliding_window") is False else set()
+    if "hidden_activation" in config:
+        silent.add("hidden_act")
+    for field, value in OTHERWISE.items():
+        if config.get(field) is None or field in silent:
+            continue
+        if field == "rope_parameters" and "full_attention" in config[field]:
+            for kind in config[field]:
+                yield {field: config[field] | {kind: PLAIN}}
+        else:
+            yield {field: value}
+    if "layer_types" in config:
+        yield {"layer_types": config["layer_types"][::-1]}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_choice_shows_in_the_fixtures(name: str, transformers: Any) -> None:
-    """Another value of any field that matters moves some logit by far more than the tolerance."""
+    """Another value of any field moves some logit by far more than the tolerance, so a wrong one cannot hide."""
     fixture = tiny.read(name)
-    fields = [key for key in NEUTRAL if fixture.config.get(key) is not None]
-    if fixture.config["model_type"] == "gemma2" and "sliding_window" not in fields:
-        fields.append("sliding_window")
-    for field in fields:
-        if field == "hidden_act" and "hidden_activation" in fields:
-            continue  # which then stands for it
-        if (
-            field in ("sliding_window", "max_window_layers")
-            and fixture.config.get("use_sliding_window") is False
-        ):
-            continue
-        changed = fixture.config | {field: NEUTRAL[field]}
-        model = tiny.transformers_model(changed, fixture.tensors)
-        row = int(np.argmax(tiny.LENGTHS))
+    row = int(np.argmax(tiny.LENGTHS))
+    for change in changes(fixture.config):
+        model = tiny.transformers_model(fixture.config | change, fixture.tensors)
         moved = np.abs(tiny.logits_of(model, fixture.prompts[row]) - fixture.logits[row]).max()
-        assert moved > 0.01, f"{field}: {moved}"
+        assert moved > 0.01, f"{change}: {moved}"
