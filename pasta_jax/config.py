@@ -121,6 +121,7 @@ class Config:
     stage: Literal["sft", "preference", "both"] = "sft"  # both: supervised finetuning, then preference
     seed: int = 0  # of the weights and the order of the data
     steps: int = 1000  # optimiser steps
+    epochs: float = 0.0  # passes over the data; above 0 they say how many steps
     init_from: str = ""  # workdir or checkpoint whose weights to start from; empty starts from scratch
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -136,6 +137,8 @@ class Config:
         for name in counts:
             if (value := _look_up(self, name)) < 1:
                 raise ConfigError(f"config.{name} must be at least 1, got {value}.")
+        if self.epochs < 0:
+            raise ConfigError(f"config.epochs must be at least 0, got {self.epochs}.")
         if self.seed < 0:
             raise ConfigError(f"config.seed must be at least 0, got {self.seed}.")
         if self.preference.samples < 2:

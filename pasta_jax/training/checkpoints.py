@@ -31,7 +31,7 @@ from pasta_jax.training.state import Params, TrainState
 
 FORMAT, FORMAT_VERSION = "pasta_jax", 1
 
-_MAY_CHANGE = ("steps", "mesh.", "checkpoint.", "log.")
+_MAY_CHANGE = ("steps", "epochs", "mesh.", "checkpoint.", "log.")
 """What a rerun may change without being another experiment."""
 
 
