@@ -25,6 +25,7 @@ from ml_collections import config_flags
 
 from pasta_jax.lang.tags import Dialect
 from pasta_jax.model.config import Lora, ModelConfig
+from pasta_jax.tokens.chat import Chat
 from pasta_jax.tokens.positions import Positions
 
 T = TypeVar("T")
@@ -40,8 +41,9 @@ class DataConfig:
 
     sources: tuple[tuple[str, float], ...] = (("almanac:annotated", 1.0),)  # almanac:NAME or JSONL, weight
     columns: tuple[tuple[str, str], ...] = ()  # keys of foreign JSONL: prompt=instruction,response=output
-    tokenizer: str = "almanac"  # almanac, or a SentencePiece model file
-    extend_tokenizer: bool = False  # tags that such a file lacks get new ids after its own
+    tokenizer: str = "almanac"  # almanac, or a tokenizer.model, a tokenizer.json, a folder that holds one
+    extend_tokenizer: bool = False  # tags for which it has no free ids get new ones after its own
+    chat: Chat = "auto"  # format of prompts; auto goes by the folder's chat template or the control tokens
     rows: int = 8  # B, rows of a batch
     length: int = 512  # L, tokens of a row; no document may be longer
     threads: int = 16  # T, the most threads of an answer, main included
@@ -121,6 +123,7 @@ class Config:
     stage: Literal["sft", "preference", "both"] = "sft"  # both: supervised finetuning, then preference
     seed: int = 0  # of the weights and the order of the data
     steps: int = 1000  # optimiser steps
+    epochs: float = 0.0  # passes over the data; above 0 they say how many steps
     init_from: str = ""  # workdir or checkpoint whose weights to start from; empty starts from scratch
     model: ModelConfig = ModelConfig()
     lora: Lora = Lora()  # with a rank: adapters are trained, the weights of init_from stay
@@ -141,6 +144,8 @@ class Config:
         for name in counts:
             if (value := _look_up(self, name)) < 1:
                 raise ConfigError(f"config.{name} must be at least 1, got {value}.")
+        if self.epochs < 0:
+            raise ConfigError(f"config.epochs must be at least 0, got {self.epochs}.")
         if self.seed < 0:
             raise ConfigError(f"config.seed must be at least 0, got {self.seed}.")
         if self.preference.samples < 2:

@@ -45,7 +45,7 @@ def run(config: Config, workdir: str) -> str:
     """
     # These load jax: the refusals above, and --print_config, come at once.
     from pasta_jax.data.records import RecordError
-    from pasta_jax.data.sources import make_source, make_tokenizer
+    from pasta_jax.data.sources import make_source, make_tokenizer, steps_of_epochs
     from pasta_jax.preference import rounds
     from pasta_jax.tokens.layout import LayoutError
     from pasta_jax.tokens.tokenizer import TokenizerError
@@ -63,6 +63,9 @@ def run(config: Config, workdir: str) -> str:
         tokenizer = make_tokenizer(config.data)
         invalid = os.path.join(workdir, "invalid.jsonl")
         source = make_source(config.data, tokenizer, config.seed, invalid=invalid)
+        if config.epochs:
+            steps = steps_of_epochs(config.data, source, config.epochs)
+            config = dataclasses.replace(config, steps=steps)
         train(config, source=source, tokenizer=tokenizer, workdir=workdir)
         return workdir
     except (ConfigError, CheckpointError, RecordError, LayoutError, TokenizerError, OSError) as error:
