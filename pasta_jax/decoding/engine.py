@@ -110,6 +110,18 @@ class Timing:
     compile_s: float
 
 
+def batch_shardings(pool: Pool, rows: int, mesh: Any) -> loop.Batch:
+    """Where B requests lie that are being answered: as they go into a call, so they come out.
+
+    Args:
+      pool: shapes or arrays.
+      rows: B.
+      mesh: of devices or of a topology.
+    """
+    by_row: Any = sharding.batch_sharding(mesh, rows)
+    return loop.Batch(by_row, by_row, sharding.pool_shardings(pool, mesh))
+
+
 class Decoder:
     """Decodes batches of prompts with compiled functions that it keeps.
 
@@ -143,7 +155,16 @@ class Decoder:
             model.tokenizer.vocabulary, limits, model.positions, model.config.vocab_size
         )
         transformer = Transformer(model.config)
-        out = None if self.mesh is None else self._lies(self.mesh)
+        self._new_pool: Callable[[], Pool] = functools.partial(
+            empty_pool, model.config, self.rows, limits.pool + limits.lanes
+        )
+        out = (
+            None
+            if self.mesh is None
+            else batch_shardings(jax.eval_shape(self._new_pool), self.rows, self.mesh)
+        )
+        if out is not None:
+            self._new_pool = jax.jit(self._new_pool, out_shardings=out.pool)
         prefill, decode_chunk = (
             functools.partial(function, transformer) for function in (loop.prefill, loop.decode_chunk)
         )
@@ -234,20 +255,7 @@ class Decoder:
 
     def empty_pool(self) -> Pool:
         """[B, P + S, K, H] a layer: a step writes S entries, those of idle lanes after the real ones."""
-        lies = None if self.mesh is None else sharding.pool_shardings(self._pool_shapes(), self.mesh)
-        return jax.jit(self._new_pool, out_shardings=lies)()
-
-    def _new_pool(self) -> Pool:
-        return empty_pool(self.model.config, self.rows, self.limits.pool + self.limits.lanes)
-
-    def _pool_shapes(self) -> Pool:
-        shapes: Pool = jax.eval_shape(self._new_pool)
-        return shapes
-
-    def _lies(self, mesh: jax.sharding.Mesh) -> loop.Batch:
-        """Where a batch lies between two calls: as it goes in, so it comes out."""
-        by_row: Any = sharding.batch_sharding(mesh, self.rows)
-        return loop.Batch(by_row, by_row, sharding.pool_shardings(self._pool_shapes(), mesh))
+        return self._new_pool()
 
     def _compile(self, key: Any, function: Any, args: Callable[[], tuple[Any, ...]]) -> tuple[Any, float]:
         """The compiled function, and the seconds that compiling took now; `args` are asked for only then."""
