@@ -125,6 +125,7 @@ class Config:
     steps: int = 1000  # optimiser steps
     epochs: float = 0.0  # passes over the data; above 0 they say how many steps
     init_from: str = ""  # workdir or checkpoint whose weights to start from; empty starts from scratch
+    adopt: bool = False  # model and tokenizer are those of init_from; of config.model only the dtype counts
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -153,6 +154,11 @@ class Config:
             raise ConfigError(
                 "config.init_from is empty: preference optimisation starts from a finetuned model. Add "
                 "--config.init_from=WORKDIR, or set stage to both."
+            )
+        if self.adopt and not self.init_from:
+            raise ConfigError(
+                "config.adopt is set and config.init_from is empty: whose model and tokenizer? Add "
+                "--config.init_from=WORKDIR, such as pasta_jax.convert writes."
             )
         if not self.data.sources:
             raise ConfigError("config.data.sources is empty. Name at least one, as in almanac:annotated.")
