@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from pasta_jax.lang.tags import Dialect
-from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.config import Lora, ModelConfig
 from pasta_jax.tokens.chat import Chat
 from pasta_jax.tokens.positions import Positions
 
@@ -127,6 +127,10 @@ class Config:
     init_from: str = ""  # workdir or checkpoint whose weights to start from; empty starts from scratch
     adopt: bool = False  # model and tokenizer are those of init_from; of config.model only the dtype counts
     model: ModelConfig = ModelConfig()
+    lora: Lora = Lora()  # with a rank: adapters are trained, the weights of init_from stay
+    param_dtype: Literal["", "float32", "bfloat16"] = ""  # of what is trained, optimiser too; "": model.dtype
+    microbatches: int = 1  # parts of a batch, worked through in turn: memory for one; divides data.rows
+    remat: bool = False  # compute layers again in the backward pass: a third more time, memory for one layer
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     preference: PreferenceConfig = PreferenceConfig()
@@ -136,6 +140,7 @@ class Config:
 
     def __post_init__(self) -> None:
         counts = ["steps", "data.rows", "data.length", "data.threads", "data.max_depth", "log.every"]
+        counts += ["microbatches"]
         counts += [f"preference.{name}" for name in ("prompts_per_round", "rounds", "rows", "lanes")]
         for name in counts:
             if (value := _look_up(self, name)) < 1:
@@ -150,6 +155,7 @@ class Config:
                 f"got {self.preference.samples}."
             )
         self._check_preference()
+        self._check_what_is_trained()
         if self.stage == "preference" and not self.init_from:
             raise ConfigError(
                 "config.init_from is empty: preference optimisation starts from a finetuned model. Add "
@@ -164,6 +170,33 @@ class Config:
             raise ConfigError("config.data.sources is empty. Name at least one, as in almanac:annotated.")
         if any(weight <= 0 for _, weight in self.data.sources):
             raise ConfigError(f"config.data.sources: weights must be positive, got {self.data.sources}.")
+
+    def _check_what_is_trained(self) -> None:
+        if self.data.rows % self.microbatches:
+            raise ConfigError(
+                f"config.microbatches={self.microbatches} does not divide config.data.rows={self.data.rows}. "
+                "Each part has the same number of rows; change one of them."
+            )
+        if self.model.weights != "plain":
+            raise ConfigError(
+                "config.model.weights: int8 is for decoding. Train plain weights, quantise at load."
+            )
+        if self.lora.rank and not self.init_from:
+            raise ConfigError(
+                "config.init_from is empty: adapters go beside the weights of a trained model. Add "
+                "--config.init_from=WORKDIR, or set --config.lora.rank=0."
+            )
+        rows = self.lora.rows
+        if len(set(rows)) < len(rows) or not all(0 <= row < self.model.vocab_size for row in rows):
+            raise ConfigError(
+                f"config.lora.rows must be different ids below model.vocab_size={self.model.vocab_size}, "
+                f"got {rows}."
+            )
+
+    @property
+    def trained_dtype(self) -> str:
+        """The dtype of what is trained."""
+        return self.param_dtype or self.model.dtype
 
     def _check_preference(self) -> None:
         p = self.preference
@@ -360,8 +393,11 @@ def _convert_tuple(value: Any, parts: tuple[Any, ...], path: str, wrong: ConfigE
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            items = [item for item in value.split(",") if item]
-            value = [tuple(item.rsplit("=", 1)) if "=" in item else (item, 1.0) for item in items]
+            value = [item.strip() for item in value.split(",") if item]
+            if typing.get_origin(parts[0]) is tuple:
+                value = [tuple(item.rsplit("=", 1)) if "=" in item else (item, 1.0) for item in value]
+        if repeated and isinstance(value, int | float | str):  # a list of one
+            value = [value]
     if not isinstance(value, list | tuple) or not (repeated or len(value) == len(parts)):
         raise wrong
     return tuple(convert(v, parts[0] if repeated else parts[i], path) for i, v in enumerate(value))
@@ -372,7 +408,9 @@ def _in_words(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(json.dumps(part) for part in parts)
     if origin is tuple:
-        return "a list of pairs, as in a=1,b=2" if typing.get_origin(parts[0]) is tuple else "a pair"
+        if typing.get_origin(parts[0]) is tuple:
+            return "a list of pairs, as in a=1,b=2"
+        return "a list, as in a,b" if parts[1:] == (Ellipsis,) else "a pair"
     return {int: "an int", float: "a number", str: "a string", bool: "true or false"}.get(kind, "a section")
 
 
