@@ -426,9 +426,9 @@ _SYNONYMS = {
     "grad_clip": "clip_norm",
     "max_grad_norm": "clip_norm",
     "warmup": "warmup_steps",
-    "batch_size": "rows",
-    "global_batch": "rows",
-    "batch": "rows",
+    "batch_size": "data.rows",
+    "global_batch": "data.rows",
+    "batch": "data.rows",
     "seq_len": "length",
     "sequence_length": "length",
     "max_length": "length",
@@ -472,7 +472,7 @@ def _suggest(cls: type, name: str, prefix: str) -> str | None:
     meant = _SYNONYMS.get(name, name)
     here = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
     everywhere = {path: path.rsplit(".", 1)[-1] for path, _, _ in _walk(Config())}
-    elsewhere = [path for path, last in everywhere.items() if last == meant]
+    elsewhere = [path for path, last in everywhere.items() if meant in (path, last)]
     if elsewhere:
         return elsewhere[0]
     if close := difflib.get_close_matches(name, here, n=1):
