@@ -297,7 +297,7 @@ def load_params(
         if expected is not None:
             _check_shapes(found, params, expected)
         # Of what was saved, for sums round differently on other machines.
-        both = fingerprint({"base": {about.base.fingerprint: np.zeros(())}, "adapters": trained})
+        both = fingerprint({"base": {about.base.fingerprint: np.zeros(1)}, "adapters": trained})
         about = dataclasses.replace(about, merged=both)
         params = lora.merge(lora.join(params, trained), about.config.lora, dtype=dtype, donate=True)
         return params if finish is None else _finished(params, params.pop, finish), about
