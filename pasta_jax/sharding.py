@@ -45,12 +45,14 @@ PARAMETERS = {
     "scale": "D",
     "q_norm": "H",
     "k_norm": "H",
+    "q_proj_bias": "NH",
+    "k_proj_bias": "KH",
+    "v_proj_bias": "KH",
 } | {
     name + suffix: dims
     for name, (rows, columns) in MATRICES.items()
     for suffix, dims in {
         "": rows + columns,
-        "_bias": columns,
         "_scale": columns,
         "_lora_a": rows + "R",
         "_lora_b": "R" + columns,
