@@ -120,7 +120,9 @@ def _group_limits(root: str) -> list[int]:
 
 def _reclaimable(folder: str) -> int:
     """Bytes of files kept in memory, counted as used and given back when they are wanted."""
-    stat = dict(line.split(" ", 1) for line in (_read(f"{folder}/memory.stat") or "").splitlines() if " " in line)
+    stat = dict(
+        line.split(" ", 1) for line in (_read(f"{folder}/memory.stat") or "").splitlines() if " " in line
+    )
     return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
 
 

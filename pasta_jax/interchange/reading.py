@@ -12,26 +12,19 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pasta_jax import sharding
 from pasta_jax.interchange import tensors
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.memory import check_fits
+from pasta_jax.interchange.placing import Transform, aligned, place_params
 from pasta_jax.interchange.tensors import Stored, TensorFile
-from pasta_jax.model import ModelConfig, init_params
+from pasta_jax.model import ModelConfig
 from pasta_jax.model.families import FamilyError, config_from_hf
-from pasta_jax.model.weights import HfTensor, find_prefix, hf_tensors, nested, tied_head
-
-Path = tuple[str, ...]
-
-Transform = Callable[[Path, np.ndarray], Mapping[Path, np.ndarray]]
-"""What becomes of a parameter while it is read: its path and itself, to what takes its place."""
+from pasta_jax.model.weights import HfTensor, find_prefix, hf_tensors, tied_head
 
 NOISE = 0.01
 """Of new vocabulary rows, in standard deviations of the old: enough to tell them apart, too little to matter."""
@@ -122,21 +115,6 @@ def model_config(
     )
 
 
-def target_shapes(config: ModelConfig, mesh: Mesh | None = None) -> dict[Path, jax.ShapeDtypeStruct]:
-    """Shape, dtype and place of each parameter, by path. Raises InterchangeError if the mesh does not divide."""
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    if mesh is None:
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        lie: Any = jax.tree.map(lambda _: here, shapes)
-    else:
-        try:
-            lie = sharding.param_shardings(shapes, mesh)
-        except ValueError as error:
-            raise InterchangeError(f"mesh: {error}") from error
-    leaves = jax.tree_util.tree_leaves_with_path(sharding.abstract(shapes, lie))
-    return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
 def read_params(
     folder: Folder,
     config: ModelConfig,
@@ -157,31 +135,20 @@ def read_params(
     Raises:
       InterchangeError: it does not fit, with the arithmetic, before anything is read.
     """
-    places = target_shapes(config, mesh)
-    ours = hf_tensors(dataclasses.replace(config, weights="plain"), folder.prefix)
-    largest = max(math.prod(tensor.ours) for tensor in ours) * np.dtype(config.dtype).itemsize
-    on_cpu = all(d.platform == "cpu" for leaf in places.values() for d in leaf.sharding.addressable_devices)
-    # On CPU the array read is the parameter itself, unless it is cut or changed on the way.
-    staging = tensors.CHUNK * 4 + (0 if on_cpu and mesh is None and transform is None else largest)
-    check_fits(places, staging=staging, what=folder.source)
-    leaves: dict[Path, jax.Array] = {}
-    for tensor in sorted(ours, key=lambda tensor: -math.prod(tensor.ours)):
-        array = read_tensor(tensor, folder.stored[tensor.name], np.dtype(config.dtype), seed)
-        made = {tensor.path: array} if transform is None else dict(transform(tensor.path, array))
-        del array
-        while made:
-            path, part = made.popitem()
-            leaves[path] = _place(part, places[path])
-            del part
-    if leaves.keys() != places.keys():  # a transform that is not that of `config.weights`
-        wrong = sorted("/".join(path) for path in leaves.keys() ^ places.keys())
-        raise ValueError(f"These parameters do not belong to a model with {config.weights} weights: {wrong}.")
-    return nested({path: leaves[path] for path in places})
+    plain = dataclasses.replace(config, weights="plain")
+    readers = {
+        tensor.path: functools.partial(
+            read_tensor, tensor, folder.stored[tensor.name], np.dtype(config.dtype), seed
+        )
+        for tensor in hf_tensors(plain, folder.prefix)
+    }
+    piece = 4 * tensors.CHUNK
+    return place_params(readers, config, what=folder.source, piece=piece, mesh=mesh, transform=transform)
 
 
 def read_tensor(tensor: HfTensor, stored: Stored, dtype: np.dtype, seed: int = 0) -> np.ndarray:
     """One of our parameters, [tensor.ours]; rows beyond those stored are new ones."""
-    out = _aligned(tensor.ours, dtype)
+    out = aligned(tensor.ours, dtype)
     theirs = tensor.to_hf(out)  # a view: what is written there is in `out`
     total, squares = np.zeros(stored.shape[1:], np.float64), 0.0
     is_grown = tensor.shape[0] > stored.shape[0]
@@ -211,23 +178,6 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
         for column in range(0, source.shape[1], tile):
             here = np.s_[row : row + tile, column : column + tile]
             target[here] = source[here]
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array at an address at which a CPU device takes it as it is, without a copy."""
-    size, step = math.prod(shape) * dtype.itemsize, 64
-    memory = np.empty(size + step, np.uint8)
-    skip = -memory.ctypes.data % step
-    return memory[skip : skip + size].view(dtype).reshape(shape)
-
-
-def _place(array: np.ndarray, place: jax.ShapeDtypeStruct) -> jax.Array:
-    if array.shape != place.shape or array.dtype != place.dtype:
-        raise ValueError(f"A parameter is {array.dtype}{list(array.shape)}, not {place.dtype}{list(place.shape)}.")
-    if len(place.sharding.device_set) == 1:
-        return jax.block_until_ready(jax.device_put(array, place.sharding))
-    placed = jax.make_array_from_callback(place.shape, place.sharding, lambda index: array[index])
-    return jax.block_until_ready(placed)
 
 
 def _widest(stored: Mapping[str, Stored]) -> str:

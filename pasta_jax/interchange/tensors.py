@@ -29,7 +29,18 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 """What a model's tensors may be."""
 
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1} | {
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+} | {
     "U64": 8,
     "U32": 4,
     "U16": 2,
@@ -113,11 +124,13 @@ def parse_header(path: str, header: bytes, size: int | None = None) -> TensorFil
     at = 0
     for begin, end, tensor in found:
         if tensor.dtype not in SIZES:
-            raise InterchangeError(f"{path}: {tensor.name} has dtype {tensor.dtype}, which is not known here.")
+            raise InterchangeError(
+                f"{path}: {tensor.name} has dtype {tensor.dtype}, which is not known here."
+            )
         if begin != at or min(tensor.shape, default=0) < 0 or end - begin != tensor.nbytes:
             raise InterchangeError(
-                f"{path}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, {tensor.nbytes} bytes from {at} on; "
-                f"its header says bytes {begin} to {end}. The file is damaged."
+                f"{path}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, {tensor.nbytes} bytes from {at} "
+                f"on; its header says bytes {begin} to {end}. The file is damaged."
             )
         at = end
     if size is not None and size != start + at:
@@ -142,11 +155,13 @@ def read_files(folder: str) -> tuple[TensorFile, ...]:
     if not os.path.exists(index):
         raise InterchangeError(_no_tensors(folder))
     try:
-        with open(index, encoding="utf-8") as file:
-            told = json.load(file)["weight_map"]
+        with open(index, encoding="utf-8") as opened:
+            told = json.load(opened)["weight_map"]
         named = {str(tensor): str(shard) for tensor, shard in told.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InterchangeError(f"{index} is no index of safetensors ({type(error).__name__}: {error}).") from error
+        raise InterchangeError(
+            f"{index} is no index of safetensors ({type(error).__name__}: {error})."
+        ) from error
     shards = sorted(set(named.values()))
     faults = [f"{shard} is not there" for shard in shards if not _is_beside(folder, shard)]
     if faults or not shards:
@@ -193,7 +208,9 @@ def match(
     shapes = {tensor.name: tensor for tensor in (*wanted, *optional)}
     where = ", ".join(os.path.basename(file.path) for file in files[:2]) + (", ..." if len(files) > 2 else "")
     faults += [
-        f"{tensor.name} {list(tensor.shape)}: missing from {where}" for tensor in wanted if tensor.name not in stored
+        f"{tensor.name} {list(tensor.shape)}: missing from {where}"
+        for tensor in wanted
+        if tensor.name not in stored
     ]
     found, ignored = {}, []
     for name, tensor in stored.items():
@@ -235,7 +252,7 @@ def rows(stored: Stored) -> Iterator[tuple[int, np.ndarray]]:
             taken = min(step, count - start)
             piece = np.empty(taken * per_row, np.uint8)
             file.seek(stored.offset + start * per_row)
-            if file.readinto(memoryview(piece)) != piece.nbytes:
+            if file.readinto(piece.data) != piece.nbytes:
                 raise InterchangeError(f"{stored.file} ended within {stored.name} while it was read.")
             yield start, piece.view(stored.numpy_dtype).reshape(taken, *stored.shape[1:])
 
