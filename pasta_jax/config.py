@@ -25,6 +25,7 @@ from ml_collections import config_flags
 
 from pasta_jax.lang.tags import Dialect
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.tokens.chat import Chat
 from pasta_jax.tokens.positions import Positions
 
 T = TypeVar("T")
@@ -40,8 +41,9 @@ class DataConfig:
 
     sources: tuple[tuple[str, float], ...] = (("almanac:annotated", 1.0),)  # almanac:NAME or JSONL, weight
     columns: tuple[tuple[str, str], ...] = ()  # keys of foreign JSONL: prompt=instruction,response=output
-    tokenizer: str = "almanac"  # almanac, or a SentencePiece model file
-    extend_tokenizer: bool = False  # tags that such a file lacks get new ids after its own
+    tokenizer: str = "almanac"  # almanac, or a tokenizer.model, a tokenizer.json, a folder that holds one
+    extend_tokenizer: bool = False  # tags for which it has no free ids get new ones after its own
+    chat: Chat = "auto"  # format of prompts; auto goes by the folder's chat template or the control tokens
     rows: int = 8  # B, rows of a batch
     length: int = 512  # L, tokens of a row; no document may be longer
     threads: int = 16  # T, the most threads of an answer, main included

@@ -20,17 +20,22 @@ from pasta_jax.data import almanac
 from pasta_jax.data.batches import Mixture, Shuffled, Stream
 from pasta_jax.data.records import Example, Problem, RecordError, read_records, report, write_invalid
 from pasta_jax.tokens.layout import LayoutError, layout_example
-from pasta_jax.tokens.tokenizer import Tokenizer, load_tokenizer
+from pasta_jax.tokens.load import load_tokenizer
+from pasta_jax.tokens.tokenizer import Tokenizer
 
 LOG = logging.getLogger("pasta_jax")
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer that `config.tokenizer` names. Raises TokenizerError."""
+    """The tokenizer that `config.tokenizer` names. Raises TokenizerError, ConfigError."""
     if config.tokenizer == "almanac":
-        tokenizer = almanac.load_tokenizer()
-    else:
-        tokenizer = load_tokenizer(config.tokenizer, extend=config.extend_tokenizer)
+        if config.chat != "auto":
+            raise ConfigError(
+                f"config.data.chat is {config.chat}, but the almanac's tokenizer has turns of its own. "
+                "Leave it at auto."
+            )
+        return almanac.load_tokenizer().with_dialect(config.dialect)
+    tokenizer = load_tokenizer(config.tokenizer, extend=config.extend_tokenizer, chat=config.chat)
     return tokenizer.with_dialect(config.dialect)
 
 

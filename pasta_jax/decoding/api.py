@@ -220,7 +220,7 @@ def result(tokenizer: Tokenizer, trace: Trace, wall_s: float = 0.0, compile_s: f
     forced = [f"branch {k}: over its budget, its </async> was forced." for k in np.flatnonzero(trace.forced)]
     answer = document_order(trace)[trace.prompt_length :]
     tokens = trace.tokens.token[answer]
-    output, widths = int(np.sum(tokens != vocabulary.eos)), trace.widths
+    output, widths = int(np.sum(~np.isin(tokens, list(vocabulary.stops)))), trace.widths
     return DecodeResult(
         text=assemble(reading.program),
         annotated=render(reading.program),

@@ -26,10 +26,11 @@ from etils import epath
 
 from pasta_jax import config as config_lib
 from pasta_jax.config import Config, ConfigError
-from pasta_jax.tokens.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerError
+from pasta_jax.tokens.load import tokenizer_from_bytes
+from pasta_jax.tokens.tokenizer import MissingPackage, Tokenizer, TokenizerError
 from pasta_jax.training.state import Params, TrainState
 
-FORMAT, FORMAT_VERSION = "pasta_jax", 1
+FORMAT, FORMAT_VERSION = "pasta_jax", 2
 
 _MAY_CHANGE = ("steps", "mesh.", "checkpoint.", "log.")
 """What a rerun may change without being another experiment."""
@@ -57,10 +58,12 @@ class About:
             return True
         return self.tokenizer().vocabulary.with_dialect(tokenizer.vocabulary.dialect) == tokenizer.vocabulary
 
-    def tokenizer(self) -> SentencePieceTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer that it was trained with."""
         try:
-            tokenizer = SentencePieceTokenizer(self.tokenizer_model, extend=self.config.data.extend_tokenizer)
+            tokenizer = tokenizer_from_bytes(self.tokenizer_model, extend=self.config.data.extend_tokenizer)
+        except MissingPackage as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
         except TokenizerError as error:
             raise CheckpointError(f"{self.path} is damaged: its tokenizer: {error}") from error
         if tokenizer.vocabulary.tag_ids != self.tag_ids:
