@@ -21,7 +21,7 @@ from etils import epath
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import Folder
 from pasta_jax.interchange.tensors import INDEX, TensorFile, parse_header
-from pasta_jax.training.checkpoints import absolute, find
+from pasta_jax.training.checkpoints import CheckpointError, absolute, find
 
 ORIGIN, ABOUT, FORMAT = "origin", "origin.json", 1
 
@@ -156,8 +156,16 @@ def read_origin(path: str | os.PathLike[str]) -> Origin | None:
 
 
 def carry(init_from: str | os.PathLike[str], workdir: str | os.PathLike[str]) -> None:
-    """Takes the origin of a model along into the workdir of what is trained from it, if it has one."""
-    if (origin := read_origin(init_from)) is not None:
+    """Takes the origin of a model along into the workdir of what is trained from it, if it has one.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    try:
+        origin = read_origin(init_from)
+    except InterchangeError as error:
+        raise CheckpointError(str(error)) from error
+    if origin is not None:
         write_origin(origin, workdir)
 
 

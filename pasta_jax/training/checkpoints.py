@@ -105,6 +105,18 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
+        self._save(
+            step,
+            data_index,
+            params=ocp.args.PyTreeSave(state.params),
+            optimizer=ocp.args.PyTreeSave(state.opt_state),
+        )
+
+    def save_weights(self, params: Params) -> None:
+        """Saves a model that was not trained here, to decode with or to start from, as step 0."""
+        self._save(0, 0, params=ocp.args.PyTreeSave(params))
+
+    def _save(self, step: int, data_index: int, **arrays: Any) -> None:
         about = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -115,11 +127,7 @@ class Checkpoints:
             "tag_ids": self._tokenizer.vocabulary.tag_ids,
             "tokenizer": base64.b64encode(self._tokenizer.to_bytes()).decode("ascii"),
         }
-        items = ocp.args.Composite(
-            pasta=ocp.args.JsonSave(about),
-            params=ocp.args.PyTreeSave(state.params),
-            optimizer=ocp.args.PyTreeSave(state.opt_state),
-        )
+        items = ocp.args.Composite(pasta=ocp.args.JsonSave(about), **arrays)
         self._manager.save(step, args=items, force=True)
 
     def restore(self, target: TrainState) -> tuple[TrainState, About]:
@@ -133,6 +141,11 @@ class Checkpoints:
         """
         path = self.directory / str(self.latest())
         about = read_about(path)
+        if not (path / "optimizer").exists():
+            raise CheckpointError(
+                f"{self.directory.parent} holds weights alone, of a model that was not trained there. "
+                f"Use a new --workdir; --config.init_from={self.directory.parent} starts from them."
+            )
         changed = [
             name
             for name in config_lib.differences(about.config, self._config)

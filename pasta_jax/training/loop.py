@@ -20,6 +20,7 @@ from pasta_jax.arrays import Array, ThreadedTokens
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data.batches import batches, prefetch
 from pasta_jax.data.packing import real_fraction
+from pasta_jax.interchange.origin import carry
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
 from pasta_jax.training.checkpoints import CheckpointError, Checkpoints, load_params, versions
@@ -110,6 +111,7 @@ def train(
             if config.init_from:
                 shapes, lie = update.shapes.params, update.shardings.params
                 params = pretrained_params(config, tokenizer, shapes, lie)
+                carry(config.init_from, workdir)
             else:
                 params = update.new_params()
             state = update.start(params)
