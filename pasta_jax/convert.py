@@ -1,4 +1,4 @@
-"""Models in and out: `python -m pasta_jax.convert --from=hf:google/gemma-2b-it --to=W`, and back `--from=W --to=DIR`.
+"""Models in and out: `python -m pasta_jax.convert --from=hf:google/gemma-2b-it --to=W`, or `--from=W --to=DIR`.
 
 In: a Hugging Face folder (hf:DIR), a repository on its hub (hf:org/name), or a Gemma checkpoint of Orbax
 (orbax:DIR) becomes a workdir, to decode from (--ckpt=W) or to start training from (--config.init_from=W). Out: a
