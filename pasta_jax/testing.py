@@ -90,8 +90,8 @@ class WordTokenizer:
         return [self.vocabulary.bos, *self.encode(prompt + "\n")]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        spoken = dialogue(messages)
-        return [self.vocabulary.bos, *self.encode("\n".join([spoken.system, *spoken.turns, ""]))]
+        said = dialogue(messages)
+        return [self.vocabulary.bos, *self.encode("".join(f"{t}\n" for t in (said.system, *said.turns) if t))]
 
     def with_dialect(self, dialect: tags.Dialect) -> WordTokenizer:
         other = copy.copy(self)

@@ -126,6 +126,19 @@ def test_a_list_gives_a_list() -> None:
     assert pasta_jax.decode(model(), []) == []
 
 
+def test_conversations() -> None:
+    """One message of the user is the prompt; more are more to read; a list of conversations gives a list."""
+    short: list[dict[str, str]] = [{"role": "user", "content": PROMPT}]
+    long = [*short, {"role": "assistant", "content": "the world"}, {"role": "user", "content": OTHER}]
+    alone = pasta_jax.decode(model(), PROMPT, **options())
+    assert what_was_said(pasta_jax.decode(model(), short, **options())) == what_was_said(alone)
+    one, other = pasta_jax.decode(model(), [short, long], **options())
+    assert what_was_said(one) == what_was_said(alone)
+    assert other.stats.prompt_tokens == len(WORDS.encode_chat(long)) > one.stats.prompt_tokens
+    with pytest.raises(ValueError, match="Message 2 of the conversation has the role 'user'; \"assistant\""):
+        pasta_jax.decode(model(), [*short, *short], **options())
+
+
 def test_seeds() -> None:
     again = [pasta_jax.decode(model(), PROMPT, **options(seed=seed)) for seed in SEEDS]
     assert [what_was_said(a) for a in again] == [what_was_said(a) for a in results()]
