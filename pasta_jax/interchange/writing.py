@@ -23,12 +23,13 @@ from pasta_jax.model import ModelConfig
 from pasta_jax.model.families import FamilyError, config_to_hf
 from pasta_jax.model.weights import HfTensor, hf_tensors, is_ignored, leaf_at, tied_head
 from pasta_jax.tokens import export
-from pasta_jax.tokens.tokenizer import Tokenizer
+from pasta_jax.tokens.base import TextTokenizer
+from pasta_jax.tokens.load import TAGS_FILE
+from pasta_jax.tokens.templates import template_of
 
 SHARD_BYTES = 5 * 10**9
 """Of a safetensors file, at most; a tensor is never cut."""
 
-TAGS = "pasta_tags.json"
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -55,7 +56,7 @@ class Exported:
 
     params: Mapping[str, Any]
     config: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     origin: Origin | None = None
     is_trained: bool = True
 
@@ -129,16 +130,14 @@ def plan(model: Exported, *, dtype: str | None = None, shard_bytes: int = SHARD_
     origin, config = model.origin, model.config
     if dtype is not None and np.dtype(dtype) not in _SPELLED:
         raise InterchangeError(f"dtype {dtype} is none of {', '.join(str(d) for d in _SPELLED)}.")
+    if config.weights != "plain":
+        raise InterchangeError("The model's weights are int8. Export the one that it was quantised from.")
     given = np.dtype(dtype or config.dtype)
     if origin is None or not _is_text(origin):
-        try:
-            return _divided([(tensor, given) for tensor in hf_tensors(config)], shard_bytes)
-        except ValueError as error:
-            raise InterchangeError(str(error)) from error
-    known = {
-        tensor.name: tensor
-        for tensor in (*hf_tensors(config, origin.prefix), tied_head(config, origin.prefix))
-    }
+        return _divided([(tensor, given) for tensor in hf_tensors(config)], shard_bytes)
+    ours = hf_tensors(config, origin.prefix)
+    again = [tied_head(config, origin.prefix)] if config.tie_embeddings else []
+    known = {tensor.name: tensor for tensor in (*ours, *again)}
     keeps_dtype = dtype is None and not model.is_trained
     shards = []
     for file in origin.shards():
@@ -223,7 +222,7 @@ def companions(model: Exported, shards: Sequence[Shard], *, name_tags: bool) -> 
             _end_answers(files, model)
     if name_tags:
         files = dict(export.with_named_tags(files, vocabulary))
-    files[TAGS] = export.tags_json(model.tokenizer)
+    files[TAGS_FILE] = export.tags_json(vocabulary)
     if len(shards) > 1 or (origin is not None and INDEX in origin.files):
         files[INDEX] = _index(model, shards)
     return files
@@ -269,9 +268,11 @@ def _end_answers(files: dict[str, bytes], model: Exported) -> None:
     old = had if isinstance(had, list) else [] if had is None else [had]
     if missing := sorted(vocabulary.stops - set(old)):
         files["generation_config.json"] = _json(tree | {"eos_token_id": [*old, *missing]})
-    files |= {
-        name: text for name, text in export.chat_files(model.tokenizer, files).items() if name not in files
-    }
+    usage = model.tokenizer.usage
+    told = [json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json", "chat_template.json")]
+    has_template = "chat_template.jinja" in files or any("chat_template" in tree for tree in told)
+    if not has_template and (template := template_of(usage.chat, usage.opening)):
+        files["chat_template.jinja"] = template.encode()
 
 
 def _index(model: Exported, shards: Sequence[Shard]) -> bytes:

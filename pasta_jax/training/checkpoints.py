@@ -26,6 +26,7 @@ from etils import epath
 
 from pasta_jax import config as config_lib
 from pasta_jax.config import Config, ConfigError
+from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import tokenizer_from_bytes
 from pasta_jax.tokens.tokenizer import MissingPackage, Tokenizer, TokenizerError
 from pasta_jax.training.state import Params, TrainState
@@ -58,7 +59,7 @@ class About:
             return True
         return self.tokenizer().vocabulary.with_dialect(tokenizer.vocabulary.dialect) == tokenizer.vocabulary
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> TextTokenizer:
         """The tokenizer that it was trained with."""
         try:
             tokenizer = tokenizer_from_bytes(self.tokenizer_model, extend=self.config.data.extend_tokenizer)
