@@ -81,13 +81,14 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike[str], config: Config, tokenizer: Tokenizer):
         self._config, self._tokenizer = config, tokenizer
         self.directory = absolute(workdir) / "checkpoints"
+        # Weights compress by less than a tenth, and while they are compressed Orbax holds them twice.
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, create=True),
             item_handlers={
                 "pasta": ocp.JsonCheckpointHandler("pasta.json"),
-                "params": ocp.PyTreeCheckpointHandler(),
-                "optimizer": ocp.PyTreeCheckpointHandler(),
+                "params": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
             },
         )
 
