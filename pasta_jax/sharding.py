@@ -160,6 +160,15 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh on which arrays lie, if it has more than one device."""
+    for leaf in jax.tree.leaves(tree):
+        lies = getattr(leaf, "sharding", None)
+        if isinstance(lies, NamedSharding) and lies.mesh.size > 1:
+            return lies.mesh  # type: ignore[return-value]
+    return None
+
+
 def abstract(tree: Any, shardings: Any) -> Any:
     """Arrays or shapes to shapes that know their sharding: arguments for `jax.jit(f).lower(...)`.
 

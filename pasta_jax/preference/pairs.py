@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 
 from pasta_jax.arrays import Array, PairedTokens, ThreadedTokens
 from pasta_jax.config import ConfigError
-from pasta_jax.data.batches import permuted
+from pasta_jax.data.batches import permuted, steps_until
 from pasta_jax.data.packing import Packer
 from pasta_jax.decoding.engine import Model
 from pasta_jax.files import replacing
@@ -171,6 +172,4 @@ def _numbered(document: PairedTokens, number: int) -> PairedTokens:
 
 def steps_for(pairs: Sequence[Pair], epochs: float, rows: int, length: int, seed: int) -> int:
     """Batches that hold so many passes over the pairs."""
-    batches = pair_batches(pairs, 0, rows, length, seed=seed)
-    wanted = epochs * len(pairs)
-    return next(step for step, (_, index) in enumerate(batches, start=1) if index >= wanted)
+    return steps_until(pair_batches(pairs, 0, rows, length, seed=seed), math.ceil(epochs * len(pairs)))
