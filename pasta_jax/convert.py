@@ -7,36 +7,16 @@ workdir becomes a Hugging Face folder. Prints how far the logits are from transf
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
 from pasta_jax.verbs import refuse, show_log
 
-
-def kind_of(source: str) -> tuple[str, str]:
-    """What --from means: ("folder" | "hub" | "orbax" | "workdir", where). Raises ValueError."""
-    from pasta_jax.interchange.hub import NAME
-
-    scheme, _, rest = source.partition(":")
-    if scheme == "orbax" and rest:
-        return "orbax", rest
-    where = rest if scheme == "hf" else source
-    if os.path.isdir(os.path.expanduser(where)):
-        return ("folder" if scheme == "hf" or _looks_like_hf(where) else "workdir"), where
-    if NAME.fullmatch(where) and not os.path.exists(where):
-        return "hub", where
-    raise ValueError(
-        f"--from={source}: there is no such folder, and no repository on the hub is called so (org/name)."
-    )
-
-
-def _looks_like_hf(folder: str) -> bool:
-    names = os.listdir(os.path.expanduser(folder))
-    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
+if TYPE_CHECKING:
+    from pasta_jax.interchange.importing import Kind
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     show_log()
     # These load jax: the refusal above comes at once.
     from pasta_jax.interchange.errors import InterchangeError
+    from pasta_jax.interchange.importing import kind_of
     from pasta_jax.interchange.writing import check_destination
     from pasta_jax.tokens.tokenizer import TokenizerError
     from pasta_jax.training.checkpoints import CheckpointError
@@ -64,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
         refuse(str(error))
 
 
-def bring_in(kind: str, where: str, values: Any) -> None:
+def bring_in(kind: Kind, where: str, values: Any) -> None:
     """A foreign model to a workdir, whole or not at all."""
     from pasta_jax.interchange.importing import Wanted, open_source, write_workdir
     from pasta_jax.interchange.parity import parity_line

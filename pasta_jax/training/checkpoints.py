@@ -217,7 +217,10 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
     """
     root = absolute(path)
     if not root.exists():
-        raise CheckpointError(f"No checkpoint at {root}: no such directory. Train one with --workdir={root}.")
+        raise CheckpointError(
+            f"No checkpoint at {root}: no such directory. Train one with --workdir={root}; published weights are "
+            "hf:org/name, hf:DIRECTORY, or a name such as gemma-2b-it."
+        )
     if not root.is_dir():
         raise CheckpointError(f"{root} is a file. Give a workdir, or a checkpoint within it.")
     if (root / "pasta" / "pasta.json").exists() and (root / "params").exists():
