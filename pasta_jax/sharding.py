@@ -22,21 +22,43 @@ AXES: dict[str, str | tuple[str, ...]] = {
     "F": "tensor",
     "V": "tensor",
 }
-"""Letter to mesh axis or axes. A letter that is not here (H, L, P, Q) is never split."""
+"""Letter to mesh axis or axes. A letter that is not here (H, L, P, Q, R) is never split."""
+
+MATRICES = {
+    "q_proj": ("D", "NH"),
+    "k_proj": ("D", "KH"),
+    "v_proj": ("D", "KH"),
+    "o_proj": ("NH", "D"),
+    "gate_proj": ("D", "F"),
+    "up_proj": ("D", "F"),
+    "down_proj": ("F", "D"),
+}
+"""Name of a layer's matrix to the dimensions that it contracts, and those that it makes."""
 
 PARAMETERS = {
     "embedding": "VD",
+    "embedding_scale": "V",
+    "embedding_rows": "RD",
     "head": "DV",
+    "head_scale": "V",
+    "head_rows": "DR",
     "scale": "D",
-    "q_proj": "DNH",
-    "k_proj": "DKH",
-    "v_proj": "DKH",
-    "o_proj": "NHD",
-    "gate_proj": "DF",
-    "up_proj": "DF",
-    "down_proj": "FD",
+    "q_norm": "H",
+    "k_norm": "H",
+    "q_proj_bias": "NH",
+    "k_proj_bias": "KH",
+    "v_proj_bias": "KH",
+} | {
+    name + suffix: dims
+    for name, (rows, columns) in MATRICES.items()
+    for suffix, dims in {
+        "": rows + columns,
+        "_scale": columns,
+        "_lora_a": rows + "R",
+        "_lora_b": "R" + columns,
+    }.items()
 }
-"""Name of a parameter, the last of its path, to its dimensions."""
+"""Name of a parameter, the last of its path, to its dimensions; R, a rank or a few rows, is never split."""
 
 POOL = "BPKH"
 
@@ -133,9 +155,24 @@ def batch_sharding(mesh: AnyMesh, rows: int | None = None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES["B"]))
 
 
+def round_up_rows(rows: int, mesh: AnyMesh) -> int:
+    """At least so many rows, divisible among the devices that rows go over."""
+    parts = math.prod(mesh.shape[axis] for axis in AXES["B"])
+    return -(-rows // parts) * parts
+
+
 def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh on which arrays lie, if it has more than one device."""
+    for leaf in jax.tree.leaves(tree):
+        lies = getattr(leaf, "sharding", None)
+        if isinstance(lies, NamedSharding) and lies.mesh.size > 1:
+            return lies.mesh  # type: ignore[return-value]
+    return None
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -34,9 +34,9 @@ def chatty_model() -> Model:
     """A random model that loves tags: what it writes is nonsense, in many threads."""
     config = ModelConfig(
         vocab_size=len(WORDS.vocabulary) + 1, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8,
-        mlp_dim=64, tie_embeddings=False,
+        mlp_dim=64, tie_embeddings=False, layer_kinds=("local", "global"), sliding_window=25,
     )  # fmt: skip
-    params = init_params(config, jax.random.key(1))
+    params = init_params(config, jax.random.key(3))
     # The head has no bias, so favour the tag pieces through one direction of the final norm's output.
     head = np.array(params["head"])
     head *= 0.35

@@ -3,6 +3,7 @@
 It tests visibility through the whole model, not the matrix builder: a leak in any layer would show.
 """
 
+import dataclasses
 import random
 
 import jax
@@ -44,17 +45,21 @@ def nested() -> Writer:
     return writer
 
 
-def influence(may_attend: np.ndarray, seed: int, *, with_pool: bool) -> np.ndarray:
+def influence(
+    may_attend: np.ndarray, seed: int, *, with_pool: bool, config: ModelConfig = CONFIG
+) -> np.ndarray:
     """bool [Q, P]: whether the gradient of any logit of q reaches the embedding of k at all."""
     length = len(may_attend)
     rng = np.random.default_rng(seed)
-    model, params = Transformer(CONFIG), random_params(CONFIG, rng)
-    tokens = rng.integers(0, CONFIG.vocab_size, (1, length), np.int32)
-    positions = rng.integers(0, 50, (1, length), np.int32)
+    model, params = Transformer(config), random_params(config, rng)
+    tokens = rng.integers(0, config.vocab_size, (1, length), np.int32)
+    positions = 3 * rng.permutation(length).astype(np.int32)[None]  # any will do: visibility never reads them
+    if config.sliding_window:
+        positions = np.sort(positions)
     embedded = model.apply({"params": params}, tokens, method=lambda m, t: m.embed(t))
-    memory = (empty_pool(CONFIG, 1, length + 4), jnp.zeros(1, jnp.int32)) if with_pool else ()
+    memory = (empty_pool(config, 1, length + 4), jnp.zeros(1, jnp.int32), positions) if with_pool else ()
 
-    weights_V = rng.normal(size=CONFIG.vocab_size).astype(np.float32)
+    weights_V = rng.normal(size=config.vocab_size).astype(np.float32)
 
     def logits(embedded: jax.Array) -> jax.Array:
         hidden, _ = model.apply(
@@ -105,6 +110,21 @@ def test_nothing_leaks_between_blocks_of_queries(seed: int) -> None:
         if len(may_attend) >= 70:
             break
     np.testing.assert_array_equal(influence(may_attend, seed, with_pool=False), may_attend)
+
+
+@pytest.mark.parametrize("with_pool", [False, True], ids=["own tokens", "pool"])
+def test_local_layers_see_the_window_of_their_own_position(with_pool: bool, seed: int) -> None:
+    """Two layers, so what is just outside of the window may reach through what is in it."""
+    window = 9  # three tokens, at three positions each
+    config = dataclasses.replace(CONFIG, layer_kinds=("local",), sliding_window=window)
+    tokens = nested().tokens()
+    may_attend = visible(tokens, tokens)
+    index = np.arange(len(may_attend))
+    local = may_attend & (3 * (index[:, None] - index[None, :]) < window)
+    through_both = (local.astype(int) @ local.astype(int)) > 0  # a token sees itself
+    assert (through_both & ~local).any() and (may_attend & ~through_both).any()
+    found = influence(may_attend, seed, with_pool=with_pool, config=config)
+    np.testing.assert_array_equal(found, through_both)
 
 
 def test_padding_reaches_nobody_and_nobody_reaches_padding(seed: int) -> None:

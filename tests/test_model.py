@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from pasta_jax.model import ModelConfig, Pool, Transformer, empty_pool, init_params, param_count, pool_bytes
+from pasta_jax.model import (
+    ModelConfig,
+    Pool,
+    RopeScaling,
+    Transformer,
+    empty_pool,
+    init_params,
+    param_count,
+    pool_bytes,
+)
 from pasta_jax.model.layers import attend, attend_to_earlier
 from pasta_jax.model.pool import write
 
@@ -20,6 +29,22 @@ TINY = ModelConfig(
 LLAMA = dataclasses.replace(
     TINY, activation="silu", norm_offset=0.0, embed_scale=False, tie_embeddings=False, norm_eps=1e-5
 )
+
+GEMMA = dataclasses.replace(  # of all generations at once
+    TINY,
+    num_layers=3,
+    post_norms=True,
+    qk_norm=True,
+    qkv_bias=True,
+    query_scale=5.0,
+    attn_softcap=3.0,
+    final_softcap=4.0,
+    sliding_window=120,
+    layer_kinds=("local", "global"),
+    local_rope_base=100.0,
+    rope_scaling=RopeScaling("linear", factor=8.0),
+)
+KINDS = pytest.mark.parametrize("config", [TINY, LLAMA, GEMMA], ids=["plain", "llama", "gemma"])
 
 
 def random_params(config: ModelConfig, rng: np.random.Generator) -> Any:
@@ -46,7 +71,7 @@ def inputs(rng: np.random.Generator, rows: int, length: int) -> tuple[Any, Any, 
     return tokens, positions, may_attend
 
 
-@pytest.mark.parametrize("config", [TINY, LLAMA], ids=["gemma", "llama"])
+@KINDS
 def test_the_pool_in_random_chunks_equals_the_whole_pass(config: ModelConfig, seed: int) -> None:
     """Rows stand at their own places of the pool; only the used prefix is attended to."""
     rng = np.random.default_rng(seed)
@@ -60,6 +85,7 @@ def test_the_pool_in_random_chunks_equals_the_whole_pass(config: ModelConfig, se
     # token 0, nothing visible, written where the next step's tokens go.
     junk = jax.tree.map(lambda x: x + 7.0, empty_pool(config, rows, entries))  # never read, so never seen
     pool, done = junk, np.zeros(rows, np.int32)
+    key_positions = np.pad(positions, ((0, 0), (0, lanes)))
     collected = np.zeros(whole.shape, np.float32)
     while (done < length).any():
         take = np.minimum(rng.integers(0, lanes + 1, rows), length - done)
@@ -70,7 +96,9 @@ def test_the_pool_in_random_chunks_equals_the_whole_pass(config: ModelConfig, se
             step_tokens[b, : take[b]] = tokens[b, now]
             step_positions[b, : take[b]] = positions[b, now]
             step_attend[b, : take[b], :length] = may_attend[b, now]
-        hidden, pool = forward(config, params, step_tokens, step_positions, step_attend, pool, done)
+        hidden, pool = forward(
+            config, params, step_tokens, step_positions, step_attend, pool, done, key_positions
+        )
         for b in range(rows):
             collected[b, done[b] : done[b] + take[b]] = hidden[b, : take[b]]
         done = done + take.astype(np.int32)

@@ -1,5 +1,8 @@
 """Law 9: sharded == unsharded on eight fake devices; the table, its checks and what they say."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from test_model import random_params
 
 from pasta_jax import sharding
-from pasta_jax.model import ModelConfig, Transformer, empty_pool, init_params
+from pasta_jax.model import Lora, ModelConfig, Transformer, empty_pool, init_params
 from pasta_jax.sharding import (
     abstract,
     batch_sharding,
@@ -108,8 +111,13 @@ def test_optimiser_state_lies_where_its_parameters_lie() -> None:
 
 
 def test_every_parameter_is_in_the_table_and_nothing_else_passes() -> None:
-    untied = ModelConfig(tie_embeddings=False)
-    names = {str(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(shapes_of(untied))}
+    full = ModelConfig(tie_embeddings=False, qkv_bias=True, qk_norm=True, post_norms=True)
+    lora = Lora(rank=2, rows=(3, 5))
+    names = set()
+    for config in (full, dataclasses.replace(full, weights="int8")):
+        shapes = jax.eval_shape(functools.partial(init_params, config, lora=lora), jax.random.key(0))
+        param_shardings(shapes, eight())  # as many dimensions as the table says
+        names |= {str(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
     assert names == set(sharding.PARAMETERS)
     with pytest.raises(ValueError, match=r"\['adapter'\] has no dimensions"):
         param_shardings({"adapter": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, eight())

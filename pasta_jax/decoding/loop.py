@@ -60,7 +60,7 @@ def prefill(
     length = prompts.shape[1]
     prompt = jax.tree.map(lambda x: x[:, :length], rows.entries)
     start = jnp.zeros_like(lengths)
-    hidden, pool = attend(model, params, prompts, prompt.position, visible(prompt, prompt), pool, start)
+    hidden, pool = attend(model, params, prompt, prompt, pool, start)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     hidden = jnp.broadcast_to(last, (last.shape[0], limits.lanes, last.shape[2]))
     rows = _sample_and_advance(model, params, rules, rows, requests, lanes, hidden)
@@ -88,23 +88,28 @@ def decode_step(model: Transformer, params: Any, rules: Rules, batch: Batch) -> 
     start = batch.rows.cursor
     lanes = jax.vmap(functools.partial(interpreter.feed, limits=limits))(batch.rows, requests)
     rows = jax.vmap(interpreter.record)(batch.rows, lanes)
-    may_attend = visible(lanes, rows.entries)
-    hidden, pool = attend(model, params, lanes.token, lanes.position, may_attend, batch.pool, start)
+    hidden, pool = attend(model, params, lanes, rows.entries, batch.pool, start)
     rows = _sample_and_advance(model, params, rules, rows, requests, lanes, hidden)
     return Batch(rows, requests, pool)
 
 
 def attend(
-    model: Transformer,
-    params: Any,
-    tokens: Array,
-    positions: Array,
-    may_attend: Array,
-    pool: Pool,
-    start: Array,
+    model: Transformer, params: Any, queries: Any, keys: Any, pool: Pool, start: Array
 ) -> tuple[Array, Pool]:
-    """The model over the pool: hidden states [B, Q, D], and the pool with the tokens' keys and values."""
-    out: Any = model.apply({"params": params}, tokens, positions, may_attend, pool, start)
+    """The model over the pool.
+
+    Args:
+      model, params: the model.
+      queries: what is fed: token, position and the fields that `visible` reads, [B, Q].
+      keys: position and the fields that `visible` reads of the pool's entries, [B, P].
+      pool, start: where the queries' keys and values are written.
+
+    Returns:
+      Hidden states [B, Q, D], and the pool.
+    """
+    may_attend = visible(queries, keys)
+    places = (queries.token, queries.position, may_attend, pool, start, keys.position)
+    out: Any = model.apply({"params": params}, *places)
     return out
 
 

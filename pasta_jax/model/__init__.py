@@ -1,7 +1,17 @@
 """The decoder model: tokens, positions and a boolean matrix in; hidden states, logits and the pool out."""
 
-from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.config import Lora, ModelConfig, RopeScaling
 from pasta_jax.model.pool import Pool, empty_pool, pool_bytes
 from pasta_jax.model.transformer import Transformer, init_params, param_count
 
-__all__ = ["ModelConfig", "Pool", "Transformer", "empty_pool", "init_params", "param_count", "pool_bytes"]
+__all__ = [
+    "Lora",
+    "ModelConfig",
+    "Pool",
+    "RopeScaling",
+    "Transformer",
+    "empty_pool",
+    "init_params",
+    "param_count",
+    "pool_bytes",
+]

@@ -1,4 +1,4 @@
-"""The parts of the decoder: norm, rotary positions, attention, gated MLP.
+"""The parts of the decoder: norm, matrices, attention, gated MLP.
 
 Suffixes give shapes in the project's letters (`q_BxQxNxH`); P counts keys: the pool's, or Q without one.
 """
@@ -6,14 +6,16 @@ Suffixes give shapes in the project's letters (`q_BxQxNxH`); P counts keys: the 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from pasta_jax.arrays import Array
-from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.config import Lora, ModelConfig
 from pasta_jax.model.pool import write
+from pasta_jax.model.rotary import Rotary, rotate
 
 ACTIVATIONS = {"gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True), "silu": jax.nn.silu}
 
@@ -21,32 +23,27 @@ LOWEST = -1e30
 """Below every score, and finite: the peak of a query that may attend to nothing."""
 
 
+def rms_norm(x: Array, scale: Array, config: ModelConfig) -> Array:
+    """Divided by the root mean square of the last dim, in float32, and multiplied by (offset + scale)."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_eps)
+    return (x32 * (config.norm_offset + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+def unit_scale(config: ModelConfig) -> Any:
+    """Initialises a norm's scale so that it multiplies by one."""
+    return nn.initializers.constant(1.0 - config.norm_offset)
+
+
 class RMSNorm(nn.Module):
-    """Divides by the root mean square, in float32, and multiplies by (offset + scale)."""
+    """`rms_norm` with a scale of its own."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        one = nn.initializers.constant(1.0 - c.norm_offset)
-        scale_D = self.param("scale", one, (x.shape[-1],), c.dtype)
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + c.norm_eps)
-        return (x32 * (c.norm_offset + scale_D.astype(jnp.float32))).astype(x.dtype)
-
-
-def rotary_angles(positions_BxQ: Array, head_dim: int, base: float) -> tuple[Array, Array]:
-    """Cosine and sine of each position's H / 2 angles, float32 [B, Q, 1, H / 2]; once for all layers."""
-    frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle_BxQx1xH = positions_BxQ[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle_BxQx1xH), jnp.sin(angle_BxQx1xH)
-
-
-def rotate(x_BxQxNxH: Array, cos: Array, sin: Array) -> Array:
-    """Rotary embedding of queries or keys: turns pairs (first half, second half) of H, in float32."""
-    a, b = jnp.split(x_BxQxNxH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxQxNxH.dtype)
+        return rms_norm(x, self.param("scale", unit_scale(c), (x.shape[-1],), c.dtype), c)
 
 
 def project(x: Array, weight: Array, inner: int = 1) -> Array:
@@ -63,20 +60,59 @@ def project(x: Array, weight: Array, inner: int = 1) -> Array:
     return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*rows, *columns)
 
 
-def attend(q_BxQxNxH: Array, k_BxPxKxH: Array, v_BxPxKxH: Array, may_attend_BxQxP: Array) -> Array:
+def dense(module: Attention | MLP, name: str, x: Array, shape: tuple[int, ...], inner: int = 1) -> Array:
+    """The product of x and the matrix `name`, with what may stand beside that: a scale of int8, or adapters.
+
+    Args:
+      module: whose parameter it is; its config and lora say what there is.
+      name: of the matrix. Beside it `name_scale` (int8: one for each column, float32), `name_lora_a` and
+        `name_lora_b`.
+      x: its last `inner` dims are contracted.
+      shape: of the matrix, the contracted dims first.
+      inner: how many those are.
+    """
+    c, lora = module.config, module.lora
+    rows, columns = shape[:inner], shape[inner:]
+    # What adds to the residual stream starts so small that 2 Z such sums leave its variance as it is.
+    fan_in = math.prod(rows) * (2 * c.num_layers if name in ("o_proj", "down_proj") else 1)
+    if c.weights == "int8":
+        matrix = module.param(name, nn.initializers.zeros, shape, jnp.int8)
+        scale = module.param(f"{name}_scale", nn.initializers.ones, columns, jnp.float32)
+        y = (project(x, matrix.astype(x.dtype), inner) * scale).astype(x.dtype)
+    else:
+        y = project(x, module.param(name, nn.initializers.normal(fan_in**-0.5), shape, c.dtype), inner)
+    if lora.rank and name in lora.targets:
+        from_x = nn.initializers.normal(math.prod(rows) ** -0.5)
+        a = module.param(f"{name}_lora_a", from_x, (*rows, lora.rank), c.dtype)
+        b = module.param(f"{name}_lora_b", nn.initializers.zeros, (lora.rank, *columns), c.dtype)
+        y = y + project(project(x, a, inner), b) * (lora.alpha / lora.rank)
+    return y
+
+
+def attend(
+    q_BxQxNxH: Array,
+    k_BxPxKxH: Array,
+    v_BxPxKxH: Array,
+    may_attend_BxQxP: Array,
+    query_scale: float = 0.0,
+    softcap: float = 0.0,
+) -> Array:
     """Grouped-query attention, [B, Q, N, H]; softmax in float32.
 
-    What a query may not attend to has weight exactly 0, and gets gradient exactly 0. A query that may attend
-    to nothing (padding) gets zeros.
+    Scores are divided by the root of `query_scale` (0: H) and, with a softcap, bent to stay below it. What a
+    query may not attend to has weight exactly 0, and gets gradient exactly 0. A query that may attend to
+    nothing (padding) gets zeros.
     """
     B, Q, N, H = q_BxQxNxH.shape
     P, K = k_BxPxKxH.shape[1:3]
     G = N // K
     # The R = G Q queries that share a kv head are rows of one matrix product: on CPU ten times as fast as a
     # batch of G.
-    q_BxQxKxGxH = q_BxQxNxH.reshape(B, Q, K, G, H) / math.sqrt(H)
+    q_BxQxKxGxH = q_BxQxNxH.reshape(B, Q, K, G, H) / math.sqrt(query_scale or H)
     q_BxKxGQxH = q_BxQxKxGxH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * Q, H)
     scores_BxKxGQxP = jnp.einsum("BKRH,BPKH->BKRP", q_BxKxGQxH, k_BxPxKxH, preferred_element_type=jnp.float32)
+    if softcap:
+        scores_BxKxGQxP = softcap * jnp.tanh(scores_BxKxGQxP / softcap)
     scores_BxKxGxQxP = scores_BxKxGQxP.reshape(B, K, G, Q, P)
     scores_BxKxGxQxP = jnp.where(may_attend_BxQxP[:, None, None], scores_BxKxGxQxP, -jnp.inf)
     peak = jax.lax.stop_gradient(jnp.max(scores_BxKxGxQxP, axis=-1, keepdims=True, initial=LOWEST))
@@ -91,7 +127,14 @@ def attend(q_BxQxNxH: Array, k_BxPxKxH: Array, v_BxPxKxH: Array, may_attend_BxQx
     return out_BxKxGxQxH.transpose(0, 3, 1, 2, 4).reshape(B, Q, N, H).astype(v_BxPxKxH.dtype)
 
 
-def attend_to_earlier(q_BxQxNxH: Array, k_BxQxKxH: Array, v_BxQxKxH: Array, may_attend_BxQxQ: Array) -> Array:
+def attend_to_earlier(
+    q_BxQxNxH: Array,
+    k_BxQxKxH: Array,
+    v_BxQxKxH: Array,
+    may_attend_BxQxQ: Array,
+    query_scale: float = 0.0,
+    softcap: float = 0.0,
+) -> Array:
     """`attend` where no query may attend to a later key, so that almost half of the matrix need not be computed.
 
     Queries go in blocks, each with the keys up to its end: five blocks take two thirds of the time of one on CPU.
@@ -104,6 +147,8 @@ def attend_to_earlier(q_BxQxNxH: Array, k_BxQxKxH: Array, v_BxQxKxH: Array, may_
             k_BxQxKxH[:, :end],
             v_BxQxKxH[:, :end],
             may_attend_BxQxQ[:, start:end, :end],
+            query_scale,
+            softcap,
         )
         for start in range(0, Q, block)
         for end in [min(start + block, Q)]
@@ -115,76 +160,93 @@ class Attention(nn.Module):
     """Attention over this call's own tokens, or over a layer of the pool after writing them there."""
 
     config: ModelConfig
+    lora: Lora
 
     @nn.compact
     def __call__(
         self,
         x_BxQxD: Array,
-        rotary: tuple[Array, Array],
+        rotary: Rotary,
         may_attend_BxQxP: Array,
         pool_kv: tuple[Array, Array] | None,
         start_B: Array | None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """[B, Q, D] and the layer's keys and values, [B, P, K, H] each, this call's included."""
         c = self.config
-        D, N, K, H = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        from_D = nn.initializers.normal(D**-0.5)
-        to_residual = nn.initializers.normal((N * H * 2 * c.num_layers) ** -0.5)
-        q_proj = self.param("q_proj", from_D, (D, N, H), c.dtype)
-        k_proj = self.param("k_proj", from_D, (D, K, H), c.dtype)
-        v_proj = self.param("v_proj", from_D, (D, K, H), c.dtype)
-        o_proj = self.param("o_proj", to_residual, (N, H, D), c.dtype)
-
-        q_BxQxNxH = rotate(project(x_BxQxD, q_proj), *rotary)
-        k_BxPxKxH = rotate(project(x_BxQxD, k_proj), *rotary)
-        v_BxPxKxH = project(x_BxQxD, v_proj)
+        D, N, H = c.model_dim, c.num_heads, c.head_dim
+        q_BxQxNxH = rotate(self._heads("q", x_BxQxD), rotary)
+        k_BxPxKxH = rotate(self._heads("k", x_BxQxD), rotary)
+        v_BxPxKxH = self._heads("v", x_BxQxD)
         if pool_kv is None:
-            out_BxQxNxH = attend_to_earlier(q_BxQxNxH, k_BxPxKxH, v_BxPxKxH, may_attend_BxQxP)
+            out_BxQxNxH = attend_to_earlier(
+                q_BxQxNxH, k_BxPxKxH, v_BxPxKxH, may_attend_BxQxP, c.query_scale, c.attn_softcap
+            )
         else:
             k_BxPxKxH = write(pool_kv[0], k_BxPxKxH, start_B)
             v_BxPxKxH = write(pool_kv[1], v_BxPxKxH, start_B)
             used = may_attend_BxQxP.shape[-1]
-            out_BxQxNxH = attend(q_BxQxNxH, k_BxPxKxH[:, :used], v_BxPxKxH[:, :used], may_attend_BxQxP)
-        # Not an einsum: that contracts (H, N) in this order, and so copies o_proj at every step.
-        return jnp.tensordot(out_BxQxNxH, o_proj, axes=2), (k_BxPxKxH, v_BxPxKxH)
+            out_BxQxNxH = attend(
+                q_BxQxNxH,
+                k_BxPxKxH[:, :used],
+                v_BxPxKxH[:, :used],
+                may_attend_BxQxP,
+                c.query_scale,
+                c.attn_softcap,
+            )
+        return dense(self, "o_proj", out_BxQxNxH, (N, H, D), inner=2), (k_BxPxKxH, v_BxPxKxH)
+
+    def _heads(self, letter: str, x_BxQxD: Array) -> Array:
+        """Queries, keys or values ("q", "k", "v") before rotary positions: [B, Q, N or K, H]."""
+        c = self.config
+        heads = c.num_heads if letter == "q" else c.num_kv_heads
+        y_BxQxNxH = dense(self, f"{letter}_proj", x_BxQxD, (c.model_dim, heads, c.head_dim))
+        if c.qkv_bias:
+            y_BxQxNxH += self.param(
+                f"{letter}_proj_bias", nn.initializers.zeros, (heads, c.head_dim), c.dtype
+            ).astype(y_BxQxNxH.dtype)
+        if c.qk_norm and letter != "v":
+            scale_H = self.param(f"{letter}_norm", unit_scale(c), (c.head_dim,), c.dtype)
+            y_BxQxNxH = rms_norm(y_BxQxNxH, scale_H, c)
+        return y_BxQxNxH
 
 
 class MLP(nn.Module):
     """The gated MLP: GeGLU or SwiGLU, by configuration."""
 
     config: ModelConfig
+    lora: Lora
 
     @nn.compact
     def __call__(self, x_BxQxD: Array) -> Array:
         c = self.config
         D, F = c.model_dim, c.mlp_dim
-        from_D = nn.initializers.normal(D**-0.5)
-        to_residual = nn.initializers.normal((F * 2 * c.num_layers) ** -0.5)
-        gate_proj = self.param("gate_proj", from_D, (D, F), c.dtype)
-        up_proj = self.param("up_proj", from_D, (D, F), c.dtype)
-        down_proj = self.param("down_proj", to_residual, (F, D), c.dtype)
-        gate_BxQxF = ACTIVATIONS[c.activation](project(x_BxQxD, gate_proj))
-        up_BxQxF = project(x_BxQxD, up_proj)
-        return project(gate_BxQxF * up_BxQxF, down_proj)
+        gate_BxQxF = ACTIVATIONS[c.activation](dense(self, "gate_proj", x_BxQxD, (D, F)))
+        up_BxQxF = dense(self, "up_proj", x_BxQxD, (D, F))
+        return dense(self, "down_proj", gate_BxQxF * up_BxQxF, (F, D))
 
 
 class Layer(nn.Module):
     """Attention and MLP, each on normalised input and added to the residual stream."""
 
     config: ModelConfig
+    lora: Lora
 
     def setup(self) -> None:
-        self.attn_norm, self.mlp_norm = RMSNorm(self.config), RMSNorm(self.config)
-        self.attn, self.mlp = Attention(self.config), MLP(self.config)
+        c = self.config
+        self.attn_norm, self.mlp_norm = RMSNorm(c), RMSNorm(c)
+        self.attn, self.mlp = Attention(c, self.lora), MLP(c, self.lora)
+        if c.post_norms:
+            self.attn_post_norm, self.mlp_post_norm = RMSNorm(c), RMSNorm(c)
 
     def __call__(
         self,
         x_BxQxD: Array,
-        rotary: tuple[Array, Array],
+        rotary: Rotary,
         may_attend_BxQxP: Array,
         pool_kv: tuple[Array, Array] | None,
         start_B: Array | None,
     ) -> tuple[Array, tuple[Array, Array]]:
         out_BxQxD, pool_kv = self.attn(self.attn_norm(x_BxQxD), rotary, may_attend_BxQxP, pool_kv, start_B)
-        x_BxQxD = x_BxQxD + out_BxQxD
-        return x_BxQxD + self.mlp(self.mlp_norm(x_BxQxD)), pool_kv
+        x_BxQxD = x_BxQxD + (self.attn_post_norm(out_BxQxD) if self.config.post_norms else out_BxQxD)
+        out_BxQxD = self.mlp(self.mlp_norm(x_BxQxD))
+        return x_BxQxD + (self.mlp_post_norm(out_BxQxD) if self.config.post_norms else out_BxQxD), pool_kv

@@ -10,6 +10,10 @@ Parameters are a plain nested dict. A new model's follow Gemma's scheme: unit va
                mlp_norm scale [D]; mlp gate_proj up_proj [D, F], down_proj [F, D]
     final_norm scale [D]
     head       [D, V], only if embeddings are not tied
+
+By configuration also, per layer: attn_post_norm and mlp_post_norm scale [D]; attn q_norm k_norm [H]; attn
+q_proj_bias [N, H], k_proj_bias v_proj_bias [K, H]. Beside matrices there may stand int8's scales (`name_scale`)
+and adapters (`name_lora_a`, `name_lora_b`; `embedding_rows` [R, D] and `head_rows` [D, R]).
 """
 
 from __future__ import annotations
@@ -22,42 +26,92 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.arrays import Array
-from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.layers import Layer, RMSNorm, rotary_angles
+from pasta_jax.model.config import Lora, ModelConfig
+from pasta_jax.model.layers import Layer, RMSNorm
 from pasta_jax.model.pool import Pool
+from pasta_jax.model.rotary import rotary_of
 
 
 class Embed(nn.Module):
     """The embedding table, for the way in and, when tied, for the way out."""
 
     config: ModelConfig
+    lora: Lora
 
     def setup(self) -> None:
         c = self.config
-        init = nn.initializers.normal(c.model_dim**-0.5)
-        self.embedding = self.param("embedding", init, (c.vocab_size, c.model_dim), c.dtype)
+        self.embedding, self.scale_V = _table(self, "embedding", (c.vocab_size, c.model_dim), (c.vocab_size,))
+        if self.lora.rank and self.lora.rows:  # they take the place of the table's own
+            self.embedding_rows = self.param(
+                "embedding_rows", nn.initializers.zeros, (len(self.lora.rows), c.model_dim), c.dtype
+            )
 
     def __call__(self, tokens_BxQ: Array) -> Array:
+        c = self.config
         x_BxQxD = self.embedding[tokens_BxQ]
-        return x_BxQxD * math.sqrt(self.config.model_dim) if self.config.embed_scale else x_BxQxD
+        if self.scale_V is not None:
+            x_BxQxD = (x_BxQxD * self.scale_V[tokens_BxQ][..., None]).astype(c.dtype)
+        if self.lora.rank and self.lora.rows:
+            is_row_BxQxR = tokens_BxQ[..., None] == jnp.array(self.lora.rows)
+            row_BxQ = jnp.argmax(is_row_BxQxR, axis=-1)
+            x_BxQxD = jnp.where(is_row_BxQxR.any(-1)[..., None], self.embedding_rows[row_BxQ], x_BxQxD)
+        return x_BxQxD * math.sqrt(c.model_dim) if c.embed_scale else x_BxQxD
 
     def logits(self, hidden: Array) -> Array:
-        return jnp.einsum("...D,VD->...V", hidden, self.embedding, preferred_element_type=jnp.float32)
+        rows = self.embedding_rows if self.lora.rank and self.lora.rows else None
+        return _logits("...D,VD->...V", hidden, self.embedding, self.scale_V, rows, self.lora)
+
+
+def _table(
+    module: nn.Module, name: str, shape: tuple[int, int], scales: tuple[int]
+) -> tuple[Array, Array | None]:
+    """The parameter `name` of an embedding or a head, and with int8 the scale of each vocabulary id."""
+    c = module.config
+    if c.weights == "int8":
+        table = module.param(name, nn.initializers.zeros, shape, jnp.int8)
+        return table, module.param(f"{name}_scale", nn.initializers.ones, scales, jnp.float32)
+    return module.param(name, nn.initializers.normal(c.model_dim**-0.5), shape, c.dtype), None
+
+
+def _logits(
+    spec: str, hidden: Array, table: Array, scale_V: Array | None, rows: Array | None, lora: Lora
+) -> Array:
+    """Float32 [..., V], from an embedding or a head; `rows` take the place of the ids in `lora.rows`."""
+    table = table.astype(hidden.dtype)
+    logits = jnp.einsum(spec, hidden, table, preferred_element_type=jnp.float32)
+    if scale_V is not None:
+        logits = logits * scale_V
+    if rows is not None:
+        own = jnp.einsum(spec, hidden, rows, preferred_element_type=jnp.float32)
+        logits = logits.at[..., jnp.array(lora.rows)].set(own)
+    return logits
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer of the sizes in `config`."""
+    """A decoder-only transformer of the sizes in `config`.
+
+    Attributes:
+      lora: adapters, which are parameters beside the others (`model.lora`).
+      remat: in the backward pass a layer is computed again, instead of kept: a third more time, and memory for
+        one layer's activations instead of all.
+    """
 
     config: ModelConfig
+    lora: Lora = Lora()
+    remat: bool = False
 
     def setup(self) -> None:
         c = self.config
-        self.embed = Embed(c)
-        self.layer = [Layer(c) for _ in range(c.num_layers)]
+        self.embed = Embed(c, self.lora)
+        layer = nn.remat(Layer) if self.remat else Layer
+        self.layer = [layer(c, self.lora) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c)
         if not c.tie_embeddings:
-            init = nn.initializers.normal(c.model_dim**-0.5)
-            self.head = self.param("head", init, (c.model_dim, c.vocab_size), c.dtype)
+            self.head, self.head_scale_V = _table(self, "head", (c.model_dim, c.vocab_size), (c.vocab_size,))
+            if self.lora.rank and self.lora.rows:
+                self.head_rows = self.param(
+                    "head_rows", nn.initializers.zeros, (c.model_dim, len(self.lora.rows)), c.dtype
+                )
 
     def __call__(
         self,
@@ -66,6 +120,7 @@ class Transformer(nn.Module):
         may_attend_BxQxP: Array,
         pool: Pool | None = None,
         start_B: Array | None = None,
+        key_positions_BxP: Array | None = None,
     ) -> tuple[Array, Pool | None]:
         """Hidden states of the tokens, and the pool with their keys and values.
 
@@ -79,6 +134,8 @@ class Transformer(nn.Module):
             written to its entries start_B[b] .. start_B[b] + Q - 1, and then every query attends to the
             pool's first P entries (P may be less than the pool holds).
           start_B: int32 [B], with a pool only.
+          key_positions_BxP: int32 [B, P], rotary positions of the keys, with a pool and for local layers only:
+            those see no key at `sliding_window` or more positions before the query.
 
         Returns:
           Hidden states [B, Q, D] after the last norm, for `logits`; and the pool, or None without one.
@@ -86,7 +143,9 @@ class Transformer(nn.Module):
         Raises:
           ValueError: shapes that do not fit together.
         """
-        return self.from_embedded(self.embed(tokens_BxQ), positions_BxQ, may_attend_BxQxP, pool, start_B)
+        return self.from_embedded(
+            self.embed(tokens_BxQ), positions_BxQ, may_attend_BxQxP, pool, start_B, key_positions_BxP
+        )
 
     def from_embedded(
         self,
@@ -95,29 +154,41 @@ class Transformer(nn.Module):
         may_attend_BxQxP: Array,
         pool: Pool | None = None,
         start_B: Array | None = None,
+        key_positions_BxP: Array | None = None,
     ) -> tuple[Array, Pool | None]:
         """`__call__` on embedded tokens [B, Q, D]."""
         _check_shapes(x_BxQxD.shape, may_attend_BxQxP.shape, pool, start_B)
-        rotary = rotary_angles(positions_BxQ, self.config.head_dim, self.config.rope_base)
+        rotary = rotary_of(self.config, positions_BxQ)
+        may_attend = {"global": may_attend_BxQxP}
+        if "local" in rotary:
+            key_positions_BxP = positions_BxQ if pool is None else key_positions_BxP
+            if key_positions_BxP is None:
+                raise ValueError("Local layers over a pool need `key_positions_BxP`, where its keys stand.")
+            behind_BxQxP = positions_BxQ[:, :, None] - key_positions_BxP[:, None, :]
+            may_attend["local"] = may_attend_BxQxP & (behind_BxQxP < self.config.sliding_window)
         written = []
-        for z, layer in enumerate(self.layer):
+        for z, (kind, layer) in enumerate(zip(self.config.kinds, self.layer, strict=True)):
             pool_kv = None if pool is None else (pool.k[z], pool.v[z])
-            x_BxQxD, kv = layer(x_BxQxD, rotary, may_attend_BxQxP, pool_kv, start_B)
+            x_BxQxD, kv = layer(x_BxQxD, rotary[kind], may_attend[kind], pool_kv, start_B)
             written.append(kv)
         hidden_BxQxD = self.final_norm(x_BxQxD)
         return hidden_BxQxD, None if pool is None else Pool(*map(tuple, zip(*written)))
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states [..., D] to logits, float32 [..., V]."""
-        if self.config.tie_embeddings:
-            return self.embed.logits(hidden)
-        return jnp.einsum("...D,DV->...V", hidden, self.head, preferred_element_type=jnp.float32)
+        c = self.config
+        if c.tie_embeddings:
+            logits = self.embed.logits(hidden)
+        else:
+            rows = self.head_rows if self.lora.rank and self.lora.rows else None
+            logits = _logits("...D,DV->...V", hidden, self.head, self.head_scale_V, rows, self.lora)
+        return c.final_softcap * jnp.tanh(logits / c.final_softcap) if c.final_softcap else logits
 
 
-def init_params(config: ModelConfig, key: Array) -> dict[str, Any]:
+def init_params(config: ModelConfig, key: Array, lora: Lora = Lora()) -> dict[str, Any]:
     """Parameters of a new model. Under `jax.eval_shape` it gives their shapes and costs nothing."""
     nothing = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config).init(key, nothing, nothing, jnp.ones((1, 1, 1), bool))["params"]
+    return Transformer(config, lora).init(key, nothing, nothing, jnp.ones((1, 1, 1), bool))["params"]
 
 
 def param_count(params: Any) -> int:

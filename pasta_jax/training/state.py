@@ -58,7 +58,7 @@ def decays(params: Params) -> Params:
 
     def decays_here(path: tuple[Any, ...], _: Array) -> bool:
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        return not ("norm" in "/".join(names) or names[-1] in ("scale", "bias"))
+        return not ("norm" in "/".join(names) or names[-1].endswith(("scale", "bias")))
 
     return jax.tree_util.tree_map_with_path(decays_here, params)
 

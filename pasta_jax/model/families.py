@@ -1,0 +1,418 @@
+"""Hugging Face's `config.json` to a `ModelConfig` and back: which numbers make which published architecture.
+
+One decoder serves all families; a `Family` says what its architecture fixes, and which values its configuration
+files may leave out (transformers' own defaults, of 4.4x and 5.x alike). Both spellings are read: `rope_theta`,
+`rope_scaling`, `torch_dtype` (4.x) and `rope_parameters`, `layer_types`, `dtype` (5.x).
+
+A field that would change the result, and that we cannot follow, is an error. Fields that transformers itself
+does not read for an architecture are left alone here too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pasta_jax.model.config import LayerKind, ModelConfig
+from pasta_jax.model.hf_fields import FamilyError, Fields, rotary_from_hf, scaling_to_hf
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture of transformers.
+
+    Attributes:
+      architecture: its class.
+      fixed: what it fixes, in a ModelConfig.
+      defaults: values of fields that a `config.json` may leave out; None says that others decide.
+      layers: which layers may be local: "none"; "all" (all or none); "any", as `layer_types` says.
+      capped: soft caps and the scale of queries can be set.
+      local_base: local layers have a rotary base of their own, and no scaling.
+    """
+
+    architecture: str
+    fixed: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    layers: Literal["none", "all", "any"] = "none"
+    capped: bool = False
+    local_base: bool = False
+
+
+def _kind(offset: float, embed_scale: bool, *also: str) -> dict[str, Any]:
+    switches = ("post_norms", "qk_norm", "qkv_bias")
+    return {"norm_offset": offset, "embed_scale": embed_scale} | {name: name in also for name in switches}
+
+
+_COMMON = {
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10_000.0,
+}
+
+_GEMMA_2 = _COMMON | {
+    "vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True, "max_position_embeddings": 8192, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+
+_LLAMA = _COMMON | {
+    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "head_dim": None, "act": "silu", "max_position_embeddings": 2048,
+}  # fmt: skip
+
+_QWEN = _LLAMA | {
+    "vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+}  # fmt: skip
+
+FAMILIES: dict[str, Family] = {
+    "gemma": Family(
+        "GemmaForCausalLM",
+        _kind(1.0, True),
+        _COMMON | {
+            "vocab_size": 256_000, "hidden_size": 3072, "intermediate_size": 24_576, "num_hidden_layers": 28,
+            "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True, "max_position_embeddings": 8192,
+        },
+    ),
+    "gemma2": Family("Gemma2ForCausalLM", _kind(1.0, True, "post_norms"), _GEMMA_2, layers="any", capped=True),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _kind(1.0, True, "post_norms", "qk_norm"),
+        _GEMMA_2 | {
+            "vocab_size": 262_208, "max_position_embeddings": 131_072, "attn_logit_softcapping": None,
+            "final_logit_softcapping": None, "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+        },
+        layers="any",
+        capped=True,
+        local_base=True,
+    ),
+    "llama": Family("LlamaForCausalLM", _kind(0.0, False), _LLAMA),
+    "mistral": Family(
+        "MistralForCausalLM",
+        _kind(0.0, False),
+        _LLAMA | {
+            "intermediate_size": 14_336, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
+            "sliding_window": 4096,
+        },
+        layers="all",
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _kind(0.0, False, "qkv_bias"), _QWEN, layers="any"),
+    "qwen3": Family("Qwen3ForCausalLM", _kind(0.0, False, "qk_norm"), _QWEN | {"head_dim": 128}, layers="any"),
+}  # fmt: skip
+"""By `model_type`. Where two could express a model, the first is taken."""
+
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+_MUST_BE: dict[str, tuple[Any, str]] = {
+    "mlp_bias": (False, "the MLP has no biases here"),
+    "use_bidirectional_attention": (False, "every token here attends to earlier ones alone"),
+    "is_causal": (True, "every token here attends to earlier ones alone"),
+    "partial_rotary_factor": (1.0, "rotary positions turn all of a head here"),
+    "use_mrope": (False, "positions here are one number a token"),
+    "per_layer_config": (None, "all layers here have the same sizes"),
+    "quantization_config": (None, "its tensors are packed; take the repository that it was made from"),
+    "num_experts": (0, "mixtures of experts are not supported"),
+    "num_local_experts": (0, "mixtures of experts are not supported"),
+}
+"""Fields of which any other value is refused; null and absence are the same."""
+
+_PUBLISHED_LENGTH = {"gemma3_text": 131_072, "llama": 8192, "mistral": 32_768, "qwen3": 40_960}
+_LLAMA_3_1_LENGTH = 131_072
+
+
+def config_from_hf(tree: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """The model that a parsed `config.json` describes.
+
+    Args:
+      tree: of one of `FAMILIES`, or of the multi-modal Gemma 3, whose `text_config` is taken.
+      where: the file, for errors.
+
+    Raises:
+      FamilyError: an architecture or a value that this decoder does not have, or no sensible value at all.
+    """
+    tree = _text_part(tree, where)
+    name = _family_named(tree, where)
+    family, fields = FAMILIES[name], Fields(tree, FAMILIES[name].defaults, where)
+    _refuse_what_we_lack(name, tree, fields)
+    D, N, Z = (fields.size(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    if (head_dim := fields.size("head_dim", none=0)) == 0:
+        if D % N:
+            raise fields.fault(
+                "hidden_size", f"is no multiple of num_attention_heads={N}, and there is no head_dim"
+            )
+        head_dim = D // N
+    if head_dim % 2:
+        raise fields.fault("head_dim", "rotary positions need an even one", head_dim)
+    base, scaling, local_base = rotary_from_hf(fields, family.local_base)
+    kinds, window = _layers_from_hf(name, fields, Z)
+    query_scale = fields.number("query_pre_attn_scalar") if family.capped else 0.0
+    try:
+        return ModelConfig(
+            vocab_size=fields.size("vocab_size"),
+            num_layers=Z,
+            model_dim=D,
+            num_heads=N,
+            num_kv_heads=fields.size("num_key_value_heads", none=N),
+            head_dim=head_dim,
+            mlp_dim=fields.size("intermediate_size"),
+            rope_base=base,
+            rope_scaling=scaling,
+            norm_eps=fields.number("rms_norm_eps"),
+            activation=_activation(name, fields),
+            query_scale=0.0 if query_scale == head_dim else query_scale,
+            attn_softcap=fields.number("attn_logit_softcapping", none=0.0) if family.capped else 0.0,
+            final_softcap=fields.number("final_logit_softcapping", none=0.0) if family.capped else 0.0,
+            sliding_window=window,
+            layer_kinds=_shortest(kinds),
+            local_rope_base=local_base if window else 0.0,
+            tie_embeddings=fields.flag("tie_word_embeddings"),
+            dtype=_dtype(fields),
+            **family.fixed,
+        )
+    except FamilyError:
+        raise
+    except ValueError as error:
+        raise FamilyError(f"{where}: {error}") from error
+
+
+def config_to_hf(
+    config: ModelConfig, *, family: str | None = None, max_position_embeddings: int | None = None
+) -> dict[str, Any]:
+    """The `config.json` of a model, which transformers 4.4x and 5.x load; ids of special tokens are the caller's.
+
+    Args:
+      config: what to express.
+      family: one of `FAMILIES`, where more than one could express it (a Mistral 0.3 is a Llama, too).
+      max_position_embeddings: for how long texts it was trained; the family's published default.
+
+    Raises:
+      FamilyError: no such architecture has these numbers.
+    """
+    name = family_of(config) if family is None else family
+    if found := _differences(config, name):
+        raise FamilyError(f"{FAMILIES[name].architecture} cannot express {_fields_said(config, found)}.")
+    kind = FAMILIES[name]
+    activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
+    length = _PUBLISHED_LENGTH.get(name, kind.defaults["max_position_embeddings"])
+    if name == "llama" and config.rope_scaling.kind == "llama3":
+        length = _LLAMA_3_1_LENGTH
+    return {
+        "architectures": [kind.architecture],
+        "model_type": name,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.model_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": activation,
+        **({"hidden_activation": activation} if name.startswith("gemma") else {}),
+        "max_position_embeddings": max_position_embeddings or length,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_theta": config.rope_base,
+        "rope_scaling": scaling_to_hf(config.rope_scaling),
+        **({"rope_local_base_freq": config.local_rope_base or config.rope_base} if kind.local_base else {}),
+        **(_caps_to_hf(config) if kind.capped else {}),
+        **_layers_to_hf(config, name),
+        **({} if name in ("mistral", "qwen2") else {"attention_bias": False}),
+        **({"mlp_bias": False} if name == "llama" else {}),
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "torch_dtype": config.dtype,
+    }
+
+
+def family_of(config: ModelConfig) -> str:
+    """The first of `FAMILIES` that can express a model.
+
+    Raises:
+      FamilyError: none can; the message names the nearest and what it lacks.
+    """
+    found = {name: _differences(config, name) for name in FAMILIES}
+    nearest = min(found, key=lambda name: len(found[name]))
+    if found[nearest]:
+        raise FamilyError(
+            "No Hugging Face architecture that we know expresses this model; the nearest, "
+            f"{FAMILIES[nearest].architecture}, has no {_fields_said(config, found[nearest])}."
+        )
+    return nearest
+
+
+def _differences(config: ModelConfig, name: str) -> list[str]:
+    """Fields whose values the family does not have."""
+    if name not in FAMILIES:
+        raise FamilyError(f"family={name!r} is unknown. Use one of {', '.join(FAMILIES)}.")
+    family, kinds = FAMILIES[name], set(config.kinds)
+    found = [field for field, value in family.fixed.items() if getattr(config, field) != value]
+    if not family.capped:
+        found += [field for field in ("attn_softcap", "final_softcap") if getattr(config, field)]
+        found += ["query_scale"] if config.query_scale not in (0, config.head_dim) else []
+    elif not float(config.query_scale).is_integer():  # transformers wants an int
+        found.append("query_scale")
+    if (family.layers == "none" and "local" in kinds) or (family.layers == "all" and len(kinds) > 1):
+        found.append("layer_kinds")
+    if "local" in kinds:
+        plain = config.rope_scaling.kind == "none"
+        same = config.local_rope_base == 0 or (config.local_rope_base == config.rope_base and plain)
+        if family.local_base and config.local_rope_base == 0 and not plain:
+            found.append("rope_scaling")  # of local layers
+        if not family.local_base and not same:
+            found.append("local_rope_base")
+    return found + (["weights"] if config.weights != "plain" else [])
+
+
+def _fields_said(config: ModelConfig, fields: list[str]) -> str:
+    return ", ".join(f"{field}={getattr(config, field)!r}" for field in fields)
+
+
+def _text_part(tree: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The language model of a multi-modal Gemma 3; other trees as they are."""
+    if not isinstance(tree, Mapping):
+        raise FamilyError(f"{where}: holds {type(tree).__name__}, not the fields of a model.")
+    if tree.get("model_type") != "gemma3":
+        return tree
+    text = tree.get("text_config")
+    if not isinstance(text, Mapping):
+        raise FamilyError(f"{where}: text_config: a multi-modal Gemma 3 must have one.")
+    shared = ("tie_word_embeddings", "torch_dtype", "dtype", "quantization_config")
+    outer = {key: tree[key] for key in shared if tree.get(key) is not None}
+    return {"model_type": "gemma3_text"} | dict(text) | outer
+
+
+def _family_named(tree: Mapping[str, Any], where: str) -> str:
+    name = tree.get("model_type")
+    if name not in FAMILIES:
+        close = difflib.get_close_matches(str(name), [*FAMILIES, "gemma3"], 1)
+        hint = f" The nearest is {close[0]}." if close else ""
+        if "moe" in str(name) or "mixtral" in str(name):
+            hint = " Mixtures of experts are not supported."
+        raise FamilyError(
+            f"{where}: model_type={name!r}: unknown architecture. We have {', '.join([*FAMILIES, 'gemma3'])}.{hint}"
+        )
+    architectures = tree.get("architectures")
+    if architectures and architectures[0] not in (
+        FAMILIES[name].architecture,
+        "Gemma3ForConditionalGeneration",
+    ):
+        raise FamilyError(
+            f"{where}: architectures={architectures}: model_type {name!r} goes with {FAMILIES[name].architecture}; "
+            "models of other tasks have no head over the vocabulary."
+        )
+    return name
+
+
+def _refuse_what_we_lack(name: str, tree: Mapping[str, Any], fields: Fields) -> None:
+    for key, (value, why) in _MUST_BE.items():
+        if tree.get(key) is not None and tree[key] != value:
+            raise fields.fault(key, why)
+    bias = tree.get("attention_bias")
+    if name == "qwen2" and bias is False:
+        raise fields.fault("attention_bias", "Qwen2ForCausalLM always has biases of queries, keys and values")
+    if name != "qwen2" and bias:
+        raise fields.fault(
+            "attention_bias", "the output of attention would have one too; we have only Qwen 2's"
+        )
+
+
+def _activation(name: str, fields: Fields) -> Any:
+    """Gemma 1's "gelu" means the tanh approximation; Gemma 2 and 3 read `hidden_activation` alone."""
+    key = "hidden_act"
+    if name.startswith("gemma") and (name != "gemma" or fields["hidden_activation"] is not None):
+        key = "hidden_activation"
+    value = fields.defaults["act"] if key not in fields.tree else fields[key]
+    if (name, key, value) == ("gemma", "hidden_act", "gelu"):
+        value = "gelu_pytorch_tanh"
+    if value not in _ACTIVATIONS:
+        raise fields.fault(key, f"unknown activation. We have {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[value]
+
+
+def _dtype(fields: Fields) -> str:
+    key = "dtype" if fields["dtype"] is not None else "torch_dtype"
+    value = fields[key] or "float32"
+    if value not in _DTYPES:
+        raise fields.fault(key, f"unknown. We have {', '.join(_DTYPES)}")
+    return value
+
+
+def _layers_from_hf(name: str, fields: Fields, Z: int) -> tuple[tuple[LayerKind, ...], int]:
+    """The kind of each layer, and the window of local ones, 0 if there are none."""
+    used = (
+        name != "gemma"
+        and name != "llama"
+        and (not name.startswith("qwen") or fields.flag("use_sliding_window"))
+    )
+    window = fields.size("sliding_window", none=0) if used else 0
+    local = [False] * Z
+    if name == "mistral":
+        local = [window > 0] * Z
+    elif name == "gemma2":
+        local = [z % 2 == 0 for z in range(Z)]
+    elif name == "gemma3_text":
+        pattern = fields.size("sliding_window_pattern")
+        local = [(z + 1) % pattern > 0 for z in range(Z)]
+    elif window:
+        first = fields["max_window_layers"]
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise fields.fault("max_window_layers", "must be a whole number")
+        local = [z >= first for z in range(Z)]
+    listed = fields["layer_types"]
+    if listed is not None:
+        names = {"sliding_attention": True, "full_attention": False}
+        if not isinstance(listed, list) or len(listed) != Z or not set(listed) <= set(names):
+            raise fields.fault("layer_types", f"name each of {Z} layers one of {', '.join(names)}")
+        if FAMILIES[name].layers == "any":
+            local = [names[each] for each in listed]
+        elif local != [names[each] for each in listed]:
+            raise fields.fault(
+                "layer_types", f"{FAMILIES[name].architecture} does not read it, and differs from it"
+            )
+    if any(local) and not window:
+        raise fields.fault(
+            "sliding_window", "layers with sliding attention need one (use_sliding_window too)"
+        )
+    return tuple("local" if each else "global" for each in local), window if any(local) else 0
+
+
+def _shortest(kinds: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
+    """The fewest that give all when repeated."""
+    Z = len(kinds)
+    return next(kinds[:n] for n in range(1, Z + 1) if all(kinds[z] == kinds[z % n] for z in range(Z)))
+
+
+def _layers_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
+    """As `layer_types`, and in the words of versions that do not read that, where these have words for it."""
+    family, local = FAMILIES[name], [kind == "local" for kind in config.kinds]
+    if family.layers == "none":
+        return {}
+    window = config.sliding_window if any(local) else None
+    if family.layers == "all":
+        return {"sliding_window": window}
+    said: dict[str, Any] = {"sliding_window": window or family.defaults["sliding_window"]}
+    said["layer_types"] = ["sliding_attention" if each else "full_attention" for each in local]
+    if name == "gemma3_text":
+        pattern = local.index(False) + 1 if False in local else len(local) + 1
+        if local == [(z + 1) % pattern > 0 for z in range(len(local))]:
+            said["sliding_window_pattern"] = pattern
+    elif name.startswith("qwen"):
+        said["use_sliding_window"] = any(local)
+        said["max_window_layers"] = local.index(True) if any(local) else len(local)
+    return said
+
+
+def _caps_to_hf(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "query_pre_attn_scalar": int(config.query_scale or config.head_dim),
+        "attn_logit_softcapping": config.attn_softcap or None,
+        "final_logit_softcapping": config.final_softcap or None,
+    }
