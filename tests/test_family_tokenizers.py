@@ -440,6 +440,17 @@ def test_damaged_and_missing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
         about.tokenizer()
 
 
+def test_tag_ids_that_a_folder_names() -> None:
+    named = {piece: 20 + i for i, piece in enumerate(tags.PIECES)}
+    files = FOLDERS["gemma"]()
+    assert (
+        tokenizer_from_files(files | {load.TAGS_FILE: json.dumps(named).encode()}).vocabulary.tag_ids == named
+    )
+    for bad in (named | {tags.SYNC: 20}, named | {tags.SYNC: "25"}, named | {"x": 1}, {tags.SYNC: 1}):
+        with pytest.raises(TokenizerError, match=r"pasta_tags\.json must have an id for each of '<promise"):
+            tokenizer_from_files(files | {load.TAGS_FILE: json.dumps(bad).encode()})
+
+
 def test_no_room_for_tags(tmp_path: pathlib.Path) -> None:
     """An error that names the file and both ways out; with `extend`, ids after the end."""
     (tmp_path / "tokenizer.json").write_bytes(made.qwen())

@@ -208,10 +208,12 @@ def _reserved(symbols: Symbols, template: str) -> list[int]:
 
 
 def _checked(tag_ids: Mapping[str, int]) -> dict[str, int]:
-    ids = [tag_ids.get(piece) for piece in tags.PIECES]
-    if set(tag_ids) != set(tags.PIECES) or len(set(ids)) != len(ids):
-        raise TokenizerError(f"The tag ids must be one for each of {', '.join(map(repr, tags.PIECES))}.")
-    return {piece: int(tag_ids[piece]) for piece in tags.PIECES}
+    ids = [i for i in tag_ids.values() if isinstance(i, int) and i >= 0]
+    if set(tag_ids) != set(tags.PIECES) or len(set(ids)) != len(tags.PIECES):
+        raise TokenizerError(
+            f"pasta_tags.json must have an id for each of {', '.join(map(repr, tags.PIECES))}."
+        )
+    return {piece: tag_ids[piece] for piece in tags.PIECES}
 
 
 def _no_room(symbols: Symbols, hints: Hints, missing: list[str], splits: Callable[[str], int]) -> str:
