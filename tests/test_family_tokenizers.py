@@ -441,14 +441,23 @@ def test_damaged_and_missing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
 
 
 def test_tag_ids_that_a_folder_names() -> None:
-    named = {piece: 20 + i for i, piece in enumerate(tags.PIECES)}
+    by_name = {piece: i for i, piece in names_of("gemma").items()}
+    named = {piece: by_name[f"<unused{n}>"] for n, piece in enumerate(tags.PIECES, 3)}
     files = FOLDERS["gemma"]()
     assert (
         tokenizer_from_files(files | {load.TAGS_FILE: json.dumps(named).encode()}).vocabulary.tag_ids == named
     )
-    for bad in (named | {tags.SYNC: 20}, named | {tags.SYNC: "25"}, named | {"x": 1}, {tags.SYNC: 1}):
+    for bad in (
+        named | {tags.SYNC: named[tags.ASYNC_OPEN]},
+        named | {tags.SYNC: "25"},
+        named | {"x": 1},
+        {tags.SYNC: 1},
+    ):
         with pytest.raises(TokenizerError, match=r"pasta_tags\.json must have an id for each of '<promise"):
             tokenizer_from_files(files | {load.TAGS_FILE: json.dumps(bad).encode()})
+    bad = named | {tags.SYNC: by_name["e"]}
+    with pytest.raises(TokenizerError, match=rf"tags the ids \[{by_name['e']}\], which are ordinary text"):
+        tokenizer_from_files(files | {load.TAGS_FILE: json.dumps(bad).encode()})
 
 
 def test_no_room_for_tags(tmp_path: pathlib.Path) -> None:
