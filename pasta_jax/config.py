@@ -125,6 +125,7 @@ class Config:
     steps: int = 1000  # optimiser steps
     epochs: float = 0.0  # passes over the data; above 0 they say how many steps
     init_from: str = ""  # workdir or checkpoint whose weights to start from; empty starts from scratch
+    adopt: bool = False  # model and tokenizer are those of init_from; of config.model only the dtype counts
     model: ModelConfig = ModelConfig()
     lora: Lora = Lora()  # with a rank: adapters are trained, the weights of init_from stay
     param_dtype: Literal["", "float32", "bfloat16"] = ""  # of what is trained, optimiser too; "": model.dtype
@@ -159,6 +160,11 @@ class Config:
             raise ConfigError(
                 "config.init_from is empty: preference optimisation starts from a finetuned model. Add "
                 "--config.init_from=WORKDIR, or set stage to both."
+            )
+        if self.adopt and not self.init_from:
+            raise ConfigError(
+                "config.adopt is set and config.init_from is empty: whose model and tokenizer? Add "
+                "--config.init_from=WORKDIR, such as pasta_jax.convert writes."
             )
         if not self.data.sources:
             raise ConfigError("config.data.sources is empty. Name at least one, as in almanac:annotated.")
@@ -420,9 +426,9 @@ _SYNONYMS = {
     "grad_clip": "clip_norm",
     "max_grad_norm": "clip_norm",
     "warmup": "warmup_steps",
-    "batch_size": "rows",
-    "global_batch": "rows",
-    "batch": "rows",
+    "batch_size": "data.rows",
+    "global_batch": "data.rows",
+    "batch": "data.rows",
     "seq_len": "length",
     "sequence_length": "length",
     "max_length": "length",
@@ -466,7 +472,7 @@ def _suggest(cls: type, name: str, prefix: str) -> str | None:
     meant = _SYNONYMS.get(name, name)
     here = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
     everywhere = {path: path.rsplit(".", 1)[-1] for path, _, _ in _walk(Config())}
-    elsewhere = [path for path, last in everywhere.items() if last == meant]
+    elsewhere = [path for path, last in everywhere.items() if meant in (path, last)]
     if elsewhere:
         return elsewhere[0]
     if close := difflib.get_close_matches(name, here, n=1):

@@ -65,7 +65,7 @@ class TextTokenizer(abc.ABC):
             symbols, hints, extend=extend, chat=chat, splits=lambda text: len(self._encode(text))
         )
         self.vocabulary = vocabulary_of(symbols, self.usage)
-        names = symbols.names
+        self._names = names = symbols.names
         self._marks = {name: names[name] for name in chats.FORMATS[self.usage.chat].needs}
         never = symbols.special | set(self.usage.tag_ids.values()) | self.vocabulary.stops
         self._never = {i: name.replace(SPACE, " ") for name, i in names.items() if i in never}
@@ -145,6 +145,18 @@ class TextTokenizer(abc.ABC):
         other = copy.copy(self)
         other.vocabulary = self.vocabulary.with_dialect(dialect)
         return other
+
+    def with_chat(self, chat: str) -> Self:
+        """The same tokenizer with prompts in another format. Raises TokenizerError as the constructor does."""
+        usage = self.usage
+        hints = Hints(
+            bos=next(name for name, i in self._names.items() if i == usage.bos),
+            begins=usage.begins,
+            ends=(usage.eos, *sorted(usage.ends)),
+            tag_ids=usage.tag_ids,
+            added=usage.added,
+        )
+        return type(self)(self.model, chat=chat, hints=hints).with_dialect(self.vocabulary.dialect)
 
 
 def unpack(data: bytes) -> tuple[str, bytes, Usage]:

@@ -256,6 +256,8 @@ def _opening(name: str, template: str) -> str:
         found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<>\\]+)<\|im_end\|>", template)
         return found.group(1) if found else ""
     if name == "llama3" and (cut := re.search(r"Cutting Knowledge Date: \w+ \d{4}", template)):
-        day = re.search(r'date_string = "(\d+ \w+ \d{4})"', template)  # the template's own, never today's
+        day = re.search(
+            r'(?:date_string = "|Today Date: )(\d+ \w+ \d{4})', template
+        )  # the template's own, never today's
         return f"{cut.group()}\nToday Date: {day.group(1) if day else '26 Jul 2024'}\n\n"
     return ""

@@ -30,6 +30,7 @@ from etils import epath
 from pasta_jax import config as config_lib
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.model import init_params, lora
+from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import tokenizer_from_bytes
 from pasta_jax.tokens.tokenizer import MissingPackage, Tokenizer, TokenizerError
 from pasta_jax.training.fingerprint import fingerprint
@@ -73,7 +74,7 @@ class About:
             return True
         return self.tokenizer().vocabulary.with_dialect(tokenizer.vocabulary.dialect) == tokenizer.vocabulary
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> TextTokenizer:
         """The tokenizer that it was trained with."""
         try:
             tokenizer = tokenizer_from_bytes(self.tokenizer_model, extend=self.config.data.extend_tokenizer)
@@ -95,13 +96,14 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike[str], config: Config, tokenizer: Tokenizer):
         self._config, self._tokenizer = config, tokenizer
         self.directory = absolute(workdir) / "checkpoints"
+        # Weights compress by less than a tenth, and while they are compressed Orbax holds them twice.
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, create=True),
             item_handlers={
                 "pasta": ocp.JsonCheckpointHandler("pasta.json"),
-                "params": ocp.PyTreeCheckpointHandler(),
-                "optimizer": ocp.PyTreeCheckpointHandler(),
+                "params": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
             },
         )
 
@@ -120,6 +122,19 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
+        self._save(
+            step,
+            data_index,
+            base,
+            params=ocp.args.PyTreeSave(state.params),
+            optimizer=ocp.args.PyTreeSave(state.opt_state),
+        )
+
+    def save_weights(self, params: Params) -> None:
+        """Saves a model that was not trained here, to decode with or to start from, as step 0."""
+        self._save(0, 0, None, params=ocp.args.PyTreeSave(params))
+
+    def _save(self, step: int, data_index: int, base: Base | None, **arrays: Any) -> None:
         about = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -132,11 +147,7 @@ class Checkpoints:
         }
         if base:
             about["base"] = dataclasses.asdict(base)
-        items = ocp.args.Composite(
-            pasta=ocp.args.JsonSave(about),
-            params=ocp.args.PyTreeSave(state.params),
-            optimizer=ocp.args.PyTreeSave(state.opt_state),
-        )
+        items = ocp.args.Composite(pasta=ocp.args.JsonSave(about), **arrays)
         self._manager.save(step, args=items, force=True)
 
     def restore(self, target: TrainState, base: Base | None = None) -> tuple[TrainState, About]:
@@ -151,6 +162,11 @@ class Checkpoints:
         """
         path = self.directory / str(self.latest())
         about = read_about(path)
+        if not (path / "optimizer").exists():
+            raise CheckpointError(
+                f"{self.directory.parent} holds weights alone, of a model that was not trained there. "
+                f"Use a new --workdir; --config.init_from={self.directory.parent} starts from them."
+            )
         changed = [
             name
             for name in config_lib.differences(about.config, self._config)
@@ -201,7 +217,10 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
     """
     root = absolute(path)
     if not root.exists():
-        raise CheckpointError(f"No checkpoint at {root}: no such directory. Train one with --workdir={root}.")
+        raise CheckpointError(
+            f"No checkpoint at {root}: no such directory. Train one with --workdir={root}; published weights are "
+            "hf:org/name, hf:DIRECTORY, or a name such as gemma-2b-it."
+        )
     if not root.is_dir():
         raise CheckpointError(f"{root} is a file. Give a workdir, or a checkpoint within it.")
     if (root / "pasta" / "pasta.json").exists() and (root / "params").exists():
