@@ -24,7 +24,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from pasta_jax.lang.tags import Dialect
-from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.config import Lora, ModelConfig
+from pasta_jax.tokens.chat import Chat
 from pasta_jax.tokens.positions import Positions
 
 T = TypeVar("T")
@@ -40,8 +41,9 @@ class DataConfig:
 
     sources: tuple[tuple[str, float], ...] = (("almanac:annotated", 1.0),)  # almanac:NAME or JSONL, weight
     columns: tuple[tuple[str, str], ...] = ()  # keys of foreign JSONL: prompt=instruction,response=output
-    tokenizer: str = "almanac"  # almanac, or a SentencePiece model file
-    extend_tokenizer: bool = False  # tags that such a file lacks get new ids after its own
+    tokenizer: str = "almanac"  # almanac, or a tokenizer.model, a tokenizer.json, a folder that holds one
+    extend_tokenizer: bool = False  # tags for which it has no free ids get new ones after its own
+    chat: Chat = "auto"  # format of prompts; auto goes by the folder's chat template or the control tokens
     rows: int = 8  # B, rows of a batch
     length: int = 512  # L, tokens of a row; no document may be longer
     threads: int = 16  # T, the most threads of an answer, main included
@@ -121,8 +123,14 @@ class Config:
     stage: Literal["sft", "preference", "both"] = "sft"  # both: supervised finetuning, then preference
     seed: int = 0  # of the weights and the order of the data
     steps: int = 1000  # optimiser steps
+    epochs: float = 0.0  # passes over the data; above 0 they say how many steps
     init_from: str = ""  # workdir or checkpoint whose weights to start from; empty starts from scratch
+    adopt: bool = False  # model and tokenizer are those of init_from; of config.model only the dtype counts
     model: ModelConfig = ModelConfig()
+    lora: Lora = Lora()  # with a rank: adapters are trained, the weights of init_from stay
+    param_dtype: Literal["", "float32", "bfloat16"] = ""  # of what is trained, optimiser too; "": model.dtype
+    microbatches: int = 1  # parts of a batch, worked through in turn: memory for one; divides data.rows
+    remat: bool = False  # compute layers again in the backward pass: a third more time, memory for one layer
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     preference: PreferenceConfig = PreferenceConfig()
@@ -132,10 +140,13 @@ class Config:
 
     def __post_init__(self) -> None:
         counts = ["steps", "data.rows", "data.length", "data.threads", "data.max_depth", "log.every"]
+        counts += ["microbatches"]
         counts += [f"preference.{name}" for name in ("prompts_per_round", "rounds", "rows", "lanes")]
         for name in counts:
             if (value := _look_up(self, name)) < 1:
                 raise ConfigError(f"config.{name} must be at least 1, got {value}.")
+        if self.epochs < 0:
+            raise ConfigError(f"config.epochs must be at least 0, got {self.epochs}.")
         if self.seed < 0:
             raise ConfigError(f"config.seed must be at least 0, got {self.seed}.")
         if self.preference.samples < 2:
@@ -144,15 +155,48 @@ class Config:
                 f"got {self.preference.samples}."
             )
         self._check_preference()
+        self._check_what_is_trained()
         if self.stage == "preference" and not self.init_from:
             raise ConfigError(
                 "config.init_from is empty: preference optimisation starts from a finetuned model. Add "
                 "--config.init_from=WORKDIR, or set stage to both."
             )
+        if self.adopt and not self.init_from:
+            raise ConfigError(
+                "config.adopt is set and config.init_from is empty: whose model and tokenizer? Add "
+                "--config.init_from=WORKDIR, such as pasta_jax.convert writes."
+            )
         if not self.data.sources:
             raise ConfigError("config.data.sources is empty. Name at least one, as in almanac:annotated.")
         if any(weight <= 0 for _, weight in self.data.sources):
             raise ConfigError(f"config.data.sources: weights must be positive, got {self.data.sources}.")
+
+    def _check_what_is_trained(self) -> None:
+        if self.data.rows % self.microbatches:
+            raise ConfigError(
+                f"config.microbatches={self.microbatches} does not divide config.data.rows={self.data.rows}. "
+                "Each part has the same number of rows; change one of them."
+            )
+        if self.model.weights != "plain":
+            raise ConfigError(
+                "config.model.weights: int8 is for decoding. Train plain weights, quantise at load."
+            )
+        if self.lora.rank and not self.init_from:
+            raise ConfigError(
+                "config.init_from is empty: adapters go beside the weights of a trained model. Add "
+                "--config.init_from=WORKDIR, or set --config.lora.rank=0."
+            )
+        rows = self.lora.rows
+        if len(set(rows)) < len(rows) or not all(0 <= row < self.model.vocab_size for row in rows):
+            raise ConfigError(
+                f"config.lora.rows must be different ids below model.vocab_size={self.model.vocab_size}, "
+                f"got {rows}."
+            )
+
+    @property
+    def trained_dtype(self) -> str:
+        """The dtype of what is trained."""
+        return self.param_dtype or self.model.dtype
 
     def _check_preference(self) -> None:
         p = self.preference
@@ -349,8 +393,11 @@ def _convert_tuple(value: Any, parts: tuple[Any, ...], path: str, wrong: ConfigE
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            items = [item for item in value.split(",") if item]
-            value = [tuple(item.rsplit("=", 1)) if "=" in item else (item, 1.0) for item in items]
+            value = [item.strip() for item in value.split(",") if item]
+            if typing.get_origin(parts[0]) is tuple:
+                value = [tuple(item.rsplit("=", 1)) if "=" in item else (item, 1.0) for item in value]
+        if repeated and isinstance(value, int | float | str):  # a list of one
+            value = [value]
     if not isinstance(value, list | tuple) or not (repeated or len(value) == len(parts)):
         raise wrong
     return tuple(convert(v, parts[0] if repeated else parts[i], path) for i, v in enumerate(value))
@@ -361,7 +408,9 @@ def _in_words(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(json.dumps(part) for part in parts)
     if origin is tuple:
-        return "a list of pairs, as in a=1,b=2" if typing.get_origin(parts[0]) is tuple else "a pair"
+        if typing.get_origin(parts[0]) is tuple:
+            return "a list of pairs, as in a=1,b=2"
+        return "a list, as in a,b" if parts[1:] == (Ellipsis,) else "a pair"
     return {int: "an int", float: "a number", str: "a string", bool: "true or false"}.get(kind, "a section")
 
 
@@ -377,9 +426,9 @@ _SYNONYMS = {
     "grad_clip": "clip_norm",
     "max_grad_norm": "clip_norm",
     "warmup": "warmup_steps",
-    "batch_size": "rows",
-    "global_batch": "rows",
-    "batch": "rows",
+    "batch_size": "data.rows",
+    "global_batch": "data.rows",
+    "batch": "data.rows",
     "seq_len": "length",
     "sequence_length": "length",
     "max_length": "length",
@@ -423,7 +472,7 @@ def _suggest(cls: type, name: str, prefix: str) -> str | None:
     meant = _SYNONYMS.get(name, name)
     here = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
     everywhere = {path: path.rsplit(".", 1)[-1] for path, _, _ in _walk(Config())}
-    elsewhere = [path for path, last in everywhere.items() if last == meant]
+    elsewhere = [path for path, last in everywhere.items() if meant in (path, last)]
     if elsewhere:
         return elsewhere[0]
     if close := difflib.get_close_matches(name, here, n=1):

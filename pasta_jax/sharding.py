@@ -155,9 +155,24 @@ def batch_sharding(mesh: AnyMesh, rows: int | None = None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES["B"]))
 
 
+def round_up_rows(rows: int, mesh: AnyMesh) -> int:
+    """At least so many rows, divisible among the devices that rows go over."""
+    parts = math.prod(mesh.shape[axis] for axis in AXES["B"])
+    return -(-rows // parts) * parts
+
+
 def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh on which arrays lie, if it has more than one device."""
+    for leaf in jax.tree.leaves(tree):
+        lies = getattr(leaf, "sharding", None)
+        if isinstance(lies, NamedSharding) and lies.mesh.size > 1:
+            return lies.mesh  # type: ignore[return-value]
+    return None
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
+from collections.abc import Mapping, Sequence
 
 from pasta_jax.lang import tags
 from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined
+from pasta_jax.tokens.chat import EMPTY, dialogue
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 _PLAIN = ("the ", "Nile", " is long", ". ", "42", " 7", "\n", "\n\n- ", "\r\n")
@@ -83,8 +86,17 @@ class WordTokenizer:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         if not prompt.strip():
-            raise ValueError("The prompt is empty. Give the model something to answer.")
+            raise ValueError(EMPTY)
         return [self.vocabulary.bos, *self.encode(prompt + "\n")]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        said = dialogue(messages)
+        return [self.vocabulary.bos, *self.encode("".join(f"{t}\n" for t in (said.system, *said.turns) if t))]
+
+    def with_dialect(self, dialect: tags.Dialect) -> WordTokenizer:
+        other = copy.copy(self)
+        other.vocabulary = self.vocabulary.with_dialect(dialect)
+        return other
 
     def to_bytes(self) -> bytes:
         return b"\0".join(self.vocabulary.pieces)

@@ -11,11 +11,15 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from pasta_jax.config import Config, ConfigError, describe, load_config, split_overrides
 from pasta_jax.verbs import refuse, show_log
+
+if TYPE_CHECKING:
+    from pasta_jax.tokens.tokenizer import Tokenizer
 
 
 def main(argv: Sequence[str], *, values: flags.FlagValues, overrides: Sequence[str]) -> None:
@@ -45,7 +49,7 @@ def run(config: Config, workdir: str) -> str:
     """
     # These load jax: the refusals above, and --print_config, come at once.
     from pasta_jax.data.records import RecordError
-    from pasta_jax.data.sources import make_source, make_tokenizer
+    from pasta_jax.data.sources import make_source, make_tokenizer, steps_of_epochs
     from pasta_jax.preference import rounds
     from pasta_jax.tokens.layout import LayoutError
     from pasta_jax.tokens.tokenizer import TokenizerError
@@ -54,15 +58,21 @@ def run(config: Config, workdir: str) -> str:
 
     try:
         os.makedirs(workdir, exist_ok=True)
-        if config.stage == "preference":
-            return rounds.run(config, workdir)
         if config.stage == "both":
             first = run(dataclasses.replace(config, stage="sft"), os.path.join(workdir, "sft"))
             second = dataclasses.replace(config, stage="preference", init_from=first)
             return run(second, os.path.join(workdir, "preference"))
-        tokenizer = make_tokenizer(config.data)
+        if config.adopt:
+            config, tokenizer = adopted(config, workdir)
+        if config.stage == "preference":
+            return rounds.run(config, workdir)
+        if not config.adopt:
+            tokenizer = make_tokenizer(config.data)
         invalid = os.path.join(workdir, "invalid.jsonl")
         source = make_source(config.data, tokenizer, config.seed, invalid=invalid)
+        if config.epochs:
+            steps = steps_of_epochs(config.data, source, config.epochs)
+            config = dataclasses.replace(config, steps=steps)
         train(config, source=source, tokenizer=tokenizer, workdir=workdir)
         return workdir
     except (ConfigError, CheckpointError, RecordError, LayoutError, TokenizerError, OSError) as error:
@@ -70,6 +80,33 @@ def run(config: Config, workdir: str) -> str:
     except NonFiniteLoss as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+
+
+def adopted(config: Config, workdir: str) -> tuple[Config, Tokenizer]:
+    """The configuration with the model that it starts from, and that model's tokenizer.
+
+    Once the workdir holds a checkpoint, they are those of that.
+
+    Raises:
+      CheckpointError: there is none in `init_from` either.
+    """
+    from pasta_jax.training.checkpoints import CheckpointError, find, read_about
+
+    try:
+        about = read_about(find(workdir))
+    except CheckpointError:
+        about = read_about(find(config.init_from))
+    tokenizer = about.tokenizer()
+    if config.data.chat != "auto":
+        tokenizer = tokenizer.with_chat(config.data.chat)
+    theirs = about.config.data
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(about.config.model, dtype=config.model.dtype),
+        data=dataclasses.replace(
+            config.data, tokenizer=theirs.tokenizer, extend_tokenizer=theirs.extend_tokenizer
+        ),
+    ), tokenizer.with_dialect(config.data.dialect)
 
 
 def command() -> None:

@@ -111,7 +111,7 @@ def test_foreign(workdir: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint of pasta_jax but of 'other'"):
         load_params(workdir)
     about.write_text(json.dumps(tree | {"format_version": 99}))
-    with pytest.raises(CheckpointError, match="has format 99, this pasta_jax knows 1. Upgrade"):
+    with pytest.raises(CheckpointError, match="has format 99, this pasta_jax knows 2. Upgrade"):
         load_params(workdir)
     about.write_text(json.dumps(tree | {"config": {"stage": "sft", "colour": 1}}))
     with pytest.raises(CheckpointError, match='No config field "colour"'):

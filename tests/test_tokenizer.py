@@ -15,7 +15,8 @@ from pasta_jax.lang import tags
 from pasta_jax.lang.program import Program, Promise
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.layout import LayoutError, layout_example, promise_tokens
-from pasta_jax.tokens.tokenizer import SentencePieceTokenizer, TokenizerError
+from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
+from pasta_jax.tokens.tokenizer import TokenizerError
 from pasta_jax.training.checkpoints import About
 
 SPELLED = f"a {tags.ASYNC_OPEN} b {tags.SYNC} c"

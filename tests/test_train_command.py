@@ -11,7 +11,7 @@ import pytest
 
 from pasta_jax.arrays import NO_TARGET
 from pasta_jax.config import ConfigError, DataConfig
-from pasta_jax.data.sources import make_source, make_tokenizer
+from pasta_jax.data.sources import make_source, make_tokenizer, steps_of_epochs
 from pasta_jax.training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -110,6 +110,21 @@ def test_records_that_cannot_be_used_are_reported_and_kept(
     assert "</async> without <async>" in caplog.text
     assert "tokens, a row holds 256. Set --config.data.length=" in caplog.text
     assert "promises more than 15 branches" in caplog.text
+
+
+def test_epochs_say_how_many_steps(tmp_path: pathlib.Path) -> None:
+    """Eleven documents of one length, two to a row of 100 and two rows to a batch: three batches hold them."""
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"prompt": "Rivers?", "response": "word " * 6}) + "\n")
+    file.write_text(file.read_text() * 11)
+    config = DataConfig(sources=((str(file), 1.0),), rows=2, length=100)
+    source = make_source(config, make_tokenizer(config), seed=0)
+    assert 34 <= len(source[0]) <= 50, "two fit into a row, three do not"
+    assert steps_of_epochs(config, source, 1) == 3
+    assert steps_of_epochs(config, source, 4) == 12
+    assert steps_of_epochs(config, source, 0.1) == 1
+    with pytest.raises(ConfigError, match="has no end"):
+        steps_of_epochs(config, make_source(DataConfig(), make_tokenizer(config), seed=0), 1)
 
 
 def test_unknown_and_unusable_sources(tmp_path: pathlib.Path) -> None:

@@ -178,9 +178,9 @@ def test_golden_step(tmp_path: pathlib.Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None:
     def loss_fn(logits: Any, batch: ThreadedTokens) -> Any:
-        loss, measured = loop.sft(logits, batch)
-        loss = jnp.where(jnp.any(batch.token == 99), jnp.nan, loss)
-        return loss, measured | {"loss": loss}
+        sums = loop.sft(logits, batch)
+        loss = jnp.where(jnp.any(batch.token == 99), jnp.nan, sums.values["loss"])
+        return dataclasses.replace(sums, values=sums.values | {"loss": loss})
 
     class Poisoned(Counting):
         def __getitem__(self, index: int) -> ThreadedTokens:
@@ -198,11 +198,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: pathlib.Path) -> None:
     def loss_fn(logits: Any, batch: ThreadedTokens) -> Any:
-        loss, measured = loop.sft(logits, batch)
+        sums = loop.sft(logits, batch)
         # The square root of 1, or of 0, where its slope is infinite: the loss is what it was, its gradient NaN.
         inside = jnp.where(jnp.any(batch.token == 99), 0.0, 1.0)
-        loss = loss + jnp.sqrt(inside + 0.0 * logits.sum()) - inside
-        return loss, measured | {"loss": loss}
+        loss = sums.values["loss"] + jnp.sqrt(inside + 0.0 * logits.sum()) - inside
+        return dataclasses.replace(sums, values=sums.values | {"loss": loss})
 
     class Poisoned(Counting):
         def __getitem__(self, index: int) -> ThreadedTokens:

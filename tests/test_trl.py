@@ -98,7 +98,8 @@ def ours(answers: Answers, kind: str, order_N: Array) -> Outcome:
     )
 
     def loss(logits_BxLxV: Array) -> tuple[Array, dict[str, Array]]:
-        return preference_loss(logits_BxLxV, batch, kind=kind, alpha=ALPHA, margin=MARGIN, beta=BETA)
+        sums = preference_loss(logits_BxLxV, batch, kind=kind, alpha=ALPHA, margin=MARGIN, beta=BETA)
+        return sums.mean()
 
     (value, measured), grad_BxLxV = jax.value_and_grad(loss, has_aux=True)(
         jnp.asarray(packed(answers.logits_NxLxV))

@@ -43,6 +43,10 @@ class Shuffled:
     source: Source
     seed: int
 
+    def __len__(self) -> int:
+        """Documents of an epoch."""
+        return len(self.source)
+
     def __getitem__(self, index: int) -> ThreadedTokens:
         epoch, i = divmod(index, len(self.source))
         return self.source[permuted(i, len(self.source), self.seed + epoch * 0x9E37)]
@@ -140,6 +144,11 @@ def batches(stream: Stream, index: int, rows: int, length: int) -> Iterator[tupl
     while True:
         batch, index = next_batch(stream, index, rows, length)
         yield batch, index
+
+
+def steps_until(batches: Iterator[tuple[ThreadedTokens, int]], documents: int) -> int:
+    """How many batches it takes until so many documents, counted from the first of them, were in one."""
+    return next(step for step, (_, index) in enumerate(batches, start=1) if index >= documents)
 
 
 @contextlib.contextmanager

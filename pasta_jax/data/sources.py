@@ -17,20 +17,25 @@ from collections.abc import Callable, Sequence
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.data import almanac
-from pasta_jax.data.batches import Mixture, Shuffled, Stream
+from pasta_jax.data.batches import Mixture, Shuffled, Stream, batches, steps_until
 from pasta_jax.data.records import Example, Problem, RecordError, read_records, report, write_invalid
 from pasta_jax.tokens.layout import LayoutError, layout_example
-from pasta_jax.tokens.tokenizer import Tokenizer, load_tokenizer
+from pasta_jax.tokens.load import load_tokenizer
+from pasta_jax.tokens.tokenizer import Tokenizer
 
 LOG = logging.getLogger("pasta_jax")
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer that `config.tokenizer` names. Raises TokenizerError."""
+    """The tokenizer that `config.tokenizer` names. Raises TokenizerError, ConfigError."""
     if config.tokenizer == "almanac":
-        tokenizer = almanac.load_tokenizer()
-    else:
-        tokenizer = load_tokenizer(config.tokenizer, extend=config.extend_tokenizer)
+        if config.chat != "auto":
+            raise ConfigError(
+                f"config.data.chat is {config.chat}, but the almanac's tokenizer has turns of its own. "
+                "Leave it at auto."
+            )
+        return almanac.load_tokenizer().with_dialect(config.dialect)
+    tokenizer = load_tokenizer(config.tokenizer, extend=config.extend_tokenizer, chat=config.chat)
     return tokenizer.with_dialect(config.dialect)
 
 
@@ -64,6 +69,23 @@ def make_source(
     if len(streams) == 1:
         return streams[0]
     return Mixture(streams, [weight for _, weight in config.sources])
+
+
+def steps_of_epochs(config: DataConfig, source: Stream, epochs: float) -> int:
+    """Steps of so many passes over the data: the batches of the first, times their number.
+
+    Raises:
+      ConfigError: more than one source, or one that has no end.
+    """
+    if not isinstance(source, Shuffled):
+        raise ConfigError(
+            "config.epochs: passes are counted over one .jsonl file; what the almanac makes up has no end, and a "
+            "mixture has no common one. Set --config.epochs=0 and --config.steps."
+        )
+    made = batches(source, 0, config.rows, config.length)
+    steps = max(1, round(epochs * steps_until(made, len(source))))
+    LOG.info("%g passes over %d documents are %d steps.", epochs, len(source), steps)
+    return steps
 
 
 def _almanac(which: str, config: DataConfig, tokenizer: Tokenizer, seed: int) -> Stream:

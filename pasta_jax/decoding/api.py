@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TypedDict, Unpack, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
 
@@ -26,6 +26,10 @@ MODES = ("parallel", "sequential", "both")
 
 MAX_ROWS = 8
 """Prompts decoded at once; a longer list takes turns. Fewer are rounded up to a power of two."""
+
+
+Conversation: TypeAlias = Sequence[Mapping[str, str]]
+"""Messages {"role": "system" | "user" | "assistant", "content": text}, of which the user's is the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +138,14 @@ class Options(TypedDict, total=False):
 
 
 @overload
-def decode(model: Model, prompt: str, **options: Unpack[Options]) -> DecodeResult: ...
+def decode(model: Model, prompt: str | Conversation, **options: Unpack[Options]) -> DecodeResult: ...
 @overload
-def decode(model: Model, prompt: list[str], **options: Unpack[Options]) -> list[DecodeResult]: ...
+def decode(
+    model: Model, prompt: list[str] | Sequence[Conversation], **options: Unpack[Options]
+) -> list[DecodeResult]: ...
 def decode(
     model: Model,
-    prompt: str | Sequence[str],
+    prompt: str | Conversation | list[str] | Sequence[Conversation],
     *,
     mode: str = "parallel",
     max_new_tokens: int = 512,
@@ -154,11 +160,13 @@ def decode(
     grammar: bool = True,
     cache_len: int | None = None,
 ) -> DecodeResult | list[DecodeResult]:
-    """Answer one prompt, or a list of prompts at once.
+    """Answer one prompt or conversation, or a list of them at once.
 
     Args:
       model: from `pasta_jax.load`.
-      prompt: a string gives a result, a list of strings a list of results.
+      prompt: a string, or a conversation: a list of {"role": ..., "content": ...}, the roles an optional
+        "system" first, then "user" and "assistant" in turn, the user's last. Both are put into the model's chat
+        format. A list of strings or of conversations gives a list of results.
       mode: "parallel"; "sequential", in which promises are forbidden; or "both", which decodes twice each and
         adds the measured speedup.
       max_new_tokens: tokens of an answer over all threads, tags included.
@@ -171,14 +179,16 @@ def decode(
       cache_len: P, tokens of prompt and answer together; the default holds both.
 
     Raises:
-      ValueError: an empty prompt, one that does not fit, or an option out of range.
+      ValueError: an empty prompt, one that does not fit, a conversation out of turn, or an option out of range.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown. Use one of {', '.join(MODES)}.")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+    if alone := isinstance(prompt, str) or any(isinstance(each, Mapping) for each in prompts):
+        prompts = [prompt]
     if not prompts:
         return []
-    ids = [model.tokenizer.encode_prompt(each) for each in prompts]
+    ids = [_encode(model.tokenizer, each) for each in prompts]
     if cache_len is None:
         cache_len = _round_up(max(map(len, ids)) + max_new_tokens, 128)
     limits = Limits(min(lanes, max_branches + 1), max_branches + 1, cache_len, model.max_depth, grammar)
@@ -192,7 +202,11 @@ def decode(
     if mode == "both":
         sequential = _decode(decoder, ids, plain, repeat=True)
         results = [_with_speedup(*pair) for pair in zip(results, sequential, strict=True)]
-    return results[0] if isinstance(prompt, str) else results
+    return results[0] if alone else results
+
+
+def _encode(tokenizer: Tokenizer, prompt: str | Conversation) -> list[int]:
+    return tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
 
 def _decode(decoder: Decoder, ids: list[list[int]], wishes: Sampling, *, repeat: bool) -> list[DecodeResult]:
@@ -220,7 +234,7 @@ def result(tokenizer: Tokenizer, trace: Trace, wall_s: float = 0.0, compile_s: f
     forced = [f"branch {k}: over its budget, its </async> was forced." for k in np.flatnonzero(trace.forced)]
     answer = document_order(trace)[trace.prompt_length :]
     tokens = trace.tokens.token[answer]
-    output, widths = int(np.sum(tokens != vocabulary.eos)), trace.widths
+    output, widths = int(np.sum(~np.isin(tokens, list(vocabulary.stops)))), trace.widths
     return DecodeResult(
         text=assemble(reading.program),
         annotated=render(reading.program),

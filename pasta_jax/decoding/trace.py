@@ -168,5 +168,5 @@ def critical_path(document: ThreadedTokens, prompt_length: int, vocabulary: Voca
         return max(step, open_until)
 
     last = walk(0, 1)
-    ended = bool(answer.tokens[0]) and answer.tokens[0][-1] == vocabulary.eos
+    ended = bool(answer.tokens[0]) and answer.tokens[0][-1] in vocabulary.stops
     return last - ended

@@ -39,9 +39,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6
-    activation: Literal["gelu_tanh", "silu"] = (
-        "gelu_tanh"  # of the gated MLP: gelu_tanh (Gemma), silu (Llama)
-    )
+    activation: Literal["gelu_tanh", "silu"] = "gelu_tanh"  # of the gated MLP: Gemma's, or Llama's
     norm_offset: float = 1.0  # Gemma's RMSNorm multiplies by (offset + scale)
     post_norms: bool = False  # Gemma 2 and 3 also norm what attention and MLP add to the residual stream
     qk_norm: bool = False  # Gemma 3 and Qwen 3 norm each head's queries and keys, before rotary positions
@@ -55,9 +53,7 @@ class ModelConfig:
     embed_scale: bool = True  # Gemma multiplies embeddings by sqrt(D)
     tie_embeddings: bool = True
     dtype: str = "float32"  # of parameters and compute; softmax, norms and logits are float32 always
-    weights: Literal["plain", "int8"] = (
-        "plain"  # int8: matrices as int8 and a scale for each column, to decode
-    )
+    weights: Literal["plain", "int8"] = "plain"  # int8: matrices and a scale a column, to decode
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

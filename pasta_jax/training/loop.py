@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -20,13 +21,26 @@ from pasta_jax.arrays import Array, ThreadedTokens
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data.batches import batches, prefetch
 from pasta_jax.data.packing import real_fraction
+from pasta_jax.interchange.origin import carry
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
-from pasta_jax.training.checkpoints import CheckpointError, Checkpoints, load_params, versions
+from pasta_jax.training.checkpoints import (
+    About,
+    Base,
+    CheckpointError,
+    Checkpoints,
+    find,
+    load_params,
+    load_parts,
+    read_about,
+    versions,
+)
+from pasta_jax.training.fingerprint import fingerprint
+from pasta_jax.training.losses import Sums
 from pasta_jax.training.metrics import MetricsWriter
 from pasta_jax.training.signals import Stopped, stop_requests
 from pasta_jax.training.state import Params, TrainState
-from pasta_jax.training.update import LossFn, make_update
+from pasta_jax.training.update import LossFn, Update, make_update
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -50,7 +64,7 @@ class Stage:
     batches: Callable[[Any, int, int, int], Iterator[tuple[ThreadedTokens, int]]] = batches
 
 
-def sft(logits_BxLxV: Array, batch: ThreadedTokens) -> tuple[Array, dict[str, Array]]:
+def sft(logits_BxLxV: Array, batch: ThreadedTokens) -> Sums:
     """The loss of supervised finetuning."""
     return losses.sft_loss(logits_BxLxV, batch.target)
 
@@ -91,6 +105,11 @@ def train(
     # ----------------------------------------------------------------------------------- mesh and update
 
     workdir = os.fspath(workdir)
+    config = with_rows(config, tokenizer)
+    if config.model.weights != "plain":
+        raise ConfigError(
+            "config.model.weights: int8 is for decoding. Train plain weights, quantise at load."
+        )
     try:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         update = make_update(config, mesh, stage.loss_fn, stage.record)
@@ -102,18 +121,18 @@ def train(
         # ------------------------------------------------------------- start, start from weights, or resume
 
         data_index = 0
-        if checkpoints.latest() is not None:
-            state, about = checkpoints.restore(sharding.abstract(update.shapes, update.shardings))
+        resumes = checkpoints.latest() is not None
+        params, base, mark = starting_weights(config, tokenizer, update, mesh, only_base=resumes)
+        if resumes:
+            target = sharding.abstract(update.shapes, update.shardings)
+            state, about = checkpoints.restore(target, mark)
             data_index = about.data_index
             LOG.info("Going on from step %d of %s.", about.step, workdir)
         else:
             if config.init_from:
-                shapes, lie = update.shapes.params, update.shardings.params
-                params = pretrained_params(config, tokenizer, shapes, lie)
-            else:
-                params = update.new_params()
+                carry(config.init_from, workdir)
             state = update.start(params)
-            del params
+        del params
         step = int(state.step)
         write_about(workdir, config)
 
@@ -131,7 +150,8 @@ def train(
             leaving = None
             while step < last and not leaving:
                 batch, data_index = next(ready)
-                state, measured = update.step(state, jax.device_put(batch.fields(), update.batch_sharding))
+                fields = jax.device_put(batch.fields(), update.batch_sharding)
+                state, measured = update.step(state, base, fields)
                 step += 1
                 meter.add(step, measured, batch)
                 metrics.progress(step)
@@ -145,7 +165,7 @@ def train(
                 leaving = request.signal  # read once, so that none is left without saving
                 if is_due or step == last or leaving:
                     meter.check(lag=0)  # what is saved is good
-                    checkpoints.save(state, data_index)
+                    checkpoints.save(state, data_index, mark)
                     saved_at = time.monotonic()
 
     if leaving:
@@ -217,16 +237,64 @@ class Meter:
         return means
 
 
-def pretrained_params(config: Config, tokenizer: Tokenizer, shapes: Params, shardings: Any) -> Params:
-    """The weights of `config.init_from`, which must be of this model and this tokenizer."""
-    params, about = load_params(config.init_from, shardings=lambda _: shardings, expected=shapes)
+def with_rows(config: Config, tokenizer: Tokenizer) -> Config:
+    """With adapters and no `lora.rows`: those of the tags, which the weights' own vocabulary never had."""
+    if not config.lora.rank or config.lora.rows:
+        return config
+    rows = tuple(sorted(tokenizer.vocabulary.tag_ids.values()))
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, rows=rows))
+
+
+def starting_weights(
+    config: Config, tokenizer: Tokenizer, update: Update, mesh: Any, *, only_base: bool = False
+) -> tuple[Params, Params, Base | None]:
+    """What training starts from: what is trained, the base that adapters stand beside, and what that is.
+
+    Adapters go on from those of `config.init_from` if it has such, on its base; beside any other model, adapters
+    of other settings merged, they begin anew.
+
+    Args:
+      config: with its `lora.rows`, as `with_rows` gives it.
+      tokenizer: of the data.
+      update: its shapes, and where they lie.
+      mesh: the same as the update's.
+      only_base: for a run that goes on: what is trained, {}, is in its checkpoint.
+    """
+    lie = functools.partial(sharding.param_shardings, mesh=mesh)
+    if not config.lora.rank:
+        if only_base:
+            return {}, {}, None
+        if not config.init_from:
+            return update.new_params(), {}, None
+        return pretrained_params(config, tokenizer, update.shapes.params, lie)[0], {}, None
+    about = read_about(find(config.init_from))
+    if about.base is not None and (about.config.lora, about.config.model) == (config.lora, config.model):
+        _check_tokenizer(config, tokenizer, about)
+        base, trained, _ = load_parts(config.init_from, shardings=lie)
+        trained = jax.tree.map(lambda x, like: x.astype(like.dtype), trained, update.shapes.params)
+        LOG.info("The adapters of %s (step %d) go on.", about.path, about.step)
+        return {} if only_base else trained, base, about.base
+    base, about = pretrained_params(config, tokenizer, update.base_shapes, lie)
+    trained = {} if only_base else update.new_adapters(base)
+    return trained, base, Base(config.init_from, about.merged or fingerprint(base))
+
+
+def pretrained_params(
+    config: Config, tokenizer: Tokenizer, shapes: Params, shardings: Callable[[Params], Any]
+) -> tuple[Params, About]:
+    """The weights of `config.init_from`, which must be of this model and this tokenizer, in the shapes' dtypes."""
+    params, about = load_params(config.init_from, shardings=shardings, expected=shapes)
+    _check_tokenizer(config, tokenizer, about)
+    LOG.info("Starting from the weights of %s (step %d).", about.path, about.step)
+    return params, about
+
+
+def _check_tokenizer(config: Config, tokenizer: Tokenizer, about: About) -> None:
     if not about.is_of(tokenizer):
         raise CheckpointError(
             f"{about.path} was trained with another tokenizer than {config.data.tokenizer!r}. "
             "Train with its own, or from scratch."
         )
-    LOG.info("Starting from the weights of %s (step %d).", about.path, about.step)
-    return params
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:

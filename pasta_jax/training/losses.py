@@ -1,6 +1,9 @@
-"""Losses. They take arrays, not models, and return a scalar with what is worth writing down."""
+"""Losses. They take arrays, not models, and return sums: those of a batch's parts add up to those of the whole."""
 
 from __future__ import annotations
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,23 +11,48 @@ import jax.numpy as jnp
 from pasta_jax.arrays import NO_TARGET, Array, PairedTokens
 
 
-def sft_loss(logits_BxLxV: Array, target_BxL: Array) -> tuple[Array, dict[str, Array]]:
-    """Mean cross-entropy over the tokens that have a target, all of a batch weighing the same.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "count"], meta_fields=["counted"])
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What a loss and its measurements are means of, before they are divided.
+
+    Attributes:
+      values: float32 sums by name, "loss" among them, over targets or pairs.
+      count: int32, how many those are.
+      counted: what they are called among the measurements.
+    """
+
+    values: dict[str, Array]
+    count: Array
+    counted: str
+
+    def mean(self) -> tuple[Array, dict[str, Array]]:
+        """The loss, and measurements: all means, and the count. Zeros where nothing was counted."""
+        means = {name: value * self.share for name, value in self.values.items()}
+        return means["loss"], means | {self.counted: self.count}
+
+    @property
+    def share(self) -> Array:
+        """What each of those counted weighs in the mean."""
+        return 1.0 / jnp.maximum(self.count, 1)
+
+
+def sft_loss(logits_BxLxV: Array, target_BxL: Array) -> Sums:
+    """Cross-entropy over the tokens that have a target, all of a batch weighing the same.
 
     Args:
       logits_BxLxV: float32.
       target_BxL: int32; the token to predict, or NO_TARGET.
 
     Returns:
-      the loss in nats, and measurements: loss, accuracy (no token is likelier than the target), targets (how many).
+      sums over targets: loss (nats), accuracy (no token is likelier than the target).
     """
     has_target_BxL = target_BxL != NO_TARGET
-    targets = has_target_BxL.sum()
     # Not argmax: on CPU that takes ten times as long as the rest of the loss.
     correct_BxL = (_at_target(logits_BxLxV, target_BxL) >= logits_BxLxV.max(-1)) & has_target_BxL
-    share = 1.0 / jnp.maximum(targets, 1)
-    loss = -token_logprobs(logits_BxLxV, target_BxL).sum() * share
-    return loss, {"loss": loss, "accuracy": correct_BxL.sum() * share, "targets": targets}
+    loss = -token_logprobs(logits_BxLxV, target_BxL).sum()
+    accuracy = correct_BxL.sum().astype(jnp.float32)
+    return Sums({"loss": loss, "accuracy": accuracy}, has_target_BxL.sum(), "targets")
 
 
 def preference_loss(
@@ -35,8 +63,8 @@ def preference_loss(
     alpha: float = 0.005,
     margin: float = 1.0,
     beta: float = 0.1,
-) -> tuple[Array, dict[str, Array]]:
-    """Loss on pairs of answers, a mean over pairs; log-probabilities are summed over an answer's tokens.
+) -> Sums:
+    """Loss on pairs of answers; its mean is over pairs, and log-probabilities are summed over an answer's tokens.
 
         h       = log p(better) / p(worse) - log ref(better) / ref(worse)
         bonbon    alpha * -log p(better) + (1 - alpha) * (h - margin)^2     PASTA section 4; BoNBoN (2406.00832)
@@ -54,8 +82,7 @@ def preference_loss(
       beta: steepness of the dpo loss, per nat.
 
     Returns:
-      the loss, and measurements: loss, margin (mean h, nats), accuracy (share of pairs with h > 0),
-      better (mean log-probability of the better answers), pairs.
+      sums over pairs: loss, margin (h, nats), accuracy (h > 0), better (log-probability of the better answer).
     """
     logprob_BxL = token_logprobs(logits_BxLxV, batch.target)
     most = batch.token.size // 2  # pairs a batch can hold at all: two tokens each
@@ -73,20 +100,12 @@ def preference_loss(
         "dpo": lambda: -jax.nn.log_sigmoid(beta * h),
     }[kind]()
     real = by_pair(jnp.ones_like(logprob_BxL), +1) > 0
-    pairs = real.sum()
-    share = 1.0 / jnp.maximum(pairs, 1)
 
-    def mean(values: Array) -> Array:
-        return jnp.where(real, values, 0.0).sum() * share
+    def total(values: Array) -> Array:
+        return jnp.where(real, values, 0.0).sum()
 
-    loss = mean(losses)
-    return loss, {
-        "loss": loss,
-        "margin": mean(h),
-        "accuracy": mean((h > 0).astype(h.dtype)),
-        "better": mean(better),
-        "pairs": pairs,
-    }
+    values = {"loss": losses, "margin": h, "accuracy": (h > 0).astype(h.dtype), "better": better}
+    return Sums({name: total(each) for name, each in values.items()}, real.sum(), "pairs")
 
 
 def bonbon_margin(samples: int) -> float:

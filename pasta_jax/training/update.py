@@ -8,17 +8,21 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from pasta_jax import sharding
 from pasta_jax.arrays import Array, ThreadedTokens
 from pasta_jax.config import Config
+from pasta_jax.model import lora as adapters
 from pasta_jax.model.transformer import Transformer, init_params
+from pasta_jax.training.losses import Sums
+from pasta_jax.training.microbatches import rows_sharding, sum_over_parts
 from pasta_jax.training.state import Params, TrainState, make_optimizer, make_schedule, new_state
 from pasta_jax.visibility import visible
 
-LossFn: TypeAlias = Callable[[Array, Any], tuple[Array, dict[str, Array]]]
-"""From float32 logits [B, L, V] and the batch to the loss and measurements, "loss" among them."""
+LossFn: TypeAlias = Callable[[Array, Any], Sums]
+"""From float32 logits [B, L, V] and the batch, or a part of it, to the loss and measurements, "loss" among them."""
 
 
 def logits_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Array:
@@ -32,21 +36,29 @@ def logits_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Arra
 class Update:
     """How a state is made and moved on a mesh.
 
+    With adapters a state holds them alone, and the weights that they stand beside are the `base`; without, the
+    base is empty and the state holds all weights.
+
     Attributes:
-      step: jitted: state and the fields of a batch ([B, L] by name) to the next state and measurements; the
-        state is donated. `.lower` compiles it ahead of time, from shapes.
+      step: jitted: state, base and the fields of a batch ([B, L] by name) to the next state and measurements;
+        the state is donated. `.lower` compiles it ahead of time, from shapes.
       shapes: of a state, `jax.ShapeDtypeStruct`s.
       shardings: where its leaves lie.
+      base_shapes, base_shardings: of the base, which is in the model's dtype.
       batch_sharding: where a batch's arrays lie.
-      new_params: random weights, jitted.
-      start: weights to a state before the first update, jitted.
+      new_params: random weights of a model without adapters, jitted.
+      new_adapters: the base to adapters that change nothing yet, jitted.
+      start: what is trained to a state before the first update, jitted.
     """
 
     step: Any
     shapes: TrainState
     shardings: TrainState
+    base_shapes: Params
+    base_shardings: Params
     batch_sharding: jax.sharding.NamedSharding
     new_params: Callable[[], Params]
+    new_adapters: Callable[[Params], Params]
     start: Callable[[Params], TrainState]
 
 
@@ -64,30 +76,61 @@ def make_update(
     Raises:
       ValueError: the mesh does not divide what it should.
     """
-    model = Transformer(config.model)
+    model = Transformer(config.model, config.lora, config.remat)
     optimizer = make_optimizer(config.optimizer, config.steps)
     schedule = make_schedule(config.optimizer, config.steps)
-    new_params = functools.partial(init_params, config.model, jax.random.key(config.seed))
-    shapes = jax.eval_shape(lambda: new_state(new_params(), optimizer))
+    key, dtype = jax.random.key(config.seed), jnp.dtype(config.trained_dtype)
+    new_params = functools.partial(
+        init_params, dataclasses.replace(config.model, dtype=config.trained_dtype), key
+    )
+    new_adapters = functools.partial(adapters.start, lora=config.lora, key=key, dtype=dtype)
+    base_shapes: Params = {}
+    if config.lora.rank:
+        base_shapes = jax.eval_shape(functools.partial(init_params, config.model, key))
+        trained = jax.eval_shape(new_adapters, base_shapes)
+    else:
+        trained = jax.eval_shape(new_params)
+    shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trained)
     lie = sharding.param_shardings(shapes, mesh)  # the optimiser's moments have their parameters' names
-    over_rows = sharding.batch_sharding(mesh, config.data.rows)
+    base_lie = sharding.param_shardings(base_shapes, mesh)
+    over_rows = rows_sharding(mesh, config.data.rows, config.microbatches)
 
     @functools.partial(
         jax.jit,
         donate_argnums=0,
-        in_shardings=(lie, over_rows),
+        in_shardings=(lie, base_lie, over_rows),
         out_shardings=(lie, sharding.replicated(mesh)),
     )
-    def step(state: TrainState, fields: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        batch = record(**fields)
+    def step(
+        state: TrainState, base: Params, fields: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        def loss_of(params: Params, part: dict[str, Array]) -> tuple[Array, Sums]:
+            batch = record(**part)
+            sums = loss_fn(logits_of(model, adapters.join(base, params), batch), batch)
+            return sums.values["loss"], sums
 
-        def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-            return loss_fn(logits_of(model, params, batch), batch)
-
-        grads, measured = jax.grad(loss_of, has_aux=True)(state.params)
+        computed = jax.tree.map(lambda x: x.astype(config.model.dtype), state.params)
+        grads, sums = sum_over_parts(
+            lambda part: jax.grad(loss_of, has_aux=True)(computed, part),
+            fields,
+            config.microbatches,
+            mesh,
+            lambda both: (jax.lax.with_sharding_constraint(both[0], lie.params), both[1]),
+        )
+        grads = jax.tree.map(lambda g, p: (g * sums.share).astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        _, measured = sums.mean()
         measured |= {"lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), measured
 
-    start = jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=lie)
-    return Update(step, shapes, lie, over_rows, jax.jit(new_params, out_shardings=lie.params), start)
+    return Update(
+        step,
+        shapes,
+        lie,
+        base_shapes,
+        base_lie,
+        over_rows,
+        jax.jit(new_params, out_shardings=lie.params),
+        jax.jit(new_adapters, out_shardings=lie.params),
+        jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=lie),
+    )

@@ -16,7 +16,8 @@ from pasta_jax.data.almanac.text import base_document, skeleton_document, train_
 from pasta_jax.lang.program import Program, Text
 from pasta_jax.tokens.layout import LayoutError, layout_example, layout_text
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.tokens.tokenizer import SentencePieceTokenizer, Tokenizer
+from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
+from pasta_jax.tokens.tokenizer import Tokenizer
 
 SOURCES = ("base", "plain", "annotated", "apar", "skeletons")
 """What there is to learn from: text for the base model, plain answers, annotated answers, plain answers with the

@@ -1,0 +1,136 @@
+"""Models in and out: `python -m pasta_jax.convert --from=hf:google/gemma-2b-it --to=W`, or `--from=W --to=DIR`.
+
+In: a Hugging Face folder (hf:DIR), a repository on its hub (hf:org/name), or a Gemma checkpoint of Orbax
+(orbax:DIR) becomes a workdir, to decode from (--ckpt=W) or to start training from (--config.init_from=W). Out: a
+workdir becomes a Hugging Face folder. Prints how far the logits are from transformers', where that is installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags
+
+from pasta_jax.verbs import refuse, show_log
+
+if TYPE_CHECKING:
+    from pasta_jax.interchange.importing import Kind
+
+
+def main(argv: Sequence[str]) -> None:
+    """The verb. Mistakes end in one line and status 2."""
+    values = flags.FLAGS
+    if len(argv) > 1 or not values["from"].value or not values.to:
+        refuse(
+            "From where to where? Add --from=hf:google/gemma-2b-it --to=WORKDIR, or --from=WORKDIR --to=FOLDER."
+        )
+    show_log()
+    # These load jax: the refusal above comes at once.
+    from pasta_jax.interchange.errors import InterchangeError
+    from pasta_jax.interchange.importing import kind_of
+    from pasta_jax.interchange.writing import check_destination
+    from pasta_jax.tokens.tokenizer import TokenizerError
+    from pasta_jax.training.checkpoints import CheckpointError
+
+    try:
+        kind, where = kind_of(values["from"].value)
+        check_destination(values.to)
+        if kind == "workdir":
+            bring_out(where, values)
+        else:
+            bring_in(kind, where, values)
+    except (InterchangeError, TokenizerError, CheckpointError, ValueError, OSError) as error:
+        refuse(str(error))
+
+
+def bring_in(kind: Kind, where: str, values: Any) -> None:
+    """A foreign model to a workdir, whole or not at all."""
+    from pasta_jax.interchange.importing import Wanted, open_source, write_workdir
+    from pasta_jax.interchange.parity import parity_line
+    from pasta_jax.interchange.writing import unfinished
+    from pasta_jax.model import param_count
+
+    if values.name_tags or values.merge_lora:
+        raise ValueError("--name_tags and --merge_lora are for models that go out.")
+    wanted = Wanted(
+        dtype=values.dtype,
+        tokenizer=values.tokenizer,
+        chat=values.chat,
+        extend_tokenizer=values.extend_tokenizer,
+        preset=values.preset,
+    )
+    ready = open_source(kind, where, wanted)
+    if ready.new_rows:
+        print(
+            f"{ready.new_rows} ids are new: their rows of the embedding are the mean of the others, and a little "
+            "noise. Train before you expect promises."
+        )
+    params = ready.read(_mesh(values))
+    with unfinished(values.to) as folder:
+        write_workdir(ready, params, folder, wanted)
+    tags = ready.tokenizer.vocabulary.tag_ids
+    print(
+        f"{ready.source}: {param_count(params):,} parameters, {ready.config.dtype}; tags are ids "
+        f"{min(tags.values())} to {max(tags.values())}. Wrote {values.to}."
+    )
+    if values.parity and ready.folder is not None:
+        print(parity_line(params, ready.config, ready.folder))
+
+
+def bring_out(where: str, values: Any) -> None:
+    """A workdir's model to a Hugging Face folder, whole or not at all."""
+    from pasta_jax import sharding
+    from pasta_jax.interchange.origin import read_origin
+    from pasta_jax.interchange.parity import parity_line
+    from pasta_jax.interchange.writing import Exported, write_folder
+    from pasta_jax.model import param_count
+    from pasta_jax.training.checkpoints import load_params
+
+    for name in ("tokenizer", "extend_tokenizer", "preset"):
+        if values[name].present:
+            raise ValueError(f"--{name} is for models that come in.")
+    origin, mesh = read_origin(where), _mesh(values)
+    params, about = load_params(
+        where, shardings=None if mesh is None else lambda shapes: sharding.param_shardings(shapes, mesh)
+    )
+    model = Exported(params, about.config.model, about.tokenizer(), origin, is_trained=about.step > 0)
+    write_folder(values.to, model, dtype=values.dtype, name_tags=values.name_tags)
+    print(f"{about.path}: {param_count(params):,} parameters. Wrote {values.to}.")
+    if values.parity:
+        print(parity_line(params, about.config.model, values.to))
+
+
+def _mesh(values: Any) -> Any:
+    """Of all devices; None, the first device alone, unless a flag asks for more."""
+    from pasta_jax import sharding
+
+    if (values.fsdp, values.tensor) == (1, 1):
+        return None
+    return sharding.make_mesh(1, values.fsdp, values.tensor)
+
+
+def command() -> None:
+    """Parses the command line and runs `main`."""
+    flags.DEFINE_string("from", None, "hf:DIR, hf:org/name or orbax:DIR to bring in; a workdir to bring out.")
+    flags.DEFINE_string("to", None, "Workdir or folder to write; it must not exist, or be empty.")
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16", "float16"], "Of the parameters; default: as they are."
+    )
+    flags.DEFINE_string("tokenizer", None, "Coming in: tokenizer.model, tokenizer.json or a folder of one.")
+    flags.DEFINE_bool("extend_tokenizer", False, "Coming in: tags without a free id get new ids and rows.")
+    flags.DEFINE_string(
+        "chat", "auto", "Coming in: format of prompts; auto goes by the model's chat template."
+    )
+    flags.DEFINE_string("preset", None, "Coming in, orbax: the published model whose sizes it has.")
+    flags.DEFINE_bool("name_tags", False, "Going out: the tokenizer's files call the tags by their names.")
+    flags.DEFINE_bool("merge_lora", False, "Going out: adapters are added to the weights.")
+    flags.DEFINE_integer("fsdp", 1, "Devices that parameters are spread over; -1 is all.")
+    flags.DEFINE_integer("tensor", 1, "Devices that heads and inner dimensions are spread over.")
+    flags.DEFINE_bool("parity", True, "Compare with transformers afterwards, where it is installed.")
+    app.run(main, argv=sys.argv)
+
+
+if __name__ == "__main__":
+    command()

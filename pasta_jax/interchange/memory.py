@@ -1,0 +1,139 @@
+"""Does it fit? Arithmetic before anything is read: what a model needs on each device, and what is free there."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from pasta_jax.interchange.errors import InterchangeError
+
+GIB = 2**30
+
+
+def check_fits(
+    shapes: Mapping[Any, jax.ShapeDtypeStruct], *, staging: int, what: str, host_free: int | None = None
+) -> None:
+    """Refuses a model that the devices, or the host on its way there, have no room for.
+
+    Args:
+      shapes: of the parameters, with their shardings and dtypes.
+      staging: bytes that the host needs besides while it reads.
+      what: the model, in the message.
+      host_free: bytes; by default what `host_memory` finds.
+
+    Raises:
+      InterchangeError: with the arithmetic, and what to try.
+    """
+    leaves = list(shapes.values())
+    free_on_host = host_memory() if host_free is None else host_free
+    on_host = staging
+    for device, need in bytes_by_device(leaves).items():
+        stats = device.memory_stats() if device.platform != "cpu" else None
+        if stats is None:  # its memory is the host's
+            on_host += need
+        elif need > (free := stats["bytes_limit"] - stats["bytes_in_use"]):
+            raise InterchangeError(_refusal(what, leaves, need, free, f"on {device}"))
+    if free_on_host is not None and on_host > free_on_host:
+        raise InterchangeError(_refusal(what, leaves, on_host, free_on_host, "in this machine's memory"))
+
+
+def bytes_by_device(leaves: Any) -> dict[Any, int]:
+    """What lies on each of this process's devices."""
+    need: dict[Any, int] = {}
+    for leaf in leaves:
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for device in leaf.sharding.addressable_devices:
+            need[device] = need.get(device, 0) + size
+    return need
+
+
+def host_memory(root: str = "/") -> int | None:
+    """Bytes that this process may still take: of the machine, and of the control groups it is in.
+
+    Args:
+      root: where /proc and /sys are; another one in tests.
+
+    Returns:
+      None where nothing tells (not Linux).
+    """
+    limits = [_available(root), *_group_limits(root)]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def gib(size: float) -> str:
+    """As GiB, with the digits that matter: "4.7", "0.03"."""
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
+
+
+def _refusal(what: str, leaves: list[Any], need: int, free: int, where: str) -> str:
+    count = sum(math.prod(leaf.shape) for leaf in leaves)
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    dtypes = sorted({leaf.dtype for leaf in leaves}, key=lambda dtype: -dtype.itemsize)
+    each = " or ".join(f"{dtype.itemsize} ({dtype.name})" for dtype in dtypes)
+    devices = {device for leaf in leaves for device in leaf.sharding.device_set}
+    ways = ["more devices (a mesh with fsdp)", 'int8 weights to decode (quantize="int8")', "a smaller model"]
+    if dtypes and dtypes[0].itemsize > 2:
+        ways.insert(0, "dtype bfloat16")
+    return (
+        f"{what} does not fit: {count:,} parameters x {each} bytes = {gib(total)} GiB over {len(devices)} "
+        f"device{'s' * (len(devices) > 1)}; {gib(need)} GiB are needed {where}, what reading takes included, and "
+        f"{gib(free)} GiB are free. Nothing was read. Try {', '.join(ways[:-1])}, or {ways[-1]}."
+    )
+
+
+def _available(root: str) -> int | None:
+    for line in (_read(os.path.join(root, "proc/meminfo")) or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+_GROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+"""Controller, as /proc/self/cgroup names it, to where it says limit and use: versions 2 and 1."""
+
+
+def _group_limits(root: str) -> list[int]:
+    """What is left in each control group that this process is in, and in those around it."""
+    left = []
+    for line in (_read(os.path.join(root, "proc/self/cgroup")) or "").splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        controller = "memory" if "memory" in controllers.split(",") else controllers
+        if controller not in _GROUPS:
+            continue
+        base, *names = _GROUPS[controller]
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            folder = os.path.join(root, base, *parts[:depth])
+            limit, used = (_number(os.path.join(folder, name)) for name in names)
+            if limit is not None and used is not None and limit < 2**60:  # version 1 has a huge one for none
+                left.append(max(0, limit - used + _reclaimable(folder)))
+    return left
+
+
+def _reclaimable(folder: str) -> int:
+    """Bytes of files kept in memory, counted as used and given back when they are wanted."""
+    stat = dict(
+        line.split(" ", 1) for line in (_read(f"{folder}/memory.stat") or "").splitlines() if " " in line
+    )
+    return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+
+
+def _number(path: str) -> int | None:
+    text = (_read(path) or "").strip()
+    return int(text) if text.isdigit() else None  # "max" is no limit
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError:
+        return None

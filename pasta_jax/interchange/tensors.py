@@ -1,0 +1,293 @@
+"""Safetensors files, read strictly: what is in them is known, and found sound, before a tensor is touched.
+
+    8 bytes    length of the header, little-endian
+    header     JSON: name -> dtype, shape, [start, end) in the data; "__metadata__" -> strings
+    data       the tensors, without holes (https://github.com/huggingface/safetensors#format)
+
+Headers are kept as they stood, byte for byte, so that a file can be written again as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pasta_jax.interchange.errors import InterchangeError, listed
+from pasta_jax.model.weights import HfTensor, is_ignored
+
+DTYPES: Mapping[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+"""What a model's tensors may be."""
+
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+} | {
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+"""Bytes of a number, of all dtypes that files hold."""
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+CHUNK = 32 * 2**20
+"""Bytes that are read at once, and all that a reader holds besides its result."""
+
+MOST_HEADER = 100_000_000
+"""Bytes; the format's own limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor in a file."""
+
+    file: str  # its path
+    name: str
+    dtype: str  # as the format spells it: "BF16"
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * SIZES[self.dtype]
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return DTYPES[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """A sound safetensors file: its size is what its header says."""
+
+    path: str
+    header: bytes  # without its length, as it stands there
+    metadata: Mapping[str, str]
+    tensors: tuple[Stored, ...]  # in the order of the data
+
+
+def read_header(path: str) -> TensorFile:
+    """The header of a file, checked against its size. Raises InterchangeError naming file and tensor."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MOST_HEADER):
+                raise InterchangeError(
+                    f"{path} is truncated or no safetensors file: {size} bytes, a header of {length} announced."
+                )
+            header = file.read(length)
+    except OSError as error:
+        raise InterchangeError(f"Cannot read {path}: {error.strerror}.") from error
+    return parse_header(path, header, size)
+
+
+def parse_header(path: str, header: bytes, size: int | None = None) -> TensorFile:
+    """`read_header` of bytes at hand; `size` is the file's, if there is one. Raises InterchangeError."""
+    start = 8 + len(header)
+    try:
+        tree = json.loads(header.decode("utf-8"), object_pairs_hook=_no_key_twice)
+        metadata = dict(tree.pop("__metadata__", None) or {})
+        found = []
+        for name, entry in tree.items():
+            begin, end = (int(offset) for offset in entry["data_offsets"])
+            shape = tuple(int(n) for n in entry["shape"])
+            found.append((begin, end, Stored(path, name, str(entry["dtype"]), shape, start + begin)))
+    except InterchangeError as error:
+        raise InterchangeError(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InterchangeError(
+            f"{path}: its header is no safetensors header ({type(error).__name__}: {str(error)[:100]})."
+        ) from error
+    found.sort(key=lambda item: item[:2])
+    at = 0
+    for begin, end, tensor in found:
+        if tensor.dtype not in SIZES:
+            raise InterchangeError(
+                f"{path}: {tensor.name} has dtype {tensor.dtype}, which is not known here."
+            )
+        if begin != at or min(tensor.shape, default=0) < 0 or end - begin != tensor.nbytes:
+            raise InterchangeError(
+                f"{path}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, {tensor.nbytes} bytes from {at} "
+                f"on; its header says bytes {begin} to {end}. The file is damaged."
+            )
+        at = end
+    if size is not None and size != start + at:
+        cut = next((t.name for begin, end, t in found if start + end > size), None)
+        fault = f"is truncated: {cut} is not whole" if cut else "has bytes after its last tensor"
+        raise InterchangeError(
+            f"{path} {fault} ({size} bytes, {start + at} by its header). Download or copy it again."
+        )
+    return TensorFile(path, header, metadata, tuple(tensor for _, _, tensor in found))
+
+
+def read_files(folder: str) -> tuple[TensorFile, ...]:
+    """Headers of all files of a folder's model: `model.safetensors`, or those that its index names.
+
+    Raises:
+      InterchangeError: there are none (pickles are refused), one is damaged, or the index and the files do
+        not say the same.
+    """
+    if os.path.exists(single := os.path.join(folder, SINGLE)):
+        return (read_header(single),)
+    index = os.path.join(folder, INDEX)
+    if not os.path.exists(index):
+        raise InterchangeError(_no_tensors(folder))
+    try:
+        with open(index, encoding="utf-8") as opened:
+            told = json.load(opened)["weight_map"]
+        named = {str(tensor): str(shard) for tensor, shard in told.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InterchangeError(
+            f"{index} is no index of safetensors ({type(error).__name__}: {error})."
+        ) from error
+    shards = sorted(set(named.values()))
+    faults = [f"{shard} is not there" for shard in shards if not _is_beside(folder, shard)]
+    if faults or not shards:
+        raise InterchangeError(
+            f"{index} names files that are missing:{listed(faults or ['none at all'])}\nDownload the folder again."
+        )
+    files = tuple(read_header(os.path.join(folder, shard)) for shard in shards)
+    where = {tensor.name: shard for shard, file in zip(shards, files) for tensor in file.tensors}
+    for shard, file in zip(shards, files):
+        for tensor in file.tensors:
+            if tensor.name not in named:
+                faults.append(f"{tensor.name} is in {shard} and not in the index")
+            elif shard != named[tensor.name]:
+                faults.append(f"{tensor.name} is in {shard}; the index says {named[tensor.name]}")
+    faults += [f"{name} is not in {shard}" for name, shard in named.items() if name not in where]
+    if faults:
+        raise InterchangeError(f"{index} and its files do not say the same:{listed(faults)}")
+    return files
+
+
+def match(
+    files: Sequence[TensorFile], wanted: Sequence[HfTensor], optional: Sequence[HfTensor] = ()
+) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """Finds each wanted tensor, in the wanted shape and a dtype that we take.
+
+    Args:
+      files: of a model.
+      wanted: all that must be there.
+      optional: what may be there besides.
+
+    Returns:
+      What is there, by name; and the names of what belongs to no text model and is ignored
+      (`model.weights.is_ignored`).
+
+    Raises:
+      InterchangeError: all that is missing, too much, or wrong, each with file and tensor.
+    """
+    stored: dict[str, Stored] = {}
+    faults: list[str] = []
+    for tensor in (tensor for file in files for tensor in file.tensors):
+        if tensor.name in stored:
+            faults.append(f"{tensor.name}: twice, in {stored[tensor.name].file} and {tensor.file}")
+        stored[tensor.name] = tensor
+    shapes = {tensor.name: tensor for tensor in (*wanted, *optional)}
+    where = ", ".join(os.path.basename(file.path) for file in files[:2]) + (", ..." if len(files) > 2 else "")
+    faults += [
+        f"{tensor.name} {list(tensor.shape)}: missing from {where}"
+        for tensor in wanted
+        if tensor.name not in stored
+    ]
+    found, ignored = {}, []
+    for name, tensor in stored.items():
+        file = os.path.basename(tensor.file)
+        if name not in shapes:
+            if is_ignored(name):
+                ignored.append(name)
+            else:
+                faults.append(f"{file}: {name} {list(tensor.shape)}: there is no such tensor in this model")
+            continue
+        if tensor.shape != shapes[name].shape:
+            expected = list(shapes[name].shape)
+            faults.append(f"{file}: {name} is {list(tensor.shape)}, {expected} by config.json")
+        if tensor.dtype not in DTYPES:
+            faults.append(f"{file}: {name} is {tensor.dtype}; only {', '.join(DTYPES)} are taken")
+        found[name] = tensor
+    if faults:
+        folder = os.path.dirname(files[0].path)
+        raise InterchangeError(
+            f"The tensors in {folder} are not those of the model in its config.json:{listed(faults)}"
+        )
+    return found, tuple(ignored)
+
+
+def rows(stored: Stored) -> Iterator[tuple[int, np.ndarray]]:
+    """The tensor in pieces of at most CHUNK bytes (one row at least): first row of each, and its rows.
+
+    Each piece is memory of its own, no view of the file: nothing of it stays mapped, and a file that is
+    overwritten later changes nothing.
+
+    Raises:
+      InterchangeError: the file changed under our hands.
+    """
+    per_row = stored.nbytes // max(1, stored.shape[0]) if stored.shape else stored.nbytes
+    count = stored.shape[0] if stored.shape else 1
+    step = max(1, CHUNK // max(1, per_row))
+    with open(stored.file, "rb") as file:
+        for start in range(0, count, step):
+            taken = min(step, count - start)
+            piece = np.empty(taken * per_row, np.uint8)
+            file.seek(stored.offset + start * per_row)
+            if file.readinto(piece.data) != piece.nbytes:
+                raise InterchangeError(f"{stored.file} ended within {stored.name} while it was read.")
+            yield start, piece.view(stored.numpy_dtype).reshape(taken, *stored.shape[1:])
+
+
+def equal(a: Stored, b: Stored) -> bool:
+    """Whether two stored tensors hold the same bytes."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    pairs = zip(rows(a), rows(b), strict=True)
+    return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for (_, x), (_, y) in pairs)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise InterchangeError(f"{', '.join(twice)} stands twice in the header.")
+    return tree
+
+
+def _is_beside(folder: str, shard: str) -> bool:
+    """A file of that very folder: an index does not lead elsewhere."""
+    return os.path.basename(shard) == shard and os.path.isfile(os.path.join(folder, shard))
+
+
+def _no_tensors(folder: str) -> str:
+    if not os.path.isdir(folder):
+        return f"{folder} is no folder."
+    names = sorted(os.listdir(folder))
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        return (
+            f"{folder} holds {', '.join(pickles[:3])} and no {SINGLE}. Such files are pickles, which may run any "
+            "code when they are opened; only safetensors are read. Look for a revision with safetensors, or "
+            "convert them where you trust them: transformers' save_pretrained writes safetensors."
+        )
+    found = ", ".join(names[:8]) or "nothing"
+    return f"{folder} holds neither {SINGLE} nor {INDEX} (found: {found})."

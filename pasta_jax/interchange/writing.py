@@ -1,0 +1,298 @@
+"""Parameters to a Hugging Face folder that transformers loads: whole, or not there.
+
+A model that was imported and never trained comes out as it went in: its own files byte for byte, its tensors
+bit for bit and in the same places. One that was trained keeps what still holds of its origin's files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pasta_jax.interchange.errors import InterchangeError
+from pasta_jax.interchange.origin import Origin
+from pasta_jax.interchange.tensors import DTYPES, INDEX, SINGLE
+from pasta_jax.model import ModelConfig
+from pasta_jax.model.families import FamilyError, config_to_hf
+from pasta_jax.model.weights import HfTensor, hf_tensors, is_ignored, leaf_at, tied_head
+from pasta_jax.tokens import export
+from pasta_jax.tokens.base import TextTokenizer
+from pasta_jax.tokens.load import TAGS_FILE
+from pasta_jax.tokens.templates import template_of
+
+SHARD_BYTES = 5 * 10**9
+"""Of a safetensors file, at most; a tensor is never cut."""
+
+_SPELLED = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A safetensors file to write: its tensors in the order of its data, each with its dtype."""
+
+    name: str
+    tensors: tuple[tuple[HfTensor, np.dtype], ...]
+    header: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What an export is made of.
+
+    Attributes:
+      params: plain ones, adapters merged.
+      config: of the model.
+      tokenizer: its own.
+      origin: where the model was imported from, if it was.
+      is_trained: whether it was trained since.
+    """
+
+    params: Mapping[str, Any]
+    config: ModelConfig
+    tokenizer: TextTokenizer
+    origin: Origin | None = None
+    is_trained: bool = True
+
+
+def write_folder(
+    destination: str | os.PathLike[str],
+    model: Exported,
+    *,
+    dtype: str | None = None,
+    name_tags: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes config.json, safetensors with their index, tokenizer, chat template and the ids of the tags.
+
+    Args:
+      destination: a folder that is not there, or is empty.
+      model: what is written.
+      dtype: of the tensors. By default the model's; of one that was imported and not trained, the origin's.
+      name_tags: gives the tags' ids the tags' names in the tokenizer's files.
+      shard_bytes: most bytes of a file; a model that was imported keeps its own files.
+
+    Raises:
+      InterchangeError: no architecture expresses the model, or something stands at the destination.
+    """
+    check_destination(destination)
+    shards = plan(model, dtype=dtype, shard_bytes=shard_bytes)
+    files = companions(model, shards, name_tags=name_tags)
+    with unfinished(destination) as folder:
+        for name, content in files.items():
+            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(content)
+        for shard in shards:
+            with open(os.path.join(folder, shard.name), "wb") as file:
+                file.write(len(shard.header).to_bytes(8, "little") + shard.header)
+                for tensor, kind in shard.tensors:
+                    _write_tensor(file, tensor, kind, leaf_at(model.params, tensor.path))
+
+
+def check_destination(destination: str | os.PathLike[str]) -> None:
+    """Refuses to write where something stands."""
+    if os.path.exists(destination) and (not os.path.isdir(destination) or os.listdir(destination)):
+        raise InterchangeError(f"{os.fspath(destination)} exists and is not empty. Choose another --to.")
+
+
+@contextlib.contextmanager
+def unfinished(destination: str | os.PathLike[str]) -> Iterator[str]:
+    """A folder to write in that takes the name `destination` when the block has ended well; else it is gone."""
+    target = os.path.abspath(os.path.expanduser(destination))
+    parent = os.path.dirname(target)
+    try:
+        os.makedirs(parent, exist_ok=True)
+        folder = os.path.join(parent, f".{os.path.basename(target)}.{os.getpid()}.unfinished")
+        os.mkdir(folder)
+    except OSError as error:
+        raise InterchangeError(f"Cannot write {target}: {error.strerror}.") from error
+    try:
+        yield folder
+        if os.path.isdir(target):
+            os.rmdir(target)  # empty, as was checked
+        os.rename(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------- tensors
+
+
+def plan(model: Exported, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
+    """Which tensor goes into which file, in which dtype: as in the origin, where there is one."""
+    origin, config = model.origin, model.config
+    if dtype is not None and np.dtype(dtype) not in _SPELLED:
+        raise InterchangeError(f"dtype {dtype} is none of {', '.join(str(d) for d in _SPELLED)}.")
+    if config.weights != "plain":
+        raise InterchangeError("The model's weights are int8. Export the one that it was quantised from.")
+    given = np.dtype(dtype or config.dtype)
+    if origin is None or not _is_text(origin):
+        return _divided([(tensor, given) for tensor in hf_tensors(config)], shard_bytes)
+    ours = hf_tensors(config, origin.prefix)
+    again = [tied_head(config, origin.prefix)] if config.tie_embeddings else []
+    known = {tensor.name: tensor for tensor in (*ours, *again)}
+    keeps_dtype = dtype is None and not model.is_trained
+    shards = []
+    for file in origin.shards():
+        chosen = [
+            (known[stored.name], _kept(stored.numpy_dtype, given) if keeps_dtype else given)
+            for stored in file.tensors
+            if not is_ignored(stored.name)
+        ]
+        same = len(chosen) == len(file.tensors) and all(
+            (tensor.shape, kind) == (stored.shape, stored.numpy_dtype)
+            for (tensor, kind), stored in zip(chosen, file.tensors)
+        )
+        header = origin.headers[file.path] if same else header_of(chosen, file.metadata)
+        shards.append(Shard(file.path, tuple(chosen), header))
+    return tuple(shards)
+
+
+def header_of(tensors: Sequence[tuple[HfTensor, np.dtype]], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header, padded so that the data begins at a multiple of eight."""
+    tree: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for tensor, dtype in tensors:
+        size = _nbytes(tensor, dtype)
+        shape = list(tensor.shape)
+        tree[tensor.name] = {"dtype": _SPELLED[dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(tree, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _divided(tensors: Sequence[tuple[HfTensor, np.dtype]], shard_bytes: int) -> tuple[Shard, ...]:
+    groups: list[list[tuple[HfTensor, np.dtype]]] = [[]]
+    size = 0
+    for tensor, dtype in tensors:
+        if groups[-1] and size + _nbytes(tensor, dtype) > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append((tensor, dtype))
+        size += _nbytes(tensor, dtype)
+    names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    names = names if len(groups) > 1 else [SINGLE]
+    metadata = {"format": "pt"}  # transformers wants to know in which framework's layout the tensors are
+    return tuple(Shard(name, tuple(group), header_of(group, metadata)) for name, group in zip(names, groups))
+
+
+def _write_tensor(file: Any, tensor: HfTensor, dtype: np.dtype, leaf: Any) -> None:
+    theirs = tensor.to_hf(np.asarray(leaf))
+    step = max(1, 2**25 // max(1, theirs[:1].nbytes))
+    for start in range(0, len(theirs), step):
+        piece = np.ascontiguousarray(theirs[start : start + step].astype(dtype, copy=False))
+        file.write(piece.view(np.uint8).data)
+
+
+def _kept(theirs: np.dtype, ours: np.dtype) -> np.dtype:
+    """The origin's dtype, unless the model was imported into a narrower one."""
+    return theirs if ours == np.float32 or ours == theirs else ours
+
+
+def _is_text(origin: Origin) -> bool:
+    """Whether the origin was a text model alone, so that what is written has all of its tensors again."""
+    return all(name.endswith(".rotary_emb.inv_freq") for name in origin.ignored)
+
+
+def _nbytes(tensor: HfTensor, dtype: np.dtype) -> int:
+    return int(np.prod(tensor.shape)) * dtype.itemsize
+
+
+# ------------------------------------------------------------------------------------------ files beside them
+
+
+def companions(model: Exported, shards: Sequence[Shard], *, name_tags: bool) -> dict[str, bytes]:
+    """All other files of the folder, by name."""
+    origin, vocabulary = model.origin, model.tokenizer.vocabulary
+    if origin is None:
+        files = dict(export.minimal_files(model.tokenizer))
+        files["config.json"] = _json(_new_config(model, shards))
+        files["generation_config.json"] = _json(_special_ids(model))
+    else:
+        files = {name: content for name, content in origin.files.items() if name != INDEX}
+        files["config.json"] = _config_of(model, origin, shards)
+        if model.is_trained:
+            _end_answers(files, model)
+    if name_tags:
+        files = dict(export.with_named_tags(files, vocabulary))
+    files[TAGS_FILE] = export.tags_json(vocabulary)
+    if len(shards) > 1 or (origin is not None and INDEX in origin.files):
+        files[INDEX] = _index(model, shards)
+    return files
+
+
+def _config_of(model: Exported, origin: Origin, shards: Sequence[Shard]) -> bytes:
+    """The origin's config.json with what is no longer so; its very bytes if that is nothing."""
+    if not _is_text(origin):
+        return _json(_new_config(model, shards))
+    old = origin.tree("config.json") or {}
+    changed: dict[str, Any] = {}
+    if old.get("vocab_size") != model.config.vocab_size:
+        changed["vocab_size"] = model.config.vocab_size
+    dtypes = {kind for shard in shards for _, kind in shard.tensors}
+    before = {
+        tensor.numpy_dtype for file in origin.shards() for tensor in file.tensors if tensor.dtype in DTYPES
+    }
+    if dtypes != before:
+        changed["dtype" if "dtype" in old else "torch_dtype"] = _dtype_name(shards)
+    return _json(old | changed) if changed else origin.files["config.json"]
+
+
+def _new_config(model: Exported, shards: Sequence[Shard]) -> dict[str, Any]:
+    try:
+        tree = config_to_hf(dataclasses.replace(model.config, dtype=_dtype_name(shards)))
+    except FamilyError as error:
+        raise InterchangeError(str(error)) from error
+    return tree | _special_ids(model)
+
+
+def _special_ids(model: Exported) -> dict[str, Any]:
+    vocabulary = model.tokenizer.vocabulary
+    stops = sorted(vocabulary.stops, key=lambda i: (i != vocabulary.eos, i))
+    ends = stops[0] if len(stops) == 1 else stops
+    return {"bos_token_id": vocabulary.bos, "eos_token_id": ends, "pad_token_id": vocabulary.pad}
+
+
+def _end_answers(files: dict[str, bytes], model: Exported) -> None:
+    """What a trained model ends its answers with ends them in transformers too; and the chat it was trained in."""
+    vocabulary = model.tokenizer.vocabulary
+    tree = json.loads(files.get("generation_config.json", b"{}"))
+    had = tree.get("eos_token_id")
+    old = had if isinstance(had, list) else [] if had is None else [had]
+    if missing := sorted(vocabulary.stops - set(old)):
+        files["generation_config.json"] = _json(tree | {"eos_token_id": [*old, *missing]})
+    usage = model.tokenizer.usage
+    told = [json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json", "chat_template.json")]
+    has_template = "chat_template.jinja" in files or any("chat_template" in tree for tree in told)
+    if not has_template and (template := template_of(usage.chat, usage.opening)):
+        files["chat_template.jinja"] = template.encode()
+
+
+def _index(model: Exported, shards: Sequence[Shard]) -> bytes:
+    where = {tensor.name: shard.name for shard in shards for tensor, _ in shard.tensors}
+    size = sum(_nbytes(tensor, kind) for shard in shards for tensor, kind in shard.tensors)
+    if model.origin is not None and INDEX in model.origin.files:
+        tree = model.origin.tree(INDEX) or {}
+        headers = {shard.name: shard.header for shard in shards}
+        if headers == dict(model.origin.headers):
+            return model.origin.files[INDEX]
+        return _json(
+            tree | {"metadata": {**tree.get("metadata", {}), "total_size": size}, "weight_map": where}
+        )
+    return _json({"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))})
+
+
+def _dtype_name(shards: Sequence[Shard]) -> str:
+    kinds = {kind.name for shard in shards for _, kind in shard.tensors}
+    return kinds.pop() if len(kinds) == 1 else "float32"
+
+
+def _json(tree: Any) -> bytes:
+    return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,172 @@
+"""What tokenizers of every file format share: text that comes back exactly, and text that stays text."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+import functools
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
+
+from pasta_jax.lang import tags
+from pasta_jax.tokens import chat as chats
+from pasta_jax.tokens.families import Hints, Symbols, Usage, settle, vocabulary_of
+from pasta_jax.tokens.tokenizer import TokenizerError
+
+MAGIC = b"pasta_jax tokenizer 1\n"
+"""How `to_bytes` begins; then a line of JSON, then the compressed file."""
+
+SPACE = "\u2581"
+"""What SentencePiece writes for a space; text that has it itself must not become one."""
+
+_PROBES = (
+    "  two  spaces,\ttabs\r\n\r\nand lines \n",
+    "e\u0301 \u00e9 \ufb01 \u212b \uff21 \u1e9b\u0323",  # what NFC, NFKC or case folding would change
+    "\u6771\u4eac \U0001f30d\u200d \u00a0\u2028\x00\x02\x7f",
+    f"{SPACE}a {SPACE}{SPACE} 0123456789 1,234.5",
+    "<s> </s> <unk> <0x41> [INST] <|im_end|>",
+)
+"""Texts that lossy tokenizers change."""
+
+
+class TextTokenizer(abc.ABC):
+    """A tokenizer over a file's bytes (`tokenizer.Tokenizer`).
+
+    Args:
+      model: the file.
+      extend: give tags for which the vocabulary has no free ids new ones after its end (the embedding must then
+        be that much larger). Otherwise such a vocabulary is an error.
+      chat: the format of prompts, one of `chat.CHATS`; `auto` looks at template and vocabulary.
+      hints: what the files beside it say.
+      usage: all that, decided before; nothing else is looked at then.
+
+    Raises:
+      TokenizerError: not such a file, no ids for the tags, no such chat format, or text would not come back.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        extend: bool = False,
+        chat: str = "auto",
+        hints: Hints = Hints(),
+        usage: Usage | None = None,
+    ):
+        self.model = model
+        symbols = self._open(hints.added if usage is None else usage.added)
+        self.usage = usage or settle(
+            symbols, hints, extend=extend, chat=chat, splits=lambda text: len(self._encode(text))
+        )
+        self.vocabulary = vocabulary_of(symbols, self.usage)
+        self._names = names = symbols.names
+        self._marks = {name: names[name] for name in chats.FORMATS[self.usage.chat].needs}
+        never = symbols.special | set(self.usage.tag_ids.values()) | self.vocabulary.stops
+        self._never = {i: name.replace(SPACE, " ") for name, i in names.items() if i in never}
+        spelled = [symbols.pieces.index(bytes([b])) for b in SPACE.encode() if bytes([b]) in symbols.pieces]
+        self._space = spelled if symbols.marks_spaces and len(spelled) == len(SPACE.encode()) else None
+        for text in _PROBES:
+            if (back := self.vocabulary.text(self.encode(text))) != text:
+                raise TokenizerError(
+                    f"Text would not come back as it was: {text!r} becomes {back!r}. Only tokenizers that keep "
+                    "every character can serve (byte-level, or with byte fallback and no normalisation)."
+                )
+
+    @abc.abstractmethod
+    def _open(self, added: Mapping[int, str]) -> Symbols:
+        """Reads `self.model`, its names extended by `added`."""
+
+    @abc.abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """The file's own ids of a text, not empty; no beginning, no end, no prefix space."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text; never a tag's id nor a control id, whatever the text spells."""
+        if self._space is None or SPACE not in text:
+            return self._encode_as_text(text)
+        first, *others = text.split(SPACE)
+        ids = self._encode_as_text(first)
+        for part in others:
+            ids += [*self._space, *self._encode_as_text(part)]
+        return ids
+
+    def _encode_as_text(self, text: str) -> list[int]:
+        if not text:
+            return []
+        ids = self._encode(text)
+        spelled = {self._never[i] for i in set(ids) if i in self._never}
+        if not spelled or len(text) == 1:
+            return ids
+        # The file matches some control tokens by their letters: they are cut in two, after the first letter.
+        pattern = "|".join(re.escape(name) for name in sorted(spelled, key=len, reverse=True) if name)
+        cuts = [match.start() + 1 for match in re.finditer(pattern, text)] if pattern else []
+        cuts = [cut for cut in cuts if cut < len(text)] or [*range(1, len(text))]
+        pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
+        return [i for piece in pieces for i in self._encode_as_text(piece)]
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Ids of one turn of the user in the chat format, up to where the answer begins. ValueError if empty."""
+        return self.encode_chat([{"role": "user", "content": prompt}])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation (`chat.dialogue`) in the chat format, up to where the answer begins."""
+        parts = chats.FORMATS[self.usage.chat].render(chats.dialogue(messages), self.usage.opening)
+        vocabulary, ids, text = self.vocabulary, list[int](), ""
+        roles = {chats.BOS.name: vocabulary.bos, chats.EOS.name: vocabulary.eos}
+        for part in parts:
+            if isinstance(part, str):
+                text += part  # runs between control tokens are encoded whole, as the template's text would be
+                continue
+            ids += self.encode(text)
+            text = ""
+            if part == chats.BOS and self.usage.chat == "plain" and not self.usage.begins:
+                continue
+            ids.append(roles[part.name] if part.name in roles else self._marks[part.name])
+        return ids + self.encode(text)
+
+    @functools.cached_property
+    def _bytes(self) -> bytes:
+        usage = dataclasses.asdict(self.usage) | {"ends": sorted(self.usage.ends)}
+        head = json.dumps({"kind": self.kind, "usage": usage}, sort_keys=True)
+        return MAGIC + head.encode() + b"\n" + zlib.compress(self.model)
+
+    def to_bytes(self) -> bytes:
+        """All that is needed to build the same tokenizer again (`load.tokenizer_from_bytes`)."""
+        return self._bytes
+
+    def with_dialect(self, dialect: tags.Dialect) -> Self:
+        """The same tokenizer for a model that speaks `dialect`; a new one speaks `pasta`."""
+        other = copy.copy(self)
+        other.vocabulary = self.vocabulary.with_dialect(dialect)
+        return other
+
+    def with_chat(self, chat: str) -> Self:
+        """The same tokenizer with prompts in another format. Raises TokenizerError as the constructor does."""
+        usage = self.usage
+        hints = Hints(
+            bos=next(name for name, i in self._names.items() if i == usage.bos),
+            begins=usage.begins,
+            ends=(usage.eos, *sorted(usage.ends)),
+            tag_ids=usage.tag_ids,
+            added=usage.added,
+        )
+        return type(self)(self.model, chat=chat, hints=hints).with_dialect(self.vocabulary.dialect)
+
+
+def unpack(data: bytes) -> tuple[str, bytes, Usage]:
+    """(kind, file, usage) from what `to_bytes` wrote. Raises TokenizerError."""
+    try:
+        head, _, packed = data.removeprefix(MAGIC).partition(b"\n")
+        told = json.loads(head)
+        usage = told["usage"]
+        usage["ends"] = frozenset(usage["ends"])
+        usage["added"] = {int(i): name for i, name in usage["added"].items()}
+        return told["kind"], zlib.decompress(packed), Usage(**usage)
+    except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+        raise TokenizerError(f"The saved tokenizer is damaged: {type(error).__name__}: {error}") from error

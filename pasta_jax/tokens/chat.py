@@ -1,0 +1,263 @@
+"""Chat formats: a conversation as the text and control tokens that a family was tuned on.
+
+Only what precedes an answer; the answer is laid out by `tokens.layout`. The formats are those of the templates
+published with the models (`tokenizer_config.json`, `chat_template.jinja`), which the tests hold them against:
+
+  plain     no format: the text and a newline, for base models
+  turns     <user> and <model>, the almanac's own
+  gemma     Gemma 1, 2, 3: <start_of_turn>user ... <end_of_turn>, system text before the first user's
+  llama3    Llama 3, 3.1, 3.2, 3.3: <|start_header_id|>user<|end_header_id|> ... <|eot_id|>
+  chatml    Qwen 2.5: <|im_start|>user ... <|im_end|>
+  qwen3     the same; the answer begins after an empty <think> block, as the template has it without thinking
+  llama2    [INST] ... [/INST] in letters, <s> before each turn of the user
+  mistral   Mistral 0.1 and 0.2: the same, <s> once
+  mistral3  Mistral 0.3: [INST] and [/INST] are control tokens
+
+What people write stays text: control tokens that it spells are encoded letter by letter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, TypeAlias, get_args
+
+from pasta_jax.tokens.tokenizer import TokenizerError
+
+Chat: TypeAlias = Literal["auto", "plain", "gemma", "llama3", "chatml", "qwen3", "inst"]
+CHATS: tuple[Chat, ...] = get_args(Chat)
+"""What may be asked for. `inst` is whichever of llama2, mistral and mistral3 vocabulary and template call for."""
+
+USER_TURN, MODEL_TURN = "<user>", "<model>"
+
+EMPTY = "The prompt is empty. Give the model something to answer."
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A control token by its name."""
+
+    name: str
+
+
+BOS, EOS = Mark("bos"), Mark("eos")
+"""By role instead; `EOS` is what the answer ends with."""
+
+Part: TypeAlias = str | Mark
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogue:
+    """A conversation that can be answered: `turns` alternate user, assistant, ..., user; `system` may be ""."""
+
+    system: str
+    turns: tuple[str, ...]
+
+    @property
+    def spoken(self) -> list[tuple[bool, str]]:
+        """(whether it is the user's, the text) of each turn."""
+        return [(i % 2 == 0, text) for i, text in enumerate(self.turns)]
+
+
+def dialogue(messages: Sequence[Mapping[str, str]]) -> Dialogue:
+    """A list of {"role": "system" | "user" | "assistant", "content": text} as a dialogue.
+
+    Raises:
+      ValueError: no message, a role out of turn, an empty or missing content; says which message.
+    """
+    if not messages:
+        raise ValueError("The conversation has no messages. Give the model something to answer.")
+    system, turns = "", list[str]()
+    for number, message in enumerate(messages, 1):
+        where = f"Message {number} of the conversation"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise ValueError(f'{where} is {message!r:.80}; write {{"role": ..., "content": ...}}.')
+        role, content = message["role"], message["content"]
+        if not isinstance(content, str):
+            raise ValueError(f"{where}: its content is no text but {type(content).__name__}.")
+        if not content.strip():
+            raise ValueError(EMPTY if len(messages) == 1 else f"{where} is empty.")
+        if role == "system" and number == 1:
+            system = content
+            continue
+        expected = "assistant" if len(turns) % 2 else "user"
+        if role != expected:
+            first = ' or "system"' if number == 1 else ""
+            raise ValueError(f'{where} has the role {role!r}; "{expected}"{first} is expected there.')
+        turns.append(content)
+    if len(turns) % 2 == 0:
+        raise ValueError("The conversation must end with a message of the user, which the model answers.")
+    return Dialogue(system, tuple(turns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+      needs: names of the control tokens that it uses.
+      end: the one that ends the model's turn; None for the end-of-text token.
+      render: the dialogue as text and control tokens. Its second argument is a text from the published
+        template, "" if none: see `choose`.
+    """
+
+    needs: tuple[str, ...]
+    end: str | None
+    render: Callable[[Dialogue, str], list[Part]]
+
+
+def _plain(d: Dialogue, opening: str) -> list[Part]:
+    return [BOS, "".join(f"{text}\n" for text in (d.system, *d.turns) if text)]
+
+
+def _turns(d: Dialogue, opening: str) -> list[Part]:
+    parts: list[Part] = [BOS]
+    for user, text in d.spoken:
+        parts += [Mark(USER_TURN), text, Mark(MODEL_TURN)] if user else [text, EOS]
+    if d.system:
+        parts.insert(2, d.system + "\n\n")
+    return parts
+
+
+def _gemma(d: Dialogue, opening: str) -> list[Part]:
+    start, end = Mark("<start_of_turn>"), Mark("<end_of_turn>")
+    parts: list[Part] = [BOS]
+    before = f"{d.system}\n\n" if d.system else ""
+    for user, text in d.spoken:
+        parts += [start, f"{'user' if user else 'model'}\n{before}{text.strip()}", end, "\n"]
+        before = ""
+    return [*parts, start, "model\n"]
+
+
+def _llama3(d: Dialogue, opening: str) -> list[Part]:
+    def header(role: str) -> list[Part]:
+        return [Mark("<|start_header_id|>"), role, Mark("<|end_header_id|>")]
+
+    end = Mark("<|eot_id|>")
+    parts: list[Part] = [BOS]
+    if opening or d.system:
+        parts += [*header("system"), f"\n\n{opening}{d.system.strip()}", end]
+    for user, text in d.spoken:
+        parts += [*header("user" if user else "assistant"), f"\n\n{text.strip()}", end]
+    return [*parts, *header("assistant"), "\n\n"]
+
+
+def _chatml(d: Dialogue, opening: str) -> list[Part]:
+    start, end = Mark("<|im_start|>"), Mark("<|im_end|>")
+    parts: list[Part] = []
+    if d.system or opening:
+        parts += [start, f"system\n{d.system or opening}", end, "\n"]
+    for user, text in d.spoken:
+        parts += [start, f"{'user' if user else 'assistant'}\n{text}", end, "\n"]
+    return [*parts, start, "assistant\n"]
+
+
+def _qwen3(d: Dialogue, opening: str) -> list[Part]:
+    return [*_chatml(d, opening), Mark("<think>"), "\n\n", Mark("</think>"), "\n\n"]
+
+
+def _llama2(d: Dialogue, opening: str) -> list[Part]:
+    # The space before [INST] is the one that Llama's tokenizer puts before text by itself; ours does not.
+    parts: list[Part] = []
+    before = f"<<SYS>>\n{d.system}\n<</SYS>>\n\n" if d.system else ""
+    for user, text in d.spoken:
+        said = (before + text).strip()
+        parts += [BOS, f" [INST] {said} [/INST]"] if user else [f" {said} ", EOS]
+        before = ""
+    return parts
+
+
+def _mistral(d: Dialogue, opening: str) -> list[Part]:
+    parts: list[Part] = [BOS]
+    before = f"{d.system}\n\n" if d.system else ""
+    for user, text in d.spoken:
+        parts += [f" [INST] {before}{text} [/INST]"] if user else [f" {text.strip()}", EOS]
+        before = ""
+    return parts
+
+
+def _mistral3(d: Dialogue, opening: str) -> list[Part]:
+    parts: list[Part] = [BOS]
+    for place, (user, text) in enumerate(d.spoken):
+        if user:
+            before = f"{d.system}\n\n" if d.system and place == len(d.turns) - 1 else ""
+            parts += [Mark("[INST]"), f" {before}{text}", Mark("[/INST]")]
+        else:
+            parts += [f" {text.strip()}", EOS]
+    return parts
+
+
+FORMATS: Mapping[str, Format] = {
+    "plain": Format((), None, _plain),
+    "turns": Format((USER_TURN, MODEL_TURN), None, _turns),
+    "gemma": Format(("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", _gemma),
+    "llama3": Format(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>", _llama3),
+    "chatml": Format(("<|im_start|>", "<|im_end|>"), "<|im_end|>", _chatml),
+    "qwen3": Format(("<|im_start|>", "<|im_end|>", "<think>", "</think>"), "<|im_end|>", _qwen3),
+    "llama2": Format((), None, _llama2),
+    "mistral": Format((), None, _mistral),
+    "mistral3": Format(("[INST]", "[/INST]"), None, _mistral3),
+}
+
+
+def choose(asked: str, names: Collection[str], template: str | None) -> tuple[str, str]:
+    """The format for a vocabulary.
+
+    Args:
+      asked: one of CHATS, or a name in FORMATS.
+      names: of the tokens in the vocabulary.
+      template: the model's own chat template; "" if it has none, None if nobody knows.
+
+    Returns:
+      A name in FORMATS, and what the template says of itself where the conversation says nothing: Qwen 2.5's
+      system message, or the dates with which the system message begins since Llama 3.1.
+
+    Raises:
+      TokenizerError: the vocabulary lacks tokens of what is asked for, or the template is of no known format.
+    """
+    if asked not in CHATS and asked not in FORMATS:
+        raise TokenizerError(f"chat={asked!r} is unknown. Use one of {', '.join(CHATS)}.")
+    name = _by_itself(names, template) if asked == "auto" else asked
+    if name == "inst":
+        by_letters = "llama2" if template is None or "<<SYS>>" in template else "mistral"
+        name = "mistral3" if set(FORMATS["mistral3"].needs) <= set(names) else by_letters
+    if lacking := [need for need in FORMATS[name].needs if need not in names]:
+        raise TokenizerError(
+            f"The chat format {name} needs {', '.join(lacking)}, which this tokenizer lacks. "
+            "Set --config.data.chat=plain, or the format that the model was tuned on."
+        )
+    return name, _opening(name, template or "")
+
+
+def _by_itself(names: Collection[str], template: str | None) -> str:
+    if all(need in names for need in FORMATS["turns"].needs):
+        return "turns"
+    if template is None:
+        families = ("gemma", "llama3", "qwen3", "chatml", "mistral3")
+        return next((f for f in families if all(need in names for need in FORMATS[f].needs)), "plain")
+    if not template.strip():
+        return "plain"
+    if "<|im_start|>" in template:
+        return "qwen3" if "enable_thinking" in template else "chatml"
+    signs = {"<start_of_turn>": "gemma", "<|start_header_id|>": "llama3", "[INST]": "inst"}
+    for sign, family in signs.items():
+        if sign in template:
+            return family
+    raise TokenizerError(
+        "The model's chat template is of no format known here "
+        f"({', '.join(CHATS[2:])}). Set --config.data.chat to the nearest of them, or to plain."
+    )
+
+
+def _opening(name: str, template: str) -> str:
+    if name in ("chatml", "qwen3"):
+        # A literal between the markers, in whatever way the template's file writes a newline.
+        found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<>\\]+)<\|im_end\|>", template)
+        return found.group(1) if found else ""
+    if name == "llama3" and (cut := re.search(r"Cutting Knowledge Date: \w+ \d{4}", template)):
+        day = re.search(
+            r'(?:date_string = "|Today Date: )(\d+ \w+ \d{4})', template
+        )  # the template's own, never today's
+        return f"{cut.group()}\nToday Date: {day.group(1) if day else '26 Jul 2024'}\n\n"
+    return ""

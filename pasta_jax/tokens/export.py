@@ -1,0 +1,235 @@
+"""Tokenizer files for a Hugging Face folder, in which the tags have names.
+
+A model that has learnt the tags on reserved ids (`tokens.families`) is of more use where those ids are called by
+their tags: transformers then prints them and reads them as special tokens. Ids never change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+
+from pasta_jax.tokens.base import SPACE, TextTokenizer
+from pasta_jax.tokens.families import MARKER
+from pasta_jax.tokens.load import TAGS_FILE
+from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
+from pasta_jax.tokens.templates import template_of
+from pasta_jax.tokens.tokenizer import TokenizerError, Vocabulary
+
+_Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+
+
+def tags_json(vocabulary: Vocabulary) -> bytes:
+    """`pasta_tags.json`: the id of each tag piece, by which `load_tokenizer` knows them again."""
+    return _dump(vocabulary.tag_ids)
+
+
+def with_named_tags(files: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[str, bytes]:
+    """A folder's tokenizer files in which the ids of the tags are called by the tags, as special tokens.
+
+    Args:
+      files: by name; those that name no tokens come back as they are, the same bytes.
+      vocabulary: says which ids the tags have.
+
+    Returns:
+      The files, and `pasta_tags.json`.
+
+    Raises:
+      TokenizerError: one of them is damaged.
+    """
+    names = {i: piece for piece, i in vocabulary.tag_ids.items()}
+    change = {
+        "tokenizer.json": _tokenizer_json,
+        "tokenizer_config.json": _tokenizer_config,
+        "special_tokens_map.json": _special_tokens_map,
+        "added_tokens.json": _added_tokens,
+    }
+    out = dict(files)
+    former = _former_names(files, names)
+    for name, data in files.items():
+        try:
+            if name in change:
+                out[name] = _dump(change[name](json.loads(data), names, former))
+            elif name == "tokenizer.model":
+                out[name] = _sentencepiece_model(data, names)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TokenizerError(f"{name} is damaged: {type(error).__name__}: {error}") from error
+    return out | {TAGS_FILE: tags_json(vocabulary)}
+
+
+def minimal_files(tokenizer: TextTokenizer) -> dict[str, bytes]:
+    """The files of a folder for a model that never had one: what transformers' AutoTokenizer needs.
+
+    `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; of a SentencePiece model `tokenizer.model`
+    too. The ids that transformers gives are those of `tokenizer.encode`, without a prefix space.
+    """
+    usage, vocabulary = tokenizer.usage, tokenizer.vocabulary
+    files: dict[str, bytes] = {}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        files["tokenizer.model"] = tokenizer.model
+        told = _from_sentencepiece(tokenizer.model, usage.added)
+    else:
+        told = json.loads(tokenizer.model)
+    by_id = {i: name for name, i in _names(told).items()} | dict(usage.added)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": by_id[usage.bos],
+        "eos_token": by_id[usage.eos],
+        "pad_token": by_id[usage.pad],
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    files["tokenizer.json"] = _dump(told)
+    files["tokenizer_config.json"] = _dump(config)
+    if template := template_of(usage.chat, usage.opening):
+        files["chat_template.jinja"] = template.encode()
+    return with_named_tags(files, vocabulary)
+
+
+def _dump(told: Any) -> bytes:
+    return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _names(told: Mapping[str, Any]) -> dict[str, int]:
+    """The names in a tokenizer.json."""
+    vocab = told["model"]["vocab"]
+    if isinstance(vocab, list):
+        vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
+    return {**vocab, **{token["content"]: token["id"] for token in told.get("added_tokens") or []}}
+
+
+def _former_names(files: Mapping[str, bytes], names: Mapping[int, str]) -> dict[str, str]:
+    """What the tags' ids were called before: {former name: tag}."""
+    former: dict[str, str] = {}
+    if "tokenizer.json" in files:
+        former |= {
+            name: names[i] for name, i in _names(json.loads(files["tokenizer.json"])).items() if i in names
+        }
+    if "tokenizer.model" in files:
+        model = sentencepiece_model_pb2.ModelProto.FromString(files["tokenizer.model"])
+        former |= {model.pieces[i].piece: tag for i, tag in names.items() if i < len(model.pieces)}
+    return former
+
+
+def _token(content: str, **others: Any) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"content": content, **flags, **others}
+
+
+def _tokenizer_json(
+    told: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
+) -> dict[str, Any]:
+    vocab = told["model"]["vocab"]
+    if isinstance(vocab, list):
+        told["model"]["vocab"] = [[names.get(i, piece), score] for i, (piece, score) in enumerate(vocab)]
+    else:
+        told["model"]["vocab"] = {names.get(i, piece): i for piece, i in vocab.items()}
+    others = [token for token in told.get("added_tokens") or [] if token["id"] not in names]
+    ours = [{"id": i, **_token(name)} for i, name in names.items()]
+    told["added_tokens"] = sorted([*others, *ours], key=lambda token: token["id"])
+    return told
+
+
+def _tokenizer_config(
+    told: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
+) -> dict[str, Any]:
+    if declared := told.get("added_tokens_decoder"):
+        declared |= {str(i): _token(name) for i, name in names.items()}
+        told["added_tokens_decoder"] = dict(sorted(declared.items(), key=lambda item: int(item[0])))
+    return _special_tokens_map(told, names, former)
+
+
+def _special_tokens_map(
+    told: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
+) -> dict[str, Any]:
+    key = "extra_special_tokens" if "extra_special_tokens" in told else "additional_special_tokens"
+    listed = told.get(key) or []
+    if not isinstance(
+        listed, list
+    ):  # names of roles: transformers' newer form, to which a list does not belong
+        key, listed = "additional_special_tokens", told.get("additional_special_tokens") or []
+    contents = [token["content"] if isinstance(token, dict) else token for token in listed]
+    told[key] = [
+        *(
+            token
+            for token, content in zip(listed, contents)
+            if former.get(content, content) not in names.values()
+        ),
+        *names.values(),
+    ]
+    return told
+
+
+def _added_tokens(
+    told: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
+) -> dict[str, Any]:
+    return {name: i for name, i in told.items() if i not in names} | {name: i for i, name in names.items()}
+
+
+def _sentencepiece_model(data: bytes, names: Mapping[int, str]) -> bytes:
+    model = sentencepiece_model_pb2.ModelProto.FromString(data)
+    for i in range(len(model.pieces), max(names) + 1):
+        model.pieces.append(_Piece(piece=f"[unassigned_{i}]", score=0.0, type=_Piece.CONTROL))
+    for i, name in names.items():
+        model.pieces[i].piece, model.pieces[i].type = name, _Piece.CONTROL
+    model.trainer_spec.vocab_size = len(model.pieces)
+    written: bytes = model.SerializeToString(deterministic=True)
+    return written
+
+
+def _from_sentencepiece(data: bytes, added: Mapping[int, str]) -> dict[str, Any]:
+    """A tokenizer.json that does what the SentencePiece model does, but for its prefix space."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(data)
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    unknown = model.trainer_spec.unk_id
+    if model.trainer_spec.model_type == 1:  # unigram
+        core: dict[str, Any] = {"type": "Unigram", "unk_id": unknown, "vocab": pieces}
+    else:
+        core = {
+            "type": "BPE",
+            "unk_token": pieces[unknown][0],
+            "fuse_unk": True,
+            "vocab": {piece: i for i, (piece, _) in enumerate(pieces)},
+            "merges": _merges(pieces),
+        }
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [*_added(model.pieces), *({"id": i, **_token(name)} for i, name in added.items())],
+        "normalizer": spaces,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": core | {"byte_fallback": True},
+    }
+
+
+def _added(pieces: Iterable[Any]) -> list[dict[str, Any]]:
+    """What a tokenizer.json keeps apart: control symbols, and symbols that text is first searched for."""
+    added = []
+    for i, piece in enumerate(pieces):
+        if piece.type in (_Piece.CONTROL, _Piece.UNKNOWN):
+            added.append({"id": i, **_token(piece.piece)})
+        elif piece.type == _Piece.USER_DEFINED:
+            content = piece.piece.replace(SPACE, " ")
+            added.append({"id": i, **_token(content, special=bool(MARKER.fullmatch(content)))})
+    return added
+
+
+def _merges(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
+    """The merges of a BPE model from its pieces, best first: each way to make a piece of two others."""
+    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+    found = []
+    for piece, score in pieces:
+        ways = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [(left, right) for left, right in ways if left in ids and right in ids]
+        known.sort(key=lambda way: (ids[way[0]], ids[way[1]]))
+        found += [(score, way) for way in known]
+    found.sort(key=lambda each: each[0], reverse=True)
+    return [way for _, way in found]

@@ -1,0 +1,173 @@
+"""Tokenizers from files, Hugging Face folders and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from pasta_jax.tokens.base import MAGIC, TextTokenizer, unpack
+from pasta_jax.tokens.families import Hints
+from pasta_jax.tokens.hf import HfTokenizer
+from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
+from pasta_jax.tokens.tokenizer import TokenizerError
+
+TAGS_FILE = "pasta_tags.json"
+"""In an exported folder: the id of each tag piece."""
+
+FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    TAGS_FILE,
+)
+"""What is read of a folder, besides the size of the vocabulary in config.json."""
+
+
+def load_tokenizer(
+    path: str | os.PathLike[str], *, extend: bool = False, chat: str = "auto", vocab_size: int | None = None
+) -> TextTokenizer:
+    """A tokenizer from a SentencePiece model, a `tokenizer.json`, or a Hugging Face folder with either.
+
+    Of a folder, `tokenizer.model` is taken if there is a SentencePiece model of that name, since that needs no
+    extra; else `tokenizer.json`.
+
+    Args:
+      path: file or folder.
+      extend: tags for which the vocabulary has no free id get new ones after its end.
+      chat: the format of prompts, one of `chat.CHATS`. `auto`: of a folder, by its chat template, plain if it
+        has none; of a file, by the control tokens.
+      vocab_size: rows of the model's embedding, of which those past the tokenizer's end are free for tags; by
+        default what the folder's config.json says.
+
+    Raises:
+      TokenizerError: names the file and says what to do.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.is_dir():
+            files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
+            if vocab_size is None and (path / "config.json").is_file():
+                files["config.json"] = (path / "config.json").read_bytes()
+        else:
+            files = {path.name: path.read_bytes()}
+    except OSError as error:
+        raise TokenizerError(f"Cannot read the tokenizer {path}: {error.strerror}.") from error
+    try:
+        if path.is_dir():
+            return tokenizer_from_files(files, extend=extend, chat=chat, vocab_size=vocab_size)
+        hints = Hints(vocab_size=vocab_size or 0)
+        kind = HfTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+        return kind(files[path.name], extend=extend, chat=chat, hints=hints)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from error
+
+
+def tokenizer_from_files(
+    files: Mapping[str, bytes], *, extend: bool = False, chat: str = "auto", vocab_size: int | None = None
+) -> TextTokenizer:
+    """As `load_tokenizer`, of a folder's files by name (FILES, config.json); errors name the file within it."""
+    model, told = files.get("tokenizer.model"), files.get("tokenizer.json")
+    if model is None and told is None:
+        raise TokenizerError("There is neither a tokenizer.model nor a tokenizer.json in it.")
+    hints = read_hints(files, vocab_size)
+    if model is not None:
+        try:
+            return SentencePieceTokenizer(model, extend=extend, chat=chat, hints=hints)
+        except TokenizerError as error:
+            # Other formats go by the same name, tiktoken's for one.
+            if told is None or not str(error).startswith("Not a SentencePiece model"):
+                raise TokenizerError(f"tokenizer.model: {error}") from error
+    assert told is not None
+    try:
+        return HfTokenizer(told, extend=extend, chat=chat, hints=hints)
+    except TokenizerError as error:
+        raise TokenizerError(f"tokenizer.json: {error}") from error
+
+
+def tokenizer_from_bytes(data: bytes, *, extend: bool = False) -> TextTokenizer:
+    """The tokenizer of which `data` is what `to_bytes` gave.
+
+    Checkpoints of earlier versions hold the SentencePiece model alone, with the rules of then: tags that it lacks
+    after its end, and no chat format.
+
+    Args:
+      data: from the checkpoint.
+      extend: for such older checkpoints, what their configuration says.
+
+    Raises:
+      TokenizerError: damaged, or it needs a package that is not installed.
+    """
+    if not data.startswith(MAGIC):
+        return SentencePieceTokenizer(data, extend=extend, hints=Hints(template="", reserved=False))
+    kind, model, usage = unpack(data)
+    for known in (SentencePieceTokenizer, HfTokenizer):
+        if kind == known.kind:
+            return known(model, usage=usage)
+    raise TokenizerError(f"The saved tokenizer is of the kind {kind!r}, which this pasta_jax does not know.")
+
+
+def read_hints(files: Mapping[str, bytes], vocab_size: int | None = None) -> Hints:
+    """What the files beside a tokenizer say of it."""
+    told = {name: _json(name, data) for name, data in files.items() if name.endswith(".json")}
+    config, names = told.get("tokenizer_config.json", {}), told.get("special_tokens_map.json", {})
+
+    def name_of(role: str) -> str | None:
+        entry = config.get(role) or names.get(role)
+        entry = entry.get("content") if isinstance(entry, dict) else entry
+        return entry if isinstance(entry, str) else None
+
+    ends = told.get("generation_config.json", {}).get("eos_token_id")
+    model = told.get("config.json", {})
+    rows = model.get("vocab_size") or model.get("text_config", {}).get("vocab_size") or 0
+    begins = config.get("add_bos_token")
+    return Hints(
+        template=_template(files, told),
+        bos=name_of("bos_token"),
+        eos=name_of("eos_token"),
+        pad=name_of("pad_token"),
+        begins=begins if isinstance(begins, bool) else None,
+        ends=tuple(i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)),
+        vocab_size=vocab_size if vocab_size is not None else int(rows),
+        tag_ids=told.get(TAGS_FILE),
+        added=_added(config, told.get("added_tokens.json", {})),
+    )
+
+
+def _json(name: str, data: bytes) -> dict[str, Any]:
+    if name == "tokenizer.json":  # large, and read elsewhere
+        return {}
+    try:
+        told = json.loads(data)
+    except ValueError as error:
+        raise TokenizerError(f"{name} is no JSON: {error}") from error
+    if not isinstance(told, dict):
+        raise TokenizerError(f"{name} holds no JSON object.")
+    return told
+
+
+def _template(files: Mapping[str, bytes], told: Mapping[str, dict[str, Any]]) -> str:
+    """The folder's chat template, "" if it has none."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode("utf-8", errors="replace")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        template = told.get(name, {}).get("chat_template")
+        if isinstance(template, list):  # several by name
+            by_name = {each["name"]: each["template"] for each in template}
+            template = by_name.get("default") or next(iter(by_name.values()), "")
+        if isinstance(template, str):
+            return template
+    return ""
+
+
+def _added(config: Mapping[str, Any], added: Mapping[str, Any]) -> dict[int, str]:
+    """Tokens that are declared beside the file, by id."""
+    declared = config.get("added_tokens_decoder") or {}
+    return {int(i): name for name, i in added.items()} | {int(i): t["content"] for i, t in declared.items()}

@@ -1,0 +1,55 @@
+"""SentencePiece models (`tokenizer.model`): Gemma, Llama 2, Mistral, the almanac's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sentencepiece
+
+from pasta_jax.tokens.base import SPACE, TextTokenizer
+from pasta_jax.tokens.families import MARKER, Symbols
+from pasta_jax.tokens.tokenizer import TokenizerError
+
+_FENCE = "\x02"
+"""A character that no vocabulary merges with its neighbours: what stands before it (SentencePiece's dummy
+prefix) is cut off with it."""
+
+
+class SentencePieceTokenizer(TextTokenizer):
+    """A SentencePiece model, loaded from bytes; see `TextTokenizer`."""
+
+    kind = "sentencepiece"
+
+    def _open(self, added: Mapping[int, str]) -> Symbols:
+        try:
+            self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        except Exception as error:
+            raise TokenizerError(f"Not a SentencePiece model: {error}") from error
+        self._fence = sp.EncodeAsIds(_FENCE)
+        if not any(sp.IdToPiece(i).strip(SPACE) for i in self._fence):  # at most the dummy prefix
+            raise TokenizerError(
+                "This tokenizer drops control characters, so text would not come back as it was. "
+                "Train one with normalization_rule_name=identity."
+            )
+        spelled = [sp.IdToPiece(i) for i in range(sp.GetPieceSize())]
+        special = {
+            i
+            for i, piece in enumerate(spelled)
+            if sp.IsControl(i) or sp.IsUnknown(i) or MARKER.fullmatch(piece)
+        }
+        pieces = [b"" if i in special else self._piece_bytes(i, piece) for i, piece in enumerate(spelled)]
+        names = {piece: i for i, piece in enumerate(spelled)}
+        added = {i: name for i, name in added.items() if i >= len(pieces) and name not in names}
+        names |= {name: i for i, name in added.items()}
+        size = max(added, default=-1) + 1
+        special |= {*range(len(pieces), size)}  # the processor knows none of them, so text cannot become them
+        pieces += [b""] * (size - len(pieces))
+        bos, eos = (None if i < 0 else i for i in (sp.bos_id(), sp.eos_id()))
+        pad = max(sp.pad_id(), 0)
+        return Symbols(tuple(pieces), names, frozenset(special), bos=bos, eos=eos, pad=pad, added=added)
+
+    def _piece_bytes(self, i: int, piece: str) -> bytes:
+        return bytes([int(piece[3:5], 16)]) if self._sp.IsByte(i) else piece.replace(SPACE, " ").encode()
+
+    def _encode(self, text: str) -> list[int]:
+        return self._sp.EncodeAsIds(_FENCE + text)[len(self._fence) :]

@@ -1,0 +1,88 @@
+"""The chat formats as Jinja templates, for folders that never had one; the tests hold them against `chat`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+_SYSTEM = """\
+{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set said = messages[1:] %}
+{%- else %}{% set system = '' %}{% set said = messages %}{% endif %}
+"""
+
+_CHATML = (
+    _SYSTEM
+    + """\
+{%- if system %}{{ '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}
+{%- elif OPENING %}{{ '<|im_start|>system\\nSPELLED<|im_end|>\\n' }}{% endif %}
+{%- for message in said %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+"""
+)
+
+_TEMPLATES: Mapping[str, str] = {
+    "turns": _SYSTEM
+    + """\
+{{- bos_token }}
+{%- for message in said %}
+{%- if message['role'] == 'user' %}
+{{- '<user>' + (system + '\\n\\n' if system and loop.first else '') + message['content'] + '<model>' }}
+{%- else %}{{ message['content'] + eos_token }}{% endif %}
+{%- endfor %}""",
+    "gemma": _SYSTEM
+    + """\
+{{- bos_token }}
+{%- for message in said %}
+{{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\\n' }}
+{{- (system + '\\n\\n' if system and loop.first else '') + message['content'] | trim + '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}""",
+    "llama3": _SYSTEM
+    + """\
+{{- bos_token }}
+{%- if system or OPENING %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' + OPENING + system | trim + '<|eot_id|>' }}
+{%- endif %}
+{%- for message in said %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+{{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}""",
+    "chatml": _CHATML + "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "qwen3": _CHATML
+    + """\
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+{%- if not (enable_thinking is defined and enable_thinking) %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}""",
+    "llama2": _SYSTEM
+    + """\
+{%- for message in said %}
+{%- if message['role'] == 'user' %}
+{%- set before = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if system and loop.first else '' %}
+{{- bos_token + ' [INST] ' + (before + message['content']) | trim + ' [/INST]' }}
+{%- else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}
+{%- endfor %}""",
+    "mistral": _SYSTEM
+    + """\
+{{- bos_token }}
+{%- for message in said %}
+{%- if message['role'] == 'user' %}
+{{- ' [INST] ' + (system + '\\n\\n' if system and loop.first else '') + message['content'] + ' [/INST]' }}
+{%- else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}
+{%- endfor %}""",
+    "mistral3": _SYSTEM
+    + """\
+{{- bos_token }}
+{%- for message in said %}
+{%- if message['role'] == 'user' %}
+{{- '[INST] ' + (system + '\\n\\n' if system and loop.last else '') + message['content'] + '[/INST]' }}
+{%- else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}
+{%- endfor %}""",
+}
+
+
+def template_of(chat: str, opening: str) -> str:
+    """The template of a format in `chat.FORMATS` with what `chat.choose` found; "" for plain, which has none."""
+    template = _TEMPLATES.get(chat, "")
+    return template.replace("OPENING", json.dumps(opening)).replace("SPELLED", opening)

@@ -1,0 +1,48 @@
+"""What weights are, in a few bytes: they are known again wherever they lie and whatever they are called."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pasta_jax import sharding
+from pasta_jax.arrays import Array
+
+SAMPLES = 64
+"""Values of each leaf that are looked at, or all if there are fewer."""
+
+
+def fingerprint(params: Any) -> str:
+    """A hash of the names, shapes, dtypes and some values of all leaves; the same on every mesh.
+
+    The values stand at places spread evenly over the flat array. Training moves nearly all of a leaf's values,
+    so weights that were trained on are others.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    values = jax.device_get(_sampled([leaf for _, leaf in leaves]))
+    digest = hashlib.sha256()
+    for (path, leaf), sample in zip(leaves, values, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        digest.update(f"{name} {tuple(leaf.shape)} {jnp.dtype(leaf.dtype).name}\n".encode())
+        digest.update((np.asarray(sample, np.float32) + 0.0).tobytes())  # -0 is 0
+    return digest.hexdigest()
+
+
+def _sampled(leaves: list[Array]) -> list[Array]:
+    """Float32 [SAMPLES] of each, whole on every device."""
+    places = [
+        np.unravel_index(np.linspace(0, size - 1, min(SAMPLES, size)).astype(np.int64), leaf.shape)
+        for leaf in leaves
+        for size in [math.prod(leaf.shape)]
+    ]
+
+    def sample(leaves: list[Array]) -> list[Array]:
+        return [leaf[place].astype(jnp.float32) for leaf, place in zip(leaves, places, strict=True)]
+
+    mesh = sharding.mesh_of(leaves)
+    return jax.jit(sample, out_shardings=None if mesh is None else sharding.replicated(mesh))(leaves)
