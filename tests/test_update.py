@@ -200,9 +200,7 @@ def test_rows_of_a_part_that_devices_do_not_divide_are_refused() -> None:
 
 
 def test_adapters_on_a_mesh_have_the_gradient_of_one_device() -> None:
-    config = dataclasses.replace(
-        CONFIG, init_from="base", lora=Lora(rank=2, rows=(3, 7))
-    )
+    config = dataclasses.replace(CONFIG, init_from="base", lora=Lora(rank=2, rows=(3, 7)))
     fields = paired_batch(2).fields()
     expected, measured, _ = updated(config, "sft", fields)
     found, also, update = updated(config, "sft", fields, sharding.make_mesh(1, 4, 2))
