@@ -177,10 +177,6 @@ class Config:
                 f"config.microbatches={self.microbatches} does not divide config.data.rows={self.data.rows}. "
                 "Each part has the same number of rows; change one of them."
             )
-        if self.model.weights != "plain":
-            raise ConfigError(
-                "config.model.weights: int8 is for decoding. Train plain weights, quantise at load."
-            )
         if self.lora.rank and not self.init_from:
             raise ConfigError(
                 "config.init_from is empty: adapters go beside the weights of a trained model. Add "

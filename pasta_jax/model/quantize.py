@@ -82,8 +82,11 @@ def quantize(params: Any, config: ModelConfig, *, donate: bool = False) -> tuple
 def _quantized(xp: Any, array: Any, over: tuple[int, ...]) -> tuple[Any, Any]:
     values = array.astype(xp.float32)
     largest = xp.max(xp.abs(values), axis=over, keepdims=True)
-    scale = xp.where(largest > TINIEST, largest / LARGEST, 1.0).astype(xp.float32)
-    return xp.rint(values / scale).astype(xp.int8), xp.squeeze(scale, axis=over)
+    is_zero = largest <= TINIEST
+    # A product, for quotients round differently on other machines.
+    steps = xp.where(is_zero, 0.0, LARGEST / xp.where(is_zero, 1.0, largest)).astype(xp.float32)
+    scale = xp.where(is_zero, 1.0, largest / LARGEST).astype(xp.float32)
+    return xp.rint(values * steps).astype(xp.int8), xp.squeeze(scale, axis=over)
 
 
 def _on_device(name: str, array: Array) -> Callable[[Array], tuple[Array, Array]]:
