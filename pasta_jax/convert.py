@@ -7,6 +7,7 @@ workdir becomes a Hugging Face folder. Prints how far the logits are from transf
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -17,16 +18,20 @@ from absl import app, flags
 from pasta_jax.verbs import refuse, show_log
 
 
+DTYPES = (None, "float32", "bfloat16", "float16")
+
+
 def kind_of(source: str) -> tuple[str, str]:
     """What --from means: ("folder" | "hub" | "orbax" | "workdir", where). Raises ValueError."""
     from pasta_jax.interchange.hub import NAME
 
-    scheme, _, rest = source.partition(":")
-    if scheme == "orbax" and rest:
+    scheme, colon, rest = source.partition(":")
+    if scheme == "orbax" and colon:
         return "orbax", rest
-    where = rest if scheme == "hf" else source
+    is_hf = scheme == "hf" and bool(colon)
+    where = rest if is_hf else source
     if os.path.isdir(os.path.expanduser(where)):
-        return ("folder" if scheme == "hf" or _looks_like_hf(where) else "workdir"), where
+        return ("folder" if is_hf or _looks_like_hf(where) else "workdir"), where
     if NAME.fullmatch(where) and not os.path.exists(where):
         return "hub", where
     raise ValueError(
@@ -39,9 +44,8 @@ def _looks_like_hf(folder: str) -> bool:
     return "config.json" in names and any(name.endswith(".safetensors") for name in names)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
     """The verb. Mistakes end in one line and status 2."""
-    values = flags.FLAGS
     if len(argv) > 1 or not values["from"].value or not values.to:
         refuse(
             "From where to where? Add --from=hf:google/gemma-2b-it --to=WORKDIR, or --from=WORKDIR --to=FOLDER."
@@ -54,6 +58,8 @@ def main(argv: Sequence[str]) -> None:
     from pasta_jax.training.checkpoints import CheckpointError
 
     try:
+        if values.dtype not in DTYPES:
+            raise ValueError(f"--dtype={values.dtype} is none of {', '.join(filter(None, DTYPES))}.")
         kind, where = kind_of(values["from"].value)
         check_destination(values.to)
         if kind == "workdir":
@@ -130,25 +136,33 @@ def _mesh(values: Any) -> Any:
     return sharding.make_mesh(1, values.fsdp, values.tensor)
 
 
+def define(values: flags.FlagValues) -> None:
+    """The verb's flags."""
+
+    def text(name: str, help: str, default: str | None = None) -> None:
+        flags.DEFINE_string(name, default, help, flag_values=values)
+
+    def switch(name: str, default: bool, help: str) -> None:
+        flags.DEFINE_bool(name, default, help, flag_values=values)
+
+    text("from", "hf:DIR, hf:org/name or orbax:DIR to bring in; a workdir to bring out.")
+    text("to", "Workdir or folder to write; it must not exist, or be empty.")
+    text("dtype", "float32, bfloat16 or float16, of the parameters; by default as they are.")
+    text("tokenizer", "Coming in: tokenizer.model, tokenizer.json or a folder of one.")
+    switch("extend_tokenizer", False, "Coming in: tags without a free id get new ids and rows.")
+    text("chat", "Coming in: format of prompts; auto goes by the model's chat template.", "auto")
+    text("preset", "Coming in, orbax: the published model whose sizes it has.")
+    switch("name_tags", False, "Going out: the tokenizer's files call the tags by their names.")
+    switch("merge_lora", False, "Going out: adapters are added to the weights.")
+    flags.DEFINE_integer("fsdp", 1, "Devices that D is spread over; -1 is all.", flag_values=values)
+    flags.DEFINE_integer("tensor", 1, "Devices that heads and F are spread over.", flag_values=values)
+    switch("parity", True, "Compare with transformers afterwards, where it is installed.")
+
+
 def command() -> None:
     """Parses the command line and runs `main`."""
-    flags.DEFINE_string("from", None, "hf:DIR, hf:org/name or orbax:DIR to bring in; a workdir to bring out.")
-    flags.DEFINE_string("to", None, "Workdir or folder to write; it must not exist, or be empty.")
-    flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16", "float16"], "Of the parameters; default: as they are."
-    )
-    flags.DEFINE_string("tokenizer", None, "Coming in: tokenizer.model, tokenizer.json or a folder of one.")
-    flags.DEFINE_bool("extend_tokenizer", False, "Coming in: tags without a free id get new ids and rows.")
-    flags.DEFINE_string(
-        "chat", "auto", "Coming in: format of prompts; auto goes by the model's chat template."
-    )
-    flags.DEFINE_string("preset", None, "Coming in, orbax: the published model whose sizes it has.")
-    flags.DEFINE_bool("name_tags", False, "Going out: the tokenizer's files call the tags by their names.")
-    flags.DEFINE_bool("merge_lora", False, "Going out: adapters are added to the weights.")
-    flags.DEFINE_integer("fsdp", 1, "Devices that parameters are spread over; -1 is all.")
-    flags.DEFINE_integer("tensor", 1, "Devices that heads and inner dimensions are spread over.")
-    flags.DEFINE_bool("parity", True, "Compare with transformers afterwards, where it is installed.")
-    app.run(main, argv=sys.argv)
+    define(flags.FLAGS)
+    app.run(functools.partial(main, values=flags.FLAGS), argv=sys.argv)
 
 
 if __name__ == "__main__":
