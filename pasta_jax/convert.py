@@ -17,7 +17,6 @@ from absl import app, flags
 
 from pasta_jax.verbs import refuse, show_log
 
-
 DTYPES = (None, "float32", "bfloat16", "float16")
 
 
