@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from pasta_jax.verbs import refuse, show_log
+from pasta_jax.verbs import define_loading, refuse, show_log
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     from pasta_jax.training.checkpoints import CheckpointError
 
     try:
-        model = load(values.ckpt)
+        model = load(values.ckpt, dtype=values.dtype, quantize=values.quantize, base=values.base)
         result = decode(
             model,
             argv[1],
@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
 def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_string("ckpt", None, "Workdir or checkpoint of the model.")
+    define_loading()
     flags.DEFINE_enum(
         "mode", "parallel", ["parallel", "sequential", "both"], "How to decode; both times both."
     )

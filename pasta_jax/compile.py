@@ -1,12 +1,13 @@
 """Compiles an experiment's programs for a TPU that is not there: does it fit, and does it compile at all?
 
-    python -m pasta_jax.compile --config=configs/tiny.py --topology=v5e:2x4 [--rows=8] [--config.mesh.tensor=2]
+    python -m pasta_jax.compile --config=configs/tiny.py --topology=v5e:2x4 [--quantize=int8]
 
 Needs libtpu (Linux), no TPU. Prints for each program the memory of one chip, as the compiler counts it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -37,22 +38,67 @@ def topology_devices(topology: str) -> Any:
 
 
 def lower_train(config: Config, mesh: Any) -> Any:
-    """The update step, lowered for a mesh: parameters and optimiser over fsdp and tensor."""
+    """The update step of a stage, lowered for a mesh: parameters and optimiser over fsdp and tensor.
+
+    Of the second stage if config.stage says so, else of the first.
+    """
+    from pasta_jax import sharding
+    from pasta_jax.data.sources import make_tokenizer
+    from pasta_jax.preference.rounds import stage_of
+    from pasta_jax.training.loop import SFT, with_rows
+    from pasta_jax.training.update import make_update
+
+    stage = stage_of(config) if config.stage == "preference" else SFT
+    config = with_rows(config, make_tokenizer(config.data))
+    update = make_update(config, mesh, stage.loss_fn, stage.record)
+    state = sharding.abstract(update.shapes, update.shardings)
+    base = sharding.abstract(update.base_shapes, update.base_shardings)
+    fields = _batch(config, stage.record)
+    return update.step.lower(state, base, sharding.abstract(fields, update.batch_sharding))
+
+
+def lower_stages(config: Config, mesh: Any) -> dict[str, Any]:
+    """The programs of training by name, as config.stage has them."""
+    programs = {}
+    if config.stage != "preference":
+        programs["train"] = lower_train(dataclasses.replace(config, stage="sft"), mesh)
+    if config.stage != "sft":
+        second = dataclasses.replace(config, stage="preference", init_from=config.init_from or "sft")
+        programs["reference"] = lower_reference(second, mesh)
+        programs["preference"] = lower_train(second, mesh)
+    return programs
+
+
+def lower_reference(config: Config, mesh: Any) -> Any:
+    """The pass of the second stage that asks the reference for log-probabilities, lowered for a mesh."""
     import jax
 
     from pasta_jax import sharding
     from pasta_jax.arrays import ThreadedTokens
-    from pasta_jax.training.loop import sft
-    from pasta_jax.training.update import make_update
+    from pasta_jax.model import init_params
+    from pasta_jax.preference.pairs import reference_pass
+    from pasta_jax.training.microbatches import rows_sharding
+
+    params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
+    params = sharding.abstract(params, sharding.param_shardings(params, mesh))
+    lies = rows_sharding(mesh, config.data.rows, config.microbatches)
+    fields = sharding.abstract(_batch(config, ThreadedTokens), lies)
+    return reference_pass(config.model, mesh, config.microbatches).lower(params, fields)
+
+
+def _batch(config: Config, record: Any) -> Any:
+    """Shapes of the fields of a batch."""
+    import jax
+
     from pasta_jax.visibility import max_segments, words_for
 
-    update = make_update(config, mesh, sft)
     shape = (config.data.rows, config.data.length)
+    fields = {name: jax.ShapeDtypeStruct(shape, "int32") for name in record.__dataclass_fields__}
     words = words_for(max_segments(config.data.threads))
-    fields = {name: jax.ShapeDtypeStruct(shape, "int32") for name in ThreadedTokens.__dataclass_fields__}
     fields["sees"] = jax.ShapeDtypeStruct((*shape, words), "uint32")
-    state = sharding.abstract(update.shapes, update.shardings)
-    return update.step.lower(state, sharding.abstract(fields, update.batch_sharding))
+    if "reference" in fields:
+        fields["reference"] = jax.ShapeDtypeStruct(shape, "float32")
+    return fields
 
 
 def lower_decode(config: Config, mesh: Any, limits: Any, rows: int, prompt: int = 64) -> tuple[Any, Any]:
@@ -63,7 +109,7 @@ def lower_decode(config: Config, mesh: Any, limits: Any, rows: int, prompt: int 
     from pasta_jax import sharding
     from pasta_jax.data.sources import make_tokenizer
     from pasta_jax.decoding import loop
-    from pasta_jax.decoding.engine import Sampling
+    from pasta_jax.decoding.engine import Sampling, batch_shardings
     from pasta_jax.decoding.interpreter import rules_for
     from pasta_jax.model import Transformer, empty_pool, init_params
 
@@ -74,21 +120,20 @@ def lower_decode(config: Config, mesh: Any, limits: Any, rows: int, prompt: int 
     rules = rules_for(vocabulary, limits, config.data.positions, config.model.vocab_size)
     rules = sharding.abstract(rules, sharding.replicated(mesh))
     pool = jax.eval_shape(lambda: empty_pool(config.model, rows, limits.pool + limits.lanes))
-    pool = sharding.abstract(pool, sharding.pool_shardings(pool, mesh))
-
-    by_row = sharding.batch_sharding(mesh, rows)
+    lies = batch_shardings(pool, rows, mesh)
+    pool, by_row = sharding.abstract(pool, lies.pool), sharding.batch_sharding(mesh, rows)
     request = jax.tree.map(lambda leaf: np.stack([leaf] * rows), Sampling().request())
     prompts = jax.ShapeDtypeStruct((rows, prompt), "int32", sharding=by_row)
     lengths = jax.ShapeDtypeStruct((rows,), "int32", sharding=by_row)
     first = (params, rules, pool, sharding.abstract(request, by_row), prompts, lengths)
-    prefill = jax.jit(functools.partial(loop.prefill, model), donate_argnums=2)
+    prefill = jax.jit(functools.partial(loop.prefill, model), donate_argnums=2, out_shardings=lies)
 
     shapes = jax.eval_shape(prefill, *first)
     batch = loop.Batch(
         sharding.abstract(shapes.rows, by_row), sharding.abstract(shapes.requests, by_row), pool
     )
     steps = jax.ShapeDtypeStruct((), "int32", sharding=sharding.replicated(mesh))
-    decode = jax.jit(functools.partial(loop.decode_chunk, model), donate_argnums=2)
+    decode = jax.jit(functools.partial(loop.decode_chunk, model), donate_argnums=2, out_shardings=lies)
     return prefill.lower(*first), decode.lower(params, rules, batch, steps)
 
 
@@ -108,11 +153,13 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
         devices = topology_devices(values.topology)
         from pasta_jax import sharding
         from pasta_jax.decoding.state import Limits
+        from pasta_jax.loading import as_asked
 
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         limits = Limits(values.lanes, max(values.lanes, config.data.threads), values.pool)
-        prefill, decode = lower_decode(config, mesh, limits, values.rows)
-        programs = {"train": lower_train(config, mesh), "prefill": prefill, "decode": decode}
+        to_decode = dataclasses.replace(config, model=as_asked(config.model, None, values.quantize))
+        prefill, decode = lower_decode(to_decode, mesh, limits, values.rows)
+        programs = {**lower_stages(config, mesh), "prefill": prefill, "decode": decode}
     except (ConfigError, ValueError, RuntimeError) as error:
         refuse(str(error))
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -120,7 +167,7 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
     for name, lowered in programs.items():
         compiled = lowered.compile()
         print(
-            f"{name:8} {describe_memory(compiled)}; host calls: {', '.join(host_calls(compiled)) or 'none'}"
+            f"{name:10} {describe_memory(compiled)}; host calls: {', '.join(host_calls(compiled)) or 'none'}"
         )
 
 
@@ -139,6 +186,7 @@ def command() -> None:
     flags.DEFINE_integer("rows", 8, "B, requests decoded at once.", lower_bound=1)
     flags.DEFINE_integer("lanes", 8, "S.", lower_bound=1)
     flags.DEFINE_integer("pool", 1024, "P.", lower_bound=1)
+    flags.DEFINE_enum("quantize", None, ["int8"], "Weights of the decode programs.")
     overrides, rest = split_overrides(sys.argv)
     app.run(functools.partial(main, overrides=overrides), argv=rest)
 

@@ -11,36 +11,16 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
 from pasta_jax.verbs import refuse, show_log
 
+if TYPE_CHECKING:
+    from pasta_jax.interchange.importing import Kind
+
 DTYPES = (None, "float32", "bfloat16", "float16")
-
-
-def kind_of(source: str) -> tuple[str, str]:
-    """What --from means: ("folder" | "hub" | "orbax" | "workdir", where). Raises ValueError."""
-    from pasta_jax.interchange.hub import NAME
-
-    scheme, colon, rest = source.partition(":")
-    if scheme == "orbax" and colon:
-        return "orbax", rest
-    is_hf = scheme == "hf" and bool(colon)
-    where = rest if is_hf else source
-    if os.path.isdir(os.path.expanduser(where)):
-        return ("folder" if is_hf or _looks_like_hf(where) else "workdir"), where
-    if NAME.fullmatch(where) and not os.path.exists(where):
-        return "hub", where
-    raise ValueError(
-        f"--from={source}: there is no such folder, and no repository on the hub is called so (org/name)."
-    )
-
-
-def _looks_like_hf(folder: str) -> bool:
-    names = os.listdir(os.path.expanduser(folder))
-    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
 
 
 def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
@@ -52,6 +32,8 @@ def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
     show_log()
     # These load jax: the refusal above comes at once.
     from pasta_jax.interchange.errors import InterchangeError
+    from pasta_jax.interchange.hub import NAME
+    from pasta_jax.interchange.importing import kind_of
     from pasta_jax.interchange.writing import check_destination
     from pasta_jax.tokens.tokenizer import TokenizerError
     from pasta_jax.training.checkpoints import CheckpointError
@@ -60,6 +42,8 @@ def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
         if values.dtype not in DTYPES:
             raise ValueError(f"--dtype={values.dtype} is none of {', '.join(filter(None, DTYPES))}.")
         kind, where = kind_of(values["from"].value)
+        if kind == "workdir" and NAME.fullmatch(where) and not os.path.exists(where):
+            kind = "hub"  # nothing else of that name is there
         check_destination(values.to)
         if kind == "workdir":
             bring_out(where, values)
@@ -69,7 +53,7 @@ def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
         refuse(str(error))
 
 
-def bring_in(kind: str, where: str, values: Any) -> None:
+def bring_in(kind: Kind, where: str, values: Any) -> None:
     """A foreign model to a workdir, whole or not at all."""
     from pasta_jax.interchange.importing import Wanted, open_source, write_workdir
     from pasta_jax.interchange.parity import parity_line
@@ -78,6 +62,8 @@ def bring_in(kind: str, where: str, values: Any) -> None:
 
     if values.name_tags or values.merge_lora:
         raise ValueError("--name_tags and --merge_lora are for models that go out.")
+    if values.dtype == "float16":
+        raise ValueError("--dtype=float16 has too small a range to compute in. Use bfloat16 or float32.")
     wanted = Wanted(
         dtype=values.dtype,
         tokenizer=values.tokenizer,
@@ -110,11 +96,15 @@ def bring_out(where: str, values: Any) -> None:
     from pasta_jax.interchange.parity import parity_line
     from pasta_jax.interchange.writing import Exported, write_folder
     from pasta_jax.model import param_count
-    from pasta_jax.training.checkpoints import load_params
+    from pasta_jax.training.checkpoints import find, load_params, read_about
 
     for name in ("tokenizer", "extend_tokenizer", "preset"):
         if values[name].present:
             raise ValueError(f"--{name} is for models that come in.")
+    if read_about(find(where)).base is not None and not values.merge_lora:
+        raise ValueError(
+            f"{where} holds adapters. Add --merge_lora, which adds them to the weights beside them."
+        )
     origin, mesh = read_origin(where), _mesh(values)
     params, about = load_params(
         where, shardings=None if mesh is None else lambda shapes: sharding.param_shardings(shapes, mesh)

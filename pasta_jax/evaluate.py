@@ -10,6 +10,7 @@ Running the same command again goes on where it was cut off.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 
@@ -27,7 +28,7 @@ from pasta_jax.evaluation import (
 from pasta_jax.files import replacing
 from pasta_jax.preference.score import parallelism, theoretical_speedup
 from pasta_jax.reports.tables import markdown_table
-from pasta_jax.verbs import refuse, show_log
+from pasta_jax.verbs import define_loading, refuse, show_log
 
 HEADER = [
     "model",
@@ -107,7 +108,16 @@ def table(rows: Mapping[str, Sequence[Summary]]) -> str:
     )
 
 
-def compare(baseline: str, tests: Mapping[str, str], prompts: int, workdir: str) -> str:
+def compare(
+    baseline: str,
+    tests: Mapping[str, str],
+    prompts: int,
+    workdir: str,
+    *,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    base: str | None = None,
+) -> str:
     """Evaluates models against a baseline, writes everything to `workdir`, returns the table.
 
     Args:
@@ -115,6 +125,7 @@ def compare(baseline: str, tests: Mapping[str, str], prompts: int, workdir: str)
       tests: the others', by name.
       prompts: how many.
       workdir: where answers and table go.
+      dtype, quantize, base: of all models, as `load` takes them.
 
     Raises:
       CheckpointError: a model that cannot be loaded.
@@ -125,10 +136,13 @@ def compare(baseline: str, tests: Mapping[str, str], prompts: int, workdir: str)
     from pasta_jax.training.checkpoints import checkpoint_mark, find
 
     checkpoints = {name: find(path) for name, path in {"baseline": baseline, **tests}.items()}
-    models = {name: load(path) for name, path in checkpoints.items()}
+    models = {
+        name: load(path, dtype=dtype, quantize=quantize, base=base) for name, path in checkpoints.items()
+    }
     engine = Decoder(models["baseline"], limits=LIMITS)
     systems = {name: decoding(model, like=engine) for name, model in models.items()}
-    about = {name: checkpoint_mark(path) for name, path in checkpoints.items()}
+    loaded = {name: value for name, value in (("dtype", dtype), ("quantize", quantize)) if value}
+    about = {name: checkpoint_mark(path) | loaded for name, path in checkpoints.items()}
     answers = evaluate(systems, prompts, workdir, about)
     text = table({name: summarise(answers["baseline"], answers[name]) for name in tests})
     with replacing(os.path.join(workdir, "table.md")) as file:
@@ -143,7 +157,8 @@ def main(argv: Sequence[str]) -> None:
         refuse("Name both models: --ckpt=runs/pasta --baseline=runs/baseline.")
     show_log()
     try:
-        print(compare(values.baseline, {"PASTA": values.ckpt}, values.prompts, values.workdir))
+        table_of = functools.partial(compare, dtype=values.dtype, quantize=values.quantize, base=values.base)
+        print(table_of(values.baseline, {"PASTA": values.ckpt}, values.prompts, values.workdir))
     except (ValueError, OSError) as error:
         refuse(str(error))
 
@@ -152,6 +167,7 @@ def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_string("ckpt", None, "Workdir or checkpoint of the model to evaluate.")
     flags.DEFINE_string("baseline", None, "Workdir or checkpoint of the sequential baseline.")
+    define_loading()
     flags.DEFINE_string("workdir", "runs/evaluation", "Where answers and the table go.")
     flags.DEFINE_integer("prompts", 500, "How many held-out prompts.", lower_bound=1)
     app.run(main)

@@ -1,22 +1,97 @@
-"""`pasta_jax.load`: a trained model, from what `pasta_jax.train` wrote."""
+"""`pasta_jax.load`: a model ready to decode, from what `pasta_jax.train` wrote or from published weights."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
+from typing import Any
+
+import jax
 
 from pasta_jax.decoding.engine import Model
-from pasta_jax.training.checkpoints import load_params
+from pasta_jax.interchange.importing import Wanted, kind_of, open_source
+from pasta_jax.model import ModelConfig, init_params
+from pasta_jax.model.quantize import quantize as quantized
+from pasta_jax.sharding import param_shardings
+from pasta_jax.training.checkpoints import find, load_params, read_about
+
+DTYPES = ("float32", "bfloat16")
 
 
-def load(path: str | os.PathLike[str]) -> Model:
+def load(
+    source: str | os.PathLike[str],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    extend_tokenizer: bool = False,
+    chat: str = "auto",
+) -> Model:
     """A model ready to decode.
 
     Args:
-      path: a workdir, or one checkpoint within it; all that is needed is in the checkpoint.
+      source: a workdir of `pasta_jax.train` or `pasta_jax.convert`, or one checkpoint within it, adapters merged
+        into the weights that they were trained beside. Or published weights, which write no promises before
+        they are finetuned: a Hugging Face folder, "hf:org/name" of its hub (extra [hf]), a name such as
+        "gemma-2b-it" (`model.presets`), or "orbax:DIRECTORY" with a checkpoint of Gemma.
+      mesh: devices (`sharding.make_mesh`) over which the parameters are spread; by default all is on the first.
+      dtype: of parameters and compute, "float32" or "bfloat16"; by default that of the weights.
+      quantize: "int8" for matrices in int8, each as soon as it is read.
+      base: of adapters: where those weights are now, if not where they were.
+      tokenizer, extend_tokenizer, chat: of published weights: a file or folder if not their own; new ids and
+        embedding rows for the tags where none are free; the format of prompts (`tokens.chat`).
 
     Raises:
       CheckpointError: no checkpoint there, a foreign or a damaged one.
+      InterchangeError, TokenizerError: published weights that cannot be used, or do not fit into memory.
+      ValueError: an option that is not known, or sizes that the mesh does not divide.
     """
-    params, about = load_params(path)
-    data = about.config.data
-    return Model(params, about.config.model, about.tokenizer(), data.positions, data.max_depth)
+    as_asked(ModelConfig(), dtype, quantize)  # what is refused is refused before anything is read
+    kind, where = kind_of(source)
+    if kind != "workdir":
+        if base is not None:
+            raise ValueError(f"base={os.fspath(base)} is for adapters; {source} are weights.")
+        wanted = Wanted(
+            dtype=dtype,
+            tokenizer=tokenizer,
+            chat=chat,
+            extend_tokenizer=extend_tokenizer,
+            int8=quantize is not None,
+        )
+        ready = open_source(kind, where, wanted)
+        return Model(ready.read(mesh), ready.config, ready.tokenizer)
+    if tokenizer is not None or extend_tokenizer:
+        raise ValueError(
+            f"{where} has its own tokenizer; tokenizer and extend_tokenizer are for other weights."
+        )
+    plain = as_asked(read_about(find(where)).config.model, dtype, None)
+    shapes = jax.eval_shape(functools.partial(init_params, plain), jax.random.key(0))
+
+    def finish(part: Any) -> Any:
+        return quantized(part, plain, donate=True)[0]
+
+    params, about = load_params(
+        where,
+        shardings=None if mesh is None else functools.partial(param_shardings, mesh=mesh),
+        expected=shapes,
+        base=base,
+        finish=finish if quantize else None,
+    )
+    config, data = as_asked(plain, None, quantize), about.config.data
+    own = about.tokenizer()
+    return Model(
+        params, config, own if chat == "auto" else own.with_chat(chat), data.positions, data.max_depth
+    )
+
+
+def as_asked(config: ModelConfig, dtype: str | None, quantize: str | None) -> ModelConfig:
+    """The configuration of a model that is loaded so. Raises ValueError, as `load`."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r} is unknown. Use {' or '.join(DTYPES)}.")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize!r} is unknown. Use int8, or leave it out.")
+    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    return config if quantize is None else dataclasses.replace(config, weights="int8")

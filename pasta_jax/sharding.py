@@ -155,6 +155,12 @@ def batch_sharding(mesh: AnyMesh, rows: int | None = None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES["B"]))
 
 
+def round_up_rows(rows: int, mesh: AnyMesh) -> int:
+    """At least so many rows, divisible among the devices that rows go over."""
+    parts = math.prod(mesh.shape[axis] for axis in AXES["B"])
+    return -(-rows // parts) * parts
+
+
 def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

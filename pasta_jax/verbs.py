@@ -6,6 +6,7 @@ import logging
 import sys
 from typing import NoReturn
 
+from absl import flags
 from absl import logging as absl_logging
 
 BAD_USAGE = 2
@@ -27,3 +28,10 @@ def show_log() -> None:
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+def define_loading() -> None:
+    """The flags of a verb that loads a model to decode: what `pasta_jax.load` takes."""
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights; by default as in training.")
+    flags.DEFINE_enum("quantize", None, ["int8"], "Load matrices in int8.")
+    flags.DEFINE_string("base", None, "Of adapters: the weights they go beside, if not where they were.")

@@ -16,7 +16,7 @@ from hf_folders import CONFIGS, small_tokenizer, write_hf_folder
 from pasta_jax import convert, sharding
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.importing import Ready, Wanted, open_source, write_workdir
+from pasta_jax.interchange.importing import Ready, Wanted, kind_of, open_source, write_workdir
 from pasta_jax.interchange.origin import carry, read_origin
 from pasta_jax.interchange.reading import open_folder
 from pasta_jax.interchange.tensors import rows
@@ -26,7 +26,7 @@ from pasta_jax.model.quantize import quantize
 from pasta_jax.model.weights import hf_tensors, leaf_at
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
-from pasta_jax.training.checkpoints import CheckpointError, Checkpoints, load_params, read_about
+from pasta_jax.training.checkpoints import Base, CheckpointError, Checkpoints, load_params, read_about
 from pasta_jax.training.state import TrainState, new_state
 
 GEMMA = CONFIGS["gemma"]
@@ -265,15 +265,27 @@ def test_nothing_is_left_of_what_failed(tmp_path: pathlib.Path) -> None:
 def test_what_from_means(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_hf_folder(tmp_path / "hf", GEMMA)
-    (tmp_path / "org").mkdir()
-    (tmp_path / "org" / "run").mkdir()
-    assert convert.kind_of("hf:hf") == convert.kind_of("hf") == ("folder", "hf")
-    assert convert.kind_of("hf:google/gemma-2b-it") == ("hub", "google/gemma-2b-it")
-    assert convert.kind_of("google/gemma-2b-it") == ("hub", "google/gemma-2b-it")
-    assert convert.kind_of("org/run") == ("workdir", "org/run")
-    assert convert.kind_of("orbax:ckpt/2b") == ("orbax", "ckpt/2b")
-    with pytest.raises(ValueError, match="no such folder"):
-        convert.kind_of("hf:no/such/folder")
+    (tmp_path / "org" / "run").mkdir(parents=True)
+    assert kind_of("hf:hf") == kind_of("hf") == ("folder", "hf")
+    assert kind_of("hf:google/gemma-2b-it") == kind_of("gemma-2b-it") == ("hub", "google/gemma-2b-it")
+    assert kind_of("org/run") == ("workdir", "org/run")
+    assert kind_of("orbax:org/run") == ("orbax", "org/run")
+    with pytest.raises(InterchangeError, match="there is no folder no/such/folder"):
+        kind_of("hf:no/such/folder")
+
+
+def test_the_verb_takes_a_name_on_the_hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_hf_folder(tmp_path / "snapshot", GEMMA)
+    asked = []
+
+    def download(name: str) -> str:
+        asked.append(name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("pasta_jax.interchange.hub.download", download)
+    assert run("--from=google/gemma-2b-it", f"--to={tmp_path}/W", "--noparity") == 0
+    origin = read_origin(tmp_path / "W")
+    assert asked == ["google/gemma-2b-it"] and origin is not None and origin.source == asked[0]
 
 
 def run(*arguments: str) -> int:
@@ -301,10 +313,27 @@ def test_the_verb(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == message
     assert run(f"--from={tmp_path}/W", f"--to={tmp_path}/W2", "--extend_tokenizer") == 2
     assert capsys.readouterr().err == "--extend_tokenizer is for models that come in.\n"
+    assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2", "--dtype=float16") == 2
+    assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2", "--dtype=int4") == 2
+    float16, int4 = capsys.readouterr().err.splitlines()
+    assert "too small a range" in float16 and "none of float32, bfloat16, float16" in int4
     (tmp_path / "hf" / "model-00002-of-00002.safetensors").write_bytes(b"short")
     assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2") == 2
     assert "model-00002-of-00002.safetensors is truncated" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["W", "hf", "out"]
+
+
+def test_adapters_go_out_merged_when_asked(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    _, about = load_params(tmp_path / "W")
+    with Checkpoints(tmp_path / "L", about.config, about.tokenizer()) as adapters:
+        leaf = {"a": jax.numpy.ones(2)}
+        adapters.save(TrainState(leaf, leaf, jax.numpy.int32(3)), 0, Base("W", "0"))
+    assert run(f"--from={tmp_path}/L", f"--to={tmp_path}/out") == 2
+    assert capsys.readouterr().err.startswith(f"{tmp_path}/L holds adapters. Add --merge_lora")
 
 
 def test_config_of_an_import_is_a_config(tmp_path: pathlib.Path) -> None:

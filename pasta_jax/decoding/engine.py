@@ -46,6 +46,11 @@ class Model:
     max_depth: int = 1
     decoders: dict[Any, Decoder] = dataclasses.field(init=False, repr=False, default_factory=dict)
 
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """On which its parameters lie; None if that is one device."""
+        return sharding.mesh_of(self.params)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -105,17 +110,30 @@ class Timing:
     compile_s: float
 
 
+def batch_shardings(pool: Pool, rows: int, mesh: Any) -> loop.Batch:
+    """Where B requests lie that are being answered: as they go into a call, so they come out.
+
+    Args:
+      pool: shapes or arrays.
+      rows: B.
+      mesh: of devices or of a topology.
+    """
+    by_row: Any = sharding.batch_sharding(mesh, rows)
+    return loop.Batch(by_row, by_row, sharding.pool_shardings(pool, mesh))
+
+
 class Decoder:
     """Decodes batches of prompts with compiled functions that it keeps.
 
     Args:
       model: what to decode with.
       limits: static sizes.
-      rows: B, prompts decoded at once; more prompts are decoded in turns.
+      rows: B, prompts decoded at once; more prompts are decoded in turns. On a mesh the next multiple of those
+        devices that divide rows.
       chunk: decode steps between two looks of the host.
       prompt_buckets: lengths that prompts are padded to; one compiled prefill each.
-      mesh: the model's parameters lie on it; rows go over data and fsdp, heads over tensor. Without one, all is
-        on the parameters' device.
+      mesh: where the model's parameters lie, if they do not say so themselves; rows go over data and fsdp, heads
+        over tensor.
     """
 
     def __init__(
@@ -128,16 +146,30 @@ class Decoder:
         prompt_buckets: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048),
         mesh: jax.sharding.Mesh | None = None,
     ):
-        self.model, self.limits, self.rows, self.chunk = model, limits, rows, chunk
+        self.mesh = mesh or model.mesh
+        self.model, self.limits, self.chunk = model, limits, chunk
+        self.rows = rows if self.mesh is None else sharding.round_up_rows(rows, self.mesh)
         fitting = {bucket for bucket in prompt_buckets if bucket < limits.pool}
         self.prompt_buckets = tuple(sorted(fitting | {limits.pool}))
-        self.mesh = mesh
         self.rules: Rules = rules_for(
             model.tokenizer.vocabulary, limits, model.positions, model.config.vocab_size
         )
         transformer = Transformer(model.config)
-        self._prefill = jax.jit(functools.partial(loop.prefill, transformer), donate_argnums=2)
-        self._decode_chunk = jax.jit(functools.partial(loop.decode_chunk, transformer), donate_argnums=2)
+        self._new_pool: Callable[[], Pool] = functools.partial(
+            empty_pool, model.config, self.rows, limits.pool + limits.lanes
+        )
+        out = (
+            None
+            if self.mesh is None
+            else batch_shardings(jax.eval_shape(self._new_pool), self.rows, self.mesh)
+        )
+        if out is not None:
+            self._new_pool = jax.jit(self._new_pool, out_shardings=out.pool)
+        prefill, decode_chunk = (
+            functools.partial(function, transformer) for function in (loop.prefill, loop.decode_chunk)
+        )
+        self._prefill = jax.jit(prefill, donate_argnums=2, out_shardings=out)
+        self._decode_chunk = jax.jit(decode_chunk, donate_argnums=2, out_shardings=out)
         self._compiled: dict[Any, Any] = {}
 
     def fits(self, model: Model) -> bool:
@@ -223,10 +255,7 @@ class Decoder:
 
     def empty_pool(self) -> Pool:
         """[B, P + S, K, H] a layer: a step writes S entries, those of idle lanes after the real ones."""
-        pool = empty_pool(self.model.config, self.rows, self.limits.pool + self.limits.lanes)
-        if self.mesh is None:
-            return pool
-        return jax.device_put(pool, sharding.pool_shardings(pool, self.mesh))
+        return self._new_pool()
 
     def _compile(self, key: Any, function: Any, args: Callable[[], tuple[Any, ...]]) -> tuple[Any, float]:
         """The compiled function, and the seconds that compiling took now; `args` are asked for only then."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -21,11 +21,15 @@ from pasta_jax.interchange.placing import Path, aligned
 from pasta_jax.interchange.reading import Folder, model_config, open_folder, read_params
 from pasta_jax.interchange.tensors import CHUNK
 from pasta_jax.model import ModelConfig
+from pasta_jax.model.presets import presets
 from pasta_jax.model.quantize import contracted, quantize_leaf
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer, TokenizerError
 from pasta_jax.training.checkpoints import Checkpoints
 from pasta_jax.training.loop import write_about
+
+Kind = Literal["folder", "hub", "orbax", "workdir"]
+"""A Hugging Face folder, a repository on its hub, a checkpoint of Gemma's own, or what we wrote."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,37 @@ class Ready:
     read: Callable[[Mesh | None], Any]
 
 
-def open_source(kind: str, where: str, wanted: Wanted = Wanted()) -> Ready:
+def kind_of(source: str | os.PathLike[str]) -> tuple[Kind, str]:
+    """What somebody means by a model: its kind, and the folder or the name on the hub.
+
+    hf:DIRECTORY, orbax:DIRECTORY and hf:org/name say what they are. Else it is a folder, Hugging Face's if it has
+    a config.json beside safetensors files; or the name of a published model (`model.presets`). Whatever is left
+    is taken for a workdir, org/name too: it says nothing yet of whether that is there.
+
+    Raises:
+      InterchangeError: hf: or orbax: of what is neither there nor a name.
+    """
+    text = os.fspath(source)
+    scheme, colon, rest = text.partition(":")
+    if colon and scheme in ("hf", "orbax"):
+        if os.path.isdir(os.path.expanduser(rest)):
+            return ("folder" if scheme == "hf" else "orbax"), rest
+        if scheme == "hf" and hub.NAME.fullmatch(rest):
+            return "hub", rest
+        raise InterchangeError(
+            f"{text}: there is no folder {rest}" + ", and names on the hub are org/name." * (scheme == "hf")
+        )
+    folder = os.path.expanduser(text)
+    if os.path.isdir(folder):
+        names = os.listdir(folder)
+        is_hf = "config.json" in names and any(name.endswith(".safetensors") for name in names)
+        return ("folder" if is_hf else "workdir"), text
+    if text.lower() in presets():
+        return "hub", presets()[text.lower()].hub
+    return "workdir", text
+
+
+def open_source(kind: Kind, where: str, wanted: Wanted = Wanted()) -> Ready:
     """Looks at a foreign model; reads headers only.
 
     Args:

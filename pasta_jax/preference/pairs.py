@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,9 +17,11 @@ from pasta_jax.data.batches import permuted, steps_until
 from pasta_jax.data.packing import Packer
 from pasta_jax.decoding.engine import Model
 from pasta_jax.files import replacing
-from pasta_jax.model.transformer import Transformer
+from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.preference.sample import Record
+from pasta_jax.sharding import replicated
 from pasta_jax.training.losses import token_logprobs
+from pasta_jax.training.microbatches import map_parts, rows_sharding
 from pasta_jax.training.update import logits_of
 
 
@@ -77,6 +79,7 @@ def make_pairs(
     rows: int,
     length: int,
     path: str,
+    parts: int = 1,
 ) -> list[Pair]:
     """The chosen answers with their log-probabilities under the reference, which `path` keeps (NPZ).
 
@@ -84,7 +87,7 @@ def make_pairs(
       records: one a prompt.
       choices: of each record.
       reference: the model that drew the samples.
-      rows, length: of the batches in which it reads them.
+      rows, length, parts: of the batches in which it reads them, and the microbatches of those.
       path: read if it is there and of the same tokens, else written.
     """
     documents = [
@@ -98,7 +101,7 @@ def make_pairs(
     token = np.concatenate([document.token for document in documents])
     logprob = _kept(path, token)
     if logprob is None:
-        logprob = np.concatenate(reference_logprobs(reference, documents, rows, length))
+        logprob = np.concatenate(reference_logprobs(reference, documents, rows, length, parts))
         with replacing(path, "wb") as file:
             np.savez(file, token=token, logprob=logprob)
     logprobs = np.split(logprob, np.cumsum([len(document) for document in documents])[:-1])
@@ -118,17 +121,36 @@ def _kept(path: str, token: np.ndarray) -> np.ndarray | None:
     return None
 
 
+def reference_pass(config: ModelConfig, mesh: Any, parts: int = 1) -> Any:
+    """Jitted: parameters and the fields of a batch to the log-probability of each target, float32 [B, L].
+
+    Args:
+      config: of the model.
+      mesh: on which its parameters lie; None is one device.
+      parts: microbatches, so that logits are held for one at a time.
+    """
+    transformer = Transformer(config)
+
+    def forward(params: Any, fields: dict[str, Array]) -> Array:
+        def of_part(part: dict[str, Array]) -> Array:
+            batch = ThreadedTokens(**part)
+            return token_logprobs(logits_of(transformer, params, batch), batch.target)
+
+        return map_parts(of_part, fields, parts, mesh)
+
+    return jax.jit(forward, out_shardings=None if mesh is None else replicated(mesh))
+
+
 def reference_logprobs(
-    model: Model, documents: Sequence[ThreadedTokens], rows: int, length: int
+    model: Model, documents: Sequence[ThreadedTokens], rows: int, length: int, parts: int = 1
 ) -> list[np.ndarray]:
-    """Log-probability of each token's target, 0 without one: float32 [n] a document, in one forward pass each."""
-    transformer = Transformer(model.config)
+    """Log-probability of each token's target, 0 without one: float32 [n] a document, in one forward pass each.
 
-    @jax.jit
-    def forward(params: Array, fields: dict[str, Array]) -> Array:
-        batch = ThreadedTokens(**fields)
-        return token_logprobs(logits_of(transformer, params, batch), batch.target)
-
+    Raises:
+      ValueError: the mesh on which the model lies does not divide the rows of a microbatch.
+    """
+    forward = reference_pass(model.config, model.mesh, parts)
+    lies = rows_sharding(model.mesh, rows, parts) if model.mesh else None
     found: list[np.ndarray] = []
     start = 0
     while start < len(documents):
@@ -136,40 +158,53 @@ def reference_logprobs(
         while end < len(documents) and packer.add(documents[end]):
             end += 1
         batch, places = packer.pack(), packer.spans()
-        logprob_BxL = np.asarray(forward(model.params, batch.fields()))
+        logprob_BxL = np.asarray(forward(model.params, jax.device_put(batch.fields(), lies)))
         found += [logprob_BxL[row, here] for row, here in places]
         start = end
     return found
 
 
 def pair_batches(
-    pairs: Sequence[Pair], index: int, rows: int, length: int, *, seed: int = 0
+    pairs: Sequence[Pair], index: int, rows: int, length: int, *, seed: int = 0, parts: int = 1
 ) -> Iterator[tuple[PairedTokens, int]]:
     """Batches of whole pairs, every pair once an epoch, each epoch in another order; without end.
 
+    With microbatches both answers of a pair are in the same one; each has rows / parts rows of a batch.
+
     Yields:
-      [B, L] fields, the pairs numbered from 1, and the index with which the next batch begins.
+      [B, L] fields, the pairs of each microbatch numbered from 1, and the index with which the next batch begins.
     """
     while True:
-        packer, number = Packer(rows, length), 1
+        packers = [Packer(rows // parts, length) for _ in range(parts)]
         while True:
             epoch, i = divmod(index, len(pairs))
             pair = pairs[permuted(i, len(pairs), seed + epoch)]
-            if not packer.add(*(_numbered(each, number) for each in (pair.better, pair.worse))):
+            if not any(_add(packer, pair) for packer in packers):
                 break
-            index, number = index + 1, number + 1
-        if number == 1:
+            index += 1
+        if not packers[-1].documents:  # no room where nothing is
             raise ConfigError(
-                f"A pair of {len(pair.better)} and {len(pair.worse)} tokens does not fit into {rows} rows of "
-                f"{length}. Raise --config.data.rows or --config.data.length."
+                f"A pair of {len(pair.better)} and {len(pair.worse)} tokens does not fit into {rows // parts} rows "
+                f"of {length}{f', one of {parts} microbatches' * (parts > 1)}. Raise --config.data.rows or "
+                "--config.data.length."
             )
-        yield packer.pack(), index
+        packed = [packer.pack().fields() for packer in packers]
+        fields = {name: np.concatenate([part[name] for part in packed]) for name in packed[0]}
+        yield PairedTokens(**fields), index
+
+
+def _add(packer: Packer, pair: Pair) -> bool:
+    """Whether there was room for both."""
+    number = 1 + len(packer.documents) // 2
+    return packer.add(*(_numbered(each, number) for each in (pair.better, pair.worse)))
 
 
 def _numbered(document: PairedTokens, number: int) -> PairedTokens:
     return dataclasses.replace(document, pair=document.pair * number)
 
 
-def steps_for(pairs: Sequence[Pair], epochs: float, rows: int, length: int, seed: int) -> int:
+def steps_for(pairs: Sequence[Pair], epochs: float, rows: int, length: int, seed: int, parts: int = 1) -> int:
     """Batches that hold so many passes over the pairs."""
-    return steps_until(pair_batches(pairs, 0, rows, length, seed=seed), math.ceil(epochs * len(pairs)))
+    return steps_until(
+        pair_batches(pairs, 0, rows, length, seed=seed, parts=parts), math.ceil(epochs * len(pairs))
+    )

@@ -7,7 +7,8 @@
                     round.json       how it went; it is written last
             round-2/...
 
-The model that draws a round's samples is where its training starts from, and its reference.
+The model that draws a round's samples is where its training starts from, and its reference. With adapters
+(config.lora) those of a round go on from those of the one before, all beside the same weights; the model is both.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ from pasta_jax.decoding.engine import Model
 from pasta_jax.files import replacing
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.loading import load
-from pasta_jax.preference.pairs import Choice, choose_all, make_pairs, pair_batches, steps_for
+from pasta_jax.preference.pairs import Choice, Pair, choose_all, make_pairs, pair_batches, steps_for
 from pasta_jax.preference.sample import Prompt, Record, sample
 from pasta_jax.preference.score import scores
-from pasta_jax.training.checkpoints import checkpoint_mark
+from pasta_jax.sharding import make_mesh
+from pasta_jax.tokens.tokenizer import Tokenizer
+from pasta_jax.training.checkpoints import CheckpointError, checkpoint_mark, find
 from pasta_jax.training.loop import Stage, train
 from pasta_jax.training.losses import bonbon_margin, preference_loss
+from pasta_jax.training.microbatches import rows_sharding
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -52,15 +56,14 @@ def run(config: Config, workdir: str) -> str:
       ConfigError: prompts that the judge does not know, no pairs, or a workdir of another experiment.
       CheckpointError: as `train`.
     """
-    baseline = load(config.preference.baseline or config.init_from)
     policy = config.init_from
     for number in range(1, config.preference.rounds + 1):
-        policy = run_round(config, number, policy, baseline, os.path.join(workdir, f"round-{number}"))
+        policy = run_round(config, number, policy, os.path.join(workdir, f"round-{number}"))
     LOG.info("All rounds are done; the model is in %s.", policy)
     return policy
 
 
-def run_round(config: Config, number: int, policy: str, baseline: Model, folder: str) -> str:
+def run_round(config: Config, number: int, policy: str, folder: str) -> str:
     """One round from the model in the workdir `policy`; returns `folder`, the workdir of the next policy."""
     os.makedirs(folder, exist_ok=True)
     _check_same(os.path.join(folder, "about.json"), config, policy)
@@ -68,40 +71,21 @@ def run_round(config: Config, number: int, policy: str, baseline: Model, folder:
         LOG.info("Round %d was done before.", number)
         return folder
 
-    # ------------------------------------------------------------------------------------ sample and score
+    # ------------------------------------------------------------------------- sample, score, pair; train
 
     wishes, data, seed = config.preference, config.data, _seed(config, number)
-    model = load(policy)
-    records = draw(config, number, model, baseline, folder)
-    scored = [scores(record, wishes) for record in records]
-    choices = choose_all(records, scored, data.length)
-    _write_pairs(os.path.join(folder, "pairs.jsonl"), records, scored, choices)
-
-    # --------------------------------------------------------------------------------------- pair and train
-
-    if not any(choices):
-        raise ConfigError(
-            f"No pairs in {folder}: the samples of every prompt scored alike. Raise "
-            "--config.preference.temperature, .samples or .prompts_per_round."
-        )
-    path = os.path.join(folder, "reference.npz")
-    pairs = make_pairs(records, choices, model, rows=data.rows, length=data.length, path=path)
-    steps = steps_for(pairs, wishes.epochs, data.rows, data.length, seed)
+    records, pairs, tokenizer = pairs_of_round(config, number, policy, folder)
+    # The models that drew the samples are gone: training has all the memory.
+    parts = config.microbatches
+    steps = steps_for(pairs, wishes.epochs, data.rows, data.length, seed, parts)
     LOG.info("Round %d: %d pairs of %d prompts, %d steps.", number, len(pairs), len(records), steps)
-    loss = functools.partial(
-        preference_loss,
-        kind=wishes.loss,
-        alpha=wishes.alpha,
-        margin=wishes.margin or bonbon_margin(wishes.samples),
-        beta=wishes.beta,
-    )
     optimizer = dataclasses.replace(config.optimizer, lr=wishes.lr, warmup_steps=max(1, steps // 10))
     train(
         dataclasses.replace(config, stage="preference", init_from=policy, steps=steps, optimizer=optimizer),
         source=pairs,
-        tokenizer=model.tokenizer,
+        tokenizer=tokenizer,
         workdir=folder,
-        stage=Stage(PairedTokens, loss, functools.partial(pair_batches, seed=seed)),
+        stage=stage_of(config, seed),
     )
     answers = [answer for record in records for answer in record.samples]
     about = {
@@ -109,13 +93,61 @@ def run_round(config: Config, number: int, policy: str, baseline: Model, folder:
         "policy": policy,
         "prompts": len(records),
         "pairs": len(pairs),
-        "without_pair": sum(choice is None for choice in choices),
+        "without_pair": len(records) - len(pairs),
         "steps": steps,
         "mean_critical_path": float(np.mean([answer.critical_path for answer in answers])),
         "mean_tokens": float(np.mean([answer.output_tokens for answer in answers])),
     }
     _write_json(os.path.join(folder, "round.json"), about)
     return folder
+
+
+def pairs_of_round(
+    config: Config, number: int, policy: str, folder: str
+) -> tuple[list[Record], list[Pair], Tokenizer]:
+    """What a round learns from, and the policy's tokenizer; models lie on the mesh of training meanwhile.
+
+    Raises:
+      ConfigError: no pairs, or a mesh that does not divide what it should.
+    """
+    wishes, data = config.preference, config.data
+    try:
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        rows_sharding(mesh, data.rows, config.microbatches)
+        model = load(policy, mesh=mesh)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"config.mesh: {error}") from error
+    opponent = wishes.baseline or config.init_from
+    baseline = model if find(opponent) == find(policy) else load(opponent, mesh=mesh)
+    records = draw(config, number, model, baseline, folder)
+    del baseline
+    scored = [scores(record, wishes) for record in records]
+    choices = choose_all(records, scored, data.length)
+    _write_pairs(os.path.join(folder, "pairs.jsonl"), records, scored, choices)
+    if not any(choices):
+        raise ConfigError(
+            f"No pairs in {folder}: the samples of every prompt scored alike. Raise "
+            "--config.preference.temperature, .samples or .prompts_per_round."
+        )
+    path, parts = os.path.join(folder, "reference.npz"), config.microbatches
+    pairs = make_pairs(records, choices, model, rows=data.rows, length=data.length, path=path, parts=parts)
+    return records, pairs, model.tokenizer
+
+
+def stage_of(config: Config, seed: int = 0) -> Stage:
+    """What is trained on in the second stage: the loss, and batches in the order of a seed."""
+    wishes = config.preference
+    loss = functools.partial(
+        preference_loss,
+        kind=wishes.loss,
+        alpha=wishes.alpha,
+        margin=wishes.margin or bonbon_margin(wishes.samples),
+        beta=wishes.beta,
+    )
+    made = functools.partial(pair_batches, seed=seed, parts=config.microbatches)
+    return Stage(PairedTokens, loss, made)
 
 
 def draw(config: Config, number: int, policy: Model, baseline: Model, folder: str) -> list[Record]:
@@ -181,6 +213,8 @@ def _check_same(path: str, config: Config, policy: str) -> None:
     tree = to_dict(config)
     about = {name: tree[name] for name in ("seed", "data", "optimizer", "preference")}
     about["preference"].pop("rounds")  # more rounds may follow
+    if config.lora.rank:
+        about["lora"] = tree["lora"]
     baseline = config.preference.baseline or config.init_from
     about["policy"], about["opponent"] = checkpoint_mark(policy), checkpoint_mark(baseline)
     folder = os.path.dirname(path)

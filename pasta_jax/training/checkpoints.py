@@ -217,7 +217,10 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
     """
     root = absolute(path)
     if not root.exists():
-        raise CheckpointError(f"No checkpoint at {root}: no such directory. Train one with --workdir={root}.")
+        raise CheckpointError(
+            f"No checkpoint at {root}: no such directory. Train one with --workdir={root}; published weights are "
+            "hf:org/name, hf:DIRECTORY, or a name such as gemma-2b-it."
+        )
     if not root.is_dir():
         raise CheckpointError(f"{root} is a file. Give a workdir, or a checkpoint within it.")
     if (root / "pasta" / "pasta.json").exists() and (root / "params").exists():
@@ -312,7 +315,7 @@ def load_params(
         if expected is not None:
             _check_shapes(found, params, expected)
         # Of what was saved, for sums round differently on other machines.
-        both = fingerprint({"base": {about.base.fingerprint: np.zeros(())}, "adapters": trained})
+        both = fingerprint({"base": {about.base.fingerprint: np.zeros(1)}, "adapters": trained})
         about = dataclasses.replace(about, merged=both)
         params = lora.merge(lora.join(params, trained), about.config.lora, dtype=dtype, donate=True)
         return params if finish is None else _finished(params, params.pop, finish), about

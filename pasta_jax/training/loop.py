@@ -106,6 +106,10 @@ def train(
 
     workdir = os.fspath(workdir)
     config = with_rows(config, tokenizer)
+    if config.model.weights != "plain":
+        raise ConfigError(
+            "config.model.weights: int8 is for decoding. Train plain weights, quantise at load."
+        )
     try:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         update = make_update(config, mesh, stage.loss_fn, stage.record)
