@@ -37,12 +37,14 @@ setup(
         "tb": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.18"],
         "test": [
+            "jinja2>=3.1",
             "libtpu; sys_platform == 'linux'",
             "matplotlib>=3.8",
             "mypy>=1.14",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "tokenizers>=0.20",
         ],
     },
     classifiers=[

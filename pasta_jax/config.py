@@ -127,12 +127,12 @@ class Config:
     init_from: str = ""  # workdir or checkpoint whose weights to start from; empty starts from scratch
     adopt: bool = False  # model and tokenizer are those of init_from; of config.model only the dtype counts
     model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     lora: Lora = Lora()  # with a rank: adapters are trained, the weights of init_from stay
     param_dtype: Literal["", "float32", "bfloat16"] = ""  # of what is trained, optimiser too; "": model.dtype
     microbatches: int = 1  # parts of a batch, worked through in turn: memory for one; divides data.rows
     remat: bool = False  # compute layers again in the backward pass: a third more time, memory for one layer
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
     preference: PreferenceConfig = PreferenceConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

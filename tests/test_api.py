@@ -1,5 +1,7 @@
 """`pasta_jax.decode` as a caller meets it: what it returns agrees with itself, and its options do what they say."""
 
+import copy
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -10,8 +12,13 @@ import numpy as np
 import pytest
 
 import pasta_jax
+from pasta_jax.decoding import api
+from pasta_jax.decoding.interpreter import rules_for
+from pasta_jax.decoding.state import Limits
+from pasta_jax.decoding.trace import as_document, critical_path
 from pasta_jax.lang import tags
 from pasta_jax.lang.assemble import text_of
+from pasta_jax.lang.grammar import Kind
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.testing import WordTokenizer
 
@@ -132,11 +139,28 @@ def test_conversations() -> None:
     long = [*short, {"role": "assistant", "content": "the world"}, {"role": "user", "content": OTHER}]
     alone = pasta_jax.decode(model(), PROMPT, **options())
     assert what_was_said(pasta_jax.decode(model(), short, **options())) == what_was_said(alone)
-    one, other = pasta_jax.decode(model(), [short, long], **options())
+    one, other, _ = pasta_jax.decode(model(), [short, long, short], **options())  # four rows, as before
     assert what_was_said(one) == what_was_said(alone)
     assert other.stats.prompt_tokens == len(WORDS.encode_chat(long)) > one.stats.prompt_tokens
     with pytest.raises(ValueError, match="Message 2 of the conversation has the role 'user'; \"assistant\""):
         pasta_jax.decode(model(), [*short, *short], **options())
+
+
+def test_more_than_one_id_ends_an_answer() -> None:
+    """As families have it: the end of a turn, which training writes, and the end of a text, which comes up too."""
+    words, end = copy.copy(WORDS), WORDS.vocabulary.eos
+    words.vocabulary = dataclasses.replace(WORDS.vocabulary, eos=WORDS.vocabulary.pad, ends=frozenset({end}))
+    assert np.array_equal(
+        rules_for(words.vocabulary, Limits()).kinds[:2], [Kind.END, Kind.END]
+    )  # both stop it
+    ended = [result for result in results() if result.tokens[-1] == end]
+    assert ended
+    for result in ended:
+        read = api.result(words, result.trace, result.stats.wall_s, result.stats.compile_s)
+        assert read.stats == result.stats and what_was_said(read) == what_was_said(result)
+        document, prompt = as_document(result.trace), result.trace.prompt_length
+        steps = critical_path(document, prompt, WORDS.vocabulary)
+        assert critical_path(document, prompt, words.vocabulary) == steps
 
 
 def test_seeds() -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hf_folders import CONFIGS, write_hf_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +20,7 @@ SHORTER = {
     "configs/tiny_preference.py": [
         f"--config.preference.{wish}" for wish in ("prompts_per_round=2", "samples=4", "rows=8", "rounds=1")
     ],
+    "configs/gemma2b_sft.py": ["--config.epochs=0", "--config.data.length=256"],
     "pasta_jax.evaluate": ["--prompts=2"],
     "pasta_jax.demo": ["--prompts=2"],
     "pasta_jax.compile": ["--pool=256"],
@@ -43,6 +45,7 @@ def workspace(tmp_path_factory):
     json.loads(record)
     (folder / "mine.jsonl").write_text((record + "\n") * 8, encoding="utf-8")
     (folder / "runs").mkdir()
+    write_hf_folder(folder / "my-gemma", CONFIGS["gemma"])
     return folder
 
 

@@ -28,7 +28,7 @@ class Family:
       fixed: what it fixes, in a ModelConfig.
       defaults: values of fields that a `config.json` may leave out; None says that others decide.
       layers: which layers may be local: "none"; "all" (all or none); "any", as `layer_types` says.
-      capped: soft caps and the scale of queries can be set.
+      caps: the soft caps that can be set, and the scale of queries with them.
       local_base: local layers have a rotary base of their own, and no scaling.
     """
 
@@ -36,7 +36,7 @@ class Family:
     fixed: Mapping[str, Any]
     defaults: Mapping[str, Any]
     layers: Literal["none", "all", "any"] = "none"
-    capped: bool = False
+    caps: tuple[str, ...] = ()
     local_base: bool = False
 
 
@@ -79,7 +79,13 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True, "max_position_embeddings": 8192,
         },
     ),
-    "gemma2": Family("Gemma2ForCausalLM", _kind(1.0, True, "post_norms"), _GEMMA_2, layers="any", capped=True),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _kind(1.0, True, "post_norms"),
+        _GEMMA_2,
+        layers="any",
+        caps=("attn_softcap", "final_softcap"),
+    ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         _kind(1.0, True, "post_norms", "qk_norm"),
@@ -89,7 +95,7 @@ FAMILIES: dict[str, Family] = {
             "sliding_window_pattern": 6,
         },
         layers="any",
-        capped=True,
+        caps=("final_softcap",),  # transformers has a field for that of attention, and does not apply it
         local_base=True,
     ),
     "llama": Family("LlamaForCausalLM", _kind(0.0, False), _LLAMA),
@@ -110,6 +116,8 @@ FAMILIES: dict[str, Family] = {
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
 
 _DTYPES = ("float32", "bfloat16", "float16")
+
+_CAPS = {"attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
 
 _MUST_BE: dict[str, tuple[Any, str]] = {
     "mlp_bias": (False, "the MLP has no biases here"),
@@ -153,7 +161,8 @@ def config_from_hf(tree: Mapping[str, Any], where: str = "config.json") -> Model
         raise fields.fault("head_dim", "rotary positions need an even one", head_dim)
     base, scaling, local_base = rotary_from_hf(fields, family.local_base)
     kinds, window = _layers_from_hf(name, fields, Z)
-    query_scale = fields.number("query_pre_attn_scalar") if family.capped else 0.0
+    query_scale = fields.number("query_pre_attn_scalar") if family.caps else 0.0
+    caps: dict[str, Any] = {cap: fields.number(_CAPS[cap], none=0.0) for cap in family.caps}
     try:
         return ModelConfig(
             vocab_size=fields.size("vocab_size"),
@@ -168,8 +177,7 @@ def config_from_hf(tree: Mapping[str, Any], where: str = "config.json") -> Model
             norm_eps=fields.number("rms_norm_eps"),
             activation=_activation(name, fields),
             query_scale=0.0 if query_scale == head_dim else query_scale,
-            attn_softcap=fields.number("attn_logit_softcapping", none=0.0) if family.capped else 0.0,
-            final_softcap=fields.number("final_logit_softcapping", none=0.0) if family.capped else 0.0,
+            **caps,
             sliding_window=window,
             layer_kinds=_shortest(kinds),
             local_rope_base=local_base if window else 0.0,
@@ -222,7 +230,7 @@ def config_to_hf(
         "rope_theta": config.rope_base,
         "rope_scaling": scaling_to_hf(config.rope_scaling),
         **({"rope_local_base_freq": config.local_rope_base or config.rope_base} if kind.local_base else {}),
-        **(_caps_to_hf(config) if kind.capped else {}),
+        **(_caps_to_hf(config) if kind.caps else {}),
         **_layers_to_hf(config, name),
         **({} if name in ("mistral", "qwen2") else {"attention_bias": False}),
         **({"mlp_bias": False} if name == "llama" else {}),
@@ -254,8 +262,8 @@ def _differences(config: ModelConfig, name: str) -> list[str]:
         raise FamilyError(f"family={name!r} is unknown. Use one of {', '.join(FAMILIES)}.")
     family, kinds = FAMILIES[name], set(config.kinds)
     found = [field for field, value in family.fixed.items() if getattr(config, field) != value]
-    if not family.capped:
-        found += [field for field in ("attn_softcap", "final_softcap") if getattr(config, field)]
+    found += [cap for cap in _CAPS if cap not in family.caps and getattr(config, cap)]
+    if not family.caps:
         found += ["query_scale"] if config.query_scale not in (0, config.head_dim) else []
     elif not float(config.query_scale).is_integer():  # transformers wants an int
         found.append("query_scale")
@@ -315,6 +323,10 @@ def _refuse_what_we_lack(name: str, tree: Mapping[str, Any], fields: Fields) -> 
     for key, (value, why) in _MUST_BE.items():
         if tree.get(key) is not None and tree[key] != value:
             raise fields.fault(key, why)
+    if name == "gemma3_text" and tree.get("attn_logit_softcapping") is not None:
+        raise fields.fault(
+            "attn_logit_softcapping", "transformers does not apply it in Gemma 3; set it to null"
+        )
     bias = tree.get("attention_bias")
     if name == "qwen2" and bias is False:
         raise fields.fault("attention_bias", "Qwen2ForCausalLM always has biases of queries, keys and values")
@@ -413,6 +425,5 @@ def _layers_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
 def _caps_to_hf(config: ModelConfig) -> dict[str, Any]:
     return {
         "query_pre_attn_scalar": int(config.query_scale or config.head_dim),
-        "attn_logit_softcapping": config.attn_softcap or None,
-        "final_logit_softcapping": config.final_softcap or None,
+        **{theirs: getattr(config, ours) or None for ours, theirs in _CAPS.items()},
     }

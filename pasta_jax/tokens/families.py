@@ -173,7 +173,7 @@ def settle(symbols: Symbols, hints: Hints, *, extend: bool, chat: str, splits: C
 
 def _tag_ids(symbols: Symbols, hints: Hints, extend: bool, splits: Callable[[str], int]) -> dict[str, int]:
     if hints.tag_ids is not None:
-        return _checked(hints.tag_ids)
+        return _checked(hints.tag_ids, symbols)
     found = own_tag_ids(symbols)
     missing = [piece for piece in tags.PIECES if piece not in found]
     free = _reserved(symbols, hints.template or "") if hints.reserved else []
@@ -207,11 +207,15 @@ def _reserved(symbols: Symbols, template: str) -> list[int]:
     return []
 
 
-def _checked(tag_ids: Mapping[str, int]) -> dict[str, int]:
-    ids = [tag_ids.get(piece) for piece in tags.PIECES]
-    if set(tag_ids) != set(tags.PIECES) or len(set(ids)) != len(ids):
-        raise TokenizerError(f"The tag ids must be one for each of {', '.join(map(repr, tags.PIECES))}.")
-    return {piece: int(tag_ids[piece]) for piece in tags.PIECES}
+def _checked(tag_ids: Mapping[str, int], symbols: Symbols) -> dict[str, int]:
+    ids = [i for i in tag_ids.values() if isinstance(i, int) and i >= 0]
+    if set(tag_ids) != set(tags.PIECES) or len(set(ids)) != len(tags.PIECES):
+        raise TokenizerError(
+            f"pasta_tags.json must have an id for each of {', '.join(map(repr, tags.PIECES))}."
+        )
+    if text := [i for i in ids if i < len(symbols.pieces) and i not in symbols.special]:
+        raise TokenizerError(f"pasta_tags.json gives tags the ids {text}, which are ordinary text here.")
+    return {piece: tag_ids[piece] for piece in tags.PIECES}
 
 
 def _no_room(symbols: Symbols, hints: Hints, missing: list[str], splits: Callable[[str], int]) -> str:

@@ -61,10 +61,9 @@ class HfTokenizer(TextTokenizer):
         spelled = tuple(b"" if i in special else piece or b"" for i, piece in enumerate(pieces))
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_faithful(told, special)))
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_faithful(told)))
         except Exception as error:  # the package raises plain Exception
             raise TokenizerError(f"Not a tokenizer.json of Hugging Face: {error}") from error
-        self._tokenizer.encode_special_tokens = True
         begins = self._tokenizer.encode("", add_special_tokens=True).ids
         return Symbols(
             pieces=spelled,
@@ -91,8 +90,8 @@ def _steps(told: Mapping[str, Any], *parts: str) -> Iterator[dict[str, Any]]:
                 waiting += step.get(inner, [])
 
 
-def _faithful(told: dict[str, Any], special: set[int]) -> dict[str, Any]:
-    """The file without what would lose text; tokens that text must not become are marked special."""
+def _faithful(told: dict[str, Any]) -> dict[str, Any]:
+    """The file without what would lose text."""
     told = json.loads(json.dumps({**told, "model": {}})) | {"model": told["model"]}
     told |= {"truncation": None, "padding": None}
     told["normalizer"] = _kept(told.get("normalizer"))
@@ -103,7 +102,7 @@ def _faithful(told: dict[str, Any], special: set[int]) -> dict[str, Any]:
         elif step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
     for token in told.get("added_tokens") or []:
-        token |= {"lstrip": False, "rstrip": False, "special": token["id"] in special}
+        token |= {"lstrip": False, "rstrip": False}
     return told
 
 
