@@ -102,9 +102,8 @@ def bring_out(where: str, values: Any) -> None:
         if values[name].present:
             raise ValueError(f"--{name} is for models that come in.")
     if read_about(find(where)).base is not None and not values.merge_lora:
-        raise ValueError(
-            f"{where} holds adapters. Add --merge_lora, which adds them to the weights beside them."
-        )
+        bring_out_adapters(where, values)
+        return
     origin, mesh = read_origin(where), _mesh(values)
     params, about = load_params(
         where, shardings=None if mesh is None else lambda shapes: sharding.param_shardings(shapes, mesh)
@@ -114,6 +113,27 @@ def bring_out(where: str, values: Any) -> None:
     print(f"{about.path}: {param_count(params):,} parameters. Wrote {values.to}.")
     if values.parity:
         print(parity_line(params, about.config.model, values.to))
+
+
+def bring_out_adapters(where: str, values: Any) -> None:
+    """A workdir's adapters to a folder in PEFT's layout, whole or not at all."""
+    from pasta_jax.interchange.origin import read_origin
+    from pasta_jax.interchange.peft import write_adapters
+    from pasta_jax.model import param_count
+    from pasta_jax.training.checkpoints import find, find_base, load_adapters, read_about
+
+    for name in ("dtype", "name_tags"):
+        if values[name].present:
+            raise ValueError(f"--{name} is for whole models; {where} holds adapters. Add --merge_lora.")
+    adapters, about = load_adapters(where)
+    assert about.base is not None
+    base = read_about(find(find_base(find(where), about.base.path)))
+    origin = read_origin(where)
+    write_adapters(values.to, adapters, about.config, about.tokenizer(), origin, base_step=base.step)
+    print(
+        f"{about.path}: {param_count(adapters):,} parameters of adapters, for {origin and origin.source}. Wrote "
+        f"{values.to}, in PEFT's layout."
+    )
 
 
 def _mesh(values: Any) -> Any:
