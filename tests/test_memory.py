@@ -146,7 +146,12 @@ def test_importing_takes_little_more_than_the_model(tmp_path: pathlib.Path) -> N
     """At most 1.2 times the model, its checkpoint included. Half of this one is its embedding, the hardest case."""
     sizes = dict(model_dim=1024, num_heads=8, num_kv_heads=4, head_dim=128, mlp_dim=4096)
     config = ModelConfig(vocab_size=100_000, num_layers=6, **sizes)  # type: ignore[arg-type]
-    each = {t.name: np.full(t.shape, 0.5, ml_dtypes.bfloat16) for t in hf_tensors(config)}
+    bits = np.random.default_rng(0)  # as weights, they do not compress, so that compressing shows
+
+    def weights(shape: tuple[int, ...]) -> np.ndarray:
+        return bits.integers(2**16, size=shape, dtype=np.uint16).view(ml_dtypes.bfloat16)
+
+    each = {tensor.name: weights(tensor.shape) for tensor in hf_tensors(config)}
     write_hf_folder(tmp_path / "hf", config, tensors=each)
     line = [sys.executable, "-c", MEASURE, str(tmp_path / "hf"), str(tmp_path / "W")]
     done = subprocess.run(
