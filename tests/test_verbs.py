@@ -63,7 +63,9 @@ def test_options_reach_decode() -> None:
         "grammar": False,
         "cache_len": 64,
     }
+    loaded = {"dtype": "bfloat16", "quantize": "int8", "base": "B"}
     flags = [f"--{name}={str(value).lower()}" for name, value in given.items()]
+    flags += [f"--{name}={value}" for name, value in loaded.items()]
     code = f"""if True:
         import sys, pasta_jax
         from pasta_jax import __main__ as verb
@@ -71,7 +73,10 @@ def test_options_reach_decode() -> None:
             assert (model, prompt) == ("W", "Rivers?")
             assert options == {given}, options
             raise ValueError("decoded")
-        pasta_jax.load, pasta_jax.decode = lambda path: path, decode
+        def load(path, **options):
+            assert options == {loaded}, options
+            return path
+        pasta_jax.load, pasta_jax.decode = load, decode
         sys.argv = ["pasta_jax", "--ckpt=W", *{flags}, "Rivers?"]
         verb.command()
     """
