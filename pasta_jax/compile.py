@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -164,11 +165,30 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
         refuse(str(error))
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"{values.topology}, {len(devices)} chips: {shape}")
+    fits = True
     for name, lowered in programs.items():
-        compiled = lowered.compile()
-        print(
-            f"{name:10} {describe_memory(compiled)}; host calls: {', '.join(host_calls(compiled)) or 'none'}"
+        try:
+            compiled = lowered.compile()
+        except Exception as error:  # the compiler's own, whose class is jax's business
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            fits = False
+            print(f"{name:10} does not fit: {_reason(error)}")
+            continue
+        calls = ", ".join(host_calls(compiled)) or "none"
+        print(f"{name:10} {describe_memory(compiled)}; host calls: {calls}", flush=True)
+    if not fits:
+        refuse(
+            "Try more chips, or another mesh (--config.mesh.tensor=2); to train, --config.remat=true, more "
+            "--config.microbatches, or --config.lora.rank=16."
         )
+
+
+def _reason(error: Exception) -> str:
+    """What the compiler says of memory, in its own words."""
+    text = " ".join(str(error).split())
+    found = re.search(r"the total memory.*?(?= HLO module|$)", text) or re.search(r"Ran out of.*", text)
+    return (found.group() if found else text)[:300]
 
 
 def describe_memory(compiled: Any) -> str:

@@ -7,6 +7,8 @@ workdir becomes a Hugging Face folder. Prints how far the logits are from transf
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,10 +20,11 @@ from pasta_jax.verbs import refuse, show_log
 if TYPE_CHECKING:
     from pasta_jax.interchange.importing import Kind
 
+DTYPES = (None, "float32", "bfloat16", "float16")
 
-def main(argv: Sequence[str]) -> None:
+
+def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
     """The verb. Mistakes end in one line and status 2."""
-    values = flags.FLAGS
     if len(argv) > 1 or not values["from"].value or not values.to:
         refuse(
             "From where to where? Add --from=hf:google/gemma-2b-it --to=WORKDIR, or --from=WORKDIR --to=FOLDER."
@@ -29,13 +32,18 @@ def main(argv: Sequence[str]) -> None:
     show_log()
     # These load jax: the refusal above comes at once.
     from pasta_jax.interchange.errors import InterchangeError
+    from pasta_jax.interchange.hub import NAME
     from pasta_jax.interchange.importing import kind_of
     from pasta_jax.interchange.writing import check_destination
     from pasta_jax.tokens.tokenizer import TokenizerError
     from pasta_jax.training.checkpoints import CheckpointError
 
     try:
+        if values.dtype not in DTYPES:
+            raise ValueError(f"--dtype={values.dtype} is none of {', '.join(filter(None, DTYPES))}.")
         kind, where = kind_of(values["from"].value)
+        if kind == "workdir" and NAME.fullmatch(where) and not os.path.exists(where):
+            kind = "hub"  # nothing else of that name is there
         check_destination(values.to)
         if kind == "workdir":
             bring_out(where, values)
@@ -54,6 +62,8 @@ def bring_in(kind: Kind, where: str, values: Any) -> None:
 
     if values.name_tags or values.merge_lora:
         raise ValueError("--name_tags and --merge_lora are for models that go out.")
+    if values.dtype == "float16":
+        raise ValueError("--dtype=float16 has too small a range to compute in. Use bfloat16 or float32.")
     wanted = Wanted(
         dtype=values.dtype,
         tokenizer=values.tokenizer,
@@ -86,11 +96,14 @@ def bring_out(where: str, values: Any) -> None:
     from pasta_jax.interchange.parity import parity_line
     from pasta_jax.interchange.writing import Exported, write_folder
     from pasta_jax.model import param_count
-    from pasta_jax.training.checkpoints import load_params
+    from pasta_jax.training.checkpoints import find, load_params, read_about
 
     for name in ("tokenizer", "extend_tokenizer", "preset"):
         if values[name].present:
             raise ValueError(f"--{name} is for models that come in.")
+    if read_about(find(where)).base is not None and not values.merge_lora:
+        bring_out_adapters(where, values)
+        return
     origin, mesh = read_origin(where), _mesh(values)
     params, about = load_params(
         where, shardings=None if mesh is None else lambda shapes: sharding.param_shardings(shapes, mesh)
@@ -102,6 +115,27 @@ def bring_out(where: str, values: Any) -> None:
         print(parity_line(params, about.config.model, values.to))
 
 
+def bring_out_adapters(where: str, values: Any) -> None:
+    """A workdir's adapters to a folder in PEFT's layout, whole or not at all."""
+    from pasta_jax.interchange.origin import read_origin
+    from pasta_jax.interchange.peft import write_adapters
+    from pasta_jax.model import param_count
+    from pasta_jax.training.checkpoints import find, find_base, load_adapters, read_about
+
+    for name in ("dtype", "name_tags"):
+        if values[name].present:
+            raise ValueError(f"--{name} is for whole models; {where} holds adapters. Add --merge_lora.")
+    adapters, about = load_adapters(where)
+    assert about.base is not None
+    base = read_about(find(find_base(find(where), about.base.path)))
+    origin = read_origin(where)
+    write_adapters(values.to, adapters, about.config, about.tokenizer(), origin, base_step=base.step)
+    print(
+        f"{about.path}: {param_count(adapters):,} parameters of adapters, for {origin and origin.source}. Wrote "
+        f"{values.to}, in PEFT's layout."
+    )
+
+
 def _mesh(values: Any) -> Any:
     """Of all devices; None, the first device alone, unless a flag asks for more."""
     from pasta_jax import sharding
@@ -111,25 +145,33 @@ def _mesh(values: Any) -> Any:
     return sharding.make_mesh(1, values.fsdp, values.tensor)
 
 
+def define(values: flags.FlagValues) -> None:
+    """The verb's flags."""
+
+    def text(name: str, help: str, default: str | None = None) -> None:
+        flags.DEFINE_string(name, default, help, flag_values=values)
+
+    def switch(name: str, default: bool, help: str) -> None:
+        flags.DEFINE_bool(name, default, help, flag_values=values)
+
+    text("from", "hf:DIR, hf:org/name or orbax:DIR to bring in; a workdir to bring out.")
+    text("to", "Workdir or folder to write; it must not exist, or be empty.")
+    text("dtype", "float32, bfloat16 or float16, of the parameters; by default as they are.")
+    text("tokenizer", "Coming in: tokenizer.model, tokenizer.json or a folder of one.")
+    switch("extend_tokenizer", False, "Coming in: tags without a free id get new ids and rows.")
+    text("chat", "Coming in: format of prompts; auto goes by the model's chat template.", "auto")
+    text("preset", "Coming in, orbax: the published model whose sizes it has.")
+    switch("name_tags", False, "Going out: the tokenizer's files call the tags by their names.")
+    switch("merge_lora", False, "Going out: adapters are added to the weights.")
+    flags.DEFINE_integer("fsdp", 1, "Devices that D is spread over; -1 is all.", flag_values=values)
+    flags.DEFINE_integer("tensor", 1, "Devices that heads and F are spread over.", flag_values=values)
+    switch("parity", True, "Compare with transformers afterwards, where it is installed.")
+
+
 def command() -> None:
     """Parses the command line and runs `main`."""
-    flags.DEFINE_string("from", None, "hf:DIR, hf:org/name or orbax:DIR to bring in; a workdir to bring out.")
-    flags.DEFINE_string("to", None, "Workdir or folder to write; it must not exist, or be empty.")
-    flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16", "float16"], "Of the parameters; default: as they are."
-    )
-    flags.DEFINE_string("tokenizer", None, "Coming in: tokenizer.model, tokenizer.json or a folder of one.")
-    flags.DEFINE_bool("extend_tokenizer", False, "Coming in: tags without a free id get new ids and rows.")
-    flags.DEFINE_string(
-        "chat", "auto", "Coming in: format of prompts; auto goes by the model's chat template."
-    )
-    flags.DEFINE_string("preset", None, "Coming in, orbax: the published model whose sizes it has.")
-    flags.DEFINE_bool("name_tags", False, "Going out: the tokenizer's files call the tags by their names.")
-    flags.DEFINE_bool("merge_lora", False, "Going out: adapters are added to the weights.")
-    flags.DEFINE_integer("fsdp", 1, "Devices that parameters are spread over; -1 is all.")
-    flags.DEFINE_integer("tensor", 1, "Devices that heads and inner dimensions are spread over.")
-    flags.DEFINE_bool("parity", True, "Compare with transformers afterwards, where it is installed.")
-    app.run(main, argv=sys.argv)
+    define(flags.FLAGS)
+    app.run(functools.partial(main, values=flags.FLAGS), argv=sys.argv)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from pasta_jax.decoding.engine import Model
 from pasta_jax.interchange.importing import Wanted, kind_of, open_source
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.model.quantize import quantize as quantized
-from pasta_jax.model.quantize import quantize_leaf
 from pasta_jax.sharding import param_shardings
 from pasta_jax.training.checkpoints import find, load_params, read_about
 
@@ -61,7 +59,6 @@ def load(
             tokenizer=tokenizer,
             chat=chat,
             extend_tokenizer=extend_tokenizer,
-            transform=_to_int8 if quantize else None,
             int8=quantize is not None,
         )
         ready = open_source(kind, where, wanted)
@@ -88,11 +85,6 @@ def load(
     return Model(
         params, config, own if chat == "auto" else own.with_chat(chat), data.positions, data.max_depth
     )
-
-
-def _to_int8(path: tuple[str, ...], array: Any) -> Mapping[tuple[str, ...], Any]:
-    """A parameter on its way in (`interchange.placing.Transform`)."""
-    return {(*path[:-1], name): leaf for name, leaf in quantize_leaf(path[-1], array).items()}
 
 
 def as_asked(config: ModelConfig, dtype: str | None, quantize: str | None) -> ModelConfig:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import pathlib
 from typing import Any
 
-import family_tokenizers
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+import sentencepiece
 
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.config import RopeScaling
@@ -34,6 +36,29 @@ CONFIGS = {
     "mistral": ModelConfig(**_SIZES, **_PLAIN, layer_kinds=("local",), sliding_window=8),
 }
 """A small model of each family."""
+
+
+@functools.cache
+def small_tokenizer(free_ids: int = 9) -> bytes:
+    """A SentencePiece model of Gemma's kind, with so many ids that nothing uses."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["the Nile is long, 0123456789 rivers. And so?"] * 30),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=310 + free_ids,
+        hard_vocab_limit=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        user_defined_symbols=[f"<unused{n}>" for n in range(free_ids)],
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def random_tensors(config: ModelConfig, prefix: str = "model.", seed: int = 0) -> dict[str, np.ndarray]:
@@ -92,7 +117,7 @@ def write_hf_folder(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     tree = config_to_hf(config) | {"torch_dtype": np.dtype(dtype).name} if tree is None else tree
     (folder / "config.json").write_text(json.dumps(tree, indent=2))  # no newline, as some have none
-    (folder / "tokenizer.model").write_bytes(family_tokenizers.gemma() if tokenizer is None else tokenizer)
+    (folder / "tokenizer.model").write_bytes(small_tokenizer() if tokenizer is None else tokenizer)
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class":   "GemmaTokenizer", "add_bos_token": true}'
     )

@@ -593,3 +593,15 @@ def test_llama_3_groups_digits_and_promises_do_not() -> None:
     document = layout(found, [0], Program((Promise("a", 42, ()),)), Positions(), threads=4)
     four, two = vocabulary.digits[4], vocabulary.digits[2]
     assert [four, two] == [int(t) for t in document.token if vocabulary.kinds[t] == Kind.DIGIT]
+
+
+def test_declared_ids_without_a_row_are_left_out() -> None:
+    """Gemma 3 1B: a text model whose files name an image token that its embedding lacks."""
+    plain = tokenizer_from_files({"tokenizer.model": made.gemma()})
+    size = len(plain.vocabulary)
+    files = {
+        "tokenizer.model": made.gemma(),
+        "added_tokens.json": json.dumps({"<image_soft_token>": size}).encode(),
+    }
+    assert len(tokenizer_from_files(files, vocab_size=size).vocabulary) == size
+    assert len(tokenizer_from_files(files, vocab_size=size + 64).vocabulary) == size + 1

@@ -1,6 +1,7 @@
 """Losses against numbers worked by hand (law 7)."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import NO_TARGET, PairedTokens
-from pasta_jax.training.losses import bonbon_margin, preference_loss, sft_loss, token_logprobs
+from pasta_jax.training.losses import Sums, bonbon_margin, preference_loss, score, sft_loss
 
 # Two words, logits 0 and ln 3: probabilities 1/4 and 3/4. Equal logits: 1/2 each.
 SURE, EVEN = [0.0, math.log(3)], [0.0, 0.0]
@@ -22,13 +23,24 @@ def _no_accidental_broadcasting():
         yield
 
 
-def test_token_logprobs() -> None:
+def of_plain(logits: Any, target: Any) -> Sums:
+    return sft_loss(score(logits, target), target)
+
+
+def of_pairs(logits: Any, batch: PairedTokens, **options: Any) -> Sums:
+    return preference_loss(score(logits, batch.target), batch, **options)
+
+
+def test_scores() -> None:
     expected = [[math.log(3 / 4), math.log(1 / 4), math.log(1 / 2), 0.0]]
-    np.testing.assert_allclose(token_logprobs(LOGITS_1x4x2, TARGET_1x4), expected, atol=1e-6)
+    scores = score(LOGITS_1x4x2, TARGET_1x4)
+    np.testing.assert_allclose(scores.logprob, expected, atol=1e-6)
+    # No word is likelier than the target: true, false, true (of equals, each will do).
+    assert np.asarray(scores.is_likeliest).tolist() == [[True, False, True, False]]
 
 
 def test_sft_loss() -> None:
-    loss, measured = sft_loss(LOGITS_1x4x2, TARGET_1x4).mean()
+    loss, measured = of_plain(LOGITS_1x4x2, TARGET_1x4).mean()
     # -(ln 3/4 + ln 1/4 + ln 1/2) / 3 = ln(32 / 3) / 3
     np.testing.assert_allclose(loss, math.log(32 / 3) / 3, atol=1e-6)
     assert float(measured["loss"]) == float(loss)
@@ -38,7 +50,7 @@ def test_sft_loss() -> None:
 
 
 def test_what_has_no_target_has_no_gradient() -> None:
-    grad_1x4x2 = jax.grad(lambda logits: sft_loss(logits, TARGET_1x4).mean()[0])(LOGITS_1x4x2)
+    grad_1x4x2 = jax.grad(lambda logits: of_plain(logits, TARGET_1x4).mean()[0])(LOGITS_1x4x2)
     # d loss / d logits = (p - 1 at the target) / 3
     expected = np.array([[[1 / 4, -1 / 4], [-3 / 4, 3 / 4], [1 / 2, -1 / 2], [0, 0]]]) / 3
     np.testing.assert_allclose(grad_1x4x2, expected, atol=1e-6)
@@ -47,7 +59,7 @@ def test_what_has_no_target_has_no_gradient() -> None:
 
 def test_a_batch_without_targets_is_zero_and_not_nan() -> None:
     nothing = jnp.full((1, 4), NO_TARGET)
-    loss, grad = jax.value_and_grad(lambda logits: sft_loss(logits, nothing).mean()[0])(LOGITS_1x4x2)
+    loss, grad = jax.value_and_grad(lambda logits: of_plain(logits, nothing).mean()[0])(LOGITS_1x4x2)
     assert float(loss) == 0
     assert (np.asarray(grad) == 0).all()
 
@@ -84,9 +96,7 @@ BETTER = [math.log(3 / 8), math.log(1 / 4)]
 )
 def test_preference_loss(kind: str, expected: list[float]) -> None:
     batch = paired(REFERENCE)
-    loss, measured = preference_loss(
-        PAIRED_LOGITS_2x4x2, batch, kind=kind, alpha=0.25, margin=2.0, beta=0.5
-    ).mean()
+    loss, measured = of_pairs(PAIRED_LOGITS_2x4x2, batch, kind=kind, alpha=0.25, margin=2.0, beta=0.5).mean()
     np.testing.assert_allclose(loss, sum(expected) / 2, atol=1e-5)
     assert int(measured["pairs"]) == 2
     np.testing.assert_allclose(measured["margin"], 0.0, atol=1e-6)
@@ -97,7 +107,7 @@ def test_preference_loss(kind: str, expected: list[float]) -> None:
 def test_log_probabilities_are_summed_not_averaged() -> None:
     """A trap of the field: twice the tokens, twice the h (PAPER.md section 2)."""
     nothing = np.zeros((2, 4))
-    _, measured = preference_loss(PAIRED_LOGITS_2x4x2, paired(nothing), kind="ipo").mean()
+    _, measured = of_pairs(PAIRED_LOGITS_2x4x2, paired(nothing), kind="ipo").mean()
     np.testing.assert_allclose(measured["margin"], (math.log(3 / 2) - math.log(3)) / 2, atol=1e-6)
 
 
@@ -106,9 +116,7 @@ def test_bonbon_is_not_dpo() -> None:
 
     def slope(kind: str, margin: float) -> float:
         grad = jax.grad(
-            lambda logits: preference_loss(
-                logits, paired(REFERENCE), kind=kind, alpha=0.0, margin=margin
-            ).mean()[0]
+            lambda logits: of_pairs(logits, paired(REFERENCE), kind=kind, alpha=0.0, margin=margin).mean()[0]
         )(PAIRED_LOGITS_2x4x2)
         return float(grad[0, 0, 1])  # of the likely word of the better answer of pair 1
 
@@ -119,12 +127,10 @@ def test_bonbon_is_not_dpo() -> None:
 def test_padding_and_absent_pairs_weigh_nothing() -> None:
     batch = paired(REFERENCE)
     only_first = PairedTokens(**batch.fields() | {"pair": np.where(np.abs(PAIR_2x4) == 1, PAIR_2x4, 0)})
-    loss, measured = preference_loss(PAIRED_LOGITS_2x4x2, only_first, kind="ipo", margin=0.0).mean()
+    loss, measured = of_pairs(PAIRED_LOGITS_2x4x2, only_first, kind="ipo", margin=0.0).mean()
     np.testing.assert_allclose(loss, math.log(3) ** 2, atol=1e-5)
     assert int(measured["pairs"]) == 1
-    grad = jax.grad(lambda logits: preference_loss(logits, only_first, kind="ipo").mean()[0])(
-        PAIRED_LOGITS_2x4x2
-    )
+    grad = jax.grad(lambda logits: of_pairs(logits, only_first, kind="ipo").mean()[0])(PAIRED_LOGITS_2x4x2)
     assert (np.asarray(grad)[1] == 0).all()
     assert (np.asarray(grad)[0, 3] == 0).all()
 

@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import NO_TARGET, Array, PairedTokens
-from pasta_jax.training.losses import preference_loss, token_logprobs
+from pasta_jax.training.losses import preference_loss, score
 
 WHY = "compares with TRL, which is not among the requirements"
 torch: Any = pytest.importorskip("torch", reason=WHY)
@@ -93,12 +93,13 @@ def ours(answers: Answers, kind: str, order_N: Array) -> Outcome:
         | {
             "pair": pair_BxL,
             "target": target_BxL,
-            "reference": token_logprobs(jnp.asarray(packed(answers.reference_NxLxV)), target_BxL),
+            "reference": score(jnp.asarray(packed(answers.reference_NxLxV)), target_BxL).logprob,
         }
     )
 
     def loss(logits_BxLxV: Array) -> tuple[Array, dict[str, Array]]:
-        sums = preference_loss(logits_BxLxV, batch, kind=kind, alpha=ALPHA, margin=MARGIN, beta=BETA)
+        scores = score(logits_BxLxV, target_BxL)
+        sums = preference_loss(scores, batch, kind=kind, alpha=ALPHA, margin=MARGIN, beta=BETA)
         return sums.mean()
 
     (value, measured), grad_BxLxV = jax.value_and_grad(loss, has_aux=True)(

@@ -14,6 +14,7 @@ from pasta_jax.arrays import NO_TARGET, PairedTokens, ThreadedTokens
 from pasta_jax.config import Config, ConfigError, DataConfig, OptimizerConfig
 from pasta_jax.model import Lora, ModelConfig
 from pasta_jax.preference.pairs import Pair, pair_batches, reference_pass
+from pasta_jax.training import update as update_module
 from pasta_jax.training.loop import sft
 from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.microbatches import rows_sharding
@@ -155,6 +156,22 @@ def test_remat_changes_nothing() -> None:
     found, also, _ = updated(dataclasses.replace(CONFIG, remat=True), "sft", fields)
     assert_close(found, expected, 1e-5)
     assert also == pytest.approx(measured, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [5, 4, 1])
+def test_logits_of_a_few_tokens_at_a_time_change_nothing(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve tokens a row: 5, 5 and 2; three times 4; one by one."""
+    fields = paired_batch(2).fields()
+    expected, measured, _ = whole("sft", 2)
+    monkeypatch.setattr(update_module, "LOGITS", tokens * CONFIG.model.vocab_size)
+    found, also, _ = updated(CONFIG, "sft", fields)
+    assert_close(found, expected, 1e-5)
+    assert also == pytest.approx(measured, rel=1e-5)
+    if tokens == 5:
+        spread, _, _ = updated(CONFIG, "sft", fields, sharding.make_mesh(2, 2, 2))
+        assert_close(spread, expected, 1e-5)
 
 
 def test_masters_in_float32_take_steps_that_bfloat16_cannot() -> None:

@@ -24,6 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["pasta_jax", "--ckpt=no/such", "Rivers?"], "No checkpoint at "),
         (["pasta_jax.train"], "Which experiment?"),
         (["pasta_jax.compile"], "Which experiment?"),
+        (["pasta_jax.convert"], "From where to where?"),
         (["pasta_jax.evaluate"], "Name both models: --ckpt=runs/pasta --baseline=runs/baseline."),
         (["pasta_jax.evaluate", "--ckpt=no/such", "--baseline=no/such"], "No checkpoint at "),
     ],
@@ -62,7 +63,9 @@ def test_options_reach_decode() -> None:
         "grammar": False,
         "cache_len": 64,
     }
+    loaded = {"dtype": "bfloat16", "quantize": "int8", "base": "B"}
     flags = [f"--{name}={str(value).lower()}" for name, value in given.items()]
+    flags += [f"--{name}={value}" for name, value in loaded.items()]
     code = f"""if True:
         import sys, pasta_jax
         from pasta_jax import __main__ as verb
@@ -70,7 +73,10 @@ def test_options_reach_decode() -> None:
             assert (model, prompt) == ("W", "Rivers?")
             assert options == {given}, options
             raise ValueError("decoded")
-        pasta_jax.load, pasta_jax.decode = lambda path: path, decode
+        def load(path, **options):
+            assert options == {loaded}, options
+            return path
+        pasta_jax.load, pasta_jax.decode = load, decode
         sys.argv = ["pasta_jax", "--ckpt=W", *{flags}, "Rivers?"]
         verb.command()
     """

@@ -10,16 +10,19 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 from jax.sharding import Mesh
 
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.interchange import gemma, hub
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import Origin, origin_of, write_origin
-from pasta_jax.interchange.placing import Transform
+from pasta_jax.interchange.placing import Path, aligned
 from pasta_jax.interchange.reading import Folder, model_config, open_folder, read_params
+from pasta_jax.interchange.tensors import CHUNK
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.presets import presets
+from pasta_jax.model.quantize import contracted, quantize_leaf
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer, TokenizerError
 from pasta_jax.training.checkpoints import Checkpoints
@@ -39,7 +42,7 @@ class Wanted:
       chat: format of prompts, or "auto".
       extend_tokenizer: tags without a free id get new ones, and the embedding rows for them.
       preset: of an Orbax checkpoint, whose sizes it has; by default found by its shapes.
-      transform: applied to each parameter (int8); `int8` says that this quantises.
+      int8: its matrices are quantised, each as soon as it is read; to decode with, not to be written.
     """
 
     dtype: str | None = None
@@ -47,7 +50,6 @@ class Wanted:
     chat: str = "auto"
     extend_tokenizer: bool = False
     preset: str | None = None
-    transform: Transform | None = None
     int8: bool = False
 
 
@@ -142,6 +144,27 @@ def write_workdir(
     write_about(os.fspath(workdir), config)
 
 
+def int8(path: Path, array: np.ndarray) -> dict[Path, np.ndarray]:
+    """A parameter quantised (`quantize.quantize_leaf`); large ones by parts, whose columns are independent."""
+    over = contracted(path[-1])
+    if over is None:
+        return {path: array}
+    axis = next(axis for axis in range(array.ndim) if axis not in over)
+    parts = np.array_split(array, min(array.shape[axis], -(-array.nbytes // CHUNK)), axis)
+    made: dict[str, np.ndarray] = {}
+    done = 0
+    for part in parts:
+        for name, piece in quantize_leaf(path[-1], part).items():
+            is_matrix = name == path[-1]
+            rest = array.shape if is_matrix else tuple(n for i, n in enumerate(array.shape) if i not in over)
+            at = (slice(None),) * (axis if is_matrix else 0) + (slice(done, done + part.shape[axis]),)
+            if name not in made:
+                made[name] = aligned(rest, piece.dtype)
+            made[name][at] = piece
+        done += part.shape[axis]
+    return {(*path[:-1], name): whole for name, whole in made.items()}
+
+
 def _open_folder(folder: Folder, wanted: Wanted) -> Ready:
     rows = folder.config.vocab_size
     path = os.fspath(wanted.tokenizer or folder.path)
@@ -150,7 +173,7 @@ def _open_folder(folder: Folder, wanted: Wanted) -> Ready:
     config = model_config(folder, dtype=wanted.dtype, vocab_size=rows + new, int8=wanted.int8)
 
     def read(mesh: Mesh | None) -> Any:
-        return read_params(folder, config, mesh=mesh, transform=wanted.transform)
+        return read_params(folder, config, mesh=mesh, transform=int8 if wanted.int8 else None)
 
     return Ready(folder.source, config, tokenizer, path, origin_of(folder), folder.path, new, read)
 
@@ -172,7 +195,7 @@ def _open_orbax(where: str, wanted: Wanted) -> Ready:
     )
 
     def read(mesh: Mesh | None) -> Any:
-        return gemma.read_gemma(checkpoint, config, mesh=mesh, transform=wanted.transform)
+        return gemma.read_gemma(checkpoint, config, mesh=mesh, transform=int8 if wanted.int8 else None)
 
     return Ready(checkpoint.path, config, tokenizer, path, None, None, 0, read)
 

@@ -20,9 +20,8 @@ from pasta_jax.files import replacing
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.preference.sample import Record
 from pasta_jax.sharding import replicated
-from pasta_jax.training.losses import token_logprobs
 from pasta_jax.training.microbatches import map_parts, rows_sharding
-from pasta_jax.training.update import logits_of
+from pasta_jax.training.update import scores_of
 
 
 class Choice(NamedTuple):
@@ -134,7 +133,7 @@ def reference_pass(config: ModelConfig, mesh: Any, parts: int = 1) -> Any:
     def forward(params: Any, fields: dict[str, Array]) -> Array:
         def of_part(part: dict[str, Array]) -> Array:
             batch = ThreadedTokens(**part)
-            return token_logprobs(logits_of(transformer, params, batch), batch.target)
+            return scores_of(transformer, params, batch).logprob
 
         return map_parts(of_part, fields, parts, mesh)
 

@@ -128,6 +128,8 @@ def read_hints(files: Mapping[str, bytes], vocab_size: int | None = None) -> Hin
     model = told.get("config.json", {})
     rows = model.get("vocab_size") or model.get("text_config", {}).get("vocab_size") or 0
     begins = config.get("add_bos_token")
+    size = vocab_size if vocab_size is not None else int(rows)
+    declared = _added(config, told.get("added_tokens.json", {}))
     return Hints(
         template=_template(files, told),
         bos=name_of("bos_token"),
@@ -135,9 +137,10 @@ def read_hints(files: Mapping[str, bytes], vocab_size: int | None = None) -> Hin
         pad=name_of("pad_token"),
         begins=begins if isinstance(begins, bool) else None,
         ends=tuple(i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)),
-        vocab_size=vocab_size if vocab_size is not None else int(rows),
+        vocab_size=size,
         tag_ids=told.get(TAGS_FILE),
-        added=_added(config, told.get("added_tokens.json", {})),
+        # Gemma 3's text model has no row for the image token that its files declare.
+        added={i: name for i, name in declared.items() if not size or i < size},
     )
 
 

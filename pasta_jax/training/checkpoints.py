@@ -359,6 +359,15 @@ def load_parts(
     return params, _restore(found, "params", target), about
 
 
+def load_adapters(path: str | os.PathLike[str]) -> tuple[Params, About]:
+    """The adapters of a checkpoint alone, on the first device. Raises CheckpointError, as `load_parts`."""
+    found = find(path)
+    about = read_about(found)
+    if about.base is None:
+        raise CheckpointError(f"{found} holds a whole model, not adapters.")
+    return _restore(found, "params", _placed(_saved_shapes(found, "params"), None)), about
+
+
 def find_base(found: epath.Path, path: str) -> str:
     """Where the weights are that the checkpoint `found` has adapters for, by the path that it names.
 

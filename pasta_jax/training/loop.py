@@ -36,7 +36,7 @@ from pasta_jax.training.checkpoints import (
     versions,
 )
 from pasta_jax.training.fingerprint import fingerprint
-from pasta_jax.training.losses import Sums
+from pasta_jax.training.losses import Scores, Sums
 from pasta_jax.training.metrics import MetricsWriter
 from pasta_jax.training.signals import Stopped, stop_requests
 from pasta_jax.training.state import Params, TrainState
@@ -55,7 +55,7 @@ class Stage:
 
     Attributes:
       record: what a batch is.
-      loss_fn: from logits and such a batch.
+      loss_fn: from the scores of its targets and such a batch.
       batches: (source, index, rows, length) to batches, each with the index with which the next one begins.
     """
 
@@ -64,9 +64,9 @@ class Stage:
     batches: Callable[[Any, int, int, int], Iterator[tuple[ThreadedTokens, int]]] = batches
 
 
-def sft(logits_BxLxV: Array, batch: ThreadedTokens) -> Sums:
+def sft(scores: Scores, batch: ThreadedTokens) -> Sums:
     """The loss of supervised finetuning."""
-    return losses.sft_loss(logits_BxLxV, batch.target)
+    return losses.sft_loss(scores, batch.target)
 
 
 SFT = Stage(ThreadedTokens, sft)

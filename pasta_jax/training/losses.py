@@ -1,4 +1,8 @@
-"""Losses. They take arrays, not models, and return sums: those of a batch's parts add up to those of the whole."""
+"""Losses. They take arrays, not models, and return sums: those of a batch's parts add up to those of the whole.
+
+What a loss needs of logits is two numbers a target (`score`), so that logits of a large vocabulary need never
+be there for all tokens at once.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,26 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.arrays import NO_TARGET, Array, PairedTokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a model says of the target of each token."""
+
+    logprob: Array  # float32 [B, L]  its log-probability, 0 where there is no target
+    is_likeliest: Array  # bool [B, L]  no token is likelier; false where there is no target
+
+
+def score(logits_BxLxV: Array, target_BxL: Array) -> Scores:
+    """From float32 logits, and int32 targets or NO_TARGET."""
+    has_target_BxL = target_BxL != NO_TARGET
+    some_target_BxLx1 = jnp.where(has_target_BxL, target_BxL, 0)[..., None]
+    at_target_BxL = jnp.take_along_axis(logits_BxLxV, some_target_BxLx1, axis=-1)[..., 0]
+    logprob_BxL = at_target_BxL - jax.nn.logsumexp(logits_BxLxV, axis=-1)
+    # Not argmax: on CPU that takes ten times as long as the rest of the loss.
+    is_likeliest_BxL = (at_target_BxL >= logits_BxLxV.max(-1)) & has_target_BxL
+    return Scores(jnp.where(has_target_BxL, logprob_BxL, 0.0), is_likeliest_BxL)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "count"], meta_fields=["counted"])
@@ -37,26 +61,24 @@ class Sums:
         return 1.0 / jnp.maximum(self.count, 1)
 
 
-def sft_loss(logits_BxLxV: Array, target_BxL: Array) -> Sums:
+def sft_loss(scores: Scores, target_BxL: Array) -> Sums:
     """Cross-entropy over the tokens that have a target, all of a batch weighing the same.
 
     Args:
-      logits_BxLxV: float32.
+      scores: of the targets, [B, L] fields.
       target_BxL: int32; the token to predict, or NO_TARGET.
 
     Returns:
       sums over targets: loss (nats), accuracy (no token is likelier than the target).
     """
-    has_target_BxL = target_BxL != NO_TARGET
-    # Not argmax: on CPU that takes ten times as long as the rest of the loss.
-    correct_BxL = (_at_target(logits_BxLxV, target_BxL) >= logits_BxLxV.max(-1)) & has_target_BxL
-    loss = -token_logprobs(logits_BxLxV, target_BxL).sum()
-    accuracy = correct_BxL.sum().astype(jnp.float32)
-    return Sums({"loss": loss, "accuracy": accuracy}, has_target_BxL.sum(), "targets")
+    accuracy = scores.is_likeliest.sum().astype(jnp.float32)
+    return Sums(
+        {"loss": -scores.logprob.sum(), "accuracy": accuracy}, (target_BxL != NO_TARGET).sum(), "targets"
+    )
 
 
 def preference_loss(
-    logits_BxLxV: Array,
+    scores: Scores,
     batch: PairedTokens,
     *,
     kind: str = "bonbon",
@@ -74,7 +96,7 @@ def preference_loss(
     The paper writes `1 / beta` for the margin, IPO `1 / (2 beta)`; `bonbon_margin` is what best-of-n implies.
 
     Args:
-      logits_BxLxV: float32.
+      scores: of the targets, [B, L] fields.
       batch: [B, L] fields; both answers of a pair are in it.
       kind: "bonbon", "ipo" or "dpo".
       alpha: weight of the likelihood of the better answer.
@@ -84,7 +106,6 @@ def preference_loss(
     Returns:
       sums over pairs: loss, margin (h, nats), accuracy (h > 0), better (log-probability of the better answer).
     """
-    logprob_BxL = token_logprobs(logits_BxLxV, batch.target)
     most = batch.token.size // 2  # pairs a batch can hold at all: two tokens each
 
     def by_pair(value_BxL: Array, sign: int) -> Array:
@@ -92,14 +113,14 @@ def preference_loss(
         pair_BxL = jnp.maximum(sign * batch.pair, 0)
         return jax.ops.segment_sum(value_BxL.ravel(), pair_BxL.ravel(), most + 1)[1:]
 
-    better, worse = by_pair(logprob_BxL, +1), by_pair(logprob_BxL, -1)
+    better, worse = by_pair(scores.logprob, +1), by_pair(scores.logprob, -1)
     h = (better - worse) - (by_pair(batch.reference, +1) - by_pair(batch.reference, -1))
     losses = {
         "bonbon": lambda: alpha * -better + (1 - alpha) * (h - margin) ** 2,
         "ipo": lambda: (h - margin) ** 2,
         "dpo": lambda: -jax.nn.log_sigmoid(beta * h),
     }[kind]()
-    real = by_pair(jnp.ones_like(logprob_BxL), +1) > 0
+    real = by_pair(jnp.ones_like(scores.logprob), +1) > 0
 
     def total(values: Array) -> Array:
         return jnp.where(real, values, 0.0).sum()
@@ -115,15 +136,3 @@ def bonbon_margin(samples: int) -> float:
     (18.15, 25.4607)
     """
     return (samples - 1) * sum(1 / m for m in range(1, samples))
-
-
-def token_logprobs(logits_BxLxV: Array, target_BxL: Array) -> Array:
-    """Log-probability of each target, 0 where there is none: float32 [B, L]."""
-    logprob_BxL = _at_target(logits_BxLxV, target_BxL) - jax.nn.logsumexp(logits_BxLxV, axis=-1)
-    return jnp.where(target_BxL != NO_TARGET, logprob_BxL, 0.0)
-
-
-def _at_target(logits_BxLxV: Array, target_BxL: Array) -> Array:
-    """The logit of each target; of some token where there is none."""
-    some_target_BxLx1 = jnp.where(target_BxL != NO_TARGET, target_BxL, 0)[..., None]
-    return jnp.take_along_axis(logits_BxLxV, some_target_BxLx1, axis=-1)[..., 0]

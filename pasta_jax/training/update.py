@@ -12,24 +12,48 @@ import jax.numpy as jnp
 import optax
 
 from pasta_jax import sharding
-from pasta_jax.arrays import Array, ThreadedTokens
+from pasta_jax.arrays import NO_TARGET, Array, ThreadedTokens
 from pasta_jax.config import Config
 from pasta_jax.model import lora as adapters
 from pasta_jax.model.transformer import Transformer, init_params
-from pasta_jax.training.losses import Sums
+from pasta_jax.training.losses import Scores, Sums, score
 from pasta_jax.training.microbatches import rows_sharding, sum_over_parts
 from pasta_jax.training.state import Params, TrainState, make_optimizer, make_schedule, new_state
 from pasta_jax.visibility import visible
 
-LossFn: TypeAlias = Callable[[Array, Any], Sums]
-"""From float32 logits [B, L, V] and the batch, or a part of it, to the loss and measurements, "loss" among them."""
+LossFn: TypeAlias = Callable[[Scores, Any], Sums]
+"""From the scores of a batch's targets and the batch, or a part of it, to the loss and measurements, "loss" among
+them."""
+
+LOGITS = 2**25
+"""Float32 logits of a row that are there at once, at most: 128 MiB."""
 
 
-def logits_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Array:
-    """Of every token of a batch ([B, L] fields), all fed at once: float32 [B, L, V]."""
+def scores_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Scores:
+    """Of every target of a batch ([B, L] fields), all tokens fed at once.
+
+    Logits of a large vocabulary are made, and in the backward pass made again, for some tokens of each row at a
+    time: a row of 2,048 tokens has 2 GB of them in Gemma, and gradients as many.
+    """
     out: Any = model.apply({"params": params}, batch.token, batch.position, visible(batch, batch))
-    logits: Any = model.apply({"params": params}, out[0], method="logits")
-    return logits
+    B, L, D = out[0].shape
+    size = min(L, max(1, LOGITS // model.config.vocab_size))
+    count = -(-L // size)
+
+    def of_some(some: tuple[Array, Array]) -> Scores:
+        hidden_BxCxD, target_BxC = some
+        logits: Any = model.apply({"params": params}, hidden_BxCxD, method="logits")
+        return score(logits, target_BxC)
+
+    if count == 1:
+        return of_some((out[0], batch.target))
+    ahead = count * size - L
+    hidden_BxLxD = jnp.pad(out[0], ((0, 0), (0, ahead), (0, 0)))
+    target_BxL = jnp.pad(batch.target, ((0, 0), (0, ahead)), constant_values=NO_TARGET)
+    hidden = jnp.moveaxis(hidden_BxLxD.reshape(B, count, size, D), 1, 0)
+    target = jnp.moveaxis(target_BxL.reshape(B, count, size), 1, 0)
+    scores = jax.lax.map(jax.checkpoint(of_some), (hidden, target))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :L], scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +130,7 @@ def make_update(
     ) -> tuple[TrainState, dict[str, Array]]:
         def loss_of(params: Params, part: dict[str, Array]) -> tuple[Array, Sums]:
             batch = record(**part)
-            sums = loss_fn(logits_of(model, adapters.join(base, params), batch), batch)
+            sums = loss_fn(scores_of(model, adapters.join(base, params), batch), batch)
             return sums.values["loss"], sums
 
         computed = jax.tree.map(lambda x: x.astype(config.model.dtype), state.params)

@@ -1,0 +1,342 @@
+"""In and out again: bit for bit, on a mesh, with a larger vocabulary, after training; and what is refused."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from absl import flags
+from hf_folders import CONFIGS, small_tokenizer, write_hf_folder
+
+from pasta_jax import convert, sharding
+from pasta_jax.config import Config, ConfigError
+from pasta_jax.interchange.errors import InterchangeError
+from pasta_jax.interchange.importing import Ready, Wanted, kind_of, open_source, write_workdir
+from pasta_jax.interchange.origin import carry, read_origin
+from pasta_jax.interchange.reading import open_folder
+from pasta_jax.interchange.tensors import rows
+from pasta_jax.interchange.writing import Exported, unfinished, write_folder
+from pasta_jax.lang import tags
+from pasta_jax.model.quantize import quantize
+from pasta_jax.model.weights import hf_tensors, leaf_at
+from pasta_jax.tokens.load import load_tokenizer
+from pasta_jax.tokens.tokenizer import TokenizerError
+from pasta_jax.training.checkpoints import Base, CheckpointError, Checkpoints, load_params, read_about
+from pasta_jax.training.state import TrainState, new_state
+
+GEMMA = CONFIGS["gemma"]
+
+
+def bring_in(folder: pathlib.Path, workdir: pathlib.Path, **how: Any) -> tuple[Ready, Any]:
+    wanted = Wanted(**how)
+    ready = open_source("folder", str(folder), wanted)
+    params = ready.read(None)
+    write_workdir(ready, params, workdir, wanted)
+    return ready, params
+
+
+def bring_out(workdir: pathlib.Path, folder: pathlib.Path, **how: Any) -> None:
+    params, about = load_params(workdir)
+    origin = read_origin(workdir)
+    model = Exported(params, about.config.model, about.tokenizer(), origin, is_trained=about.step > 0)
+    write_folder(folder, model, **how)
+
+
+def stored(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    found = open_folder(folder).stored
+    return {name: np.concatenate([piece for _, piece in rows(at)]) for name, at in found.items()}
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_folder_comes_back_byte_for_byte(family: str, tmp_path: pathlib.Path) -> None:
+    dtype = ml_dtypes.bfloat16 if family != "gemma2" else np.float32
+    theirs = write_hf_folder(
+        tmp_path / "hf",
+        CONFIGS[family],
+        dtype=dtype,
+        shards=1 + (family != "qwen3"),
+        head_again=family == "gemma3",
+    )
+    ready, params = bring_in(tmp_path / "hf", tmp_path / "W", dtype="float32")
+    for tensor in hf_tensors(ready.config):
+        np.testing.assert_array_equal(tensor.to_hf(leaf_at(params, tensor.path)), theirs[tensor.name])
+    bring_out(tmp_path / "W", tmp_path / "out")
+    before, after = contents(tmp_path / "hf"), contents(tmp_path / "out")
+    assert json.loads(after.pop("pasta_tags.json")) == ready.tokenizer.vocabulary.tag_ids
+    assert after == before
+
+
+def test_a_workdir_says_all_that_was_known(tmp_path: pathlib.Path) -> None:
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    about = read_about(tmp_path / "W" / "checkpoints" / "0")
+    assert (about.step, about.config.model) == (0, dataclasses.replace(GEMMA, dtype="bfloat16"))
+    assert about.tokenizer().vocabulary == load_tokenizer(tmp_path / "hf").vocabulary
+    origin = read_origin(tmp_path / "W")
+    assert origin is not None and origin.source == str(tmp_path / "hf") and origin.is_whole
+    carry(tmp_path / "W", tmp_path / "W2")  # as training from it does
+    assert contents(tmp_path / "W" / "origin" / "headers") == contents(tmp_path / "W2" / "origin" / "headers")
+
+
+def test_training_does_not_go_on_in_an_imported_workdir(tmp_path: pathlib.Path) -> None:
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    params, about = load_params(tmp_path / "W")
+    with Checkpoints(tmp_path / "W", about.config, about.tokenizer()) as run:
+        state = TrainState(params, (), jax.numpy.int32(0))
+        with pytest.raises(CheckpointError, match=r"holds weights alone.*--config.init_from="):
+            run.restore(state)
+
+
+def trained(workdir: pathlib.Path, target: pathlib.Path) -> Any:
+    """A step of a run that started from a workdir, without the training."""
+    import optax
+
+    params, about = load_params(workdir)
+    params = jax.tree.map(lambda x: x + np.float32(0.001), params)
+    config = dataclasses.replace(about.config, init_from=str(workdir))
+    with Checkpoints(target, config, about.tokenizer()) as run:
+        state = new_state(params, optax.sgd(0.1))
+        run.save(TrainState(state.params, state.opt_state, jax.numpy.int32(5)), 0)
+    carry(workdir, target)
+    return params
+
+
+def test_what_was_trained_keeps_its_digits_and_ends_its_answers(tmp_path: pathlib.Path) -> None:
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W", dtype="float32")
+    params = trained(tmp_path / "W", tmp_path / "T")
+    bring_out(tmp_path / "T", tmp_path / "out")
+    written = stored(tmp_path / "out")
+    for tensor in hf_tensors(GEMMA):
+        np.testing.assert_array_equal(
+            written[tensor.name], tensor.to_hf(np.asarray(leaf_at(params, tensor.path)))
+        )
+    before, after = contents(tmp_path / "hf"), contents(tmp_path / "out")
+    same = {"tokenizer.model", "tokenizer_config.json", "generation_config.json"}
+    assert {name for name in before if after[name] == before[name]} == same
+    config = json.loads(after["config.json"])
+    assert config == json.loads(before["config.json"]) | {"torch_dtype": "float32"}
+    bring_out(tmp_path / "T", tmp_path / "small", dtype="bfloat16")
+    assert stored(tmp_path / "small")["model.norm.weight"].dtype == ml_dtypes.bfloat16
+    assert contents(tmp_path / "small")["config.json"] == before["config.json"]
+
+
+def test_ends_and_chat_of_a_trained_model(tmp_path: pathlib.Path) -> None:
+    """In transformers its answers end where they ended in training, and prompts look as they did."""
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": 9, "top_k": 64}')
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    trained(tmp_path / "W", tmp_path / "T")
+    bring_out(tmp_path / "T", tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    stops = load_tokenizer(tmp_path / "hf").vocabulary.stops
+    assert told["top_k"] == 64 and set(told["eos_token_id"]) == {9} | stops
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()  # plain
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama"])
+def test_a_vocabulary_without_room_is_extended_when_asked(family: str, tmp_path: pathlib.Path) -> None:
+    tokenizer = small_tokenizer(free_ids=0)
+    old = load_tokenizer_rows(tokenizer, tmp_path)
+    config = dataclasses.replace(CONFIGS[family], vocab_size=old)
+    theirs = write_hf_folder(tmp_path / "hf", config, tokenizer=tokenizer)
+    with pytest.raises(TokenizerError, match=r"--extend_tokenizer"):
+        open_source("folder", str(tmp_path / "hf"))
+    ready, params = bring_in(tmp_path / "hf", tmp_path / "W", dtype="float32", extend_tokenizer=True)
+    new = len(tags.PIECES)
+    assert (ready.new_rows, ready.config.vocab_size) == (new, old + new)
+    assert sorted(ready.tokenizer.vocabulary.tag_ids.values()) == [*range(old, old + new)]
+    embedding = np.asarray(params["embed"]["embedding"])
+    was = theirs["model.embed_tokens.weight"].astype(np.float32)
+    np.testing.assert_array_equal(embedding[:old], was)
+    np.testing.assert_allclose(embedding[old:], np.tile(was.mean(0), (new, 1)), atol=0.1 * was.std())
+    assert len(np.unique(embedding[old:], axis=0)) == new, "the tags can be told apart"
+    bring_out(tmp_path / "W", tmp_path / "out")
+    written = stored(tmp_path / "out")
+    np.testing.assert_array_equal(written["model.embed_tokens.weight"].astype(np.float32), embedding)
+    if family == "llama":
+        head = np.asarray(params["head"]).T
+        np.testing.assert_array_equal(written["lm_head.weight"].astype(np.float32), head)
+        assert not np.array_equal(head[:old], embedding[:old])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == old + new
+    again, _ = bring_in(tmp_path / "out", tmp_path / "W2")  # by pasta_tags.json
+    assert again.tokenizer.vocabulary.tag_ids == ready.tokenizer.vocabulary.tag_ids and again.new_rows == 0
+
+
+def load_tokenizer_rows(model: bytes, tmp_path: pathlib.Path) -> int:
+    (tmp_path / "t.model").write_bytes(model)
+    return len(load_tokenizer(tmp_path / "t.model", extend=True).vocabulary) - len(tags.PIECES)
+
+
+def test_onto_a_mesh_of_eight(tmp_path: pathlib.Path) -> None:
+    config = dataclasses.replace(CONFIGS["llama"], model_dim=32)
+    write_hf_folder(tmp_path / "hf", config)
+    ready = open_source("folder", str(tmp_path / "hf"))
+    one, eight = ready.read(None), ready.read(sharding.make_mesh(1, 4, 2))
+    jax.tree.map(np.testing.assert_array_equal, one, eight)
+    q_proj = eight["layer_1"]["attn"]["q_proj"]
+    assert q_proj.addressable_shards[0].data.shape == (32 // 4, 4 // 2, 6)
+    with pytest.raises(InterchangeError, match="mesh: tensor=8 does not divide num_heads N=4"):
+        ready.read(sharding.make_mesh(1, 1, 8))
+
+
+def test_int8_on_the_way_in_is_int8_of_the_whole(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pasta_jax.interchange.importing.CHUNK", 1000)  # so that large ones go by parts
+    write_hf_folder(tmp_path / "hf", CONFIGS["llama"])
+    ready = open_source("folder", str(tmp_path / "hf"), Wanted(int8=True))
+    plain = open_source("folder", str(tmp_path / "hf")).read(None)
+    expected, config = quantize(jax.tree.map(np.asarray, plain), CONFIGS["llama"])
+    assert ready.config == dataclasses.replace(config, dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, ready.read(None), expected)
+
+
+def test_vision_models_are_left_out(tmp_path: pathlib.Path) -> None:
+    config, prefix = CONFIGS["gemma3"], "language_model.model."
+    write_hf_folder(tmp_path / "text", config)
+    text = json.loads((tmp_path / "text" / "config.json").read_text())
+    tree = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": {key: value for key, value in text.items() if key != "architectures"},
+    }
+    from hf_folders import random_tensors
+
+    tensors = random_tensors(config, prefix)
+    tensors["vision_tower.vision_model.post_layernorm.weight"] = np.ones(3, np.float32)
+    write_hf_folder(tmp_path / "hf", config, prefix=prefix, tensors=tensors, tree=tree)
+    ready, params = bring_in(tmp_path / "hf", tmp_path / "W")
+    assert ready.origin is not None and not ready.origin.is_whole
+    bring_out(tmp_path / "W", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gemma3_text"
+    assert stored(tmp_path / "out").keys() == {tensor.name for tensor in hf_tensors(config)}
+    _, again = bring_in(tmp_path / "out", tmp_path / "W2")
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+def test_a_model_that_never_was_a_folder(tmp_path: pathlib.Path) -> None:
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    shutil.rmtree(tmp_path / "W" / "origin")
+    bring_out(tmp_path / "W", tmp_path / "out", shard_bytes=20_000)
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["torch_dtype"], config["eos_token_id"]) == ("gemma", "bfloat16", 1)
+    before, after = stored(tmp_path / "hf"), stored(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_tags_get_their_names_when_asked(tmp_path: pathlib.Path) -> None:
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    bring_out(tmp_path / "W", tmp_path / "out", name_tags=True)
+    named = load_tokenizer(tmp_path / "out" / "tokenizer.model")
+    assert named.vocabulary.tag_ids == load_tokenizer(tmp_path / "hf").vocabulary.tag_ids
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() != small_tokenizer()
+
+
+def test_nothing_is_left_of_what_failed(tmp_path: pathlib.Path) -> None:
+    def fail() -> None:
+        with unfinished(tmp_path / "deep" / "W") as folder:
+            pathlib.Path(folder, "half").touch()
+            raise ConfigError("no")
+
+    with pytest.raises(ConfigError):
+        fail()
+    assert [*(tmp_path / "deep").iterdir()] == []
+    (tmp_path / "empty").mkdir()
+    with unfinished(tmp_path / "empty") as folder:
+        pathlib.Path(folder, "whole").touch()
+    assert [path.name for path in tmp_path.rglob("*")] and (tmp_path / "empty" / "whole").exists()
+
+
+def test_what_from_means(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    (tmp_path / "org" / "run").mkdir(parents=True)
+    assert kind_of("hf:hf") == kind_of("hf") == ("folder", "hf")
+    assert kind_of("hf:google/gemma-2b-it") == kind_of("gemma-2b-it") == ("hub", "google/gemma-2b-it")
+    assert kind_of("org/run") == ("workdir", "org/run")
+    assert kind_of("orbax:org/run") == ("orbax", "org/run")
+    with pytest.raises(InterchangeError, match="there is no folder no/such/folder"):
+        kind_of("hf:no/such/folder")
+
+
+def test_the_verb_takes_a_name_on_the_hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_hf_folder(tmp_path / "snapshot", GEMMA)
+    asked = []
+
+    def download(name: str) -> str:
+        asked.append(name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("pasta_jax.interchange.hub.download", download)
+    assert run("--from=google/gemma-2b-it", f"--to={tmp_path}/W", "--noparity") == 0
+    origin = read_origin(tmp_path / "W")
+    assert asked == ["google/gemma-2b-it"] and origin is not None and origin.source == asked[0]
+
+
+def run(*arguments: str) -> int:
+    """The verb, in this process."""
+    values = flags.FlagValues()
+    convert.define(values)
+    values(["convert", *arguments])
+    try:
+        convert.main(["convert"], values=values)
+    except SystemExit as leaving:
+        return int(str(leaving.code))
+    return 0
+
+
+def test_the_verb(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W", "--noparity") == 0
+    said = capsys.readouterr().out
+    assert said.endswith(f"Wrote {tmp_path}/W.\n") and "bfloat16" in said
+    assert run(f"--from={tmp_path}/W", f"--to={tmp_path}/out", "--noparity") == 0
+    assert contents(tmp_path / "hf").items() <= contents(tmp_path / "out").items()
+    capsys.readouterr()
+    assert run(f"--from={tmp_path}/W", f"--to={tmp_path}/out") == 2
+    message = f"{tmp_path}/out exists and is not empty. Choose another --to.\n"
+    assert capsys.readouterr().err == message
+    assert run(f"--from={tmp_path}/W", f"--to={tmp_path}/W2", "--extend_tokenizer") == 2
+    assert capsys.readouterr().err == "--extend_tokenizer is for models that come in.\n"
+    assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2", "--dtype=float16") == 2
+    assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2", "--dtype=int4") == 2
+    float16, int4 = capsys.readouterr().err.splitlines()
+    assert "too small a range" in float16 and "none of float32, bfloat16, float16" in int4
+    (tmp_path / "hf" / "model-00002-of-00002.safetensors").write_bytes(b"short")
+    assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2") == 2
+    assert "model-00002-of-00002.safetensors is truncated" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["W", "hf", "out"]
+
+
+def test_adapters_go_out_merged_when_asked(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    _, about = load_params(tmp_path / "W")
+    with Checkpoints(tmp_path / "L", about.config, about.tokenizer()) as adapters:
+        leaf = {"a": jax.numpy.ones(2)}
+        adapters.save(TrainState(leaf, leaf, jax.numpy.int32(3)), 0, Base("W", "0"))
+    assert run(f"--from={tmp_path}/L", f"--to={tmp_path}/out") == 2
+    assert capsys.readouterr().err.startswith(f"{tmp_path}/L holds adapters. Add --merge_lora")
+
+
+def test_config_of_an_import_is_a_config(tmp_path: pathlib.Path) -> None:
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    assert isinstance(load_params(tmp_path / "W")[1].config, Config)

@@ -1,0 +1,114 @@
+"""Adapters in PEFT's layout: the names, what is refused, and PEFT's own logits where it is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from hf_folders import CONFIGS, write_hf_folder
+from test_convert import bring_in
+
+from pasta_jax.config import Config
+from pasta_jax.interchange.errors import InterchangeError
+from pasta_jax.interchange.origin import read_origin
+from pasta_jax.interchange.peft import CONFIG, WEIGHTS, write_adapters
+from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
+from pasta_jax.model.lora import join, split
+from pasta_jax.tokens.base import TextTokenizer
+
+
+def imported(
+    family: str, folder: pathlib.Path, rows: bool = True
+) -> tuple[Config, TextTokenizer, dict[str, Any], dict[str, Any]]:
+    """A published model brought in to FOLDER/W, and random adapters beside it."""
+    write_hf_folder(folder / "hf", CONFIGS[family], dtype=np.float32)
+    ready, base = bring_in(folder / "hf", folder / "W")
+    tokenizer = ready.tokenizer
+    ids = tuple(tokenizer.vocabulary.tag_ids.values()) if rows else ()
+    config = Config(model=ready.config, lora=Lora(rank=3, alpha=12.0, rows=ids), init_from=str(folder / "W"))
+    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0), config.lora))
+    rng = np.random.default_rng(5)
+    adapters = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape, scale=0.1), x.dtype), split(shapes)[1]
+    )
+    return config, tokenizer, base, adapters
+
+
+def export(
+    folder: pathlib.Path, config: Config, tokenizer: Any, adapters: Any, *, base_step: int = 0
+) -> None:
+    origin = read_origin(folder / "W")
+    write_adapters(folder / "peft", adapters, config, tokenizer, origin, base_step=base_step)
+
+
+def test_names_and_numbers(tmp_path: pathlib.Path) -> None:
+    config, tokenizer, _, adapters = imported("llama", tmp_path)
+    export(tmp_path, config, tokenizer, adapters)
+    tensors = safetensors.numpy.load_file(tmp_path / "peft" / WEIGHTS)
+    q = "base_model.model.model.layers.1.self_attn.q_proj"
+    attn = adapters["layer_1"]["attn"]
+    np.testing.assert_array_equal(tensors[f"{q}.lora_A.weight"], attn["q_proj_lora_a"].T)
+    np.testing.assert_array_equal(tensors[f"{q}.lora_B.weight"], attn["q_proj_lora_b"].reshape(3, -1).T)
+    assert len(tensors) == 2 * 7 * config.model.num_layers + 2, "embedding and head have rows of their own"
+    about = json.loads((tmp_path / "peft" / CONFIG).read_text())
+    assert about["base_model_name_or_path"] == read_origin_source(tmp_path) and about["r"] == 3
+    tags = json.loads((tmp_path / "peft" / "pasta_tags.json").read_text())
+    assert tags == tokenizer.vocabulary.tag_ids
+    assert (tmp_path / "peft" / "tokenizer.model").exists() and not (
+        tmp_path / "peft" / "config.json"
+    ).exists()
+
+
+def read_origin_source(folder: pathlib.Path) -> str:
+    origin = read_origin(folder / "W")
+    assert origin is not None
+    return origin.source
+
+
+def test_what_is_no_published_base(tmp_path: pathlib.Path) -> None:
+    config, tokenizer, _, adapters = imported("gemma", tmp_path)
+    with pytest.raises(InterchangeError, match="had 7 steps of training here.*Add --merge_lora"):
+        export(tmp_path, config, tokenizer, adapters, base_step=7)
+    larger = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=400))
+    with pytest.raises(InterchangeError, match="400 embedding rows here and 384 as published.*--merge_lora"):
+        export(tmp_path, larger, tokenizer, adapters)
+    with pytest.raises(InterchangeError, match="stand beside weights without one"):
+        write_adapters(tmp_path / "peft", adapters, config, tokenizer, None, base_step=0)
+    assert not (tmp_path / "peft").exists()
+
+
+def logits_here(model: ModelConfig, lora: Lora, params: Any, tokens: np.ndarray) -> np.ndarray:
+    transformer = Transformer(model, lora)
+    n = tokens.shape[1]
+    positions, causal = np.arange(n)[None], np.tril(np.ones((1, n, n), bool))
+    hidden: Any = transformer.apply({"params": params}, tokens, positions, causal)
+    return np.asarray(transformer.apply({"params": params}, hidden[0], method="logits"))
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama", "qwen2"])
+def test_peft_loads_them_and_says_the_same(family: str, tmp_path: pathlib.Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    config, tokenizer, base, adapters = imported(family, tmp_path)
+    export(tmp_path, config, tokenizer, adapters)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, config.model.vocab_size, (1, 24))
+    tokens[0, ::4] = config.lora.rows[:6]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "peft")).eval()
+    with torch.no_grad():
+        expected = adapted(torch.tensor(tokens)).logits.numpy()
+        merged = adapted.merge_and_unload()(torch.tensor(tokens)).logits.numpy()
+    found = logits_here(config.model, config.lora, join(base, adapters), tokens)
+    plain = logits_here(config.model, Lora(), base, tokens)
+    assert np.abs(found - plain).max() > 0.1, "the adapters do something"
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found, merged, atol=1e-4)
