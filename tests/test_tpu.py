@@ -60,3 +60,22 @@ def test_a_host_callback_would_be_found():
 
     compiled = jax.jit(asks_the_host).lower(jax.ShapeDtypeStruct((), "float32")).compile()
     assert ahead.host_calls(compiled)
+
+
+def test_second_stage_with_adapters_in_parts(mesh):
+    """What training runs is what is compiled: adapters, float32 masters, remat, microbatches, the reference."""
+    wishes = ["stage=preference", "init_from=sft", "lora.rank=4", "param_dtype=float32", "remat=true"]
+    wishes += ["microbatches=2", "model.dtype=bfloat16", "model.num_layers=2"]
+    config = load_config(TINY, MESH + wishes)
+    programs = ahead.lower_stages(config, mesh)
+    assert set(programs) == {"reference", "preference"}
+    for name, lowered in programs.items():
+        compiled = lowered.compile()
+        assert not ahead.host_calls(compiled)
+        names = {
+            str(path[-1].key)
+            for path, _ in jax.tree_util.tree_leaves_with_path(lowered.in_avals)
+            if hasattr(path[-1], "key")
+        }
+        assert ("q_proj_lora_a" in names) == (name == "preference")
+        assert "while" in compiled.as_text()  # part by part
