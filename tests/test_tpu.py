@@ -65,7 +65,7 @@ def test_a_host_callback_would_be_found():
 def test_second_stage_with_adapters_in_parts(mesh):
     """What training runs is what is compiled: adapters, float32 masters, remat, microbatches, the reference."""
     wishes = ["stage=preference", "init_from=sft", "lora.rank=4", "param_dtype=float32", "remat=true"]
-    wishes += ["microbatches=2", "model.dtype=bfloat16", "model.num_layers=2"]
+    wishes += ["microbatches=2", "model.dtype=bfloat16", "model.num_layers=1"]
     config = load_config(TINY, MESH + wishes)
     programs = ahead.lower_stages(config, mesh)
     assert set(programs) == {"reference", "preference"}
