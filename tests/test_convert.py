@@ -26,7 +26,7 @@ from pasta_jax.model.quantize import quantize
 from pasta_jax.model.weights import hf_tensors, leaf_at
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
-from pasta_jax.training.checkpoints import Base, CheckpointError, Checkpoints, load_params, read_about
+from pasta_jax.training.checkpoints import CheckpointError, Checkpoints, load_params, read_about
 from pasta_jax.training.state import TrainState, new_state
 
 GEMMA = CONFIGS["gemma"]
@@ -321,19 +321,6 @@ def test_the_verb(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2") == 2
     assert "model-00002-of-00002.safetensors is truncated" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["W", "hf", "out"]
-
-
-def test_adapters_go_out_merged_when_asked(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_hf_folder(tmp_path / "hf", GEMMA)
-    bring_in(tmp_path / "hf", tmp_path / "W")
-    _, about = load_params(tmp_path / "W")
-    with Checkpoints(tmp_path / "L", about.config, about.tokenizer()) as adapters:
-        leaf = {"a": jax.numpy.ones(2)}
-        adapters.save(TrainState(leaf, leaf, jax.numpy.int32(3)), 0, Base("W", "0"))
-    assert run(f"--from={tmp_path}/L", f"--to={tmp_path}/out") == 2
-    assert capsys.readouterr().err.startswith(f"{tmp_path}/L holds adapters. Add --merge_lora")
 
 
 def test_config_of_an_import_is_a_config(tmp_path: pathlib.Path) -> None:

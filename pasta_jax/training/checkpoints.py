@@ -69,10 +69,15 @@ class About:
     merged: str = ""  # of weights into which adapters were merged at load: the fingerprint of both
 
     def is_of(self, tokenizer: Tokenizer) -> bool:
-        """Whether it was trained with this tokenizer, or with one of the same vocabulary, in whatever dialect."""
+        """Whether it was trained with this tokenizer, or with one whose ids mean the same.
+
+        Dialect and chat format may differ: they say which ids are used, not what they are.
+        """
         if self.tokenizer_model == tokenizer.to_bytes():
             return True
-        return self.tokenizer().vocabulary.with_dialect(tokenizer.vocabulary.dialect) == tokenizer.vocabulary
+        mine, theirs = self.tokenizer().vocabulary, tokenizer.vocabulary
+        mine = mine.with_dialect(theirs.dialect)
+        return (mine.pieces, mine.tag_ids) == (theirs.pieces, theirs.tag_ids)
 
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer that it was trained with."""
