@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from pasta_jax import verbs
-from pasta_jax.verbs import define_loading, refuse, show_log
+from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     from pasta_jax.training.checkpoints import CheckpointError
 
     try:
-        model = load(values.ckpt, dtype=values.dtype, quantize=values.quantize, base=values.base)
+        model = load(values.ckpt, **loading_options(values))
         result = decode(
             model,
             argv[1],

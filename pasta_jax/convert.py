@@ -7,6 +7,7 @@ workdir becomes a Hugging Face folder. Prints how far the logits are from transf
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -60,8 +61,8 @@ def bring_in(kind: Kind, where: str, values: Any) -> None:
     from pasta_jax.interchange.writing import unfinished
     from pasta_jax.model import param_count
 
-    if values.name_tags or values.merge_lora:
-        raise ValueError("--name_tags and --merge_lora are for models that go out.")
+    if values.name_tags or values.merge_lora or values.base:
+        raise ValueError("--base and --name_tags and --merge_lora are for models that go out.")
     if values.dtype == "float16":
         raise ValueError("--dtype=float16 has too small a range to compute in. Use bfloat16 or float32.")
     wanted = Wanted(
@@ -91,22 +92,32 @@ def bring_in(kind: Kind, where: str, values: Any) -> None:
 
 def bring_out(where: str, values: Any) -> None:
     """A workdir's model to a Hugging Face folder, whole or not at all."""
+    import jax
+
     from pasta_jax import sharding
     from pasta_jax.interchange.origin import read_origin
     from pasta_jax.interchange.parity import parity_line
     from pasta_jax.interchange.writing import Exported, write_folder
-    from pasta_jax.model import param_count
+    from pasta_jax.model import init_params, param_count
     from pasta_jax.training.checkpoints import find, load_params, read_about
 
-    for name in ("tokenizer", "extend_tokenizer", "preset"):
+    for name in ("tokenizer", "extend_tokenizer", "chat", "preset"):
         if values[name].present:
             raise ValueError(f"--{name} is for models that come in.")
-    if read_about(find(where)).base is not None and not values.merge_lora:
+    saved = read_about(find(where))
+    if saved.base is None and values.base:
+        raise ValueError(f"--base is for adapters; {where} holds a whole model.")
+    if saved.base is not None and not values.merge_lora:
         bring_out_adapters(where, values)
         return
     origin, mesh = read_origin(where), _mesh(values)
+    # In the dtype in which they are written, so that parity is that of the folder, not of float32 masters.
+    config = dataclasses.replace(saved.config.model, dtype=values.dtype or saved.config.model.dtype)
     params, about = load_params(
-        where, shardings=None if mesh is None else lambda shapes: sharding.param_shardings(shapes, mesh)
+        where,
+        shardings=None if mesh is None else lambda shapes: sharding.param_shardings(shapes, mesh),
+        expected=jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)),
+        base=values.base,
     )
     model = Exported(params, about.config.model, about.tokenizer(), origin, is_trained=about.step > 0)
     write_folder(values.to, model, dtype=values.dtype, name_tags=values.name_tags)
@@ -127,7 +138,7 @@ def bring_out_adapters(where: str, values: Any) -> None:
             raise ValueError(f"--{name} is for whole models; {where} holds adapters. Add --merge_lora.")
     adapters, about = load_adapters(where)
     assert about.base is not None
-    base = read_about(find(find_base(find(where), about.base.path)))
+    base = read_about(find(values.base or find_base(find(where), about.base.path)))
     origin = read_origin(where)
     write_adapters(values.to, adapters, about.config, about.tokenizer(), origin, base_step=base.step)
     print(
@@ -161,6 +172,7 @@ def define(values: flags.FlagValues) -> None:
     switch("extend_tokenizer", False, "Coming in: tags without a free id get new ids and rows.")
     text("chat", "Coming in: format of prompts; auto goes by the model's chat template.", "auto")
     text("preset", "Coming in, orbax: the published model whose sizes it has.")
+    text("base", "Going out: of adapters, the weights they go beside, if not where they were.")
     switch("name_tags", False, "Going out: the tokenizer's files call the tags by their names.")
     switch("merge_lora", False, "Going out: adapters are added to the weights.")
     flags.DEFINE_integer("fsdp", 1, "Devices that D is spread over; -1 is all.", flag_values=values)

@@ -10,9 +10,9 @@ Running the same command again goes on where it was cut off.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -29,7 +29,7 @@ from pasta_jax.evaluation import (
 from pasta_jax.files import replacing
 from pasta_jax.preference.score import parallelism, theoretical_speedup
 from pasta_jax.reports.tables import markdown_table
-from pasta_jax.verbs import define_loading, refuse, show_log
+from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
 
 HEADER = [
     "model",
@@ -114,10 +114,7 @@ def compare(
     tests: Mapping[str, str],
     prompts: int,
     workdir: str,
-    *,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    base: str | None = None,
+    **options: Any,
 ) -> str:
     """Evaluates models against a baseline, writes everything to `workdir`, returns the table.
 
@@ -126,7 +123,7 @@ def compare(
       tests: the others', by name.
       prompts: how many.
       workdir: where answers and table go.
-      dtype, quantize, base: of all models, as `load` takes them.
+      options: of all models, as `load` takes them (dtype, quantize, base, ...).
 
     Raises:
       CheckpointError: a model that cannot be loaded.
@@ -137,12 +134,15 @@ def compare(
     from pasta_jax.training.checkpoints import checkpoint_mark, find
 
     checkpoints = {name: find(path) for name, path in {"baseline": baseline, **tests}.items()}
-    models = {
-        name: load(path, dtype=dtype, quantize=quantize, base=base) for name, path in checkpoints.items()
-    }
+    models = {name: load(path, **options) for name, path in checkpoints.items()}
     engine = Decoder(models["baseline"], limits=LIMITS)
     systems = {name: decoding(model, like=engine) for name, model in models.items()}
-    loaded = {name: value for name, value in (("dtype", dtype), ("quantize", quantize)) if value}
+    # The base of adapters is known by its fingerprint, wherever it is.
+    loaded = {
+        name: value
+        for name, value in options.items()
+        if name != "base" and value not in (None, False, "auto")
+    }
     about = {name: checkpoint_mark(path) | loaded for name, path in checkpoints.items()}
     answers = evaluate(systems, prompts, workdir, about)
     text = table({name: summarise(answers["baseline"], answers[name]) for name in tests})
@@ -158,8 +158,8 @@ def main(argv: Sequence[str]) -> None:
         refuse("Name both models: --ckpt=runs/pasta --baseline=runs/baseline.")
     show_log()
     try:
-        table_of = functools.partial(compare, dtype=values.dtype, quantize=values.quantize, base=values.base)
-        print(table_of(values.baseline, {"PASTA": values.ckpt}, values.prompts, values.workdir))
+        tests, options = {"PASTA": values.ckpt}, loading_options(values)
+        print(compare(values.baseline, tests, values.prompts, values.workdir, **options))
     except (ValueError, OSError) as error:
         refuse(str(error))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from absl import logging as absl_logging
@@ -35,3 +35,16 @@ def define_loading() -> None:
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights; by default as in training.")
     flags.DEFINE_enum("quantize", None, ["int8"], "Load matrices in int8.")
     flags.DEFINE_string("base", None, "Of adapters: the weights they go beside, if not where they were.")
+    flags.DEFINE_string(
+        "tokenizer", None, "Of published weights: tokenizer file or folder, if not their own."
+    )
+    flags.DEFINE_bool(
+        "extend_tokenizer", False, "Of published weights: new ids and rows for tags without one."
+    )
+    flags.DEFINE_string("chat", "auto", "Format of prompts; auto goes by the model's chat template.")
+
+
+def loading_options(values: flags.FlagValues) -> dict[str, Any]:
+    """What the flags of `define_loading` say, for `load`."""
+    names = ("dtype", "quantize", "base", "tokenizer", "extend_tokenizer", "chat")
+    return {name: values[name].value for name in names}

@@ -22,11 +22,15 @@ from pasta_jax.interchange.reading import open_folder
 from pasta_jax.interchange.tensors import rows
 from pasta_jax.interchange.writing import Exported, unfinished, write_folder
 from pasta_jax.lang import tags
+from pasta_jax.model import Lora, init_params
+from pasta_jax.model.lora import split
 from pasta_jax.model.quantize import quantize
 from pasta_jax.model.weights import hf_tensors, leaf_at
+from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
-from pasta_jax.training.checkpoints import CheckpointError, Checkpoints, load_params, read_about
+from pasta_jax.training.checkpoints import Base, CheckpointError, Checkpoints, load_params, read_about
+from pasta_jax.training.fingerprint import fingerprint
 from pasta_jax.training.state import TrainState, new_state
 
 GEMMA = CONFIGS["gemma"]
@@ -82,7 +86,7 @@ def test_a_workdir_says_all_that_was_known(tmp_path: pathlib.Path) -> None:
     assert (about.step, about.config.model) == (0, dataclasses.replace(GEMMA, dtype="bfloat16"))
     assert about.tokenizer().vocabulary == load_tokenizer(tmp_path / "hf").vocabulary
     origin = read_origin(tmp_path / "W")
-    assert origin is not None and origin.source == str(tmp_path / "hf") and origin.is_whole
+    assert origin is not None and origin.source == str(tmp_path / "hf") and not origin.ignored
     carry(tmp_path / "W", tmp_path / "W2")  # as training from it does
     assert contents(tmp_path / "W" / "origin" / "headers") == contents(tmp_path / "W2" / "origin" / "headers")
 
@@ -217,7 +221,9 @@ def test_vision_models_are_left_out(tmp_path: pathlib.Path) -> None:
     tensors["vision_tower.vision_model.post_layernorm.weight"] = np.ones(3, np.float32)
     write_hf_folder(tmp_path / "hf", config, prefix=prefix, tensors=tensors, tree=tree)
     ready, params = bring_in(tmp_path / "hf", tmp_path / "W")
-    assert ready.origin is not None and not ready.origin.is_whole
+    assert ready.origin is not None and ready.origin.is_text is False
+    left_out = dataclasses.replace(ready.origin, ignored=("model.layers.0.self_attn.rotary_emb.inv_freq",))
+    assert left_out.is_text
     bring_out(tmp_path / "W", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gemma3_text"
     assert stored(tmp_path / "out").keys() == {tensor.name for tensor in hf_tensors(config)}
@@ -249,13 +255,13 @@ def test_tags_get_their_names_when_asked(tmp_path: pathlib.Path) -> None:
 
 def test_nothing_is_left_of_what_failed(tmp_path: pathlib.Path) -> None:
     def fail() -> None:
-        with unfinished(tmp_path / "deep" / "W") as folder:
+        with unfinished(tmp_path / "very" / "deep" / "W") as folder:
             pathlib.Path(folder, "half").touch()
             raise ConfigError("no")
 
     with pytest.raises(ConfigError):
         fail()
-    assert [*(tmp_path / "deep").iterdir()] == []
+    assert [*tmp_path.iterdir()] == [], "the folders above it neither"
     (tmp_path / "empty").mkdir()
     with unfinished(tmp_path / "empty") as folder:
         pathlib.Path(folder, "whole").touch()
@@ -270,6 +276,15 @@ def test_what_from_means(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     assert kind_of("hf:google/gemma-2b-it") == kind_of("gemma-2b-it") == ("hub", "google/gemma-2b-it")
     assert kind_of("org/run") == ("workdir", "org/run")
     assert kind_of("orbax:org/run") == ("orbax", "org/run")
+    for name in ("config.json", "pytorch_model.bin"):  # which gets its own refusal
+        (tmp_path / "old" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "old" / name).write_text('{"model_type": "gemma"}')
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").touch()
+    assert kind_of("old") == ("folder", "old") and kind_of("peft") == ("folder", "peft")
+    for content in ('{"model": {"num_layers": 2}}', "[]", "{"):
+        (tmp_path / "org" / "run" / "config.json").write_text(content)
+        assert kind_of("org/run") == ("workdir", "org/run")
     with pytest.raises(InterchangeError, match="there is no folder no/such/folder"):
         kind_of("hf:no/such/folder")
 
@@ -321,6 +336,100 @@ def test_the_verb(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2") == 2
     assert "model-00002-of-00002.safetensors is truncated" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["W", "hf", "out"]
+
+
+def test_parity_is_of_what_was_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masters are float32, and the folder is in the model's dtype or in the one that is asked for."""
+    given: list[Any] = []
+
+    def parity_line(*handed: Any) -> str:
+        given.append(handed)
+        return ""
+
+    monkeypatch.setattr("pasta_jax.interchange.parity.parity_line", parity_line)
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    assert trained(tmp_path / "W", tmp_path / "T")["final_norm"]["scale"].dtype == np.float32
+    for dtype in ("bfloat16", "float32"):
+        out = tmp_path / dtype
+        flag = [] if dtype == "bfloat16" else [f"--dtype={dtype}"]
+        assert run(f"--from={tmp_path}/T", f"--to={out}", *flag) == 0
+        params, config, folder = given.pop()
+        assert (config, folder) == (dataclasses.replace(GEMMA, dtype="bfloat16"), str(out))
+        written = stored(out)
+        for tensor in hf_tensors(GEMMA):
+            ours = tensor.to_hf(np.asarray(leaf_at(params, tensor.path)))
+            assert ours.dtype == written[tensor.name].dtype == np.dtype(dtype)
+            np.testing.assert_array_equal(ours, written[tensor.name])
+
+
+def test_the_chat_of_training_goes_out(tmp_path: pathlib.Path) -> None:
+    """Where the origin's own files would choose another; else they stay as they are."""
+    for number, (template, chat, same) in enumerate(
+        [
+            ("{{ '[INST]' }}", "auto", True),
+            ("{{ '[INST]' }}", "plain", False),
+            ("{{ 'Human: ' }}", "inst", False),  # of no format that is known
+        ]
+    ):
+        top = tmp_path / str(number)
+        write_hf_folder(top / "hf", GEMMA)
+        told = json.dumps({"tokenizer_class": "GemmaTokenizer", "chat_template": template})
+        (top / "hf" / "tokenizer_config.json").write_text(told)
+        ready, _ = bring_in(top / "hf", top / "W", chat=chat)
+        bring_out(top / "W", top / "same")  # never trained
+        assert contents(top / "hf").items() <= contents(top / "same").items()
+        trained(top / "W", top / "T")
+        bring_out(top / "T", top / "out")
+        assert ((top / "out" / "tokenizer_config.json").read_text() == told) == same
+        usage = load_tokenizer(top / "out").usage
+        assert isinstance(ready.tokenizer, TextTokenizer)
+        assert (usage.chat, usage.opening) == (ready.tokenizer.usage.chat, ready.tokenizer.usage.opening)
+        assert (top / "out" / "chat_template.jinja").exists() == (number == 2)
+
+
+def test_what_would_be_ignored_is_refused(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    folder, workdir, to = f"--from=hf:{tmp_path}/hf", f"--from={tmp_path}/W", f"--to={tmp_path}/new"
+    for arguments, said in (
+        ([workdir, to, "--chat=plain"], "--chat is for models that come in."),
+        ([workdir, to, "--base=B"], "--base is for adapters; "),
+        ([folder, to, "--base=B"], "--base and --name_tags and --merge_lora are for models that go out."),
+        ([folder, to, "--preset=gemma-2b"], "preset=gemma-2b is for Orbax checkpoints; "),
+        ([folder, "--to=gs://bucket/W"], "Cannot write to gs://bucket/W: "),
+    ):
+        assert run(*arguments) == 2
+        assert capsys.readouterr().err.startswith(said)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_base_of_adapters_that_was_moved(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    _, about = load_params(tmp_path / "W")
+    config = dataclasses.replace(about.config, lora=Lora(rank=2), init_from="gone")
+    with Checkpoints(tmp_path / "L", config, about.tokenizer()) as adapters:
+        shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0), config.lora))
+        leaves = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), split(shapes)[1])
+        found = fingerprint(load_params(tmp_path / "W")[0])
+        adapters.save(
+            TrainState(leaves, {"a": jax.numpy.ones(2)}, jax.numpy.int32(3)), 0, Base("gone", found)
+        )
+    carry(tmp_path / "W", tmp_path / "L")
+    for also in ([], ["--merge_lora"]):
+        there = f"--to={tmp_path}/out{len(also)}"
+        assert run(f"--from={tmp_path}/L", there, "--noparity", *also) == 2
+        assert (
+            "base=DIRECTORY of load, --base=DIRECTORY of pasta_jax, evaluate and convert; or put a link"
+            in (capsys.readouterr().err)
+        )
+        assert run(f"--from={tmp_path}/L", there, "--noparity", f"--base={tmp_path}/W", *also) == 0
+    assert (tmp_path / "out0" / "adapter_config.json").exists() and (
+        tmp_path / "out1" / "config.json"
+    ).exists()
 
 
 def test_config_of_an_import_is_a_config(tmp_path: pathlib.Path) -> None:

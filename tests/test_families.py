@@ -244,6 +244,24 @@ def test_round_trip(name: str) -> None:
     assert tree["max_position_embeddings"] == mine.max_positions
 
 
+def test_an_export_has_the_published_length() -> None:
+    def length(config: ModelConfig) -> int:
+        written: int = config_to_hf(config)["max_position_embeddings"]
+        return written
+
+    for mine in presets().values():
+        same = [each.max_positions for each in presets().values() if each.config == mine.config]
+        assert length(mine.config) == min(same)
+    small = preset("gemma-3-1b-it").config
+    assert length(small) == 32_768 and length(preset("gemma-3-4b-it").config) == 131_072
+    assert length(dataclasses.replace(small, vocab_size=262_150, dtype="float32")) == 32_768
+    assert length(dataclasses.replace(small, num_layers=3)) == 131_072  # no published one: transformers' own
+    scaled = preset("llama-3.2-1b").config
+    assert (
+        length(dataclasses.replace(scaled, num_layers=3)) == 32 * 8192
+    )  # as far as its positions are scaled
+
+
 def test_the_family_can_be_chosen_where_two_fit() -> None:
     config = preset("mistral-7b-v0.3").config
     assert family_of(config) == "llama"
@@ -359,7 +377,8 @@ COUNTS = {
     "qwen2.5-32b": 32_763_876_352, "qwen2.5-72b": 72_706_203_648, "qwen3-0.6b": 596_049_920,
     "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264, "mistral-7b-v0.1": 7_241_732_096,
-    "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-7b-v0.3": 7_248_023_552, "llama-3.1-405b-instruct": 405_853_388_800,
+    "qwen3-0.6b-base": 596_049_920, "qwen3-14b-base": 14_768_307_200,
 }  # fmt: skip
 """As published with the weights; tied embeddings once."""
 
@@ -398,6 +417,9 @@ def test_presets_by_name() -> None:
         assert each.config.dtype == "bfloat16"
     with pytest.raises(ValueError, match="'gemma-2b-instruct'. Did you mean gemma-2b-it"):
         preset("gemma-2b-instruct")
+    assert preset("qwen3-8b-base").config == preset("qwen3-8b").config
+    assert preset("qwen3-8b-base").max_positions == 32_768
+    assert "qwen3-32b-base" not in presets()
     with pytest.raises(ValueError, match="'gpt-2-xl'"):
         preset("gpt-2-xl")
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from hf_folders import CONFIGS, random_tensors, write_hf_folder
 
-from pasta_jax.interchange import tensors
+from pasta_jax.interchange import memory, tensors
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import model_config, open_folder, read_params
 
@@ -138,10 +138,6 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], object], list[str]]] = {
     "architecture": (edit_config(model_type="mamba"), ["config.json", "'mamba'"]),
     "config no JSON": (write("config.json", b"{"), ["config.json is not JSON"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["is no Hugging Face folder", "config.json"]),
-    "tied and yet not": (
-        edit_tensors(lm_head__weight=np.zeros((384, 16), np.float32)),
-        ["lm_head.weight differs from model.embed_tokens.weight", '"tie_word_embeddings": false'],
-    ),
 }
 
 
@@ -149,12 +145,39 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], object], list[str]]] = {
 def test_faults(folder: pathlib.Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     damage, said = FAULTS[fault]
     damage(folder)
-    if fault != "tied and yet not":
-        monkeypatch.setattr(tensors, "rows", lambda stored: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(tensors, "rows", lambda stored: pytest.fail("a tensor was read"))
     with pytest.raises(InterchangeError) as error:
         open_folder(folder)
     assert [part for part in said if part not in str(error.value)] == []
     assert str(folder) in str(error.value)
+
+
+def test_a_tied_head_that_differs(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes reading: after it is known that the model fits."""
+    edit_tensors(lm_head__weight=np.zeros((384, 16), np.float32))(folder)
+    opened = open_folder(folder)
+    with pytest.raises(InterchangeError) as error:
+        read_params(opened, model_config(opened))
+    said = [
+        str(folder / "model.safetensors"),
+        str(folder / "config.json"),
+        "lm_head.weight differs from model.embed_tokens.weight",
+        '"tie_word_embeddings": false',
+    ]
+    assert [part for part in said if part not in str(error.value)] == []
+    monkeypatch.setattr(tensors, "rows", lambda stored: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(memory, "host_memory", lambda: 100)
+    with pytest.raises(InterchangeError, match="does not fit"):
+        read_params(open_folder(folder), model_config(opened))
+
+
+def test_adapters_are_no_model(tmp_path: pathlib.Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(
+        InterchangeError, match="holds PEFT's adapters .adapter_config.json.*merge_and_unload"
+    ):
+        open_folder(tmp_path)
 
 
 def test_nothing_is_wrong_with_a_sound_one(folder: pathlib.Path) -> None:

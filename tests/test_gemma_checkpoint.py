@@ -125,13 +125,17 @@ def test_as_a_source(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InterchangeError, match="holds no tokenizer. Add --tokenizer=FILE"):
         open_source("orbax", where)
     (tmp_path / "tokenizer.model").write_bytes(small_tokenizer())
+    with pytest.raises(InterchangeError, match="extend_tokenizer is for Hugging Face folders"):
+        open_source("orbax", where, Wanted(tokenizer=tmp_path / "tokenizer.model", extend_tokenizer=True))
     ready = open_source("orbax", where, Wanted(tokenizer=tmp_path / "tokenizer.model", dtype="bfloat16"))
     assert ready.config == dataclasses.replace(ONE, dtype="bfloat16") and ready.origin is None
     placed = ready.read(make_mesh(1, 4, 2))
     expected = jax.tree.map(lambda x: x.astype("bfloat16"), params)
     jax.tree.map(np.testing.assert_array_equal, placed, expected)
     known |= {"gemma-other": Preset(dataclasses.replace(ONE, rope_base=1.0), "google/other", 64)}
-    with pytest.raises(InterchangeError, match="can be gemma-tiny or gemma-other. Say which with --preset"):
+    with pytest.raises(
+        InterchangeError, match="can be gemma-tiny or gemma-other. Say which with --preset of convert"
+    ):
         gemma.open_gemma(where)
     known.clear()
     with pytest.raises(

@@ -12,11 +12,11 @@ from hf_folders import CONFIGS, write_hf_folder
 from pasta_jax.interchange import hub
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.importing import open_source
+from pasta_jax.interchange.origin import KEPT
 
 NAMES = (
     "GatedRepoError",
     "RepositoryNotFoundError",
-    "RevisionNotFoundError",
     "LocalEntryNotFoundError",
     "HfHubHTTPError",
     "HFValidationError",
@@ -35,7 +35,6 @@ class Hub:
             "HfHubHTTPError": http,
             "RepositoryNotFoundError": missing,
             "GatedRepoError": type("GatedRepoError", (missing,), {}),
-            "RevisionNotFoundError": type("RevisionNotFoundError", (http,), {}),
             "LocalEntryNotFoundError": type("LocalEntryNotFoundError", (FileNotFoundError,), {}),
             "HFValidationError": type("HFValidationError", (ValueError,), {}),
         }
@@ -64,7 +63,7 @@ def test_a_model_is_known_by_its_name_there(there: Hub, tmp_path: pathlib.Path) 
     assert ready.source == "google/gemma-2b-it" and ready.origin is not None
     assert ready.origin.source == "google/gemma-2b-it"
     ((name, how),) = there.asked
-    assert (name, how["revision"]) == ("google/gemma-2b-it", None)
+    assert name == "google/gemma-2b-it"
 
     def is_wanted(file: str) -> bool:
         wanted, unwanted = how["allow_patterns"], how["ignore_patterns"]
@@ -72,12 +71,12 @@ def test_a_model_is_known_by_its_name_there(there: Hub, tmp_path: pathlib.Path) 
             fnmatch.fnmatch(file, p) for p in unwanted
         )
 
-    assert all(
-        map(is_wanted, ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat.jinja"])
-    )
-    assert not any(
-        map(is_wanted, ["pytorch_model.bin", "original/params.json", "gemma-2b.gguf", "consolidated.00.pth"])
-    )
+    kept = ["config.json", "tokenizer.model", "chat_template.jinja", "additional_chat_templates/rag.jinja"]
+    kept += ["LICENSE.txt", "Notice", "merges.txt"]
+    assert all(map(is_wanted, ["model-00001-of-00002.safetensors", "pasta_tags.json", *kept]))
+    assert all(any(fnmatch.fnmatch(file, pattern) for pattern in KEPT) for file in kept)
+    others = ["pytorch_model.bin", "original/params.json", "original/tokenizer.model", "gemma-2b.gguf"]
+    assert not any(map(is_wanted, [*others, "consolidated.00.pth", "onnx/config.json"]))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,6 @@ def test_a_model_is_known_by_its_name_there(there: Hub, tmp_path: pathlib.Path) 
             r"refused\. Accept the licence at https://huggingface.co/google/x, then set HF_TOKEN",
         ),
         ("RepositoryNotFoundError", "There is no google/x on the hub, or it is private"),
-        ("RevisionNotFoundError", "google/x has no revision 'v9'"),
         ("LocalEntryNotFoundError", r"not in the cache, and the hub cannot be reached \(Cannot do it\)"),
         ("HfHubHTTPError", r"Downloading google/x failed: Cannot do it\. Try again"),
         ("HFValidationError", r"Downloading google/x failed: Cannot do it\."),
@@ -97,13 +95,15 @@ def test_a_model_is_known_by_its_name_there(there: Hub, tmp_path: pathlib.Path) 
 def test_what_goes_wrong_there(there: Hub, error: str, said: str) -> None:
     there.answer = error
     with pytest.raises(InterchangeError, match=said) as raised:
-        hub.download("google/x", revision="v9")
+        hub.download("google/x")
     assert "more lines" not in str(raised.value)
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InterchangeError, match=r"pip install 'pasta_jax\[hf\]'.*--from=hf:DIRECTORY"):
+    with pytest.raises(
+        InterchangeError, match=r"pip install 'pasta_jax\[hf\]'.*a folder that you have: hf:DIRECTORY"
+    ):
         hub.download("google/gemma-2b-it")
 
 

@@ -48,6 +48,38 @@ def test_the_demo_without_a_clone(
     )
 
 
+LOADED = {
+    "dtype": "bfloat16",
+    "quantize": "int8",
+    "base": "B",
+    "tokenizer": "t.model",
+    "extend_tokenizer": True,
+    "chat": "inst",
+}
+"""What `load` takes."""
+
+
+def test_options_reach_load_of_both_models() -> None:
+    """In a process of its own, since flags are global."""
+    flags = [f"--{name}={value}" for name, value in LOADED.items()]
+    code = f"""if True:
+        import sys
+        from pasta_jax import evaluate, loading
+        from pasta_jax.training import checkpoints
+        seen = []
+        def load(path, **options):
+            assert options == {LOADED}, options
+            seen.append(path)
+            if len(seen) == 2:
+                raise ValueError(f"loaded {{seen}}")
+        loading.load, checkpoints.find = load, lambda path: path
+        sys.argv = ["evaluate", "--ckpt=W", "--baseline=B", *{flags}]
+        evaluate.command()
+    """
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (2, "loaded ['B', 'W']\n")
+
+
 def test_options_reach_decode() -> None:
     """In a process of its own, since flags are global."""
     given = {
@@ -63,9 +95,8 @@ def test_options_reach_decode() -> None:
         "grammar": False,
         "cache_len": 64,
     }
-    loaded = {"dtype": "bfloat16", "quantize": "int8", "base": "B"}
     flags = [f"--{name}={str(value).lower()}" for name, value in given.items()]
-    flags += [f"--{name}={value}" for name, value in loaded.items()]
+    flags += [f"--{name}={value}" for name, value in LOADED.items()]
     code = f"""if True:
         import sys, pasta_jax
         from pasta_jax import __main__ as verb
@@ -74,7 +105,7 @@ def test_options_reach_decode() -> None:
             assert options == {given}, options
             raise ValueError("decoded")
         def load(path, **options):
-            assert options == {loaded}, options
+            assert options == {LOADED}, options
             return path
         pasta_jax.load, pasta_jax.decode = load, decode
         sys.argv = ["pasta_jax", "--ckpt=W", *{flags}, "Rivers?"]

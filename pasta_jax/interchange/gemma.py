@@ -237,10 +237,11 @@ def _by_sizes(shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelConfig:
     if not found:
         raise InterchangeError(
             f"{path} has {len(layers)} layers of D={D}, N={N}, K={K}, H={H}, F={F}, which no published Gemma has. "
-            f"Name one with --preset: {', '.join(name for name in presets() if name.startswith('gemma'))}."
+            "Name one with --preset of convert: "
+            f"{', '.join(name for name in presets() if name.startswith('gemma'))}."
         )
     if len(set(found.values())) > 1:
-        raise InterchangeError(f"{path} can be {' or '.join(found)}. Say which with --preset.")
+        raise InterchangeError(f"{path} can be {' or '.join(found)}. Say which with --preset of convert.")
     return next(iter(found.values()))
 
 

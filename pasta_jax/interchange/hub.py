@@ -7,17 +7,11 @@ import re
 from typing import Any
 
 from pasta_jax.interchange.errors import InterchangeError
+from pasta_jax.interchange.origin import KEPT
+from pasta_jax.interchange.reading import ADAPTERS
+from pasta_jax.tokens.load import TAGS_FILE
 
-WANTED = (
-    "*.json",
-    "model*.safetensors",
-    "tokenizer.model*",
-    "merges.txt",
-    "*.jinja",
-    "LICENSE*",
-    "USE_POLICY*",
-    "NOTICE*",
-)
+WANTED = (*KEPT, "model*.safetensors", TAGS_FILE, ADAPTERS)
 """What is downloaded; never a pickle."""
 
 UNWANTED = ("original/*", "*.bin", "*.pt", "*.pth", "*.gguf", "onnx/*")
@@ -26,12 +20,11 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """Of a repository there: org/name."""
 
 
-def download(name: str, *, revision: str | None = None) -> str:
+def download(name: str) -> str:
     """The folder with a repository's files, from the cache where they are there already.
 
     Args:
-      name: org/name.
-      revision: branch, tag or commit; by default the newest.
+      name: org/name; the newest of its main branch is taken.
 
     Raises:
       InterchangeError: the package is not installed, access is refused, there is no such repository, or no network
@@ -43,15 +36,11 @@ def download(name: str, *, revision: str | None = None) -> str:
     except ImportError as error:
         raise InterchangeError(
             f"Downloading {name} needs huggingface_hub: pip install 'pasta_jax[hf]'. "
-            "Or give a folder that you have: --from=hf:DIRECTORY."
+            "Or give a folder that you have: hf:DIRECTORY."
         ) from error
     url = f"https://huggingface.co/{name}"
     try:
-        return str(
-            hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
-            )
-        )
+        return str(hub.snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
     except errors.GatedRepoError as error:
         raise InterchangeError(
             f"Access to {name} refused. Accept the licence at {url}, then set HF_TOKEN to a token of yours "
@@ -61,12 +50,10 @@ def download(name: str, *, revision: str | None = None) -> str:
         raise InterchangeError(
             f"There is no {name} on the hub, or it is private. Look at {url}; for a private one set HF_TOKEN."
         ) from error
-    except errors.RevisionNotFoundError as error:
-        raise InterchangeError(f"{name} has no revision {revision!r}. See {url}/branches.") from error
     except errors.LocalEntryNotFoundError as error:
         raise InterchangeError(
             f"{name} is not in the cache, and the hub cannot be reached ({_first_line(error)}). Connect, unset "
-            "HF_HUB_OFFLINE, or give a folder that you have: --from=hf:DIRECTORY."
+            "HF_HUB_OFFLINE, or give a folder that you have: hf:DIRECTORY."
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise InterchangeError(

@@ -6,6 +6,7 @@ Everything is looked at before a tensor is read: files, names, shapes, tokenizer
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from pasta_jax.interchange import gemma, hub
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import Origin, origin_of, write_origin
 from pasta_jax.interchange.placing import Path, aligned
-from pasta_jax.interchange.reading import Folder, model_config, open_folder, read_params
+from pasta_jax.interchange.reading import ADAPTERS, Folder, model_config, open_folder, read_params
 from pasta_jax.interchange.tensors import CHUNK
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.presets import presets
@@ -81,9 +82,11 @@ class Ready:
 def kind_of(source: str | os.PathLike[str]) -> tuple[Kind, str]:
     """What somebody means by a model: its kind, and the folder or the name on the hub.
 
-    hf:DIRECTORY, orbax:DIRECTORY and hf:org/name say what they are. Else it is a folder, Hugging Face's if it has
-    a config.json beside safetensors files; or the name of a published model (`model.presets`). Whatever is left
-    is taken for a workdir, org/name too: it says nothing yet of whether that is there.
+    hf:DIRECTORY, orbax:DIRECTORY and hf:org/name say what they are. Else it is a folder, Hugging Face's if its
+    config.json names an architecture or stands beside safetensors files, or if it holds PEFT's adapters, which
+    `open_folder` refuses (our own workdirs have a config.json too); or the name of a published model
+    (`model.presets`). Whatever is left is taken for a workdir, org/name too: it says nothing yet of whether
+    that is there.
 
     Raises:
       InterchangeError: hf: or orbax: of what is neither there nor a name.
@@ -100,12 +103,26 @@ def kind_of(source: str | os.PathLike[str]) -> tuple[Kind, str]:
         )
     folder = os.path.expanduser(text)
     if os.path.isdir(folder):
-        names = os.listdir(folder)
-        is_hf = "config.json" in names and any(name.endswith(".safetensors") for name in names)
-        return ("folder" if is_hf else "workdir"), text
+        return ("folder" if _is_hf(folder) else "workdir"), text
     if text.lower() in presets():
         return "hub", presets()[text.lower()].hub
     return "workdir", text
+
+
+def _is_hf(folder: str) -> bool:
+    names = os.listdir(folder)
+    if ADAPTERS in names:
+        return True
+    if "config.json" not in names:
+        return False
+    if any(name.endswith(".safetensors") for name in names):
+        return True
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            tree = json.load(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(tree, dict) and not tree.keys().isdisjoint(("model_type", "architectures"))
 
 
 def open_source(kind: Kind, where: str, wanted: Wanted = Wanted()) -> Ready:
@@ -166,6 +183,10 @@ def int8(path: Path, array: np.ndarray) -> dict[Path, np.ndarray]:
 
 
 def _open_folder(folder: Folder, wanted: Wanted) -> Ready:
+    if wanted.preset is not None:
+        raise InterchangeError(
+            f"preset={wanted.preset} is for Orbax checkpoints; {folder.source} says by its config.json what it is."
+        )
     rows = folder.config.vocab_size
     path = os.fspath(wanted.tokenizer or folder.path)
     tokenizer = load_tokenizer(path, extend=wanted.extend_tokenizer, chat=wanted.chat, vocab_size=rows)
@@ -179,6 +200,10 @@ def _open_folder(folder: Folder, wanted: Wanted) -> Ready:
 
 
 def _open_orbax(where: str, wanted: Wanted) -> Ready:
+    if wanted.extend_tokenizer:
+        raise InterchangeError(
+            f"extend_tokenizer is for Hugging Face folders; {where} is a checkpoint of Gemma, where ids are free."
+        )
     checkpoint = gemma.open_gemma(where, wanted.preset)
     if wanted.tokenizer is None:
         raise InterchangeError(

@@ -66,9 +66,12 @@ class Origin:
     headers: Mapping[str, bytes]
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all of its tensors were read, so that it can be written again as it was."""
-        return not self.ignored
+    def is_text(self) -> bool:
+        """Whether it was a text model alone, so that what is written has all of its tensors again.
+
+        Rotary frequencies, which old versions of transformers stored, follow from the configuration.
+        """
+        return all(name.endswith(".rotary_emb.inv_freq") for name in self.ignored)
 
     def shards(self) -> tuple[TensorFile, ...]:
         """What its safetensors files held."""

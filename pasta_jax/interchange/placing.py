@@ -39,6 +39,7 @@ def place_params(
     piece: int,
     mesh: Mesh | None = None,
     transform: Transform | None = None,
+    check: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Reads all parameters of a model and lays them where they belong.
 
@@ -49,6 +50,7 @@ def place_params(
       piece: bytes that a reader takes besides its result.
       mesh: of `sharding.make_mesh`; by default all lies on the first device.
       transform: applied to each parameter, on the host (int8: a matrix to a matrix and its scales).
+      check: what has to be read to be found wrong; called first, when it is known that the model fits.
 
     Raises:
       InterchangeError: it does not fit, with the arithmetic, before anything is read.
@@ -61,6 +63,8 @@ def place_params(
     is_taken = transform is None and len(devices) == 1 and all(d.platform == "cpu" for d in devices)
     largest = max(sizes.values()) * np.dtype(config.dtype).itemsize
     check_fits(places, staging=piece + (0 if is_taken else largest), what=what)
+    if check is not None:
+        check()
     leaves: dict[Path, jax.Array] = {}
     for path in sorted(readers, key=lambda path: -sizes[path]):
         array = readers[path]()

@@ -26,6 +26,9 @@ from pasta_jax.model import ModelConfig
 from pasta_jax.model.families import FamilyError, config_from_hf
 from pasta_jax.model.weights import HfTensor, find_prefix, hf_tensors, tied_head
 
+ADAPTERS = "adapter_config.json"
+"""Of a folder of PEFT's."""
+
 NOISE = 0.01
 """Of new vocabulary rows, in standard deviations of the old: enough to tell them apart, too little to matter."""
 
@@ -65,6 +68,12 @@ def open_folder(path: str | os.PathLike[str], source: str = "") -> Folder:
     """
     path = os.path.abspath(os.path.expanduser(path))
     file = os.path.join(path, "config.json")
+    is_whole = any(os.path.exists(os.path.join(path, name)) for name in (tensors.SINGLE, tensors.INDEX))
+    if os.path.exists(os.path.join(path, ADAPTERS)) and not is_whole:
+        raise InterchangeError(
+            f"{path} holds PEFT's adapters ({ADAPTERS}), which are not read, and no whole model. Merge them where "
+            "peft is installed: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)."
+        )
     try:
         with open(file, encoding="utf-8") as opened:
             tree = json.load(opened)
@@ -81,15 +90,7 @@ def open_folder(path: str | os.PathLike[str], source: str = "") -> Folder:
     files = tensors.read_files(path)
     prefix = find_prefix(tensor.name for stored in files for tensor in stored.tensors)
     again = [tied_head(config, prefix)] if config.tie_embeddings else []
-    wanted = hf_tensors(config, prefix)
-    stored, ignored = tensors.match(files, wanted, again)
-    for head in again:
-        embedding = stored[wanted[0].name]
-        if head.name in stored and not tensors.equal(stored[head.name], embedding):
-            raise InterchangeError(
-                f"{stored[head.name].file}: {head.name} differs from {embedding.name}, and {file} says that they "
-                'are tied. Which is meant? If the head is its own, set "tie_word_embeddings": false there.'
-            )
+    stored, ignored = tensors.match(files, hf_tensors(config, prefix), again)
     config = dataclasses.replace(config, dtype=_widest(stored))
     return Folder(path, source or path, config, files, prefix, stored, ignored)
 
@@ -133,7 +134,8 @@ def read_params(
       seed: of the noise.
 
     Raises:
-      InterchangeError: it does not fit, with the arithmetic, before anything is read.
+      InterchangeError: it does not fit, with the arithmetic, before anything is read; or the head that the folder
+        has besides differs from the embedding to which it is tied.
     """
     plain = dataclasses.replace(config, weights="plain")
     readers = {
@@ -143,7 +145,9 @@ def read_params(
         for tensor in hf_tensors(plain, folder.prefix)
     }
     piece = 4 * tensors.CHUNK
-    return place_params(readers, config, what=folder.source, piece=piece, mesh=mesh, transform=transform)
+    check = functools.partial(_check_tied, folder)
+    what = folder.source
+    return place_params(readers, config, what=what, piece=piece, mesh=mesh, transform=transform, check=check)
 
 
 def read_tensor(tensor: HfTensor, stored: Stored, dtype: np.dtype, seed: int = 0) -> np.ndarray:
@@ -166,6 +170,20 @@ def read_tensor(tensor: HfTensor, stored: Stored, dtype: np.dtype, seed: int = 0
         # Rounded as the old ones are, so that an export in the folder's dtype loses nothing.
         theirs[stored.shape[0] :] = new.astype(stored.numpy_dtype).astype(dtype)
     return out
+
+
+def _check_tied(folder: Folder) -> None:
+    """That a head beside a tied embedding is the embedding again."""
+    if not folder.config.tie_embeddings:
+        return
+    head = folder.stored.get(tied_head(folder.config, folder.prefix).name)
+    embedding = folder.stored[hf_tensors(folder.config, folder.prefix)[0].name]
+    if head is not None and not tensors.equal(head, embedding):
+        told = os.path.join(folder.path, "config.json")
+        raise InterchangeError(
+            f"{head.file}: {head.name} differs from {embedding.name}, and {told} says that they are tied. Which is "
+            'meant? If the head is its own, set "tie_word_embeddings": false there.'
+        )
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:

@@ -24,8 +24,9 @@ from pasta_jax.model.families import FamilyError, config_to_hf
 from pasta_jax.model.weights import HfTensor, hf_tensors, is_ignored, leaf_at, tied_head
 from pasta_jax.tokens import export
 from pasta_jax.tokens.base import TextTokenizer
-from pasta_jax.tokens.load import TAGS_FILE
+from pasta_jax.tokens.load import FILES, TAGS_FILE, read_hints
 from pasta_jax.tokens.templates import template_of
+from pasta_jax.tokens.tokenizer import TokenizerError
 
 SHARD_BYTES = 5 * 10**9
 """Of a safetensors file, at most; a tensor is never cut."""
@@ -97,7 +98,12 @@ def write_folder(
 
 
 def check_destination(destination: str | os.PathLike[str]) -> None:
-    """Refuses to write where something stands."""
+    """Refuses to write where something stands, or to another file system than this machine's."""
+    if "://" in os.fspath(destination):
+        raise InterchangeError(
+            f"Cannot write to {os.fspath(destination)}: only to folders of this machine for now. Write to one of "
+            "those, and copy it there."
+        )
     if os.path.exists(destination) and (not os.path.isdir(destination) or os.listdir(destination)):
         raise InterchangeError(f"{os.fspath(destination)} exists and is not empty. Choose another --to.")
 
@@ -106,20 +112,28 @@ def check_destination(destination: str | os.PathLike[str]) -> None:
 def unfinished(destination: str | os.PathLike[str]) -> Iterator[str]:
     """A folder to write in that takes the name `destination` when the block has ended well; else it is gone."""
     target = os.path.abspath(os.path.expanduser(destination))
-    parent = os.path.dirname(target)
+    parent = above = os.path.dirname(target)
+    made = []  # folders above it, the innermost first
+    while not os.path.lexists(above):
+        made.append(above)
+        above = os.path.dirname(above)
+    folder = os.path.join(parent, f".{os.path.basename(target)}.{os.getpid()}.unfinished")
     try:
-        os.makedirs(parent, exist_ok=True)
-        folder = os.path.join(parent, f".{os.path.basename(target)}.{os.getpid()}.unfinished")
-        os.mkdir(folder)
-    except OSError as error:
-        raise InterchangeError(f"Cannot write {target}: {error.strerror}.") from error
-    try:
+        try:
+            os.makedirs(parent, exist_ok=True)
+            os.mkdir(folder)
+        except OSError as error:
+            raise InterchangeError(f"Cannot write {target}: {error.strerror}.") from error
         yield folder
         if os.path.isdir(target):
             os.rmdir(target)  # empty, as was checked
         os.rename(folder, target)
-    finally:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others write there by now
+            for path in made:
+                os.rmdir(path)
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------- tensors
@@ -133,7 +147,7 @@ def plan(model: Exported, *, dtype: str | None = None, shard_bytes: int = SHARD_
     if config.weights != "plain":
         raise InterchangeError("The model's weights are int8. Export the one that it was quantised from.")
     given = np.dtype(dtype or config.dtype)
-    if origin is None or not _is_text(origin):
+    if origin is None or not origin.is_text:
         return _divided([(tensor, given) for tensor in hf_tensors(config)], shard_bytes)
     ours = hf_tensors(config, origin.prefix)
     again = [tied_head(config, origin.prefix)] if config.tie_embeddings else []
@@ -196,11 +210,6 @@ def _kept(theirs: np.dtype, ours: np.dtype) -> np.dtype:
     return theirs if ours == np.float32 or ours == theirs else ours
 
 
-def _is_text(origin: Origin) -> bool:
-    """Whether the origin was a text model alone, so that what is written has all of its tensors again."""
-    return all(name.endswith(".rotary_emb.inv_freq") for name in origin.ignored)
-
-
 def _nbytes(tensor: HfTensor, dtype: np.dtype) -> int:
     return int(np.prod(tensor.shape)) * dtype.itemsize
 
@@ -230,7 +239,7 @@ def companions(model: Exported, shards: Sequence[Shard], *, name_tags: bool) -> 
 
 def _config_of(model: Exported, origin: Origin, shards: Sequence[Shard]) -> bytes:
     """The origin's config.json with what is no longer so; its very bytes if that is nothing."""
-    if not _is_text(origin):
+    if not origin.is_text:
         return _json(_new_config(model, shards))
     old = origin.tree("config.json") or {}
     changed: dict[str, Any] = {}
@@ -269,9 +278,18 @@ def _end_answers(files: dict[str, bytes], model: Exported) -> None:
     if missing := sorted(vocabulary.stops - set(old)):
         files["generation_config.json"] = _json(tree | {"eos_token_id": [*old, *missing]})
     usage = model.tokenizer.usage
-    told = [json.loads(files.get(name, b"{}")) for name in ("tokenizer_config.json", "chat_template.json")]
-    has_template = "chat_template.jinja" in files or any("chat_template" in tree for tree in told)
-    if not has_template and (template := template_of(usage.chat, usage.opening)):
+    hints = read_hints({name: files[name] for name in FILES if name in files}, 0)
+    try:
+        if model.tokenizer.chat_of(hints.template or "") == (usage.chat, usage.opening):
+            return
+    except TokenizerError:  # of no format known here: whoever trained chose another
+        pass
+    for name in ("chat_template.jinja", "chat_template.json"):
+        files.pop(name, None)
+    told = json.loads(files.get("tokenizer_config.json", b"{}"))
+    if told.pop("chat_template", None) is not None:
+        files["tokenizer_config.json"] = _json(told)
+    if template := template_of(usage.chat, usage.opening):
         files["chat_template.jinja"] = template.encode()
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pasta_jax.model.config import LayerKind, ModelConfig
 from pasta_jax.model.hf_fields import FamilyError, Fields, rotary_from_hf, scaling_to_hf
+from pasta_jax.model.presets import published_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +133,6 @@ _MUST_BE: dict[str, tuple[Any, str]] = {
 }
 """Fields of which any other value is refused; null and absence are the same."""
 
-_PUBLISHED_LENGTH = {"gemma3_text": 131_072, "llama": 8192, "mistral": 32_768, "qwen3": 40_960}
-_LLAMA_3_1_LENGTH = 131_072
-
 
 def config_from_hf(tree: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The model that a parsed `config.json` describes.
@@ -199,7 +197,8 @@ def config_to_hf(
     Args:
       config: what to express.
       family: one of `FAMILIES`, where more than one could express it (a Mistral 0.3 is a Llama, too).
-      max_position_embeddings: for how long texts it was trained; the family's published default.
+      max_position_embeddings: for how long texts it was trained; by default that of the published model with
+        these numbers, else transformers' own, or as far as scaled positions reach.
 
     Raises:
       FamilyError: no such architecture has these numbers.
@@ -209,9 +208,11 @@ def config_to_hf(
         raise FamilyError(f"{FAMILIES[name].architecture} cannot express {_fields_said(config, found)}.")
     kind = FAMILIES[name]
     activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
-    length = _PUBLISHED_LENGTH.get(name, kind.defaults["max_position_embeddings"])
-    if name == "llama" and config.rope_scaling.kind == "llama3":
-        length = _LLAMA_3_1_LENGTH
+    length = max_position_embeddings or published_length(config)
+    if length is None:
+        scaling = config.rope_scaling
+        reach = int(scaling.factor * scaling.original_length) if scaling.kind in ("llama3", "yarn") else 0
+        length = max(reach, kind.defaults["max_position_embeddings"])
     return {
         "architectures": [kind.architecture],
         "model_type": name,
@@ -224,7 +225,7 @@ def config_to_hf(
         "head_dim": config.head_dim,
         "hidden_act": activation,
         **({"hidden_activation": activation} if name.startswith("gemma") else {}),
-        "max_position_embeddings": max_position_embeddings or length,
+        "max_position_embeddings": length,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": config.rope_base,

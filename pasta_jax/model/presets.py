@@ -111,6 +111,8 @@ def presets() -> dict[str, Preset]:
     small = _sized(_LLAMA_3_2, (16, 2048, 32, 8, 8192), head_dim=64)
     add(both("meta-llama/Llama-3.2-1B", "Instruct"), 131_072, small)
     add(both("meta-llama/Llama-3.2-3B", "Instruct"), 131_072, _sized(_LLAMA_3_2, (28, 3072, 24, 8, 8192)))
+    largest = _sized(_LLAMA_3_1, (126, 16_384, 128, 8, 53_248))
+    add(both("meta-llama/Llama-3.1-405B", "Instruct"), 131_072, largest)
     add(("meta-llama/Llama-3.3-70B-Instruct",), 131_072, _sized(_LLAMA_3_1, seventy))
 
     narrow, wide = dict(tie_embeddings=True), dict(vocab_size=152_064)
@@ -136,7 +138,10 @@ def presets() -> dict[str, Preset]:
         ("14B", (40, 5120, 40, 8, 17_408), False),
         ("32B", (64, 5120, 64, 8, 25_600), False),
     ):
-        add((f"Qwen/Qwen3-{size}",), 40_960, _sized(_QWEN_3, sizes, tie_embeddings=tied))
+        config = _sized(_QWEN_3, sizes, tie_embeddings=tied)
+        add((f"Qwen/Qwen3-{size}",), 40_960, config)
+        if size != "32B":  # which was published after it was taught alone
+            add((f"Qwen/Qwen3-{size}-Base",), 32_768, config)
 
     first = dict(sliding_window=4096, layer_kinds=("local",))
     third = dict(vocab_size=32_768, rope_base=1_000_000.0)
@@ -145,6 +150,19 @@ def presets() -> dict[str, Preset]:
     add((f"{mistral}-Instruct-v0.2",), 32_768, _sized(_MISTRAL, eight, rope_base=1_000_000.0))
     add((f"{mistral}-v0.3", f"{mistral}-Instruct-v0.3"), 32_768, _sized(_MISTRAL, eight, **third))
     return found
+
+
+def published_length(config: ModelConfig) -> int | None:
+    """How long texts the published model with these numbers was made for, in whatever dtype and vocabulary.
+
+    Of several the shortest; None if there is none.
+    """
+
+    def plain(some: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(some, vocab_size=1, dtype="float32")
+
+    same = [known.max_positions for known in presets().values() if plain(known.config) == plain(config)]
+    return min(same, default=None)
 
 
 def preset(name: str) -> Preset:

@@ -146,6 +146,10 @@ class TextTokenizer(abc.ABC):
         other.vocabulary = self.vocabulary.with_dialect(dialect)
         return other
 
+    def chat_of(self, template: str) -> tuple[str, str]:
+        """What `auto` makes of a chat template with this vocabulary: `chat.choose`. Raises TokenizerError."""
+        return chats.choose("auto", self._names.keys(), template)
+
     def with_chat(self, chat: str) -> Self:
         """The same tokenizer with prompts in another format. Raises TokenizerError as the constructor does."""
         usage = self.usage

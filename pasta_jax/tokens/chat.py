@@ -29,6 +29,8 @@ Chat: TypeAlias = Literal["auto", "plain", "gemma", "llama3", "chatml", "qwen3",
 CHATS: tuple[Chat, ...] = get_args(Chat)
 """What may be asked for. `inst` is whichever of llama2, mistral and mistral3 vocabulary and template call for."""
 
+_SWITCHES = "chat=FORMAT of load, --config.data.chat=FORMAT of training, --chat=FORMAT of other verbs"
+
 USER_TURN, MODEL_TURN = "<user>", "<model>"
 
 EMPTY = "The prompt is empty. Give the model something to answer."
@@ -225,7 +227,7 @@ def choose(asked: str, names: Collection[str], template: str | None) -> tuple[st
     if lacking := [need for need in FORMATS[name].needs if need not in names]:
         raise TokenizerError(
             f"The chat format {name} needs {', '.join(lacking)}, which this tokenizer lacks. "
-            "Set --config.data.chat=plain, or the format that the model was tuned on."
+            f"Choose plain, or the format that the model was tuned on, with {_SWITCHES}."
         )
     return name, _opening(name, template or "")
 
@@ -246,7 +248,7 @@ def _by_itself(names: Collection[str], template: str | None) -> str:
             return family
     raise TokenizerError(
         "The model's chat template is of no format known here "
-        f"({', '.join(CHATS[2:])}). Set --config.data.chat to the nearest of them, or to plain."
+        f"({', '.join(CHATS[2:])}). Choose the nearest of them, or plain, with {_SWITCHES}."
     )
 
 

@@ -231,7 +231,7 @@ def _no_room(symbols: Symbols, hints: Hints, missing: list[str], splits: Callabl
     return (
         f"This tokenizer has no id for {len(missing)} of the {len(tags.PIECES)} tag pieces; {fault}. It has no "
         f"reserved ids that they could take, and {rows}. Train one with the tags as control symbols, or load "
-        "this one with extend=True (--config.data.extend_tokenizer=true, --extend_tokenizer for convert), which "
+        "this one with extend=True (--config.data.extend_tokenizer=true, --extend_tokenizer of other verbs), which "
         "adds ids after its end; the embedding grows with them."
     )
 

@@ -401,7 +401,7 @@ def find_base(found: epath.Path, path: str) -> str:
             return os.fspath(place)
     raise CheckpointError(
         f"{found} has adapters for the weights in {path}, which is not there. Say where those are now: "
-        "base=DIRECTORY of `load`, or --base=DIRECTORY on the command line; or put a link there."
+        "base=DIRECTORY of load, --base=DIRECTORY of pasta_jax, evaluate and convert; or put a link there."
     )
 
 
