@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+from pasta_jax import verbs
 from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
 
 
@@ -62,6 +63,7 @@ def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_string("ckpt", None, "Workdir or checkpoint of the model.")
     define_loading()
+    flags.adopt_module_key_flags(verbs)  # so that --help shows them
     flags.DEFINE_enum(
         "mode", "parallel", ["parallel", "sequential", "both"], "How to decode; both times both."
     )

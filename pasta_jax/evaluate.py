@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import app, flags
 
+from pasta_jax import verbs
 from pasta_jax.evaluation import (
     LIMITS,
     Answer,
@@ -168,6 +169,7 @@ def command() -> None:
     flags.DEFINE_string("ckpt", None, "Workdir or checkpoint of the model to evaluate.")
     flags.DEFINE_string("baseline", None, "Workdir or checkpoint of the sequential baseline.")
     define_loading()
+    flags.adopt_module_key_flags(verbs)  # so that --help shows them
     flags.DEFINE_string("workdir", "runs/evaluation", "Where answers and the table go.")
     flags.DEFINE_integer("prompts", 500, "How many held-out prompts.", lower_bound=1)
     app.run(main)

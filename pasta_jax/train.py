@@ -50,6 +50,7 @@ def run(config: Config, workdir: str) -> str:
     # These load jax: the refusals above, and --print_config, come at once.
     from pasta_jax.data.records import RecordError
     from pasta_jax.data.sources import make_source, make_tokenizer, steps_of_epochs
+    from pasta_jax.interchange.origin import carry
     from pasta_jax.preference import rounds
     from pasta_jax.tokens.layout import LayoutError
     from pasta_jax.tokens.tokenizer import TokenizerError
@@ -73,6 +74,8 @@ def run(config: Config, workdir: str) -> str:
         if config.epochs:
             steps = steps_of_epochs(config.data, source, config.epochs)
             config = dataclasses.replace(config, steps=steps)
+        if config.init_from and not os.path.exists(os.path.join(workdir, "checkpoints")):
+            carry(config.init_from, workdir)
         train(config, source=source, tokenizer=tokenizer, workdir=workdir)
         return workdir
     except (ConfigError, CheckpointError, RecordError, LayoutError, TokenizerError, OSError) as error:

@@ -437,7 +437,7 @@ def prompt_length(document: Any) -> int:
 
 
 def test_a_checkpoint_keeps_its_dialect(tmp_path: Path) -> None:
-    state = new_state({"embed": {"embedding": jnp.ones((4, 3))}}, optax.adamw(1e-3))
+    state = new_state(init_params(CONFIG.model, jax.random.key(0)), optax.adamw(1e-3))
     with Checkpoints(tmp_path, CONFIG, make_tokenizer(CONFIG.data)) as run:
         run.save(TrainState(state.params, state.opt_state, jnp.int32(1)), data_index=0)
     model = pasta_jax.load(tmp_path)

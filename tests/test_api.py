@@ -142,6 +142,10 @@ def test_conversations() -> None:
     one, other, _ = pasta_jax.decode(model(), [short, long, short], **options())  # four rows, as before
     assert what_was_said(one) == what_was_said(alone)
     assert other.stats.prompt_tokens == len(WORDS.encode_chat(long)) > one.stats.prompt_tokens
+    with pytest.raises(
+        ValueError, match=r'The prompt is a dict. Give a text, a conversation \[\{"role": "user"'
+    ):
+        pasta_jax.decode(model(), short[0])  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="Message 2 of the conversation has the role 'user'; \"assistant\""):
         pasta_jax.decode(model(), [*short, *short], **options())
 

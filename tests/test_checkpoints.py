@@ -88,7 +88,9 @@ def test_nothing_there(tmp_path: pathlib.Path) -> None:
     ):
         load_params(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"\(found: model.safetensors\)"):
+    with pytest.raises(
+        CheckpointError, match=r"published weights. Bring them in first: .*convert --from=hf:"
+    ):
         load_params(tmp_path)
     with pytest.raises(CheckpointError, match="is a file"):
         load_params(tmp_path / "model.safetensors")

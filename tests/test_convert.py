@@ -432,19 +432,6 @@ def test_the_base_of_adapters_that_was_moved(
     ).exists()
 
 
-def test_adapters_go_out_merged_when_asked(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_hf_folder(tmp_path / "hf", GEMMA)
-    bring_in(tmp_path / "hf", tmp_path / "W")
-    _, about = load_params(tmp_path / "W")
-    with Checkpoints(tmp_path / "L", about.config, about.tokenizer()) as adapters:
-        leaf = {"a": jax.numpy.ones(2)}
-        adapters.save(TrainState(leaf, leaf, jax.numpy.int32(3)), 0, Base("W", "0"))
-    assert run(f"--from={tmp_path}/L", f"--to={tmp_path}/out") == 2
-    assert capsys.readouterr().err.startswith(f"{tmp_path}/L holds adapters. Add --merge_lora")
-
-
 def test_config_of_an_import_is_a_config(tmp_path: pathlib.Path) -> None:
     write_hf_folder(tmp_path / "hf", GEMMA)
     bring_in(tmp_path / "hf", tmp_path / "W")

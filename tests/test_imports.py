@@ -24,6 +24,9 @@ verb, or the package's own front: they may import everything, and nothing import
 
 VERBS = len(LEVELS)
 
+BELOW = {"training": {"interchange", "loading", "preference", "evaluation", "reports"}}
+"""On one level, and yet the first may not import the others, which are built on it."""
+
 APART = {"decoding", "data"}
 """On one level, and yet neither may import the other: one needs no answers, the other no training text."""
 
@@ -60,6 +63,7 @@ def test_imports_point_one_way(file: pathlib.Path) -> None:
             theirs = name.split(".")[1]
             assert level(theirs) <= level(mine), f"{mine} may not import {name}"
             assert mine == theirs or not {mine, theirs} <= APART, f"{mine} may not import {name}"
+            assert theirs not in BELOW.get(mine, ()), f"{mine} may not import {name}"
 
 
 def test_the_order_is_that_of_the_design() -> None:

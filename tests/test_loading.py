@@ -78,7 +78,7 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for source, message in (
         ("gemma-2b-pasta", "No checkpoint at .*gemma-2b-pasta: no such directory.*hf:org/name"),
         ("runs/gemma-2b", "No checkpoint at .*runs/gemma-2b: no such directory"),
-        ("google/gemma-2b", "published weights are hf:org/name"),
+        ("google/gemma-2b", "or are published weights meant: hf:google/gemma-2b, or a name"),
     ):
         with pytest.raises(CheckpointError, match=message):
             pasta_jax.load(source)

@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from hf_folders import CONFIGS, write_hf_folder
-from test_convert import bring_in
+from test_convert import bring_in, run
 
 from pasta_jax.config import Config
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.origin import read_origin
+from pasta_jax.interchange.origin import carry, read_origin
 from pasta_jax.interchange.peft import CONFIG, WEIGHTS, write_adapters
 from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
-from pasta_jax.model.lora import join, split
+from pasta_jax.model.lora import join, merge, split
 from pasta_jax.tokens.base import TextTokenizer
+from pasta_jax.training.checkpoints import Base, Checkpoints
+from pasta_jax.training.fingerprint import fingerprint
+from pasta_jax.training.state import TrainState
 
 
 def imported(
@@ -70,6 +73,28 @@ def read_origin_source(folder: pathlib.Path) -> str:
     origin = read_origin(folder / "W")
     assert origin is not None
     return origin.source
+
+
+def test_the_verb_writes_adapters_or_adds_them(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, tokenizer, base, adapters = imported("gemma", tmp_path)
+    with Checkpoints(tmp_path / "L", config, tokenizer) as checkpoints:
+        state = TrainState(adapters, {"count": jnp.zeros(())}, jnp.int32(3))
+        checkpoints.save(state, 0, Base(str(tmp_path / "W"), fingerprint(base)))
+    carry(tmp_path / "W", tmp_path / "L")
+    assert run(f"--from={tmp_path}/L", f"--to={tmp_path}/peft") == 0
+    assert "in PEFT's layout" in capsys.readouterr().out
+    export_again = tmp_path / "again"
+    write_adapters(export_again, adapters, config, tokenizer, read_origin(tmp_path / "W"), base_step=0)
+    for name in (WEIGHTS, CONFIG, "pasta_tags.json"):
+        assert (tmp_path / "peft" / name).read_bytes() == (export_again / name).read_bytes()
+    assert run(f"--from={tmp_path}/L", f"--to={tmp_path}/whole", "--merge_lora", "--noparity") == 0
+    whole = safetensors.numpy.load_file(tmp_path / "whole" / "model-00001-of-00002.safetensors")
+    merged = merge(join(base, adapters), config.lora)["embed"]["embedding"]
+    np.testing.assert_array_equal(whole["model.embed_tokens.weight"], merged)
+    assert run(f"--from={tmp_path}/L", f"--to={tmp_path}/x", "--name_tags") == 2
+    assert "--name_tags is for whole models" in capsys.readouterr().err
 
 
 def test_what_is_no_published_base(tmp_path: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """python -m pasta_jax.train, as a person meets it, and the sources that its configuration names."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -112,8 +113,8 @@ def test_records_that_cannot_be_used_are_reported_and_kept(
     assert "promises more than 15 branches" in caplog.text
 
 
-def test_epochs_say_how_many_steps(tmp_path: pathlib.Path) -> None:
-    """Eleven documents of one length, two to a row of 100 and two rows to a batch: three batches hold them."""
+def test_epochs_say_how_many_steps(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Eleven documents of one length, two to a row of 100 and two rows to a batch: 2.75 batches hold them."""
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"prompt": "Rivers?", "response": "word " * 6}) + "\n")
     file.write_text(file.read_text() * 11)
@@ -121,8 +122,11 @@ def test_epochs_say_how_many_steps(tmp_path: pathlib.Path) -> None:
     source = make_source(config, make_tokenizer(config), seed=0)
     assert 34 <= len(source[0]) <= 50, "two fit into a row, three do not"
     assert steps_of_epochs(config, source, 1) == 3
-    assert steps_of_epochs(config, source, 4) == 12
+    assert steps_of_epochs(config, source, 4) == 11
     assert steps_of_epochs(config, source, 0.1) == 1
+    few = dataclasses.replace(config, rows=64)
+    assert steps_of_epochs(few, source, 4) == 1
+    assert "holds 128 of these documents: in one step each is seen 11.6 times" in caplog.text
     with pytest.raises(ConfigError, match="has no end"):
         steps_of_epochs(config, make_source(DataConfig(), make_tokenizer(config), seed=0), 1)
 

@@ -27,6 +27,7 @@ from pasta_jax.model.config import ModelConfig
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.training import loop
 from pasta_jax.training.checkpoints import CheckpointError, find
+from pasta_jax.training.losses import Scores
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.signals import Stopped
 from pasta_jax.training.state import TrainState, decays, make_schedule
@@ -177,8 +178,8 @@ def test_golden_step(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None:
-    def loss_fn(logits: Any, batch: ThreadedTokens) -> Any:
-        sums = loop.sft(logits, batch)
+    def loss_fn(scores: Scores, batch: ThreadedTokens) -> Any:
+        sums = loop.sft(scores, batch)
         loss = jnp.where(jnp.any(batch.token == 99), jnp.nan, sums.values["loss"])
         return dataclasses.replace(sums, values=sums.values | {"loss": loss})
 
@@ -197,11 +198,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: pathlib.Path) -> None:
-    def loss_fn(logits: Any, batch: ThreadedTokens) -> Any:
-        sums = loop.sft(logits, batch)
+    def loss_fn(scores: Scores, batch: ThreadedTokens) -> Any:
+        sums = loop.sft(scores, batch)
         # The square root of 1, or of 0, where its slope is infinite: the loss is what it was, its gradient NaN.
         inside = jnp.where(jnp.any(batch.token == 99), 0.0, 1.0)
-        loss = sums.values["loss"] + jnp.sqrt(inside + 0.0 * logits.sum()) - inside
+        loss = sums.values["loss"] + jnp.sqrt(inside + 0.0 * scores.logprob.sum()) - inside
         return dataclasses.replace(sums, values=sums.values | {"loss": loss})
 
     class Poisoned(Counting):

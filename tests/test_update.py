@@ -12,7 +12,7 @@ import pytest
 from pasta_jax import sharding
 from pasta_jax.arrays import NO_TARGET, PairedTokens, ThreadedTokens
 from pasta_jax.config import Config, ConfigError, DataConfig, OptimizerConfig
-from pasta_jax.model import Lora, ModelConfig
+from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
 from pasta_jax.preference.pairs import Pair, pair_batches, reference_pass
 from pasta_jax.training import update as update_module
 from pasta_jax.training.loop import sft
@@ -172,6 +172,24 @@ def test_logits_of_a_few_tokens_at_a_time_change_nothing(
     if tokens == 5:
         spread, _, _ = updated(CONFIG, "sft", fields, sharding.make_mesh(2, 2, 2))
         assert_close(spread, expected, 1e-5)
+
+
+def test_gradients_of_tokens_taken_apart_are_added_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty-four sums in bfloat16 would be off by a hundredth of the whole (measured: 0.9 %, and 0.2 % so)."""
+    L, config = 256, dataclasses.replace(CONFIG.model, dtype="bfloat16", tie_embeddings=False)
+    document = documents(np.random.default_rng(3), [L], [1])[0]
+    batch = ThreadedTokens(**{n: getattr(document, n)[None] for n in ThreadedTokens.__dataclass_fields__})
+    params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
+
+    def gradient(tokens: int) -> np.ndarray:
+        monkeypatch.setattr(update_module, "LOGITS", tokens * config.vocab_size)
+        model = Transformer(config)
+        loss = jax.grad(lambda p: update_module.scores_of(model, p, batch).logprob.sum())
+        return np.asarray(jax.jit(loss)(params)["head"], np.float32)
+
+    whole_head = gradient(L)
+    off = np.linalg.norm(gradient(4) - whole_head) / np.linalg.norm(whole_head)
+    assert off < 0.005, off
 
 
 def test_masters_in_float32_take_steps_that_bfloat16_cannot() -> None:

@@ -146,9 +146,9 @@ def batches(stream: Stream, index: int, rows: int, length: int) -> Iterator[tupl
         yield batch, index
 
 
-def steps_until(batches: Iterator[tuple[ThreadedTokens, int]], documents: int) -> int:
-    """How many batches it takes until so many documents, counted from the first of them, were in one."""
-    return next(step for step, (_, index) in enumerate(batches, start=1) if index >= documents)
+def steps_until(batches: Iterator[tuple[ThreadedTokens, int]], documents: int) -> tuple[int, int]:
+    """How many batches it takes until so many documents were in one, and how many documents those hold."""
+    return next((step, index) for step, (_, index) in enumerate(batches, start=1) if index >= documents)
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def make_source(
 
 
 def steps_of_epochs(config: DataConfig, source: Stream, epochs: float) -> int:
-    """Steps of so many passes over the data: the batches of the first, times their number.
+    """Steps of so many passes over the data, by how many documents a batch of the first pass holds.
 
     Raises:
       ConfigError: more than one source, or one that has no end.
@@ -82,9 +82,15 @@ def steps_of_epochs(config: DataConfig, source: Stream, epochs: float) -> int:
             "config.epochs: passes are counted over one .jsonl file; what the almanac makes up has no end, and a "
             "mixture has no common one. Set --config.epochs=0 and --config.steps."
         )
-    made = batches(source, 0, config.rows, config.length)
-    steps = max(1, round(epochs * steps_until(made, len(source))))
+    made, seen = steps_until(batches(source, 0, config.rows, config.length), len(source))
+    steps = max(1, round(epochs * len(source) * made / seen))
     LOG.info("%g passes over %d documents are %d steps.", epochs, len(source), steps)
+    if steps == 1 and seen > epochs * len(source):
+        LOG.warning(
+            "A batch of %d rows of %d tokens holds %d of these documents: in one step each is seen %.3g times. "
+            "Fewer --config.data.rows, or more documents, make --config.epochs count.",
+            *(config.rows, config.length, seen, seen / len(source)),
+        )
     return steps
 
 

@@ -183,6 +183,11 @@ def decode(
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown. Use one of {', '.join(MODES)}.")
+    if isinstance(prompt, Mapping) or not isinstance(prompt, str | Sequence):
+        raise ValueError(
+            f"The prompt is a {type(prompt).__name__}. Give a text, a conversation "
+            '[{"role": "user", "content": "..."}], or a list of either.'
+        )
     prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if alone := isinstance(prompt, str) or any(isinstance(each, Mapping) for each in prompts):
         prompts = [prompt]

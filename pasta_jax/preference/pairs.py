@@ -204,6 +204,7 @@ def _numbered(document: PairedTokens, number: int) -> PairedTokens:
 
 def steps_for(pairs: Sequence[Pair], epochs: float, rows: int, length: int, seed: int, parts: int = 1) -> int:
     """Batches that hold so many passes over the pairs."""
-    return steps_until(
+    steps, _ = steps_until(
         pair_batches(pairs, 0, rows, length, seed=seed, parts=parts), math.ceil(epochs * len(pairs))
     )
+    return steps

@@ -31,6 +31,7 @@ from pasta_jax.data.batches import permuted
 from pasta_jax.data.records import RecordError, read_records
 from pasta_jax.decoding.engine import Model
 from pasta_jax.files import replacing
+from pasta_jax.interchange.origin import carry
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.loading import load
 from pasta_jax.preference.pairs import Choice, Pair, choose_all, make_pairs, pair_batches, steps_for
@@ -80,6 +81,7 @@ def run_round(config: Config, number: int, policy: str, folder: str) -> str:
     steps = steps_for(pairs, wishes.epochs, data.rows, data.length, seed, parts)
     LOG.info("Round %d: %d pairs of %d prompts, %d steps.", number, len(pairs), len(records), steps)
     optimizer = dataclasses.replace(config.optimizer, lr=wishes.lr, warmup_steps=max(1, steps // 10))
+    carry(policy, folder)
     train(
         dataclasses.replace(config, stage="preference", init_from=policy, steps=steps, optimizer=optimizer),
         source=pairs,

@@ -12,6 +12,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from pasta_jax.lang import tags
 from pasta_jax.tokens.base import SPACE, TextTokenizer
 from pasta_jax.tokens.families import MARKER
 from pasta_jax.tokens.load import TAGS_FILE
@@ -24,7 +25,7 @@ _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 def tags_json(vocabulary: Vocabulary) -> bytes:
     """`pasta_tags.json`: the id of each tag piece, by which `load_tokenizer` knows them again."""
-    return _dump(vocabulary.tag_ids)
+    return _dump({piece: vocabulary.tag_ids[piece] for piece in tags.PIECES})
 
 
 def with_named_tags(files: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[str, bytes]:

@@ -69,10 +69,15 @@ class About:
     merged: str = ""  # of weights into which adapters were merged at load: the fingerprint of both
 
     def is_of(self, tokenizer: Tokenizer) -> bool:
-        """Whether it was trained with this tokenizer, or with one of the same vocabulary, in whatever dialect."""
+        """Whether it was trained with this tokenizer, or with one whose ids mean the same.
+
+        Dialect and chat format may differ: they say which ids are used, not what they are.
+        """
         if self.tokenizer_model == tokenizer.to_bytes():
             return True
-        return self.tokenizer().vocabulary.with_dialect(tokenizer.vocabulary.dialect) == tokenizer.vocabulary
+        mine, theirs = self.tokenizer().vocabulary, tokenizer.vocabulary
+        mine = mine.with_dialect(theirs.dialect)
+        return (mine.pieces, mine.tag_ids) == (theirs.pieces, theirs.tag_ids)
 
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer that it was trained with."""
@@ -215,11 +220,18 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
     Raises:
       CheckpointError: there is none.
     """
-    root = absolute(path)
-    if not root.exists():
+    text, root = os.fspath(path), absolute(path)
+    if text.startswith("hf:") or (root / "model.safetensors").exists() or _is_sharded(root):
+        source = text if text.startswith("hf:") else f"hf:{text}"
         raise CheckpointError(
-            f"No checkpoint at {root}: no such directory. Train one with --workdir={root}; published weights are "
-            "hf:org/name, hf:DIRECTORY, or a name such as gemma-2b-it."
+            f"{text} is no checkpoint of pasta_jax but published weights. Bring them in first: "
+            f"python -m pasta_jax.convert --from={source} --to=WORKDIR."
+        )
+    if not root.exists():
+        hint = f"hf:{text}" if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else "hf:org/name, hf:DIRECTORY"
+        raise CheckpointError(
+            f"No checkpoint at {root}: no such directory. Train one there; or are published weights meant: {hint}, "
+            "or a name such as gemma-2b-it?"
         )
     if not root.is_dir():
         raise CheckpointError(f"{root} is a file. Give a workdir, or a checkpoint within it.")
@@ -244,6 +256,11 @@ def checkpoint_mark(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Which checkpoint `find` finds, and when it was written: trained anew to the same step, it is another."""
     found = find(path)
     return {"checkpoint": os.fspath(found), "written": (found / "pasta" / "pasta.json").stat().mtime}
+
+
+def _is_sharded(directory: epath.Path) -> bool:
+    """Whether a folder is Hugging Face's, of several files."""
+    return (directory / "model.safetensors.index.json").exists()
 
 
 def _steps(directory: epath.Path) -> list[epath.Path]:

@@ -21,7 +21,6 @@ from pasta_jax.arrays import Array, ThreadedTokens
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data.batches import batches, prefetch
 from pasta_jax.data.packing import real_fraction
-from pasta_jax.interchange.origin import carry
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
 from pasta_jax.training.checkpoints import (
@@ -129,8 +128,6 @@ def train(
             data_index = about.data_index
             LOG.info("Going on from step %d of %s.", about.step, workdir)
         else:
-            if config.init_from:
-                carry(config.init_from, workdir)
             state = update.start(params)
         del params
         step = int(state.step)

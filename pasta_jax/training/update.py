@@ -40,19 +40,28 @@ def scores_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Scor
     size = min(L, max(1, LOGITS // model.config.vocab_size))
     count = -(-L // size)
 
-    def of_some(some: tuple[Array, Array]) -> Scores:
-        hidden_BxCxD, target_BxC = some
+    def of_some(params: Params, hidden_BxCxD: Array, target_BxC: Array) -> Scores:
         logits: Any = model.apply({"params": params}, hidden_BxCxD, method="logits")
         return score(logits, target_BxC)
 
     if count == 1:
-        return of_some((out[0], batch.target))
+        return of_some(params, out[0], batch.target)
+    # The gradients of all parts are added up in float32; what adapters stand beside has none.
+    tables = {name: params[name] for name in ("embed", "head", "head_rows") if name in params}
+    frozen, trained = adapters.split(tables) if model.lora.rank else ({}, tables)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+
+    @jax.checkpoint
+    def of_part(part: tuple[Array, Array]) -> Scores:
+        narrow = jax.tree.map(lambda x, like: x.astype(like.dtype), wide, trained)
+        return of_some(adapters.join(frozen, narrow), *part)
+
     ahead = count * size - L
     hidden_BxLxD = jnp.pad(out[0], ((0, 0), (0, ahead), (0, 0)))
     target_BxL = jnp.pad(batch.target, ((0, 0), (0, ahead)), constant_values=NO_TARGET)
     hidden = jnp.moveaxis(hidden_BxLxD.reshape(B, count, size, D), 1, 0)
     target = jnp.moveaxis(target_BxL.reshape(B, count, size), 1, 0)
-    scores = jax.lax.map(jax.checkpoint(of_some), (hidden, target))
+    scores = jax.lax.map(of_part, (hidden, target))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :L], scores)
 
 
