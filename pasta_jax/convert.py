@@ -107,6 +107,8 @@ def bring_out(where: str, values: Any) -> None:
     saved = read_about(find(where))
     if saved.base is None and values.base:
         raise ValueError(f"--base is for adapters; {where} holds a whole model.")
+    if saved.base is None and values.merge_lora:
+        raise ValueError(f"--merge_lora is for adapters; {where} holds a whole model.")
     if saved.base is not None and not values.merge_lora:
         bring_out_adapters(where, values)
         return

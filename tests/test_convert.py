@@ -395,6 +395,7 @@ def test_what_would_be_ignored_is_refused(tmp_path: pathlib.Path, capsys: pytest
     for arguments, said in (
         ([workdir, to, "--chat=plain"], "--chat is for models that come in."),
         ([workdir, to, "--base=B"], "--base is for adapters; "),
+        ([workdir, to, "--merge_lora"], "--merge_lora is for adapters; "),
         ([folder, to, "--base=B"], "--base and --name_tags and --merge_lora are for models that go out."),
         ([folder, to, "--preset=gemma-2b"], "preset=gemma-2b is for Orbax checkpoints; "),
         ([folder, "--to=gs://bucket/W"], "Cannot write to gs://bucket/W: "),

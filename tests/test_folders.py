@@ -232,3 +232,12 @@ def test_half_precision_is_read_without_loss(tmp_path: pathlib.Path) -> None:
     assert model_config(opened, dtype="bfloat16", vocab_size=400) == dataclasses.replace(
         GEMMA, dtype="bfloat16", vocab_size=400
     )
+
+
+def test_a_clone_without_its_large_files(folder: pathlib.Path) -> None:
+    (folder / SECOND).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(InterchangeError, match=f"{SECOND} is a pointer of Git LFS.*git lfs pull"):
+        open_folder(str(folder))
+    (folder / INDEX).unlink()
+    with pytest.raises(InterchangeError, match="The index of these shards is missing"):
+        open_folder(str(folder))

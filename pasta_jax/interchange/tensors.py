@@ -92,7 +92,12 @@ def read_header(path: str) -> TensorFile:
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if start == b"version ":
+                raise InterchangeError(
+                    f"{path} is a pointer of Git LFS, not the file itself. Run git lfs pull in its folder."
+                )
             if size < 8 or length > min(size - 8, MOST_HEADER):
                 raise InterchangeError(
                     f"{path} is truncated or no safetensors file: {size} bytes, a header of {length} announced."
@@ -290,4 +295,5 @@ def _no_tensors(folder: str) -> str:
             "convert them where you trust them: transformers' save_pretrained writes safetensors."
         )
     found = ", ".join(names[:8]) or "nothing"
-    return f"{folder} holds neither {SINGLE} nor {INDEX} (found: {found})."
+    lost = " The index of these shards is missing: download it too." * any("-of-" in name for name in names)
+    return f"{folder} holds neither {SINGLE} nor {INDEX} (found: {found}).{lost}"
