@@ -22,7 +22,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from pasta_jax.arrays import PairedTokens
 from pasta_jax.config import Config, ConfigError, PreferenceConfig, to_dict
@@ -34,12 +36,13 @@ from pasta_jax.files import replacing
 from pasta_jax.interchange.origin import carry
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.loading import load
+from pasta_jax.model import init_params
 from pasta_jax.preference.pairs import Choice, Pair, choose_all, make_pairs, pair_batches, steps_for
 from pasta_jax.preference.sample import Prompt, Record, sample
 from pasta_jax.preference.score import scores
-from pasta_jax.sharding import make_mesh
+from pasta_jax.sharding import make_mesh, param_shardings
 from pasta_jax.tokens.tokenizer import Tokenizer
-from pasta_jax.training.checkpoints import CheckpointError, checkpoint_mark, find
+from pasta_jax.training.checkpoints import checkpoint_mark, find
 from pasta_jax.training.loop import Stage, train
 from pasta_jax.training.losses import bonbon_margin, preference_loss
 from pasta_jax.training.microbatches import rows_sharding
@@ -113,14 +116,8 @@ def pairs_of_round(
       ConfigError: no pairs, or a mesh that does not divide what it should.
     """
     wishes, data = config.preference, config.data
-    try:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        rows_sharding(mesh, data.rows, config.microbatches)
-        model = load(policy, mesh=mesh)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"config.mesh: {error}") from error
+    mesh = _mesh(config)
+    model = load(policy, mesh=mesh)
     opponent = wishes.baseline or config.init_from
     baseline = model if find(opponent) == find(policy) else load(opponent, mesh=mesh)
     records = draw(config, number, model, baseline, folder)
@@ -136,6 +133,17 @@ def pairs_of_round(
     path, parts = os.path.join(folder, "reference.npz"), config.microbatches
     pairs = make_pairs(records, choices, model, rows=data.rows, length=data.length, path=path, parts=parts)
     return records, pairs, model.tokenizer
+
+
+def _mesh(config: Config) -> Mesh:
+    """That of training. Raises ConfigError if it does not divide what it should."""
+    try:
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        rows_sharding(mesh, config.data.rows, config.microbatches)
+        param_shardings(jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0)), mesh)
+    except ValueError as error:
+        raise ConfigError(f"config.mesh: {error}") from error
+    return mesh
 
 
 def stage_of(config: Config, seed: int = 0) -> Stage:

@@ -38,7 +38,7 @@ from pasta_jax.training.state import Params, TrainState
 
 FORMAT, FORMAT_VERSION = "pasta_jax", 2
 
-_MAY_CHANGE = ("steps", "epochs", "mesh.", "checkpoint.", "log.")
+_MAY_CHANGE = ("steps", "epochs", "mesh.", "microbatches", "remat", "checkpoint.", "log.")
 """What a rerun may change without being another experiment."""
 
 
