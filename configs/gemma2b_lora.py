@@ -7,7 +7,10 @@ rate are common ones, not tuned here.
     python -m pasta_jax.train --config=configs/gemma2b_lora.py --workdir=runs/gemma-2b-pasta \
         --config.data.sources=annotated.jsonl
 
-annotated.jsonl holds a prompt and an annotated response a line (README, "Train"). FITS
+annotated.jsonl holds a prompt and an annotated response a line (README, "Train").
+
+On one chip of v5e (1x1) an update needed 7.6 GiB while it still kept all logits, by the compiler
+(pasta_jax.compile, jax 0.10.2, libtpu 0.0.51). It was not run.
 """
 
 import dataclasses

@@ -9,7 +9,10 @@ The paper's prompts are SlimOrca's and its judge is Gemini 1.5 Pro. A judge for 
 these are Almanac's, which a program judges. The opponent is the sequential model, if one is named by
 --config.preference.baseline=WORKDIR, else the model of the start.
 
---config.preference.weight is lambda: the paper's are 1, 2, 4, 8 and inf. FITS
+--config.preference.weight is lambda: the paper's are 1, 2, 4, 8 and inf.
+
+It was neither compiled nor run:
+python -m pasta_jax.compile --config=configs/gemma2b_pref.py --topology=v5e:2x4 says what a chip needs.
 """
 
 import dataclasses

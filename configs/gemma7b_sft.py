@@ -7,7 +7,10 @@ so there are fewer steps in its four epochs. --config.data.length=512 comes clos
     python -m pasta_jax.train --config=configs/gemma7b_sft.py --workdir=runs/gemma-7b-pasta \
         --config.data.sources=annotated.jsonl
 
-annotated.jsonl holds a prompt and an annotated response a line (README, "Train"). FITS
+annotated.jsonl holds a prompt and an annotated response a line (README, "Train").
+
+It was neither compiled nor run:
+python -m pasta_jax.compile --config=configs/gemma7b_sft.py --topology=v5e:4x4 says what a chip needs.
 """
 
 import dataclasses

@@ -6,7 +6,10 @@ Needs pip install 'pasta_jax[hf]', for its tokenizer. The recipe is the paper's 
     python -m pasta_jax.train --config=configs/llama3_1b_sft.py --workdir=runs/llama-3.2-1b-pasta \
         --config.data.sources=annotated.jsonl
 
-annotated.jsonl holds a prompt and an annotated response a line (README, "Train"). FITS
+annotated.jsonl holds a prompt and an annotated response a line (README, "Train").
+
+It was neither compiled nor run:
+python -m pasta_jax.compile --config=configs/llama3_1b_sft.py --topology=v5e:2x4 says what a chip needs.
 """
 
 import dataclasses
