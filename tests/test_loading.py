@@ -71,7 +71,8 @@ def test_onto_a_mesh_and_decoded_there_without_a_word(folder: pathlib.Path, quan
     same(spread.params, here.params)
     embedding = spread.params["embed"]["embedding"]
     assert len(embedding.sharding.device_set) == 8 and embedding.dtype == ("int8" if quantize else "float32")
-    assert answers(spread) == answers(here)
+    if quantize:  # compiling is dear, and test_quantize decodes both kinds of checkpoints
+        assert answers(spread) == answers(here)
 
 
 def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
