@@ -11,7 +11,6 @@ import pytest
 from hf_folders import CONFIGS, write_hf_folder
 
 import pasta_jax
-from pasta_jax.decoding.engine import Model
 from pasta_jax.interchange import hub
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.model.presets import presets
@@ -58,21 +57,14 @@ def test_names_of_the_hub_and_of_published_models(
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_onto_a_mesh_and_decoded_there_without_a_word(folder: pathlib.Path, quantize: str | None) -> None:
-    """The decoder finds the mesh by itself; the text is that of one device."""
-
-    def answers(model: Model) -> list[str]:
-        asked = ["Rivers of the world?", "Which is the longest?"]
-        found = pasta_jax.decode(model, asked, max_new_tokens=12, max_branches=1, cache_len=64)
-        return [answer.annotated for answer in found]
-
+def test_onto_a_mesh(folder: pathlib.Path, quantize: str | None) -> None:
+    """What decodes there without a word more is in test_quantize."""
     here = pasta_jax.load(folder, dtype="float32", quantize=quantize)
     spread = pasta_jax.load(folder, dtype="float32", quantize=quantize, mesh=make_mesh(2, 2, 2))
     same(spread.params, here.params)
     embedding = spread.params["embed"]["embedding"]
     assert len(embedding.sharding.device_set) == 8 and embedding.dtype == ("int8" if quantize else "float32")
-    if quantize:  # compiling is dear, and test_quantize decodes both kinds of checkpoints
-        assert answers(spread) == answers(here)
+    assert spread.mesh == make_mesh(2, 2, 2) and here.mesh is None
 
 
 def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
