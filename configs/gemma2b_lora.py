@@ -9,8 +9,8 @@ rate are common ones, not tuned here.
 
 annotated.jsonl holds a prompt and an annotated response a line (README, "Train").
 
-On one chip of v5e (1x1) an update needed 7.6 GiB while it still kept all logits, by the compiler
-(pasta_jax.compile, jax 0.10.2, libtpu 0.0.51). It was not run.
+On one chip of v5e (1x1) an update needs 6.0 GiB, by the compiler (pasta_jax.compile, jax 0.10.2, libtpu 0.0.51). It
+was not run.
 """
 
 import dataclasses
