@@ -74,7 +74,7 @@ def run(config: Config, workdir: str) -> str:
         if config.epochs:
             steps = steps_of_epochs(config.data, source, config.epochs)
             config = dataclasses.replace(config, steps=steps)
-        if config.init_from and not os.path.exists(os.path.join(workdir, "checkpoints")):
+        if config.init_from and not is_started(workdir):
             carry(config.init_from, workdir)
         train(config, source=source, tokenizer=tokenizer, workdir=workdir)
         return workdir
@@ -93,12 +93,9 @@ def adopted(config: Config, workdir: str) -> tuple[Config, Tokenizer]:
     Raises:
       CheckpointError: there is none in `init_from` either.
     """
-    from pasta_jax.training.checkpoints import CheckpointError, find, read_about
+    from pasta_jax.training.checkpoints import find, read_about
 
-    try:
-        about = read_about(find(workdir))
-    except CheckpointError:
-        about = read_about(find(config.init_from))
+    about = read_about(find(workdir if is_started(workdir) else config.init_from))
     tokenizer = about.tokenizer()
     if config.data.chat != "auto":
         tokenizer = tokenizer.with_chat(config.data.chat)
@@ -110,6 +107,17 @@ def adopted(config: Config, workdir: str) -> tuple[Config, Tokenizer]:
             config.data, tokenizer=theirs.tokenizer, extend_tokenizer=theirs.extend_tokenizer
         ),
     ), tokenizer.with_dialect(config.data.dialect)
+
+
+def is_started(workdir: str) -> bool:
+    """Whether a workdir holds a checkpoint."""
+    from pasta_jax.training.checkpoints import CheckpointError, find
+
+    try:
+        find(workdir)
+    except CheckpointError:
+        return False
+    return True
 
 
 def command() -> None:

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import family_tokenizers
 import jax
 import ml_dtypes
 import numpy as np
@@ -29,6 +30,7 @@ from pasta_jax.model.weights import hf_tensors, leaf_at
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
+from pasta_jax.train import adopted
 from pasta_jax.training.checkpoints import Base, CheckpointError, Checkpoints, load_params, read_about
 from pasta_jax.training.fingerprint import fingerprint
 from pasta_jax.training.state import TrainState, new_state
@@ -89,6 +91,37 @@ def test_a_workdir_says_all_that_was_known(tmp_path: pathlib.Path) -> None:
     assert origin is not None and origin.source == str(tmp_path / "hf") and not origin.ignored
     carry(tmp_path / "W", tmp_path / "W2")  # as training from it does
     assert contents(tmp_path / "W" / "origin" / "headers") == contents(tmp_path / "W2" / "origin" / "headers")
+
+
+def test_what_another_start_left_does_not_stay(tmp_path: pathlib.Path) -> None:
+    """Else adapters, and exports, would name a base that is not theirs."""
+    write_hf_folder(tmp_path / "hf", GEMMA)
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    carry(tmp_path / "W", tmp_path / "T")
+    _, about = load_params(tmp_path / "W")
+    with Checkpoints(tmp_path / "own", about.config, about.tokenizer()) as run:
+        run.save_weights({"a": np.ones(2)})
+    assert read_origin(tmp_path / "W") is not None
+    carry(tmp_path / "own", tmp_path / "T")
+    assert not (tmp_path / "T" / "origin").exists()
+
+
+def test_training_adopts_model_and_tokenizer(tmp_path: pathlib.Path) -> None:
+    """Those of what it starts from, in another dtype or chat format if asked; of its own checkpoint later."""
+    write_hf_folder(tmp_path / "hf", GEMMA, tokenizer=family_tokenizers.gemma())
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    about = read_about(tmp_path / "W" / "checkpoints" / "0")
+    assert about.tokenizer().usage.chat == "plain"
+    config = Config(adopt=True, init_from=str(tmp_path / "W"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat="gemma"))
+    found, tokenizer = adopted(config, str(tmp_path / "T"))
+    assert found.model == GEMMA and about.config.model.dtype == "bfloat16"
+    assert tokenizer.vocabulary.eos != about.tokenizer().vocabulary.eos
+    assert about.is_of(tokenizer), "its ids mean the same"
+    with Checkpoints(tmp_path / "T", found, tokenizer) as run:
+        run.save_weights({"a": np.ones(2)})
+    again = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
+    assert adopted(again, str(tmp_path / "T"))[1].vocabulary == tokenizer.vocabulary
 
 
 def test_training_does_not_go_on_in_an_imported_workdir(tmp_path: pathlib.Path) -> None:

@@ -161,6 +161,8 @@ def read_origin(path: str | os.PathLike[str]) -> Origin | None:
 def carry(init_from: str | os.PathLike[str], workdir: str | os.PathLike[str]) -> None:
     """Takes the origin of a model along into the workdir of what is trained from it, if it has one.
 
+    What a failed start from another model left there goes.
+
     Raises:
       CheckpointError: it is damaged.
     """
@@ -168,6 +170,9 @@ def carry(init_from: str | os.PathLike[str], workdir: str | os.PathLike[str]) ->
         origin = read_origin(init_from)
     except InterchangeError as error:
         raise CheckpointError(str(error)) from error
+    old = absolute(workdir) / ORIGIN
+    if old.exists():
+        old.rmtree()
     if origin is not None:
         write_origin(origin, workdir)
 
