@@ -230,7 +230,7 @@ def test_mesh(greedy):
     )
     wishes = [ask(seed, temperature=0.0 if greedy else 1.0) for seed in SEEDS]
     traces, _ = spread.decode([ids(prompt_of(seed)) for seed in SEEDS], wishes)
-    pool = spread.empty_pool()
+    pool = spread.empty_batch().pool
     assert len(pool.k[0].sharding.device_set) == 8 and not pool.k[0].sharding.is_fully_replicated
     assert [text(t) for t in traces] == expected
 

@@ -78,8 +78,8 @@ def test_the_pool_in_random_chunks_equals_the_whole_pass(config: ModelConfig, se
     rows, length, entries, lanes = 3, 16, 40, 5
     params = random_params(config, rng)
     tokens, positions, may_attend = inputs(rng, rows, length)
-    whole, nothing = forward(config, params, tokens, positions, may_attend)
-    assert nothing is None
+    whole, own = forward(config, params, tokens, positions, may_attend)
+    assert own.k[0].shape == (rows, config.num_kv_heads, length, config.head_dim)
 
     # Row b's tokens go to its entries in order; a step takes up to `lanes` of them, the other lanes are idle:
     # token 0, nothing visible, written where the next step's tokens go.

@@ -49,6 +49,17 @@ class Limits:
         """W."""
         return words_for(max_segments(self.threads))
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How many lanes a compiled step may have: powers of four up to S.
+
+        Powers of two would gain less than 5 % more, and take longer to compile (docs/PERFORMANCE.md).
+
+        >>> Limits(lanes=6).widths, Limits(lanes=16).widths
+        ((1, 4, 6), (1, 4, 16))
+        """
+        return (*(4**i for i in range(self.lanes.bit_length()) if 4**i < self.lanes), self.lanes)
+
 
 class Phase(enum.IntEnum):
     """Where a thread is in its life."""
@@ -66,6 +77,8 @@ class Stop(enum.IntEnum):
     EOS = 1
     LENGTH = 2  # max_new_tokens
     CACHE_FULL = 3  # the pool
+    STOP = 4  # a stop string
+    CANCELLED = 5  # whoever asked went away
 
     @property
     def reason(self) -> str:
