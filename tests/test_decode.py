@@ -25,7 +25,7 @@ from pasta_jax.tokens.reading import read, threads_of
 from pasta_jax.visibility import visible
 
 WORDS = WordTokenizer("rivers and cities of the world")
-LIMITS = Limits(lanes=8, threads=16, pool=300)
+LIMITS = Limits(lanes=8, threads=16, pool=300, adaptive=False)
 PROMPTS = ("rivers", "cities of the world", "the", "and the rivers", "world")
 
 
@@ -127,7 +127,7 @@ def once_through(model: Model, trace: Trace) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("max_depth", [1, 3])
 def test_parity(lanes, max_depth, seed, monkeypatch):
     """Law 2: every token fed has all the logits, fed at once, that it had when it was decoded."""
-    limits = Limits(lanes=lanes, threads=16, pool=300, max_depth=max_depth)
+    limits = Limits(lanes, 16, 300, max_depth, adaptive=lanes == 3)
     seeds = [seed + i for i in range(6)]
     decoded = listen(monkeypatch)
     engine = Decoder(chatty_model(), limits=limits, rows=len(seeds), prompt_buckets=(16,))
@@ -194,6 +194,11 @@ class TestInvariance:
             compared = [min(map(len, pair)) for e, f in zip(expected, found) for pair in _branches(e, f)]
             assert sum(compared) > 100, "hardly any branch was compared"
 
+    def test_width(self, greedy):
+        expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
+        adaptive = dataclasses.replace(LIMITS, adaptive=True)
+        assert [schedule(t) for t in decode(SEEDS, greedy=greedy, limits=adaptive)] == expected
+
     def test_chunk(self, greedy):
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
         assert [schedule(t) for t in decode(SEEDS, greedy=greedy, chunk=7)] == expected
@@ -236,7 +241,7 @@ def test_mesh(greedy):
 
 
 def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
-    limits = Limits(lanes=16, threads=16, pool=300)
+    limits = Limits(lanes=16, threads=16, pool=300, adaptive=False)
     for trace in decode(SEEDS, limits=limits):
         if trace.stop == Stop.EOS:
             assert critical_path(as_document(trace), trace.prompt_length, WORDS.vocabulary) == trace.steps
@@ -245,7 +250,7 @@ def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
 @pytest.mark.parametrize(("max_depth", "threads", "bias"), [(1, 16, 3.5), (3, 3, 10.0), (3, 16, 3.5)])
 def test_with_the_grammar_nothing_is_malformed(max_depth, threads, bias):
     """Not even where several threads want the last free one in the same step, as nearly always with 3 threads."""
-    limits = Limits(lanes=3, threads=threads, pool=300, max_depth=max_depth)
+    limits = Limits(3, threads, 300, max_depth, adaptive=False)
     prompts, wishes = zip(*((ids(prompt_of(seed)), ask(seed, open_bias=bias)) for seed in range(24)))
     traces, _ = decoder(limits).decode(prompts, wishes)
     ended = 0
@@ -281,7 +286,7 @@ def test_open_bias_and_limits_of_one_request_leave_the_others_alone():
 
 
 def test_pool_full_stops_one_row_with_its_text():
-    limits = Limits(lanes=8, threads=16, pool=40)
+    limits = Limits(lanes=8, threads=16, pool=40, adaptive=False)
     traces = decode(SEEDS, limits=limits)
     full = [t for t in traces if t.stop == Stop.CACHE_FULL]
     assert full and all(len(t.tokens) == 40 for t in full)

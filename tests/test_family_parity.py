@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiny_families as tiny
 
-from pasta_jax.decoding import loop
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.model import ModelConfig, Transformer

@@ -125,10 +125,10 @@ def test_prefill_then_one_token_at_a_time_equals_the_whole_pass(seed: int) -> No
 
 
 def test_each_row_writes_at_its_own_start() -> None:
-    new = jnp.arange(1.0, 5.0).reshape(2, 2, 1, 1)
-    written = write(jnp.zeros((2, 5, 1, 1)), new, jnp.array([0, 3]))[..., 0, 0]
+    new = jnp.arange(1.0, 5.0).reshape(2, 1, 2, 1)
+    written = write(jnp.zeros((2, 1, 5, 1)), new, jnp.array([0, 3]))[:, 0, :, 0]
     np.testing.assert_array_equal(written, [[1, 2, 0, 0, 0], [0, 0, 0, 3, 4]])
-    one = write(jnp.zeros((1, 5, 1, 1)), new[:1], jnp.array([2]))[..., 0, 0]
+    one = write(jnp.zeros((1, 1, 5, 1)), new[:1], jnp.array([2]))[:, 0, :, 0]
     np.testing.assert_array_equal(one, [[0, 0, 1, 2, 0]])
 
 

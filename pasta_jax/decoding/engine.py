@@ -174,7 +174,7 @@ class Decoder:
         self.rules: Rules = rules_for(
             model.tokenizer.vocabulary, limits, model.positions, model.config.vocab_size
         )
-        params, config = model.for_steps
+        config = model.for_steps[1]
         transformer = Transformer(config)
         new_batch = functools.partial(loop.empty_batch, config, limits, self.rows, Sampling().request())
         lies = None if self.mesh is None else batch_shardings(jax.eval_shape(new_batch), self.mesh)

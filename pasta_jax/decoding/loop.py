@@ -54,8 +54,8 @@ def empty_batch(config: ModelConfig, limits: Limits, rows: int, request: Request
     def each_row(leaf: Any) -> Array:
         return jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf)))
 
-    state = jax.tree.map(each_row, (empty_row(limits, entries), request))
-    return Batch(*state, empty_pool(config, rows, entries))
+    state, requests = jax.tree.map(each_row, (empty_row(limits, entries), request))
+    return Batch(state, requests, empty_pool(config, rows, entries))
 
 
 # ------------------------------------------------------------------------------------------------ new rows
@@ -87,7 +87,8 @@ def admit(
     rules = _with_lanes(rules, 1)
     rows, lanes = jax.vmap(functools.partial(interpreter.begin, rules.limits, entries))(prompts, lengths)
     prompt = jax.tree.map(lambda x: x[:, :length], rows.entries)
-    hidden, written = model.apply({"params": params}, prompt.token, prompt.position, visible(prompt, prompt))
+    out: Any = model.apply({"params": params}, prompt.token, prompt.position, visible(prompt, prompt))
+    hidden, written = out
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     rows = _sample_and_advance(model, params, rules, rows, requests, lanes, last)
 

@@ -27,6 +27,7 @@ class Limits:
       pool: P, tokens of prompt and answer that a row can hold.
       max_depth: how deep promises may nest; 1 is the paper.
       constrained: whether the tag grammar masks illegal tokens. Off, malformed pieces become literal text.
+      adaptive: whether a step has fewer lanes where fewer threads are ready: faster on a CPU, longer to compile.
     """
 
     lanes: int = 8
@@ -34,6 +35,7 @@ class Limits:
     pool: int = 1024
     max_depth: int = 1
     constrained: bool = True
+    adaptive: bool = True
 
     def __post_init__(self) -> None:
         for name in ("lanes", "threads", "pool", "max_depth"):
@@ -58,6 +60,8 @@ class Limits:
         >>> Limits(lanes=6).widths, Limits(lanes=16).widths
         ((1, 4, 6), (1, 4, 16))
         """
+        if not self.adaptive:
+            return (self.lanes,)
         return (*(4**i for i in range(self.lanes.bit_length()) if 4**i < self.lanes), self.lanes)
 
 
