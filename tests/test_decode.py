@@ -280,6 +280,26 @@ def test_open_bias_and_limits_of_one_request_leave_the_others_alone():
     assert traces[2].stop == Stop.LENGTH and np.sum(traces[2].step > 0) == 9
 
 
+def test_a_mixed_batch_draws_as_each_row_does_alone():
+    """One program for all; and what is narrowed differs from what is not, or there is nothing to see."""
+    narrowed: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"top_k": 3},
+        {"min_p": 0.3},
+        {"top_p": 0.4, "top_k": 9, "temperature": 1.5},
+    ]
+    prompts, wishes = (
+        [ids(prompt_of(i)) for i in range(4)],
+        [ask(i, **wish) for i, wish in enumerate(narrowed)],
+    )
+    plain = [text(t) for t in decode(range(4))]
+    together, _ = decoder().decode(prompts, wishes)
+    for i, trace in enumerate(together):
+        (alone,), timing = decoder().decode([prompts[i]], [wishes[i]])
+        assert schedule(alone) == schedule(trace) and timing.compile_s == 0
+        assert text(trace) != plain[i]
+
+
 def test_pool_full_stops_one_row_with_its_text():
     limits = Limits(lanes=8, threads=16, pool=40)
     traces = decode(SEEDS, limits=limits)
