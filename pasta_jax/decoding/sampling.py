@@ -3,8 +3,8 @@
 A draw depends on the request's key, the thread and the index in the thread, on nothing else: the same text for
 any number of lanes, batch mates, chunk length or mesh (DESIGN.md decision 9).
 
-What may be drawn is narrowed in this order, each step on what the one before left, as in transformers and vLLM:
-temperature, top-k, top-p, min-p.
+What may be drawn is narrowed in this order, each step on what the one before left, as in transformers:
+temperature, top-k, top-p, min-p. (vLLM has min-p before top-k, which differs only beside a top-p.)
 """
 
 from __future__ import annotations
