@@ -77,7 +77,7 @@ def test_what_is_as_likely_as_the_last_one_kept_stays():
 def test_draws_follow_the_distribution(V, seed):
     """Each token as often as it is likely, within what chance allows; a forbidden one never."""
     rng = np.random.default_rng([seed, V])
-    n, temperature = 10_000, 0.7
+    n = 10_000
     logits = rng.normal(scale=2.0, size=V).astype(np.float32)
     forbidden = rng.random(V) < 0.2
     forbidden[0] = False
@@ -85,7 +85,7 @@ def test_draws_follow_the_distribution(V, seed):
     keys = jax.vmap(sampling.draw_key, (None, None, 0))(jnp.array([0, seed], jnp.uint32), 3, jnp.arange(n))
     sample = jax.jit(sampling.sample)
     rows = np.broadcast_to(logits, (n, V))
-    for top_k, top_p, min_p in [(0, 1.0, 0.0), (5, 0.9, 0.05)]:
+    for temperature, top_k, top_p, min_p in [(0.7, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.05), (1e30, 0, 1.0, 0.0)]:
         floats = [np.full(n, x, np.float32) for x in (temperature, top_p, min_p)]
         floats[0][-1] = 0.0
         *drawn, greedy = sample(rows, keys, floats[0], np.full(n, top_k, np.int32), *floats[1:])

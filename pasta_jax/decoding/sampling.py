@@ -49,6 +49,7 @@ def sample(logits: Array, keys: Array, temperature: Array, top_k: Array, top_p: 
     def draw() -> Array:
         scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
         weight = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+        weight = jnp.where(logits > NEVER, weight, 0.0)  # whatever the temperature
         narrowed = (top_k > 0) | (top_p < 1) | (min_p > 0)
         weight = jax.lax.cond(
             jnp.any(narrowed), lambda: keep_likely(weight, top_k, top_p, min_p), lambda: weight
