@@ -93,6 +93,14 @@ def agree(one: Trace, other: Trace) -> bool:
     )
 
 
+def depth(trace: Trace) -> int:
+    """How deep the promises of a trace nest."""
+    depths = [0]
+    for parent in trace.parent[1:]:
+        depths.append(depths[parent] + 1)
+    return max(depths)
+
+
 SEEDS = range(12)
 
 
@@ -131,8 +139,10 @@ def test_parity(lanes, max_depth, seed, monkeypatch):
     seeds = [seed + i for i in range(6)]
     decoded = listen(monkeypatch)
     engine = Decoder(chatty_model(), limits=limits, rows=len(seeds), prompt_buckets=(16,))
-    traces, _ = engine.decode([ids(prompt_of(seed)) for seed in seeds], [ask(seed) for seed in seeds])
+    wishes = [ask(seed, open_bias=3.5 if i < 3 else 6.0) for i, seed in enumerate(seeds)]
+    traces, _ = engine.decode([ids(prompt_of(seed)) for seed in seeds], wishes)
     jax.effects_barrier()
+    assert max(depth(trace) for trace in traces) == max_depth
     checked = 0
     for row, trace in enumerate(traces):
         logits, targets = once_through(chatty_model(), trace)
@@ -283,6 +293,37 @@ def test_open_bias_and_limits_of_one_request_leave_the_others_alone():
     assert [text(traces[i]) for i in (0, 3)] == [expected[i] for i in (0, 3)]
     assert len(traces[1].parent) == 1
     assert traces[2].stop == Stop.LENGTH and np.sum(traces[2].step > 0) == 9
+
+
+def test_open_bias_is_a_knob():
+    """None at -inf, and the more the higher it is, by one program."""
+    promises = []
+    for bias in (-np.inf, 2.0, 3.5, 5.0):
+        wishes = [ask(seed, open_bias=bias) for seed in SEEDS]
+        traces, timing = decoder().decode([ids(prompt_of(seed)) for seed in SEEDS], wishes)
+        promises.append(sum(len(trace.parent) - 1 for trace in traces))
+        assert timing.compile_s == 0 or len(promises) == 1
+    assert promises[0] == 0 and promises == sorted(set(promises)), promises
+
+
+def test_a_mixed_batch_draws_as_each_row_does_alone():
+    """One program for all; and what is narrowed differs from what is not, or there is nothing to see."""
+    narrowed: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"top_k": 3},
+        {"min_p": 0.3},
+        {"top_p": 0.4, "top_k": 9, "temperature": 1.5},
+    ]
+    prompts, wishes = (
+        [ids(prompt_of(i)) for i in range(4)],
+        [ask(i, **wish) for i, wish in enumerate(narrowed)],
+    )
+    plain = [text(t) for t in decode(range(4))]
+    together, _ = decoder().decode(prompts, wishes)
+    for i, trace in enumerate(together):
+        (alone,), timing = decoder().decode([prompts[i]], [wishes[i]])
+        assert schedule(alone) == schedule(trace) and timing.compile_s == 0
+        assert text(trace) != plain[i]
 
 
 def test_pool_full_stops_one_row_with_its_text():

@@ -90,6 +90,7 @@ def test_options_reach_decode() -> None:
         "temperature": 0.5,
         "top_k": 4,
         "top_p": 0.75,
+        "min_p": 0.125,
         "seed": 9,
         "open_bias": -1.5,
         "grammar": False,

@@ -72,7 +72,7 @@ class Sampling:
       max_new_tokens: tokens of the answer, over all threads, tags included.
       max_branch_tokens: content tokens of one branch; then its end is forced.
       temperature: 0 is greedy.
-      top_k, top_p: draw among the most likely only; 0 and 1 switch them off.
+      top_k, top_p, min_p: draw among the most likely only, see `sampling.sample`; 0, 1 and 0 switch them off.
       seed: the same seed gives the same text, whatever else is decoded beside it.
       open_bias: added to the logit that opens a promise: above 0 more parallel, below 0 more careful,
         -inf sequential.
@@ -83,6 +83,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
     open_bias: float = 0.0
 
@@ -93,6 +94,7 @@ class Sampling:
             ("temperature", self.temperature >= 0),
             ("top_k", self.top_k >= 0),
             ("top_p", 0 < self.top_p <= 1),
+            ("min_p", 0 <= self.min_p <= 1),
         ):
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range.")
@@ -105,6 +107,7 @@ class Sampling:
             temperature=np.float32(self.temperature),
             top_k=np.int32(self.top_k),
             top_p=np.float32(self.top_p),
+            min_p=np.float32(self.min_p),
             key=np.array([0, self.seed % 2**32], np.uint32),
         )
 

@@ -265,6 +265,7 @@ def choose(
         each_lane(requests.temperature),
         each_lane(requests.top_k),
         each_lane(requests.top_p),
+        each_lane(requests.min_p),
     ).reshape(B, S)
     chosen = jnp.take_along_axis(logits, sampled[..., None], axis=-1)[..., 0]
     return sampled, chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -109,6 +109,7 @@ class Request:
     temperature: Array  # float32 [] 0 is greedy
     top_k: Array  # int32 []   0 is all
     top_p: Array  # float32 [] 1 is all
+    min_p: Array  # float32 [] 0 is all
     key: Array  # uint32 [2] the request's random key
 
 
