@@ -19,6 +19,7 @@ import numpy as np
 from pasta_jax import sharding
 from pasta_jax.decoding import loop
 from pasta_jax.decoding.interpreter import Rules, rules_for
+from pasta_jax.decoding.script import NOTHING, Script, no_script
 from pasta_jax.decoding.state import Limits, Request, Stop
 from pasta_jax.decoding.trace import Trace, read_trace
 from pasta_jax.model import ModelConfig, Pool, Transformer, empty_pool
@@ -64,6 +65,7 @@ class Sampling:
       seed: the same seed gives the same text, whatever else is decoded beside it.
       open_bias: added to the logit that opens a promise: above 0 more parallel, below 0 more careful,
         -inf sequential.
+      script: what threads are made to say (`decoding.script`); only its size, rounded up, compiles anew.
     """
 
     max_new_tokens: int = 512
@@ -73,6 +75,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     open_bias: float = 0.0
+    script: Script | None = None
 
     def __post_init__(self) -> None:
         for name, good in (
@@ -85,7 +88,9 @@ class Sampling:
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range.")
 
-    def request(self) -> Request:
+    def request(self, script_size: tuple[int, int] = NOTHING) -> Request:
+        """For a row of a batch whose scripts have the size (R, C)."""
+        script = (self.script or no_script()).padded(script_size)
         return Request(
             max_new_tokens=np.int32(self.max_new_tokens),
             max_branch_tokens=np.int32(self.max_branch_tokens),
@@ -94,7 +99,18 @@ class Sampling:
             top_k=np.int32(self.top_k),
             top_p=np.float32(self.top_p),
             key=np.array([0, self.seed % 2**32], np.uint32),
+            script_paths=script.paths,
+            script=script.tokens,
         )
+
+
+def script_size(sampling: Sequence[Sampling]) -> tuple[int, int]:
+    """(R, C) for the scripts of all these requests: powers of two, so that others find the program compiled."""
+    sizes = [each.script.size for each in sampling if each.script is not None]
+    if not sizes:
+        return NOTHING
+    R, C = (max(size[i] for size in sizes) for i in range(2))
+    return 1 << (R - 1).bit_length(), 1 << (C - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,16 +247,17 @@ class Decoder:
         lengths = np.zeros(B, np.int32)
         for i, prompt in enumerate(prompts):
             tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-        asks = [each.request() for each in sampling] + [Sampling().request()] * (B - len(prompts))
+        size = script_size(sampling)
+        asks = [each.request(size) for each in sampling] + [Sampling().request(size)] * (B - len(prompts))
         requests = jax.tree.map(lambda *leaves: np.stack(leaves), *asks)
         params, rules, steps = self.model.params, self.rules, np.int32(self.chunk)
 
         def first() -> tuple[Any, ...]:
             return params, rules, self.empty_pool(), requests, tokens, lengths
 
-        prefill, t_prefill = self._compile(("prefill", bucket), self._prefill, first)
+        prefill, t_prefill = self._compile(("prefill", bucket, size), self._prefill, first)
         decode_chunk, t_decode = self._compile(
-            "decode", self._decode_chunk, lambda: (params, rules, prefill(*first()), steps)
+            ("decode", size), self._decode_chunk, lambda: (params, rules, prefill(*first()), steps)
         )
 
         begun = time.perf_counter()
