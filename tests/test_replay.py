@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import random
 
 import jax
@@ -171,7 +172,7 @@ def test_what_does_not_fit_is_refused(rng: random.Random) -> None:
 
 
 def test_an_engine_that_does_not_say_it_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = replaying._Run(
+    run = replaying.Run(
         decoder(), WORDS.encode_prompt("the"), script_of(Program((Text(" a"),)), WORDS, LIMITS)
     )
     free = dataclasses.replace(run.script, paths=run.script.paths - 1).padded(SIZE)
@@ -188,6 +189,8 @@ def test_efficiency_by_hand() -> None:
     assert one.efficiency == 0.75
     assert one.step_s == (3.5 / 29, 11.5 / 99)
     assert one.decode_efficiency == pytest.approx(25 / 30 * (11.5 / 99) / (3.5 / 29))
+    noisy = dataclasses.replace(one, start_s=(5.0,))
+    assert math.isnan(noisy.decode_efficiency) and math.isnan(summaries([one, noisy])[0].decode_efficiency)
     perfect = dataclasses.replace(one, steps=25, parallel_s=(3.0,), sequential_s=(12.0,))
     other = dataclasses.replace(perfect, shape="b")
     a, b, overall = summaries([one, perfect, other])

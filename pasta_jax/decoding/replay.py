@@ -75,7 +75,7 @@ def random_tree(
     words = some_words(tokenizer)
 
     def say(count: int) -> Text:
-        return Text(_text_of(rng, tokenizer, words, count))
+        return Text(text_of(rng, tokenizer, words, count))
 
     def nodes(lengths: Sequence[int], depth: int) -> Iterator[Node]:
         here = len(lengths) if depth == 1 else math.ceil(len(lengths) / 3)
@@ -117,7 +117,7 @@ def some_words(tokenizer: Tokenizer, most: int = 200) -> list[str]:
     return found or ["a"]
 
 
-def _text_of(rng: random.Random, tokenizer: Tokenizer, words: Sequence[str], tokens: int) -> str:
+def text_of(rng: random.Random, tokenizer: Tokenizer, words: Sequence[str], tokens: int) -> str:
     """Words that are so many tokens together."""
     said: list[str] = []
     for _ in range(100 + 10 * tokens):
@@ -229,8 +229,13 @@ class Replayed:
 
     @property
     def decode_efficiency(self) -> float:
-        """As `efficiency`, of decode steps alone: without prompt and start, and with the lanes that there were."""
+        """As `efficiency`, of decode steps alone, without prompt and start.
+
+        NaN where the noise is larger than the steps: the start took longer than the whole.
+        """
         parallel, sequential = self.step_s
+        if min(parallel, sequential) <= 0:
+            return math.nan
         return self.critical_path / self.steps * sequential / parallel
 
 
@@ -265,7 +270,7 @@ def replay(
     for script in every:
         check_room(script, limits, len(ids))
     size = max(script.size[0] for script in every), max(script.size[1] for script in every)
-    runs = [[_Run(decoder, ids, script.padded(size)) for script in pair] for pair in pairs]
+    runs = [[Run(decoder, ids, script.padded(size)) for script in pair] for pair in pairs]
     warm = [(parallel.start(), parallel.answer(), plain.answer()) for parallel, plain in runs]
     seconds: list[list[tuple[float, float, float]]] = [[] for _ in runs]
     for _ in tqdm(range(repeats), desc="replay", unit="repeat", disable=not sys.stderr.isatty()):
@@ -288,20 +293,18 @@ def check_room(script: Script, limits: Limits, prompt_length: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """A request that says what a script has; each call decodes it."""
+class Run:
+    """A request that says what a script has; each call decodes it, and gives the trace and the seconds it took."""
 
     decoder: Decoder
     prompt: list[int]
     script: Script
 
     def answer(self) -> tuple[Trace, float]:
-        """What the engine did, exactly what it was made to do, and seconds."""
+        """The whole of it. Raises ReplayError if the engine did anything else."""
         trace, seconds = self._decode(UNLIMITED)
         found = lines_of(trace.threads, self.decoder.limits.threads)
-        asked = {
-            int(path): _said(line) for path, line in zip(self.script.paths, self.script.tokens) if path >= 0
-        }
+        asked = self.script.lines
         if trace.stop != Stop.EOS or found != asked:
             differ = [path for path in asked.keys() | found.keys() if asked.get(path) != found.get(path)]
             raise ReplayError(
@@ -318,10 +321,6 @@ class _Run:
         wishes = Sampling(max_new_tokens=most, max_branch_tokens=UNLIMITED, script=self.script)
         (trace,), timing = self.decoder.decode([self.prompt], [wishes])
         return trace, timing.wall_s
-
-
-def _said(line: np.ndarray) -> list[int]:
-    return [int(token) for token in line if token >= 0]
 
 
 def _measured(

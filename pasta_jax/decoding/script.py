@@ -40,6 +40,14 @@ class Script:
         """(R, C)."""
         return self.tokens.shape[0], self.tokens.shape[1]
 
+    @property
+    def lines(self) -> dict[int, list[int]]:
+        """What each thread says, by its path."""
+        rows = zip(self.paths, self.tokens)
+        return {
+            int(path): [int(token) for token in line if token != FREE] for path, line in rows if path != FREE
+        }
+
     def padded(self, size: tuple[int, int]) -> Script:
         """The same in arrays of another (R, C). Raises ValueError if they are too small."""
         (R, C), (more_R, more_C) = self.size, size
