@@ -145,10 +145,11 @@ def test_a_later_token_changes_nothing_before_it(seed: int) -> None:
     assert differs.tolist() == [i >= changed for i in range(length)]
 
 
-@pytest.mark.parametrize("length", [1, 64, 65, 150, 600])
+@pytest.mark.parametrize("length", [1, 65, 150, 300])
 def test_blocks_of_queries_give_what_all_at_once_gives(length: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, length, n, 8)), jnp.float32) for n in (4, 2, 2))
+    shapes = ((2, length, 4, 8), (2, 2, length, 8), (2, 2, length, 8))
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     may_attend = inputs(rng, 2, length)[2]
     may_attend[0, length // 2] = False  # padding sees nothing
 

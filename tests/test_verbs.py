@@ -24,6 +24,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["pasta_jax", "--ckpt=no/such", "Rivers?"], "No checkpoint at "),
         (["pasta_jax.train"], "Which experiment?"),
         (["pasta_jax.compile"], "Which experiment?"),
+        (
+            ["pasta_jax.benchmark", "--what=widht"],
+            "What to measure? --what is all, or some of startup, width,",
+        ),
+        (["pasta_jax.benchmark", "--responses=no/such"], "[Errno 2] No such file or directory: 'no/such'"),
         (["pasta_jax.convert"], "From where to where?"),
         (["pasta_jax.evaluate"], "Name both models: --ckpt=runs/pasta --baseline=runs/baseline."),
         (["pasta_jax.evaluate", "--ckpt=no/such", "--baseline=no/such"], "No checkpoint at "),

@@ -21,6 +21,7 @@ from pasta_jax import sharding
 from pasta_jax.decoding import loop
 from pasta_jax.decoding.interpreter import Rules, rules_for
 from pasta_jax.decoding.loop import Batch
+from pasta_jax.decoding.script import NOTHING, Script, no_script
 from pasta_jax.decoding.session import Answer, Session
 from pasta_jax.decoding.state import Limits, Request, RowState
 from pasta_jax.decoding.trace import Trace
@@ -76,6 +77,7 @@ class Sampling:
       seed: the same seed gives the same text, whatever else is decoded beside it.
       open_bias: added to the logit that opens a promise: above 0 more parallel, below 0 more careful,
         -inf sequential.
+      script: what threads are made to say (`decoding.script`); only its size, rounded up, compiles anew.
     """
 
     max_new_tokens: int = 512
@@ -86,6 +88,7 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 0
     open_bias: float = 0.0
+    script: Script | None = None
 
     def __post_init__(self) -> None:
         for name, good in (
@@ -99,7 +102,9 @@ class Sampling:
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range.")
 
-    def request(self) -> Request:
+    def request(self, script_size: tuple[int, int] = NOTHING) -> Request:
+        """For a row of a batch whose scripts have the size (R, C)."""
+        script = (self.script or no_script()).padded(script_size)
         return Request(
             max_new_tokens=np.int32(self.max_new_tokens),
             max_branch_tokens=np.int32(self.max_branch_tokens),
@@ -109,7 +114,18 @@ class Sampling:
             top_p=np.float32(self.top_p),
             min_p=np.float32(self.min_p),
             key=np.array([0, self.seed % 2**32], np.uint32),
+            script_paths=script.paths,
+            script=script.tokens,
         )
+
+
+def script_size(sampling: Sequence[Sampling]) -> tuple[int, int]:
+    """(R, C) for the scripts of all these requests: powers of two, so that others find the program compiled."""
+    sizes = [each.script.size for each in sampling if each.script is not None]
+    if not sizes:
+        return NOTHING
+    R, C = (max(size[i] for size in sizes) for i in range(2))
+    return 1 << (R - 1).bit_length(), 1 << (C - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +195,9 @@ class Decoder:
         )
         config = model.for_steps[1]
         transformer = Transformer(config)
-        new_batch = functools.partial(loop.empty_batch, config, limits, self.rows, Sampling().request())
-        lies = None if self.mesh is None else batch_shardings(jax.eval_shape(new_batch), self.mesh)
+        new_batch = functools.partial(loop.empty_batch, config, limits, self.rows)
+        shapes = jax.eval_shape(new_batch, Sampling().request())
+        lies = None if self.mesh is None else batch_shardings(shapes, self.mesh)
         one_row = None if self.mesh is None else sharding.replicated(self.mesh)
         self._new_batch = jax.jit(new_batch, out_shardings=lies)
         self._admit = jax.jit(
@@ -195,6 +212,8 @@ class Decoder:
         self._release = jax.jit(loop.release, donate_argnums=0, out_shardings=lies)
         self._take = jax.jit(loop.take, out_shardings=one_row)
         self.programs = Programs()
+        self._script_size = NOTHING
+        self._scripted: dict[tuple[int, int], Decoder] = {}
         self._session: Session | None = None
 
     def fits(self, model: Model) -> bool:
@@ -213,8 +232,17 @@ class Decoder:
         if not self.fits(model):
             raise ValueError("Only models alike in all but their parameters share compiled programs.")
         other = copy.copy(self)
-        other.model, other._session = model, None
+        other.model, other._session, other._scripted = model, None, {}
         return other
+
+    def for_scripts(self, size: tuple[int, int]) -> Decoder:
+        """The same for requests with scripts of up to (R, C), for which ordinary ones have no room."""
+        if size == self._script_size:
+            return self
+        if size not in self._scripted:
+            other = self._scripted[size] = copy.copy(self)
+            other._script_size, other._session, other._scripted = size, None, {}
+        return self._scripted[size]
 
     # ------------------------------------------------------------------------------------------- requests
 
@@ -245,6 +273,9 @@ class Decoder:
             raise ValueError(f"{len(prompts)} prompts and {len(sampling)} samplings: give one for each.")
         for prompt in prompts:
             self.check(prompt)
+        size = script_size(sampling)
+        if size != NOTHING and size != self._script_size:
+            return self.for_scripts(size).decode(prompts, sampling)
         begun, compiled_before = time.perf_counter(), self.programs.compile_s
         answers = [self.submit(*each) for each in zip(prompts, sampling, strict=True)]
         try:
@@ -270,7 +301,8 @@ class Decoder:
 
     def empty_batch(self) -> Batch:
         """B idle rows and an empty pool."""
-        return self.programs.run("new", self._new_batch, ())
+        request = Sampling().request(self._script_size)
+        return self.programs.run(("new", self._script_size), self._new_batch, (request,))
 
     def admit(
         self,
@@ -289,25 +321,25 @@ class Decoder:
         places = [0] if size == 1 else slots
         bucket = next(b for b in self.prompt_buckets if b >= max(map(len, prompts)))
         tokens, lengths = np.zeros((size, bucket), np.int32), np.zeros(size, np.int32)
-        asks = [Sampling().request()] * size
+        asks = [Sampling().request(self._script_size)] * size
         for place, prompt, each in zip(places, prompts, sampling, strict=True):
             tokens[place, : len(prompt)], lengths[place] = prompt, len(prompt)
-            asks[place] = each.request()
+            asks[place] = each.request(self._script_size)
         requests = jax.tree.map(lambda *leaves: np.stack(leaves), *asks)
         at = np.asarray(slots if size == 1 else range(B), np.int32)
         args = (self.model.for_steps[0], self.rules, batch, at, requests, tokens, lengths)
-        return self.programs.run(("admit", size, bucket), self._admit, args)
+        return self.programs.run(("admit", size, bucket, self._script_size), self._admit, args)
 
     def decode_chunk(self, batch: Batch, steps: int, refill: bool, cursor: int) -> Batch:
         """Steps, over the smallest bucket of the pool that holds `cursor` entries and a few steps more."""
         room = min(cursor + 4 * self.limits.lanes, self.pool_buckets[-1])
         used = next(b for b in self.pool_buckets if b >= room)
         args = (self.model.for_steps[0], self.rules, batch, np.int32(steps), np.bool_(refill))
-        return self.programs.run(("decode", used), self._decode_chunk, args, used=used)
+        return self.programs.run(("decode", used, self._script_size), self._decode_chunk, args, used=used)
 
     def release(self, batch: Batch, stop: np.ndarray) -> Batch:
         """Stops rows: int32 [B], a `Stop` each, RUNNING for those that it leaves alone."""
-        return self.programs.run("release", self._release, (batch, stop))
+        return self.programs.run(("release", self._script_size), self._release, (batch, stop))
 
     def read(self, batch: Batch, row: int) -> RowState:
         """One row, on the host."""

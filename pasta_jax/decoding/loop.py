@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from pasta_jax.arrays import Array
 from pasta_jax.decoding import interpreter, sampling
 from pasta_jax.decoding.interpreter import Rules
+from pasta_jax.decoding.script import FREE
 from pasta_jax.decoding.state import (
     Lanes,
     Limits,
@@ -244,7 +245,8 @@ def choose(
 ) -> tuple[Array, Array]:
     """The next token of each lane, int32 [B, S], and the log-probability the model gave it, float32 [B, S].
 
-    The log-probability is the model's own: before grammar, bias and temperature.
+    The log-probability is the model's own: before grammar, bias and temperature. A token of the request's script
+    takes the place of the sampled one, whatever the grammar says of it.
     """
     B, S, V = logits.shape
     limits = rules.limits
@@ -267,5 +269,22 @@ def choose(
         each_lane(requests.top_p),
         each_lane(requests.min_p),
     ).reshape(B, S)
+    if requests.script.shape[-1]:
+        sampled = jax.vmap(_as_scripted)(requests, rows.prompt_length, path, lanes.order + 1, sampled)
     chosen = jnp.take_along_axis(logits, sampled[..., None], axis=-1)[..., 0]
     return sampled, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _as_scripted(request: Request, prompt_length: Array, path: Array, order: Array, sampled: Array) -> Array:
+    """One row's tokens, int32 [S], as the request's script has them; those that it leaves free as sampled.
+
+    Args:
+      request: the row's.
+      prompt_length: int32 [], which main's order counts in.
+      path, order: int32 [S], of the thread and of the token in it.
+      sampled: int32 [S].
+    """
+    mine = request.script_paths == path[:, None]  # [S, R]
+    index = order - jnp.where(path == 0, prompt_length, 0)
+    said = request.script.at[jnp.argmax(mine, axis=-1), index].get(mode="fill", fill_value=FREE)
+    return jnp.where(jnp.any(mine, axis=-1) & (said != FREE), said, sampled)

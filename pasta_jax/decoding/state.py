@@ -111,6 +111,10 @@ class Request:
     top_p: Array  # float32 [] 1 is all
     min_p: Array  # float32 [] 0 is all
     key: Array  # uint32 [2] the request's random key
+    script_paths: Array  # int32 [R]    threads that say what is written for them (`script.Script`)
+    script: (
+        Array  # int32 [R, C] what they say; C = 0 in ordinary requests, for which nothing of it is compiled
+    )
 
 
 @_pytree
