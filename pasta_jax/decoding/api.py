@@ -15,8 +15,9 @@ import numpy as np
 
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.state import Limits
+from pasta_jax.decoding.stops import cut, find_stop
 from pasta_jax.decoding.trace import UNFED, Trace, document_order
-from pasta_jax.lang.assemble import assemble
+from pasta_jax.lang.assemble import assemble, shortened
 from pasta_jax.lang.program import Program, Promise
 from pasta_jax.lang.render import render
 from pasta_jax.tokens.reading import read
@@ -44,7 +45,7 @@ class Branch:
       tokens: content tokens written.
       text: reader's text of the block.
       start_step, end_step: decode steps that fed its first and its last token.
-      stop_reason: "done", "budget" (its end was forced) or "cut" (the row stopped first).
+      stop_reason: "done", "budget" (its end was forced) or "cut" (the answer ended first).
     """
 
     id: int
@@ -92,6 +93,10 @@ class Stats:
 class DecodeResult:
     """An answer.
 
+    One that ended at a stop string is the beginning of what was decoded, as far as `text` goes in document order:
+    what lies beyond, in other threads too, is in no attribute but stats and trace. Its last token may spell the
+    beginning of the stop string.
+
     Attributes:
       text: for the reader: tags removed, branches in promised order.
       annotated: what the model wrote, as PASTA-LANG.
@@ -99,7 +104,7 @@ class DecodeResult:
         temperature and grammar, and 0 for tokens that the interpreter inserted.
       branches: the promises kept, in order of promise.
       stats: what it cost.
-      stop_reason: "eos", "length" or "cache_full".
+      stop_reason: "eos", "length" (max_new_tokens), "cache_full", "stop" (a stop string) or "cancelled".
       issues: recoverable faults, a sentence each.
       program: `annotated`, parsed.
       trace: what the decode did, step by step.
@@ -232,22 +237,29 @@ def _with_speedup(parallel: DecodeResult, sequential: DecodeResult) -> DecodeRes
     return dataclasses.replace(parallel, stats=stats)
 
 
-def result(tokenizer: Tokenizer, trace: Trace, wall_s: float = 0.0, compile_s: float = 0.0) -> DecodeResult:
-    """A trace as an answer."""
+def result(
+    tokenizer: Tokenizer, trace: Trace, wall_s: float = 0.0, compile_s: float = 0.0, stop: Sequence[str] = ()
+) -> DecodeResult:
+    """A trace as an answer, which ends before the first of the stop strings."""
     vocabulary = tokenizer.vocabulary
     reading = read(vocabulary, trace.threads)
-    forced = [f"branch {k}: over its budget, its </async> was forced." for k in np.flatnonzero(trace.forced)]
-    answer = document_order(trace)[trace.prompt_length :]
-    tokens = trace.tokens.token[answer]
+    program, text = reading.program, assemble(reading.program)
+    kept, end = trace, find_stop(text, stop)
+    if end is not None:
+        kept = cut(trace, vocabulary, end)
+        program, text = shortened(program, end), text[:end]
+        reading = read(vocabulary, kept.threads)
+    forced = [f"branch {k}: over its budget, its </async> was forced." for k in np.flatnonzero(kept.forced)]
+    answer = document_order(kept)[trace.prompt_length :]
+    tokens = kept.tokens.token[answer]
     output, widths = int(np.sum(~np.isin(tokens, list(vocabulary.stops)))), trace.widths
+    branches = zip(reading.promises, program.promises(), strict=True)
     return DecodeResult(
-        text=assemble(reading.program),
-        annotated=render(reading.program),
+        text=text,
+        annotated=render(program),
         tokens=tokens,
-        logprobs=trace.logprob[answer],
-        branches=tuple(
-            _branch(trace, thread, promise) for thread, promise in sorted(reading.promises.items())
-        ),
+        logprobs=kept.logprob[answer],
+        branches=tuple(_branch(kept, thread, promise) for thread, promise in sorted(branches)),
         stats=Stats(
             prompt_tokens=trace.prompt_length,
             output_tokens=output,
@@ -260,9 +272,9 @@ def result(tokenizer: Tokenizer, trace: Trace, wall_s: float = 0.0, compile_s: f
             max_width=int(widths.max(initial=0)),
             mean_width=float(widths.mean()) if widths.size else 0.0,
         ),
-        stop_reason=trace.stop.reason,
+        stop_reason=kept.stop.reason,
         issues=(*reading.issues, *forced),
-        program=reading.program,
+        program=program,
         trace=trace,
     )
 

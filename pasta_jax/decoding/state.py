@@ -60,12 +60,14 @@ class Phase(enum.IntEnum):
 
 
 class Stop(enum.IntEnum):
-    """Why a row stopped."""
+    """Why a row stopped. The last two are the host's doing."""
 
     RUNNING = 0
     EOS = 1
     LENGTH = 2  # max_new_tokens
     CACHE_FULL = 3  # the pool
+    STOP = 4  # a stop string
+    CANCELLED = 5  # nobody wants it any more
 
     @property
     def reason(self) -> str:
