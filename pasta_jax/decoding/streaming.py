@@ -27,6 +27,8 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.stops import find_stop, held_back
 from pasta_jax.decoding.trace import Trace
@@ -90,14 +92,8 @@ class _Thread:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a consumer has seen of an answer; a new one has seen nothing.
+    """What a consumer has seen of an answer, thread by thread; a new one has seen nothing."""
 
-    Attributes:
-      tokens: of the answer, over all threads, in decode order.
-      threads: by number.
-    """
-
-    tokens: int = 0
     threads: Mapping[int, _Thread] = dataclasses.field(default_factory=lambda: {MAIN: _Thread()})
 
 
@@ -107,7 +103,7 @@ def advance(
     """The events that bring a consumer from what it has seen to the newest trace; it has seen that then.
 
     However the steps are cut into calls, the same document arises, and with the last trace it is the answer's text.
-    The work is that of the new tokens, but for a few array slices.
+    The work is that of the new tokens, but for two passes of NumPy over the trace.
 
     Args:
       seen: of an earlier trace of the same answer.
@@ -119,32 +115,24 @@ def advance(
     Returns:
       What has been seen now, and the events in document order: those of a branch before the text that follows it.
     """
-    start = trace.prompt_length + seen.tokens
-    ended = trace.stop != Stop.RUNNING
-    if seen.threads[MAIN].closed or (start >= len(trace.tokens) and not ended):
+    new, ended = _unseen(seen, trace), trace.stop != Stop.RUNNING
+    if seen.threads[MAIN].closed or not (new.size or ended):
         return seen, []
-    threads, branches, events = dict(seen.threads), trace.branches, list[Event]()
+    threads, branches = dict(seen.threads), trace.branches
+    events = _token_events(trace, new, vocabulary, request) if raw else []
     fresh: dict[int, list[int]] = {}
     for thread, token in zip(
-        trace.tokens.thread[start:].tolist(), trace.tokens.token[start:].tolist(), strict=True
+        trace.tokens.thread[new].tolist(), trace.tokens.token[new].tolist(), strict=True
     ):
         fresh.setdefault(thread, []).append(token)
-    if raw:
-        events += _token_events(trace, start, vocabulary, request)
 
     def follow(thread: int) -> None:
         before = threads.get(thread, _Thread())
         opened = [*before.open]
         for branch in before.open:
             follow(branch)
-        pieces, place = scan(
-            vocabulary,
-            thread,
-            fresh.get(thread, ()),
-            branches[thread],
-            before.place,
-            ended=ended,
-        )
+        tokens = fresh.get(thread, ())
+        pieces, place = scan(vocabulary, thread, tokens, branches[thread], before.place, ended=ended)
         text, pending = "", before.pending
 
         def spell(more: bytes, *, run_ends: bool) -> None:
@@ -182,17 +170,24 @@ def advance(
         threads[thread] = _Thread(place, pending, still_open, closed)
 
     follow(MAIN)
-    return Seen(max(len(trace.tokens) - trace.prompt_length, seen.tokens), threads), events
+    return Seen(threads), events
 
 
-def _token_events(trace: Trace, start: int, vocabulary: Vocabulary, request: int) -> list[Event]:
+def _unseen(seen: Seen, trace: Trace) -> np.ndarray:
+    """The places in the trace of the answer's tokens that are new, in decode order: int [n]."""
+    known = np.array([seen.threads.get(k, _Thread()).place.index for k in range(len(trace.parent))])
+    known[MAIN] += trace.prompt_length
+    return np.flatnonzero(trace.tokens.order >= known[trace.tokens.thread])
+
+
+def _token_events(trace: Trace, new: np.ndarray, vocabulary: Vocabulary, request: int) -> list[Event]:
     columns = (trace.tokens.thread, trace.tokens.token, trace.step, trace.logprob)
     return [
         Event(
             "token", request, branch, int(trace.parent[branch]), vocabulary.text([token]),
             step=step, token=token, logprob=logprob,
         )
-        for branch, token, step, logprob in zip(*(column[start:].tolist() for column in columns), strict=True)
+        for branch, token, step, logprob in zip(*(column[new].tolist() for column in columns), strict=True)
     ]  # fmt: skip
 
 
