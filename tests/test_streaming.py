@@ -114,8 +114,10 @@ def text_of(trace: Trace, vocabulary: Vocabulary) -> str:
     return assemble(read(vocabulary, trace.threads).program)
 
 
-def follow(seen: Seen, draft: Draft, trace: Trace, vocabulary: Vocabulary) -> tuple[Seen, list[Event]]:
-    seen, events = advance(seen, trace, vocabulary)
+def follow(
+    seen: Seen, draft: Draft, trace: Trace, vocabulary: Vocabulary, stop: tuple[str, ...] = ()
+) -> tuple[Seen, list[Event]]:
+    seen, events = advance(seen, trace, vocabulary, stop=stop)
     for event in events:
         draft.add(event)
     return seen, events
@@ -293,6 +295,7 @@ def test_a_draft_marks_what_is_to_come():
         (first + "B[…] Done.", first + "B"),
         *[(first + "B Done.", first + "B Done.")] * 3,
     ]
+    assert repr(events[1]) == "Event('promise', branch=1, parent=0, topic='rivers')"
     with pytest.raises(ValueError, match="draft is of request 0, and the event of request 1"):
         draft.add(Event("text", request=1))
 
@@ -343,9 +346,9 @@ def test_stop_strings_end_the_answer_whenever_one_looks(seed, vocabulary):
         assert expected.text == text[:place]
         assert expected.stop_reason == ("stop" if place is not None else trace.stop.reason)
         for density in (0.0, 0.2, 1.0):
-            seen, draft, shown = Seen(), Draft(stops), ""
+            seen, draft, shown = Seen(), Draft(), ""
             for look in looks(trace, rng, density):
-                seen, _ = follow(seen, draft, look, vocabulary)
+                seen, _ = follow(seen, draft, look, vocabulary, stops)
                 assert draft.settled.startswith(shown), "what was shown stays"
                 shown = draft.settled
                 assert expected.text.startswith(shown), "never a piece of a stop string"

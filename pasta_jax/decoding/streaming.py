@@ -24,7 +24,8 @@ Two rivers: the Nile Both are long.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -62,6 +63,7 @@ class Event:
       parent: thread that promised the branch; -1 is nobody.
       text, topic, promised_tokens, step, token, logprob, result: see the kinds. promised_tokens is in tokens, ten
         times the tag's number.
+      stop: the stop strings of the request, so that a draft knows them.
     """
 
     kind: Literal["text", "promise", "closed", "done", "token"]
@@ -75,6 +77,15 @@ class Event:
     token: int = -1
     logprob: float = 0.0
     result: DecodeResult | None = None
+    stop: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """What it says: Event('text', branch=1, text='The Nile')."""
+        names = [
+            field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default
+        ]
+        said = [f"{name}={getattr(self, name)!r}" for name in names if name not in ("kind", "result", "stop")]
+        return f"Event({', '.join([repr(self.kind), *said])})"
 
 
 # ---------------------------------------------------------------------------------------- from traces to events
@@ -98,7 +109,13 @@ class Seen:
 
 
 def advance(
-    seen: Seen, trace: Trace, vocabulary: Vocabulary, *, request: int = 0, raw: bool = False
+    seen: Seen,
+    trace: Trace,
+    vocabulary: Vocabulary,
+    *,
+    request: int = 0,
+    stop: tuple[str, ...] = (),
+    raw: bool = False,
 ) -> tuple[Seen, list[Event]]:
     """The events that bring a consumer from what it has seen to the newest trace; it has seen that then.
 
@@ -109,7 +126,7 @@ def advance(
       seen: of an earlier trace of the same answer.
       trace: of a running row, or of one that has stopped; then all that is left is said.
       vocabulary: of its tokens.
-      request: for the events.
+      request, stop: for the events.
       raw: "token" events too, in decode order, before the others.
 
     Returns:
@@ -119,7 +136,8 @@ def advance(
     if seen.threads[MAIN].closed or not (new.size or ended):
         return seen, []
     threads, branches = dict(seen.threads), trace.branches
-    events = _token_events(trace, new, vocabulary, request) if raw else []
+    event = functools.partial(Event, request=request, stop=stop)
+    events = _token_events(trace, new, vocabulary, event) if raw else []
     fresh: dict[int, list[int]] = {}
     for thread, token in zip(
         trace.tokens.thread[new].tolist(), trace.tokens.token[new].tolist(), strict=True
@@ -143,7 +161,7 @@ def advance(
         def say() -> None:
             nonlocal text
             if text:
-                events.append(Event("text", request, thread, text=text))
+                events.append(event("text", branch=thread, text=text))
             text = ""
 
         for piece in pieces:
@@ -154,10 +172,8 @@ def advance(
             if piece.role == Role.PROMISE:
                 say()
                 topic, number = promise_of(vocabulary, piece.tokens)
-                promise = Event(
-                    "promise", request, piece.branch, thread, topic=topic, promised_tokens=10 * number
-                )
-                events.append(promise)
+                about = event("promise", branch=piece.branch, parent=thread)
+                events.append(dataclasses.replace(about, topic=topic, promised_tokens=10 * number))
                 opened.append(piece.branch)
                 follow(piece.branch)
         closed = place.finished or ended
@@ -165,7 +181,7 @@ def advance(
             spell(b"", run_ends=True)
         say()
         if closed:
-            events.append(Event("closed", request, thread))
+            events.append(event("closed", branch=thread))
         still_open = tuple(branch for branch in opened if not threads[branch].closed)
         threads[thread] = _Thread(place, pending, still_open, closed)
 
@@ -180,11 +196,13 @@ def _unseen(seen: Seen, trace: Trace) -> np.ndarray:
     return np.flatnonzero(trace.tokens.order >= known[trace.tokens.thread])
 
 
-def _token_events(trace: Trace, new: np.ndarray, vocabulary: Vocabulary, request: int) -> list[Event]:
+def _token_events(
+    trace: Trace, new: np.ndarray, vocabulary: Vocabulary, event: Callable[..., Event]
+) -> list[Event]:
     columns = (trace.tokens.thread, trace.tokens.token, trace.step, trace.logprob)
     return [
-        Event(
-            "token", request, branch, int(trace.parent[branch]), vocabulary.text([token]),
+        event(
+            "token", branch=branch, parent=int(trace.parent[branch]), text=vocabulary.text([token]),
             step=step, token=token, logprob=logprob,
         )
         for branch, token, step, logprob in zip(*(column[new].tolist() for column in columns), strict=True)
@@ -197,10 +215,8 @@ def _token_events(trace: Trace, new: np.ndarray, vocabulary: Vocabulary, request
 class Draft:
     """The document that the events of one answer make, as far as it is known.
 
-    `str(draft)` is all of it, with a mark like `[rivers …]` where a branch still goes on.
-
-    Args:
-      stop: stop strings of the request: the document ends before the first of them (`stops.find_stop`).
+    `str(draft)` is all of it, with a mark like `[rivers …]` where a branch still goes on. Once a stop string is
+    found, it ends before that.
 
     Attributes:
       settled: what will not change any more: the text before the first place where some is still to come, but for
@@ -208,10 +224,10 @@ class Draft:
       stopped: a stop string was found: whatever comes, `settled` is the whole answer.
     """
 
-    def __init__(self, stop: Sequence[str] = ()):
-        self.stop = tuple(stop)
+    def __init__(self) -> None:
         self.settled, self.stopped = "", False
         self._request: int | None = None
+        self._stop: tuple[str, ...] = ()
         self._finished = ""  # text before the first place where some is still to come
         self._parts: dict[int, list[str | int]] = {
             MAIN: []
@@ -223,7 +239,7 @@ class Draft:
     def add(self, event: Event) -> None:
         """Takes the next event. ValueError if it is of another answer."""
         if self._request is None:
-            self._request = event.request
+            self._request, self._stop = event.request, event.stop
         if event.request != self._request:
             raise ValueError(
                 f"This draft is of request {self._request}, and the event of request {event.request}. "
@@ -256,10 +272,10 @@ class Draft:
             elif thread not in self._closed:
                 self._at.append((thread, index))
                 break
-        cut = find_stop(self._finished, self.stop, before)
+        cut = find_stop(self._finished, self._stop, before)
         self.stopped = cut is not None
         if cut is None:
-            cut = len(self._finished) - (held_back(self._finished, self.stop) if self._at else 0)
+            cut = len(self._finished) - (held_back(self._finished, self._stop) if self._at else 0)
         self.settled = self._finished[:cut]
 
     def __str__(self) -> str:
@@ -275,7 +291,7 @@ class Draft:
         return "".join(parts) + mark
 
 
-def settled_text(events: Iterable[Event], stop: Sequence[str] = ()) -> Iterator[str]:
+def settled_text(events: Iterable[Event]) -> Iterator[str]:
     """The text of one answer in reading order, each piece as soon as it will not change any more.
 
     >>> events = [
@@ -287,7 +303,7 @@ def settled_text(events: Iterable[Event], stop: Sequence[str] = ()) -> Iterator[
     >>> list(settled_text(events))
     ['The Nile', ' is long.']
     """
-    draft, shown = Draft(stop), 0
+    draft, shown = Draft(), 0
     for event in events:
         draft.add(event)
         if len(draft.settled) > shown:
