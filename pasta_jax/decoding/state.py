@@ -67,7 +67,7 @@ class Stop(enum.IntEnum):
     LENGTH = 2  # max_new_tokens
     CACHE_FULL = 3  # the pool
     STOP = 4  # a stop string
-    CANCELLED = 5  # nobody wants it any more
+    CANCELLED = 5  # whoever asked went away
 
     @property
     def reason(self) -> str:
