@@ -14,7 +14,7 @@ import scripted
 from test_interpreter import random_script
 
 from pasta_jax.arrays import ThreadedTokens
-from pasta_jax.decoding import api, interpreter, reference
+from pasta_jax.decoding import interpreter, reference, results
 from pasta_jax.decoding.state import Limits, RowState, Stop
 from pasta_jax.decoding.stops import check_stops, cut, find_stop, held_back
 from pasta_jax.decoding.streaming import Draft, Event, Seen, advance, settled_text
@@ -321,7 +321,7 @@ def random_stops(text: str, rng: random.Random) -> tuple[str, ...]:
     return (*stops, rng.choice(["ab b", "zz", "3b a"]))
 
 
-def said(result: api.DecodeResult) -> tuple:
+def said(result: results.DecodeResult) -> tuple:
     """All of a result but stats and trace."""
     return (
         result.text, result.annotated, result.tokens.tolist(), result.logprobs.tolist(), result.branches,
@@ -342,7 +342,7 @@ def test_stop_strings_end_the_answer_whenever_one_looks(seed, vocabulary):
             continue
         stops = random_stops(text, rng)
         place = first_stop(text, stops)
-        expected = api.result(words, trace, stop=stops)
+        expected = results.result(words, trace, stop=stops)
         assert expected.text == text[:place]
         assert expected.stop_reason == ("stop" if place is not None else trace.stop.reason)
         for density in (0.0, 0.2, 1.0):
@@ -355,7 +355,7 @@ def test_stop_strings_end_the_answer_whenever_one_looks(seed, vocabulary):
                 if draft.stopped:
                     assert str(draft) == draft.settled == expected.text
                     ended = dataclasses.replace(look, stop=Stop.STOP if look is not trace else trace.stop)
-                    assert said(api.result(words, ended, stop=stops)) == said(expected)
+                    assert said(results.result(words, ended, stop=stops)) == said(expected)
                     stopped_early += look is not trace
                     break
             assert draft.settled == str(draft) == expected.text
@@ -392,7 +392,7 @@ def test_a_cut_answer_agrees_with_itself(seed):
             assert len(text_of(less, SPLIT).rstrip("\ufffd")) < n
     stop = text_of(trace, SPLIT)[:1]
     if stop:
-        assert api.result(words, trace, stop=(stop,)).tokens.size == 0
+        assert results.result(words, trace, stop=(stop,)).tokens.size == 0
 
 
 def shorter(trace: Trace, place: int) -> Trace:

@@ -37,7 +37,7 @@ from pasta_jax.tokens.reading import Place, Role, promise_of, scan
 from pasta_jax.tokens.tokenizer import Vocabulary, whole_characters
 
 if TYPE_CHECKING:
-    from pasta_jax.decoding.api import DecodeResult
+    from pasta_jax.decoding.results import DecodeResult
 
 MAIN = 0
 
