@@ -23,7 +23,7 @@ _HOMES = {
     # decoding
     "load": "pasta_jax.loading",
     "decode": "pasta_jax.decoding.api",
-    "DecodeResult": "pasta_jax.decoding.api",
+    "DecodeResult": "pasta_jax.decoding.results",
     "Decoder": "pasta_jax.decoding.engine",
     "Model": "pasta_jax.decoding.engine",
     "Sampling": "pasta_jax.decoding.engine",
@@ -36,11 +36,11 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from pasta_jax.config import Config as Config
-    from pasta_jax.decoding.api import DecodeResult as DecodeResult
     from pasta_jax.decoding.api import decode as decode
     from pasta_jax.decoding.engine import Decoder as Decoder
     from pasta_jax.decoding.engine import Model as Model
     from pasta_jax.decoding.engine import Sampling as Sampling
+    from pasta_jax.decoding.results import DecodeResult as DecodeResult
     from pasta_jax.decoding.state import Limits as Limits
     from pasta_jax.lang.assemble import assemble as assemble
     from pasta_jax.lang.parse import ParseError as ParseError

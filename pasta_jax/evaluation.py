@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from pasta_jax.baselines import sot
 from pasta_jax.data import almanac
-from pasta_jax.decoding.api import result
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.files import replacing

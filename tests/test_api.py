@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import pasta_jax
-from pasta_jax.decoding import api
 from pasta_jax.decoding.interpreter import rules_for
+from pasta_jax.decoding.results import result as result_of
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, critical_path
 from pasta_jax.lang import tags
@@ -160,7 +160,7 @@ def test_more_than_one_id_ends_an_answer() -> None:
     ended = [result for result in results() if result.tokens[-1] == end]
     assert ended
     for result in ended:
-        read = api.result(words, result.trace, result.stats.wall_s, result.stats.compile_s)
+        read = result_of(words, result.trace, result.stats.wall_s, result.stats.compile_s)
         assert read.stats == result.stats and what_was_said(read) == what_was_said(result)
         document, prompt = as_document(result.trace), result.trace.prompt_length
         steps = critical_path(document, prompt, WORDS.vocabulary)

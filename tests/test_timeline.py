@@ -3,7 +3,7 @@
 import numpy as np
 
 from pasta_jax.arrays import ThreadedTokens
-from pasta_jax.decoding.api import Branch, DecodeResult, Stats
+from pasta_jax.decoding.results import Branch, DecodeResult, Stats
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.trace import UNFED, Trace
 from pasta_jax.lang.program import Program

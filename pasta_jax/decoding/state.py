@@ -75,7 +75,7 @@ class Phase(enum.IntEnum):
 
 
 class Stop(enum.IntEnum):
-    """Why a row stopped."""
+    """Why a row stopped. The last two are the host's doing."""
 
     RUNNING = 0
     EOS = 1

@@ -1,6 +1,6 @@
 """What a decode did, read on the host: its threads, its program, its record as a training document, its length.
 
-NumPy only; one row at a time.
+NumPy only; one row at a time. A row that is still running has a trace too, the beginning of the one it will have.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Trace:
       step: int32 [n], the decode step that fed the token, from 1; 0 for the prompt, UNFED for those last ones.
       logprob: float32 [n], log-probability of the token when it was sampled; 0 for prompt and inserted tokens.
       prompt_length: tokens of the prompt.
-      stop: why the row stopped.
+      stop: why the row stopped; RUNNING if it did not yet.
       steps: decode steps in which the row was running.
       parent, forked_at: int32 [threads], whose promise a branch keeps and at which order in it; -1 for main.
       forced: bool [threads], the interpreter ended the branch.
@@ -53,18 +53,23 @@ class Trace:
     @property
     def threads(self) -> Threads:
         """The answer's tokens by thread."""
-        count = len(self.parent)
-        tokens: list[list[int]] = [[] for _ in range(count)]
-        branches: list[dict[int, int]] = [{} for _ in range(count)]
+        tokens: list[list[int]] = [[] for _ in self.parent]
         for token, thread in zip(
             self.tokens.token[self.prompt_length :], self.tokens.thread[self.prompt_length :], strict=True
         ):
             tokens[thread].append(int(token))
-        for branch in range(1, count):
-            parent = int(self.parent[branch])
-            start = 0 if parent else self.prompt_length
-            branches[parent][int(self.forked_at[branch]) - start] = branch
-        return Threads(tokens, branches)
+        return Threads(tokens, self.branches)
+
+    @property
+    def branches(self) -> list[dict[int, int]]:
+        """For each thread, the branch that each ` />` of it started: {index in the thread's answer: branch}."""
+        branches: list[dict[int, int]] = [{} for _ in self.parent]
+        for branch, (parent, order) in enumerate(
+            zip(self.parent.tolist(), self.forked_at.tolist(), strict=True)
+        ):
+            if branch:
+                branches[parent][order - (0 if parent else self.prompt_length)] = branch
+        return branches
 
     @property
     def widths(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from pasta_jax.lang.program import Node, Program, Promise, Text
@@ -28,3 +29,29 @@ def text_of(nodes: Sequence[Node]) -> str:
         elif isinstance(node, Promise):
             todo += reversed(node.block)
     return "".join(out)
+
+
+def shortened(program: Program, characters: int) -> Program:
+    """The program without what comes after the first so many characters of its text; tags right there go too.
+
+    >>> from pasta_jax.lang.parse import parse
+    >>> program = parse('One: <promise topic="one" tokens=1 /><async>1.</async><sync/> Done.')
+    >>> assemble(shortened(program, 6)), len(shortened(program, 5).nodes)
+    ('One: 1', 1)
+    """
+    left = characters
+
+    def first(nodes: Sequence[Node]) -> tuple[Node, ...]:
+        nonlocal left
+        out: list[Node] = []
+        for node in nodes:
+            if left <= 0:
+                break
+            if isinstance(node, Text):
+                node, left = Text(node.text[:left]), left - len(node.text)
+            elif isinstance(node, Promise):
+                node = dataclasses.replace(node, block=first(node.block))
+            out.append(node)
+        return tuple(out)
+
+    return Program(first(program.nodes))

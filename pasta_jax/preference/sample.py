@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.config import PreferenceConfig
-from pasta_jax.decoding.api import result
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path, document_order
 from pasta_jax.files import replacing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pasta_jax.decoding.api import DecodeResult
+from pasta_jax.decoding.results import DecodeResult
 
 FED, HELD = "█", "·"
 _LABEL = 18

@@ -8,7 +8,9 @@ listed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +44,7 @@ class Reading:
 
     Attributes:
       program: the answer.
-      promises: the promise that each branch keeps, by thread.
+      promises: the promise that each branch keeps, by thread, in document order.
       text_tokens: how many tokens are ordinary text; the others spell tags.
       issues: what was wrong with the tokens, one sentence each.
     """
@@ -61,23 +63,24 @@ def read(vocabulary: Vocabulary, threads: Threads) -> Reading:
     """
     reader = _Reader(vocabulary, threads)
     nodes = reader.read(0)
-    return Reading(Program(nodes), reader.promises, reader.text_tokens, tuple(reader.issues))
+    promises = {branch: reader.promises[branch] for branch in reader.branches}
+    return Reading(Program(nodes), promises, reader.text_tokens, tuple(reader.issues))
 
 
 class _Reader:
     def __init__(self, vocabulary: Vocabulary, threads: Threads):
         self.vocabulary, self.threads = vocabulary, threads
         self.promises: dict[int, Promise] = {}
+        self.branches: list[int] = []  # in document order
         self.issues: list[str] = []
         self.text_tokens = 0
 
     def read(self, thread: int) -> tuple[Node, ...]:
         """The nodes of one thread, those of its branches inside their promises."""
         tokens, branches = self.threads.tokens[thread], self.threads.branches[thread]
+        pieces, place = scan(self.vocabulary, thread, tokens, branches, ended=True)
         nodes: list[Node] = []
         text: list[int] = []  # ordinary tokens not yet in `nodes`
-        tag: list[int] = []  # pieces of a tag that has begun
-        state, finished = grammar.TEXT, False
 
         def flush() -> None:
             if spelled := self.vocabulary.text(text):
@@ -85,66 +88,156 @@ class _Reader:
             self.text_tokens += len(text)
             text.clear()
 
-        def break_off() -> None:
-            if tag:
-                self.note(thread, f"incomplete tag {self.vocabulary.text(tag)!r} kept as text")
-            text.extend(tag)
-            tag.clear()
-
-        for index, token in enumerate(tokens):
-            if thread and not index:
-                continue  # the `<async>` that the interpreter wrote
-            kind = self.vocabulary.kinds[token]
-            event = Event(grammar.EVENT[state][kind])
-            if grammar.BREAKS[state][kind]:
-                break_off()
-            state = grammar.NEXT[state][kind]
-            if event == Event.FORK:
-                tag.append(token)
-                if index in branches:
-                    flush()
-                    nodes.append(self.promise(tag, branches[index]))
-                    tag.clear()
-                else:
-                    self.note(thread, f"no thread was free for {self.vocabulary.text(tag)!r}, kept as text")
-                    text.extend(tag)
-                    tag.clear()
-            elif state != grammar.TEXT:
-                tag.append(token)
-            elif event == Event.SYNC:
+        for piece in pieces:
+            if piece.fault:
+                self.note(thread, piece.fault)
+            if piece.role == Role.TEXT:
+                text.extend(piece.tokens)
+            elif piece.role == Role.PROMISE:
+                flush()
+                self.branches.append(piece.branch)
+                topic, number = promise_of(self.vocabulary, piece.tokens)
+                promise = Promise(topic, number, self.read(piece.branch))
+                self.promises[piece.branch] = promise
+                nodes.append(promise)
+            elif piece.role == Role.SYNC:
                 flush()
                 nodes.append(Sync())
-            elif event == (Event.FINISH if thread else Event.END):
-                finished = True
-            else:
-                if event in (Event.STRAY, Event.FINISH, Event.END):
-                    self.note(thread, f"{self.spelling(token)} out of place, kept as text")
-                text.append(token)
-        break_off()
         flush()
-        if thread and not finished:
+        if thread and not place.finished:
             self.note(thread, "stopped before its </async>")
         return joined(nodes)
 
-    def promise(self, tag: list[int], branch: int) -> Promise:
-        kinds = [int(self.vocabulary.kinds[token]) for token in tag]
-        topic, number = "", 0
-        if kinds != [Kind.FORK]:
-            middle = kinds.index(Kind.TOKENS)
-            number = int("".join(str(self.vocabulary.digit_values[token]) for token in tag[middle + 1 : -1]))
-            spelled = self.vocabulary.text(tag[1:middle])
-            topic = spelled.removeprefix(TOPIC_PREFIX) or spelled
-        promise = Promise(topic, number, self.read(branch))
-        self.promises[branch] = promise
-        return promise
-
-    def spelling(self, token: int) -> str:
-        return (
-            repr(self.vocabulary.text([token])) if self.vocabulary.text([token]) else f"control token {token}"
-        )
-
     def note(self, thread: int, what: str) -> None:
         self.issues.append(f"{'main' if thread == 0 else f'branch {thread}'}: {what}.")
+
+
+class Role(enum.Enum):
+    """What a piece of a thread is to its reader."""
+
+    TEXT = "text"  # ordinary, or what turned out to be
+    PROMISE = "promise"  # the whole tag of a promise that a branch keeps
+    SYNC = "sync"
+    BEGIN = "begin"  # `<async>`
+    END = "end"  # `</async>`, the end of the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens that are read as one.
+
+    Attributes:
+      role: how.
+      tokens: their ids.
+      branch: of a PROMISE, who keeps it.
+      fault: why tokens that were to be a tag are text, if they are.
+    """
+
+    role: Role
+    tokens: tuple[int, ...]
+    branch: int = 0
+    fault: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """How far a thread has been scanned.
+
+    Attributes:
+      index: tokens of the thread that were looked at.
+      state: of the tag grammar.
+      tag: the ids of a tag that has begun; they are in no piece yet.
+      finished: its last token was among them.
+    """
+
+    index: int = 0
+    state: int = grammar.TEXT
+    tag: tuple[int, ...] = ()
+    finished: bool = False
+
+
+def scan(
+    vocabulary: Vocabulary,
+    thread: int,
+    tokens: Iterable[int],
+    branches: Mapping[int, int],
+    place: Place = Place(),
+    *,
+    ended: bool,
+) -> tuple[list[Piece], Place]:
+    """The pieces of a thread from a place on, and the place after them.
+
+    However a thread is cut into calls, the pieces are the same, but that a run of text may be in several.
+
+    Args:
+      vocabulary: of the tokens.
+      thread: whose tokens they are; 0 is main.
+      tokens: what follows the place.
+      branches: the branch that each ` />` started, {index in the thread: branch}.
+      place: where the call before ended.
+      ended: nothing follows the tokens, so a tag that has begun is text.
+    """
+    pieces: list[Piece] = []
+    run: list[int] = []  # ordinary tokens
+    index, tag, state, finished = place.index - 1, [*place.tag], place.state, place.finished
+
+    def put(role: Role, tokens: list[int], **more: Any) -> None:
+        if run:
+            pieces.append(Piece(Role.TEXT, (*run,)))
+            run.clear()
+        if tokens:
+            pieces.append(Piece(role, (*tokens,), **more))
+
+    def break_off() -> None:
+        put(Role.TEXT, tag, fault=f"incomplete tag {vocabulary.text(tag)!r} kept as text")
+        tag.clear()
+
+    for index, token in enumerate(tokens, place.index):
+        if thread and not index:
+            put(Role.BEGIN, [token])  # the `<async>` that the interpreter wrote
+            continue
+        kind = vocabulary.kinds[token]
+        event = Event(grammar.EVENT[state][kind])
+        if grammar.BREAKS[state][kind]:
+            break_off()
+        state = grammar.NEXT[state][kind]
+        if event == Event.FORK:
+            tag.append(token)
+            if index in branches:
+                put(Role.PROMISE, tag, branch=branches[index])
+            else:
+                put(Role.TEXT, tag, fault=f"no thread was free for {vocabulary.text(tag)!r}, kept as text")
+            tag.clear()
+        elif state != grammar.TEXT:
+            tag.append(token)
+        elif event == Event.SYNC:
+            put(Role.SYNC, [token])
+        elif event == (Event.FINISH if thread else Event.END):
+            put(Role.END, [token])
+            finished = True
+        elif event in (Event.STRAY, Event.FINISH, Event.END):
+            put(Role.TEXT, [token], fault=f"{_spelling(vocabulary, token)} out of place, kept as text")
+        else:
+            run.append(token)
+    if ended:
+        break_off()
+    put(Role.TEXT, [])
+    return pieces, Place(index + 1, state, (*tag,), finished)
+
+
+def promise_of(vocabulary: Vocabulary, tag: Sequence[int]) -> tuple[str, int]:
+    """Topic and number of a whole promise tag, in tens of tokens; "" and 0 of a bare one."""
+    kinds = [int(vocabulary.kinds[token]) for token in tag]
+    if kinds == [Kind.FORK]:
+        return "", 0
+    middle = kinds.index(Kind.TOKENS)
+    number = int("".join(str(vocabulary.digit_values[token]) for token in tag[middle + 1 : -1]))
+    spelled = vocabulary.text(tag[1:middle])
+    return spelled.removeprefix(TOPIC_PREFIX) or spelled, number
+
+
+def _spelling(vocabulary: Vocabulary, token: int) -> str:
+    return repr(vocabulary.text([token])) if vocabulary.text([token]) else f"control token {token}"
 
 
 def threads_of(document: ThreadedTokens, prompt_length: int) -> Threads:

@@ -7,6 +7,7 @@ control id, whatever it spells.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import re
@@ -114,9 +115,20 @@ class Vocabulary:
 
         Control symbols spell nothing.
         """
-        return b"".join(self.pieces[i] for i in ids if i not in self._hidden).decode(
-            "utf-8", errors="replace"
-        )
+        return self.spelled(ids).decode("utf-8", errors="replace")
+
+    def spelled(self, ids: Sequence[int]) -> bytes:
+        """The bytes of `text`; those of a few ids may be part of a character."""
+        return b"".join(self.pieces[i] for i in ids if i not in self._hidden)
+
+
+def whole_characters(spelled: bytes, *, ended: bool) -> tuple[str, bytes]:
+    """The text of some bytes, as `Vocabulary.text` has it, and the bytes at the end that begin a character.
+
+    `ended`: nothing follows, so those are broken UTF-8 too, and none are left.
+    """
+    text, used = codecs.utf_8_decode(spelled, "replace", ended)
+    return text, spelled[used:]
 
 
 class Tokenizer(Protocol):

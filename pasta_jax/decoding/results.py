@@ -1,0 +1,168 @@
+"""A decode's answer as its caller gets it, made of its trace."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from pasta_jax.decoding.stops import cut, find_stop
+from pasta_jax.decoding.trace import UNFED, Trace, document_order
+from pasta_jax.lang.assemble import assemble, shortened
+from pasta_jax.lang.program import Program, Promise
+from pasta_jax.lang.render import render
+from pasta_jax.tokens.reading import read
+from pasta_jax.tokens.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One kept promise.
+
+    Attributes:
+      id: thread number, from 1 in order of promise.
+      parent: thread that promised it; 0 is main.
+      topic, promised_tokens: what the promise said; promised_tokens in tokens, ten times the tag's number. A bare
+        promise says "" and 0.
+      tokens: content tokens written.
+      text: reader's text of the block.
+      start_step, end_step: decode steps that fed its first and its last token.
+      stop_reason: "done", "budget" (its end was forced) or "cut" (the answer ended first).
+    """
+
+    id: int
+    parent: int
+    topic: str
+    promised_tokens: int
+    tokens: int
+    text: str
+    start_step: int
+    end_step: int
+    stop_reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What a decode cost.
+
+    Attributes:
+      prompt_tokens, output_tokens: the answer's count has its tags in it, and every thread.
+      decode_steps: steps that the row took after the prompt.
+      sequential_steps: the answer's tokens without tags: the least steps for the same text one by one.
+      step_speedup: sequential_steps / decode_steps.
+      wall_s: seconds of the whole call's batch, compiling apart.
+      compile_s: seconds of compiling in this call.
+      tokens_per_s: output tokens by wall_s, this row's.
+      max_width, mean_width: lanes used by a step.
+      sequential_wall_s, measured_speedup: with mode="both", of the same prompt decoded without promises.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    decode_steps: int
+    sequential_steps: int
+    step_speedup: float
+    wall_s: float
+    compile_s: float
+    tokens_per_s: float
+    max_width: int
+    mean_width: float
+    sequential_wall_s: float | None = None
+    measured_speedup: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeResult:
+    """An answer.
+
+    One that ended at a stop string is the beginning of what was decoded, as far as `text` goes in document order:
+    what lies beyond, in other threads too, is in no attribute but stats and trace. Its last token may spell the
+    beginning of the stop string.
+
+    Attributes:
+      text: for the reader: tags removed, branches in promised order.
+      annotated: what the model wrote, as PASTA-LANG.
+      tokens, logprobs: NumPy, the answer in document order; the log-probabilities are the model's own, before
+        temperature and grammar, and 0 for tokens that the interpreter inserted.
+      branches: the promises kept, in order of promise.
+      stats: what it cost.
+      stop_reason: "eos", "length" (max_new_tokens), "cache_full", "stop" (a stop string) or "cancelled".
+      issues: recoverable faults, a sentence each.
+      program: `annotated`, parsed.
+      trace: what the decode did, step by step.
+    """
+
+    text: str
+    annotated: str
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    branches: tuple[Branch, ...]
+    stats: Stats
+    stop_reason: str
+    issues: tuple[str, ...]
+    program: Program
+    trace: Trace
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def result(
+    tokenizer: Tokenizer, trace: Trace, wall_s: float = 0.0, compile_s: float = 0.0, stop: Sequence[str] = ()
+) -> DecodeResult:
+    """A trace as an answer, which ends before the first of the stop strings."""
+    vocabulary = tokenizer.vocabulary
+    reading = read(vocabulary, trace.threads)
+    program, text = reading.program, assemble(reading.program)
+    kept, end = trace, find_stop(text, stop)
+    if end is not None:
+        kept = cut(trace, vocabulary, end)
+        program, text = shortened(program, end), text[:end]
+        reading = read(vocabulary, kept.threads)
+    forced = [f"branch {k}: over its budget, its </async> was forced." for k in np.flatnonzero(kept.forced)]
+    answer = document_order(kept)[trace.prompt_length :]
+    tokens = kept.tokens.token[answer]
+    output, widths = int(np.sum(~np.isin(tokens, list(vocabulary.stops)))), trace.widths
+    branches = zip(reading.promises, program.promises(), strict=True)
+    return DecodeResult(
+        text=text,
+        annotated=render(program),
+        tokens=tokens,
+        logprobs=kept.logprob[answer],
+        branches=tuple(_branch(kept, thread, promise) for thread, promise in sorted(branches)),
+        stats=Stats(
+            prompt_tokens=trace.prompt_length,
+            output_tokens=output,
+            decode_steps=trace.steps,
+            sequential_steps=reading.text_tokens,
+            step_speedup=reading.text_tokens / max(trace.steps, 1),
+            wall_s=wall_s,
+            compile_s=compile_s,
+            tokens_per_s=output / wall_s if wall_s else 0.0,
+            max_width=int(widths.max(initial=0)),
+            mean_width=float(widths.mean()) if widths.size else 0.0,
+        ),
+        stop_reason=kept.stop.reason,
+        issues=(*reading.issues, *forced),
+        program=program,
+        trace=trace,
+    )
+
+
+def _branch(trace: Trace, thread: int, promise: Promise) -> Branch:
+    mine = np.flatnonzero(trace.tokens.thread == thread)
+    fed = trace.step[mine][trace.step[mine] != UNFED]
+    finished = bool(trace.finished[thread])
+    start = int(fed.min(initial=trace.steps))
+    return Branch(
+        id=thread,
+        parent=int(trace.parent[thread]),
+        topic=promise.topic,
+        promised_tokens=10 * promise.tokens,
+        tokens=max(0, len(mine) - 1 - finished),
+        text=assemble(Program(promise.block)),
+        start_step=start,
+        end_step=int(fed.max(initial=start)),
+        stop_reason="budget" if trace.forced[thread] else "done" if finished else "cut",
+    )
