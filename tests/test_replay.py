@@ -13,11 +13,13 @@ import pytest
 
 from pasta_jax.baselines import apar
 from pasta_jax.decoding import replay as replaying
+from pasta_jax.decoding import trees as answers
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
-from pasta_jax.decoding.replay import Replayed, limits_for, random_tree, replay, sequential, summaries
+from pasta_jax.decoding.replay import Replayed, limits_for, replay, summaries
 from pasta_jax.decoding.script import depth_of, lines_of, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import as_document, critical_path
+from pasta_jax.decoding.trees import random_tree, sequential
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Program, Promise, Sync, Text
@@ -112,7 +114,7 @@ def test_random_trees_are_as_asked(
     assert any(isinstance(node, Sync) for node in walk(tree.nodes)) == syncs
     own = [
         sum(len(WORDS.encode(node.text)) for node in promise.block if isinstance(node, Text))
-        - replaying.BETWEEN * sum(isinstance(node, Promise) for node in promise.block)
+        - answers.BETWEEN * sum(isinstance(node, Promise) for node in promise.block)
         - 10 * sum(isinstance(node, Sync) for node in promise.block)
         for promise in promises
     ]
@@ -132,7 +134,7 @@ def walk(nodes: tuple) -> list:
 
 def test_answers_that_a_rule_annotated_get_topics() -> None:
     text = "- The river: 1234567890 1234567890 42.\n- 1: And so it is.\nThe end. And a river."
-    tree = replaying.with_topics(apar.annotate(text), WORDS)
+    tree = answers.with_topics(apar.annotate(text), WORDS)
     assert assemble(tree) == text
     assert [promise.topic for promise in tree.promises()] == ["part", "And so", "And a"]
     assert threads_in(tree, WORDS)
@@ -182,26 +184,22 @@ def test_an_engine_that_does_not_say_it_is_found_out(monkeypatch: pytest.MonkeyP
 
 
 def test_efficiency_by_hand() -> None:
-    """100 tokens of text in a critical path of 25 steps, but 30 were taken."""
-    one = Replayed("a", 4, 100, 25, 30, (10, 10, 10), (4.0, 1.0, 9.0), (8.0, 12.0, 12.0), (0.5, 0.6, 0.4))
+    """100 tokens of text in a critical path of 25 steps, but 30 were taken; repeats are compared one by one."""
+    one = Replayed("a", 4, 100, 25, 30, (10, 10, 10), (4.0, 1.0, 9.0), (12.0, 12.0, 18.0), (0.5, 0.6, 0.4))
     assert one.theoretical == 4.0
-    assert one.realized == 12 / 4
+    assert one.speedups == (3.0, 12.0, 2.0) and one.realized == 3.0
     assert one.efficiency == 0.75
     assert one.step_s == (3.5 / 29, 11.5 / 99)
     assert one.decode_efficiency == pytest.approx(25 / 30 * (11.5 / 99) / (3.5 / 29))
     noisy = dataclasses.replace(one, start_s=(5.0,))
     assert math.isnan(noisy.decode_efficiency) and math.isnan(summaries([one, noisy])[0].decode_efficiency)
-    perfect = dataclasses.replace(one, steps=25, parallel_s=(3.0,), sequential_s=(12.0,))
-    other = dataclasses.replace(perfect, shape="b")
-    a, b, overall = summaries([one, perfect, other])
-    assert (a.shape, a.answers, b.shape, b.answers, overall.shape, overall.answers) == (
-        "a",
-        2,
-        "b",
-        1,
-        "overall",
-        3,
+    half = dataclasses.replace(
+        one, critical_path=50, parallel_s=(6.0, 6.0, 6.0), sequential_s=(12.0, 12.0, 12.0)
     )
-    assert a.theoretical == pytest.approx(4) and a.realized == pytest.approx((3 * 4) ** 0.5)
-    assert a.efficiency == pytest.approx((3 * 4) ** 0.5 / 4)
-    assert b.efficiency == 1 and overall.efficiency == pytest.approx((3 * 4 * 4) ** (1 / 3) / 4)
+    other = dataclasses.replace(half, shape="b")
+    a, b, all_ = summaries([one, half, other])
+    assert [(each.shape, each.answers) for each in (a, b, all_)] == [("a", 2), ("b", 1), ("overall", 3)]
+    assert a.theoretical == pytest.approx(8**0.5)
+    assert a.speedups == pytest.approx((6**0.5, 24**0.5, 2.0)) and a.realized == pytest.approx(6**0.5)
+    assert a.efficiency == pytest.approx((6 / 8) ** 0.5) == a.efficiencies[0]
+    assert b.efficiency == 1 and all_.efficiency == pytest.approx((3 * 2 * 2 / (4 * 2 * 2)) ** (1 / 3))

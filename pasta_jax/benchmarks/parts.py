@@ -20,23 +20,11 @@ import numpy as np
 from pasta_jax.baselines import apar
 from pasta_jax.benchmarks.measure import Point, Spread, in_turn
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
-from pasta_jax.decoding.replay import (
-    PROMPT,
-    UNLIMITED,
-    ReplayError,
-    Run,
-    limits_for,
-    random_tree,
-    replay,
-    sequential,
-    some_words,
-    summaries,
-    text_of,
-    with_topics,
-)
+from pasta_jax.decoding.replay import PROMPT, UNLIMITED, ReplayError, Run, limits_for, replay, summaries
 from pasta_jax.decoding.script import script_of
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
+from pasta_jax.decoding.trees import random_tree, sequential, some_words, text_of, with_topics
 from pasta_jax.lang.program import Program, Promise, Text
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -318,11 +306,6 @@ def replayed(model: Model, plan: Plan, rng: random.Random, responses: Sequence[s
     points: list[Point] = []
     for summary in summaries(measured):
         mine = [each for each in measured if summary.shape in (each.shape, "overall")]
-        ratios = [
-            sequential / parallel / each.theoretical
-            for each in mine
-            for parallel, sequential in zip(each.parallel_s, each.sequential_s)
-        ]
         points.append(
             {
                 "shape": summary.shape,
@@ -332,9 +315,8 @@ def replayed(model: Model, plan: Plan, rng: random.Random, responses: Sequence[s
                 "mean width": statistics.mean(_mean_width(each.widths) for each in mine),
                 "theoretical, x": summary.theoretical,
                 "realized, x": summary.realized,
-                "efficiency": summary.efficiency,
+                "efficiency": Spread.of(summary.efficiencies),
                 "of steps alone": summary.decode_efficiency,
-                "repeats": Spread.of(ratios),
             }
         )
     return points

@@ -78,9 +78,9 @@ def draw_replay(points: Points) -> Figure:
         speeds.plot(values, places, look.marker, color=look.color, markersize=7, label=name.partition(",")[0])
     dress(speeds, "Speedup (x)", "")
     speeds.legend(frameon=False)
-    bars = efficiency.barh(places, [p["efficiency"] for p in points], 0.6, color=SERIES[0].color, zorder=2)
-    efficiency.bar_label(bars, fmt="%.2f", padding=4, fontsize=9)
-    middle, errors = _errors([p["repeats"] for p in points])
+    middle, errors = _errors([p["efficiency"] for p in points])
+    bars = efficiency.barh(places, middle, 0.6, color=SERIES[0].color, zorder=2)
+    efficiency.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=9)
     efficiency.errorbar(
         middle, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3
     )
