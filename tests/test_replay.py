@@ -42,7 +42,9 @@ def decoder() -> Decoder:
         mlp_dim=16,
     )  # fmt: skip
     model = Model(init_params(config, jax.random.key(0)), config, WORDS, max_depth=2)
-    return Decoder(model, limits=LIMITS, rows=2, chunk=64, prompt_buckets=(16,), pool_buckets=())
+    made = Decoder(model, limits=LIMITS, rows=2, chunk=64, prompt_buckets=(16,), pool_buckets=())
+    made.programs.options = {"xla_backend_optimization_level": 0}  # compiling is what takes time here
+    return made
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,19 +45,20 @@ def model_of(name: str, dtype: str | None = None, texts: Sequence[str] = ()) -> 
         return load(name, dtype=dtype)
     config = as_asked(NAMED[name], dtype, None)
     tokenizer = PieceTokenizer(config.vocab_size, texts)
-    return Model(random_params(config, tokenizer.vocabulary), config, tokenizer, max_depth=MAX_DEPTH)
+    params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
+    return Model(silent(params, config, tokenizer.vocabulary), config, tokenizer, max_depth=MAX_DEPTH)
 
 
-def random_params(config: ModelConfig, vocabulary: Vocabulary, seed: int = 0) -> dict:
-    """Random weights of a model that writes no tag and ends no answer unless it is made to."""
-    params = dict(jax.jit(functools.partial(init_params, config))(jax.random.key(seed)))
+def silent(params: dict[str, Any], config: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The same weights, which now write no tag and end no answer unless they are made to.
+
+    Logits of those ids are zero: among so many others one is always larger.
+    """
     special = jnp.array([*vocabulary.tag_ids.values(), *vocabulary.stops, *vocabulary.control])
-    # Logits of nothing but zeros: among so many others one is always larger.
     if config.tie_embeddings:
-        params["embed"] = {**params["embed"], "embedding": params["embed"]["embedding"].at[special].set(0)}
-    else:
-        params["head"] = params["head"].at[:, special].set(0)
-    return params
+        embedding = jnp.asarray(params["embed"]["embedding"]).at[special].set(0)
+        return {**params, "embed": {**params["embed"], "embedding": embedding}}
+    return {**params, "head": jnp.asarray(params["head"]).at[:, special].set(0)}
 
 
 class PieceTokenizer:
