@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
             temperature=values.temperature,
             top_k=values.top_k,
             top_p=values.top_p,
+            min_p=values.min_p,
             seed=values.seed,
             open_bias=values.open_bias,
             grammar=values.grammar,
@@ -73,6 +74,9 @@ def command() -> None:
     flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
     flags.DEFINE_integer("top_k", 0, "Draw among so many of the likeliest only; 0 is all.", lower_bound=0)
     flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest of this share only; 1 is all.")
+    flags.DEFINE_float(
+        "min_p", 0.0, "Draw among those at least this many times as likely as the likeliest; 0 is all."
+    )
     flags.DEFINE_integer("seed", 0, "Of the drawing.")
     flags.DEFINE_float("open_bias", 0.0, "Added to the logit that opens a promise; above 0 more parallel.")
     flags.DEFINE_bool("grammar", True, "Keep tags well formed; without it malformed pieces become text.")

@@ -105,14 +105,13 @@ def _batch(config: Config, record: Any) -> Any:
 def lower_decode(config: Config, mesh: Any, limits: Any, rows: int, prompt: int = 64) -> tuple[Any, Any]:
     """Prefill and the decode loop, lowered for a mesh: rows over data and fsdp, heads over tensor."""
     import jax
-    import numpy as np
 
     from pasta_jax import sharding
     from pasta_jax.data.sources import make_tokenizer
     from pasta_jax.decoding import loop
     from pasta_jax.decoding.engine import Sampling, batch_shardings
     from pasta_jax.decoding.interpreter import rules_for
-    from pasta_jax.model import Transformer, empty_pool, init_params
+    from pasta_jax.model import Transformer, init_params
 
     model = Transformer(config.model)
     params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
@@ -120,22 +119,28 @@ def lower_decode(config: Config, mesh: Any, limits: Any, rows: int, prompt: int 
     vocabulary = make_tokenizer(config.data).vocabulary
     rules = rules_for(vocabulary, limits, config.data.positions, config.model.vocab_size)
     rules = sharding.abstract(rules, sharding.replicated(mesh))
-    pool = jax.eval_shape(lambda: empty_pool(config.model, rows, limits.pool + limits.lanes))
-    lies = batch_shardings(pool, rows, mesh)
-    pool, by_row = sharding.abstract(pool, lies.pool), sharding.batch_sharding(mesh, rows)
-    request = jax.tree.map(lambda leaf: np.stack([leaf] * rows), Sampling().request())
-    prompts = jax.ShapeDtypeStruct((rows, prompt), "int32", sharding=by_row)
-    lengths = jax.ShapeDtypeStruct((rows,), "int32", sharding=by_row)
-    first = (params, rules, pool, sharding.abstract(request, by_row), prompts, lengths)
-    prefill = jax.jit(functools.partial(loop.prefill, model), donate_argnums=2, out_shardings=lies)
-
-    shapes = jax.eval_shape(prefill, *first)
+    request = Sampling().request()
+    batch = jax.eval_shape(functools.partial(loop.empty_batch, config.model, limits, rows, request))
+    lies = batch_shardings(batch, mesh)
     batch = loop.Batch(
-        sharding.abstract(shapes.rows, by_row), sharding.abstract(shapes.requests, by_row), pool
+        *(
+            sharding.abstract(getattr(batch, part), getattr(lies, part))
+            for part in ("rows", "requests", "pool")
+        )
     )
-    steps = jax.ShapeDtypeStruct((), "int32", sharding=sharding.replicated(mesh))
-    decode = jax.jit(functools.partial(loop.decode_chunk, model), donate_argnums=2, out_shardings=lies)
-    return prefill.lower(*first), decode.lower(params, rules, batch, steps)
+    by_row, everywhere = sharding.batch_sharding(mesh, rows), sharding.replicated(mesh)
+    each = jax.ShapeDtypeStruct((rows,), "int32", sharding=by_row)
+    prompts = jax.ShapeDtypeStruct((rows, prompt), "int32", sharding=by_row)
+    admit, decode = (
+        jax.jit(functools.partial(function, model), donate_argnums=2, out_shardings=lies)
+        for function in (loop.admit, loop.decode_chunk)
+    )
+    steps = jax.ShapeDtypeStruct((), "int32", sharding=everywhere)
+    refill = jax.ShapeDtypeStruct((), "bool", sharding=everywhere)
+    return (
+        admit.lower(params, rules, batch, each, batch.requests, prompts, each),
+        decode.lower(params, rules, batch, steps, refill),
+    )
 
 
 def host_calls(compiled: Any) -> list[str]:

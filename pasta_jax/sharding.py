@@ -60,7 +60,7 @@ PARAMETERS = {
 }
 """Name of a parameter, the last of its path, to its dimensions; R, a rank or a few rows, is never split."""
 
-POOL = "BPKH"
+POOL = "BKPH"
 
 NAMES = {
     "B": "rows",

@@ -56,7 +56,10 @@ def request(max_new_tokens: int = 200, max_branch_tokens: int = 30) -> Request:
         temperature=jnp.float32(0),
         top_k=jnp.int32(0),
         top_p=jnp.float32(1),
+        min_p=jnp.float32(0),
         key=jnp.zeros(2, jnp.uint32),
+        script_paths=jnp.full(1, -1, jnp.int32),
+        script=jnp.zeros((1, 0), jnp.int32),
     )
 
 

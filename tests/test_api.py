@@ -184,6 +184,8 @@ def test_what_was_compiled_is_kept() -> None:
         {"temperature": 0.5},
         {"top_k": 3},
         {"top_p": 0.5},
+        {"min_p": 0.5},
+        {"top_k": None, "top_p": None, "min_p": None},
         {"open_bias": -math.inf},
     ):
         result = pasta_jax.decode(model(), PROMPT, **options(**changes))
@@ -216,3 +218,5 @@ def test_mistakes_in_words() -> None:
         pasta_jax.decode(model(), PROMPT, mode="fast")
     with pytest.raises(ValueError, match="top_p=0 is out of range"):
         pasta_jax.decode(model(), PROMPT, top_p=0)
+    with pytest.raises(ValueError, match="min_p=1.5 is out of range"):
+        pasta_jax.decode(model(), PROMPT, min_p=1.5)

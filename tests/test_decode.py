@@ -25,7 +25,7 @@ from pasta_jax.tokens.reading import read, threads_of
 from pasta_jax.visibility import visible
 
 WORDS = WordTokenizer("rivers and cities of the world")
-LIMITS = Limits(lanes=8, threads=16, pool=300)
+LIMITS = Limits(lanes=8, threads=16, pool=300, adaptive=False)
 PROMPTS = ("rivers", "cities of the world", "the", "and the rivers", "world")
 
 
@@ -93,6 +93,14 @@ def agree(one: Trace, other: Trace) -> bool:
     )
 
 
+def depth(trace: Trace) -> int:
+    """How deep the promises of a trace nest."""
+    depths = [0]
+    for parent in trace.parent[1:]:
+        depths.append(depths[parent] + 1)
+    return max(depths)
+
+
 SEEDS = range(12)
 
 
@@ -127,12 +135,14 @@ def once_through(model: Model, trace: Trace) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("max_depth", [1, 3])
 def test_parity(lanes, max_depth, seed, monkeypatch):
     """Law 2: every token fed has all the logits, fed at once, that it had when it was decoded."""
-    limits = Limits(lanes=lanes, threads=16, pool=300, max_depth=max_depth)
+    limits = Limits(lanes, 16, 300, max_depth, adaptive=lanes == 3)
     seeds = [seed + i for i in range(6)]
     decoded = listen(monkeypatch)
     engine = Decoder(chatty_model(), limits=limits, rows=len(seeds), prompt_buckets=(16,))
-    traces, _ = engine.decode([ids(prompt_of(seed)) for seed in seeds], [ask(seed) for seed in seeds])
+    wishes = [ask(seed, open_bias=3.5 if i < 3 else 6.0) for i, seed in enumerate(seeds)]
+    traces, _ = engine.decode([ids(prompt_of(seed)) for seed in seeds], wishes)
     jax.effects_barrier()
+    assert max(depth(trace) for trace in traces) == max_depth
     checked = 0
     for row, trace in enumerate(traces):
         logits, targets = once_through(chatty_model(), trace)
@@ -194,6 +204,11 @@ class TestInvariance:
             compared = [min(map(len, pair)) for e, f in zip(expected, found) for pair in _branches(e, f)]
             assert sum(compared) > 100, "hardly any branch was compared"
 
+    def test_width(self, greedy):
+        expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
+        adaptive = dataclasses.replace(LIMITS, adaptive=True)
+        assert [schedule(t) for t in decode(SEEDS, greedy=greedy, limits=adaptive)] == expected
+
     def test_chunk(self, greedy):
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
         assert [schedule(t) for t in decode(SEEDS, greedy=greedy, chunk=7)] == expected
@@ -230,13 +245,13 @@ def test_mesh(greedy):
     )
     wishes = [ask(seed, temperature=0.0 if greedy else 1.0) for seed in SEEDS]
     traces, _ = spread.decode([ids(prompt_of(seed)) for seed in SEEDS], wishes)
-    pool = spread.empty_pool()
+    pool = spread.empty_batch().pool
     assert len(pool.k[0].sharding.device_set) == 8 and not pool.k[0].sharding.is_fully_replicated
     assert [text(t) for t in traces] == expected
 
 
 def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
-    limits = Limits(lanes=16, threads=16, pool=300)
+    limits = Limits(lanes=16, threads=16, pool=300, adaptive=False)
     for trace in decode(SEEDS, limits=limits):
         if trace.stop == Stop.EOS:
             assert critical_path(as_document(trace), trace.prompt_length, WORDS.vocabulary) == trace.steps
@@ -245,7 +260,7 @@ def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
 @pytest.mark.parametrize(("max_depth", "threads", "bias"), [(1, 16, 3.5), (3, 3, 10.0), (3, 16, 3.5)])
 def test_with_the_grammar_nothing_is_malformed(max_depth, threads, bias):
     """Not even where several threads want the last free one in the same step, as nearly always with 3 threads."""
-    limits = Limits(lanes=3, threads=threads, pool=300, max_depth=max_depth)
+    limits = Limits(3, threads, 300, max_depth, adaptive=False)
     prompts, wishes = zip(*((ids(prompt_of(seed)), ask(seed, open_bias=bias)) for seed in range(24)))
     traces, _ = decoder(limits).decode(prompts, wishes)
     ended = 0
@@ -280,8 +295,39 @@ def test_open_bias_and_limits_of_one_request_leave_the_others_alone():
     assert traces[2].stop == Stop.LENGTH and np.sum(traces[2].step > 0) == 9
 
 
+def test_open_bias_is_a_knob():
+    """None at -inf, and the more the higher it is, by one program."""
+    promises = []
+    for bias in (-np.inf, 2.0, 3.5, 5.0):
+        wishes = [ask(seed, open_bias=bias) for seed in SEEDS]
+        traces, timing = decoder().decode([ids(prompt_of(seed)) for seed in SEEDS], wishes)
+        promises.append(sum(len(trace.parent) - 1 for trace in traces))
+        assert timing.compile_s == 0 or len(promises) == 1
+    assert promises[0] == 0 and promises == sorted(set(promises)), promises
+
+
+def test_a_mixed_batch_draws_as_each_row_does_alone():
+    """One program for all; and what is narrowed differs from what is not, or there is nothing to see."""
+    narrowed: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"top_k": 3},
+        {"min_p": 0.3},
+        {"top_p": 0.4, "top_k": 9, "temperature": 1.5},
+    ]
+    prompts, wishes = (
+        [ids(prompt_of(i)) for i in range(4)],
+        [ask(i, **wish) for i, wish in enumerate(narrowed)],
+    )
+    plain = [text(t) for t in decode(range(4))]
+    together, _ = decoder().decode(prompts, wishes)
+    for i, trace in enumerate(together):
+        (alone,), timing = decoder().decode([prompts[i]], [wishes[i]])
+        assert schedule(alone) == schedule(trace) and timing.compile_s == 0
+        assert text(trace) != plain[i]
+
+
 def test_pool_full_stops_one_row_with_its_text():
-    limits = Limits(lanes=8, threads=16, pool=40)
+    limits = Limits(lanes=8, threads=16, pool=40, adaptive=False)
     traces = decode(SEEDS, limits=limits)
     full = [t for t in traces if t.stop == Stop.CACHE_FULL]
     assert full and all(len(t.tokens) == 40 for t in full)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiny_families as tiny
 
-from pasta_jax.decoding import loop
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.model import ModelConfig, Transformer
@@ -48,11 +47,7 @@ def model_of(name: str) -> tuple[tiny.TinyModel, Model]:
 def decoder_of(name: str, rows: int = len(tiny.LENGTHS)) -> Decoder:
     model = model_of(name)[1]
     decoder = Decoder(model, limits=LIMITS, rows=rows, prompt_buckets=(32,))
-    for stage in (loop.prefill, loop.decode_chunk):
-        function = functools.partial(stage, Transformer(model.config))
-        setattr(
-            decoder, f"_{stage.__name__}", jax.jit(function, donate_argnums=2, compiler_options=IN_A_HURRY)
-        )
+    decoder.programs.options = IN_A_HURRY
     return decoder
 
 

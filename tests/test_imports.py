@@ -17,7 +17,7 @@ LEVELS = [
     {"lang", "arrays", "visibility", "files"},
     {"tokens", "model", "sharding", "baselines"},
     {"config", "decoding", "data"},
-    {"training", "preference", "evaluation", "reports", "testing", "loading", "interchange"},
+    {"training", "preference", "evaluation", "reports", "testing", "loading", "interchange", "benchmarks"},
 ]
 """Who may import whom: a part imports its own level and those above it in this list. What is not named is a
 verb, or the package's own front: they may import everything, and nothing imports them."""

@@ -75,7 +75,7 @@ def test_compiled_interpreter_is_its_specification(setting, seed):
         prompts, lengths, np.stack([s.lines for s in scripts]), jax.tree.map(lambda *x: jnp.stack(x), *asks)
     )
     rows = jax.tree.map(np.asarray, rows)
-    stops = set()
+    stops, deep = set(), 0
     for i in range(n):
         views: scripted.Views = {}
         answer = scripted.run_reference(
@@ -86,6 +86,8 @@ def test_compiled_interpreter_is_its_specification(setting, seed):
         if i < 40:
             compare_views(row, answer, views)
         stops.add(answer.stop)
+        deep += any(t.depth == limits.max_depth and t.closing and t.pending is None for t in answer.threads)
+    assert deep > n // 40, "hardly any branch as deep as may be came to its end"
     assert Stop.EOS in stops and len(stops) > 1, f"the programs are too tame: {stops}"
 
 
@@ -132,6 +134,40 @@ def compare_views(row: RowState, answer: reference.Answer, views: scripted.Views
         view = prompt or ends.get(id(entry)) or views[id(entry)]
         expected[i, [index[id(seen)] for seen in view]] = True
     np.testing.assert_array_equal(visible(trace, trace), expected)
+
+
+@pytest.mark.parametrize("max_depth", [1, 3])
+def test_lanes_change_neither_the_text_nor_who_sees_whom(max_depth, seed):
+    """Law 5, of the specification: where nothing is cut, an entry and its view are the same for any S."""
+    rng = np.random.default_rng([seed, max_depth])
+    compared = 0
+    while compared < 8:
+        script, ask = random_script(rng), scripted.request(300, int(rng.integers(3, 40)))
+        found = []
+        for lanes in (2, 1, 5, 40):
+            views: scripted.Views = {}
+            limits = Limits(lanes=lanes, threads=40, pool=400, max_depth=max_depth)
+            answer = scripted.run_reference([scripted.A], script, limits, ask, Positions(), views)
+            shallow = max(thread.depth for thread in answer.threads) < max_depth
+            if answer.stop != Stop.EOS or shallow or len(answer.threads) > 25:  # a thread for all that ask
+                break
+            found.append(views_by_name(answer, views))
+        else:
+            assert all(other == found[0] for other in found[1:])
+            compared += 1
+
+
+def views_by_name(answer: reference.Answer, views: scripted.Views) -> dict[tuple[int, int], tuple]:
+    """For each entry that led to another, named by path and order: token, position and the names that it sees."""
+
+    def name(entry: reference.Entry) -> tuple[int, int]:
+        return answer.threads[entry.thread].path, entry.order
+
+    return {
+        name(entry): (entry.token, entry.position, {name(seen) for seen in views[id(entry)]})
+        for entry in answer.entries
+        if id(entry) in views
+    }
 
 
 def test_golden_trace():

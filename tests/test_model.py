@@ -78,8 +78,8 @@ def test_the_pool_in_random_chunks_equals_the_whole_pass(config: ModelConfig, se
     rows, length, entries, lanes = 3, 16, 40, 5
     params = random_params(config, rng)
     tokens, positions, may_attend = inputs(rng, rows, length)
-    whole, nothing = forward(config, params, tokens, positions, may_attend)
-    assert nothing is None
+    whole, own = forward(config, params, tokens, positions, may_attend)
+    assert own.k[0].shape == (rows, config.num_kv_heads, length, config.head_dim)
 
     # Row b's tokens go to its entries in order; a step takes up to `lanes` of them, the other lanes are idle:
     # token 0, nothing visible, written where the next step's tokens go.
@@ -125,10 +125,10 @@ def test_prefill_then_one_token_at_a_time_equals_the_whole_pass(seed: int) -> No
 
 
 def test_each_row_writes_at_its_own_start() -> None:
-    new = jnp.arange(1.0, 5.0).reshape(2, 2, 1, 1)
-    written = write(jnp.zeros((2, 5, 1, 1)), new, jnp.array([0, 3]))[..., 0, 0]
+    new = jnp.arange(1.0, 5.0).reshape(2, 1, 2, 1)
+    written = write(jnp.zeros((2, 1, 5, 1)), new, jnp.array([0, 3]))[:, 0, :, 0]
     np.testing.assert_array_equal(written, [[1, 2, 0, 0, 0], [0, 0, 0, 3, 4]])
-    one = write(jnp.zeros((1, 5, 1, 1)), new[:1], jnp.array([2]))[..., 0, 0]
+    one = write(jnp.zeros((1, 1, 5, 1)), new[:1], jnp.array([2]))[:, 0, :, 0]
     np.testing.assert_array_equal(one, [[0, 0, 1, 2, 0]])
 
 
@@ -145,10 +145,11 @@ def test_a_later_token_changes_nothing_before_it(seed: int) -> None:
     assert differs.tolist() == [i >= changed for i in range(length)]
 
 
-@pytest.mark.parametrize("length", [1, 64, 65, 150, 600])
+@pytest.mark.parametrize("length", [1, 65, 150, 300])
 def test_blocks_of_queries_give_what_all_at_once_gives(length: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, length, n, 8)), jnp.float32) for n in (4, 2, 2))
+    shapes = ((2, length, 4, 8), (2, 2, length, 8), (2, 2, length, 8))
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     may_attend = inputs(rng, 2, length)[2]
     may_attend[0, length // 2] = False  # padding sees nothing
 

@@ -78,7 +78,7 @@ def test_sharded_decode_step_equals_unsharded_and_keeps_the_pool_in_place(
     start = rng.integers(0, entries - lanes, rows, np.int32)
     may_attend = rng.random((rows, lanes, entries)) < 0.6
     params = random_params(config, rng)
-    keys = rng.normal(size=(rows, entries, config.num_kv_heads, config.head_dim)).astype(np.float32)
+    keys = rng.normal(size=(rows, config.num_kv_heads, entries, config.head_dim)).astype(np.float32)
     pool = jax.tree.map(lambda _: jnp.asarray(keys), empty_pool(config, rows, entries))
 
     @jax.jit
@@ -95,7 +95,7 @@ def test_sharded_decode_step_equals_unsharded_and_keeps_the_pool_in_place(
     np.testing.assert_allclose(placed_hidden, hidden, atol=1e-5, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), placed_written, written)
     heads = max(config.num_kv_heads // 2, 1)
-    assert placed_written.k[0].addressable_shards[0].data.shape == (2, entries, heads, config.head_dim)
+    assert placed_written.k[0].addressable_shards[0].data.shape == (2, heads, entries, config.head_dim)
 
 
 def test_optimiser_state_lies_where_its_parameters_lie() -> None:

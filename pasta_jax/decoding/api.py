@@ -35,8 +35,9 @@ class Options(TypedDict, total=False):
     max_branch_tokens: int
     lanes: int
     temperature: float
-    top_k: int
-    top_p: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
     seed: int
     open_bias: float
     grammar: bool
@@ -59,8 +60,9 @@ def decode(
     max_branch_tokens: int = 256,
     lanes: int = 8,
     temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    top_k: int | None = 0,
+    top_p: float | None = 1.0,
+    min_p: float | None = 0.0,
     seed: int = 0,
     open_bias: float = 0.0,
     grammar: bool = True,
@@ -79,7 +81,10 @@ def decode(
       max_branches: T - 1, promises that one answer can hold.
       max_branch_tokens: content tokens of one branch; then its end is forced.
       lanes: S, threads that decode in the same step.
-      temperature, top_k, top_p, seed: drawing; temperature 0 is greedy. The text depends on nothing else.
+      temperature, seed: drawing; temperature 0 is greedy. The text depends on nothing else.
+      top_k, top_p, min_p: draw among the most likely tokens only, in this order, after temperature: the top_k
+        first; of these the fewest that have the share top_p; of these what is at least min_p times as likely as
+        the likeliest. 0, 1 and 0 are off, and so is None.
       open_bias: added to the logit that opens a promise; above 0 more parallel.
       grammar: keep tags well formed; without it malformed pieces become text and are listed in `issues`.
       cache_len: P, tokens of prompt and answer together; the default holds both.
@@ -103,7 +108,16 @@ def decode(
     if cache_len is None:
         cache_len = _round_up(max(map(len, ids)) + max_new_tokens, 128)
     limits = Limits(min(lanes, max_branches + 1), max_branches + 1, cache_len, model.max_depth, grammar)
-    wishes = Sampling(max_new_tokens, max_branch_tokens, temperature, top_k, top_p, seed, open_bias)
+    wishes = Sampling(
+        max_new_tokens=max_new_tokens,
+        max_branch_tokens=max_branch_tokens,
+        temperature=temperature,
+        top_k=top_k or 0,
+        top_p=1.0 if top_p is None else top_p,
+        min_p=min_p or 0.0,
+        seed=seed,
+        open_bias=open_bias,
+    )
     rows = min(MAX_ROWS, 1 << (len(prompts) - 1).bit_length())
     if (limits, rows) not in model.decoders:
         model.decoders[limits, rows] = Decoder(model, limits=limits, rows=rows)

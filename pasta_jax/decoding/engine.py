@@ -1,7 +1,8 @@
-"""The engine: prompts in, traces out. Rows by lanes in one compiled program; the host only starts and reads.
+"""The engine: what is compiled. Rows by lanes in one program; `session.py` gives it prompts and reads it.
 
-`Decoder` keeps the compiled functions, one for each shape (rows, prompt bucket); everything a caller may vary
-from call to call (temperature, seed, limits on tokens, bias) is traced and compiles nothing.
+`Decoder` keeps the compiled functions, one for each shape (new rows and prompt bucket, used part of the pool);
+everything a caller may vary from call to call (temperature, seed, limits on tokens, bias) is traced and compiles
+nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,9 +20,13 @@ import numpy as np
 from pasta_jax import sharding
 from pasta_jax.decoding import loop
 from pasta_jax.decoding.interpreter import Rules, rules_for
-from pasta_jax.decoding.state import Limits, Request, Stop
-from pasta_jax.decoding.trace import Trace, read_trace
-from pasta_jax.model import ModelConfig, Pool, Transformer, empty_pool
+from pasta_jax.decoding.loop import Batch
+from pasta_jax.decoding.script import NOTHING, Script, no_script
+from pasta_jax.decoding.session import Answer, Session
+from pasta_jax.decoding.state import Limits, Request, RowState
+from pasta_jax.decoding.trace import Trace
+from pasta_jax.model import ModelConfig, Transformer
+from pasta_jax.model.transpose import transpose
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -51,6 +56,14 @@ class Model:
         """On which its parameters lie; None if that is one device."""
         return sharding.mesh_of(self.params)
 
+    @functools.cached_property
+    def for_steps(self) -> tuple[Any, ModelConfig]:
+        """Parameters and configuration as decode steps use them: on a CPU alone, a transposed copy."""
+        on_cpu = all(device.platform == "cpu" for device in _devices(self.params))
+        if on_cpu and self.mesh is None and self.config.weights == "plain":
+            return transpose(self.params, self.config)
+        return self.params, self.config
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -60,10 +73,11 @@ class Sampling:
       max_new_tokens: tokens of the answer, over all threads, tags included.
       max_branch_tokens: content tokens of one branch; then its end is forced.
       temperature: 0 is greedy.
-      top_k, top_p: draw among the most likely only; 0 and 1 switch them off.
+      top_k, top_p, min_p: draw among the most likely only, see `sampling.sample`; 0, 1 and 0 switch them off.
       seed: the same seed gives the same text, whatever else is decoded beside it.
       open_bias: added to the logit that opens a promise: above 0 more parallel, below 0 more careful,
         -inf sequential.
+      script: what threads are made to say (`decoding.script`); only its size, rounded up, compiles anew.
     """
 
     max_new_tokens: int = 512
@@ -71,8 +85,10 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
     open_bias: float = 0.0
+    script: Script | None = None
 
     def __post_init__(self) -> None:
         for name, good in (
@@ -81,11 +97,14 @@ class Sampling:
             ("temperature", self.temperature >= 0),
             ("top_k", self.top_k >= 0),
             ("top_p", 0 < self.top_p <= 1),
+            ("min_p", 0 <= self.min_p <= 1),
         ):
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range.")
 
-    def request(self) -> Request:
+    def request(self, script_size: tuple[int, int] = NOTHING) -> Request:
+        """For a row of a batch whose scripts have the size (R, C)."""
+        script = (self.script or no_script()).padded(script_size)
         return Request(
             max_new_tokens=np.int32(self.max_new_tokens),
             max_branch_tokens=np.int32(self.max_branch_tokens),
@@ -93,8 +112,20 @@ class Sampling:
             temperature=np.float32(self.temperature),
             top_k=np.int32(self.top_k),
             top_p=np.float32(self.top_p),
+            min_p=np.float32(self.min_p),
             key=np.array([0, self.seed % 2**32], np.uint32),
+            script_paths=script.paths,
+            script=script.tokens,
         )
+
+
+def script_size(sampling: Sequence[Sampling]) -> tuple[int, int]:
+    """(R, C) for the scripts of all these requests: powers of two, so that others find the program compiled."""
+    sizes = [each.script.size for each in sampling if each.script is not None]
+    if not sizes:
+        return NOTHING
+    R, C = (max(size[i] for size in sizes) for i in range(2))
+    return 1 << (R - 1).bit_length(), 1 << (C - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,28 +141,35 @@ class Timing:
     compile_s: float
 
 
-def batch_shardings(pool: Pool, rows: int, mesh: Any) -> loop.Batch:
+def _devices(params: Any) -> set[Any]:
+    """Where arrays lie; those on the host go to the default device."""
+    leaf = jax.tree.leaves(params)[0]
+    return leaf.devices() if isinstance(leaf, jax.Array) else {jax.devices()[0]}
+
+
+def batch_shardings(batch: Batch, mesh: Any) -> Batch:
     """Where B requests lie that are being answered: as they go into a call, so they come out.
 
     Args:
-      pool: shapes or arrays.
-      rows: B.
+      batch: shapes or arrays.
       mesh: of devices or of a topology.
     """
-    by_row: Any = sharding.batch_sharding(mesh, rows)
-    return loop.Batch(by_row, by_row, sharding.pool_shardings(pool, mesh))
+    by_row: Any = sharding.batch_sharding(mesh, batch.rows.stop.shape[0])
+    return Batch(by_row, by_row, sharding.pool_shardings(batch.pool, mesh))
 
 
 class Decoder:
-    """Decodes batches of prompts with compiled functions that it keeps.
+    """Decodes prompts with compiled functions that it keeps: any number of them, B at once.
 
     Args:
       model: what to decode with.
       limits: static sizes.
-      rows: B, prompts decoded at once; more prompts are decoded in turns. On a mesh the next multiple of those
-        devices that divide rows.
-      chunk: decode steps between two looks of the host.
+      rows: B, requests being answered at once; others wait for a row to become free. On a mesh the next multiple
+        of those devices that divide rows.
+      chunk: decode steps between two looks of the host, at most; it looks when a row is free for a prompt that
+        waits.
       prompt_buckets: lengths that prompts are padded to; one compiled prefill each.
+      pool_buckets: how much of the pool steps read, as it fills; one compiled loop each.
       mesh: where the model's parameters lie, if they do not say so themselves; rows go over data and fsdp, heads
         over tensor.
     """
@@ -142,35 +180,41 @@ class Decoder:
         *,
         limits: Limits = Limits(),
         rows: int = 1,
-        chunk: int = 512,
+        chunk: int = 64,
         prompt_buckets: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048),
+        pool_buckets: Sequence[int] = (256, 512, 1024, 2048, 4096, 8192),
         mesh: jax.sharding.Mesh | None = None,
     ):
         self.mesh = mesh or model.mesh
         self.model, self.limits, self.chunk = model, limits, chunk
         self.rows = rows if self.mesh is None else sharding.round_up_rows(rows, self.mesh)
-        fitting = {bucket for bucket in prompt_buckets if bucket < limits.pool}
-        self.prompt_buckets = tuple(sorted(fitting | {limits.pool}))
+        self.prompt_buckets = _up_to(limits.pool, prompt_buckets)
+        self.pool_buckets = _up_to(limits.pool + limits.lanes, pool_buckets)
         self.rules: Rules = rules_for(
             model.tokenizer.vocabulary, limits, model.positions, model.config.vocab_size
         )
-        transformer = Transformer(model.config)
-        self._new_pool: Callable[[], Pool] = functools.partial(
-            empty_pool, model.config, self.rows, limits.pool + limits.lanes
+        config = model.for_steps[1]
+        transformer = Transformer(config)
+        new_batch = functools.partial(loop.empty_batch, config, limits, self.rows)
+        shapes = jax.eval_shape(new_batch, Sampling().request())
+        lies = None if self.mesh is None else batch_shardings(shapes, self.mesh)
+        one_row = None if self.mesh is None else sharding.replicated(self.mesh)
+        self._new_batch = jax.jit(new_batch, out_shardings=lies)
+        self._admit = jax.jit(
+            functools.partial(loop.admit, transformer), donate_argnums=2, out_shardings=lies
         )
-        out = (
-            None
-            if self.mesh is None
-            else batch_shardings(jax.eval_shape(self._new_pool), self.rows, self.mesh)
+        self._decode_chunk = jax.jit(
+            functools.partial(loop.decode_chunk, transformer),
+            static_argnames="used",
+            donate_argnums=2,
+            out_shardings=lies,
         )
-        if out is not None:
-            self._new_pool = jax.jit(self._new_pool, out_shardings=out.pool)
-        prefill, decode_chunk = (
-            functools.partial(function, transformer) for function in (loop.prefill, loop.decode_chunk)
-        )
-        self._prefill = jax.jit(prefill, donate_argnums=2, out_shardings=out)
-        self._decode_chunk = jax.jit(decode_chunk, donate_argnums=2, out_shardings=out)
-        self._compiled: dict[Any, Any] = {}
+        self._release = jax.jit(loop.release, donate_argnums=0, out_shardings=lies)
+        self._take = jax.jit(loop.take, out_shardings=one_row)
+        self.programs = Programs()
+        self._script_size = NOTHING
+        self._scripted: dict[tuple[int, int], Decoder] = {}
+        self._session: Session | None = None
 
     def fits(self, model: Model) -> bool:
         """Whether another model differs in nothing but its parameters."""
@@ -188,8 +232,34 @@ class Decoder:
         if not self.fits(model):
             raise ValueError("Only models alike in all but their parameters share compiled programs.")
         other = copy.copy(self)
-        other.model = model
+        other.model, other._session, other._scripted = model, None, {}
         return other
+
+    def for_scripts(self, size: tuple[int, int]) -> Decoder:
+        """The same for requests with scripts of up to (R, C), for which ordinary ones have no room."""
+        if size == self._script_size:
+            return self
+        if size not in self._scripted:
+            other = self._scripted[size] = copy.copy(self)
+            other._script_size, other._session, other._scripted = size, None, {}
+        return self._scripted[size]
+
+    # ------------------------------------------------------------------------------------------- requests
+
+    @property
+    def session(self) -> Session:
+        """The requests of this decoder: its own queue, rows and pool."""
+        if self._session is None:
+            self._session = Session(self)
+        return self._session
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling = Sampling()) -> Answer:
+        """Queue a prompt given as ids. The answer is worked on whenever somebody waits for one of this decoder's.
+
+        Raises:
+          ValueError: a prompt that the pool cannot hold.
+        """
+        return self.session.submit(prompt, sampling)
 
     def decode(
         self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]
@@ -202,17 +272,23 @@ class Decoder:
         if len(prompts) != len(sampling):
             raise ValueError(f"{len(prompts)} prompts and {len(sampling)} samplings: give one for each.")
         for prompt in prompts:
-            self._check(prompt)
-        traces: list[Trace] = []
-        wall = compiling = 0.0
-        for start in range(0, len(prompts), self.rows):
-            group = slice(start, start + self.rows)
-            done, timing = self._decode_rows(prompts[group], sampling[group])
-            traces += done
-            wall, compiling = wall + timing.wall_s, compiling + timing.compile_s
-        return traces, Timing(wall, compiling)
+            self.check(prompt)
+        size = script_size(sampling)
+        if size != NOTHING and size != self._script_size:
+            return self.for_scripts(size).decode(prompts, sampling)
+        begun, compiled_before = time.perf_counter(), self.programs.compile_s
+        answers = [self.submit(*each) for each in zip(prompts, sampling, strict=True)]
+        try:
+            traces = [answer.wait() for answer in answers]
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+        compile_s = self.programs.compile_s - compiled_before
+        return traces, Timing(time.perf_counter() - begun - compile_s, compile_s)
 
-    def _check(self, prompt: Sequence[int]) -> None:
+    def check(self, prompt: Sequence[int]) -> None:
+        """Raises ValueError where a prompt cannot be answered."""
         if not prompt:
             raise ValueError("The prompt is empty. Give the model something to answer.")
         if len(prompt) >= self.limits.pool:
@@ -221,46 +297,75 @@ class Decoder:
                 f"together. Shorten the prompt, or set cache_len to more than {len(prompt)}."
             )
 
-    def _decode_rows(
-        self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]
-    ) -> tuple[list[Trace], Timing]:
-        """At most B prompts; rows without one stand idle."""
-        B = self.rows
+    # ------------------------------------------------------------------------------------ compiled functions
+
+    def empty_batch(self) -> Batch:
+        """B idle rows and an empty pool."""
+        request = Sampling().request(self._script_size)
+        return self.programs.run(("new", self._script_size), self._new_batch, (request,))
+
+    def admit(
+        self,
+        batch: Batch,
+        slots: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Sampling],
+    ) -> Batch:
+        """Prompts into rows: one by one, or all in one call where most rows are new or a mesh divides them."""
+        n, B = len(prompts), self.rows
+        if n > 1 and 2 * n < B and self.mesh is None:
+            for slot, prompt, each in zip(slots, prompts, sampling, strict=True):
+                batch = self.admit(batch, [slot], [prompt], [each])
+            return batch
+        size = 1 if n == 1 and self.mesh is None else B
+        places = [0] if size == 1 else slots
         bucket = next(b for b in self.prompt_buckets if b >= max(map(len, prompts)))
-        tokens = np.zeros((B, bucket), np.int32)
-        lengths = np.zeros(B, np.int32)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-        asks = [each.request() for each in sampling] + [Sampling().request()] * (B - len(prompts))
+        tokens, lengths = np.zeros((size, bucket), np.int32), np.zeros(size, np.int32)
+        asks = [Sampling().request(self._script_size)] * size
+        for place, prompt, each in zip(places, prompts, sampling, strict=True):
+            tokens[place, : len(prompt)], lengths[place] = prompt, len(prompt)
+            asks[place] = each.request(self._script_size)
         requests = jax.tree.map(lambda *leaves: np.stack(leaves), *asks)
-        params, rules, steps = self.model.params, self.rules, np.int32(self.chunk)
+        at = np.asarray(slots if size == 1 else range(B), np.int32)
+        args = (self.model.for_steps[0], self.rules, batch, at, requests, tokens, lengths)
+        return self.programs.run(("admit", size, bucket, self._script_size), self._admit, args)
 
-        def first() -> tuple[Any, ...]:
-            return params, rules, self.empty_pool(), requests, tokens, lengths
+    def decode_chunk(self, batch: Batch, steps: int, refill: bool, cursor: int) -> Batch:
+        """Steps, over the smallest bucket of the pool that holds `cursor` entries and a few steps more."""
+        room = min(cursor + 4 * self.limits.lanes, self.pool_buckets[-1])
+        used = next(b for b in self.pool_buckets if b >= room)
+        args = (self.model.for_steps[0], self.rules, batch, np.int32(steps), np.bool_(refill))
+        return self.programs.run(("decode", used, self._script_size), self._decode_chunk, args, used=used)
 
-        prefill, t_prefill = self._compile(("prefill", bucket), self._prefill, first)
-        decode_chunk, t_decode = self._compile(
-            "decode", self._decode_chunk, lambda: (params, rules, prefill(*first()), steps)
-        )
+    def release(self, batch: Batch, stop: np.ndarray) -> Batch:
+        """Stops rows: int32 [B], a `Stop` each, RUNNING for those that it leaves alone."""
+        return self.programs.run(("release", self._script_size), self._release, (batch, stop))
 
-        begun = time.perf_counter()
-        batch = prefill(*first())
-        while True:
-            batch = decode_chunk(params, rules, batch, steps)
-            if np.all(np.asarray(batch.rows.stop) != Stop.RUNNING):
-                break
-        rows = jax.device_get(batch.rows)
-        traces = [read_trace(jax.tree.map(lambda leaf, i=i: leaf[i], rows)) for i in range(len(prompts))]
-        return traces, Timing(time.perf_counter() - begun, t_prefill + t_decode)
+    def read(self, batch: Batch, row: int) -> RowState:
+        """One row, on the host."""
+        return jax.device_get(self.programs.run("take", self._take, (batch.rows, np.int32(row))))
 
-    def empty_pool(self) -> Pool:
-        """[B, P + S, K, H] a layer: a step writes S entries, those of idle lanes after the real ones."""
-        return self._new_pool()
 
-    def _compile(self, key: Any, function: Any, args: Callable[[], tuple[Any, ...]]) -> tuple[Any, float]:
-        """The compiled function, and the seconds that compiling took now; `args` are asked for only then."""
-        if key in self._compiled:
-            return self._compiled[key], 0.0
-        begun = time.perf_counter()
-        self._compiled[key] = function.lower(*args()).compile()
-        return self._compiled[key], time.perf_counter() - begun
+class Programs:
+    """Compiled functions by key, and how long compiling them took.
+
+    Attributes:
+      options: XLA's, for what is compiled from now on.
+    """
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] | None = None
+        self.compiled: dict[Any, Any] = {}
+        self.compile_s = 0.0
+
+    def run(self, key: Any, function: Any, args: tuple[Any, ...], **static: Any) -> Any:
+        """Calls the function, compiled for arguments of these shapes under this key."""
+        if key not in self.compiled:
+            begun = time.perf_counter()
+            self.compiled[key] = function.lower(*args, **static).compile(self.options)
+            self.compile_s += time.perf_counter() - begun
+        return self.compiled[key](*args)
+
+
+def _up_to(most: int, buckets: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted({bucket for bucket in buckets if bucket < most} | {most}))

@@ -169,7 +169,9 @@ def legal_tokens(state: RowState, lanes: Lanes, rules: Rules) -> Array:
     legal &= ~(~in_branch & (kind == Kind.ASYNC_CLOSE))
     opens = (kind == Kind.OPEN) | (kind == Kind.FORK)
     legal &= ~(~_may_open(state, lanes.active, thread, limits)[:, None] & opens)
-    return legal[:, rules.kinds] & known
+    # As bits of one number a lane: a look at a table for every id of V is ten times as slow on CPU.
+    bits = jnp.sum(legal.astype(jnp.int32) << kind, axis=-1)
+    return (bits[:, None] >> rules.kinds & 1 != 0) & known
 
 
 def _may_open(state: RowState, active: Array, thread: Array, limits: Limits) -> Array:

@@ -27,6 +27,7 @@ class Limits:
       pool: P, tokens of prompt and answer that a row can hold.
       max_depth: how deep promises may nest; 1 is the paper.
       constrained: whether the tag grammar masks illegal tokens. Off, malformed pieces become literal text.
+      adaptive: whether a step has fewer lanes where fewer threads are ready: faster on a CPU, longer to compile.
     """
 
     lanes: int = 8
@@ -34,6 +35,7 @@ class Limits:
     pool: int = 1024
     max_depth: int = 1
     constrained: bool = True
+    adaptive: bool = True
 
     def __post_init__(self) -> None:
         for name in ("lanes", "threads", "pool", "max_depth"):
@@ -48,6 +50,19 @@ class Limits:
     def words(self) -> int:
         """W."""
         return words_for(max_segments(self.threads))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How many lanes a compiled step may have: powers of four up to S.
+
+        Powers of two would gain less than 5 % more, and take longer to compile (docs/PERFORMANCE.md).
+
+        >>> Limits(lanes=6).widths, Limits(lanes=16).widths
+        ((1, 4, 6), (1, 4, 16))
+        """
+        if not self.adaptive:
+            return (self.lanes,)
+        return (*(4**i for i in range(self.lanes.bit_length()) if 4**i < self.lanes), self.lanes)
 
 
 class Phase(enum.IntEnum):
@@ -94,7 +109,12 @@ class Request:
     temperature: Array  # float32 [] 0 is greedy
     top_k: Array  # int32 []   0 is all
     top_p: Array  # float32 [] 1 is all
+    min_p: Array  # float32 [] 0 is all
     key: Array  # uint32 [2] the request's random key
+    script_paths: Array  # int32 [R]    threads that say what is written for them (`script.Script`)
+    script: (
+        Array  # int32 [R, C] what they say; C = 0 in ordinary requests, for which nothing of it is compiled
+    )
 
 
 @_pytree

@@ -6,12 +6,13 @@ NumPy only; one row at a time. A row that is still running has a trace too, the 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
-from pasta_jax.decoding.state import Phase, RowState, Stop
+from pasta_jax.decoding.state import Limits, Phase, RowState, Stop
 from pasta_jax.lang.grammar import Kind
 from pasta_jax.tokens.reading import Threads, threads_of
 from pasta_jax.tokens.tokenizer import Vocabulary
@@ -108,6 +109,19 @@ def read_trace(row: RowState) -> Trace:
         forced=t.forced[:count],
         finished=(t.phase[:count] == Phase.DONE) | np.isin(np.arange(count), last),
     )
+
+
+def prompt_alone(prompt: Sequence[int], limits: Limits, stop: Stop) -> Trace:
+    """The trace of a request that ended before it had a row."""
+    n = len(prompt)
+    zeros, none = np.zeros(n, np.int32), np.zeros(1, bool)
+    place = np.arange(n, dtype=np.int32)
+    tokens = ThreadedTokens(
+        token=np.asarray(prompt, np.int32), position=place, doc=zeros + 1, segment=zeros, order=place,
+        sees=np.zeros((n, limits.words), np.uint32), thread=zeros, target=zeros + NO_TARGET,
+    )  # fmt: skip
+    root = np.array([-1], np.int32)
+    return Trace(tokens, zeros, np.zeros(n, np.float32), n, stop, 0, root, root + 1, none, none)
 
 
 def _targets(e: Any, t: Any, n: int, last: list[int], prompt_length: int) -> np.ndarray:

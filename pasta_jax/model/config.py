@@ -53,7 +53,9 @@ class ModelConfig:
     embed_scale: bool = True  # Gemma multiplies embeddings by sqrt(D)
     tie_embeddings: bool = True
     dtype: str = "float32"  # of parameters and compute; softmax, norms and logits are float32 always
-    weights: Literal["plain", "int8"] = "plain"  # int8: matrices and a scale a column, to decode
+    weights: Literal["plain", "int8", "transposed"] = (
+        "plain"  # others to decode: model/quantize, model/transpose
+    )
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from pasta_jax.arrays import Array
 from pasta_jax.model.config import Lora, ModelConfig
-from pasta_jax.model.layers import Layer, RMSNorm
+from pasta_jax.model.layers import Layer, RMSNorm, project_transposed
 from pasta_jax.model.pool import Pool
 from pasta_jax.model.rotary import rotary_of
 
@@ -59,7 +59,7 @@ class Embed(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         rows = self.embedding_rows if self.lora.rank and self.lora.rows else None
-        return _logits("...D,VD->...V", hidden, self.embedding, self.scale_V, rows, self.lora)
+        return _logits("VD", hidden, self.embedding, self.scale_V, rows, self.config, self.lora)
 
 
 def _table(
@@ -74,15 +74,23 @@ def _table(
 
 
 def _logits(
-    spec: str, hidden: Array, table: Array, scale_V: Array | None, rows: Array | None, lora: Lora
+    spec: str,
+    hidden: Array,
+    table: Array,
+    scale_V: Array | None,
+    rows: Array | None,
+    config: ModelConfig,
+    lora: Lora,
 ) -> Array:
-    """Float32 [..., V], from an embedding or a head; `rows` take the place of the ids in `lora.rows`."""
+    """Float32 [..., V], from an embedding ("VD") or a head; `rows` take the place of the ids in `lora.rows`."""
+    if config.weights == "transposed":
+        return project_transposed(hidden, table, dtype=jnp.float32)
     table = table.astype(hidden.dtype)
-    logits = jnp.einsum(spec, hidden, table, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(f"...D,{spec}->...V", hidden, table, preferred_element_type=jnp.float32)
     if scale_V is not None:
         logits = logits * scale_V
     if rows is not None:
-        own = jnp.einsum(spec, hidden, rows, preferred_element_type=jnp.float32)
+        own = jnp.einsum(f"...D,{spec}->...V", hidden, rows, preferred_element_type=jnp.float32)
         logits = logits.at[..., jnp.array(lora.rows)].set(own)
     return logits
 
@@ -107,7 +115,9 @@ class Transformer(nn.Module):
         self.layer = [layer(c, self.lora) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c)
         if not c.tie_embeddings:
-            self.head, self.head_scale_V = _table(self, "head", (c.model_dim, c.vocab_size), (c.vocab_size,))
+            shape = (c.model_dim, c.vocab_size)
+            shape = shape[::-1] if c.weights == "transposed" else shape
+            self.head, self.head_scale_V = _table(self, "head", shape, (c.vocab_size,))
             if self.lora.rank and self.lora.rows:
                 self.head_rows = self.param(
                     "head_rows", nn.initializers.zeros, (c.model_dim, len(self.lora.rows)), c.dtype
@@ -121,8 +131,8 @@ class Transformer(nn.Module):
         pool: Pool | None = None,
         start_B: Array | None = None,
         key_positions_BxP: Array | None = None,
-    ) -> tuple[Array, Pool | None]:
-        """Hidden states of the tokens, and the pool with their keys and values.
+    ) -> tuple[Array, Pool]:
+        """Hidden states of the tokens, and the pool with their keys and values, or those alone.
 
         Args:
           tokens_BxQ: int32 [B, Q], vocabulary ids.
@@ -138,7 +148,8 @@ class Transformer(nn.Module):
             those see no key at `sliding_window` or more positions before the query.
 
         Returns:
-          Hidden states [B, Q, D] after the last norm, for `logits`; and the pool, or None without one.
+          Hidden states [B, Q, D] after the last norm, for `logits`; and the pool, or without one the keys and
+          values of this call's own tokens, [B, K, Q, H] a layer.
 
         Raises:
           ValueError: shapes that do not fit together.
@@ -155,7 +166,7 @@ class Transformer(nn.Module):
         pool: Pool | None = None,
         start_B: Array | None = None,
         key_positions_BxP: Array | None = None,
-    ) -> tuple[Array, Pool | None]:
+    ) -> tuple[Array, Pool]:
         """`__call__` on embedded tokens [B, Q, D]."""
         _check_shapes(x_BxQxD.shape, may_attend_BxQxP.shape, pool, start_B)
         rotary = rotary_of(self.config, positions_BxQ)
@@ -172,7 +183,7 @@ class Transformer(nn.Module):
             x_BxQxD, kv = layer(x_BxQxD, rotary[kind], may_attend[kind], pool_kv, start_B)
             written.append(kv)
         hidden_BxQxD = self.final_norm(x_BxQxD)
-        return hidden_BxQxD, None if pool is None else Pool(*map(tuple, zip(*written)))
+        return hidden_BxQxD, Pool(*map(tuple, zip(*written)))
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states [..., D] to logits, float32 [..., V]."""
@@ -181,7 +192,8 @@ class Transformer(nn.Module):
             logits = self.embed.logits(hidden)
         else:
             rows = self.head_rows if self.lora.rank and self.lora.rows else None
-            logits = _logits("...D,DV->...V", hidden, self.head, self.head_scale_V, rows, self.lora)
+            spec = "VD" if c.weights == "transposed" else "DV"
+            logits = _logits(spec, hidden, self.head, self.head_scale_V, rows, c, self.lora)
         return c.final_softcap * jnp.tanh(logits / c.final_softcap) if c.final_softcap else logits
 
 
@@ -200,7 +212,7 @@ def _check_shapes(x: tuple[int, ...], may_attend: tuple[int, ...], pool: Pool | 
     B, Q, _ = x
     if (pool is None) != (start is None):
         raise ValueError("`pool` and `start_B` go together: give both or neither.")
-    most = Q if pool is None else pool.k[0].shape[1]
+    most = Q if pool is None else pool.k[0].shape[2]
     least = Q if pool is None else 1
     if may_attend[:2] != (B, Q) or not least <= may_attend[2] <= most:
         keys = f"{Q} keys, its own tokens" if pool is None else f"at most the pool's {most} entries"

@@ -62,33 +62,33 @@ SERIES = (
 
 def frontier(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """Figure 4: win rate against realized speedup, theoretical speedup and parallelism."""
-    _save(draw_frontier(results), path)
+    save(draw_frontier(results), path)
 
 
 def rounds(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """Figure 5: win rate against speedup, from PASTA-SFT through the rounds, a line for each lambda."""
-    _save(draw_rounds(results), path)
+    save(draw_rounds(results), path)
 
 
 def positions(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """Figure 6: win rate against speedup of PASTA-SFT under each position scheme."""
-    _save(draw_positions(results), path)
+    save(draw_positions(results), path)
 
 
 def efficiency_terms(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """Figure 8: win rate against speedup over lambda, a line for each efficiency term."""
-    _save(draw_efficiency_terms(results), path)
+    save(draw_efficiency_terms(results), path)
 
 
 def families(results: Sequence[Result], path: str | os.PathLike[str], weight: float | None = None) -> None:
     """Truth and speedups of every family of prompts; of PASTA-BoN only one model, see `results.chosen`."""
-    _save(draw_families(results, weight), path)
+    save(draw_families(results, weight), path)
 
 
 def draw_frontier(results: Sequence[Result]) -> Figure:
     """What `frontier` saves."""
     shown = pick.headline(results)
-    figure = _figure(12, 5.2)
+    figure = new_figure(12, 5.2)
     figure.suptitle(_measured_on(shown), fontsize=10, color=PALE)
     speeds: list[tuple[str, Callable[[Result], Estimate | None]]] = [
         (REALIZED, lambda r: r.realized),
@@ -155,7 +155,7 @@ def draw_efficiency_terms(results: Sequence[Result]) -> Figure:
 
 def _draw_lines(lines: dict[str, list[tuple[Result, str]]], title: str) -> Figure:
     """Win rate against theoretical speedup, results of a line joined in their order and labelled."""
-    figure = _figure(7.5, 5.6)
+    figure = new_figure(7.5, 5.6)
     axes = figure.subplots()
     shown = [result for line in lines.values() for result, _ in line]
     figure.suptitle(_measured_on(shown), fontsize=10, color=PALE)
@@ -182,7 +182,7 @@ def _draw_lines(lines: dict[str, list[tuple[Result, str]]], title: str) -> Figur
 def draw_positions(results: Sequence[Result]) -> Figure:
     """What `positions` saves."""
     shown = [r for r in pick.by_positions(results) if _is_finite(r.theoretical, r.win_rate)]
-    figure = _figure(7.5, 5.2)
+    figure = new_figure(7.5, 5.2)
     figure.suptitle(_measured_on(shown), fontsize=10, color=PALE)
     axes = figure.subplots()
     for result in shown:
@@ -204,7 +204,7 @@ def draw_families(results: Sequence[Result], weight: float | None = None) -> Fig
         for measure in ("truth", "theoretical", "realized")
         if any(measure in family for r in shown for family in r.families.values())
     ]
-    figure = _figure(11, 2 + 2.1 * max(1, len(measures)))
+    figure = new_figure(11, 2 + 2.1 * max(1, len(measures)))
     figure.suptitle(_measured_on(shown, intervals=False), fontsize=10, color=PALE)
     panels = figure.subplots(max(1, len(measures)), 1, sharex=True, squeeze=False)[:, 0]
     width = 0.8 / max(1, len(shown))
@@ -219,14 +219,15 @@ def draw_families(results: Sequence[Result], weight: float | None = None) -> Fig
             axes.set_ylim(0, 100)
         else:
             axes.axhline(1, color=INK, linewidth=0.8, linestyle=":", zorder=3)
-        _dress(axes, "", title)
+        dress(axes, "", title)
         axes.grid(visible=False, axis="x")
         axes.set_xticks(range(len(names)), names, fontsize=11)
     _legend(figure, panels)
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty one, so many inches wide and high. Raises ImportError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -237,7 +238,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """As a PNG."""
     figure.savefig(
         path, format="png", dpi=DPI, metadata={"Software": None}
     )  # the same figure, the same bytes
@@ -315,14 +317,15 @@ def _dress_scatter(axes: Axes, x_label: str, y_label: str) -> None:
     """Speed along x, win rate along y; fine lines for Baseline-SFT: as fast, and as good."""
     from matplotlib.ticker import MaxNLocator
 
-    _dress(axes, f"{x_label} (x, geometric mean)", y_label)
+    dress(axes, f"{x_label} (x, geometric mean)", y_label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter("{x:.4g}x")
     for line in (axes.axvline(BASELINE[0]), axes.axhline(BASELINE[1])):
         line.set(color=PALE, linewidth=0.8, linestyle=":", zorder=0.9)
 
 
-def _dress(axes: Axes, x_label: str, y_label: str) -> None:
+def dress(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels, ticks and a grid, as all figures have them."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(x_label, fontsize=11, color=INK)

@@ -1,0 +1,205 @@
+"""Measures the engine's speed on this machine: `python -m pasta_jax.benchmark --model=300m --out=runs/benchmark`.
+
+    width     time of a decode step against lanes used
+    replay    realized by theoretical speedup against the shape of answers
+    batch     tokens a second against requests at once
+    pool      time of a decode step against the part of the pool that is used
+    peers     sequential decode and prefill beside Hugging Face transformers, on the same weights
+    startup   from the start of Python to the first token, with and without the compilation cache
+
+Weights are random unless --model is a path. All that is compared is measured in turn, in one run. Prints medians
+with quartiles, and writes results.json and a figure for each part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags
+
+from pasta_jax.files import replacing
+from pasta_jax.verbs import refuse, show_log
+
+if TYPE_CHECKING:
+    from pasta_jax.benchmarks.measure import Point
+    from pasta_jax.benchmarks.parts import Plan
+
+LOG = logging.getLogger("pasta_jax")
+
+PARTS = ("startup", "width", "replay", "batch", "pool", "peers")
+"""In the order in which they are measured: other processes start before this one takes an accelerator."""
+
+RESULTS = "results.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What to measure.
+
+    Attributes:
+      what: some of PARTS.
+      model, dtype: as `benchmarks.models.model_of` takes them.
+      out: folder of the results.
+      plan: how much.
+      responses: file of real responses, if any.
+      seed: of texts, shapes and prompts.
+    """
+
+    what: tuple[str, ...]
+    model: str
+    dtype: str | None
+    out: str
+    plan: Plan
+    responses: str | None = None
+    seed: int = 0
+
+
+def benchmark(wanted: Wanted) -> dict[str, Any]:
+    """Measures, and writes each part's results as soon as they are known; all that results.json then holds."""
+    from pasta_jax.benchmarks import measure, parts, peers, startup
+    from pasta_jax.benchmarks.models import model_of
+    from pasta_jax.model import param_count
+
+    loads, plan = measure.load_average(), wanted.plan
+    responses = parts.read_responses(wanted.responses) if wanted.responses else []
+    os.makedirs(wanted.out, exist_ok=True)
+    results: dict[str, Any] = {"model": {"name": wanted.model}, "plan": dataclasses.asdict(plan), "parts": {}}
+    results["plan"]["seed"] = wanted.seed
+    if "startup" in wanted.what:
+        began = startup.startup(wanted.model, wanted.dtype, plan.repeats, pool=plan.pool)
+    results["machine"] = {"load_average": loads, **measure.machine()}
+    model = model_of(wanted.model, wanted.dtype, responses)
+    results["model"] |= {
+        "parameters": param_count(model.params),
+        "config": dataclasses.asdict(model.config),
+    }
+    LOG.info("%s", _described(results))
+
+    def rng() -> random.Random:
+        return random.Random(wanted.seed)
+
+    ways: dict[str, Callable[[], list[Point]]] = {
+        "startup": lambda: began,
+        "width": lambda: parts.width(model, plan, rng()),
+        "replay": lambda: parts.replayed(model, plan, rng(), responses),
+        "batch": lambda: parts.batch(model, plan, rng()),
+        "pool": lambda: parts.pool(model, plan, rng()),
+        "peers": lambda: peers.peers(model, plan, rng()),
+    }
+    for part in (part for part in PARTS if part in wanted.what):
+        if part == "peers" and (reason := peers.missing()):
+            results["parts"][part] = {"skipped": reason}
+            print(f"{part}\n{reason}\n", flush=True)
+        else:
+            begun = time.monotonic()
+            points = ways[part]()
+            results["parts"][part] = {"points": [_plain(point) for point in points]}
+            print(f"{part}\n{table(points)}\n", flush=True)
+            LOG.info("%s took %.0f s", part, time.monotonic() - begun)
+        _write(wanted.out, part, results)
+    return results
+
+
+def table(points: Sequence[Point]) -> str:
+    """As Markdown, a column for each number."""
+    from pasta_jax.benchmarks.measure import number
+    from pasta_jax.reports.tables import markdown_table
+
+    def cell(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return number(value) if isinstance(value, float) else str(value)
+
+    return markdown_table([*points[0]], [[cell(value) for value in point.values()] for point in points])
+
+
+def _plain(point: Point) -> dict[str, Any]:
+    """As JSON can hold it, in which nothing is not a number."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.asdict(value)
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return {name: plain(value) for name, value in point.items()}
+
+
+def _write(out: str, part: str, results: dict[str, Any]) -> None:
+    with replacing(os.path.join(out, RESULTS)) as file:
+        json.dump(results, file, indent=2)
+        file.write("\n")
+    points = results["parts"][part].get("points")
+    if not points:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        LOG.warning("No figure of %s: matplotlib is not installed (pip install 'pasta_jax[plot]').", part)
+        return
+    from pasta_jax.reports.benchmarks import draw
+
+    draw(part, points, os.path.join(out, f"{part}.png"), _described(results))
+
+
+def _described(results: dict[str, Any]) -> str:
+    machine, model = results["machine"], results["model"]
+    where = machine["accelerator"] or f"{machine['cores']} cores of {machine['cpu']}"
+    size = f"{model['parameters'] / 1e6:.4g} million parameters, {model['config']['dtype']}"
+    loads = machine["load_average"]
+    busy = "" if loads is None else f", load {loads[0]}"
+    return f"{model['name']}: {size}; {where}, jax {machine['packages']['jax']}{busy}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """The verb. Mistakes end in one line and status 2."""
+    values = flags.FLAGS
+    unknown = sorted({*values.what} - {*PARTS, "all"})
+    if len(argv) > 1 or unknown:
+        refuse(f"What to measure? --what is all, or some of {', '.join(PARTS)} with commas between.")
+    show_log()
+    from pasta_jax.benchmarks.parts import QUICK, Plan
+
+    try:
+        plan = QUICK if values.quick else Plan()
+        given = {
+            name: values[name].value for name in ("repeats", "tokens", "answers", "steps", "pool", "prompt")
+        }
+        plan = dataclasses.replace(
+            plan, **{name: value for name, value in given.items() if value is not None}
+        )
+        what = PARTS if "all" in values.what else tuple(values.what)
+        benchmark(Wanted(what, values.model, values.dtype, values.out, plan, values.responses, values.seed))
+    except (ValueError, OSError, RuntimeError) as error:
+        refuse(str(error))
+
+
+def command() -> None:
+    """Parses the command line and runs `main`."""
+    flags.DEFINE_list("what", ["all"], f"Some of {', '.join(PARTS)}, or all.")
+    flags.DEFINE_string("model", "tiny", "A size (tiny, 300m, gemma7b), with random weights; or a path.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights; by default the model's own.")
+    flags.DEFINE_string("out", "runs/benchmark", "Folder of results.json and the figures.")
+    flags.DEFINE_string("responses", None, "JSONL file of real responses to replay, each in `response`.")
+    flags.DEFINE_bool("quick", False, "Less of everything: whether it works, in seconds.")
+    flags.DEFINE_integer("seed", 0, "Of texts, shapes and prompts.")
+    for name, help in (
+        ("repeats", "Of each measurement."),
+        ("tokens", "Mean length of a branch."),
+        ("answers", "Replayed of each shape."),
+        ("steps", "That the time of a step is averaged over."),
+        ("pool", "Entries of the pool, where a part needs no more."),
+        ("prompt", "Tokens of the prompts that are prefilled beside peers."),
+    ):
+        flags.DEFINE_integer(name, None, help, lower_bound=1)
+    app.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,179 @@
+"""Sequential decode and prefill beside Hugging Face transformers, on the same weights, in one process and in turn.
+
+The peers are `generate` as it comes (eager, a cache that grows) and with a static cache and compiled forward
+(`cache_implementation="static"`, torch.compile). Greedy; the tokens must be the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import logging
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from pasta_jax.benchmarks.measure import Point, Spread, in_turn
+from pasta_jax.benchmarks.parts import SEQUENTIAL, Plan
+from pasta_jax.decoding.engine import Decoder, Model
+from pasta_jax.decoding.state import Limits
+from pasta_jax.model.families import config_to_hf
+from pasta_jax.model.weights import hf_tensors, leaf_at
+
+LOG = logging.getLogger("pasta_jax")
+
+BATCHES = (1, 8)
+
+Generate: TypeAlias = Callable[[np.ndarray, int], np.ndarray]
+"""Prompts int32 [B, L] and a number n to the next n greedy tokens, [B, n]."""
+
+
+def missing() -> str | None:
+    """What keeps peers from being measured; None if nothing does."""
+    for package in ("transformers", "torch"):
+        if importlib.util.find_spec(package) is None:
+            return f"Peers not measured: {package} is not installed."
+    return None
+
+
+def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...] = BATCHES) -> list[Point]:
+    """Seconds to prefill and milliseconds of a decode step, ours and theirs, for batches of prompts.
+
+    Prefill is what a call takes besides its steps of decoding: a call for one token, less a step where it takes one
+    (ours feeds the token that it returns). A step is the slope between that and a call for `plan.steps` tokens.
+
+    Raises:
+      FamilyError: no architecture of transformers has these numbers.
+    """
+    theirs, words = _hf_generates(model), _words(model)
+    points: list[Point] = []
+    for rows in batches:
+        prompts = np.array([rng.choices(words, k=plan.prompt) for _ in range(rows)], np.int32)
+        generates = {"pasta_jax": _ours(model, plan, rows), **theirs}
+        said: dict[str, np.ndarray] = {}
+        calls: dict[str, Callable[[], float]] = {}
+        for name, generate in list(generates.items()):
+            try:
+                said[name] = generate(prompts, plan.steps)
+            except Exception as error:  # a peer that does not run here is left out, whatever its reason
+                if name == "pasta_jax":
+                    raise
+                reason = (str(error).strip() or "no message").splitlines()[0][:200]
+                LOG.warning("%s left out: %s: %s", name, type(error).__name__, reason)
+                del theirs[name]
+                continue
+            calls[f"{name}, 1"] = _seconds(generate, prompts, 1)
+            calls[f"{name}, n"] = _seconds(generate, prompts, plan.steps)
+        samples = in_turn(f"peers, batch {rows}", calls, plan.repeats)
+        points += _points(rows, plan, samples, said)
+    return points
+
+
+def _points(
+    rows: int, plan: Plan, samples: dict[str, list[float]], said: dict[str, np.ndarray]
+) -> list[Point]:
+    timed = {}
+    for name in said:
+        one, many = samples[f"{name}, 1"], samples[f"{name}, n"]
+        step = [(after - before) / (plan.steps - 1) for before, after in zip(one, many)]
+        own = 1 if name == "pasta_jax" else 0
+        timed[name] = [before - own * each for before, each in zip(one, step)], step, many
+    ours = timed["pasta_jax"]
+    points: list[Point] = []
+    for name, (prefill, step, whole) in timed.items():
+        agree = said[name] == said["pasta_jax"]
+        points.append(
+            {
+                "batch": rows,
+                "who": name,
+                "prefill, s": Spread.of(prefill),
+                "step, ms": Spread.of([1000 * each for each in step]),
+                "whole, s": Spread.of(whole),
+                "prefill, ours is x as fast": _ratio(prefill, ours[0]),
+                "step, ours is x as fast": _ratio(step, ours[1]),
+                "same tokens": f"{int(agree.sum())} of {agree.size}",
+            }
+        )
+    return points
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> float:
+    return statistics.median(theirs) / statistics.median(ours)
+
+
+def _seconds(generate: Generate, prompts: np.ndarray, tokens: int) -> Callable[[], float]:
+    def seconds() -> float:
+        begun = time.perf_counter()
+        generate(prompts, tokens)
+        return time.perf_counter() - begun
+
+    return seconds
+
+
+def _words(model: Model) -> list[int]:
+    """All ids that are neither tags nor control symbols."""
+    vocabulary = model.tokenizer.vocabulary
+    special = {*vocabulary.tag_ids.values(), *vocabulary.stops, *vocabulary.control}
+    return [i for i in range(len(vocabulary)) if i not in special]
+
+
+def _ours(model: Model, plan: Plan, rows: int) -> Generate:
+    """Through the decoder as it comes, promises forbidden."""
+    pool = -(-(plan.prompt + plan.steps + 1) // 128) * 128
+    limits = Limits(min(8, plan.lanes), 16, pool)
+    decoder = Decoder(model, limits=limits, rows=rows, prompt_buckets=(plan.prompt,))
+
+    def generate(prompts: np.ndarray, tokens: int) -> np.ndarray:
+        wishes = dataclasses.replace(SEQUENTIAL, max_new_tokens=tokens)
+        traces, _ = decoder.decode(prompts.tolist(), [wishes] * rows)
+        return np.stack([trace.tokens.token[trace.prompt_length :][:tokens] for trace in traces])
+
+    return generate
+
+
+def _hf_generates(model: Model) -> dict[str, Generate]:
+    """Transformers' ways to generate, on our weights."""
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    tree = config_to_hf(model.config)
+    config = transformers.AutoConfig.for_model(**tree)
+    dtype = getattr(torch, model.config.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _copy_weights(torch, theirs, model)
+    theirs = theirs.to(device).eval()
+
+    def generate(prompts: np.ndarray, tokens: int, **options: Any) -> np.ndarray:
+        ids = torch.from_numpy(prompts.astype(np.int64)).to(device)
+        ask = transformers.GenerationConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True, **options
+        )
+        with torch.inference_mode():
+            found = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_config=ask)
+        return found[:, prompts.shape[1] :].cpu().numpy()
+
+    def compiled(prompts: np.ndarray, tokens: int) -> np.ndarray:
+        how = transformers.CompileConfig(mode="reduce-overhead" if device == "cuda" else "default")
+        how._compile_all_devices = True  # else a CPU would not compile
+        return generate(prompts, tokens, cache_implementation="static", compile_config=how)
+
+    version = transformers.__version__
+    return {f"transformers {version}, eager": generate, f"transformers {version}, compiled": compiled}
+
+
+def _copy_weights(torch: Any, theirs: Any, model: Model) -> None:
+    """Our parameters into their model, one tensor at a time."""
+    named = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for tensor in hf_tensors(model.config):
+            array = tensor.to_hf(np.asarray(leaf_at(model.params, tensor.path)))
+            wide = torch.from_numpy(np.array(array, np.float32))
+            named.pop(tensor.name).copy_(wide)
+    if named and not (model.config.tie_embeddings and set(named) == {"lm_head.weight"}):
+        raise ValueError(f"transformers' model has parameters that ours lacks: {', '.join(named)}.")

@@ -1,0 +1,162 @@
+"""Continuous batching: requests wait in a queue, take a row when one is free, and leave it when they are done.
+
+There is no thread of its own: whoever waits for an answer works on all of them, a chunk of decode steps at a
+time, under a lock. So a consumer that is slow holds nobody up as long as anybody waits, and what nobody waits
+for costs nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import typing
+from collections.abc import Sequence
+
+import numpy as np
+
+from pasta_jax.decoding.state import Stop
+from pasta_jax.decoding.trace import Trace, prompt_alone, read_trace
+
+if typing.TYPE_CHECKING:
+    from pasta_jax.decoding.engine import Decoder, Sampling
+    from pasta_jax.decoding.loop import Batch
+
+LOOK_EVERY = 8
+"""Decode steps between two looks at an answer that somebody watches."""
+
+
+class Answer:
+    """A request that was submitted, and what has become of it.
+
+    Attributes:
+      prompt, sampling: as submitted.
+      trace: what was decoded so far, or at last; None before it has a row. Only `watched` answers, and those with
+        stop strings, have one before the end.
+      watched: whether `trace` follows the decode, a few steps at a time.
+    """
+
+    def __init__(self, session: Session, prompt: Sequence[int], sampling: Sampling):
+        self.prompt, self.sampling = prompt, sampling
+        self.trace: Trace | None = None
+        self.watched = False
+        self.cancelled = False
+        self._session = session
+
+    @property
+    def done(self) -> bool:
+        """Whether `trace` is final."""
+        return self.trace is not None and self.trace.stop != Stop.RUNNING
+
+    def wait(self) -> Trace:
+        """The final trace. Works on the requests of its session until this one is done."""
+        while not self.done:
+            self.step()
+        assert self.trace is not None
+        return self.trace
+
+    def step(self) -> None:
+        """A chunk of work on the session's requests, unless this one is done."""
+        self._session.turn(self)
+
+    def cancel(self) -> None:
+        """Ends it, with what it has, before the next chunk; nothing if it is done."""
+        self.cancelled = True
+
+
+class Session:
+    """The requests of one decoder: those that wait and those that have a row."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self._lock = threading.RLock()
+        self._waiting: collections.deque[Answer] = collections.deque()
+        self._rows: list[Answer | None] = [None] * decoder.rows
+        self._cursors = np.zeros(decoder.rows, np.int64)
+        self._batch: Batch | None = None
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Answer:
+        """Queue a request. ValueError where the pool cannot hold the prompt."""
+        self.decoder.check(prompt)
+        answer = Answer(self, prompt, sampling)
+        self._waiting.append(answer)
+        return answer
+
+    def turn(self, wanted: Answer | None = None) -> None:
+        """Prompts into free rows, a chunk of steps, and what came of it; nothing once `wanted` is done.
+
+        If it is broken off (an interrupt, no memory), the requests that had rows wait again and nothing else is
+        lost: decoded anew they give the same text.
+        """
+        with self._lock:
+            if wanted is not None and wanted.done:
+                return
+            try:
+                self._end_cancelled()
+                self._admit()
+                self._decode()
+                self._read()
+            except BaseException:
+                self._waiting.extendleft(answer for answer in reversed(self._rows) if answer)
+                self._rows, self._batch = [None] * len(self._rows), None
+                raise
+
+    def _end_cancelled(self) -> None:
+        for answer in [each for each in self._waiting if each.cancelled]:
+            self._waiting.remove(answer)
+            answer.trace = prompt_alone(answer.prompt, self.decoder.limits, Stop.CANCELLED)
+        self._stop({i: Stop.CANCELLED for i, answer in enumerate(self._rows) if answer and answer.cancelled})
+
+    def _stop(self, rows: dict[int, Stop]) -> None:
+        """Rows that stop because the host says so."""
+        if not rows:
+            return
+        assert self._batch is not None
+        stops = [rows.get(i, Stop.RUNNING) for i in range(len(self._rows))]
+        self._batch = self.decoder.release(self._batch, np.array(stops, np.int32))
+        for i in rows:
+            self._leave(i)
+
+    def _admit(self) -> None:
+        free = [i for i, answer in enumerate(self._rows) if answer is None]
+        new = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
+        if not new:
+            return
+        slots = free[: len(new)]
+        for slot, answer in zip(slots, new, strict=True):
+            self._rows[slot], self._cursors[slot] = answer, len(answer.prompt)
+        if self._batch is None:
+            self._batch = self.decoder.empty_batch()
+        prompts, sampling = [answer.prompt for answer in new], [answer.sampling for answer in new]
+        self._batch = self.decoder.admit(self._batch, slots, prompts, sampling)
+
+    def _decode(self) -> None:
+        if self._batch is None or not any(self._rows):
+            return
+        looks = any(answer and self._is_watched(answer) for answer in self._rows)
+        steps = min(LOOK_EVERY, self.decoder.chunk) if looks else self.decoder.chunk
+        cursor = max(c for c, answer in zip(self._cursors, self._rows, strict=True) if answer)
+        self._batch = self.decoder.decode_chunk(self._batch, steps, bool(self._waiting), int(cursor))
+
+    def _read(self) -> None:
+        if self._batch is None:
+            return
+        stops = np.asarray(self._batch.rows.stop)
+        self._cursors = np.array(self._batch.rows.cursor)
+        for i, answer in enumerate(self._rows):
+            if answer is None:
+                continue
+            if stops[i] != Stop.RUNNING:
+                self._leave(i)
+            elif self._is_watched(answer):
+                answer.trace = read_trace(self.decoder.read(self._batch, i))
+
+    def _leave(self, row: int) -> None:
+        """The request in the row is done."""
+        answer = self._rows[row]
+        assert answer is not None and self._batch is not None
+        self._rows[row] = None
+        answer.trace = read_trace(self.decoder.read(self._batch, row))
+
+    @staticmethod
+    def _is_watched(answer: Answer) -> bool:
+        return answer.watched

@@ -1,0 +1,170 @@
+"""A figure for each part of a benchmark, from what `python -m pasta_jax.benchmark` keeps in results.json.
+
+Marks are medians, bars quartiles.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pasta_jax.reports.labels import INK
+from pasta_jax.reports.plots import PALE, SERIES, Look, dress, new_figure, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Points: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+def draw(part: str, points: Points, path: str | os.PathLike[str], subtitle: str = "") -> None:
+    """Writes the figure of a part as a PNG.
+
+    Args:
+      part: one of FIGURES.
+      points: as the part gives them, or as JSON holds them.
+      path: of the file.
+      subtitle: of which model and machine.
+    """
+    figure = FIGURES[part](points)
+    figure.suptitle(subtitle, fontsize=10, color=PALE)
+    save(figure, path)
+
+
+def draw_width(points: Points) -> Figure:
+    """Step time against lanes used."""
+    return _one_line(points, "lanes used", "Lanes used", doubling=True)
+
+
+def draw_pool(points: Points) -> Figure:
+    """Step time against entries used."""
+    return _one_line(points, "pool used", f"Pool entries used, of {points[0]['pool']}")
+
+
+def _one_line(points: Points, x: str, x_label: str, doubling: bool = False) -> Figure:
+    figure = new_figure(6.5, 4.2)
+    axes = figure.subplots()
+    _line(axes, [p[x] for p in points], [p["step, ms"] for p in points], SERIES[0])
+    dress(axes, x_label, "Milliseconds of a decode step")
+    axes.set_ylim(bottom=0)
+    if doubling:
+        _double(axes, [p[x] for p in points])
+    return figure
+
+
+def draw_batch(points: Points) -> Figure:
+    """Tokens a second against rows, a line for each kind of answers."""
+    figure = new_figure(6.5, 4.2)
+    axes = figure.subplots()
+    for look, kind in zip(SERIES, dict.fromkeys(p["answers"] for p in points)):
+        mine = [p for p in points if p["answers"] == kind]
+        _line(axes, [p["rows"] for p in mine], [p["tokens/s"] for p in mine], look, kind)
+    dress(axes, "Requests at once", "Tokens a second")
+    axes.set_ylim(bottom=0)
+    _double(axes, sorted({p["rows"] for p in points}))
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_replay(points: Points) -> Figure:
+    """Theoretical and realized speedup of each shape class, and how much of the one the other is."""
+    figure = new_figure(10, 1.6 + 0.34 * len(points))
+    speeds, efficiency = figure.subplots(1, 2, sharey=True)
+    places = range(len(points))
+    for look, name in zip(SERIES, ("theoretical, x", "realized, x")):
+        values = [p[name] for p in points]
+        speeds.plot(values, places, look.marker, color=look.color, markersize=7, label=name.partition(",")[0])
+    dress(speeds, "Speedup (x)", "")
+    speeds.legend(frameon=False)
+    bars = efficiency.barh(places, [p["efficiency"] for p in points], 0.6, color=SERIES[0].color, zorder=2)
+    efficiency.bar_label(bars, fmt="%.2f", padding=4, fontsize=9)
+    middle, errors = _errors([p["repeats"] for p in points])
+    efficiency.errorbar(
+        middle, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3
+    )
+    dress(efficiency, "Efficiency: realized / theoretical", "")
+    speeds.set_yticks(places, [p["shape"] for p in points])
+    speeds.invert_yaxis()
+    return figure
+
+
+def draw_peers(points: Points) -> Figure:
+    """Prefill and decode step of each batch, one bar for each peer."""
+    figure = new_figure(10, 4.2)
+    batches = [*dict.fromkeys(p["batch"] for p in points)]
+    whose = [*dict.fromkeys(p["who"] for p in points)]
+    for axes, measure, label in zip(
+        figure.subplots(1, 2),
+        ("prefill, s", "step, ms"),
+        ("Seconds to prefill", "Milliseconds of a decode step"),
+    ):
+        for i, (look, who) in enumerate(zip(SERIES, whose)):
+            mine = [p for p in points if p["who"] == who]
+            width = 0.8 / len(whose)
+            places = [batches.index(p["batch"]) + (i - (len(whose) - 1) / 2) * width for p in mine]
+            middle, errors = _errors([p[measure] for p in mine])
+            axes.bar(
+                places, middle, width * 0.92, yerr=errors, capsize=2, color=look.color, label=who, zorder=2
+            )
+        dress(axes, "Prompts at once", label)
+        axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def draw_startup(points: Points) -> Figure:
+    """Seconds from the start of Python to the first token, phase by phase."""
+    figure = new_figure(8, 2.6)
+    axes = figure.subplots()
+    phases = [name for name in points[0] if name not in ("cache", "all, s")]
+    done = [0.0] * len(points)
+    for look, phase in zip(SERIES, phases):
+        seconds = [p[phase]["median"] for p in points]
+        axes.barh(
+            range(len(points)), seconds, 0.6, left=done, color=look.color, label=phase.partition(",")[0]
+        )
+        done = [before + more for before, more in zip(done, seconds)]
+    dress(axes, "Seconds", "")
+    axes.set_yticks(range(len(points)), [f"cache {p['cache']}" for p in points])
+    axes.invert_yaxis()
+    axes.legend(frameon=False, ncols=len(phases), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+FIGURES: dict[str, Callable[[Points], Figure]] = {
+    "width": draw_width,
+    "replay": draw_replay,
+    "batch": draw_batch,
+    "pool": draw_pool,
+    "peers": draw_peers,
+    "startup": draw_startup,
+}
+"""By the names of the parts."""
+
+
+def _line(axes: Axes, x: Sequence[float], spreads: Sequence[Any], look: Look, label: str = "") -> None:
+    middle, errors = _errors(spreads)
+    axes.errorbar(
+        x,
+        middle,
+        yerr=errors,
+        color=look.color,
+        marker=look.marker,
+        linestyle=look.line,
+        capsize=2,
+        label=label,
+    )
+
+
+def _errors(spreads: Sequence[Mapping[str, float]]) -> tuple[list[float], list[list[float]]]:
+    """Medians, and how far below and above them the quartiles are."""
+    below = [s["median"] - s["low"] for s in spreads]
+    return [s["median"] for s in spreads], [below, [s["high"] - s["median"] for s in spreads]]
+
+
+def _double(axes: Axes, values: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(values, [str(value) for value in values])
+    axes.minorticks_off()

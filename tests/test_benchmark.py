@@ -1,0 +1,194 @@
+"""The benchmark: what it measures is what it says, and what it writes can be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import re
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pasta_jax import benchmark
+from pasta_jax.benchmarks import measure, models, parts, peers, startup
+from pasta_jax.benchmarks.measure import Spread
+from pasta_jax.benchmarks.models import NAMED, PieceTokenizer, random_params
+from pasta_jax.decoding.script import threads_in
+from pasta_jax.lang.assemble import assemble
+from pasta_jax.model import ModelConfig
+from pasta_jax.reports.benchmarks import FIGURES, draw
+from pasta_jax.tokens.layout import layout_example
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ANSWER = """Two rivers are long:
+- Nile: it flows through eleven countries to the sea.
+- Amazon: it flows through rather few of them, 7 or 8."""
+
+SMALL = ModelConfig(vocab_size=512, num_layers=1, model_dim=16, num_heads=2, head_dim=8, mlp_dim=16)
+PLAN = dataclasses.replace(parts.QUICK, widths=(1, 2), lanes=2, repeats=2, steps=4)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NAMED, "tiny", SMALL)
+
+
+def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Replayed shapes, real ones among them, through the verb; and peers are left out where they are missing."""
+    responses = tmp_path / "responses.jsonl"
+    responses.write_text(
+        json.dumps({"response": ANSWER}) + "\n" + json.dumps({"response": "No list."}) + "\n"
+    )
+    out = tmp_path / "out"
+    wanted = benchmark.Wanted(("replay",), "tiny", None, str(out), PLAN, str(responses), seed=3)
+    benchmark.benchmark(wanted)
+    told = json.loads((out / "results.json").read_text())
+    points = told["parts"]["replay"]["points"]
+    assert [p["shape"] for p in points] == [
+        *("4 branches", "4 unbalanced", "4 with syncs", "4 nested", "real", "overall")
+    ]
+    for p in points:
+        assert (
+            p["efficiency"] == pytest.approx(p["realized, x"] / p["theoretical, x"]) and p["efficiency"] > 0
+        )
+        assert p["repeats"]["low"] <= p["repeats"]["median"] <= p["repeats"]["high"]
+    assert len(points[0]["repeats"]["samples"]) == PLAN.repeats
+    assert (out / "replay.png").read_bytes().startswith(PNG)
+    shown = capsys.readouterr().out
+    assert shown.startswith("replay\n| shape") and "| overall" in shown
+    assert benchmark._plain({"a": float("nan"), "b": 1.0, "c": Spread.of([1.0])}) == {
+        "a": None,
+        "b": 1.0,
+        "c": {"median": 1.0, "low": 1.0, "high": 1.0, "samples": (1.0,)},
+    }
+    assert told["model"]["parameters"] > 512 * 16 and told["plan"]["seed"] == 3
+    machine = told["machine"]
+    assert (
+        machine["cpu"]
+        and machine["cores"] >= 1
+        and machine["platform"] == "cpu"
+        and not machine["accelerator"]
+    )
+    assert machine["packages"]["jax"] and re.match(r"3\.\d+", machine["python"])
+    assert len(machine["load_average"]) == 3 if hasattr(os, "getloadavg") else True
+
+
+def test_without_peers_it_says_so(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(models, "model_of", lambda *_: types.SimpleNamespace(params={}, config=SMALL))
+    assert peers.missing() == "Peers not measured: transformers is not installed."
+    wanted = benchmark.Wanted(("peers",), "tiny", None, str(tmp_path), PLAN)
+    results = benchmark.benchmark(wanted)
+    assert results["parts"]["peers"] == {"skipped": peers.missing()}
+    assert str(peers.missing()) in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+
+
+def answered(*widths: int) -> Any:
+    """As a run gives it."""
+    trace = types.SimpleNamespace(widths=np.array(widths), tokens=range(sum(widths)))
+    return types.SimpleNamespace(answer=lambda: (trace, 0.001 * len(widths)))
+
+
+def test_only_steps_of_the_width_asked_for_are_measured() -> None:
+    short, long = answered(1, 2, 3, 1), answered(1, 2, 3, 3, 3, 1)
+    assert parts._grown(3, 2, short, long) == 10
+    assert parts._slope(short, long, 2)() == pytest.approx(1.0)
+    for wrong in (answered(1, 2, 3, 3, 1), answered(1, 2, 2, 3, 3, 3, 1), answered(1, 2, 3, 3, 4, 1)):
+        with pytest.raises(parts.ReplayError, match="Asked for 2 more steps of width 3, the engine took"):
+            parts._grown(3, 2, short, wrong)
+
+
+def test_branches_beside_each_other_differ_in_nothing_but_their_length() -> None:
+    tokenizer = PieceTokenizer(512)
+    for length in (9, 31):
+        threads = threads_in(parts.beside(random.Random(0), tokenizer, 3, length), tokenizer)
+        assert [len(line) - 2 for line in threads.tokens[1:]] == [length] * 3
+        assert len(threads.tokens[0]) == 3 * 5 + 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_random_weights_write_no_tag_and_end_no_answer(tied: bool) -> None:
+    vocabulary = PieceTokenizer(512).vocabulary
+    params = random_params(dataclasses.replace(SMALL, tie_embeddings=tied), vocabulary)
+    head = np.asarray(params["embed"]["embedding"] if tied else params["head"].T)
+    dead = {*vocabulary.tag_ids.values(), vocabulary.eos, vocabulary.bos, vocabulary.pad}
+    assert {*np.flatnonzero(~head.any(axis=1))} == dead
+
+
+def test_the_tokenizer_spells_all_texts_with_all_ids(seed: int) -> None:
+    tokenizer = PieceTokenizer(700, [ANSWER] * 2 + ["rare words"])
+    for text in (ANSWER, "Zürich\n\n東京 <sync/> 🌍", " xyzzyx qqqqqqqqq"):
+        assert tokenizer.vocabulary.text(tokenizer.encode(text)) == text
+    assert (
+        len(tokenizer.vocabulary) == 700 and len({*tokenizer.vocabulary.pieces}) == 698
+    )  # three say nothing
+    assert len(tokenizer.encode(" rivers")) == 1 and len(tokenizer.encode(ANSWER)) < len(ANSWER) / 3
+    ids = random.Random(seed).choices(range(300, 700), k=50)
+    assert max(tokenizer.encode(tokenizer.vocabulary.text([2, *ids]))) < 700
+
+
+def test_real_responses_become_programs() -> None:
+    tokenizer = PieceTokenizer(600, [ANSWER])
+    (program,) = parts.real_shapes(tokenizer, [ANSWER, "No list."], 5, random.Random(0))
+    assert assemble(program) == ANSWER
+    assert [promise.topic for promise in program.promises()] == ["it flows", "it flows"]
+    layout_example(tokenizer, "Rivers?", program)
+    with pytest.raises(ValueError, match="None of 1 responses"):
+        parts.real_shapes(tokenizer, ["No list."], 5, random.Random(0))
+
+
+def test_responses_without_a_response(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"response": "a"}\n{"answer": "b"}\n')
+    with pytest.raises(ValueError, match="r.jsonl, line 2: no JSON object with a response"):
+        parts.read_responses(tmp_path / "r.jsonl")
+
+
+def test_all_that_is_compared_is_measured_in_turn() -> None:
+    called: list[str] = []
+
+    def call(name: str) -> float:
+        called.append(name)
+        return float(len(called))
+
+    samples = measure.in_turn("", {"a": lambda: call("a"), "b": lambda: call("b")}, 2)
+    assert called == ["a", "b"] * 3 and samples == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+def test_peers_are_compared_by_what_a_token_and_a_prompt_take() -> None:
+    """Ours feeds the token that it returns: one step more than theirs in a call for one token."""
+    plan = dataclasses.replace(PLAN, steps=11)
+    samples = {"pasta_jax, 1": [3.0], "pasta_jax, n": [13.0], "them, 1": [4.0], "them, n": [24.0]}
+    said = {"pasta_jax": np.arange(11)[None], "them": np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]])}
+    ours, theirs = peers._points(1, plan, samples, said)
+    assert (ours["prefill, s"], theirs["prefill, s"]) == (Spread.of([2.0]), Spread.of([4.0]))
+    assert (ours["step, ms"], theirs["step, ms"]) == (Spread.of([1000.0]), Spread.of([2000.0]))
+    assert theirs["step, ours is x as fast"] == 2 == theirs["prefill, ours is x as fast"]
+    assert theirs["same tokens"] == "10 of 11"
+
+
+def test_every_part_has_a_figure(tmp_path: pathlib.Path) -> None:
+    assert {*FIGURES} == {*benchmark.PARTS}
+    spread = dataclasses.asdict(Spread.of([1.0, 2.0, 4.0]))
+    points: dict[str, list[dict[str, Any]]] = {
+        "width": [{"lanes used": n, "step, ms": spread} for n in (1, 8)],
+        "pool": [{"pool used": n, "pool": 99, "step, ms": spread} for n in (1, 8)],
+        "batch": [{"answers": kind, "rows": n, "tokens/s": spread} for kind in "ab" for n in (1, 8)],
+        "replay": [
+            {"shape": "4", "theoretical, x": 3.0, "realized, x": 2.0, "efficiency": 2 / 3, "repeats": spread}
+        ],
+        "peers": [
+            {"batch": n, "who": who, "prefill, s": spread, "step, ms": spread} for n in (1, 8) for who in "ab"
+        ],
+        "startup": [{"cache": c, **dict.fromkeys(startup.PHASES, spread)} for c in ("empty", "full")],
+    }
+    for part, found in points.items():
+        draw(part, found, tmp_path / f"{part}.png", "of nothing")
+        assert (tmp_path / f"{part}.png").read_bytes().startswith(PNG)
