@@ -24,6 +24,7 @@ from pasta_jax.decoding.loop import Batch
 from pasta_jax.decoding.script import NOTHING, Script, no_script
 from pasta_jax.decoding.session import Answer, Session
 from pasta_jax.decoding.state import Limits, Request, RowState
+from pasta_jax.decoding.stops import check_stops
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.model.transpose import transpose
@@ -77,6 +78,7 @@ class Sampling:
       seed: the same seed gives the same text, whatever else is decoded beside it.
       open_bias: added to the logit that opens a promise: above 0 more parallel, below 0 more careful,
         -inf sequential.
+      stop: texts; the answer ends before the first of them (`decoding.stops`).
       script: what threads are made to say (`decoding.script`); only its size, rounded up, compiles anew.
     """
 
@@ -88,9 +90,11 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 0
     open_bias: float = 0.0
+    stop: tuple[str, ...] = ()
     script: Script | None = None
 
     def __post_init__(self) -> None:
+        check_stops(self.stop)
         for name, good in (
             ("max_new_tokens", self.max_new_tokens >= 1),
             ("max_branch_tokens", self.max_branch_tokens >= 1),

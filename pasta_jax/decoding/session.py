@@ -15,7 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from pasta_jax.decoding.state import Stop
+from pasta_jax.decoding.streaming import Draft, Seen, advance
 from pasta_jax.decoding.trace import Trace, prompt_alone, read_trace
+from pasta_jax.tokens.tokenizer import Vocabulary
 
 if typing.TYPE_CHECKING:
     from pasta_jax.decoding.engine import Decoder, Sampling
@@ -33,6 +35,7 @@ class Answer:
       trace: what was decoded so far, or at last; None before it has a row. Only `watched` answers, and those with
         stop strings, have one before the end.
       watched: whether `trace` follows the decode, a few steps at a time.
+      cancelled: somebody wants no more of it.
     """
 
     def __init__(self, session: Session, prompt: Sequence[int], sampling: Sampling):
@@ -41,6 +44,7 @@ class Answer:
         self.watched = False
         self.cancelled = False
         self._session = session
+        self._seen, self._draft = Seen(), Draft()
 
     @property
     def done(self) -> bool:
@@ -61,6 +65,20 @@ class Answer:
     def cancel(self) -> None:
         """Ends it, with what it has, before the next chunk; nothing if it is done."""
         self.cancelled = True
+
+    @property
+    def looked_at(self) -> bool:
+        """Whether the host has to see it while it is decoded: for a consumer, or to look for stop strings."""
+        return self.watched or bool(self.sampling.stop)
+
+    def look(self, trace: Trace, vocabulary: Vocabulary) -> bool:
+        """Takes what was decoded so far; whether a stop string has come."""
+        self.trace = trace
+        if self.sampling.stop:
+            self._seen, events = advance(self._seen, trace, vocabulary, stop=self.sampling.stop)
+            for event in events:
+                self._draft.add(event)
+        return self._draft.stopped
 
 
 class Session:
@@ -132,7 +150,7 @@ class Session:
     def _decode(self) -> None:
         if self._batch is None or not any(self._rows):
             return
-        looks = any(answer and self._is_watched(answer) for answer in self._rows)
+        looks = any(answer and answer.looked_at for answer in self._rows)
         steps = min(LOOK_EVERY, self.decoder.chunk) if looks else self.decoder.chunk
         cursor = max(c for c, answer in zip(self._cursors, self._rows, strict=True) if answer)
         self._batch = self.decoder.decode_chunk(self._batch, steps, bool(self._waiting), int(cursor))
@@ -142,13 +160,16 @@ class Session:
             return
         stops = np.asarray(self._batch.rows.stop)
         self._cursors = np.array(self._batch.rows.cursor)
+        vocabulary = self.decoder.model.tokenizer.vocabulary
+        over = {}
         for i, answer in enumerate(self._rows):
             if answer is None:
                 continue
             if stops[i] != Stop.RUNNING:
                 self._leave(i)
-            elif self._is_watched(answer):
-                answer.trace = read_trace(self.decoder.read(self._batch, i))
+            elif answer.looked_at and answer.look(read_trace(self.decoder.read(self._batch, i)), vocabulary):
+                over[i] = Stop.STOP
+        self._stop(over)
 
     def _leave(self, row: int) -> None:
         """The request in the row is done."""
@@ -156,7 +177,3 @@ class Session:
         assert answer is not None and self._batch is not None
         self._rows[row] = None
         answer.trace = read_trace(self.decoder.read(self._batch, row))
-
-    @staticmethod
-    def _is_watched(answer: Answer) -> bool:
-        return answer.watched
