@@ -22,6 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["pasta_jax"], "Give one prompt and --ckpt=WORKDIR."),
         (["pasta_jax", "--ckpt=no/such", "Rivers?"], "No checkpoint at "),
+        (["pasta_jax", "--ckpt=W", "--stream", "--annotated", "Rivers?"], "--stream prints the text as it"),
         (["pasta_jax.train"], "Which experiment?"),
         (["pasta_jax.compile"], "Which experiment?"),
         (
