@@ -20,7 +20,6 @@ import logging
 import math
 import os
 import random
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +74,7 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
     results: dict[str, Any] = {"model": {"name": wanted.model}, "plan": dataclasses.asdict(plan), "parts": {}}
     results["plan"]["seed"] = wanted.seed
     if "startup" in wanted.what:
+        LOG.info("startup: %d times two starts", plan.repeats)
         began = startup.startup(wanted.model, wanted.dtype, plan.repeats, pool=plan.pool)
     results["machine"] = {"load_average": loads, **measure.machine()}
     model = model_of(wanted.model, wanted.dtype, responses)
@@ -100,11 +100,10 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
             results["parts"][part] = {"skipped": reason}
             print(f"{part}\n{reason}\n", flush=True)
         else:
-            begun = time.monotonic()
+            LOG.info("%s", part)
             points = ways[part]()
             results["parts"][part] = {"points": [_plain(point) for point in points]}
             print(f"{part}\n{table(points)}\n", flush=True)
-            LOG.info("%s took %.0f s", part, time.monotonic() - begun)
         _write(wanted.out, part, results)
     return results
 

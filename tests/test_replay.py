@@ -28,7 +28,7 @@ from pasta_jax.tokens.layout import LayoutError
 from pasta_jax.tokens.reading import read
 
 WORDS = WordTokenizer("A the river and the cities of a world")
-LIMITS = Limits(lanes=9, threads=9, pool=320, max_depth=2)
+LIMITS = Limits(lanes=9, threads=9, pool=320, max_depth=2, adaptive=False)
 SIZE = (16, 256)
 """Of all scripts here, so that they share a program."""
 
@@ -40,7 +40,7 @@ def decoder() -> Decoder:
         mlp_dim=16,
     )  # fmt: skip
     model = Model(init_params(config, jax.random.key(0)), config, WORDS, max_depth=2)
-    return Decoder(model, limits=LIMITS, rows=2, chunk=64, prompt_buckets=(16,))
+    return Decoder(model, limits=LIMITS, rows=2, chunk=64, prompt_buckets=(16,), pool_buckets=())
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...]
         said: dict[str, np.ndarray] = {}
         calls: dict[str, Callable[[], float]] = {}
         for name, generate in list(generates.items()):
+            begun = time.monotonic()
             try:
                 said[name] = generate(prompts, plan.steps)
             except Exception as error:  # a peer that does not run here is left out, whatever its reason
@@ -67,6 +68,7 @@ def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...]
                 LOG.warning("%s left out: %s: %s", name, type(error).__name__, reason)
                 del theirs[name]
                 continue
+            LOG.info("batch %d, %s: first call took %.0f s", rows, name, time.monotonic() - begun)
             calls[f"{name}, 1"] = _seconds(generate, prompts, 1)
             calls[f"{name}, n"] = _seconds(generate, prompts, plan.steps)
         samples = in_turn(f"peers, batch {rows}", calls, plan.repeats)
