@@ -99,6 +99,11 @@ class Session:
         self._waiting.append(answer)
         return answer
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and not any(self._rows)
+
     def turn(self, wanted: Answer | None = None) -> None:
         """Prompts into free rows, a chunk of steps, and what came of it; nothing once `wanted` is done.
 

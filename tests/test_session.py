@@ -1,0 +1,162 @@
+"""Continuous batching: every request is accounted for, and its text is the one that it has alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import random
+import threading
+
+import jax
+import numpy as np
+import pytest
+from test_decode import PROMPTS, WORDS, chatty_model, ids
+
+from pasta_jax.decoding.engine import Decoder, Sampling
+from pasta_jax.decoding.results import result
+from pasta_jax.decoding.session import Answer
+from pasta_jax.decoding.state import Limits, Stop
+from pasta_jax.decoding.trace import Trace
+
+LIMITS = Limits(lanes=4, threads=8, pool=120, adaptive=False)
+
+
+@functools.cache
+def decoder(rows: int = 6) -> Decoder:
+    return Decoder(chatty_model(), limits=LIMITS, rows=rows, chunk=16, prompt_buckets=(16,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+
+def some_asks(rng: random.Random, count: int) -> list[Ask]:
+    """Requests with limits, temperatures, biases and stop strings of their own."""
+    asks = []
+    for _ in range(count):
+        sampling = Sampling(
+            max_new_tokens=rng.choice((1, 2, 7, 20, 60, 90)),
+            max_branch_tokens=rng.choice((1, 8, 30)),
+            temperature=rng.choice((0.0, 0.7, 1.0)),
+            top_k=rng.choice((0, 0, 5)),
+            top_p=rng.choice((1.0, 0.9)),
+            min_p=rng.choice((0.0, 0.05)),
+            seed=rng.randrange(1000),
+            open_bias=rng.choice((0.0, 3.5, float("-inf"))),
+            stop=rng.choice(((), (), (" the", "a"), ("e", "rivers and"))),
+        )
+        asks.append(Ask(tuple(ids(f"{rng.choice(PROMPTS)} {rng.randrange(97)}")), sampling))
+    return asks
+
+
+def read(ask: Ask, trace: Trace) -> tuple[str, str]:
+    """What the reader gets, and why it ended."""
+    answer = result(WORDS, trace, stop=ask.sampling.stop)
+    return answer.text, answer.stop_reason
+
+
+@functools.cache
+def alone(ask: Ask) -> Trace:
+    return decoder(rows=1).decode([ask.prompt], [ask.sampling])[0][0]
+
+
+def is_begun(part: Trace, whole: Trace) -> bool:
+    """Every thread of the one begins as that of the other."""
+    pairs = zip(part.threads.tokens, whole.threads.tokens)
+    return len(part.parent) <= len(whole.parent) and all(a == b[: len(a)] for a, b in pairs)
+
+
+def test_a_thousand_requests(seed: int) -> None:
+    """Mixed limits, stop strings and cancellations, in any order: each has the text it has alone."""
+    rng = random.Random(seed)
+    kinds = some_asks(rng, 40)
+    session = decoder().session
+    waiting = [rng.choice(kinds) for _ in range(1000)]
+    running: list[tuple[Ask, Answer]] = []
+    ended: dict[str, int] = {}
+    held: list[tuple[int, int]] = []
+    while waiting or running:
+        for _ in range(min(len(waiting), rng.randrange(12))):
+            ask = waiting.pop()
+            running.append((ask, decoder().submit(ask.prompt, ask.sampling)))
+        if running and rng.random() < 0.5:
+            rng.choice(running)[1].cancel()
+        session.turn()
+        for ask, answer in [pair for pair in running if pair[1].done]:
+            trace = answer.wait()
+            if trace.stop == Stop.CANCELLED:
+                reason = "cancelled"
+                assert answer.cancelled and is_begun(trace, alone(ask))
+            else:
+                found, reason = read(ask, trace)
+                assert (found, reason) == read(ask, alone(ask))
+            ended[reason] = ended.get(reason, 0) + 1
+        running = [pair for pair in running if not pair[1].done]
+        if len(waiting) < 800 - 600 * len(held):
+            gc.collect()
+            held.append((len(gc.get_objects()), sum(x.nbytes for x in jax.live_arrays())))
+    assert sum(ended.values()) == 1000, "every request is accounted for"
+    assert {"eos", "length", "stop", "cancelled"} <= ended.keys(), ended
+    assert session.idle
+    (objects, arrays), (objects_later, arrays_later) = held
+    assert arrays_later == arrays
+    assert objects_later < 1.02 * objects, f"{objects} objects after 200 requests, {objects_later} after 800"
+
+
+def test_a_stop_string_frees_the_row_before_the_answer_would_end() -> None:
+    wishes = Sampling(max_new_tokens=90, temperature=1.0, open_bias=-np.inf)
+    asks = (Ask(tuple(ids("rivers 3")), dataclasses.replace(wishes, seed=seed)) for seed in range(1000))
+    ask, whole = next((ask, alone(ask)) for ask in asks if alone(ask).steps > 60)
+    said = result(WORDS, whole).text
+    stop = said[4:6]
+    (trace,), _ = decoder().decode([ask.prompt], [dataclasses.replace(ask.sampling, stop=(stop,))])
+    assert trace.steps < 40
+    cut = result(WORDS, trace, stop=(stop,))
+    assert (cut.text, cut.stop_reason) == (said[: said.index(stop)], "stop")
+
+
+def test_what_is_broken_off_is_decoded_anew(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt, say, while a chunk is decoded: nothing is lost but time."""
+    asks = some_asks(random.Random(seed), 9)
+    answers = [decoder().submit(ask.prompt, ask.sampling) for ask in asks]
+    decode_chunk, calls = Decoder.decode_chunk, []
+
+    def breaks_once(self: Decoder, *args: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode_chunk(self, *args)
+
+    monkeypatch.setattr(Decoder, "decode_chunk", breaks_once)
+    with pytest.raises(KeyboardInterrupt):
+        answers[-1].wait()
+    for ask, answer in zip(asks, answers, strict=True):
+        assert read(ask, answer.wait()) == read(ask, alone(ask))
+    assert len(calls) > 2
+
+
+def test_several_threads_may_wait(seed: int) -> None:
+    asks = some_asks(random.Random(seed), 12)
+    found: dict[int, Trace] = {}
+
+    def work(mine: range) -> None:
+        answers = {i: decoder().submit(asks[i].prompt, asks[i].sampling) for i in mine}
+        found.update({i: answer.wait() for i, answer in answers.items()})
+
+    threads = [threading.Thread(target=work, args=(range(k, 12, 3),)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, ask in enumerate(asks):
+        assert read(ask, found[i]) == read(ask, alone(ask))
+
+
+def test_a_failed_call_leaves_no_request_behind() -> None:
+    good, bad = ids("rivers"), [5] * 500
+    with pytest.raises(ValueError, match="pool holds 120"):
+        decoder().decode([good, bad], [Sampling()] * 2)
+    assert decoder().session.idle
