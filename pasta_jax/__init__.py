@@ -24,6 +24,9 @@ _HOMES = {
     "load": "pasta_jax.loading",
     "decode": "pasta_jax.decoding.api",
     "DecodeResult": "pasta_jax.decoding.results",
+    "Event": "pasta_jax.decoding.streaming",
+    "Draft": "pasta_jax.decoding.streaming",
+    "settled_text": "pasta_jax.decoding.streaming",
     "Decoder": "pasta_jax.decoding.engine",
     "Model": "pasta_jax.decoding.engine",
     "Sampling": "pasta_jax.decoding.engine",
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
     from pasta_jax.decoding.engine import Sampling as Sampling
     from pasta_jax.decoding.results import DecodeResult as DecodeResult
     from pasta_jax.decoding.state import Limits as Limits
+    from pasta_jax.decoding.streaming import Draft as Draft
+    from pasta_jax.decoding.streaming import Event as Event
+    from pasta_jax.decoding.streaming import settled_text as settled_text
     from pasta_jax.lang.assemble import assemble as assemble
     from pasta_jax.lang.parse import ParseError as ParseError
     from pasta_jax.lang.parse import parse as parse

@@ -1,6 +1,6 @@
 """Answers a prompt: `python -m pasta_jax --ckpt=W "List the capitals of France and Peru."`.
 
-Prints the answer; on stderr what it cost and, with --timeline, its threads over time.
+Prints the answer, with --stream as it comes; on stderr what it cost and, with --timeline, its threads over time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if len(argv) != 2 or not values.ckpt:
         refuse(f"Give one prompt and --ckpt=WORKDIR. {__doc__.splitlines()[0]}")
+    if values.stream and values.annotated:
+        refuse("--stream prints the text as it settles, --annotated the whole with its tags. Choose one.")
     show_log()
     from pasta_jax import decode, load
+    from pasta_jax.reports.live import printer
     from pasta_jax.reports.timeline import timeline
     from pasta_jax.training.checkpoints import CheckpointError
 
@@ -40,11 +43,14 @@ def main(argv: Sequence[str]) -> None:
             seed=values.seed,
             open_bias=values.open_bias,
             grammar=values.grammar,
+            stop=values.stop,
             cache_len=values.cache_len,
+            stream=printer(sys.stdout, live=sys.stdout.isatty()) if values.stream else False,
         )
     except (CheckpointError, ValueError) as error:
         refuse(str(error))
-    print(result.annotated if values.annotated else result.text)
+    if not values.stream:
+        print(result.annotated if values.annotated else result.text)
     stats = result.stats
     said = [
         f"{stats.decode_steps} steps for {stats.sequential_steps} tokens of text",
@@ -79,8 +85,12 @@ def command() -> None:
     )
     flags.DEFINE_integer("seed", 0, "Of the drawing.")
     flags.DEFINE_float("open_bias", 0.0, "Added to the logit that opens a promise; above 0 more parallel.")
+    flags.DEFINE_multi_string("stop", [], "End the answer before this text. May be given several times.")
     flags.DEFINE_bool("grammar", True, "Keep tags well formed; without it malformed pieces become text.")
     flags.DEFINE_integer("cache_len", None, "Tokens of prompt and answer together; by default both fit.")
+    flags.DEFINE_bool(
+        "stream", False, "Print the text as it comes; in a terminal, with what comes later behind it."
+    )
     flags.DEFINE_bool("annotated", False, "Print the answer with its tags.")
     flags.DEFINE_bool("timeline", False, "Draw the threads over time.")
     app.run(main)

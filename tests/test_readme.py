@@ -96,6 +96,8 @@ def _demo_model(workspace: Path) -> None:
 
 
 def test_every_snippet(workspace):
+    """In one session: what the first ones define, the later ones use."""
     _demo_model(workspace)
-    for snippet in blocks("python"):
-        assert run(workspace, [sys.executable, "-c", snippet])
+    snippets = [f"{snippet}\nprint('ran', {i})" for i, snippet in enumerate(blocks("python"))]
+    said = run(workspace, [sys.executable, "-c", "\n".join(snippets)])
+    assert all(f"ran {i}\n" in said for i in range(len(snippets)))

@@ -7,6 +7,7 @@ import functools
 import gc
 import random
 import threading
+from typing import Any
 
 import jax
 import numpy as np
@@ -124,7 +125,7 @@ def test_what_is_broken_off_is_decoded_anew(seed: int, monkeypatch: pytest.Monke
     answers = [decoder().submit(ask.prompt, ask.sampling) for ask in asks]
     decode_chunk, calls = Decoder.decode_chunk, []
 
-    def breaks_once(self: Decoder, *args: object) -> object:
+    def breaks_once(self: Decoder, *args: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt

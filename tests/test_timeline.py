@@ -1,12 +1,19 @@
 """Threads drawn over time, from made-up decodes whose drawing is known."""
 
+import io
+import os
+import re
+
 import numpy as np
+import pytest
 
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.decoding.results import Branch, DecodeResult, Stats
 from pasta_jax.decoding.state import Stop
+from pasta_jax.decoding.streaming import Event
 from pasta_jax.decoding.trace import UNFED, Trace
 from pasta_jax.lang.program import Program
+from pasta_jax.reports import live
 from pasta_jax.reports.timeline import timeline
 
 
@@ -71,3 +78,30 @@ def test_several_steps_a_column() -> None:
 def test_an_answer_that_was_never_begun() -> None:
     result = decoded(0, [[UNFED]], [])
     assert timeline(result).splitlines()[1] == "main               ·"
+
+
+def test_an_answer_in_a_terminal_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is settled is written once; what is not stands behind it, on one line, and is erased."""
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((30, 9)))
+    events = [
+        Event("text", text="Two rivers: "),
+        Event("promise", branch=1, parent=0, topic="Nile"),
+        Event("text", text=" Both\nare very long."),
+        Event("text", branch=1, text="東 the Nile"),
+        Event("closed", branch=1),
+        Event("closed"),
+        Event("done"),
+    ]
+    text = "Two rivers: 東 the Nile Both\nare very long.\n"
+    plain, screen = io.StringIO(), io.StringIO()
+    for out, is_live in ((plain, False), (screen, True)):
+        write = live.printer(out, live=is_live)
+        for event in events:
+            write(event)
+    assert plain.getvalue() == text
+    faint = re.escape(live.SAVE + live.FAINT) + "(.*?)" + re.escape(live.PLAIN + live.RESTORE)
+    assert re.sub(faint, "", screen.getvalue()).replace(live.ERASE, "") == text
+    assert re.findall(faint, screen.getvalue()) == ["[Nile …]", "[Nile …] Both are", "[Nile "]
+    assert re.fullmatch(
+        f"({re.escape(live.ERASE)}|[^\x1b]|{faint}(?={re.escape(live.ERASE)}))*", screen.getvalue()
+    )

@@ -22,6 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["pasta_jax"], "Give one prompt and --ckpt=WORKDIR."),
         (["pasta_jax", "--ckpt=no/such", "Rivers?"], "No checkpoint at "),
+        (["pasta_jax", "--ckpt=W", "--stream", "--annotated", "Rivers?"], "--stream prints the text as it"),
         (["pasta_jax.train"], "Which experiment?"),
         (["pasta_jax.compile"], "Which experiment?"),
         (
@@ -87,7 +88,7 @@ def test_options_reach_load_of_both_models() -> None:
 
 def test_options_reach_decode() -> None:
     """In a process of its own, since flags are global."""
-    given = {
+    given: dict[str, object] = {
         "mode": "sequential",
         "max_new_tokens": 7,
         "max_branches": 3,
@@ -103,11 +104,13 @@ def test_options_reach_decode() -> None:
     }
     flags = [f"--{name}={str(value).lower()}" for name, value in given.items()]
     flags += [f"--{name}={value}" for name, value in LOADED.items()]
+    flags += ["--stream", "--stop=###", "--stop=The end"]
+    given["stop"] = ["###", "The end"]
     code = f"""if True:
         import sys, pasta_jax
         from pasta_jax import __main__ as verb
         def decode(model, prompt, **options):
-            assert (model, prompt) == ("W", "Rivers?")
+            assert (model, prompt) == ("W", "Rivers?") and callable(options.pop("stream"))
             assert options == {given}, options
             raise ValueError("decoded")
         def load(path, **options):

@@ -7,13 +7,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypedDict, Unpack, overload
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.results import DecodeResult, result
-from pasta_jax.decoding.state import Limits
+from pasta_jax.decoding.state import Limits, Stop
+from pasta_jax.decoding.streaming import Event, Seen, advance
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 MODES = ("parallel", "sequential", "both")
@@ -40,15 +43,41 @@ class Options(TypedDict, total=False):
     min_p: float | None
     seed: int
     open_bias: float
+    stop: str | Sequence[str]
     grammar: bool
     cache_len: int | None
+    stream_tokens: bool
 
 
-@overload
-def decode(model: Model, prompt: str | Conversation, **options: Unpack[Options]) -> DecodeResult: ...
+Events: TypeAlias = Generator[Event, None, None]
+"""What a stream is: an iterator that decodes as it is asked for more; `close` ends the decode."""
+
+Callback: TypeAlias = Callable[[Event], object]
+
+
 @overload
 def decode(
-    model: Model, prompt: list[str] | Sequence[Conversation], **options: Unpack[Options]
+    model: Model,
+    prompt: str | Conversation | list[str] | Sequence[Conversation],
+    *,
+    stream: Literal[True],
+    **options: Unpack[Options],
+) -> Events: ...
+@overload
+def decode(
+    model: Model,
+    prompt: str | Conversation,
+    *,
+    stream: Callback | Literal[False] = False,
+    **options: Unpack[Options],
+) -> DecodeResult: ...
+@overload
+def decode(
+    model: Model,
+    prompt: list[str] | Sequence[Conversation],
+    *,
+    stream: Callback | Literal[False] = False,
+    **options: Unpack[Options],
 ) -> list[DecodeResult]: ...
 def decode(
     model: Model,
@@ -65,9 +94,12 @@ def decode(
     min_p: float | None = 0.0,
     seed: int = 0,
     open_bias: float = 0.0,
+    stop: str | Sequence[str] = (),
     grammar: bool = True,
     cache_len: int | None = None,
-) -> DecodeResult | list[DecodeResult]:
+    stream: bool | Callback = False,
+    stream_tokens: bool = False,
+) -> DecodeResult | list[DecodeResult] | Events:
     """Answer one prompt or conversation, or a list of them at once.
 
     Args:
@@ -86,14 +118,21 @@ def decode(
         first; of these the fewest that have the share top_p; of these what is at least min_p times as likely as
         the likeliest. 0, 1 and 0 are off, and so is None.
       open_bias: added to the logit that opens a promise; above 0 more parallel.
+      stop: texts; the answer ends before the first of them in the reader's text, whichever thread wrote it.
       grammar: keep tags well formed; without it malformed pieces become text and are listed in `issues`.
       cache_len: P, tokens of prompt and answer together; the default holds both.
+      stream: True gives an iterator of `Event`s, which decodes as it is asked for more; closing it, or letting go
+        of it, ends the decode. A function is called with each event, and `decode` returns as without. Events carry
+        the index of the prompt in `request`; a `Draft` makes text of them, `settled_text` text to print.
+      stream_tokens: events of single tokens too.
 
     Raises:
       ValueError: an empty prompt, one that does not fit, a conversation out of turn, or an option out of range.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown. Use one of {', '.join(MODES)}.")
+    if stream and mode == "both":
+        raise ValueError('mode="both" decodes each prompt several times. To stream, decode it in one mode.')
     if isinstance(prompt, Mapping) or not isinstance(prompt, str | Sequence):
         raise ValueError(
             f"The prompt is a {type(prompt).__name__}. Give a text, a conversation "
@@ -103,7 +142,7 @@ def decode(
     if alone := isinstance(prompt, str) or any(isinstance(each, Mapping) for each in prompts):
         prompts = [prompt]
     if not prompts:
-        return []
+        return (event for event in list[Event]()) if stream is True else []
     ids = [_encode(model.tokenizer, each) for each in prompts]
     if cache_len is None:
         cache_len = _round_up(max(map(len, ids)) + max_new_tokens, 128)
@@ -117,12 +156,21 @@ def decode(
         min_p=min_p or 0.0,
         seed=seed,
         open_bias=open_bias,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
     )
     rows = min(MAX_ROWS, 1 << (len(prompts) - 1).bit_length())
     if (limits, rows) not in model.decoders:
         model.decoders[limits, rows] = Decoder(model, limits=limits, rows=rows)
     decoder = model.decoders[limits, rows]
     plain = dataclasses.replace(wishes, open_bias=float("-inf"))
+    if stream:
+        for each in ids:
+            decoder.check(each)
+        events = _stream(decoder, ids, plain if mode == "sequential" else wishes, stream_tokens)
+        if not callable(stream):
+            return events
+        answers = _tell(events, stream)
+        return answers[0] if alone else answers
     results = _decode(decoder, ids, plain if mode == "sequential" else wishes, repeat=mode == "both")
     if mode == "both":
         sequential = _decode(decoder, ids, plain, repeat=True)
@@ -140,7 +188,49 @@ def _decode(decoder: Decoder, ids: list[list[int]], wishes: Sampling, *, repeat:
     for _ in range(1 + repeat):
         traces, timing = decoder.decode(ids, [wishes] * len(ids))
         compile_s += timing.compile_s
-    return [result(decoder.model.tokenizer, trace, timing.wall_s, compile_s) for trace in traces]
+    tokenizer = decoder.model.tokenizer
+    return [result(tokenizer, trace, timing.wall_s, compile_s, wishes.stop) for trace in traces]
+
+
+def _stream(decoder: Decoder, ids: list[list[int]], wishes: Sampling, raw: bool) -> Events:
+    """Decodes whenever there is nothing to tell. Whatever ends it early cancels what is not done."""
+    tokenizer, programs = decoder.model.tokenizer, decoder.programs
+    begun, compiled_before = time.perf_counter(), programs.compile_s
+    answers = [decoder.submit(each, wishes) for each in ids]
+    seen = dict.fromkeys(range(len(ids)), Seen())  # of those whose end was not told yet
+    try:
+        for answer in answers:
+            answer.watched = True
+        while seen:
+            for i in [*seen]:
+                if (trace := answers[i].trace) is None:
+                    continue
+                seen[i], events = advance(
+                    seen[i], trace, tokenizer.vocabulary, request=i, stop=wishes.stop, raw=raw
+                )
+                yield from events
+                if trace.stop != Stop.RUNNING:
+                    compile_s = programs.compile_s - compiled_before
+                    wall_s = time.perf_counter() - begun - compile_s
+                    done = result(tokenizer, trace, wall_s, compile_s, wishes.stop)
+                    yield Event("done", i, result=done, stop=wishes.stop)
+                    del seen[i]
+            if seen:
+                answers[min(seen)].step()
+    finally:
+        for answer in answers:
+            answer.cancel()
+
+
+def _tell(events: Events, callback: Callback) -> list[DecodeResult]:
+    """Calls back with each event; the results in the order of the prompts."""
+    results: dict[int, DecodeResult] = {}
+    with contextlib.closing(events):
+        for event in events:
+            callback(event)
+            if event.result is not None:
+                results[event.request] = event.result
+    return [results[i] for i in sorted(results)]
 
 
 def _with_speedup(parallel: DecodeResult, sequential: DecodeResult) -> DecodeResult:

@@ -63,8 +63,9 @@ class Answer:
         self._session.turn(self)
 
     def cancel(self) -> None:
-        """Ends it, with what it has, before the next chunk; nothing if it is done."""
+        """Ends it, with what it has, as soon as no chunk is being decoded; nothing if it is done."""
         self.cancelled = True
+        self._session.tidy()
 
     @property
     def looked_at(self) -> bool:
@@ -118,10 +119,25 @@ class Session:
                 self._admit()
                 self._decode()
                 self._read()
+                self._let_go()
             except BaseException:
                 self._waiting.extendleft(answer for answer in reversed(self._rows) if answer)
                 self._rows, self._batch = [None] * len(self._rows), None
                 raise
+
+    def tidy(self) -> None:
+        """Ends what was cancelled, unless somebody is working, who will."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._end_cancelled()
+                self._let_go()
+            finally:
+                self._lock.release()
+
+    def _let_go(self) -> None:
+        """With nothing to do there is no pool."""
+        if self.idle:
+            self._batch = None
 
     def _end_cancelled(self) -> None:
         for answer in [each for each in self._waiting if each.cancelled]:

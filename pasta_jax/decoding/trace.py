@@ -129,11 +129,10 @@ def _targets(e: Any, t: Any, n: int, last: list[int], prompt_length: int) -> np.
     token = np.concatenate([e.token[:n], t.token[last]])
     thread = np.concatenate([e.thread[:n], np.array(last, np.int32)])
     target = np.full(len(token), NO_TARGET, np.int32)
-    place = {0: prompt_length - 1}
-    for i in range(prompt_length, len(token)):
-        if int(thread[i]) in place:
-            target[place[int(thread[i])]] = token[i]
-        place[int(thread[i])] = i
+    by_thread = np.argsort(thread[prompt_length - 1 :], kind="stable") + prompt_length - 1
+    here, then = by_thread[:-1], by_thread[1:]
+    same = thread[here] == thread[then]
+    target[here[same]] = token[then[same]]
     return target
 
 
