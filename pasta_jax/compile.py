@@ -2,7 +2,8 @@
 
     python -m pasta_jax.compile --config=configs/tiny.py --topology=v5e:2x4 [--quantize=int8]
 
-Needs libtpu (Linux), no TPU. Prints for each program the memory of one chip, as the compiler counts it.
+Needs libtpu (Linux), no TPU. Prints for each program the memory of one chip, as the compiler counts it, and what a
+decode step moves to and from its main memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from absl import app, flags
 
+from pasta_jax import hlo
 from pasta_jax.config import Config, ConfigError, load_config, split_overrides
 from pasta_jax.verbs import refuse
 
@@ -149,6 +151,12 @@ def host_calls(compiled: Any) -> list[str]:
     return [sign for sign in HOST_CALLS if sign in text]
 
 
+def bytes_of_a_step(compiled: Any) -> int:
+    """What a step of a compiled loop moves to and from a chip's main memory."""
+    program = hlo.read(compiled)
+    return hlo.moved(program, program.loop)
+
+
 def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
     """The verb. Mistakes end in one line and status 2."""
     values = flags.FLAGS
@@ -181,7 +189,8 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
             print(f"{name:10} does not fit: {_reason(error)}")
             continue
         calls = ", ".join(host_calls(compiled)) or "none"
-        print(f"{name:10} {describe_memory(compiled)}; host calls: {calls}", flush=True)
+        moved = f"; {bytes_of_a_step(compiled) / 2**20:.1f} MiB moved a step" * (name == "decode")
+        print(f"{name:10} {describe_memory(compiled)}; host calls: {calls}{moved}", flush=True)
     if not fits:
         refuse(
             "Try more chips, or another mesh (--config.mesh.tensor=2); to train, --config.remat=true, more "

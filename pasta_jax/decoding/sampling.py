@@ -95,7 +95,7 @@ def _greatest(enough: Callable[[Array], Array], shape: tuple[int, ...]) -> Array
     """The greatest float32 in [0, 1] that is `enough`, where all below it are too; 0 must be.
 
     By its bits, from the highest: as integers they are in the order of the numbers. It takes 30 looks at the
-    weights; sorting them takes the time of a thousand on CPU.
+    weights; on CPU sorting them takes the time of hundreds.
 
     Args:
       enough: float32 [B, 1] -> bool [B].

@@ -1,0 +1,274 @@
+"""What a compiled program does to memory, read from its text (optimised HLO, `compiled.as_text()`).
+
+For checks: does a loop keep its arrays in place, what does it copy, how many bytes does a step move? The text is
+the compiler's own account of the program that will run; nothing has to be run, and no device has to be there.
+
+    %name = f32[8,128]{1,0:T(8,128)S(1)} fusion(%a, %b), kind=kLoop, calls=%fused_computation
+
+S(1) says that the array lies in a memory of the chip itself (VMEM); without it, it lies in main memory (HBM).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
+"""Of a number, where the name's digits do not say it."""
+
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "opt-barrier"}
+"""What moves nothing: names for what is there, or what is made where it is used."""
+
+CALLS = {"while", "conditional", "call"}
+"""What runs other computations as they stand."""
+
+SLICES = {"dynamic-slice", "slice", "gather"}
+"""What reads of its first operand no more than it gives."""
+
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""What changes its first operand in place, by the operand with this number."""
+
+STARTS = {"slice-start", "dynamic-slice-start", "async-start", "all-gather-start", "collective-permute-start"}
+"""What names its operands, and then what it makes, in one tuple. (`copy-start` has what it makes first.)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array: `dims`, bytes, and whether it lies in main memory."""
+
+    dims: tuple[int, ...]
+    bytes: int
+    main: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of a program.
+
+    Attributes:
+      name, op: as in `%name = ... op(...)`.
+      shapes: of its result; of every array of a tuple.
+      operands: names of other instructions of the same computation.
+      calls: names of computations: of a fusion, a loop (condition, body), the branches of a conditional.
+      root: whether it is the result of its computation.
+      number: of a parameter.
+    """
+
+    name: str
+    op: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    calls: tuple[str, ...]
+    root: bool
+    number: int
+
+
+Computation: TypeAlias = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A parsed program.
+
+    Attributes:
+      computations: by name.
+      entry: name of the first.
+      aliases: numbers of the entry's parameters whose memory the results take over.
+    """
+
+    computations: Mapping[str, Computation]
+    entry: str
+    aliases: frozenset[int]
+
+    @property
+    def reached(self) -> dict[str, Computation]:
+        """The computations that run as they stand: the entry, bodies of loops, branches; no fusion's inside."""
+        names, found = [self.entry], {}
+        while names:
+            name = names.pop()
+            found[name] = self.computations[name]
+            names += [called for i in found[name].values() if i.op in CALLS for called in i.calls]
+        return found
+
+    @property
+    def loop(self) -> str:
+        """Name of the body of the loop that carries most."""
+        loops = [i for body in self.reached.values() for i in body.values() if i.op == "while"]
+        return max(loops, key=lambda i: len(i.shapes)).calls[1]
+
+
+def read(compiled: Any) -> Program:
+    """The program of a compiled function, as of `jax.jit(f).lower(...).compile()`."""
+    return parse(compiled.as_text())
+
+
+def parse(text: str) -> Program:
+    """The program in a compiled function's text."""
+    computations: dict[str, Computation] = {}
+    entry, body = "", {}
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            body = computations[head[2]] = {}
+            entry = head[2] if head[1] else entry
+        elif found := re.match(r"\s+(ROOT )?%([\w.\-]+) = ", line):
+            instruction = _instruction(found[2], line[found.end() :], bool(found[1]))
+            body[instruction.name] = instruction
+    header = text[: text.index("\n")]
+    aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", header)
+    aliases = re.findall(r": \((\d+), \{\}", aliased[1]) if aliased else []
+    return Program(computations, entry, frozenset(map(int, aliases)))
+
+
+def _instruction(name: str, rest: str, root: bool) -> Instruction:
+    """From what stands after the `=`."""
+    end = _closed(rest, 0) if rest.startswith("(") else rest.index(" ")
+    opened = rest.index("(", end)
+    closed = _closed(rest, opened)
+    operands, attributes = rest[opened:closed], rest[closed:]
+    op = rest[end:opened].strip()
+    called = re.findall(r"(?:calls|condition|body|to_apply)=%?([\w.\-]+)", attributes)
+    branches = re.search(r"branch_computations=\{(.*?)\}", attributes)
+    called += re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
+    number = int(operands[1:-1]) if op == "parameter" else -1
+    names = tuple(re.findall(r"%([\w.\-]+)", operands))
+    return Instruction(name, op, tuple(_shapes(rest[:end])), names, tuple(called), root, number)
+
+
+def _closed(text: str, start: int) -> int:
+    """Just behind the bracket that closes the one at `start`."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place + 1
+    raise ValueError(f"An open bracket in {text[:80]!r}: this is no optimised HLO.")
+
+
+def _shapes(text: str) -> Iterator[Shape]:
+    for kind, sizes, layout in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?", text):
+        dims = tuple(int(size) for size in sizes.split(",") if size)
+        digits = re.search(r"\d+", kind)
+        bits = BITS.get(kind) or (int(digits[0]) if digits else 0)
+        yield Shape(dims, math.prod(dims) * bits // 8, not re.search(r"S\([1-9]\)", layout))
+
+
+# ------------------------------------------------------------------------------------------------- copies
+
+
+def written(program: Program, least: int, most: int) -> list[str]:
+    """What makes an array of `least` to `most` numbers anew in main memory, instead of changing one in place.
+
+    Copies, transposes, conversions, selections, gathers: whatever writes all of it. So does a copy within the
+    chip, if it is there to change the order in which an array lies; fetching ahead and writing back are not.
+    """
+    found = []
+    for name, computation in program.reached.items():
+        for i in computation.values():
+            if i.op in FREE | CALLS or i.op.endswith("-done"):
+                continue
+            if i.op == "copy-start" and not all(shape.main for shape in i.shapes[:2]):
+                continue
+            changed = _updates(program, i)
+            for place, shape in enumerate(_results(program, name, i)):
+                new = place not in changed and (shape.main or i.op == "copy")
+                if new and least <= math.prod(shape.dims) <= most:
+                    found.append(f"{name}: {i.name} = {i.op} {list(shape.dims)}")
+    return found
+
+
+def _results(program: Program, computation: str, i: Instruction) -> tuple[Shape, ...]:
+    """The arrays that an instruction writes: what starts a move also names what it reads."""
+    if i.op == "copy-start":
+        return i.shapes[:1]
+    if i.op in STARTS:
+        body = program.computations[computation]
+        read = sum(len(body[operand].shapes) for operand in i.operands)
+        return i.shapes[read : read + 1]
+    return i.shapes
+
+
+def _updates(program: Program, i: Instruction) -> dict[int, int]:
+    """Which arrays of the result are an operand changed in place; for a fusion, with the bytes of the change."""
+    if i.op in UPDATES:
+        return {0: 0}
+    if i.op != "fusion":
+        return {}
+    body = program.computations[i.calls[0]]
+    root = next(inner for inner in body.values() if inner.root)
+    changed = {}
+    for place, member in enumerate([body[name] for name in root.operands] if root.op == "tuple" else [root]):
+        while member.op == "bitcast":
+            member = body[member.operands[0]]
+        if member.op in UPDATES:
+            update = body[member.operands[UPDATES[member.op]]]
+            changed[place] = sum(shape.bytes for shape in update.shapes)
+        elif member.op == "fusion" and 0 in _updates(program, member):
+            changed[place] = _updates(program, member)[0]
+    return changed
+
+
+# -------------------------------------------------------------------------------------------------- bytes
+
+
+def moved(program: Program, name: str) -> int:
+    """Bytes that one run of a computation reads from main memory and writes to it.
+
+    The compiler's own count (`cost_analysis()["bytes accessed"]`) also has what moves within the chip: a matrix
+    that is fetched ahead into VMEM counts three times there. Of the branches of a conditional the dearest
+    counts, and of a loop inside, one round.
+    """
+    body = program.computations[name]
+    total = 0
+    for i in body.values():
+        if i.op in FREE or i.op.endswith("-done"):
+            continue
+        if i.op in CALLS:
+            inner = [moved(program, called) for called in i.calls]
+            total += max(inner) if i.op == "conditional" else sum(inner)
+            continue
+        operands = [body[operand] for operand in i.operands]
+        results = _results(program, name, i)
+        if i.op in UPDATES:
+            update = operands[UPDATES[i.op]].shapes[0]
+            total += update.bytes * (update.main + results[0].main)
+        elif i.op in SLICES or i.op.endswith("slice-start"):
+            total += results[0].bytes * (operands[0].shapes[0].main + results[0].main)
+        else:
+            changed = _updates(program, i)
+            for number, operand in enumerate(operands):
+                if any(shape.main for shape in operand.shapes):
+                    total += _read(program, i, number, sum(shape.bytes for shape in operand.shapes))
+            for place, shape in enumerate(results):
+                total += changed.get(place, shape.bytes) * shape.main
+    return total
+
+
+def _read(program: Program, i: Instruction, number: int, whole: int) -> int:
+    """Bytes that an instruction reads of its operand with this number, whose size is `whole`."""
+    if i.op != "fusion":
+        return whole
+    body = program.computations[i.calls[0]]
+    parameter = next(inner for inner in body.values() if inner.number == number)
+    return min(whole, _used(program, body, parameter, whole))
+
+
+def _used(program: Program, body: Computation, source: Instruction, whole: int) -> int:
+    """Bytes of an array that those instructions read that use it."""
+    if source.root:
+        return whole
+    total = 0
+    for user in body.values():
+        for number, operand in enumerate(user.operands):
+            if operand != source.name:
+                continue
+            if user.op == "bitcast":
+                total += _used(program, body, user, whole)
+            elif user.op in SLICES and number == 0:
+                total += sum(shape.bytes for shape in user.shapes)
+            elif user.op not in UPDATES or number != 0:
+                total += _read(program, user, number, whole)
+    return total

@@ -1,0 +1,191 @@
+"""What the compiled decode loop does to memory: it keeps the pool in place, and eight lanes cost what one does."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pasta_jax import compile as ahead
+from pasta_jax import hlo, sharding
+from pasta_jax.config import Config
+from pasta_jax.decoding.state import Limits
+from pasta_jax.model import ModelConfig, empty_pool
+from pasta_jax.model.presets import presets
+
+THE_POOLS_LAYOUT = pytest.mark.xfail(
+    strict=True, reason="attention wants [B, K, P, H]: a pool of [B, P, K, H] is copied on its way"
+)
+
+
+# ---------------------------------------------------------------------------------------- reading a program
+
+STEPS, WRITTEN = 5, 3
+
+
+def loop(change: Any, pool: Any, new: Any) -> Any:
+    """Writes into the pool step by step; `change` is what else happens to it."""
+
+    def step(i: Any, pool: Any) -> Any:
+        return change(jax.lax.dynamic_update_slice_in_dim(pool, new + i, WRITTEN * i, axis=0))
+
+    return jax.lax.fori_loop(0, STEPS, step, pool)
+
+
+def program_of(change: Any, *, donate: bool = True) -> hlo.Program:
+    pool, new = (jax.ShapeDtypeStruct((rows, 16), "float32") for rows in (100, WRITTEN))
+    jitted = jax.jit(functools.partial(loop, change), donate_argnums=(0,) if donate else ())
+    return hlo.read(jitted.lower(pool, new).compile())
+
+
+def test_what_is_changed_in_place_is_not_written_anew() -> None:
+    program = program_of(lambda pool: pool)
+    assert hlo.written(program, 1600, 1600) == []
+    assert program.aliases == {0}
+    assert WRITTEN * 16 * 4 <= hlo.moved(program, program.loop) < 4 * WRITTEN * 16 * 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pool: pool[::-1],
+        lambda pool: pool.reshape(16, 100).T,
+        lambda pool: pool.astype(jnp.bfloat16).astype(jnp.float32) + pool[::-1],
+        lambda pool: jax.lax.optimization_barrier(pool.reshape(16, 100).T).reshape(100, 16),
+    ],
+)
+def test_a_copy_is_found(change: Any) -> None:
+    program = program_of(change)
+    assert any(line.startswith(program.loop) for line in hlo.written(program, 1600, 1600))
+    assert hlo.moved(program, program.loop) >= 2 * 1600 * 4
+
+
+def test_a_copy_around_the_loop_is_found() -> None:
+    """What is not donated has to be copied once, before the loop changes it."""
+    program = program_of(lambda pool: pool, donate=False)
+    assert program.aliases == frozenset()
+    found = hlo.written(program, 1600, 1600)
+    assert len(found) == 1 and found[0].startswith(program.entry)
+
+
+def test_bytes_of_a_matrix_and_of_a_few_of_its_rows() -> None:
+    D, F = 256, 384
+
+    def run(x: Any, w: Any, ids: Any) -> Any:
+        return jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w) @ w.T + w.T[ids, :].sum(), x)
+
+    shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((8, D), (D, F))]
+    program = hlo.read(jax.jit(run).lower(*shapes, jax.ShapeDtypeStruct((2,), "int32")).compile())
+    matrix, hidden = 4 * D * F, 4 * 8 * F
+    assert 2 * matrix <= hlo.moved(program, program.loop) < 2 * matrix + 20 * hidden
+
+
+def test_what_lies_within_the_chip() -> None:
+    """A TPU's text, in short: an array of 4,096 bytes is fetched ahead, and read where it then lies."""
+    text = """HloModule short, input_output_alias={ {1}: (1, {}, may-alias) }, entry_computation_layout={()}
+
+%fused (p.0: bf16[1024,2], p.1: bf16[8,1024]) -> bf16[8,2] {
+  %p.1 = bf16[8,1024]{1,0:T(8,128)(2,1)} parameter(1)
+  %p.0 = bf16[1024,2]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  ROOT %dot = bf16[8,2]{1,0} convolution(%p.1, %p.0), dim_labels=bf_io->bf
+}
+
+ENTRY %main (w: bf16[1024,2], x: bf16[8,1024]) -> (bf16[8,2], bf16[8,1024]) {
+  %w = bf16[1024,2]{1,0:T(8,128)(2,1)} parameter(0)
+  %x = bf16[8,1024]{1,0:T(8,128)(2,1)} parameter(1)
+  %copy-start = (bf16[1024,2]{1,0:T(8,128)(2,1)S(1)}, bf16[1024,2]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%w)
+  %copy-done = bf16[1024,2]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
+  %y = bf16[8,2]{1,0:T(8,128)(2,1)} fusion(%copy-done, %x), kind=kOutput, calls=%fused
+  ROOT %tuple = (bf16[8,2]{1,0}, /*index=1*/bf16[8,1024]{1,0}) tuple(%y, %x)
+}
+"""
+    program = hlo.parse(text)
+    assert program.aliases == {1}
+    assert hlo.moved(program, "main") == 4096 + 8 * 1024 * 2 + 8 * 2 * 2
+    assert hlo.written(program, 2048, 2048) == []
+    within = text.replace("(2,1)S(1)}, bf16", "(2,1)}, bf16")  # from main memory to main memory
+    assert hlo.written(hlo.parse(within), 2048, 2048) == ["main: copy-start = copy-start [1024, 2]"]
+
+
+# -------------------------------------------------------------------------------------------- the decode loop
+
+
+def lower(model: ModelConfig, mesh: Any, limits: Limits, rows: int) -> tuple[Any, int]:
+    """The decode loop, lowered; and how many numbers a chip holds of a layer's keys."""
+    _, decode = ahead.lower_decode(Config(model=model), mesh, limits, rows)
+    pool = jax.eval_shape(lambda: empty_pool(model, rows, limits.pool + limits.lanes))
+    lies = sharding.pool_shardings(pool, mesh).k[0]
+    return decode, math.prod(lies.shard_shape(pool.k[0].shape))
+
+
+@functools.cache
+def on_cpu(rows: int) -> tuple[Any, int]:
+    """A model with keys much larger than scores, and than all else."""
+    model = ModelConfig(num_layers=1, model_dim=32, num_heads=2, num_kv_heads=2, head_dim=64, mlp_dim=32)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    decode, keys = lower(model, mesh, Limits(lanes=2, threads=4, pool=2000), rows)
+    return decode.compile(), keys
+
+
+@functools.cache
+def on_tpu(topology: str, lanes: int) -> tuple[Any, int]:
+    """Two layers of Gemma 7B with the whole vocabulary; one request a chip, or a group of four."""
+    devices = ahead.topology_devices(topology)
+    rows = -(-len(devices) // 4)
+    mesh = sharding.make_mesh(rows, 1, -1, devices=devices)
+    model = dataclasses.replace(presets()["gemma-7b"].config, num_layers=2)
+    decode, keys = lower(model, mesh, Limits(lanes=lanes, threads=16, pool=2048), rows)
+    return decode.compile(), keys
+
+
+TOPOLOGIES = [pytest.param(topology, marks=pytest.mark.tpu) for topology in ("v6e:1x1", "v5e:2x4")]
+
+
+@pytest.fixture(params=["one row", "three rows", *TOPOLOGIES])
+def decoding(request: pytest.FixtureRequest) -> tuple[Any, int]:
+    """The loop compiled, and how many numbers there are in a layer's keys."""
+    rows = {"one row": 1, "three rows": 3}.get(request.param)
+    if rows:
+        return on_cpu(rows)
+    tpu_or_skip()
+    return on_tpu(request.param, 8)
+
+
+def tpu_or_skip() -> None:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("libtpu is for Linux")
+    pytest.importorskip("libtpu")
+
+
+def test_the_pool_goes_in_and_comes_out_in_its_place(decoding: tuple[Any, int]) -> None:
+    compiled, keys = decoding
+    assert not ahead.host_calls(compiled)
+    program = hlo.read(compiled)
+    entry = program.computations[program.entry].values()
+    pool = [i.number for i in entry if i.op == "parameter" and math.prod(i.shapes[0].dims) == keys]
+    assert pool and set(pool) <= program.aliases
+
+
+@THE_POOLS_LAYOUT
+def test_nothing_copies_the_pool(decoding: tuple[Any, int]) -> None:
+    """Neither in a step nor around the loop: nothing that is half as large as a layer's keys is written."""
+    compiled, keys = decoding
+    program = hlo.read(compiled)
+    assert hlo.written(program, keys // 2, keys) == []
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_eight_lanes_move_the_bytes_of_one(topology: str, record_property: Any) -> None:
+    """Compiled for TPUs: what a step moves to and from main memory is the weights, for one lane or eight."""
+    tpu_or_skip()
+    bytes_of = {lanes: ahead.bytes_of_a_step(on_tpu(topology, lanes)[0]) for lanes in (1, 8)}
+    ratio = bytes_of[8] / bytes_of[1]
+    record_property("bytes_8_lanes_by_1", ratio)
+    print(topology, bytes_of, f"{ratio:.3f}")
+    assert ratio <= 1.10
