@@ -92,7 +92,7 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
         "width": lambda: parts.width(model, plan, rng()),
         "replay": lambda: parts.replayed(model, plan, rng(), responses),
         "batch": lambda: parts.batch(model, plan, rng()),
-        "pool": lambda: parts.pool(model, plan, rng()),
+        "pool": lambda: parts.pool_used(model, plan, rng()),
         "peers": lambda: peers.peers(model, plan, rng()),
     }
     for part in (part for part in PARTS if part in wanted.what):

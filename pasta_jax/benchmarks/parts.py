@@ -47,7 +47,7 @@ class Plan:
       tokens: mean length of a branch.
       answers: replayed of each shape class.
       steps: that a step's time is averaged over.
-      pool: P, where a part does not need more.
+      pool: P and the lanes' room, where a part does not need more.
       prompt: tokens of the prompt that is prefilled beside peers.
       real: responses replayed of those given.
     """
@@ -143,13 +143,14 @@ def _slope(short: Run, long: Run, steps: int) -> Callable[[], float]:
 # --------------------------------------------------------------------------------------------------------- pool
 
 
-def pool(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
+def pool_used(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
     """Time of a decode step of one thread, by how much of the pool is used before."""
     tokenizer = model.tokenizer
     words = some_words(tokenizer)
-    room = plan.pool - plan.steps - 2
+    pool = plan.pool - plan.lanes  # with their room it is one of the sizes that programs are compiled for
+    room = pool - plan.steps - 2
     used = sorted({max(16, room * eighths // 8) for eighths in (0, 1, 2, 4, 8)})
-    decoder = Decoder(model, limits=Limits(plan.lanes, plan.lanes, plan.pool, model.max_depth))
+    decoder = Decoder(model, limits=Limits(plan.lanes, plan.lanes, pool, model.max_depth))
     slopes = {}
     for length in used:
         prompt = [tokenizer.vocabulary.bos, *tokenizer.encode(text_of(rng, tokenizer, words, length - 1))]
@@ -161,7 +162,7 @@ def pool(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
     return [
         {
             "pool used": length + plan.steps // 2,
-            "pool": plan.pool,
+            "pool": pool,
             "step, ms": Spread.of(samples[str(length)]),
             "against the first": statistics.median(samples[str(length)]) / first,
         }

@@ -126,8 +126,9 @@ def _words(model: Model) -> list[int]:
 
 def _ours(model: Model, plan: Plan, rows: int) -> Generate:
     """Through the decoder as it comes, promises forbidden."""
-    pool = -(-(plan.prompt + plan.steps + 1) // 128) * 128
-    limits = Limits(min(8, plan.lanes), 16, pool)
+    lanes = min(8, plan.lanes)
+    pool = -(-(plan.prompt + plan.steps + lanes) // 128) * 128 - lanes
+    limits = Limits(lanes, 16, pool)
     decoder = Decoder(model, limits=limits, rows=rows, prompt_buckets=(plan.prompt,))
 
     def generate(prompts: np.ndarray, tokens: int) -> np.ndarray:

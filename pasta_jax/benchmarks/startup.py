@@ -27,7 +27,7 @@ def startup(name: str, dtype: str | None, repeats: int, *, pool: int) -> list[Po
     Args:
       name, dtype: of the model, as `models.model_of` takes them.
       repeats: starts with a full cache; there are as many with an empty one.
-      pool: P.
+      pool: P and the lanes' room.
     """
     cold, warm = [], []
     for _ in range(repeats):
@@ -82,7 +82,7 @@ def report(name: str, dtype: str, pool: str, begun: str) -> None:
     model: Any = model_of(name, dtype or None)
     jax.block_until_ready(model.params)
     mark()
-    decoder = Decoder(model, limits=Limits(lanes=8, threads=16, pool=int(pool)))
+    decoder = Decoder(model, limits=Limits(lanes=8, threads=16, pool=int(pool) - 8))
     prompt = model.tokenizer.encode_prompt(PROMPT)
     _, timing = decoder.decode([prompt], [Sampling(max_new_tokens=1)])
     mark()

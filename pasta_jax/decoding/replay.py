@@ -41,12 +41,12 @@ class ReplayError(RuntimeError):
 def limits_for(
     programs: Sequence[Program], tokenizer: Tokenizer, *, lanes: int = 8, prompt: str = PROMPT
 ) -> Limits:
-    """Limits of a decoder that can replay all these."""
+    """Limits of a decoder that can replay all these, its pool with the lanes' room a whole number of 128s."""
     answers = [threads_in(program, tokenizer) for program in programs]
     tokens = max(sum(map(len, answer.tokens)) for answer in answers)
     threads = max(len(answer.tokens) for answer in answers)
-    pool = -(-(len(tokenizer.encode_prompt(prompt)) + tokens) // 128) * 128
-    return Limits(lanes, max(threads, lanes), pool, max(1, *(depth_of(answer) for answer in answers)))
+    pool = -(-(len(tokenizer.encode_prompt(prompt)) + tokens + lanes) // 128) * 128
+    return Limits(lanes, max(threads, lanes), pool - lanes, max(1, *(depth_of(answer) for answer in answers)))
 
 
 @dataclasses.dataclass(frozen=True)
