@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import sys
 from typing import Any
 
 # Before jax is imported anywhere: the number of devices is read once.
@@ -18,6 +19,13 @@ def seed() -> int:
     value = int(os.environ.get("PASTA_SEED") or random.SystemRandom().randrange(2**31))
     print(f"PASTA_SEED={value}")
     return value
+
+
+@pytest.fixture(autouse=True, scope="session")
+def in_a_hurry() -> None:
+    """Decoders compile with less care: compiling is what takes time here, and no arithmetic changes."""
+    if engine := sys.modules.get("pasta_jax.decoding.engine"):
+        engine.Programs.options = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(autouse=True)

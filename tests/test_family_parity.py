@@ -46,9 +46,7 @@ def model_of(name: str) -> tuple[tiny.TinyModel, Model]:
 @functools.cache
 def decoder_of(name: str, rows: int = len(tiny.LENGTHS)) -> Decoder:
     model = model_of(name)[1]
-    decoder = Decoder(model, limits=LIMITS, rows=rows, prompt_buckets=(32,))
-    decoder.programs.options = IN_A_HURRY
-    return decoder
+    return Decoder(model, limits=LIMITS, rows=rows, prompt_buckets=(32,))
 
 
 def whole_pass(model: Model, tokens: np.ndarray) -> np.ndarray:

@@ -186,7 +186,7 @@ class Decoder:
         rows: int = 1,
         chunk: int = 64,
         prompt_buckets: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048),
-        pool_buckets: Sequence[int] = (256, 512, 1024, 2048, 4096, 8192),
+        pool_buckets: Sequence[int] = (512, 2048, 8192),
         mesh: jax.sharding.Mesh | None = None,
     ):
         self.mesh = mesh or model.mesh
@@ -357,8 +357,9 @@ class Programs:
       options: XLA's, for what is compiled from now on.
     """
 
+    options: dict[str, Any] | None = None
+
     def __init__(self) -> None:
-        self.options: dict[str, Any] | None = None
         self.compiled: dict[Any, Any] = {}
         self.compile_s = 0.0
 

@@ -53,16 +53,19 @@ class Limits:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """How many lanes a compiled step may have: powers of four up to S.
+        """How many lanes a compiled step may have: one, or a power of two from four on, up to S.
 
-        Powers of two would gain less than 5 % more, and take longer to compile (docs/PERFORMANCE.md).
+        Two would gain less than 5 % over four, and every width takes its time to compile (docs/PERFORMANCE.md).
 
         >>> Limits(lanes=6).widths, Limits(lanes=16).widths
-        ((1, 4, 6), (1, 4, 16))
+        ((1, 4, 6), (1, 4, 8, 16))
         """
         if not self.adaptive:
             return (self.lanes,)
-        return (*(4**i for i in range(self.lanes.bit_length()) if 4**i < self.lanes), self.lanes)
+        return (
+            *(w for w in (1, *(1 << i for i in range(2, self.lanes.bit_length()))) if w < self.lanes),
+            self.lanes,
+        )
 
 
 class Phase(enum.IntEnum):
