@@ -60,12 +60,16 @@ def project(x: Array, weight: Array, inner: int = 1) -> Array:
     return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*rows, *columns)
 
 
+FEW_ROWS = 64
+"""With more, the weight is as good a right operand: docs/PERFORMANCE.md."""
+
+
 def project_transposed(x: Array, weight: Array, inner: int = 1, dtype: Any = None) -> Array:
     """`project` with a weight whose outputs come first, as `weights="transposed"` keeps them.
 
-    The weight is the left operand, its rows the outputs: so XLA's CPU products of 2 to 16 rows take about as long
-    as that of one, where in the other order they take twice as long. The barrier keeps XLA from turning the
-    product round again.
+    For few rows the weight is the left operand, its rows the outputs: so XLA's CPU products of 2 to 8 rows take
+    little longer than that of one, where in the other order they take twice as long. The barrier keeps XLA from
+    turning the product round again.
 
     Args:
       x: [..., contracted].
@@ -78,9 +82,11 @@ def project_transposed(x: Array, weight: Array, inner: int = 1, dtype: Any = Non
     """
     outputs = weight.shape[: weight.ndim - inner]
     size = math.prod(weight.shape[weight.ndim - inner :])
-    y = jnp.einsum(
-        "FD,MD->FM", weight.reshape(-1, size), x.reshape(-1, size), preferred_element_type=dtype or x.dtype
-    )
+    x_MxD, weight_FxD = x.reshape(-1, size), weight.reshape(-1, size)
+    if len(x_MxD) > FEW_ROWS:
+        y = jnp.einsum("MD,FD->MF", x_MxD, weight_FxD, preferred_element_type=dtype or x.dtype)
+        return y.reshape(*x.shape[: x.ndim - inner], *outputs)
+    y = jnp.einsum("FD,MD->FM", weight_FxD, x_MxD, preferred_element_type=dtype or x.dtype)
     return jax.lax.optimization_barrier(y).T.reshape(*x.shape[: x.ndim - inner], *outputs)
 
 
