@@ -14,7 +14,7 @@ import pytest
 
 from pasta_jax.arrays import NO_DOC, NO_TARGET, ThreadedTokens
 from pasta_jax.decoding import loop
-from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.engine import Decoder, Model, Programs, Sampling
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang import tags
@@ -204,7 +204,9 @@ class TestInvariance:
             compared = [min(map(len, pair)) for e, f in zip(expected, found) for pair in _branches(e, f)]
             assert sum(compared) > 100, "hardly any branch was compared"
 
-    def test_width(self, greedy):
+    def test_width(self, greedy, monkeypatch):
+        """And compiled as for users, with all care."""
+        monkeypatch.setattr(Programs, "options", None)
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
         adaptive = dataclasses.replace(LIMITS, adaptive=True)
         assert [schedule(t) for t in decode(SEEDS, greedy=greedy, limits=adaptive)] == expected

@@ -164,7 +164,7 @@ def test_the_pool_goes_in_and_comes_out_in_its_place(decoding: tuple[Any, int]) 
     program = hlo.read(compiled)
     entry = program.computations[program.entry].values()
     pool = [i.number for i in entry if i.op == "parameter" and math.prod(i.shapes[0].dims) == keys]
-    assert pool and set(pool) <= program.aliases
+    assert set(pool) <= program.aliases and len(pool) in (2, 4)  # of one layer, or of two
 
 
 def test_nothing_copies_the_pool(decoding: tuple[Any, int]) -> None:

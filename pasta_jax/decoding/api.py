@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.results import DecodeResult, result
+from pasta_jax.decoding.session import Answer
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.streaming import Event, Seen, advance
 from pasta_jax.tokens.tokenizer import Tokenizer
@@ -94,7 +95,7 @@ def decode(
     min_p: float | None = 0.0,
     seed: int = 0,
     open_bias: float = 0.0,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     grammar: bool = True,
     cache_len: int | None = None,
     stream: bool | Callback = False,
@@ -156,7 +157,7 @@ def decode(
         min_p=min_p or 0.0,
         seed=seed,
         open_bias=open_bias,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
     )
     rows = min(MAX_ROWS, 1 << (len(prompts) - 1).bit_length())
     if (limits, rows) not in model.decoders:
@@ -196,11 +197,11 @@ def _stream(decoder: Decoder, ids: list[list[int]], wishes: Sampling, raw: bool)
     """Decodes whenever there is nothing to tell. Whatever ends it early cancels what is not done."""
     tokenizer, programs = decoder.model.tokenizer, decoder.programs
     begun, compiled_before = time.perf_counter(), programs.compile_s
-    answers = [decoder.submit(each, wishes) for each in ids]
+    answers: list[Answer] = []
     seen = dict.fromkeys(range(len(ids)), Seen())  # of those whose end was not told yet
     try:
-        for answer in answers:
-            answer.watched = True
+        for each in ids:
+            answers.append(decoder.submit(each, wishes))
         while seen:
             for i in [*seen]:
                 if (trace := answers[i].trace) is None:
@@ -215,8 +216,13 @@ def _stream(decoder: Decoder, ids: list[list[int]], wishes: Sampling, raw: bool)
                     done = result(tokenizer, trace, wall_s, compile_s, wishes.stop)
                     yield Event("done", i, result=done, stop=wishes.stop)
                     del seen[i]
-            if seen:
-                answers[min(seen)].step()
+            if not seen:
+                break
+            for answer in answers:
+                answer.watched = True  # by nobody while the consumer is away
+            answers[min(seen)].step()
+            for answer in answers:
+                answer.watched = False
     finally:
         for answer in answers:
             answer.cancel()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -94,12 +95,12 @@ class Sampling:
     script: Script | None = None
 
     def __post_init__(self) -> None:
-        check_stops(self.stop)
+        object.__setattr__(self, "stop", check_stops(self.stop))
         for name, good in (
-            ("max_new_tokens", self.max_new_tokens >= 1),
-            ("max_branch_tokens", self.max_branch_tokens >= 1),
+            ("max_new_tokens", 1 <= self.max_new_tokens < 2**31),
+            ("max_branch_tokens", 1 <= self.max_branch_tokens < 2**31),
             ("temperature", self.temperature >= 0),
-            ("top_k", self.top_k >= 0),
+            ("top_k", 0 <= self.top_k < 2**31),
             ("top_p", 0 < self.top_p <= 1),
             ("min_p", 0 <= self.min_p <= 1),
         ):
@@ -173,7 +174,8 @@ class Decoder:
       chunk: decode steps between two looks of the host, at most; it looks when a row is free for a prompt that
         waits.
       prompt_buckets: lengths that prompts are padded to; one compiled prefill each.
-      pool_buckets: how much of the pool steps read, as it fills; one compiled loop each.
+      pool_buckets: how much of the pool steps read while it fills, as far as that is a third of it or less; one
+        compiled loop each.
       mesh: where the model's parameters lie, if they do not say so themselves; rows go over data and fsdp, heads
         over tensor.
     """
@@ -193,7 +195,9 @@ class Decoder:
         self.model, self.limits, self.chunk = model, limits, chunk
         self.rows = rows if self.mesh is None else sharding.round_up_rows(rows, self.mesh)
         self.prompt_buckets = _up_to(limits.pool, prompt_buckets)
-        self.pool_buckets = _up_to(limits.pool + limits.lanes, pool_buckets)
+        entries = limits.pool + limits.lanes
+        # On a CPU the part that is read is copied first: it has to be a small one.
+        self.pool_buckets = _up_to(entries, [bucket for bucket in pool_buckets if 3 * bucket <= entries])
         self.rules: Rules = rules_for(
             model.tokenizer.vocabulary, limits, model.positions, model.config.vocab_size
         )
@@ -218,7 +222,7 @@ class Decoder:
         self.programs = Programs()
         self._script_size = NOTHING
         self._scripted: dict[tuple[int, int], Decoder] = {}
-        self._session: Session | None = None
+        self.session = Session(self)
 
     def fits(self, model: Model) -> bool:
         """Whether another model differs in nothing but its parameters."""
@@ -236,7 +240,7 @@ class Decoder:
         if not self.fits(model):
             raise ValueError("Only models alike in all but their parameters share compiled programs.")
         other = copy.copy(self)
-        other.model, other._session, other._scripted = model, None, {}
+        other.model, other.session, other._scripted = model, Session(other), {}
         return other
 
     def for_scripts(self, size: tuple[int, int]) -> Decoder:
@@ -245,23 +249,16 @@ class Decoder:
             return self
         if size not in self._scripted:
             other = self._scripted[size] = copy.copy(self)
-            other._script_size, other._session, other._scripted = size, None, {}
+            other._script_size, other.session, other._scripted = size, Session(other), {}
         return self._scripted[size]
 
     # ------------------------------------------------------------------------------------------- requests
-
-    @property
-    def session(self) -> Session:
-        """The requests of this decoder: its own queue, rows and pool."""
-        if self._session is None:
-            self._session = Session(self)
-        return self._session
 
     def submit(self, prompt: Sequence[int], sampling: Sampling = Sampling()) -> Answer:
         """Queue a prompt given as ids. The answer is worked on whenever somebody waits for one of this decoder's.
 
         Raises:
-          ValueError: a prompt that the pool cannot hold.
+          ValueError: a prompt that the pool cannot hold, or a script (those are for `decode`).
         """
         return self.session.submit(prompt, sampling)
 
@@ -300,6 +297,16 @@ class Decoder:
                 f"The prompt has {len(prompt)} tokens, and the pool holds {self.limits.pool} for prompt and answer "
                 f"together. Shorten the prompt, or set cache_len to more than {len(prompt)}."
             )
+        V = self.model.config.vocab_size
+        if not all(0 <= token < V for token in prompt):
+            raise ValueError(
+                f"The prompt has ids that are none of the model's {V}: encode it with its tokenizer."
+            )
+
+    def request(self, prompt: Sequence[int], sampling: Sampling) -> Request:
+        """What a row is given. ValueError for what cannot be answered."""
+        self.check(prompt)
+        return sampling.request(self._script_size)
 
     # ------------------------------------------------------------------------------------ compiled functions
 
@@ -313,12 +320,12 @@ class Decoder:
         batch: Batch,
         slots: Sequence[int],
         prompts: Sequence[Sequence[int]],
-        sampling: Sequence[Sampling],
+        asked: Sequence[Request],
     ) -> Batch:
         """Prompts into rows: one by one, or all in one call where most rows are new or a mesh divides them."""
         n, B = len(prompts), self.rows
         if n > 1 and 2 * n < B and self.mesh is None:
-            for slot, prompt, each in zip(slots, prompts, sampling, strict=True):
+            for slot, prompt, each in zip(slots, prompts, asked, strict=True):
                 batch = self.admit(batch, [slot], [prompt], [each])
             return batch
         size = 1 if n == 1 and self.mesh is None else B
@@ -326,9 +333,8 @@ class Decoder:
         bucket = next(b for b in self.prompt_buckets if b >= max(map(len, prompts)))
         tokens, lengths = np.zeros((size, bucket), np.int32), np.zeros(size, np.int32)
         asks = [Sampling().request(self._script_size)] * size
-        for place, prompt, each in zip(places, prompts, sampling, strict=True):
-            tokens[place, : len(prompt)], lengths[place] = prompt, len(prompt)
-            asks[place] = each.request(self._script_size)
+        for place, prompt, each in zip(places, prompts, asked, strict=True):
+            tokens[place, : len(prompt)], lengths[place], asks[place] = prompt, len(prompt), each
         requests = jax.tree.map(lambda *leaves: np.stack(leaves), *asks)
         at = np.asarray(slots if size == 1 else range(B), np.int32)
         args = (self.model.for_steps[0], self.rules, batch, at, requests, tokens, lengths)
@@ -360,15 +366,17 @@ class Programs:
     options: dict[str, Any] | None = None
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.compiled: dict[Any, Any] = {}
         self.compile_s = 0.0
 
     def run(self, key: Any, function: Any, args: tuple[Any, ...], **static: Any) -> Any:
         """Calls the function, compiled for arguments of these shapes under this key."""
-        if key not in self.compiled:
-            begun = time.perf_counter()
-            self.compiled[key] = function.lower(*args, **static).compile(self.options)
-            self.compile_s += time.perf_counter() - begun
+        with self._lock:
+            if key not in self.compiled:
+                begun = time.perf_counter()
+                self.compiled[key] = function.lower(*args, **static).compile(self.options)
+                self.compile_s += time.perf_counter() - begun
         return self.compiled[key](*args)
 
 

@@ -1,19 +1,21 @@
 """Continuous batching: requests wait in a queue, take a row when one is free, and leave it when they are done.
 
 There is no thread of its own: whoever waits for an answer works on all of them, a chunk of decode steps at a
-time, under a lock. So a consumer that is slow holds nobody up as long as anybody waits, and what nobody waits
-for costs nothing.
+time, under a lock. So a consumer that is slow holds nobody up, and without anybody who waits nothing is done.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
+import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from pasta_jax.decoding.results import DecodeResult, result
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.streaming import Draft, Seen, advance
 from pasta_jax.decoding.trace import Trace, prompt_alone, read_trace
@@ -22,6 +24,7 @@ from pasta_jax.tokens.tokenizer import Vocabulary
 if typing.TYPE_CHECKING:
     from pasta_jax.decoding.engine import Decoder, Sampling
     from pasta_jax.decoding.loop import Batch
+    from pasta_jax.decoding.state import Request
 
 LOOK_EVERY = 8
 """Decode steps between two looks at an answer that somebody watches."""
@@ -32,17 +35,20 @@ class Answer:
 
     Attributes:
       prompt, sampling: as submitted.
+      request: the sampling as arrays.
       trace: what was decoded so far, or at last; None before it has a row. Only `watched` answers, and those with
         stop strings, have one before the end.
       watched: whether `trace` follows the decode, a few steps at a time.
       cancelled: somebody wants no more of it.
+      wall_s, compile_s: seconds in which it had a row, without those of compiling, and those.
     """
 
-    def __init__(self, session: Session, prompt: Sequence[int], sampling: Sampling):
-        self.prompt, self.sampling = prompt, sampling
+    def __init__(self, session: Session, prompt: Sequence[int], sampling: Sampling, request: Request):
+        self.prompt, self.sampling, self.request = prompt, sampling, request
         self.trace: Trace | None = None
         self.watched = False
         self.cancelled = False
+        self.wall_s = self.compile_s = 0.0
         self._session = session
         self._seen, self._draft = Seen(), Draft()
 
@@ -57,6 +63,11 @@ class Answer:
             self.step()
         assert self.trace is not None
         return self.trace
+
+    def result(self) -> DecodeResult:
+        """The final answer, as `wait`; its wall_s are those in which it had a row."""
+        trace, tokenizer = self.wait(), self._session.decoder.model.tokenizer
+        return result(tokenizer, trace, self.wall_s, self.compile_s, self.sampling.stop)
 
     def step(self) -> None:
         """A chunk of work on the session's requests, unless this one is done."""
@@ -87,16 +98,16 @@ class Session:
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._waiting: collections.deque[Answer] = collections.deque()
         self._rows: list[Answer | None] = [None] * decoder.rows
         self._cursors = np.zeros(decoder.rows, np.int64)
+        self._begun = [(0.0, 0.0)] * decoder.rows  # the clock, and what compiling had taken
         self._batch: Batch | None = None
 
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> Answer:
-        """Queue a request. ValueError where the pool cannot hold the prompt."""
-        self.decoder.check(prompt)
-        answer = Answer(self, prompt, sampling)
+        """Queue a request. ValueError for one that the decoder cannot answer."""
+        answer = Answer(self, prompt, sampling, self.decoder.request(prompt, sampling))
         self._waiting.append(answer)
         return answer
 
@@ -114,25 +125,37 @@ class Session:
         with self._lock:
             if wanted is not None and wanted.done:
                 return
-            try:
+            with self._nothing_lost():
                 self._end_cancelled()
                 self._admit()
                 self._decode()
                 self._read()
+                self._end_cancelled()
                 self._let_go()
-            except BaseException:
-                self._waiting.extendleft(answer for answer in reversed(self._rows) if answer)
-                self._rows, self._batch = [None] * len(self._rows), None
-                raise
+        self.tidy()
 
     def tidy(self) -> None:
         """Ends what was cancelled, unless somebody is working, who will."""
-        if self._lock.acquire(blocking=False):
+        while self._has_cancelled() and self._lock.acquire(blocking=False):
             try:
-                self._end_cancelled()
-                self._let_go()
+                with self._nothing_lost():
+                    self._end_cancelled()
+                    self._let_go()
             finally:
                 self._lock.release()
+
+    @contextlib.contextmanager
+    def _nothing_lost(self) -> Iterator[None]:
+        """Whatever breaks off what is inside, the requests that have rows wait again."""
+        try:
+            yield
+        except BaseException:
+            self._waiting.extendleft(answer for answer in reversed(self._rows) if answer and not answer.done)
+            self._rows, self._batch = [None] * len(self._rows), None
+            raise
+
+    def _has_cancelled(self) -> bool:
+        return any(answer.cancelled for answer in (*self._waiting.copy(), *self._rows) if answer)
 
     def _let_go(self) -> None:
         """With nothing to do there is no pool."""
@@ -140,7 +163,7 @@ class Session:
             self._batch = None
 
     def _end_cancelled(self) -> None:
-        for answer in [each for each in self._waiting if each.cancelled]:
+        for answer in [each for each in self._waiting.copy() if each.cancelled]:
             self._waiting.remove(answer)
             answer.trace = prompt_alone(answer.prompt, self.decoder.limits, Stop.CANCELLED)
         self._stop({i: Stop.CANCELLED for i, answer in enumerate(self._rows) if answer and answer.cancelled})
@@ -156,17 +179,19 @@ class Session:
             self._leave(i)
 
     def _admit(self) -> None:
-        free = [i for i, answer in enumerate(self._rows) if answer is None]
-        new = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
+        new: dict[int, Answer] = {}
+        for slot in (i for i, answer in enumerate(self._rows) if answer is None):
+            if not self._waiting:
+                break
+            new[slot] = self._rows[slot] = answer = self._waiting.popleft()
+            self._cursors[slot] = len(answer.prompt)
+            self._begun[slot] = time.perf_counter(), self.decoder.programs.compile_s
         if not new:
             return
-        slots = free[: len(new)]
-        for slot, answer in zip(slots, new, strict=True):
-            self._rows[slot], self._cursors[slot] = answer, len(answer.prompt)
         if self._batch is None:
             self._batch = self.decoder.empty_batch()
-        prompts, sampling = [answer.prompt for answer in new], [answer.sampling for answer in new]
-        self._batch = self.decoder.admit(self._batch, slots, prompts, sampling)
+        prompts, requests = zip(*((answer.prompt, answer.request) for answer in new.values()))
+        self._batch = self.decoder.admit(self._batch, [*new], prompts, requests)
 
     def _decode(self) -> None:
         if self._batch is None or not any(self._rows):
@@ -196,5 +221,8 @@ class Session:
         """The request in the row is done."""
         answer = self._rows[row]
         assert answer is not None and self._batch is not None
-        self._rows[row] = None
+        clock, compiled = self._begun[row]
+        answer.compile_s = self.decoder.programs.compile_s - compiled
+        answer.wall_s = time.perf_counter() - clock - answer.compile_s
         answer.trace = read_trace(self.decoder.read(self._batch, row))
+        self._rows[row] = None

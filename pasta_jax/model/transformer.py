@@ -84,6 +84,8 @@ def _logits(
 ) -> Array:
     """Float32 [..., V], from an embedding ("VD") or a head; `rows` take the place of the ids in `lora.rows`."""
     if config.weights == "transposed":
+        if rows is not None:
+            raise ValueError("Transposed weights have no adapters: merge them first.")
         return project_transposed(hidden, table, dtype=jnp.float32)
     table = table.astype(hidden.dtype)
     logits = jnp.einsum(f"...D,{spec}->...V", hidden, table, preferred_element_type=jnp.float32)
