@@ -151,10 +151,10 @@ def host_calls(compiled: Any) -> list[str]:
     return [sign for sign in HOST_CALLS if sign in text]
 
 
-def bytes_of_a_step(compiled: Any) -> int:
-    """What a step of a compiled loop moves to and from a chip's main memory."""
+def bytes_of_a_step(compiled: Any) -> int | None:
+    """What a step of a compiled loop moves to and from a chip's main memory; None if no loop is left of it."""
     program = hlo.read(compiled)
-    return hlo.moved(program, program.loop)
+    return hlo.moved(program, program.loop) if program.loop else None
 
 
 def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
@@ -190,8 +190,9 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
             print(f"{name:10} does not fit: {_reason(error)}")
             continue
         calls = ", ".join(host_calls(compiled)) or "none"
-        moved = f"; {bytes_of_a_step(compiled) / 2**20:.1f} MiB moved a step" * (name == "decode")
-        print(f"{name:10} {describe_memory(compiled)}; host calls: {calls}{moved}", flush=True)
+        moved = bytes_of_a_step(compiled) if name == "decode" else None
+        each = f"; {moved / 2**20:.1f} MiB moved a step" if moved else ""
+        print(f"{name:10} {describe_memory(compiled)}; host calls: {calls}{each}", flush=True)
     if not fits:
         refuse(
             "Try more chips, or another mesh (--config.mesh.tensor=2); to train, --config.remat=true, more "

@@ -95,9 +95,9 @@ class Program:
 
     @property
     def loop(self) -> str:
-        """Name of the body of the loop that carries most."""
+        """Name of the body of the loop that carries most; empty without any."""
         loops = [i for body in self.reached.values() for i in body.values() if i.op == "while"]
-        return max(loops, key=lambda i: len(i.shapes)).calls[1]
+        return max(loops, key=lambda i: len(i.shapes)).calls[1] if loops else ""
 
 
 def read(compiled: Any) -> Program:

@@ -195,6 +195,7 @@ def test_a_query_without_keys_is_finite_and_hurts_nobody(dtype: str, seed: int) 
 def test_one_visible_key_gives_the_gradient_of_finite_differences() -> None:
     """A softmax over one key is 1 whatever the score; over two it is not."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 1, 4))
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     for may_attend in ([[[1, 0], [1, 1]]], [[[1, 0], [0, 0]]]):
         attended = functools.partial(attend, may_attend_BxQxP=jnp.array(may_attend, bool))
         check_grads(attended, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)

@@ -156,6 +156,10 @@ def decode_chunk(
 
     def at_width(lanes: int, fewer: int) -> Callable[[tuple[Array, Batch]], tuple[Array, Batch]]:
         narrow = _with_lanes(rules, lanes)
+        # A single query of a single row: XLA on CPU would write into two copies of the pool, one for attention,
+        # unless attention reads a slice of it, which is one copy.
+        alone = lanes == 1 and batch.rows.stop.shape[0] == 1
+        read = min(used, limits.pool) if alone else used
 
         def is_next(carry: tuple[Array, Batch]) -> Array:
             width = jnp.minimum(_width(carry[1].rows), limits.lanes)
@@ -163,7 +167,7 @@ def decode_chunk(
 
         def step(carry: tuple[Array, Batch]) -> tuple[Array, Batch]:
             done, batch = carry
-            return done + 1, decode_step(model, params, narrow, batch, used)
+            return done + 1, decode_step(model, params, narrow, batch, read)
 
         return lambda carry: jax.lax.while_loop(is_next, step, carry)
 

@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 import typing
+import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -49,7 +50,7 @@ class Answer:
         self.watched = False
         self.cancelled = False
         self.wall_s = self.compile_s = 0.0
-        self._session = session
+        self._session, self._decoder = session, session.decoder  # which a session does not keep alive
         self._seen, self._draft = Seen(), Draft()
 
     @property
@@ -66,7 +67,7 @@ class Answer:
 
     def result(self) -> DecodeResult:
         """The final answer, as `wait`; its wall_s are those in which it had a row."""
-        trace, tokenizer = self.wait(), self._session.decoder.model.tokenizer
+        trace, tokenizer = self.wait(), self._decoder.model.tokenizer
         return result(tokenizer, trace, self.wall_s, self.compile_s, self.sampling.stop)
 
     def step(self) -> None:
@@ -97,13 +98,20 @@ class Session:
     """The requests of one decoder: those that wait and those that have a row."""
 
     def __init__(self, decoder: Decoder):
-        self.decoder = decoder
+        self._decoder = weakref.ref(decoder)  # for a model nobody uses any more is to go at once
         self._lock = threading.Lock()
         self._waiting: collections.deque[Answer] = collections.deque()
         self._rows: list[Answer | None] = [None] * decoder.rows
         self._cursors = np.zeros(decoder.rows, np.int64)
         self._begun = [(0.0, 0.0)] * decoder.rows  # the clock, and what compiling had taken
         self._batch: Batch | None = None
+
+    @property
+    def decoder(self) -> Decoder:
+        """Whose requests these are."""
+        decoder = self._decoder()
+        assert decoder is not None, "an answer keeps its decoder"
+        return decoder
 
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> Answer:
         """Queue a request. ValueError for one that the decoder cannot answer."""
