@@ -61,8 +61,7 @@ class Model:
     @functools.cached_property
     def for_steps(self) -> tuple[Any, ModelConfig]:
         """Parameters and configuration as decode steps use them: on a CPU alone, a transposed copy."""
-        on_cpu = all(device.platform == "cpu" for device in _devices(self.params))
-        if on_cpu and self.mesh is None and self.config.weights == "plain":
+        if _on_cpu(self.params) and self.mesh is None and self.config.weights == "plain":
             return transpose(self.params, self.config)
         return self.params, self.config
 
@@ -146,10 +145,11 @@ class Timing:
     compile_s: float
 
 
-def _devices(params: Any) -> set[Any]:
-    """Where arrays lie; those on the host go to the default device."""
+def _on_cpu(params: Any) -> bool:
+    """Whether that is where arrays lie; those on the host go to the default device."""
     leaf = jax.tree.leaves(params)[0]
-    return leaf.devices() if isinstance(leaf, jax.Array) else {jax.devices()[0]}
+    devices = leaf.devices() if isinstance(leaf, jax.Array) else {jax.devices()[0]}
+    return all(device.platform == "cpu" for device in devices)
 
 
 def batch_shardings(batch: Batch, mesh: Any) -> Batch:
@@ -192,6 +192,9 @@ class Decoder:
         mesh: jax.sharding.Mesh | None = None,
     ):
         self.mesh = mesh or model.mesh
+        if not _on_cpu(model.params):
+            # There eight lanes cost what one does, and XLA would copy the pool on its way into loops in a loop.
+            limits = dataclasses.replace(limits, adaptive=False)
         self.model, self.limits, self.chunk = model, limits, chunk
         self.rows = rows if self.mesh is None else sharding.round_up_rows(rows, self.mesh)
         self.prompt_buckets = _up_to(limits.pool, prompt_buckets)

@@ -28,6 +28,7 @@ class Limits:
       max_depth: how deep promises may nest; 1 is the paper.
       constrained: whether the tag grammar masks illegal tokens. Off, malformed pieces become literal text.
       adaptive: whether a step has fewer lanes where fewer threads are ready: faster on a CPU, longer to compile.
+        Elsewhere decoders do without.
     """
 
     lanes: int = 8
