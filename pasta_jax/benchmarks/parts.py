@@ -65,6 +65,10 @@ class Plan:
     real: int = 6
 
     def __post_init__(self) -> None:
+        if self.steps < 2 or self.pool <= self.lanes:
+            raise ValueError(
+                f"steps={self.steps} must be at least 2, pool={self.pool} more than the {self.lanes} lanes."
+            )
         if max(self.widths) > self.lanes:
             raise ValueError(f"lanes={self.lanes} are less than the width of {max(self.widths)} to measure.")
 
