@@ -56,7 +56,7 @@ class Limits:
     def widths(self) -> tuple[int, ...]:
         """How many lanes a compiled step may have: one, or a power of two from four on, up to S.
 
-        Two would gain less than 5 % over four, and every width takes its time to compile (docs/PERFORMANCE.md).
+        Every width takes its time to compile, so two is left out; what it would gain is not measured.
 
         >>> Limits(lanes=6).widths, Limits(lanes=16).widths
         ((1, 4, 6), (1, 4, 8, 16))
