@@ -152,7 +152,7 @@ def host_calls(compiled: Any) -> list[str]:
 
 
 def bytes_of_a_step(compiled: Any) -> int | None:
-    """What a step of a compiled loop moves to and from a chip's main memory; None if no loop is left of it."""
+    """What a step of a loop of one width moves to and from a chip's main memory; None if no loop is left."""
     program = hlo.read(compiled)
     return hlo.moved(program, program.loop) if program.loop else None
 

@@ -173,16 +173,22 @@ def test_nothing_copies_the_pool(decoding: tuple[Any, int], request: pytest.Fixt
     program = hlo.read(compiled)
     copies = hlo.written(program, keys // 2, keys)
     if request.node.callspec.params["decoding"] == "one row" and copies:
-        pytest.xfail(f"one lane of one row copies what it reads, on a CPU: {copies}")
+        assert len(copies) == 2 and all("slice_bitcast_fusion" in copy for copy in copies), copies
+        pytest.xfail(f"one lane of one row reads a copy of keys and of values, on a CPU: {copies}")
     assert copies == []
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_eight_lanes_move_the_bytes_of_one(topology: str, record_property: Any) -> None:
-    """Compiled for TPUs: what a step moves to and from main memory is the weights, for one lane or eight."""
+    """Compiled for TPUs: what a step moves to and from main memory is the weights, for one lane or eight.
+
+    Not the compiler's own "bytes accessed", which is printed beside it (docs/PERFORMANCE.md says how they differ).
+    """
     tpu_or_skip()
     bytes_of = {lanes: ahead.bytes_of_a_step(on_tpu(topology, lanes)[0]) or 0 for lanes in (1, 8)}
     ratio = bytes_of[8] / bytes_of[1]
     record_property("bytes_8_lanes_by_1", ratio)
-    print(topology, bytes_of, f"{ratio:.3f}")
+    own = {lanes: on_tpu(topology, lanes)[0].cost_analysis()["bytes accessed"] for lanes in (1, 8)}
+    record_property("compilers_bytes_8_lanes_by_1", own[8] / own[1])
+    print(topology, bytes_of, f"{ratio:.3f}; by the compiler's count {own}, {own[8] / own[1]:.3f}")
     assert ratio <= 1.10
