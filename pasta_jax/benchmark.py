@@ -116,6 +116,8 @@ def table(points: Sequence[Point]) -> str:
     def cell(value: Any) -> str:
         if isinstance(value, bool):
             return "yes" if value else "no"
+        if isinstance(value, tuple):
+            return ", ".join(map(str, value))
         return number(value) if isinstance(value, float) else str(value)
 
     return markdown_table([*points[0]], [[cell(value) for value in point.values()] for point in points])
@@ -126,7 +128,9 @@ def _plain(point: Point) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return dataclasses.asdict(value)
+            return {name: plain(each) for name, each in dataclasses.asdict(value).items()}
+        if isinstance(value, tuple):
+            return [plain(each) for each in value]
         return None if isinstance(value, float) and math.isnan(value) else value
 
     return {name: plain(value) for name, value in point.items()}

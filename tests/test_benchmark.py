@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
@@ -66,13 +67,14 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
         assert efficiency["median"] == pytest.approx(p["realized, x"] / p["theoretical, x"])
         assert 0 < efficiency["low"] <= efficiency["median"] <= efficiency["high"]
         assert len(efficiency["samples"]) == PLAN.repeats
+        assert sum(p["steps of width 1, 2, ..."]) == pytest.approx(p["steps"] * p["answers"])
     assert (out / "replay.png").read_bytes().startswith(PNG)
     shown = capsys.readouterr().out
     assert shown.startswith("replay\n| shape") and "| overall" in shown
-    assert benchmark._plain({"a": float("nan"), "b": 1.0, "c": Spread.of([1.0])}) == {
+    assert benchmark._plain({"a": math.nan, "b": 1.0, "c": Spread(1.0, 1.0, 2.0, (1.0, math.nan))}) == {
         "a": None,
         "b": 1.0,
-        "c": {"median": 1.0, "low": 1.0, "high": 1.0, "samples": (1.0,)},
+        "c": {"median": 1.0, "low": 1.0, "high": 2.0, "samples": [1.0, None]},
     }
     assert told["model"]["parameters"] > 512 * 16 and told["plan"]["seed"] == 3
     machine = told["machine"]

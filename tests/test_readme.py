@@ -60,7 +60,7 @@ def run(workspace: Path, arguments: list[str]) -> str:
 def _environment() -> dict[str, str]:
     import os
 
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": IN_A_HURRY}
 
 
 def test_every_command(workspace):

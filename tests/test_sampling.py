@@ -83,7 +83,7 @@ def test_draws_follow_the_distribution(V, seed):
     forbidden[0] = False
     logits[forbidden] = sampling.NEVER
     keys = jax.vmap(sampling.draw_key, (None, None, 0))(jnp.array([0, seed], jnp.uint32), 3, jnp.arange(n))
-    sample = jax.jit(sampling.sample)
+    sample = jax.jit(lambda logits, keys, *narrowing: sampling.sample(logits, lambda: keys, *narrowing))
     rows = np.broadcast_to(logits, (n, V))
     for temperature, top_k, top_p, min_p in [(0.7, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.05), (1e30, 0, 1.0, 0.0)]:
         floats = [np.full(n, x, np.float32) for x in (temperature, top_p, min_p)]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "transformers", "torch")
 
-Cell: TypeAlias = "str | int | float | bool | Spread"
+Cell: TypeAlias = "str | int | float | bool | Spread | tuple[int, ...]"
 Point: TypeAlias = dict[str, Cell]
 """One line of a table: numbers by name, the unit the last part of it."""
 

@@ -8,6 +8,7 @@ that what a call costs besides its steps is not in it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -318,6 +319,7 @@ def replayed(model: Model, plan: Plan, rng: random.Random, responses: Sequence[s
                 "text tokens": statistics.mean(each.sequential_steps for each in mine),
                 "steps": statistics.mean(each.steps for each in mine),
                 "mean width": statistics.mean(_mean_width(each.widths) for each in mine),
+                "steps of width 1, 2, ...": _together([each.widths for each in mine]),
                 "theoretical, x": summary.theoretical,
                 "realized, x": summary.realized,
                 "efficiency": Spread.of(summary.efficiencies),
@@ -325,6 +327,11 @@ def replayed(model: Model, plan: Plan, rng: random.Random, responses: Sequence[s
             }
         )
     return points
+
+
+def _together(histograms: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Their sum."""
+    return tuple(map(sum, itertools.zip_longest(*histograms, fillvalue=0)))
 
 
 def _mean_width(widths: Sequence[int]) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
@@ -160,9 +159,9 @@ def decode(
         stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
     )
     rows = min(MAX_ROWS, 1 << (len(prompts) - 1).bit_length())
-    if (limits, rows) not in model.decoders:
-        model.decoders[limits, rows] = Decoder(model, limits=limits, rows=rows)
-    decoder = model.decoders[limits, rows]
+    decoder = model.decoders.get((limits, rows))
+    if decoder is None:  # of several threads that find none the first one's is kept
+        decoder = model.decoders.setdefault((limits, rows), Decoder(model, limits=limits, rows=rows))
     plain = dataclasses.replace(wishes, open_bias=float("-inf"))
     if stream:
         for each in ids:
@@ -195,8 +194,7 @@ def _decode(decoder: Decoder, ids: list[list[int]], wishes: Sampling, *, repeat:
 
 def _stream(decoder: Decoder, ids: list[list[int]], wishes: Sampling, raw: bool) -> Events:
     """Decodes whenever there is nothing to tell. Whatever ends it early cancels what is not done."""
-    tokenizer, programs = decoder.model.tokenizer, decoder.programs
-    begun, compiled_before = time.perf_counter(), programs.compile_s
+    vocabulary = decoder.model.tokenizer.vocabulary
     answers: list[Answer] = []
     seen = dict.fromkeys(range(len(ids)), Seen())  # of those whose end was not told yet
     try:
@@ -206,15 +204,10 @@ def _stream(decoder: Decoder, ids: list[list[int]], wishes: Sampling, raw: bool)
             for i in [*seen]:
                 if (trace := answers[i].trace) is None:
                     continue
-                seen[i], events = advance(
-                    seen[i], trace, tokenizer.vocabulary, request=i, stop=wishes.stop, raw=raw
-                )
+                seen[i], events = advance(seen[i], trace, vocabulary, request=i, stop=wishes.stop, raw=raw)
                 yield from events
                 if trace.stop != Stop.RUNNING:
-                    compile_s = programs.compile_s - compiled_before
-                    wall_s = time.perf_counter() - begun - compile_s
-                    done = result(tokenizer, trace, wall_s, compile_s, wishes.stop)
-                    yield Event("done", i, result=done, stop=wishes.stop)
+                    yield Event("done", i, result=answers[i].result(), stop=wishes.stop)
                     del seen[i]
             if not seen:
                 break

@@ -33,6 +33,10 @@ from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 
+CACHED_BYTES = 8 * 2**20
+"""Weights of no more than this stay in the cache of a processor from step to step."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A language model that can decode.
@@ -60,10 +64,20 @@ class Model:
 
     @functools.cached_property
     def for_steps(self) -> tuple[Any, ModelConfig]:
-        """Parameters and configuration as decode steps use them: on a CPU alone, a transposed copy."""
-        if _on_cpu(self.params) and self.mesh is None and self.config.weights == "plain":
+        """Parameters and configuration as steps on its devices use them: on a CPU alone, a transposed copy.
+
+        Weights that stay in a processor's cache are used as they are (docs/PERFORMANCE.md).
+        """
+        leaves = jax.tree.leaves(self.params)
+        is_large = sum(leaf.nbytes for leaf in leaves) > CACHED_BYTES
+        if is_large and _on_cpu(self.params) and self.mesh is None and self.config.weights == "plain":
             return transpose(self.params, self.config)
         return self.params, self.config
+
+    @property
+    def places(self) -> Any:
+        """What a program that was compiled for its parameters takes for granted about where they lie."""
+        return self.mesh or _devices(self.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +159,14 @@ class Timing:
     compile_s: float
 
 
-def _on_cpu(params: Any) -> bool:
-    """Whether that is where arrays lie; those on the host go to the default device."""
+def _devices(params: Any) -> set[jax.Device]:
+    """Where arrays lie; those on the host go to the default device."""
     leaf = jax.tree.leaves(params)[0]
-    devices = leaf.devices() if isinstance(leaf, jax.Array) else {jax.devices()[0]}
-    return all(device.platform == "cpu" for device in devices)
+    return leaf.devices() if isinstance(leaf, jax.Array) else {jax.devices()[0]}
+
+
+def _on_cpu(params: Any) -> bool:
+    return all(device.platform == "cpu" for device in _devices(params))
 
 
 def batch_shardings(batch: Batch, mesh: Any) -> Batch:
@@ -204,7 +221,7 @@ class Decoder:
         self.rules: Rules = rules_for(
             model.tokenizer.vocabulary, limits, model.positions, model.config.vocab_size
         )
-        config = model.for_steps[1]
+        config = self._weights[1]
         transformer = Transformer(config)
         new_batch = functools.partial(loop.empty_batch, config, limits, self.rows)
         shapes = jax.eval_shape(new_batch, Sampling().request())
@@ -227,10 +244,16 @@ class Decoder:
         self._scripted: dict[tuple[int, int], Decoder] = {}
         self.session = Session(self)
 
+    @property
+    def _weights(self) -> tuple[Any, ModelConfig]:
+        """Parameters and configuration as steps use them, where they are to be used."""
+        model = self.model
+        return model.for_steps if self.mesh is None else (model.params, model.config)
+
     def fits(self, model: Model) -> bool:
-        """Whether another model differs in nothing but its parameters."""
+        """Whether another model differs in nothing but its parameters, which lie in the same places."""
         mine, theirs = (
-            (m.config, m.positions, m.max_depth, m.tokenizer.vocabulary) for m in (self.model, model)
+            (m.config, m.positions, m.max_depth, m.tokenizer.vocabulary, m.places) for m in (self.model, model)
         )
         return bool(mine == theirs)
 
@@ -281,8 +304,10 @@ class Decoder:
         if size != NOTHING and size != self._script_size:
             return self.for_scripts(size).decode(prompts, sampling)
         begun, compiled_before = time.perf_counter(), self.programs.compile_s
-        answers = [self.submit(*each) for each in zip(prompts, sampling, strict=True)]
+        answers: list[Answer] = []
         try:
+            for each in zip(prompts, sampling, strict=True):
+                answers.append(self.submit(*each))
             traces = [answer.wait() for answer in answers]
         except BaseException:
             for answer in answers:
@@ -340,14 +365,14 @@ class Decoder:
             tokens[place, : len(prompt)], lengths[place], asks[place] = prompt, len(prompt), each
         requests = jax.tree.map(lambda *leaves: np.stack(leaves), *asks)
         at = np.asarray(slots if size == 1 else range(B), np.int32)
-        args = (self.model.for_steps[0], self.rules, batch, at, requests, tokens, lengths)
+        args = (self._weights[0], self.rules, batch, at, requests, tokens, lengths)
         return self.programs.run(("admit", size, bucket, self._script_size), self._admit, args)
 
     def decode_chunk(self, batch: Batch, steps: int, refill: bool, cursor: int) -> Batch:
         """Steps, over the smallest bucket of the pool that holds `cursor` entries and a few steps more."""
         room = min(cursor + 4 * self.limits.lanes, self.pool_buckets[-1])
         used = next(b for b in self.pool_buckets if b >= room)
-        args = (self.model.for_steps[0], self.rules, batch, np.int32(steps), np.bool_(refill))
+        args = (self._weights[0], self.rules, batch, np.int32(steps), np.bool_(refill))
         return self.programs.run(("decode", used, self._script_size), self._decode_chunk, args, used=used)
 
     def release(self, batch: Batch, stop: np.ndarray) -> Batch:

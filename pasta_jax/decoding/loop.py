@@ -260,14 +260,17 @@ def choose(
     biased = jnp.where(legal, biased, sampling.NEVER)
     thread = jnp.minimum(lanes.thread, limits.threads - 1)
     path = jnp.take_along_axis(rows.threads.path, thread, axis=1)
-    keys = jax.vmap(jax.vmap(sampling.draw_key, (None, 0, 0)))(requests.key, path, lanes.order + 1)
+
+    def keys() -> Array:
+        draw_keys = jax.vmap(jax.vmap(sampling.draw_key, (None, 0, 0)))
+        return draw_keys(requests.key, path, lanes.order + 1).reshape(B * S, -1)
 
     def each_lane(per_row: Array) -> Array:
         return jnp.repeat(per_row, S)
 
     sampled = sampling.sample(
         biased.reshape(B * S, V),
-        keys.reshape(B * S, -1),
+        keys,
         each_lane(requests.temperature),
         each_lane(requests.top_k),
         each_lane(requests.top_p),

@@ -25,6 +25,7 @@ from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.decoding.trees import sequential
 from pasta_jax.lang.program import Program
+from pasta_jax.tokens.reading import read
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 PROMPT = "Go on."
@@ -39,7 +40,7 @@ class ReplayError(RuntimeError):
 
 
 def limits_for(
-    programs: Sequence[Program], tokenizer: Tokenizer, *, lanes: int = 8, prompt: str = PROMPT
+    programs: Sequence[Program | Trace], tokenizer: Tokenizer, *, lanes: int = 8, prompt: str = PROMPT
 ) -> Limits:
     """Limits of a decoder that can replay all these, its pool with the lanes' room a whole number of 128s."""
     answers = [threads_in(program, tokenizer) for program in programs]
@@ -116,7 +117,7 @@ class Replayed:
 
 def replay(
     decoder: Decoder,
-    programs: Mapping[str, Sequence[Program]],
+    programs: Mapping[str, Sequence[Program | Trace]],
     repeats: int = 5,
     *,
     prompt: str = PROMPT,
@@ -125,7 +126,7 @@ def replay(
 
     Args:
       decoder: with limits that hold them all (`limits_for`).
-      programs: the answers, by shape class.
+      programs: the answers, by shape class: annotated ones, or what decodes did.
       repeats: of everything; parallel and sequential decodes of all answers take turns, so that what the machine
         does besides meets them alike.
       prompt: whose answer each is; short, so that little time goes into it.
@@ -138,7 +139,7 @@ def replay(
     ids = tokenizer.encode_prompt(prompt)
     shapes = [(shape, program) for shape, several in programs.items() for program in several]
     pairs = [
-        (script_of(program, tokenizer, limits), script_of(sequential(program), tokenizer, limits))
+        (script_of(program, tokenizer, limits), script_of(_plain(program, tokenizer), tokenizer, limits))
         for _, program in shapes
     ]
     every = [script for pair in pairs for script in pair]
@@ -155,6 +156,13 @@ def replay(
         _measured(shape, tokenizer, parallel, plain, taken)
         for (shape, _), (_, (parallel, _), (plain, _)), taken in zip(shapes, warm, seconds)
     ]
+
+
+def _plain(answer: Program | Trace, tokenizer: Tokenizer) -> Program:
+    """Its text alone; that of a trace as the tokenizer spells it."""
+    if isinstance(answer, Trace):
+        answer = read(tokenizer.vocabulary, answer.threads).program
+    return sequential(answer)
 
 
 def check_room(script: Script, limits: Limits, prompt_length: int) -> None:

@@ -51,7 +51,7 @@ class Stats:
       decode_steps: steps that the row took after the prompt.
       sequential_steps: the answer's tokens without tags: the least steps for the same text one by one.
       step_speedup: sequential_steps / decode_steps.
-      wall_s: seconds of the whole call's batch, compiling apart; in a stream, until this answer was done.
+      wall_s: seconds of the whole call's batch, compiling apart; in a stream, of work on this answer.
       compile_s: seconds of compiling in this call.
       tokens_per_s: output tokens by wall_s, this row's.
       max_width, mean_width: lanes used by a step.

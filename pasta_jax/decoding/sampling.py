@@ -29,12 +29,19 @@ def draw_key(key: Array, path: Array, index: Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, path), index)
 
 
-def sample(logits: Array, keys: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+def sample(
+    logits: Array,
+    keys: Callable[[], Array],
+    temperature: Array,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+) -> Array:
     """One token a row.
 
     Args:
       logits: float32 [B, V].
-      keys: uint32 [B, 2].
+      keys: makes uint32 [B, 2]. Called where tokens are drawn: greedy steps do without.
       temperature: float32 [B]; 0 takes the most likely token.
       top_k: int32 [B]; draw among so many most likely ones; 0 is all.
       top_p: float32 [B]; draw among the fewest most likely ones that have this share of the probability; 1 is
@@ -55,7 +62,7 @@ def sample(logits: Array, keys: Array, temperature: Array, top_k: Array, top_p: 
             jnp.any(narrowed), lambda: keep_likely(weight, top_k, top_p, min_p), lambda: weight
         )
         # One random number a token, by the inverse of the distribution: noise for every logit costs more.
-        drawn = _draw(weight, jax.vmap(jax.random.uniform)(keys), greedy)
+        drawn = _draw(weight, jax.vmap(jax.random.uniform)(keys()), greedy)
         return jnp.where(temperature > 0, drawn, greedy)
 
     return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)

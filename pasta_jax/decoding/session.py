@@ -41,7 +41,7 @@ class Answer:
         stop strings, have one before the end.
       watched: whether `trace` follows the decode, a few steps at a time.
       cancelled: somebody wants no more of it.
-      wall_s, compile_s: seconds in which it had a row, without those of compiling, and those.
+      wall_s, compile_s: seconds of work while it had a row, without those of compiling, and those.
     """
 
     def __init__(self, session: Session, prompt: Sequence[int], sampling: Sampling, request: Request):
@@ -50,6 +50,7 @@ class Answer:
         self.watched = False
         self.cancelled = False
         self.wall_s = self.compile_s = 0.0
+        self.began = 0.0, 0.0  # when it took its row: seconds of the session's work, and of compiling
         self._session, self._decoder = session, session.decoder  # which a session does not keep alive
         self._seen, self._draft = Seen(), Draft()
 
@@ -66,7 +67,7 @@ class Answer:
         return self.trace
 
     def result(self) -> DecodeResult:
-        """The final answer, as `wait`; its wall_s are those in which it had a row."""
+        """The final answer, as `wait`; its wall_s are those of work while it had a row."""
         trace, tokenizer = self.wait(), self._decoder.model.tokenizer
         return result(tokenizer, trace, self.wall_s, self.compile_s, self.sampling.stop)
 
@@ -103,8 +104,8 @@ class Session:
         self._waiting: collections.deque[Answer] = collections.deque()
         self._rows: list[Answer | None] = [None] * decoder.rows
         self._cursors = np.zeros(decoder.rows, np.int64)
-        self._begun = [(0.0, 0.0)] * decoder.rows  # the clock, and what compiling had taken
         self._batch: Batch | None = None
+        self._worked = self._since = 0.0  # seconds of work before this turn; when it began
 
     @property
     def decoder(self) -> Decoder:
@@ -133,7 +134,7 @@ class Session:
         with self._lock:
             if wanted is not None and wanted.done:
                 return
-            with self._nothing_lost():
+            with self._at_work():
                 self._end_cancelled()
                 self._admit()
                 self._decode()
@@ -146,21 +147,28 @@ class Session:
         """Ends what was cancelled, unless somebody is working, who will."""
         while self._has_cancelled() and self._lock.acquire(blocking=False):
             try:
-                with self._nothing_lost():
+                with self._at_work():
                     self._end_cancelled()
                     self._let_go()
             finally:
                 self._lock.release()
 
     @contextlib.contextmanager
-    def _nothing_lost(self) -> Iterator[None]:
-        """Whatever breaks off what is inside, the requests that have rows wait again."""
+    def _at_work(self) -> Iterator[None]:
+        """Counts the time; and whatever breaks off what is inside, the requests that have rows wait again."""
+        self._since = time.perf_counter()
         try:
             yield
         except BaseException:
             self._waiting.extendleft(answer for answer in reversed(self._rows) if answer and not answer.done)
             self._rows, self._batch = [None] * len(self._rows), None
             raise
+        finally:
+            self._worked = self._clock()
+
+    def _clock(self) -> float:
+        """Seconds of work. It stands still between turns: a consumer that takes its time is not counted."""
+        return self._worked + time.perf_counter() - self._since
 
     def _has_cancelled(self) -> bool:
         return any(answer.cancelled for answer in (*self._waiting.copy(), *self._rows) if answer)
@@ -193,7 +201,7 @@ class Session:
                 break
             new[slot] = self._rows[slot] = answer = self._waiting.popleft()
             self._cursors[slot] = len(answer.prompt)
-            self._begun[slot] = time.perf_counter(), self.decoder.programs.compile_s
+            answer.began = self._clock(), self.decoder.programs.compile_s
         if not new:
             return
         if self._batch is None:
@@ -229,8 +237,8 @@ class Session:
         """The request in the row is done."""
         answer = self._rows[row]
         assert answer is not None and self._batch is not None
-        clock, compiled = self._begun[row]
+        clock, compiled = answer.began
         answer.compile_s = self.decoder.programs.compile_s - compiled
-        answer.wall_s = time.perf_counter() - clock - answer.compile_s
+        answer.wall_s = self._clock() - clock - answer.compile_s
         answer.trace = read_trace(self.decoder.read(self._batch, row))
         self._rows[row] = None

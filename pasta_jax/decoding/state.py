@@ -54,19 +54,14 @@ class Limits:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """How many lanes a compiled step may have: one, or a power of two from four on, up to S.
+        """How many lanes a compiled step may have: a power of two, or S. Each takes its time to compile.
 
-        Every width takes its time to compile, so two is left out; what it would gain is not measured.
-
-        >>> Limits(lanes=6).widths, Limits(lanes=16).widths
-        ((1, 4, 6), (1, 4, 8, 16))
+        >>> Limits(lanes=6).widths, Limits(lanes=16, adaptive=False).widths
+        ((1, 2, 4, 6), (16,))
         """
         if not self.adaptive:
             return (self.lanes,)
-        return (
-            *(w for w in (1, *(1 << i for i in range(2, self.lanes.bit_length()))) if w < self.lanes),
-            self.lanes,
-        )
+        return (*(1 << i for i in range((self.lanes - 1).bit_length())), self.lanes)
 
 
 class Phase(enum.IntEnum):
