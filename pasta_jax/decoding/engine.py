@@ -204,7 +204,7 @@ class Decoder:
         limits: Limits = Limits(),
         rows: int = 1,
         chunk: int = 64,
-        prompt_buckets: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048),
+        prompt_buckets: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024, 2048),
         pool_buckets: Sequence[int] = (512, 2048, 8192),
         mesh: jax.sharding.Mesh | None = None,
     ):
