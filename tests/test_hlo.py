@@ -15,9 +15,14 @@ import pytest
 from pasta_jax import compile as ahead
 from pasta_jax import hlo, sharding
 from pasta_jax.config import Config
+from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.state import Limits
-from pasta_jax.model import ModelConfig, empty_pool
+from pasta_jax.model import ModelConfig, empty_pool, init_params
 from pasta_jax.model.presets import presets
+from pasta_jax.testing import WordTokenizer
+
+WORDS = WordTokenizer("the river and the cities of a world")
 
 # ---------------------------------------------------------------------------------------- reading a program
 
@@ -121,11 +126,16 @@ def lower(model: ModelConfig, mesh: Any, limits: Limits, rows: int) -> tuple[Any
 
 @functools.cache
 def on_cpu(rows: int) -> tuple[Any, int]:
-    """A model with keys much larger than scores, and than all else."""
-    model = ModelConfig(num_layers=1, model_dim=32, num_heads=2, num_kv_heads=2, head_dim=64, mlp_dim=32)
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    decode, keys = lower(model, mesh, Limits(lanes=2, threads=4, pool=2000), rows)
-    return decode.compile(), keys
+    """The loop of a decoder whose keys are much larger than scores, and than all else; how many there are."""
+    config = ModelConfig(
+        vocab_size=len(WORDS.vocabulary), num_layers=1, model_dim=32, num_heads=2, num_kv_heads=2, head_dim=64,
+        mlp_dim=32,
+    )  # fmt: skip
+    model = Model(init_params(config, jax.random.key(0)), config, WORDS)
+    decoder = Decoder(model, limits=Limits(lanes=2, threads=4, pool=2000), rows=rows, pool_buckets=())
+    decoder.programs.options = None  # compiled with all care
+    decoder.decode([WORDS.encode_prompt("the")], [Sampling(max_new_tokens=1)])
+    return decoder.programs.compiled["decode", 2002, NOTHING], rows * 2 * 2002 * 64
 
 
 @functools.cache

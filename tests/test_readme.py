@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -25,6 +26,10 @@ SHORTER = {
     "pasta_jax.demo": ["--prompts=2"],
     "pasta_jax.compile": ["--pool=256"],
 }
+
+
+IN_A_HURRY = "--xla_backend_optimization_level=0"
+"""Compiling is what takes time here. (And no eight devices, as the other tests have them.)"""
 
 
 def blocks(language: str) -> list[str]:
@@ -58,8 +63,6 @@ def run(workspace: Path, arguments: list[str]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": IN_A_HURRY}
 
 

@@ -157,7 +157,9 @@ def test_replay_measures_both_ways(rng: random.Random) -> None:
     assert len(wide.parallel_s) == len(wide.sequential_s) == len(wide.start_s) == 3
     assert min(wide.parallel_s + wide.sequential_s + wide.start_s) > 0
     prompt = WORDS.encode_prompt("the river")
-    (trace,), _ = decoder().decode([prompt], [Sampling(1000, 1000, script=script_of(trees[0], WORDS, LIMITS))])
+    (trace,), _ = decoder().decode(
+        [prompt], [Sampling(1000, 1000, script=script_of(trees[0], WORDS, LIMITS))]
+    )
     (again,) = replay(decoder(), {"a trace": [trace]}, repeats=1)
     assert (again.critical_path, again.widths) == (wide.critical_path, wide.widths)
     assert again.sequential_steps == wide.sequential_steps

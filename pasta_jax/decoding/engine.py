@@ -32,9 +32,8 @@ from pasta_jax.model.transpose import transpose
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer
 
-
 CACHED_BYTES = 8 * 2**20
-"""Weights of no more than this stay in the cache of a processor from step to step."""
+"""What a processor's cache keeps of the weights from step to step, at the least."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,11 +67,15 @@ class Model:
 
         Weights that stay in a processor's cache are used as they are (docs/PERFORMANCE.md).
         """
-        leaves = jax.tree.leaves(self.params)
-        is_large = sum(leaf.nbytes for leaf in leaves) > CACHED_BYTES
-        if is_large and _on_cpu(self.params) and self.mesh is None and self.config.weights == "plain":
+        alone = _on_cpu(self.params) and self.mesh is None
+        if alone and self.config.weights == "plain" and not self.is_small:
             return transpose(self.params, self.config)
         return self.params, self.config
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the weights stay in a processor's cache from step to step."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)) <= CACHED_BYTES
 
     @property
     def places(self) -> Any:
@@ -212,6 +215,7 @@ class Decoder:
         if not _on_cpu(model.params):
             # There eight lanes cost what one does, and XLA would copy the pool on its way into loops in a loop.
             limits = dataclasses.replace(limits, adaptive=False)
+        self.widths = widths(limits.lanes, finely=model.is_small) if limits.adaptive else (limits.lanes,)
         self.model, self.limits, self.chunk = model, limits, chunk
         self.rows = rows if self.mesh is None else sharding.round_up_rows(rows, self.mesh)
         self.prompt_buckets = _up_to(limits.pool, prompt_buckets)
@@ -232,7 +236,7 @@ class Decoder:
             functools.partial(loop.admit, transformer), donate_argnums=2, out_shardings=lies
         )
         self._decode_chunk = jax.jit(
-            functools.partial(loop.decode_chunk, transformer),
+            functools.partial(loop.decode_chunk, transformer, widths=self.widths),
             static_argnames="used",
             donate_argnums=2,
             out_shardings=lies,
@@ -253,7 +257,8 @@ class Decoder:
     def fits(self, model: Model) -> bool:
         """Whether another model differs in nothing but its parameters, which lie in the same places."""
         mine, theirs = (
-            (m.config, m.positions, m.max_depth, m.tokenizer.vocabulary, m.places) for m in (self.model, model)
+            (m.config, m.positions, m.max_depth, m.tokenizer.vocabulary, m.places)
+            for m in (self.model, model)
         )
         return bool(mine == theirs)
 
@@ -406,6 +411,20 @@ class Programs:
                 self.compiled[key] = function.lower(*args, **static).compile(self.options)
                 self.compile_s += time.perf_counter() - begun
         return self.compiled[key](*args)
+
+
+def widths(lanes: int, *, finely: bool) -> tuple[int, ...]:
+    """How many lanes a compiled step may have, up to S = `lanes`.
+
+    Each takes its time to compile. Where the weights have to be fetched, two lanes cost little less than four;
+    where they are at hand, each lane costs (docs/PERFORMANCE.md).
+
+    >>> widths(16, finely=False), widths(16, finely=True)
+    ((1, 4, 8, 16), (1, 2, 3, 4, 6, 8, 12, 16))
+    """
+    powers = [1 << i for i in range(lanes.bit_length())]
+    some = {*powers, *(3 * power for power in powers)} if finely else {*powers} - {2}
+    return (*sorted(width for width in some if width < lanes), lanes)
 
 
 def _up_to(most: int, buckets: Sequence[int]) -> tuple[int, ...]:

@@ -128,6 +128,7 @@ def decode_chunk(
     steps: Array,
     refill: Array,
     used: int | None = None,
+    widths: tuple[int, ...] = (),
 ) -> Batch:
     """Decode steps until the host has something to do.
 
@@ -141,8 +142,10 @@ def decode_chunk(
       steps: int32 [], at most so many.
       refill: bool [], whether a prompt waits.
       used: entries of the pool that steps read; static. None is all.
+      widths: lanes that a step may have, the fewest first and S last; static. None given is S alone.
     """
     limits = rules.limits
+    widths = widths or (limits.lanes,)
     entries = limits.pool + limits.lanes
     used = min(used or entries, entries)
     at_first = jnp.sum(batch.rows.stop == Stop.RUNNING)
@@ -171,7 +174,7 @@ def decode_chunk(
 
         return lambda carry: jax.lax.while_loop(is_next, step, carry)
 
-    loops = [at_width(lanes, fewer) for fewer, lanes in zip((-1, *limits.widths), limits.widths)]
+    loops = [at_width(lanes, fewer) for fewer, lanes in zip((-1, *widths), widths)]
 
     def round_the_widths(carry: tuple[Array, Batch]) -> tuple[Array, Batch]:
         for steps_of_a_width in loops:

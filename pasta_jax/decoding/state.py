@@ -52,17 +52,6 @@ class Limits:
         """W."""
         return words_for(max_segments(self.threads))
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """How many lanes a compiled step may have: a power of two, or S. Each takes its time to compile.
-
-        >>> Limits(lanes=6).widths, Limits(lanes=16, adaptive=False).widths
-        ((1, 2, 4, 6), (16,))
-        """
-        if not self.adaptive:
-            return (self.lanes,)
-        return (*(1 << i for i in range((self.lanes - 1).bit_length())), self.lanes)
-
 
 class Phase(enum.IntEnum):
     """Where a thread is in its life."""
