@@ -149,6 +149,14 @@ def decode_chunk(
     entries = limits.pool + limits.lanes
     used = min(used or entries, entries)
     at_first = jnp.sum(batch.rows.stop == Stop.RUNNING)
+    alone = batch.rows.stop.shape[0] == 1
+
+    def without_B(batch: Batch) -> Batch:
+        """As the loops carry it: one row's pool is [K, P, H], for XLA on CPU would copy [1, K, P, H] each step."""
+        return _with_pool(batch, lambda leaf: leaf[0]) if alone else batch
+
+    def with_B(batch: Batch) -> Batch:
+        return _with_pool(batch, lambda leaf: leaf[None]) if alone else batch
 
     def goes_on(carry: tuple[Array, Batch]) -> Array:
         done, batch = carry
@@ -159,10 +167,6 @@ def decode_chunk(
 
     def at_width(lanes: int, fewer: int) -> Callable[[tuple[Array, Batch]], tuple[Array, Batch]]:
         narrow = _with_lanes(rules, lanes)
-        # A single query of a single row: XLA on CPU would write into two copies of the pool, one for attention,
-        # unless attention reads a slice of it, which is one copy.
-        alone = lanes == 1 and batch.rows.stop.shape[0] == 1
-        read = min(used, limits.pool) if alone else used
 
         def is_next(carry: tuple[Array, Batch]) -> Array:
             width = jnp.minimum(_width(carry[1].rows), limits.lanes)
@@ -170,7 +174,7 @@ def decode_chunk(
 
         def step(carry: tuple[Array, Batch]) -> tuple[Array, Batch]:
             done, batch = carry
-            return done + 1, decode_step(model, params, narrow, batch, read)
+            return done + 1, without_B(decode_step(model, params, narrow, with_B(batch), used))
 
         return lambda carry: jax.lax.while_loop(is_next, step, carry)
 
@@ -181,10 +185,14 @@ def decode_chunk(
             carry = steps_of_a_width(carry)
         return carry
 
-    start = (jnp.int32(0), batch)
+    start = (jnp.int32(0), without_B(batch))
     if len(loops) == 1:
-        return loops[0](start)[1]
-    return jax.lax.while_loop(goes_on, round_the_widths, start)[1]
+        return with_B(loops[0](start)[1])
+    return with_B(jax.lax.while_loop(goes_on, round_the_widths, start)[1])
+
+
+def _with_pool(batch: Batch, change: Callable[[Array], Array]) -> Batch:
+    return dataclasses.replace(batch, pool=jax.tree.map(change, batch.pool))
 
 
 def _with_lanes(rules: Rules, lanes: int) -> Rules:

@@ -45,7 +45,8 @@ def write(pool_BxKxPxH: Array, new_BxKxQxH: Array, start_B: Array) -> Array:
         older entries, so leave room in the pool for a whole step.
     """
     if pool_BxKxPxH.shape[0] == 1:  # an update at one known place, where many rows need a scatter
-        return jax.lax.dynamic_update_slice_in_dim(pool_BxKxPxH, new_BxKxQxH, start_B[0], axis=2)
+        pool_KxPxH, new_KxQxH = pool_BxKxPxH[0], new_BxKxQxH[0]
+        return jax.lax.dynamic_update_slice_in_dim(pool_KxPxH, new_KxQxH, start_B[0], axis=1)[None]
     return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(
         pool_BxKxPxH, new_BxKxQxH, start_B
     )
