@@ -172,7 +172,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         plan = QUICK if values.quick else Plan()
         given = {
-            name: values[name].value for name in ("repeats", "tokens", "answers", "steps", "pool", "prompt")
+            name: values[name].value
+            for name in ("repeats", "tokens", "answers", "real", "steps", "pool", "prompt")
         }
         plan = dataclasses.replace(
             plan, **{name: value for name, value in given.items() if value is not None}
@@ -196,6 +197,7 @@ def command() -> None:
         ("repeats", "Of each measurement."),
         ("tokens", "Mean length of a branch."),
         ("answers", "Replayed of each shape."),
+        ("real", "Of the given responses replayed."),
         ("steps", "That the time of a step is averaged over."),
         ("pool", "Entries of the pool, where a part needs no more."),
         ("prompt", "Tokens of the prompts that are prefilled beside peers."),
