@@ -124,21 +124,21 @@ def table(points: Sequence[Point]) -> str:
 
 
 def _plain(point: Point) -> dict[str, Any]:
-    """As JSON can hold it, in which nothing is not a number."""
+    """As JSON can hold it, which has neither NaN nor infinity."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {name: plain(each) for name, each in dataclasses.asdict(value).items()}
         if isinstance(value, tuple):
             return [plain(each) for each in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {name: plain(value) for name, value in point.items()}
 
 
 def _write(out: str, part: str, results: dict[str, Any]) -> None:
     with replacing(os.path.join(out, RESULTS)) as file:
-        json.dump(results, file, indent=2)
+        json.dump(results, file, indent=2, allow_nan=False)
         file.write("\n")
     points = results["parts"][part].get("points")
     if not points:

@@ -171,7 +171,7 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
 
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         threads = max(values.lanes, config.data.threads)
-        limits = Limits(values.lanes, threads, values.pool, adaptive=False)
+        limits = Limits(values.lanes, threads, values.pool)
         to_decode = dataclasses.replace(config, model=as_asked(config.model, None, values.quantize))
         prefill, decode = lower_decode(to_decode, mesh, limits, values.rows)
         programs = {**lower_stages(config, mesh), "prefill": prefill, "decode": decode}

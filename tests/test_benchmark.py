@@ -71,10 +71,10 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
     assert (out / "replay.png").read_bytes().startswith(PNG)
     shown = capsys.readouterr().out
     assert shown.startswith("replay\n| shape") and "| overall" in shown
-    assert benchmark._plain({"a": math.nan, "b": 1.0, "c": Spread(1.0, 1.0, 2.0, (1.0, math.nan))}) == {
+    assert benchmark._plain({"a": math.nan, "b": 1.0, "c": Spread(1.0, 1.0, 2.0, (math.inf, math.nan))}) == {
         "a": None,
         "b": 1.0,
-        "c": {"median": 1.0, "low": 1.0, "high": 2.0, "samples": [1.0, None]},
+        "c": {"median": 1.0, "low": 1.0, "high": 2.0, "samples": [None, None]},
     }
     assert told["model"]["parameters"] > 512 * 16 and told["plan"]["seed"] == 3
     machine = told["machine"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import NO_DOC, NO_TARGET, ThreadedTokens
-from pasta_jax.decoding import loop
+from pasta_jax.decoding import engine, loop
 from pasta_jax.decoding.engine import Decoder, Model, Programs, Sampling
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
@@ -25,7 +25,7 @@ from pasta_jax.tokens.reading import read, threads_of
 from pasta_jax.visibility import visible
 
 WORDS = WordTokenizer("rivers and cities of the world")
-LIMITS = Limits(lanes=8, threads=16, pool=300, adaptive=False)
+LIMITS = Limits(lanes=8, threads=16, pool=300)
 PROMPTS = ("rivers", "cities of the world", "the", "and the rivers", "world")
 
 
@@ -54,8 +54,10 @@ def ask(seed: int, **changes: Any) -> Sampling:
 
 
 @functools.cache
-def decoder(limits: Limits = LIMITS, rows: int = 4, chunk: int = 512) -> Decoder:
-    return Decoder(chatty_model(), limits=limits, rows=rows, chunk=chunk, prompt_buckets=(16,))
+def decoder(
+    limits: Limits = LIMITS, rows: int = 4, chunk: int = 512, widths: tuple[int, ...] = ()
+) -> Decoder:
+    return Decoder(chatty_model(), limits=limits, rows=rows, chunk=chunk, prompt_buckets=(16,), widths=widths)
 
 
 def ids(prompt: str) -> list[int]:
@@ -131,16 +133,27 @@ def once_through(model: Model, trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(logits[0, : len(document)]), document.target
 
 
+def as_a_large_one(monkeypatch: pytest.MonkeyPatch) -> Model:
+    """The same model, decoded as those are whose weights no cache holds."""
+    model = dataclasses.replace(chatty_model())
+    assert chatty_model().for_steps[1].weights == "plain"
+    monkeypatch.setattr(engine, "CACHED_BYTES", 0)
+    assert model.for_steps[1].weights == "transposed"
+    return model
+
+
 @pytest.mark.parametrize("lanes", [1, 3, 8])
 @pytest.mark.parametrize("max_depth", [1, 3])
 def test_parity(lanes, max_depth, seed, monkeypatch):
     """Law 2: every token fed has all the logits, fed at once, that it had when it was decoded."""
-    limits = Limits(lanes, 16, 300, max_depth, adaptive=lanes == 3)
+    limits = Limits(lanes, 16, 300, max_depth)
     seeds = [seed + i for i in range(6)]
     decoded = listen(monkeypatch)
-    engine = Decoder(chatty_model(), limits=limits, rows=len(seeds), prompt_buckets=(16,))
+    model = as_a_large_one(monkeypatch) if lanes == 3 else chatty_model()
+    widths = (1, 2) if lanes == 3 else ()
+    made = Decoder(model, limits=limits, rows=len(seeds), prompt_buckets=(16,), widths=widths)
     wishes = [ask(seed, open_bias=3.5 if i < 3 else 6.0) for i, seed in enumerate(seeds)]
-    traces, _ = engine.decode([ids(prompt_of(seed)) for seed in seeds], wishes)
+    traces, _ = made.decode([ids(prompt_of(seed)) for seed in seeds], wishes)
     jax.effects_barrier()
     assert max(depth(trace) for trace in traces) == max_depth
     checked = 0
@@ -208,8 +221,8 @@ class TestInvariance:
         """And compiled as for users, with all care."""
         monkeypatch.setattr(Programs, "options", None)
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
-        adaptive = dataclasses.replace(LIMITS, adaptive=True)
-        assert [schedule(t) for t in decode(SEEDS, greedy=greedy, limits=adaptive)] == expected
+        for widths in ((1, 2, 3, 4, 6), (1, 4)):
+            assert [schedule(t) for t in decode(SEEDS, greedy=greedy, widths=widths)] == expected
 
     def test_chunk(self, greedy):
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
@@ -243,8 +256,9 @@ def test_mesh(greedy):
     model = chatty_model()
     params = jax.device_put(model.params, sharding.param_shardings(model.params, mesh))
     spread = Decoder(
-        dataclasses.replace(model, params=params), limits=LIMITS, rows=4, prompt_buckets=(16,), mesh=mesh
+        dataclasses.replace(model, params=params), limits=LIMITS, rows=4, prompt_buckets=(16,), widths=()
     )
+    assert spread.mesh == mesh and not decoder().fits(spread.model)
     wishes = [ask(seed, temperature=0.0 if greedy else 1.0) for seed in SEEDS]
     traces, _ = spread.decode([ids(prompt_of(seed)) for seed in SEEDS], wishes)
     pool = spread.empty_batch().pool
@@ -253,7 +267,7 @@ def test_mesh(greedy):
 
 
 def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
-    limits = Limits(lanes=16, threads=16, pool=300, adaptive=False)
+    limits = Limits(lanes=16, threads=16, pool=300)
     for trace in decode(SEEDS, limits=limits):
         if trace.stop == Stop.EOS:
             assert critical_path(as_document(trace), trace.prompt_length, WORDS.vocabulary) == trace.steps
@@ -262,7 +276,7 @@ def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
 @pytest.mark.parametrize(("max_depth", "threads", "bias"), [(1, 16, 3.5), (3, 3, 10.0), (3, 16, 3.5)])
 def test_with_the_grammar_nothing_is_malformed(max_depth, threads, bias):
     """Not even where several threads want the last free one in the same step, as nearly always with 3 threads."""
-    limits = Limits(3, threads, 300, max_depth, adaptive=False)
+    limits = Limits(3, threads, 300, max_depth)
     prompts, wishes = zip(*((ids(prompt_of(seed)), ask(seed, open_bias=bias)) for seed in range(24)))
     traces, _ = decoder(limits).decode(prompts, wishes)
     ended = 0
@@ -329,7 +343,7 @@ def test_a_mixed_batch_draws_as_each_row_does_alone():
 
 
 def test_pool_full_stops_one_row_with_its_text():
-    limits = Limits(lanes=8, threads=16, pool=40, adaptive=False)
+    limits = Limits(lanes=8, threads=16, pool=40)
     traces = decode(SEEDS, limits=limits)
     full = [t for t in traces if t.stop == Stop.CACHE_FULL]
     assert full and all(len(t.tokens) == 40 for t in full)
@@ -352,13 +366,16 @@ def test_models_alike_in_all_but_their_parameters_share_what_is_compiled():
     (expected,), _ = decoder().decode(prompt, wishes)
     head = jnp.roll(mine.params["head"], 1, axis=1)
     other = dataclasses.replace(mine, params={**mine.params, "head": head})
-    engine = decoder().for_model(other)
-    (trace,), timing = engine.decode(prompt, wishes)
+    twin = decoder().for_model(other)
+    (trace,), timing = twin.decode(prompt, wishes)
     assert timing.compile_s == 0
-    alone = Decoder(other, limits=LIMITS, rows=4, prompt_buckets=(16,)).decode(prompt, wishes)[0][0]
+    alone = Decoder(other, limits=LIMITS, rows=4, prompt_buckets=(16,), widths=()).decode(prompt, wishes)[0][
+        0
+    ]
     assert text(trace) == text(alone) != text(expected)
     assert text(decoder().decode(prompt, wishes)[0][0]) == text(expected)
     shared = dataclasses.replace(mine, positions=Positions("shared"))
-    assert not decoder().fits(shared)
+    elsewhere = dataclasses.replace(mine, params=jax.device_put(mine.params, jax.devices()[1]))
+    assert not decoder().fits(shared) and not decoder().fits(elsewhere)
     with pytest.raises(ValueError, match="alike in all but their parameters"):
         decoder().for_model(shared)

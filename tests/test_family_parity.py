@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_families as tiny
 
+from pasta_jax.decoding import engine
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.model import ModelConfig, Transformer
@@ -41,6 +42,12 @@ def model_of(name: str) -> tuple[tiny.TinyModel, Model]:
     theirs = tiny.read(name)
     config = config_from_hf(theirs.config, f"{name}/config.json")
     return theirs, Model(params_of(config, theirs.tensors), config, tiny.TinyTokenizer())
+
+
+@pytest.fixture(autouse=True)
+def as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded as models are on a CPU whose weights no cache holds."""
+    monkeypatch.setattr(engine, "CACHED_BYTES", 0)
 
 
 @functools.cache

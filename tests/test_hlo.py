@@ -15,6 +15,7 @@ import pytest
 from pasta_jax import compile as ahead
 from pasta_jax import hlo, sharding
 from pasta_jax.config import Config
+from pasta_jax.decoding import engine
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.state import Limits
@@ -125,14 +126,21 @@ def lower(model: ModelConfig, mesh: Any, limits: Limits, rows: int) -> tuple[Any
 
 
 @functools.cache
-def on_cpu(rows: int) -> tuple[Any, int]:
-    """The loop of a decoder whose keys are much larger than scores, and than all else; how many there are."""
+def on_cpu(rows: int, cached: int) -> tuple[Any, int]:
+    """The loop of a decoder whose keys are much larger than scores, and than all else; how many there are.
+
+    Weights of no more than `cached` bytes are decoded as they are, others transposed.
+    """
     config = ModelConfig(
         vocab_size=len(WORDS.vocabulary), num_layers=1, model_dim=32, num_heads=2, num_kv_heads=2, head_dim=64,
         mlp_dim=32,
     )  # fmt: skip
     model = Model(init_params(config, jax.random.key(0)), config, WORDS)
-    decoder = Decoder(model, limits=Limits(lanes=2, threads=4, pool=2000), rows=rows, pool_buckets=())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "CACHED_BYTES", cached)
+        limits = Limits(lanes=2, threads=4, pool=2000)
+        decoder = Decoder(model, limits=limits, rows=rows, pool_buckets=(), widths=(1,))
+    assert model.for_steps[1].weights == ("plain" if cached else "transposed")
     decoder.programs.options = None  # compiled with all care
     decoder.decode([WORDS.encode_prompt("the")], [Sampling(max_new_tokens=1)])
     return decoder.programs.compiled["decode", 2002, NOTHING], rows * 2 * 2002 * 64
@@ -145,19 +153,25 @@ def on_tpu(topology: str, lanes: int) -> tuple[Any, int]:
     rows = -(-len(devices) // 4)
     mesh = sharding.make_mesh(rows, 1, -1, devices=devices)
     model = dataclasses.replace(presets()["gemma-7b"].config, num_layers=2)
-    decode, keys = lower(model, mesh, Limits(lanes, threads=16, pool=2048, adaptive=False), rows)
+    decode, keys = lower(model, mesh, Limits(lanes, threads=16, pool=2048), rows)
     return decode.compile(), keys
 
 
 TOPOLOGIES = [pytest.param(topology, marks=pytest.mark.tpu) for topology in ("v6e:1x1", "v5e:2x4")]
 
 
-@pytest.fixture(params=["one row", "three rows", *TOPOLOGIES])
+CPU = {
+    f"{rows} rows, {weights} weights": (rows, cached)
+    for rows in (1, 3)
+    for weights, cached in (("small", 2**23), ("large", 0))
+}
+
+
+@pytest.fixture(params=[*CPU, *TOPOLOGIES])
 def decoding(request: pytest.FixtureRequest) -> tuple[Any, int]:
     """The loop compiled, and how many numbers there are in a layer's keys."""
-    rows = {"one row": 1, "three rows": 3}.get(request.param)
-    if rows:
-        return on_cpu(rows)
+    if request.param in CPU:
+        return on_cpu(*CPU[request.param])
     tpu_or_skip()
     return on_tpu(request.param, 8)
 

@@ -30,7 +30,7 @@ from pasta_jax.tokens.layout import LayoutError
 from pasta_jax.tokens.reading import read
 
 WORDS = WordTokenizer("A the river and the cities of a world")
-LIMITS = Limits(lanes=9, threads=9, pool=320, max_depth=2, adaptive=False)
+LIMITS = Limits(lanes=9, threads=9, pool=320, max_depth=2)
 SIZE = (16, 256)
 """Of all scripts here, so that they share a program."""
 
@@ -42,7 +42,7 @@ def decoder() -> Decoder:
         mlp_dim=16,
     )  # fmt: skip
     model = Model(init_params(config, jax.random.key(0)), config, WORDS, max_depth=2)
-    made = Decoder(model, limits=LIMITS, rows=2, chunk=64, prompt_buckets=(16,), pool_buckets=())
+    made = Decoder(model, limits=LIMITS, rows=2, chunk=64, prompt_buckets=(16,), widths=())
     made.programs.options = {"xla_backend_optimization_level": 0}  # compiling is what takes time here
     return made
 
@@ -163,6 +163,9 @@ def test_replay_measures_both_ways(rng: random.Random) -> None:
     (again,) = replay(decoder(), {"a trace": [trace]}, repeats=1)
     assert (again.critical_path, again.widths) == (wide.critical_path, wide.widths)
     assert again.sequential_steps == wide.sequential_steps
+    (cut,), _ = decoder().decode([prompt], [Sampling(9, 9)])
+    with pytest.raises(ValueError, match="stopped with 'length' has no end to replay"):
+        replay(decoder(), {"": [cut]})
 
 
 def test_what_does_not_fit_is_refused(rng: random.Random) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from test_decode import PROMPTS, WORDS, chatty_model, ids
 
+from pasta_jax.decoding import session
 from pasta_jax.decoding.engine import Decoder, Sampling
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.script import Script
@@ -21,12 +22,12 @@ from pasta_jax.decoding.session import Answer
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace
 
-LIMITS = Limits(lanes=4, threads=8, pool=120, adaptive=False)
+LIMITS = Limits(lanes=4, threads=8, pool=120)
 
 
 @functools.cache
 def decoder(rows: int = 6) -> Decoder:
-    return Decoder(chatty_model(), limits=LIMITS, rows=rows, chunk=16, prompt_buckets=(16,))
+    return Decoder(chatty_model(), limits=LIMITS, rows=rows, chunk=16, prompt_buckets=(16,), widths=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def test_a_thousand_requests(seed: int) -> None:
     """Mixed limits, stop strings and cancellations, in any order: each has the text it has alone."""
     rng = random.Random(seed)
     kinds = some_asks(rng, 40)
-    session = decoder().session
+    requests = decoder().session
     waiting = [rng.choice(kinds) for _ in range(1000)]
     running: list[tuple[Ask, Answer]] = []
     ended: dict[str, int] = {}
@@ -86,7 +87,7 @@ def test_a_thousand_requests(seed: int) -> None:
             running.append((ask, decoder().submit(ask.prompt, ask.sampling)))
         if running and rng.random() < 0.5:
             rng.choice(running)[1].cancel()
-        session.turn()
+        requests.turn()
         for ask, answer in [pair for pair in running if pair[1].done]:
             trace = answer.wait()
             if trace.stop == Stop.CANCELLED:
@@ -105,7 +106,7 @@ def test_a_thousand_requests(seed: int) -> None:
             held.append(sum(x.nbytes for x in jax.live_arrays()))
     assert sum(ended.values()) == 1000, "every request is accounted for"
     assert {"eos", "length", "stop", "cancelled"} <= ended.keys(), ended
-    assert session.idle
+    assert requests.idle
     assert held[0] == held[1]
 
 
@@ -113,6 +114,12 @@ def a_long_one() -> tuple[Ask, Trace]:
     wishes = Sampling(max_new_tokens=90, temperature=1.0, open_bias=-np.inf)
     asks = (Ask(tuple(ids("rivers 3")), dataclasses.replace(wishes, seed=seed)) for seed in range(1000))
     return next((ask, alone(ask)) for ask in asks if alone(ask).steps > 60)
+
+
+def long_one_with_a_stop() -> Ask:
+    ask, whole = a_long_one()
+    said = result(WORDS, whole).text
+    return dataclasses.replace(ask, sampling=dataclasses.replace(ask.sampling, stop=(said[4:6],)))
 
 
 def test_a_stop_string_frees_the_row_before_the_answer_would_end() -> None:
@@ -126,23 +133,27 @@ def test_a_stop_string_frees_the_row_before_the_answer_would_end() -> None:
     assert (cut.text, cut.stop_reason) == (said[: said.index(stop)], "stop")
 
 
-@pytest.mark.parametrize("verb", ["admit", "decode_chunk", "read"])
+@pytest.mark.parametrize(
+    ("verb", "call"),
+    [("admit", 0), ("decode_chunk", 0), ("read", 0), ("release", 0), ("read", 5)],
+)
 def test_nothing_is_lost_wherever_it_breaks_off(
-    verb: str, seed: int, monkeypatch: pytest.MonkeyPatch
+    verb: str, call: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asks = some_asks(random.Random(seed), 9)
+    asks += [long_one_with_a_stop()] * 3
     answers = [decoder().submit(ask.prompt, ask.sampling) for ask in asks]
-    done, broken = getattr(Decoder, verb), list[Any]()
+    done, calls = getattr(Decoder, verb), list[Any]()
 
     def breaks_once(self: Decoder, *args: Any) -> Any:
-        if not broken:
-            broken.append(done(self, *args))  # the batch that went in is gone
+        calls.append(done(self, *args))  # the batch that went in is gone
+        if len(calls) == call + 1:
             raise MemoryError
-        return done(self, *args)
+        return calls[-1]
 
     monkeypatch.setattr(Decoder, verb, breaks_once)
     with pytest.raises(MemoryError):
-        answers[-1].wait()
+        [answer.wait() for answer in answers]
     for ask, answer in zip(asks, answers, strict=True):
         assert read(ask, answer.wait()) == read(ask, alone(ask))
 
@@ -162,6 +173,25 @@ def test_cancelled_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> 
     first.wait()
     assert first.done and other.done and decoder().session.idle
     assert other.wait().stop == Stop.CANCELLED
+
+
+def test_only_work_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what a consumer does between two turns, nor what others compile meanwhile."""
+    clock = [0.0]
+
+    def tick() -> float:
+        clock[0] += 1
+        return clock[0]
+
+    ask, whole = a_long_one()
+    monkeypatch.setattr(session.time, "perf_counter", tick)
+    answer = decoder().submit(ask.prompt, ask.sampling)
+    answer.step()
+    assert not answer.done
+    clock[0] += 1000
+    decoder().programs.compile_s += 1000
+    turns = 1 + whole.steps // 16
+    assert 0 < answer.result().stats.wall_s < 5 * turns and answer.result().stats.compile_s == 0
 
 
 def test_several_threads_may_wait(seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -58,6 +59,12 @@ def number(value: float) -> str:
     ['0.0123', '12.3', '1234']
     """
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> float:
+    """Median by median; NaN where noise made the other one zero."""
+    below = statistics.median(other)
+    return statistics.median(one) / below if below else math.nan
 
 
 def in_turn(what: str, measured: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

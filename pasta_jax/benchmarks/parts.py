@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pasta_jax.baselines import apar
-from pasta_jax.benchmarks.measure import Point, Spread, in_turn
+from pasta_jax.benchmarks.measure import Point, Spread, in_turn, ratio
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
 from pasta_jax.decoding.replay import PROMPT, UNLIMITED, ReplayError, Run, limits_for, replay, summaries
 from pasta_jax.decoding.script import script_of
@@ -93,13 +93,13 @@ def width(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
     used = {k: _grown(k, plan.steps, *pair) for k, pair in pairs.items()}
     slopes = {str(k): _slope(*pair, plan.steps) for k, pair in pairs.items()}
     samples = in_turn("width", slopes, plan.repeats)
-    one = Spread.of(samples[str(plan.widths[0])])
+    first = samples[str(plan.widths[0])]
     return [
         {
             "lanes used": k,
             "pool used": used[k],
             "step, ms": Spread.of(samples[str(k)]),
-            "against the first": statistics.median(samples[str(k)]) / one.median,
+            "against the first": ratio(samples[str(k)], first),
         }
         for k in plan.widths
     ]
@@ -163,13 +163,13 @@ def pool_used(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
         short, long = (scripted(decoder, program, prompt) for program in text)
         slopes[str(length)] = _slope(short, long, plan.steps)
     samples = in_turn("pool", slopes, plan.repeats)
-    first = statistics.median(samples[str(used[0])])
+    first = samples[str(used[0])]
     return [
         {
             "pool used": length + plan.steps // 2,
             "pool": pool,
             "step, ms": Spread.of(samples[str(length)]),
-            "against the first": statistics.median(samples[str(length)]) / first,
+            "against the first": ratio(samples[str(length)], first),
         }
         for length in used
     ]
@@ -206,15 +206,15 @@ def batch(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
     samples = in_turn("batch", calls, plan.repeats)
     points: list[Point] = []
     for kind in wishes:
-        first = statistics.median(samples[f"{kind}, {plan.rows[0]}"])
+        first = samples[f"{kind}, {plan.rows[0]}"]
         for rows in plan.rows:
-            rate = Spread.of(samples[f"{kind}, {rows}"])
+            rates = samples[f"{kind}, {rows}"]
             points.append(
                 {
                     "answers": kind,
                     "rows": rows,
-                    "tokens/s": rate,
-                    "against the first": rate.median / first,
+                    "tokens/s": Spread.of(rates),
+                    "against the first": ratio(rates, first),
                     "same text": _said(answers[kind, rows]) == _said(answers[kind, plan.rows[0]]),
                 }
             )

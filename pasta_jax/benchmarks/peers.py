@@ -11,14 +11,13 @@ import importlib
 import importlib.util
 import logging
 import random
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from pasta_jax.benchmarks.measure import Point, Spread, in_turn
+from pasta_jax.benchmarks.measure import Point, Spread, in_turn, ratio
 from pasta_jax.benchmarks.parts import SEQUENTIAL, Plan
 from pasta_jax.decoding.engine import Decoder, Model
 from pasta_jax.decoding.state import Limits
@@ -96,16 +95,12 @@ def _points(
                 "prefill, s": Spread.of(prefill),
                 "step, ms": Spread.of([1000 * each for each in step]),
                 "whole, s": Spread.of(whole),
-                "prefill, ours is x as fast": _ratio(prefill, ours[0]),
-                "step, ours is x as fast": _ratio(step, ours[1]),
+                "prefill, ours is x as fast": ratio(prefill, ours[0]),
+                "step, ours is x as fast": ratio(step, ours[1]),
                 "same tokens": f"{int(agree.sum())} of {agree.size}",
             }
         )
     return points
-
-
-def _ratio(theirs: list[float], ours: list[float]) -> float:
-    return statistics.median(theirs) / statistics.median(ours)
 
 
 def _seconds(generate: Generate, prompts: np.ndarray, tokens: int) -> Callable[[], float]:

@@ -159,9 +159,7 @@ def decode(
         stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
     )
     rows = min(MAX_ROWS, 1 << (len(prompts) - 1).bit_length())
-    decoder = model.decoders.get((limits, rows))
-    if decoder is None:  # of several threads that find none the first one's is kept
-        decoder = model.decoders.setdefault((limits, rows), Decoder(model, limits=limits, rows=rows))
+    decoder = model.decoder(limits, rows)
     plain = dataclasses.replace(wishes, open_bias=float("-inf"))
     if stream:
         for each in ids:

@@ -46,7 +46,7 @@ class Model:
       tokenizer: with an id for each tag piece.
       positions: the scheme that the model was trained with.
       max_depth: how deep its promises may nest.
-      decoders: compiled decoders by their static sizes, which `pasta_jax.decode` keeps here.
+      decoders: what `decoder` has made, by sizes.
     """
 
     params: Any
@@ -55,6 +55,14 @@ class Model:
     positions: Positions = Positions()
     max_depth: int = 1
     decoders: dict[Any, Decoder] = dataclasses.field(init=False, repr=False, default_factory=dict)
+    _lock: Any = dataclasses.field(init=False, repr=False, default_factory=threading.Lock)
+
+    def decoder(self, limits: Limits, rows: int) -> Decoder:
+        """The one for these sizes, made when it is first asked for."""
+        with self._lock:
+            if (limits, rows) not in self.decoders:
+                self.decoders[limits, rows] = Decoder(self, limits=limits, rows=rows)
+            return self.decoders[limits, rows]
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
@@ -77,10 +85,14 @@ class Model:
         """Whether the weights stay in a processor's cache from step to step."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)) <= CACHED_BYTES
 
-    @property
-    def places(self) -> Any:
-        """What a program that was compiled for its parameters takes for granted about where they lie."""
-        return self.mesh or _devices(self.params)
+    def lies_like(self, other: Model) -> bool:
+        """Whether its parameters lie where the other's do, which a compiled program takes for granted."""
+        host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        pairs = zip(jax.tree.leaves(self.params), jax.tree.leaves(other.params), strict=True)
+        return all(
+            getattr(mine, "sharding", host).is_equivalent_to(getattr(theirs, "sharding", host), mine.ndim)
+            for mine, theirs in pairs
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,14 +174,11 @@ class Timing:
     compile_s: float
 
 
-def _devices(params: Any) -> set[jax.Device]:
-    """Where arrays lie; those on the host go to the default device."""
-    leaf = jax.tree.leaves(params)[0]
-    return leaf.devices() if isinstance(leaf, jax.Array) else {jax.devices()[0]}
-
-
 def _on_cpu(params: Any) -> bool:
-    return all(device.platform == "cpu" for device in _devices(params))
+    """Whether that is where arrays lie; those on the host go to the default device."""
+    leaf = jax.tree.leaves(params)[0]
+    devices = leaf.devices() if isinstance(leaf, jax.Array) else {jax.devices()[0]}
+    return all(device.platform == "cpu" for device in devices)
 
 
 def batch_shardings(batch: Batch, mesh: Any) -> Batch:
@@ -194,6 +203,9 @@ class Decoder:
       chunk: decode steps between two looks of the host, at most; it looks when a row is free for a prompt that
         waits.
       prompt_buckets: lengths that prompts are padded to; one compiled prefill each.
+      widths: lanes that steps have where fewer than S threads are ready, each a loop of its own. By default one is
+        chosen on CPUs alone: elsewhere eight lanes cost what one does, and XLA copies the pool on its way into
+        loops in a loop.
       pool_buckets: how much of the pool steps read while it fills, as far as that is a third of it or less; one
         compiled loop each.
       mesh: where the model's parameters lie, if they do not say so themselves; rows go over data and fsdp, heads
@@ -209,15 +221,16 @@ class Decoder:
         chunk: int = 64,
         prompt_buckets: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024, 2048),
         pool_buckets: Sequence[int] = (512, 2048, 8192),
+        widths: Sequence[int] | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ):
         self.mesh = mesh or model.mesh
-        if not _on_cpu(model.params):
-            # There eight lanes cost what one does, and XLA would copy the pool on its way into loops in a loop.
-            limits = dataclasses.replace(limits, adaptive=False)
-        self.widths = widths(limits.lanes, finely=model.is_small) if limits.adaptive else (limits.lanes,)
         self.model, self.limits, self.chunk = model, limits, chunk
         self.rows = rows if self.mesh is None else sharding.round_up_rows(rows, self.mesh)
+        if widths is None:
+            finely = model.is_small and self.rows == 1
+            widths = widths_for(limits.lanes, finely=finely) if _on_cpu(model.params) else ()
+        self.widths = _up_to(limits.lanes, widths)
         self.prompt_buckets = _up_to(limits.pool, prompt_buckets)
         entries = limits.pool + limits.lanes
         # On a CPU the part that is read is copied first: it has to be a small one.
@@ -257,10 +270,9 @@ class Decoder:
     def fits(self, model: Model) -> bool:
         """Whether another model differs in nothing but its parameters, which lie in the same places."""
         mine, theirs = (
-            (m.config, m.positions, m.max_depth, m.tokenizer.vocabulary, m.places)
-            for m in (self.model, model)
+            (m.config, m.positions, m.max_depth, m.tokenizer.vocabulary) for m in (self.model, model)
         )
-        return bool(mine == theirs)
+        return bool(mine == theirs) and self.model.lies_like(model)
 
     def for_model(self, model: Model) -> Decoder:
         """The same for another model that fits: it shares what is compiled.
@@ -279,8 +291,9 @@ class Decoder:
         if size == self._script_size:
             return self
         if size not in self._scripted:
-            other = self._scripted[size] = copy.copy(self)
+            other = copy.copy(self)
             other._script_size, other.session, other._scripted = size, Session(other), {}
+            self._scripted.setdefault(size, other)  # of several threads' the first one's
         return self._scripted[size]
 
     # ------------------------------------------------------------------------------------------- requests
@@ -413,13 +426,13 @@ class Programs:
         return self.compiled[key](*args)
 
 
-def widths(lanes: int, *, finely: bool) -> tuple[int, ...]:
-    """How many lanes a compiled step may have, up to S = `lanes`.
+def widths_for(lanes: int, *, finely: bool) -> tuple[int, ...]:
+    """How many lanes a compiled step may have on a CPU, up to S = `lanes`.
 
     Each takes its time to compile. Where the weights have to be fetched, two lanes cost little less than four;
     where they are at hand, each lane costs (docs/PERFORMANCE.md).
 
-    >>> widths(16, finely=False), widths(16, finely=True)
+    >>> widths_for(16, finely=False), widths_for(16, finely=True)
     ((1, 4, 8, 16), (1, 2, 3, 4, 6, 8, 12, 16))
     """
     powers = [1 << i for i in range(lanes.bit_length())]

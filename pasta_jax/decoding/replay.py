@@ -132,15 +132,14 @@ def replay(
       prompt: whose answer each is; short, so that little time goes into it.
 
     Raises:
-      ValueError: an answer does not fit into the limits.
+      ValueError: an answer does not fit into the limits, or a trace did not come to its end.
       ReplayError: the engine said something else.
     """
     tokenizer, limits = decoder.model.tokenizer, decoder.limits
     ids = tokenizer.encode_prompt(prompt)
     shapes = [(shape, program) for shape, several in programs.items() for program in several]
     pairs = [
-        (script_of(program, tokenizer, limits), script_of(_plain(program, tokenizer), tokenizer, limits))
-        for _, program in shapes
+        (script_of(program, tokenizer, limits), _plain(program, tokenizer, limits)) for _, program in shapes
     ]
     every = [script for pair in pairs for script in pair]
     for script in every:
@@ -158,11 +157,17 @@ def replay(
     ]
 
 
-def _plain(answer: Program | Trace, tokenizer: Tokenizer) -> Program:
-    """Its text alone; that of a trace as the tokenizer spells it."""
-    if isinstance(answer, Trace):
-        answer = read(tokenizer.vocabulary, answer.threads).program
-    return sequential(answer)
+def _plain(answer: Program | Trace, tokenizer: Tokenizer, limits: Limits) -> Script:
+    """Its text alone, token for token."""
+    if isinstance(answer, Program):
+        return script_of(sequential(answer), tokenizer, limits)
+    if answer.stop != Stop.EOS:
+        raise ValueError(
+            f"A trace that stopped with {answer.stop.reason!r} has no end to replay. Give it more room, or decode "
+            "another."
+        )
+    said = [*read(tokenizer.vocabulary, answer.threads).text, answer.threads.tokens[0][-1]]
+    return Script(np.zeros(1, np.int32), np.array([said], np.int32))
 
 
 def check_room(script: Script, limits: Limits, prompt_length: int) -> None:

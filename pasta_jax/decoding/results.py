@@ -51,8 +51,9 @@ class Stats:
       decode_steps: steps that the row took after the prompt.
       sequential_steps: the answer's tokens without tags: the least steps for the same text one by one.
       step_speedup: sequential_steps / decode_steps.
-      wall_s: seconds of the whole call's batch, compiling apart; in a stream, of work on this answer.
-      compile_s: seconds of compiling in this call.
+      wall_s: seconds of the whole call, compiling apart; of what was streamed or submitted, of the decoder's work
+        while this request had a row.
+      compile_s: seconds of compiling in that time.
       tokens_per_s: output tokens by wall_s, this row's.
       max_width, mean_width: lanes used by a step.
       sequential_wall_s, measured_speedup: with mode="both", of the same prompt decoded without promises.

@@ -50,9 +50,8 @@ class Answer:
         self.watched = False
         self.cancelled = False
         self.wall_s = self.compile_s = 0.0
-        self.began = 0.0, 0.0  # when it took its row: seconds of the session's work, and of compiling
         self._session, self._decoder = session, session.decoder  # which a session does not keep alive
-        self._seen, self._draft = Seen(), Draft()
+        self.begin(0.0, 0.0)
 
     @property
     def done(self) -> bool:
@@ -80,6 +79,11 @@ class Answer:
         self.cancelled = True
         self._session.tidy()
 
+    def begin(self, worked_s: float, compile_s: float) -> None:
+        """It takes a row, by the session's clock; whatever was seen of an earlier try is forgotten."""
+        self.began = worked_s, compile_s
+        self._seen, self._draft = Seen(), Draft()
+
     @property
     def looked_at(self) -> bool:
         """Whether the host has to see it while it is decoded: for a consumer, or to look for stop strings."""
@@ -105,7 +109,8 @@ class Session:
         self._rows: list[Answer | None] = [None] * decoder.rows
         self._cursors = np.zeros(decoder.rows, np.int64)
         self._batch: Batch | None = None
-        self._worked = self._since = 0.0  # seconds of work before this turn; when it began
+        self._worked = self._compiled = 0.0  # seconds before this turn: of both, and of compiling
+        self._since = 0.0, 0.0  # when this turn began, and what the decoder had compiled by then
 
     @property
     def decoder(self) -> Decoder:
@@ -156,7 +161,7 @@ class Session:
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
         """Counts the time; and whatever breaks off what is inside, the requests that have rows wait again."""
-        self._since = time.perf_counter()
+        self._since = time.perf_counter(), self.decoder.programs.compile_s
         try:
             yield
         except BaseException:
@@ -164,11 +169,13 @@ class Session:
             self._rows, self._batch = [None] * len(self._rows), None
             raise
         finally:
-            self._worked = self._clock()
+            self._worked, self._compiled = self._clock()
 
-    def _clock(self) -> float:
-        """Seconds of work. It stands still between turns: a consumer that takes its time is not counted."""
-        return self._worked + time.perf_counter() - self._since
+    def _clock(self) -> tuple[float, float]:
+        """Seconds of work, compiling included, and of compiling. They stand still between turns."""
+        clock, compiled = self._since
+        compiled = self._compiled + self.decoder.programs.compile_s - compiled
+        return self._worked + time.perf_counter() - clock, compiled
 
     def _has_cancelled(self) -> bool:
         return any(answer.cancelled for answer in (*self._waiting.copy(), *self._rows) if answer)
@@ -201,7 +208,7 @@ class Session:
                 break
             new[slot] = self._rows[slot] = answer = self._waiting.popleft()
             self._cursors[slot] = len(answer.prompt)
-            answer.began = self._clock(), self.decoder.programs.compile_s
+            answer.begin(*self._clock())
         if not new:
             return
         if self._batch is None:
@@ -237,8 +244,8 @@ class Session:
         """The request in the row is done."""
         answer = self._rows[row]
         assert answer is not None and self._batch is not None
-        clock, compiled = answer.began
-        answer.compile_s = self.decoder.programs.compile_s - compiled
-        answer.wall_s = self._clock() - clock - answer.compile_s
-        answer.trace = read_trace(self.decoder.read(self._batch, row))
+        trace = read_trace(self.decoder.read(self._batch, row))
+        worked, compiled = (now - then for now, then in zip(self._clock(), answer.began))
+        answer.compile_s, answer.wall_s = compiled, worked - compiled
+        answer.trace = trace
         self._rows[row] = None

@@ -27,8 +27,6 @@ class Limits:
       pool: P, tokens of prompt and answer that a row can hold.
       max_depth: how deep promises may nest; 1 is the paper.
       constrained: whether the tag grammar masks illegal tokens. Off, malformed pieces become literal text.
-      adaptive: whether a step has fewer lanes where fewer threads are ready: faster on a CPU, longer to compile.
-        Elsewhere decoders do without.
     """
 
     lanes: int = 8
@@ -36,7 +34,6 @@ class Limits:
     pool: int = 1024
     max_depth: int = 1
     constrained: bool = True
-    adaptive: bool = True
 
     def __post_init__(self) -> None:
         for name in ("lanes", "threads", "pool", "max_depth"):

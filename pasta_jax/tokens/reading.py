@@ -45,14 +45,19 @@ class Reading:
     Attributes:
       program: the answer.
       promises: the promise that each branch keeps, by thread, in document order.
-      text_tokens: how many tokens are ordinary text; the others spell tags.
+      text: the ids that are ordinary text, in document order; the others spell tags.
       issues: what was wrong with the tokens, one sentence each.
     """
 
     program: Program
     promises: Mapping[int, Promise]
-    text_tokens: int
+    text: tuple[int, ...]
     issues: tuple[str, ...]
+
+    @property
+    def text_tokens(self) -> int:
+        """How many tokens are ordinary text."""
+        return len(self.text)
 
 
 def read(vocabulary: Vocabulary, threads: Threads) -> Reading:
@@ -64,7 +69,7 @@ def read(vocabulary: Vocabulary, threads: Threads) -> Reading:
     reader = _Reader(vocabulary, threads)
     nodes = reader.read(0)
     promises = {branch: reader.promises[branch] for branch in reader.branches}
-    return Reading(Program(nodes), promises, reader.text_tokens, tuple(reader.issues))
+    return Reading(Program(nodes), promises, tuple(reader.text), tuple(reader.issues))
 
 
 class _Reader:
@@ -73,7 +78,7 @@ class _Reader:
         self.promises: dict[int, Promise] = {}
         self.branches: list[int] = []  # in document order
         self.issues: list[str] = []
-        self.text_tokens = 0
+        self.text: list[int] = []
 
     def read(self, thread: int) -> tuple[Node, ...]:
         """The nodes of one thread, those of its branches inside their promises."""
@@ -85,7 +90,7 @@ class _Reader:
         def flush() -> None:
             if spelled := self.vocabulary.text(text):
                 nodes.append(Text(spelled))
-            self.text_tokens += len(text)
+            self.text += text
             text.clear()
 
         for piece in pieces:
