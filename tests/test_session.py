@@ -116,10 +116,12 @@ def a_long_one() -> tuple[Ask, Trace]:
     return next((ask, alone(ask)) for ask in asks if alone(ask).steps > 60)
 
 
-def long_one_with_a_stop() -> Ask:
+def long_one_with_a_late_stop() -> Ask:
+    """A stop string that first comes after several looks."""
     ask, whole = a_long_one()
     said = result(WORDS, whole).text
-    return dataclasses.replace(ask, sampling=dataclasses.replace(ask.sampling, stop=(said[4:6],)))
+    stop = next(said[i : i + 6] for i in range(len(said)) if said.index(said[i : i + 6]) > 3 * len(said) // 5)
+    return dataclasses.replace(ask, sampling=dataclasses.replace(ask.sampling, stop=(stop,)))
 
 
 def test_a_stop_string_frees_the_row_before_the_answer_would_end() -> None:
@@ -141,7 +143,7 @@ def test_nothing_is_lost_wherever_it_breaks_off(
     verb: str, call: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asks = some_asks(random.Random(seed), 9)
-    asks += [long_one_with_a_stop()] * 3
+    asks += [long_one_with_a_late_stop()] * 3
     answers = [decoder().submit(ask.prompt, ask.sampling) for ask in asks]
     done, calls = getattr(Decoder, verb), list[Any]()
 
