@@ -22,7 +22,7 @@ AXES: dict[str, str | tuple[str, ...]] = {
     "F": "tensor",
     "V": "tensor",
 }
-"""Letter to mesh axis or axes. A letter that is not here (H, L, P, Q, R) is never split."""
+"""Letter to mesh axis or axes. A letter that is not here (H, L, P, Q, R; J, all of q, k and v) is never split."""
 
 MATRICES = {
     "q_proj": ("D", "NH"),
@@ -45,6 +45,7 @@ PARAMETERS = {
     "scale": "D",
     "q_norm": "H",
     "k_norm": "H",
+    "qkv_proj": "DJ",
     "q_proj_bias": "NH",
     "k_proj_bias": "KH",
     "v_proj_bias": "KH",

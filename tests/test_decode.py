@@ -142,6 +142,14 @@ def as_a_large_one(monkeypatch: pytest.MonkeyPatch) -> Model:
     return model
 
 
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> Model:
+    """The same model, decoded as on a device that is no CPU."""
+    model = dataclasses.replace(chatty_model())
+    monkeypatch.setattr(engine, "_on_cpu", lambda params: False)
+    assert model.for_steps[1].weights == "fused"
+    return model
+
+
 @pytest.mark.parametrize("lanes", [1, 3, 8])
 @pytest.mark.parametrize("max_depth", [1, 3])
 def test_parity(lanes, max_depth, seed, monkeypatch):
@@ -149,7 +157,8 @@ def test_parity(lanes, max_depth, seed, monkeypatch):
     limits = Limits(lanes, 16, 300, max_depth)
     seeds = [seed + i for i in range(6)]
     decoded = listen(monkeypatch)
-    model = as_a_large_one(monkeypatch) if lanes == 3 else chatty_model()
+    as_if = {1: as_on_an_accelerator, 3: as_a_large_one}.get(lanes, lambda _: chatty_model())
+    model = as_if(monkeypatch)
     widths = (1, 2) if lanes == 3 else ()
     made = Decoder(model, limits=limits, rows=len(seeds), prompt_buckets=(16,), widths=widths)
     wishes = [ask(seed, open_bias=3.5 if i < 3 else 6.0) for i, seed in enumerate(seeds)]

@@ -20,8 +20,10 @@ from pasta_jax.model import (
     param_count,
     pool_bytes,
 )
+from pasta_jax.model.fuse import fuse
 from pasta_jax.model.layers import attend, attend_to_earlier
 from pasta_jax.model.pool import write
+from pasta_jax.model.transpose import transpose
 
 TINY = ModelConfig(
     vocab_size=48, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32
@@ -255,3 +257,20 @@ def test_shapes_that_do_not_fit_say_so() -> None:
         model.apply({"params": params}, tokens, positions, may_attend[:1])
     with pytest.raises(ValueError, match="go together"):
         model.apply({"params": params}, tokens, positions, may_attend, pool)
+
+
+@KINDS
+@pytest.mark.parametrize("change", [fuse, transpose])
+def test_weights_turned_for_decoding_say_the_same(config: ModelConfig, change: Any, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    params = random_params(config, rng)
+    tokens, positions, may_attend = inputs(rng, 2, 9)
+    turned, other = change(params, config)
+    assert other != config and param_count(turned) == param_count(params)
+    found, expected = (
+        logits_of(c, p, forward(c, p, tokens, positions, may_attend)[0])
+        for c, p in ((other, turned), (config, params))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="only plain weights"):
+        change(turned, other)

@@ -28,6 +28,7 @@ from pasta_jax.decoding.state import Limits, Request, RowState
 from pasta_jax.decoding.stops import check_stops
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.model import ModelConfig, Transformer
+from pasta_jax.model.fuse import fuse
 from pasta_jax.model.transpose import transpose
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer
@@ -71,14 +72,15 @@ class Model:
 
     @functools.cached_property
     def for_steps(self) -> tuple[Any, ModelConfig]:
-        """Parameters and configuration as steps on its devices use them: on a CPU alone, a transposed copy.
+        """Parameters and configuration as steps on a single device use them (docs/PERFORMANCE.md).
 
-        Weights that stay in a processor's cache are used as they are (docs/PERFORMANCE.md).
+        On a CPU a transposed copy of weights that no cache holds; elsewhere q, k and v as one matrix.
         """
-        alone = _on_cpu(self.params) and self.mesh is None
-        if alone and self.config.weights == "plain" and not self.is_small:
-            return transpose(self.params, self.config)
-        return self.params, self.config
+        if self.mesh is not None or self.config.weights != "plain":
+            return self.params, self.config
+        if not _on_cpu(self.params):
+            return fuse(self.params, self.config)
+        return (self.params, self.config) if self.is_small else transpose(self.params, self.config)
 
     @property
     def is_small(self) -> bool:

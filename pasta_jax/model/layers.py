@@ -207,9 +207,10 @@ class Attention(nn.Module):
         """[B, Q, D] and the layer's keys and values, [B, K, P, H] each, this call's included."""
         c = self.config
         D, N, H = c.model_dim, c.num_heads, c.head_dim
-        q_BxQxNxH = rotate(self._heads("q", x_BxQxD), rotary)
-        k_BxKxPxH = rotate(self._heads("k", x_BxQxD), rotary).swapaxes(1, 2)
-        v_BxKxPxH = self._heads("v", x_BxQxD).swapaxes(1, 2)
+        q_BxQxNxH, k_BxQxKxH, v_BxQxKxH = self._heads(x_BxQxD)
+        q_BxQxNxH = rotate(q_BxQxNxH, rotary)
+        k_BxKxPxH = rotate(k_BxQxKxH, rotary).swapaxes(1, 2)
+        v_BxKxPxH = v_BxQxKxH.swapaxes(1, 2)
         if pool_kv is None:
             out_BxQxNxH = attend_to_earlier(
                 q_BxQxNxH, k_BxKxPxH, v_BxKxPxH, may_attend_BxQxP, c.query_scale, c.attn_softcap
@@ -228,14 +229,27 @@ class Attention(nn.Module):
             )
         return dense(self, "o_proj", out_BxQxNxH, (N, H, D), inner=2), (k_BxKxPxH, v_BxKxPxH)
 
-    def _heads(self, letter: str, x_BxQxD: Array) -> Array:
-        """Queries, keys or values ("q", "k", "v") before rotary positions: [B, Q, N or K, H]."""
+    def _heads(self, x_BxQxD: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values before rotary positions: [B, Q, N or K, H]."""
         c = self.config
-        heads = c.num_heads if letter == "q" else c.num_kv_heads
-        y_BxQxNxH = dense(self, f"{letter}_proj", x_BxQxD, (c.model_dim, heads, c.head_dim))
+        D, N, K, H = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        if c.weights == "fused":
+            y = dense(self, "qkv_proj", x_BxQxD, (D, (N + 2 * K) * H))
+            # Else XLA multiplies by parts of the matrix, and lays each out anew.
+            y_BxQxJxH = jax.lax.optimization_barrier(y).reshape(*y.shape[:2], N + 2 * K, H)
+            q, k, v = jnp.split(y_BxQxJxH, (N, N + K), axis=2)
+        else:
+            q, k, v = (
+                dense(self, f"{letter}_proj", x_BxQxD, (D, n, H)) for letter, n in zip("qkv", (N, K, K))
+            )
+        return self._finished("q", q), self._finished("k", k), self._finished("v", v)
+
+    def _finished(self, letter: str, y_BxQxNxH: Array) -> Array:
+        """Queries, keys or values ("q", "k", "v") with what follows their matrix: bias and norm."""
+        c = self.config
         if c.qkv_bias:
             y_BxQxNxH += self.param(
-                f"{letter}_proj_bias", nn.initializers.zeros, (heads, c.head_dim), c.dtype
+                f"{letter}_proj_bias", nn.initializers.zeros, y_BxQxNxH.shape[2:], c.dtype
             ).astype(y_BxQxNxH.dtype)
         if c.qk_norm and letter != "v":
             scale_H = self.param(f"{letter}_norm", unit_scale(c), (c.head_dim,), c.dtype)
