@@ -115,8 +115,8 @@ def lower_decode(config: Config, mesh: Any, limits: Any, rows: int, prompt: int 
     from pasta_jax.decoding.interpreter import rules_for
     from pasta_jax.model import Transformer, init_params
 
-    if mesh.size == 1 and config.model.weights == "plain":  # as a decoder has them on a single chip
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="fused"))
+    if mesh.size == 1:  # as a decoder has them on a single chip
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, fused_qkv=True))
     model = Transformer(config.model)
     params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
     params = sharding.abstract(params, sharding.param_shardings(params, mesh))

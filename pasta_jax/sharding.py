@@ -46,6 +46,7 @@ PARAMETERS = {
     "q_norm": "H",
     "k_norm": "H",
     "qkv_proj": "DJ",
+    "qkv_proj_scale": "J",
     "q_proj_bias": "NH",
     "k_proj_bias": "KH",
     "v_proj_bias": "KH",

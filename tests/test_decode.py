@@ -146,7 +146,7 @@ def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> Model:
     """The same model, decoded as on a device that is no CPU."""
     model = dataclasses.replace(chatty_model())
     monkeypatch.setattr(engine, "_on_cpu", lambda params: False)
-    assert model.for_steps[1].weights == "fused"
+    assert model.for_steps[1].fused_qkv
     return model
 
 

@@ -23,6 +23,7 @@ from pasta_jax.model import (
 from pasta_jax.model.fuse import fuse
 from pasta_jax.model.layers import attend, attend_to_earlier
 from pasta_jax.model.pool import write
+from pasta_jax.model.quantize import quantize
 from pasta_jax.model.transpose import transpose
 
 TINY = ModelConfig(
@@ -260,10 +261,12 @@ def test_shapes_that_do_not_fit_say_so() -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("change", [fuse, transpose])
+@pytest.mark.parametrize("change", [fuse, transpose, "fuse int8"])
 def test_weights_turned_for_decoding_say_the_same(config: ModelConfig, change: Any, seed: int) -> None:
     rng = np.random.default_rng(seed)
     params = random_params(config, rng)
+    if change == "fuse int8":
+        change, (params, config) = fuse, quantize(params, config)
     tokens, positions, may_attend = inputs(rng, 2, 9)
     turned, other = change(params, config)
     assert other != config and param_count(turned) == param_count(params)
@@ -272,5 +275,5 @@ def test_weights_turned_for_decoding_say_the_same(config: ModelConfig, change: A
         for c, p in ((other, turned), (config, params))
     )
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="only plain weights"):
+    with pytest.raises(ValueError, match="only plain weights|nothing to fuse"):
         change(turned, other)

@@ -76,11 +76,11 @@ class Model:
 
         On a CPU a transposed copy of weights that no cache holds; elsewhere q, k and v as one matrix.
         """
-        if self.mesh is not None or self.config.weights != "plain":
-            return self.params, self.config
-        if not _on_cpu(self.params):
+        if self.mesh is None and not _on_cpu(self.params):
             return fuse(self.params, self.config)
-        return (self.params, self.config) if self.is_small else transpose(self.params, self.config)
+        if self.mesh is not None or self.is_small or self.config.weights != "plain":
+            return self.params, self.config
+        return transpose(self.params, self.config)
 
     @property
     def is_small(self) -> bool:

@@ -53,7 +53,8 @@ class ModelConfig:
     embed_scale: bool = True  # Gemma multiplies embeddings by sqrt(D)
     tie_embeddings: bool = True
     dtype: str = "float32"  # of parameters and compute; softmax, norms and logits are float32 always
-    weights: Literal["plain", "int8", "transposed", "fused"] = "plain"  # the others are for decoding
+    weights: Literal["plain", "int8", "transposed"] = "plain"  # the others are for decoding
+    fused_qkv: bool = False  # queries, keys and values by one matrix: for decoding
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

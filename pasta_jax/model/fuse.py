@@ -16,24 +16,23 @@ def fuse(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
     """The parameters with each layer's q, k and v side by side as `qkv_proj` [D, (N + 2 K) H]; and their config.
 
     Args:
-      params: plain weights, adapters merged. All but these three of a layer are shared with the result.
+      params: plain or int8 weights, adapters merged. All but these three of a layer are shared with the result.
       config: theirs.
 
     Raises:
-      ValueError: weights that are not plain.
+      ValueError: weights that are fused already, or transposed.
     """
-    if config.weights != "plain":
-        raise ValueError(f"weights={config.weights!r}: only plain weights are fused.")
+    if config.fused_qkv or config.weights == "transposed":
+        raise ValueError(f"weights={config.weights!r}, fused_qkv={config.fused_qkv}: nothing to fuse.")
 
     def below(tree: dict[str, Any]) -> dict[str, Any]:
-        rest = {
-            name: below(leaf) if isinstance(leaf, dict) else leaf
-            for name, leaf in tree.items()
-            if name not in PARTS
-        }
-        if PARTS[0] in tree:
-            matrices = [jnp.reshape(tree[name], (config.model_dim, -1)) for name in PARTS]
-            rest["qkv_proj"] = jnp.concatenate(matrices, axis=1)
-        return rest
+        fused = dict(tree)
+        for end, rows in (("", (config.model_dim,)), ("_scale", ())):
+            parts = [fused.pop(name + end) for name in PARTS if name + end in tree]
+            if parts:
+                fused["qkv_proj" + end] = jnp.concatenate(
+                    [jnp.reshape(x, (*rows, -1)) for x in parts], axis=-1
+                )
+        return {name: below(leaf) if isinstance(leaf, dict) else leaf for name, leaf in fused.items()}
 
-    return below(params), dataclasses.replace(config, weights="fused")
+    return below(params), dataclasses.replace(config, fused_qkv=True)

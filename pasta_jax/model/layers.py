@@ -233,7 +233,7 @@ class Attention(nn.Module):
         """Queries, keys and values before rotary positions: [B, Q, N or K, H]."""
         c = self.config
         D, N, K, H = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        if c.weights == "fused":
+        if c.fused_qkv:
             y = dense(self, "qkv_proj", x_BxQxD, (D, (N + 2 * K) * H))
             # Else XLA multiplies by parts of the matrix, and lays each out anew.
             y_BxQxJxH = jax.lax.optimization_barrier(y).reshape(*y.shape[:2], N + 2 * K, H)

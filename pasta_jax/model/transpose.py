@@ -22,7 +22,7 @@ def transpose(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
     Raises:
       ValueError: weights that are not plain.
     """
-    if config.weights != "plain":
+    if config.weights != "plain" or config.fused_qkv:
         raise ValueError(f"weights={config.weights!r}: only plain weights are transposed.")
 
     def place(path: Any, leaf: Any) -> Any:
