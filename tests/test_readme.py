@@ -28,10 +28,6 @@ SHORTER = {
 }
 
 
-IN_A_HURRY = "--xla_backend_optimization_level=0"
-"""Compiling is what takes time here. (And no eight devices, as the other tests have them.)"""
-
-
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
@@ -63,7 +59,7 @@ def run(workspace: Path, arguments: list[str]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": IN_A_HURRY}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
 def test_every_command(workspace):
