@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,12 @@ def test_every_parameter_is_in_the_table_and_nothing_else_passes() -> None:
     full = ModelConfig(tie_embeddings=False, qkv_bias=True, qk_norm=True, post_norms=True)
     lora = Lora(rank=2, rows=(3, 5))
     names = set()
-    forms = ({}, {"weights": "int8"}, {"fused_qkv": True}, {"weights": "int8", "fused_qkv": True})
+    forms: tuple[dict[str, Any], ...] = (
+        {},
+        {"weights": "int8"},
+        {"fused_qkv": True},
+        {"weights": "int8", "fused_qkv": True},
+    )
     for config in (dataclasses.replace(full, **form) for form in forms):
         shapes = jax.eval_shape(functools.partial(init_params, config, lora=lora), jax.random.key(0))
         param_shardings(shapes, eight())  # as many dimensions as the table says
