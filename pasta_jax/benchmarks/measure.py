@@ -62,9 +62,9 @@ def number(value: float) -> str:
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> float:
-    """Median by median; NaN where noise made the other one zero."""
+    """Median by median; NaN where noise left nothing of the other one."""
     below = statistics.median(other)
-    return statistics.median(one) / below if below else math.nan
+    return statistics.median(one) / below if below > 0 else math.nan
 
 
 def in_turn(what: str, measured: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

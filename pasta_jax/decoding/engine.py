@@ -338,6 +338,8 @@ class Decoder:
 
     def check(self, prompt: Sequence[int]) -> None:
         """Raises ValueError where a prompt cannot be answered."""
+        if isinstance(prompt, str):
+            raise ValueError("A decoder takes ids. Give it model.tokenizer.encode_prompt(text).")
         if not prompt:
             raise ValueError("The prompt is empty. Give the model something to answer.")
         if len(prompt) >= self.limits.pool:
