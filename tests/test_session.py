@@ -218,7 +218,7 @@ def test_a_failed_call_leaves_no_request_behind() -> None:
     with pytest.raises(ValueError, match="pool holds 120"):
         decoder().decode([good, bad], [Sampling()] * 2)
     with pytest.raises(ValueError, match="takes ids"):
-        decoder().submit("rivers")
+        decoder().submit("rivers")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="none of the model's"):
         decoder().submit([2**40])
     with pytest.raises(ValueError, match="max_new_tokens"):
