@@ -172,8 +172,7 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
         from pasta_jax.loading import as_asked
 
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-        threads = max(values.lanes, config.data.threads)
-        limits = Limits(values.lanes, threads, values.pool)
+        limits = Limits(values.lanes, max(values.lanes, config.data.threads), values.pool)
         to_decode = dataclasses.replace(config, model=as_asked(config.model, None, values.quantize))
         prefill, decode = lower_decode(to_decode, mesh, limits, values.rows)
         programs = {**lower_stages(config, mesh), "prefill": prefill, "decode": decode}

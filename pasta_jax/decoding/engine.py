@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -76,9 +76,9 @@ class Model:
 
         On a CPU a transposed copy of weights that no cache holds; elsewhere q, k and v as one matrix.
         """
-        if self.mesh is None and not _on_cpu(self.params):
+        if not _on_cpu(self.params):
             return fuse(self.params, self.config)
-        if self.mesh is not None or self.is_small or self.config.weights != "plain":
+        if self.is_small or self.config.weights != "plain":
             return self.params, self.config
         return transpose(self.params, self.config)
 
@@ -441,8 +441,8 @@ def widths_for(lanes: int, *, finely: bool) -> tuple[int, ...]:
     """
     powers = [1 << i for i in range(lanes.bit_length())]
     some = {*powers, *(3 * power for power in powers)} if finely else {*powers} - {2}
-    return (*sorted(width for width in some if width < lanes), lanes)
+    return _up_to(lanes, some)
 
 
-def _up_to(most: int, buckets: Sequence[int]) -> tuple[int, ...]:
+def _up_to(most: int, buckets: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted({bucket for bucket in buckets if bucket < most} | {most}))
