@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pasta_jax import benchmark
-from pasta_jax.benchmarks import measure, models, parts, peers, startup
-from pasta_jax.benchmarks.measure import Spread
-from pasta_jax.benchmarks.models import NAMED, PieceTokenizer, silent
+from pasta_jax.benchmark import __main__ as benchmark
+from pasta_jax.benchmark import measure, models, parts, peers, startup
+from pasta_jax.benchmark.figures import FIGURES, draw
+from pasta_jax.benchmark.measure import Spread
+from pasta_jax.benchmark.models import NAMED, PieceTokenizer, silent
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.script import threads_in
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.model import ModelConfig
-from pasta_jax.reports.benchmarks import FIGURES, draw
 from pasta_jax.tokens.layout import layout_example
 
 PNG = b"\x89PNG\r\n\x1a\n"

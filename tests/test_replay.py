@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from pasta_jax.baselines import apar
-from pasta_jax.decoding import replay as replaying
-from pasta_jax.decoding import trees as answers
+from pasta_jax.benchmark import replay as replaying
+from pasta_jax.benchmark import trees as answers
+from pasta_jax.benchmark.replay import Replayed, limits_for, replay, summaries
+from pasta_jax.benchmark.trees import random_tree, sequential
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
-from pasta_jax.decoding.replay import Replayed, limits_for, replay, summaries
 from pasta_jax.decoding.script import depth_of, lines_of, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import as_document, critical_path
-from pasta_jax.decoding.trees import random_tree, sequential
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Program, Promise, Sync, Text

@@ -29,8 +29,8 @@ from pasta_jax.files import replacing
 from pasta_jax.verbs import refuse, show_log
 
 if TYPE_CHECKING:
-    from pasta_jax.benchmarks.measure import Point
-    from pasta_jax.benchmarks.parts import Plan
+    from pasta_jax.benchmark.measure import Point
+    from pasta_jax.benchmark.parts import Plan
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -64,8 +64,8 @@ class Wanted:
 
 def benchmark(wanted: Wanted) -> dict[str, Any]:
     """Measures, and writes each part's results as soon as they are known; all that results.json then holds."""
-    from pasta_jax.benchmarks import measure, parts, peers, startup
-    from pasta_jax.benchmarks.models import model_of
+    from pasta_jax.benchmark import measure, parts, peers, startup
+    from pasta_jax.benchmark.models import model_of
     from pasta_jax.model import param_count
 
     loads, plan = measure.load_average(), wanted.plan
@@ -110,7 +110,7 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
 
 def table(points: Sequence[Point]) -> str:
     """As Markdown, a column for each number."""
-    from pasta_jax.benchmarks.measure import number
+    from pasta_jax.benchmark.measure import number
     from pasta_jax.reports.tables import markdown_table
 
     def cell(value: Any) -> str:
@@ -146,7 +146,7 @@ def _write(out: str, part: str, results: dict[str, Any]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         LOG.warning("No figure of %s: matplotlib is not installed (pip install 'pasta_jax[plot]').", part)
         return
-    from pasta_jax.reports.benchmarks import draw
+    from pasta_jax.benchmark.figures import draw
 
     draw(part, points, os.path.join(out, f"{part}.png"), _described(results))
 
@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1 or unknown:
         refuse(f"What to measure? --what is all, or some of {', '.join(PARTS)} with commas between.")
     show_log()
-    from pasta_jax.benchmarks.parts import QUICK, Plan
+    from pasta_jax.benchmark.parts import QUICK, Plan
 
     try:
         plan = QUICK if values.quick else Plan()

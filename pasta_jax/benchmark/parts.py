@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pasta_jax.baselines import apar
-from pasta_jax.benchmarks.measure import Point, Spread, in_turn, ratio
+from pasta_jax.benchmark.measure import Point, Spread, in_turn, ratio
+from pasta_jax.benchmark.replay import PROMPT, UNLIMITED, ReplayError, Run, limits_for, replay, summaries
+from pasta_jax.benchmark.trees import random_tree, sequential, some_words, text_of, with_topics
 from pasta_jax.decoding.engine import Decoder, Model, Sampling
-from pasta_jax.decoding.replay import PROMPT, UNLIMITED, ReplayError, Run, limits_for, replay, summaries
 from pasta_jax.decoding.script import script_of
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
-from pasta_jax.decoding.trees import random_tree, sequential, some_words, text_of, with_topics
 from pasta_jax.lang.program import Program, Promise, Text
 from pasta_jax.tokens.tokenizer import Tokenizer
 

@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pasta_jax.benchmarks.measure import Point, Spread, in_turn, ratio
-from pasta_jax.benchmarks.parts import SEQUENTIAL, Plan
+from pasta_jax.benchmark.measure import Point, Spread, in_turn, ratio
+from pasta_jax.benchmark.parts import SEQUENTIAL, Plan
 from pasta_jax.decoding.engine import Decoder, Model
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model.families import config_to_hf

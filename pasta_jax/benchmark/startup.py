@@ -14,11 +14,11 @@ import tempfile
 import time
 from typing import Any
 
-from pasta_jax.benchmarks.measure import Point, Spread
+from pasta_jax.benchmark.measure import Point, Spread
 
 PHASES = ("import, s", "model, s", "compile, s", "first token, s", "all, s")
 
-RUN = "import sys; from pasta_jax.benchmarks.startup import report; report(*sys.argv[1:])"
+RUN = "import sys; from pasta_jax.benchmark.startup import report; report(*sys.argv[1:])"
 
 
 def startup(name: str, dtype: str | None, repeats: int, *, pool: int) -> list[Point]:
@@ -73,9 +73,9 @@ def report(name: str, dtype: str, pool: str, begun: str) -> None:
 
     import jax
 
-    from pasta_jax.benchmarks.models import model_of
+    from pasta_jax.benchmark.models import model_of
+    from pasta_jax.benchmark.replay import PROMPT
     from pasta_jax.decoding.engine import Decoder, Sampling
-    from pasta_jax.decoding.replay import PROMPT
     from pasta_jax.decoding.state import Limits
 
     mark()

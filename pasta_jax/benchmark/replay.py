@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from pasta_jax.benchmark.trees import sequential
 from pasta_jax.decoding.engine import Decoder, Sampling
 from pasta_jax.decoding.script import Script, depth_of, lines_of, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
-from pasta_jax.decoding.trees import sequential
 from pasta_jax.lang.program import Program
 from pasta_jax.tokens.reading import read
 from pasta_jax.tokens.tokenizer import Tokenizer
