@@ -17,11 +17,11 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pasta_jax.reports import page, paper, plots
-from pasta_jax.reports import results as pick
 from pasta_jax.reports.labels import Label, place
-from pasta_jax.reports.page import Claim, write_report
-from pasta_jax.reports.results import METHODS, Estimate, Result
+from pasta_jax.reproduce import page, paper, plots
+from pasta_jax.reproduce import results as pick
+from pasta_jax.reproduce.page import Claim, write_report
+from pasta_jax.reproduce.results import METHODS, Estimate, Result
 
 FAMILIES = ("list", "chain")
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pasta_jax import reproduce
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data import almanac
 from pasta_jax.evaluation import Answer, concludes_last, write_answers
 from pasta_jax.model import ModelConfig
-from pasta_jax.reports import measures
-from pasta_jax.reports.claims import claims
-from pasta_jax.reproduce import Cell, Folder, Plan
+from pasta_jax.reproduce import __main__ as reproduce
+from pasta_jax.reproduce import measures
+from pasta_jax.reproduce.__main__ import Cell, Folder, Plan
+from pasta_jax.reproduce.claims import claims
 
 PLAN = Plan((0,), (1.0, math.inf), rounds=2, timed=14, counted=14, ablated=(1.0, math.inf))
 

@@ -37,9 +37,9 @@ from absl import app, flags
 from pasta_jax.config import Config, ConfigError, load_config, to_dict
 from pasta_jax.evaluation import Answer, read_answers
 from pasta_jax.files import replacing
-from pasta_jax.reports.claims import claims
-from pasta_jax.reports.measures import Found, exact_speedup, measured
-from pasta_jax.reports.results import Result
+from pasta_jax.reproduce.claims import claims
+from pasta_jax.reproduce.measures import Found, exact_speedup, measured
+from pasta_jax.reproduce.results import Result
 from pasta_jax.training.checkpoints import CheckpointError
 from pasta_jax.verbs import refuse, show_log
 
@@ -348,7 +348,7 @@ def results(plan: Plan, workdir: str) -> list[Result]:
 
 def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
     """results.json, figures, report.md and report.html from the answers in `workdir`."""
-    from pasta_jax.reports import page, plots
+    from pasta_jax.reproduce import page, plots
 
     found, exact = results(plan, workdir), exact_speedup(plan.timed)
     with replacing(os.path.join(workdir, "results.json")) as file:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from pasta_jax.reports.results import Estimate, Result, by_round, headline, height, upper_hull
+from pasta_jax.reproduce.results import Estimate, Result, by_round, headline, height, upper_hull
 
 
 @dataclasses.dataclass(frozen=True)

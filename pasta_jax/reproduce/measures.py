@@ -14,7 +14,7 @@ from pasta_jax.decoding.trace import critical_path
 from pasta_jax.evaluation import Answer, concludes_last, geometric_mean, realized, win
 from pasta_jax.lang.program import Program, Text
 from pasta_jax.preference.score import parallelism, theoretical_speedup
-from pasta_jax.reports.results import EFFICIENCY, POSITIONS, Estimate, Result
+from pasta_jax.reproduce.results import EFFICIENCY, POSITIONS, Estimate, Result
 from pasta_jax.tokens.layout import layout_example
 
 SPEEDS = ("theoretical", "parallelism", "realized")
