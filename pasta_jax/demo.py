@@ -15,9 +15,10 @@ from pathlib import Path
 
 from absl import app, flags
 
-from pasta_jax import evaluate, train
+from pasta_jax import train
 from pasta_jax.config import load_config
 from pasta_jax.decoding.engine import Model
+from pasta_jax.evaluate import __main__ as evaluate
 from pasta_jax.verbs import refuse, show_log
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pasta_jax.data import almanac
-from pasta_jax.evaluate import summarise, table
-from pasta_jax.evaluation import Answer, System, evaluate
+from pasta_jax.evaluate.__main__ import summarise, table
+from pasta_jax.evaluate.systems import Answer, System, evaluate
 
 
 def answer(

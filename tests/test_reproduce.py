@@ -12,7 +12,7 @@ import pytest
 
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data import almanac
-from pasta_jax.evaluation import Answer, concludes_last, write_answers
+from pasta_jax.evaluate.systems import Answer, concludes_last, write_answers
 from pasta_jax.model import ModelConfig
 from pasta_jax.reproduce import __main__ as reproduce
 from pasta_jax.reproduce import measures

@@ -70,7 +70,8 @@ def test_options_reach_load_of_both_models() -> None:
     flags = [f"--{name}={value}" for name, value in LOADED.items()]
     code = f"""if True:
         import sys
-        from pasta_jax import evaluate, loading
+        from pasta_jax.evaluate import __main__ as evaluate
+        from pasta_jax import loading
         from pasta_jax.training import checkpoints
         seen = []
         def load(path, **options):

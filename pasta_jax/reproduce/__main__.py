@@ -35,7 +35,7 @@ from typing import Any
 from absl import app, flags
 
 from pasta_jax.config import Config, ConfigError, load_config, to_dict
-from pasta_jax.evaluation import Answer, read_answers
+from pasta_jax.evaluate.systems import Answer, read_answers
 from pasta_jax.files import replacing
 from pasta_jax.reproduce.claims import claims
 from pasta_jax.reproduce.measures import Found, exact_speedup, measured
@@ -265,7 +265,7 @@ def _prefer(here: Folder, seed: int, weight: float, count: int, efficiency: str 
 def _time(plan: Plan, here: Folder, seed: int) -> None:
     """All the systems of the main comparison, taking turns at each prompt."""
     from pasta_jax.decoding.engine import Decoder
-    from pasta_jax.evaluation import LIMITS, decoding, evaluate, skeleton_of_thought
+    from pasta_jax.evaluate.systems import LIMITS, decoding, evaluate, skeleton_of_thought
     from pasta_jax.loading import load
     from pasta_jax.training.checkpoints import checkpoint_mark
 
@@ -288,7 +288,7 @@ def _timed(plan: Plan) -> str:
 def _count(plan: Plan, here: Folder, seed: int, models: Mapping[str, str]) -> None:
     """Answers of models that need not be timed; the baseline's are those that were."""
     from pasta_jax.data import almanac
-    from pasta_jax.evaluation import answer_at_once, batched_decoder, write_answers
+    from pasta_jax.evaluate.systems import answer_at_once, batched_decoder, write_answers
     from pasta_jax.loading import load
 
     tasks, engine = almanac.evaluation_tasks(plan.counted), None

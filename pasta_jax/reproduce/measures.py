@@ -11,7 +11,7 @@ import numpy as np
 from pasta_jax.config import ConfigError
 from pasta_jax.data import almanac
 from pasta_jax.decoding.trace import critical_path
-from pasta_jax.evaluation import Answer, concludes_last, geometric_mean, realized, win
+from pasta_jax.evaluate.systems import Answer, concludes_last, geometric_mean, realized, win
 from pasta_jax.lang.program import Program, Text
 from pasta_jax.preference.score import parallelism, theoretical_speedup
 from pasta_jax.reproduce.results import EFFICIENCY, POSITIONS, Estimate, Result

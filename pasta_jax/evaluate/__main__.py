@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags
 
 from pasta_jax import verbs
-from pasta_jax.evaluation import (
+from pasta_jax.evaluate.systems import (
     LIMITS,
     Answer,
     decoding,
