@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pasta_jax import compile as ahead
-from pasta_jax import hlo, sharding
+from pasta_jax import sharding
+from pasta_jax.compile import __main__ as ahead
+from pasta_jax.compile import hlo
 from pasta_jax.config import Config
 from pasta_jax.decoding import engine
 from pasta_jax.decoding.engine import Decoder, Model, Sampling

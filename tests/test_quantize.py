@@ -13,8 +13,8 @@ import pytest
 from test_model import GEMMA, LLAMA, TINY, inputs, random_params
 
 import pasta_jax
-from pasta_jax import compile as ahead
 from pasta_jax import sharding
+from pasta_jax.compile import __main__ as ahead
 from pasta_jax.config import Config, DataConfig
 from pasta_jax.data.sources import make_tokenizer
 from pasta_jax.decoding.state import Limits

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import pytest
 
-from pasta_jax import compile as ahead
 from pasta_jax import sharding
+from pasta_jax.compile import __main__ as ahead
 from pasta_jax.config import load_config
 from pasta_jax.decoding.state import Limits
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import app, flags
 
-from pasta_jax import hlo
+from pasta_jax.compile import hlo
 from pasta_jax.config import Config, ConfigError, load_config, split_overrides
 from pasta_jax.verbs import refuse
 
