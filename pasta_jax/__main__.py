@@ -23,9 +23,9 @@ def main(argv: Sequence[str]) -> None:
         refuse("--stream prints the text as it settles, --annotated the whole with its tags. Choose one.")
     show_log()
     from pasta_jax import decode, load
+    from pasta_jax.checkpoints.workdir import CheckpointError
     from pasta_jax.reports.live import printer
     from pasta_jax.reports.timeline import timeline
-    from pasta_jax.training.checkpoints import CheckpointError
 
     try:
         model = load(values.ckpt, **loading_options(values))

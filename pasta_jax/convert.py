@@ -32,12 +32,12 @@ def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
         )
     show_log()
     # These load jax: the refusal above comes at once.
+    from pasta_jax.checkpoints.workdir import CheckpointError
     from pasta_jax.interchange.errors import InterchangeError
     from pasta_jax.interchange.hub import NAME
     from pasta_jax.interchange.importing import kind_of
     from pasta_jax.interchange.writing import check_destination
     from pasta_jax.tokens.tokenizer import TokenizerError
-    from pasta_jax.training.checkpoints import CheckpointError
 
     try:
         if values.dtype not in DTYPES:
@@ -95,11 +95,11 @@ def bring_out(where: str, values: Any) -> None:
     import jax
 
     from pasta_jax import sharding
+    from pasta_jax.checkpoints.workdir import find, load_params, read_about
     from pasta_jax.interchange.origin import read_origin
     from pasta_jax.interchange.parity import parity_line
     from pasta_jax.interchange.writing import Exported, write_folder
     from pasta_jax.model import init_params, param_count
-    from pasta_jax.training.checkpoints import find, load_params, read_about
 
     for name in ("tokenizer", "extend_tokenizer", "chat", "preset"):
         if values[name].present:
@@ -130,10 +130,10 @@ def bring_out(where: str, values: Any) -> None:
 
 def bring_out_adapters(where: str, values: Any) -> None:
     """A workdir's adapters to a folder in PEFT's layout, whole or not at all."""
+    from pasta_jax.checkpoints.workdir import find, find_base, load_adapters, read_about
     from pasta_jax.interchange.origin import read_origin
     from pasta_jax.interchange.peft import write_adapters
     from pasta_jax.model import param_count
-    from pasta_jax.training.checkpoints import find, find_base, load_adapters, read_about
 
     for name in ("dtype", "name_tags"):
         if values[name].present:

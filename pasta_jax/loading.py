@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
+from pasta_jax.checkpoints.workdir import find, load_params, read_about
 from pasta_jax.decoding.engine import Model
 from pasta_jax.interchange.importing import Wanted, kind_of, open_source
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.model.quantize import quantize as quantized
 from pasta_jax.sharding import param_shardings
-from pasta_jax.training.checkpoints import find, load_params, read_about
 
 DTYPES = ("float32", "bfloat16")
 

@@ -22,6 +22,7 @@ from test_layout import ScriptTokenizer, lines_of
 import pasta_jax
 from pasta_jax.arrays import NO_TARGET
 from pasta_jax.baselines import apar
+from pasta_jax.checkpoints.workdir import Checkpoints, load_params
 from pasta_jax.config import DataConfig, differences, load_config
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac import Section
@@ -43,7 +44,6 @@ from pasta_jax.testing import WordTokenizer, random_program
 from pasta_jax.tokens.layout import LayoutError, layout, layout_example
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.reading import read, threads_of
-from pasta_jax.training.checkpoints import Checkpoints, load_params
 from pasta_jax.training.state import TrainState, new_state
 from pasta_jax.visibility import visible
 

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+from pasta_jax.checkpoints.workdir import CheckpointError, Checkpoints, load_params
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.data.sources import make_tokenizer
-from pasta_jax.training.checkpoints import CheckpointError, Checkpoints, load_params
 from pasta_jax.training.state import Params, TrainState, new_state
 
 CONFIG = Config(data=DataConfig(rows=3), checkpoint=CheckpointConfig(keep=2))

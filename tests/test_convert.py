@@ -15,6 +15,8 @@ from absl import flags
 from hf_folders import CONFIGS, small_tokenizer, write_hf_folder
 
 from pasta_jax import convert, sharding
+from pasta_jax.checkpoints.fingerprint import fingerprint
+from pasta_jax.checkpoints.workdir import Base, CheckpointError, Checkpoints, load_params, read_about
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.importing import Ready, Wanted, kind_of, open_source, write_workdir
@@ -31,8 +33,6 @@ from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
 from pasta_jax.train import adopted
-from pasta_jax.training.checkpoints import Base, CheckpointError, Checkpoints, load_params, read_about
-from pasta_jax.training.fingerprint import fingerprint
 from pasta_jax.training.state import TrainState, new_state
 
 GEMMA = CONFIGS["gemma"]

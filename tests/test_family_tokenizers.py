@@ -15,6 +15,7 @@ import family_tokenizers as made
 import numpy as np
 import pytest
 
+from pasta_jax.checkpoints.workdir import About, CheckpointError
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.sources import make_tokenizer
@@ -32,7 +33,6 @@ from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.reading import Threads, read, threads_of
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
-from pasta_jax.training.checkpoints import About, CheckpointError
 
 tokenizers = pytest.importorskip("tokenizers")
 jinja2 = pytest.importorskip("jinja2.sandbox")

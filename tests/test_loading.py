@@ -11,12 +11,12 @@ import pytest
 from hf_folders import CONFIGS, write_hf_folder
 
 import pasta_jax
+from pasta_jax.checkpoints.workdir import CheckpointError
 from pasta_jax.interchange import hub
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.model.presets import presets
 from pasta_jax.sharding import make_mesh
 from pasta_jax.tokens.tokenizer import TokenizerError
-from pasta_jax.training.checkpoints import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,8 @@ from test_model import GEMMA, LLAMA, TINY, inputs, random_params
 from test_training import CONFIG, TOKENIZER, assert_same, changed, train
 
 from pasta_jax import sharding
-from pasta_jax.config import Config, ConfigError
-from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
-from pasta_jax.model.lora import ALIKE, join, merge, split, start
-from pasta_jax.training.checkpoints import (
+from pasta_jax.checkpoints.fingerprint import fingerprint
+from pasta_jax.checkpoints.workdir import (
     Base,
     CheckpointError,
     Checkpoints,
@@ -27,7 +25,9 @@ from pasta_jax.training.checkpoints import (
     load_params,
     load_parts,
 )
-from pasta_jax.training.fingerprint import fingerprint
+from pasta_jax.config import Config, ConfigError
+from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
+from pasta_jax.model.lora import ALIKE, join, merge, split, start
 from pasta_jax.training.loop import sft, starting_weights, with_rows
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.state import TrainState, decays

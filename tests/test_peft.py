@@ -15,6 +15,8 @@ import safetensors.numpy
 from hf_folders import CONFIGS, write_hf_folder
 from test_convert import bring_in, run
 
+from pasta_jax.checkpoints.fingerprint import fingerprint
+from pasta_jax.checkpoints.workdir import Base, Checkpoints
 from pasta_jax.config import Config
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import carry, read_origin
@@ -22,8 +24,6 @@ from pasta_jax.interchange.peft import CONFIG, WEIGHTS, write_adapters
 from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
 from pasta_jax.model.lora import join, merge, split
 from pasta_jax.tokens.base import TextTokenizer
-from pasta_jax.training.checkpoints import Base, Checkpoints
-from pasta_jax.training.fingerprint import fingerprint
 from pasta_jax.training.state import TrainState
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import NO_DOC, NO_TARGET, PairedTokens, ThreadedTokens
+from pasta_jax.checkpoints.workdir import find
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac.judge import Preference
@@ -39,7 +40,6 @@ from pasta_jax.preference.score import EFFICIENCIES, Judge, combined, quality, s
 from pasta_jax.tokens.layout import layout_example
 from pasta_jax.train import run as train
 from pasta_jax.training import loop
-from pasta_jax.training.checkpoints import find
 from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.signals import Stopped

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from test_model import random_params
 
+from pasta_jax.checkpoints.workdir import Checkpoints, find, load_params, load_parts, read_about
 from pasta_jax.config import (
     CheckpointConfig,
     Config,
@@ -29,7 +30,6 @@ from pasta_jax.model import Lora, ModelConfig
 from pasta_jax.preference import rounds
 from pasta_jax.preference.sample import Answer, Prompt, Record
 from pasta_jax.tokens.layout import layout_example
-from pasta_jax.training.checkpoints import Checkpoints, find, load_params, load_parts, read_about
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.state import TrainState
 

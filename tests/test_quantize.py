@@ -14,13 +14,13 @@ from test_model import GEMMA, LLAMA, TINY, inputs, random_params
 
 import pasta_jax
 from pasta_jax import sharding
+from pasta_jax.checkpoints.workdir import Checkpoints
 from pasta_jax.compile import __main__ as ahead
 from pasta_jax.config import Config, DataConfig
 from pasta_jax.data.sources import make_tokenizer
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, Transformer, init_params
 from pasta_jax.model.quantize import LARGEST, contracted, quantize, quantize_leaf
-from pasta_jax.training.checkpoints import Checkpoints
 from pasta_jax.training.state import TrainState
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
+from pasta_jax.checkpoints.workdir import About
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.sources import make_tokenizer
@@ -17,7 +18,6 @@ from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.layout import LayoutError, layout_example, promise_tokens
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
-from pasta_jax.training.checkpoints import About
 
 SPELLED = f"a {tags.ASYNC_OPEN} b {tags.SYNC} c"
 

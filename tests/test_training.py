@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
+from pasta_jax.checkpoints.workdir import CheckpointError, find
 from pasta_jax.config import (
     CheckpointConfig,
     Config,
@@ -26,7 +27,6 @@ from pasta_jax.config import (
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.training import loop
-from pasta_jax.training.checkpoints import CheckpointError, find
 from pasta_jax.training.losses import Scores
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.signals import Stopped

@@ -129,9 +129,9 @@ def compare(
       CheckpointError: a model that cannot be loaded.
       ValueError: more prompts than there are.
     """
+    from pasta_jax.checkpoints.workdir import checkpoint_mark, find
     from pasta_jax.decoding.engine import Decoder
     from pasta_jax.loading import load
-    from pasta_jax.training.checkpoints import checkpoint_mark, find
 
     checkpoints = {name: find(path) for name, path in {"baseline": baseline, **tests}.items()}
     models = {name: load(path, **options) for name, path in checkpoints.items()}

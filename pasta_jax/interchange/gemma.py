@@ -31,11 +31,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from pasta_jax.checkpoints.workdir import absolute
 from pasta_jax.interchange.errors import InterchangeError, listed
 from pasta_jax.interchange.placing import Path, Transform, place_params
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.presets import preset, presets
-from pasta_jax.training.checkpoints import absolute
 
 _IGNORED = re.compile(r"vision_encoder|SigLiP|mm_input|mm_output|mm_soft|audio")
 _TOP = re.compile(r"^(params/)?(transformer/)?")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
+from pasta_jax.checkpoints.workdir import Checkpoints
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.interchange import gemma, hub
 from pasta_jax.interchange.errors import InterchangeError
@@ -26,7 +27,6 @@ from pasta_jax.model.presets import presets
 from pasta_jax.model.quantize import contracted, quantize_leaf
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer, TokenizerError
-from pasta_jax.training.checkpoints import Checkpoints
 from pasta_jax.training.loop import write_about
 
 Kind = Literal["folder", "hub", "orbax", "workdir"]

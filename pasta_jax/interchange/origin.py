@@ -18,10 +18,10 @@ from typing import Any
 
 from etils import epath
 
+from pasta_jax.checkpoints.workdir import CheckpointError, absolute, find
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import Folder
 from pasta_jax.interchange.tensors import INDEX, TensorFile, parse_header
-from pasta_jax.training.checkpoints import CheckpointError, absolute, find
 
 ORIGIN, ABOUT, FORMAT = "origin", "origin.json", 1
 

@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pasta_jax.arrays import PairedTokens
+from pasta_jax.checkpoints.workdir import checkpoint_mark, find
 from pasta_jax.config import Config, ConfigError, PreferenceConfig, to_dict
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import permuted
@@ -42,7 +43,6 @@ from pasta_jax.preference.sample import Prompt, Record, sample
 from pasta_jax.preference.score import scores
 from pasta_jax.sharding import make_mesh, param_shardings
 from pasta_jax.tokens.tokenizer import Tokenizer
-from pasta_jax.training.checkpoints import checkpoint_mark, find
 from pasta_jax.training.loop import Stage, train
 from pasta_jax.training.losses import bonbon_margin, preference_loss
 from pasta_jax.training.microbatches import rows_sharding

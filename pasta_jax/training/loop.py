@@ -18,12 +18,8 @@ import jax
 from pasta_jax import config as config_lib
 from pasta_jax import sharding
 from pasta_jax.arrays import Array, ThreadedTokens
-from pasta_jax.config import Config, ConfigError
-from pasta_jax.data.batches import batches, prefetch
-from pasta_jax.data.packing import real_fraction
-from pasta_jax.tokens.tokenizer import Tokenizer
-from pasta_jax.training import losses
-from pasta_jax.training.checkpoints import (
+from pasta_jax.checkpoints.fingerprint import fingerprint
+from pasta_jax.checkpoints.workdir import (
     About,
     Base,
     CheckpointError,
@@ -34,7 +30,11 @@ from pasta_jax.training.checkpoints import (
     read_about,
     versions,
 )
-from pasta_jax.training.fingerprint import fingerprint
+from pasta_jax.config import Config, ConfigError
+from pasta_jax.data.batches import batches, prefetch
+from pasta_jax.data.packing import real_fraction
+from pasta_jax.tokens.tokenizer import Tokenizer
+from pasta_jax.training import losses
 from pasta_jax.training.losses import Scores, Sums
 from pasta_jax.training.metrics import MetricsWriter
 from pasta_jax.training.signals import Stopped, stop_requests

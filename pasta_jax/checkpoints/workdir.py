@@ -28,12 +28,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pasta_jax import config as config_lib
+from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.model import init_params, lora
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import tokenizer_from_bytes
 from pasta_jax.tokens.tokenizer import MissingPackage, Tokenizer, TokenizerError
-from pasta_jax.training.fingerprint import fingerprint
 from pasta_jax.training.state import Params, TrainState
 
 FORMAT, FORMAT_VERSION = "pasta_jax", 2
