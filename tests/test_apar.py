@@ -41,9 +41,9 @@ from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined, render
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.testing import WordTokenizer, random_program
+from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.layout import LayoutError, layout, layout_example
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.tokens.reading import read, threads_of
 from pasta_jax.training.state import TrainState, new_state
 from pasta_jax.visibility import visible
 

@@ -20,8 +20,8 @@ from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang import tags
 from pasta_jax.model import ModelConfig, Transformer, init_params
 from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.tokens.reading import read, threads_of
 from pasta_jax.visibility import visible
 
 WORDS = WordTokenizer("rivers and cities of the world")

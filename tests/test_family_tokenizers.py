@@ -26,11 +26,11 @@ from pasta_jax.testing import WordTokenizer, random_program, random_text
 from pasta_jax.tokens import chat as chats
 from pasta_jax.tokens import export, load
 from pasta_jax.tokens.base import TextTokenizer
+from pasta_jax.tokens.detokenize import Threads, read, threads_of
 from pasta_jax.tokens.hf import HfTokenizer
 from pasta_jax.tokens.layout import layout
 from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_bytes, tokenizer_from_files
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.tokens.reading import Threads, read, threads_of
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
 

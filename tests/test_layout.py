@@ -20,10 +20,10 @@ from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Program, Promise, Sync, Text
 from pasta_jax.lang.render import render
 from pasta_jax.testing import WordTokenizer, random_program
+from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.layout import LayoutError, layout, layout_example, layout_text
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.tokens.reading import read, threads_of
 from pasta_jax.visibility import visible
 
 WORDS = WordTokenizer(" The rivers two words moons tokens and it's é 東京 the Nile is long a b c d e f")

@@ -21,8 +21,8 @@ from pasta_jax.decoding.streaming import Draft, Event, Seen, advance, settled_te
 from pasta_jax.decoding.trace import UNFED, Trace, document_order, read_trace
 from pasta_jax.lang.assemble import assemble, shortened
 from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.tokens.reading import read
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 SETTINGS = (

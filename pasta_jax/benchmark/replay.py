@@ -25,7 +25,7 @@ from pasta_jax.decoding.script import Script, depth_of, lines_of, script_of, thr
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang.program import Program
-from pasta_jax.tokens.reading import read
+from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 PROMPT = "Go on."

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined
 from pasta_jax.lang.tags import MAX_TOPIC_TOKENS
-from pasta_jax.tokens.reading import TOPIC_PREFIX
+from pasta_jax.tokens.detokenize import TOPIC_PREFIX
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 BETWEEN = 4

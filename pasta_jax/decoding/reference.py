@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.lang import grammar, tags
 from pasta_jax.lang.grammar import Event, Kind
+from pasta_jax.tokens.detokenize import Threads
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.tokens.reading import Threads
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 

@@ -12,7 +12,7 @@ from pasta_jax.decoding.trace import UNFED, Trace, document_order
 from pasta_jax.lang.assemble import assemble, shortened
 from pasta_jax.lang.program import Program, Promise
 from pasta_jax.lang.render import render
-from pasta_jax.tokens.reading import read
+from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.lang.program import Program
+from pasta_jax.tokens.detokenize import Threads, threads_of
 from pasta_jax.tokens.layout import layout
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.tokens.reading import Threads, threads_of
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 FREE = -1

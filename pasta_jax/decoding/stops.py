@@ -14,7 +14,7 @@ import numpy as np
 
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.trace import Trace
-from pasta_jax.tokens.reading import Role, scan
+from pasta_jax.tokens.detokenize import Role, scan
 from pasta_jax.tokens.tokenizer import Vocabulary, whole_characters
 
 

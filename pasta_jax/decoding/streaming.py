@@ -33,7 +33,7 @@ import numpy as np
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.stops import find_stop, held_back
 from pasta_jax.decoding.trace import Trace
-from pasta_jax.tokens.reading import Place, Role, promise_of, scan
+from pasta_jax.tokens.detokenize import Place, Role, promise_of, scan
 from pasta_jax.tokens.tokenizer import Vocabulary, whole_characters
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.decoding.state import Limits, Phase, RowState, Stop
 from pasta_jax.lang.grammar import Kind
-from pasta_jax.tokens.reading import Threads, threads_of
+from pasta_jax.tokens.detokenize import Threads, threads_of
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 UNFED = -1

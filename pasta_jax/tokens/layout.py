@@ -22,8 +22,8 @@ from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.lang import tags
 from pasta_jax.lang.program import Node, Program, Promise, Text
 from pasta_jax.lang.render import promise_problem
+from pasta_jax.tokens.detokenize import TOPIC_PREFIX
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.tokens.reading import TOPIC_PREFIX
 from pasta_jax.tokens.tokenizer import Tokenizer, Vocabulary
 
 
