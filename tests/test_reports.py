@@ -17,7 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pasta_jax.reports.labels import Label, place
+from pasta_jax.figures import Label, place
 from pasta_jax.reproduce import page, paper, plots
 from pasta_jax.reproduce import results as pick
 from pasta_jax.reproduce.page import Claim, write_report

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pasta_jax.reports.labels import INK, Label, place
+from pasta_jax.figures import INK, Label, place
 from pasta_jax.reproduce import results as pick
 from pasta_jax.reproduce.results import Estimate, Result, weight_label
 
