@@ -24,8 +24,7 @@ def main(argv: Sequence[str]) -> None:
     show_log()
     from pasta_jax import decode, load
     from pasta_jax.checkpoints.workdir import CheckpointError
-    from pasta_jax.reports.live import printer
-    from pasta_jax.reports.timeline import timeline
+    from pasta_jax.terminal import printer, timeline
 
     try:
         model = load(values.ckpt, **loading_options(values))

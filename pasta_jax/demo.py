@@ -94,7 +94,7 @@ def shown_prompt() -> str:
 def show_one_answer(model: Model) -> None:
     """Decodes one held-out prompt with and without promises, and draws it."""
     from pasta_jax.decoding.api import decode
-    from pasta_jax.reports.timeline import timeline
+    from pasta_jax.terminal import timeline
 
     prompt = shown_prompt()
     result = decode(model, prompt, mode="both")

@@ -233,7 +233,7 @@ def test_a_label_goes_where_it_hides_nothing(point, line, side):
 
 def test_figures_leave_matplotlib_as_it_was(tmp_path):
     code = (
-        "import sys, pasta_jax.reports.page, pasta_jax.reports.plots as plots\n"
+        "import sys, pasta_jax.reproduce.page, pasta_jax.reproduce.plots as plots\n"
         "assert 'matplotlib' not in sys.modules and 'jax' not in sys.modules\n"
         "import matplotlib\n"
         "before = dict(matplotlib.rcParams.copy())\n"

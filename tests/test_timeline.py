@@ -7,14 +7,14 @@ import re
 import numpy as np
 import pytest
 
+from pasta_jax import terminal as live
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.decoding.results import Branch, DecodeResult, Stats
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.streaming import Event
 from pasta_jax.decoding.trace import UNFED, Trace
 from pasta_jax.lang.program import Program
-from pasta_jax.reports import live
-from pasta_jax.reports.timeline import timeline
+from pasta_jax.terminal import timeline
 
 
 def decoded(steps: int, fed: list[list[int]], topics: list[str]) -> DecodeResult:

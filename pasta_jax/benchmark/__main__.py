@@ -111,7 +111,7 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
 def table(points: Sequence[Point]) -> str:
     """As Markdown, a column for each number."""
     from pasta_jax.benchmark.measure import number
-    from pasta_jax.reports.tables import markdown_table
+    from pasta_jax.terminal import markdown_table
 
     def cell(value: Any) -> str:
         if isinstance(value, bool):

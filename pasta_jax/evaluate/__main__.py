@@ -28,7 +28,7 @@ from pasta_jax.evaluate.systems import (
 )
 from pasta_jax.files import replacing
 from pasta_jax.preference.score import parallelism, theoretical_speedup
-from pasta_jax.reports.tables import markdown_table
+from pasta_jax.terminal import markdown_table
 from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
 
 HEADER = [

@@ -45,7 +45,7 @@ from pasta_jax.verbs import refuse, show_log
 
 LOG = logging.getLogger("pasta_jax")
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 TINY, PREFERENCE = CONFIGS / "tiny.py", CONFIGS / "tiny_preference.py"
 
 POSITIONS = {

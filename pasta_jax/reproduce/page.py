@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from pasta_jax.files import replacing
-from pasta_jax.reports.tables import markdown_table
 from pasta_jax.reproduce import paper
 from pasta_jax.reproduce import results as pick
 from pasta_jax.reproduce.claims import Claim
 from pasta_jax.reproduce.results import Estimate, Result, weight_label
+from pasta_jax.terminal import markdown_table
 
 TITLE = "pasta_jax: the paper's comparison, reproduced"
 NOT_COMPARABLE = "another task, another model (Gemma 7B, AlpacaEval, H100): not comparable in absolute terms"

@@ -1,0 +1,116 @@
+"""What people see in a terminal: an answer as it comes, its timeline, and tables."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+import numpy as np
+
+from pasta_jax.decoding.results import DecodeResult
+from pasta_jax.decoding.streaming import Draft, Event
+
+ERASE, SAVE, RESTORE, FAINT, PLAIN = "\x1b[K", "\x1b7", "\x1b8", "\x1b[2m", "\x1b[0m"
+"""What a terminal does: erases the rest of the line, keeps and finds its place again, writes faintly or not."""
+
+
+def printer(out: TextIO, *, live: bool) -> Callable[[Event], None]:
+    """A callback that writes the text of one answer as it settles.
+
+    Args:
+      out: where to.
+      live: it is a terminal; what comes after the settled text stands behind it, faint, as far as the line goes.
+    """
+    draft, shown = Draft(), 0
+
+    def write(event: Event) -> None:
+        nonlocal shown
+        draft.add(event)
+        new, shown = draft.settled[shown:], len(draft.settled)
+        out.write(ERASE + new + _rest(draft) if live else new)
+        out.write("\n" if event.kind == "done" else "")
+        out.flush()
+
+    return write
+
+
+def _rest(draft: Draft) -> str:
+    """What is not settled yet, on the line on which the settled text ends."""
+    columns = shutil.get_terminal_size().columns
+    used = _width(draft.settled.rpartition("\n")[2])
+    room = columns - 1 - used % columns
+    rest = re.sub(r"\s", " ", str(draft)[len(draft.settled) :])
+    if not rest or (used and not used % columns):  # a full line: the cursor is not on the next one yet
+        return ""
+    while _width(rest) > room:
+        rest = rest[: room - _width(rest)]
+    return SAVE + FAINT + rest + PLAIN + RESTORE
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+FED, HELD = "█", "·"
+_LABEL = 18
+
+
+def timeline(result: DecodeResult, width: int = 80) -> str:
+    """A line for each thread, a column for one or several decode steps; `·` is main waiting at a sync.
+
+    Args:
+      result: a decoded answer.
+      width: characters of a line, at least 40.
+    """
+    trace = result.trace
+    steps = max(trace.steps, 1)
+    columns = max(width, 40) - _LABEL - 1
+    per_column = -(-steps // columns)
+    labels = ["main", *(f"{branch.id} {branch.topic}" for branch in result.branches)]
+    threads = [0, *(branch.id for branch in result.branches)]
+    ruler = _ruler(steps, per_column)
+    lines = [f"{'decode step':<{_LABEL}} {ruler}"]
+    for label, thread in zip(labels, threads):
+        fed = np.zeros(-(-steps // per_column), bool)
+        mine = trace.step[(trace.tokens.thread == thread) & (trace.step > 0)]
+        fed[(mine - 1) // per_column] = True
+        active = range(int(np.argmax(fed)), len(fed) - int(np.argmax(fed[::-1]))) if fed.any() else range(0)
+        if thread == 0:
+            active = range(len(fed))
+        cells = [FED if fed[c] else HELD if c in active else " " for c in range(len(fed))]
+        lines.append(f"{_shorten(label):<{_LABEL}} {''.join(cells).rstrip()}")
+    return "\n".join(lines)
+
+
+def _ruler(steps: int, per_column: int) -> str:
+    """Step numbers over their columns, every ten columns."""
+    ruler = ""
+    for column in range(0, -(-steps // per_column), 10):
+        ruler = ruler.ljust(column) + str(column * per_column + 1)
+    return ruler
+
+
+def _shorten(label: str) -> str:
+    return label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns; all but the first to the right.
+
+    >>> print(markdown_table(["family", "truth"], [["list", "99.0 %"]]))
+    | family |  truth |
+    |:-------|-------:|
+    | list   | 99.0 % |
+    """
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))]
+        return "| " + " | ".join(aligned) + " |"
+
+    rule = "|:" + "-" * (widths[0] + 1) + "|" + "".join("-" * (w + 1) + ":|" for w in widths[1:])
+    return "\n".join([line(header), rule, *map(line, rows)])
