@@ -29,7 +29,7 @@ _HOMES = {
     "settled_text": "pasta_jax.decoding.streaming",
     "Decoder": "pasta_jax.decoding.engine",
     "Model": "pasta_jax.decoding.engine",
-    "Sampling": "pasta_jax.decoding.engine",
+    "SamplingParams": "pasta_jax.decoding.engine",
     "Limits": "pasta_jax.decoding.state",
     # training
     "Config": "pasta_jax.config",
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pasta_jax.decoding.api import decode as decode
     from pasta_jax.decoding.engine import Decoder as Decoder
     from pasta_jax.decoding.engine import Model as Model
-    from pasta_jax.decoding.engine import Sampling as Sampling
+    from pasta_jax.decoding.engine import SamplingParams as SamplingParams
     from pasta_jax.decoding.results import DecodeResult as DecodeResult
     from pasta_jax.decoding.state import Limits as Limits
     from pasta_jax.decoding.streaming import Draft as Draft

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         print(result.annotated if values.annotated else result.text)
     stats = result.stats
     said = [
-        f"{stats.decode_steps} steps for {stats.sequential_steps} tokens of text",
+        f"{stats.decode_steps} steps for {stats.text_tokens} tokens of text",
         f"{len(result.branches)} branches",
         f"{stats.wall_s:.3f} s",
     ]

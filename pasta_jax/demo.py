@@ -101,7 +101,7 @@ def show_one_answer(model: Model) -> None:
     print(f"> {prompt}\n\n{result.annotated}\n")
     print(timeline(result, width=100))
     print(
-        f"\n{result.stats.decode_steps} decode steps for {result.stats.sequential_steps} tokens of text; "
+        f"\n{result.stats.decode_steps} decode steps for {result.stats.text_tokens} tokens of text; "
         f"{result.stats.measured_speedup:.2f}x as fast as the same model without promises."
     )
 

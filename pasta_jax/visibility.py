@@ -44,7 +44,7 @@ from pasta_jax.arrays import NO_DOC, Array
 WORD_BITS = 32
 
 
-class Seen(Protocol):
+class Key(Protocol):
     """What the rule reads of a token: the fields of `ThreadedTokens`, or lanes, or pool entries."""
 
     @property
@@ -55,14 +55,14 @@ class Seen(Protocol):
     def order(self) -> Array: ...
 
 
-class Sees(Seen, Protocol):
+class Query(Key, Protocol):
     """What the rule reads of a query."""
 
     @property
     def sees(self) -> Array: ...
 
 
-def visible(query: Sees, key: Seen) -> Array:
+def visible(query: Query, key: Key) -> Array:
     """The rule.
 
     Args:

@@ -92,7 +92,7 @@ def run_reference(
     positions: Positions,
     views: Views | None = None,
     dialect: tags.Dialect = "pasta",
-) -> reference.Answer:
+) -> reference.Decoded:
     """`views`, if given, is filled: whenever a thread samples, its view is that of the entry it was just fed."""
 
     def sample(thread: reference.Thread, legal: Callable[[int], bool]) -> int:

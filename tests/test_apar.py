@@ -28,7 +28,7 @@ from pasta_jax.data import almanac
 from pasta_jax.data.almanac import Section
 from pasta_jax.data.almanac.facts import KIND_OF
 from pasta_jax.data.sources import make_source, make_tokenizer
-from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.interpreter import rules_for
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits, Stop
@@ -359,7 +359,7 @@ def decoder() -> Decoder:
 
 def decode(seed: int, **wishes: Any) -> list[Trace]:
     prompts = [WORDS.encode_prompt(f"the rivers {i}") for i in range(6)]
-    asks = [Sampling(150, 30, temperature=1.0, seed=seed + i, **wishes) for i in range(6)]
+    asks = [SamplingParams(150, 30, temperature=1.0, seed=seed + i, **wishes) for i in range(6)]
     return decoder().decode(prompts, asks)[0]
 
 

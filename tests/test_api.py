@@ -96,8 +96,8 @@ def test_stats_agree_with_the_tokens() -> None:
         assert stats.output_tokens == int((result.tokens != end).sum()) <= 100
         assert (result.stop_reason == "eos") == (result.tokens[-1] == end)
         written = sum(token in tag_ids for token in result.tokens.tolist())
-        assert stats.sequential_steps <= stats.output_tokens - written
-        assert stats.step_speedup == pytest.approx(stats.sequential_steps / stats.decode_steps)
+        assert stats.text_tokens <= stats.output_tokens - written
+        assert stats.step_speedup == pytest.approx(stats.text_tokens / stats.decode_steps)
         assert stats.tokens_per_s == pytest.approx(stats.output_tokens / stats.wall_s)
         assert 1 <= stats.mean_width <= stats.max_width <= 8
         fed = round(stats.mean_width * stats.decode_steps)

@@ -14,7 +14,7 @@ import pytest
 
 from pasta_jax.arrays import NO_DOC, NO_TARGET, ThreadedTokens
 from pasta_jax.decoding import engine, loop
-from pasta_jax.decoding.engine import Decoder, Model, Programs, Sampling
+from pasta_jax.decoding.engine import Decoder, Model, Programs, SamplingParams
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang import tags
@@ -48,8 +48,10 @@ def chatty_model() -> Model:
     return Model({**params, "head": jnp.asarray(head)}, config, WORDS)
 
 
-def ask(seed: int, **changes: Any) -> Sampling:
-    wishes = Sampling(max_new_tokens=200, max_branch_tokens=30, temperature=1.0, seed=seed, open_bias=3.5)
+def ask(seed: int, **changes: Any) -> SamplingParams:
+    wishes = SamplingParams(
+        max_new_tokens=200, max_branch_tokens=30, temperature=1.0, seed=seed, open_bias=3.5
+    )
     return dataclasses.replace(wishes, **changes)
 
 

@@ -9,16 +9,16 @@ import pytest
 
 from pasta_jax.data import almanac
 from pasta_jax.evaluate.__main__ import summarise, table
-from pasta_jax.evaluate.systems import Answer, System, evaluate
+from pasta_jax.evaluate.systems import Measured, System, evaluate
 
 
 def answer(
     family: str, prompt: str = "What is the capital of Peru?", text: str = "", **measured: float
-) -> Answer:
+) -> Measured:
     fields: dict[str, Any] = dict(
         truth=1.0, output_tokens=1, text_tokens=1, critical_path=1, decode_steps=1, wall_s=1.0
     )
-    return Answer(
+    return Measured(
         family=family,
         prompt=prompt,
         text=text,
@@ -89,7 +89,7 @@ def asked() -> list[str]:
 
 
 def systems(asked: list[str]) -> dict[str, System]:
-    def system(task: almanac.Task) -> Answer:
+    def system(task: almanac.Task) -> Measured:
         asked.append(task.prompt)
         if len(asked) == 7:
             raise KeyboardInterrupt

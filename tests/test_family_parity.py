@@ -13,7 +13,7 @@ import pytest
 import tiny_families as tiny
 
 from pasta_jax.decoding import engine
-from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.model.families import FAMILIES, config_from_hf
@@ -73,7 +73,7 @@ def whole_pass(model: Model, tokens: np.ndarray) -> np.ndarray:
 
 def decode(decoder: Decoder, prompts: list[list[int]], open_bias: float) -> np.ndarray:
     """The greedy continuations, int [B, NEW]."""
-    wish = Sampling(max_new_tokens=tiny.NEW, open_bias=open_bias)
+    wish = SamplingParams(max_new_tokens=tiny.NEW, open_bias=open_bias)
     traces, _ = decoder.decode(prompts, [wish] * len(prompts))
     assert all(len(trace.parent) == 1 and trace.stop == Stop.LENGTH for trace in traces)
     return np.array([trace.threads.tokens[0] for trace in traces])

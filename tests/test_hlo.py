@@ -18,7 +18,7 @@ from pasta_jax.compile import __main__ as ahead
 from pasta_jax.compile import hlo
 from pasta_jax.config import Config
 from pasta_jax.decoding import engine
-from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, empty_pool, init_params
@@ -144,7 +144,7 @@ def on_cpu(rows: int, cached: int) -> tuple[Any, int]:
         decoder = Decoder(model, limits=limits, rows=rows, pool_buckets=(), widths=(1,))
     assert model.for_steps[1].weights == ("plain" if cached else "transposed")
     decoder.programs.options = None  # compiled with all care
-    decoder.decode([WORDS.encode_prompt("the")], [Sampling(max_new_tokens=1)])
+    decoder.decode([WORDS.encode_prompt("the")], [SamplingParams(max_new_tokens=1)])
     return decoder.programs.compiled["decode", 2002, NOTHING], rows * 2 * 2002 * 64
 
 

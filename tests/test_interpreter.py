@@ -91,7 +91,7 @@ def test_compiled_interpreter_is_its_specification(setting, seed):
     assert Stop.EOS in stops and len(stops) > 1, f"the programs are too tame: {stops}"
 
 
-def compare(row: RowState, answer: reference.Answer) -> None:
+def compare(row: RowState, answer: reference.Decoded) -> None:
     n = len(answer.entries)
     assert int(row.cursor) == n
     assert Stop(int(row.stop)) == answer.stop
@@ -117,7 +117,7 @@ def compare(row: RowState, answer: reference.Answer) -> None:
             assert (int(t.parent[k]), int(t.forked_at[k])) == (thread.parent.number, thread.forked_at)
 
 
-def compare_views(row: RowState, answer: reference.Answer, views: scripted.Views) -> None:
+def compare_views(row: RowState, answer: reference.Decoded, views: scripted.Views) -> None:
     """What the numbering lets each entry see is what the specification's thread had in view there."""
     n = len(answer.entries)
     e = row.entries
@@ -157,7 +157,7 @@ def test_lanes_change_neither_the_text_nor_who_sees_whom(max_depth, seed):
             compared += 1
 
 
-def views_by_name(answer: reference.Answer, views: scripted.Views) -> dict[tuple[int, int], tuple]:
+def views_by_name(answer: reference.Decoded, views: scripted.Views) -> dict[tuple[int, int], tuple]:
     """For each entry that led to another, named by path and order: token, position and the names that it sees."""
 
     def name(entry: reference.Entry) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from pasta_jax.checkpoints.workdir import find
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac.judge import Preference
-from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, document_order
 from pasta_jax.lang.parse import parse
@@ -35,7 +35,7 @@ from pasta_jax.preference.pairs import (
     reference_logprobs,
     steps_for,
 )
-from pasta_jax.preference.sample import Answer, Prompt, Record, read_records, sample, write_records
+from pasta_jax.preference.sample import Prompt, Record, Sample, read_records, sample, write_records
 from pasta_jax.preference.score import EFFICIENCIES, Judge, combined, quality, scores
 from pasta_jax.tokens.layout import layout_example
 from pasta_jax.train import run as train
@@ -183,9 +183,9 @@ def test_efficiency_terms_by_hand() -> None:
     assert combined(2.0, 0.5, math.inf) == 0.5
 
 
-def made_up(text: str, path: int, tokens: int = 20) -> Answer:
+def made_up(text: str, path: int, tokens: int = 20) -> Sample:
     nothing = ThreadedTokens(**{name: np.zeros(4, np.int32) for name in ThreadedTokens.__dataclass_fields__})
-    return Answer(text, text, tokens, tokens, path, "eos", nothing, np.zeros(4, np.int32))
+    return Sample(text, text, tokens, tokens, path, "eos", nothing, np.zeros(4, np.int32))
 
 
 def test_scores_by_hand_and_what_lambda_does() -> None:
@@ -211,7 +211,7 @@ def test_reference_log_probabilities_are_those_of_decoding(model: Model, prompts
     """Law 2: what was recorded of a token when it was sampled is what the training pass finds."""
     decoder = Decoder(model, limits=Limits(2, 16, LENGTH), rows=len(prompts))
     asked = [model.tokenizer.encode_prompt(prompt.text) for prompt in prompts]
-    wish = Sampling(max_new_tokens=LENGTH, max_branch_tokens=20, temperature=1.0, open_bias=6.0, seed=5)
+    wish = SamplingParams(max_new_tokens=LENGTH, max_branch_tokens=20, temperature=1.0, open_bias=6.0, seed=5)
     traces, _ = decoder.decode(asked, [wish] * len(asked))
     assert sum(len(trace.parent) - 1 for trace in traces) > 3
     found = reference_logprobs(model, [as_document(trace) for trace in traces], rows=4, length=LENGTH)

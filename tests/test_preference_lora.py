@@ -28,7 +28,7 @@ from pasta_jax.lang.parse import parse
 from pasta_jax.loading import load
 from pasta_jax.model import Lora, ModelConfig
 from pasta_jax.preference import rounds
-from pasta_jax.preference.sample import Answer, Prompt, Record
+from pasta_jax.preference.sample import Prompt, Record, Sample
 from pasta_jax.tokens.layout import layout_example
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.state import TrainState
@@ -49,9 +49,9 @@ CONFIG = Config(
 )
 
 
-def made_up(prompt: str, annotated: str, path: int) -> Answer:
+def made_up(prompt: str, annotated: str, path: int) -> Sample:
     document = layout_example(almanac.load_tokenizer(), prompt, parse(annotated))
-    return Answer(annotated, annotated, 20, 20, path, "eos", document, np.zeros(len(document), np.int32))
+    return Sample(annotated, annotated, 20, 20, path, "eos", document, np.zeros(len(document), np.int32))
 
 
 def records() -> list[Record]:

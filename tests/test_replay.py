@@ -16,7 +16,7 @@ from pasta_jax.benchmark import replay as replaying
 from pasta_jax.benchmark import trees as answers
 from pasta_jax.benchmark.replay import Replayed, limits_for, replay, summaries
 from pasta_jax.benchmark.trees import random_tree, sequential
-from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.script import depth_of, lines_of, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import as_document, critical_path
@@ -63,7 +63,9 @@ def test_what_is_scripted_is_said_exactly(rng: random.Random) -> None:
             next(p for p in iter(lambda: random_program(rng, max_depth=2, max_nodes=8), None) if fits(p)),
         ]
         scripts = [script_of(tree, WORDS, LIMITS) for tree in trees]
-        wishes = [Sampling(1000, 1000, temperature=1.0, script=script.padded(SIZE)) for script in scripts]
+        wishes = [
+            SamplingParams(1000, 1000, temperature=1.0, script=script.padded(SIZE)) for script in scripts
+        ]
         traces, _ = decoder().decode([prompt] * 2, wishes)
         for tree, trace in zip(trees, traces):
             assert trace.stop == Stop.EOS
@@ -92,7 +94,7 @@ def test_a_script_leaves_its_neighbour_and_what_follows_it_free() -> None:
     prompt = WORDS.encode_prompt("the river")
     script = script_of(Program((Text(" cities of"),)), WORDS, LIMITS)
     short = dataclasses.replace(script, tokens=script.tokens[:, :2]).padded(SIZE)
-    free = Sampling(8, temperature=1.0, seed=3)
+    free = SamplingParams(8, temperature=1.0, seed=3)
     said_by_none = dataclasses.replace(short, paths=short.paths - 1)
     (alone,), _ = decoder().decode([prompt], [dataclasses.replace(free, script=said_by_none)])
     (beside, scripted), _ = decoder().decode([prompt] * 2, [free, dataclasses.replace(free, script=short)])
@@ -149,8 +151,8 @@ def test_replay_measures_both_ways(rng: random.Random) -> None:
     ]
     wide, plain = replay(decoder(), {"wide": trees[:1], "plain": trees[1:]}, repeats=3)
     assert (wide.shape, wide.branches, plain.shape, plain.branches) == ("wide", 8, "plain", 0)
-    assert wide.steps == wide.critical_path < wide.sequential_steps  # there are as many lanes as threads
-    assert plain.steps == plain.critical_path == plain.sequential_steps == 2 == plain.theoretical * 2
+    assert wide.steps == wide.critical_path < wide.text_tokens  # there are as many lanes as threads
+    assert plain.steps == plain.critical_path == plain.text_tokens == 2 == plain.theoretical * 2
     assert sum(wide.widths) == wide.steps and len(wide.widths) > 3 and plain.widths == (2,)
     tokens = sum(width * count for width, count in enumerate(wide.widths, 1))
     assert tokens == sum(map(len, threads_in(trees[0], WORDS).tokens)) - 1  # but for the end
@@ -158,12 +160,12 @@ def test_replay_measures_both_ways(rng: random.Random) -> None:
     assert min(wide.parallel_s + wide.sequential_s + wide.start_s) > 0
     prompt = WORDS.encode_prompt("the river")
     (trace,), _ = decoder().decode(
-        [prompt], [Sampling(1000, 1000, script=script_of(trees[0], WORDS, LIMITS))]
+        [prompt], [SamplingParams(1000, 1000, script=script_of(trees[0], WORDS, LIMITS))]
     )
     (again,) = replay(decoder(), {"a trace": [trace]}, repeats=1)
     assert (again.critical_path, again.widths) == (wide.critical_path, wide.widths)
-    assert again.sequential_steps == wide.sequential_steps
-    (cut,), _ = decoder().decode([prompt], [Sampling(9, 9)])
+    assert again.text_tokens == wide.text_tokens
+    (cut,), _ = decoder().decode([prompt], [SamplingParams(9, 9)])
     with pytest.raises(ValueError, match="stopped with 'length' has no end to replay"):
         replay(decoder(), {"": [cut]})
 

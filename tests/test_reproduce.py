@@ -12,7 +12,7 @@ import pytest
 
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data import almanac
-from pasta_jax.evaluate.systems import Answer, concludes_last, write_answers
+from pasta_jax.evaluate.systems import Measured, concludes_last, write_answers
 from pasta_jax.model import ModelConfig
 from pasta_jax.reproduce import __main__ as reproduce
 from pasta_jax.reproduce import measures
@@ -110,9 +110,9 @@ def test_samples_of_other_models_are_not_learnt_from(
 # -------------------------------------------------------------------------------------------------- results
 
 
-def answer(task: almanac.Task, *, right: bool, speed: float, promises: int = 0) -> Answer:
+def answer(task: almanac.Task, *, right: bool, speed: float, promises: int = 0) -> Measured:
     text = almanac.plain(task) if right else "No idea."
-    return Answer(
+    return Measured(
         family=task.family,
         prompt=task.prompt,
         text=text,

@@ -15,10 +15,10 @@ import pytest
 from test_decode import PROMPTS, WORDS, chatty_model, ids
 
 from pasta_jax.decoding import session
-from pasta_jax.decoding.engine import Decoder, Sampling
+from pasta_jax.decoding.engine import Decoder, SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.script import Script
-from pasta_jax.decoding.session import Answer
+from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace
 
@@ -33,14 +33,14 @@ def decoder(rows: int = 6) -> Decoder:
 @dataclasses.dataclass(frozen=True)
 class Ask:
     prompt: tuple[int, ...]
-    sampling: Sampling
+    sampling: SamplingParams
 
 
 def some_asks(rng: random.Random, count: int) -> list[Ask]:
     """Requests with limits, temperatures, biases and stop strings of their own."""
     asks = []
     for _ in range(count):
-        sampling = Sampling(
+        sampling = SamplingParams(
             max_new_tokens=rng.choice((1, 2, 7, 20, 60, 90)),
             max_branch_tokens=rng.choice((1, 8, 30)),
             temperature=rng.choice((0.0, 0.7, 1.0)),
@@ -78,7 +78,7 @@ def test_a_thousand_requests(seed: int) -> None:
     kinds = some_asks(rng, 40)
     requests = decoder().session
     waiting = [rng.choice(kinds) for _ in range(1000)]
-    running: list[tuple[Ask, Answer]] = []
+    running: list[tuple[Ask, PendingAnswer]] = []
     ended: dict[str, int] = {}
     held: list[int] = []
     while waiting or running:
@@ -100,7 +100,7 @@ def test_a_thousand_requests(seed: int) -> None:
         running = [pair for pair in running if not pair[1].done]
         if len(waiting) < 800 - 600 * len(held):
             gc.collect()
-            answers = sum(isinstance(each, Answer) for each in gc.get_objects())
+            answers = sum(isinstance(each, PendingAnswer) for each in gc.get_objects())
             traces = sum(isinstance(each, Trace) for each in gc.get_objects()) - alone.cache_info().currsize
             assert max(answers, traces) <= len(running) + 1, "what is done is kept"
             held.append(sum(x.nbytes for x in jax.live_arrays()))
@@ -111,7 +111,7 @@ def test_a_thousand_requests(seed: int) -> None:
 
 
 def a_long_one() -> tuple[Ask, Trace]:
-    wishes = Sampling(max_new_tokens=90, temperature=1.0, open_bias=-np.inf)
+    wishes = SamplingParams(max_new_tokens=90, temperature=1.0, open_bias=-np.inf)
     asks = (Ask(tuple(ids("rivers 3")), dataclasses.replace(wishes, seed=seed)) for seed in range(1000))
     return next((ask, alone(ask)) for ask in asks if alone(ask).steps > 60)
 
@@ -163,7 +163,7 @@ def test_nothing_is_lost_wherever_it_breaks_off(
 def test_cancelled_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """From another thread, or by the collector of a stream that nobody reads: it leaves with the same turn."""
     ask, _ = a_long_one()
-    first = decoder().submit(ids("rivers"), Sampling(max_new_tokens=1))
+    first = decoder().submit(ids("rivers"), SamplingParams(max_new_tokens=1))
     other = decoder().submit(ask.prompt, ask.sampling)
     decode_chunk = Decoder.decode_chunk
 
@@ -217,14 +217,14 @@ def test_several_threads_may_wait(seed: int) -> None:
 def test_a_failed_call_leaves_no_request_behind() -> None:
     good, bad = ids("rivers"), [5] * 500
     with pytest.raises(ValueError, match="pool holds 120"):
-        decoder().decode([good, bad], [Sampling()] * 2)
+        decoder().decode([good, bad], [SamplingParams()] * 2)
     with pytest.raises(ValueError, match="takes ids"):
         decoder().submit("rivers")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="none of the model's"):
         decoder().submit([2**40])
     with pytest.raises(ValueError, match="max_new_tokens"):
-        Sampling(max_new_tokens=2**31)
+        SamplingParams(max_new_tokens=2**31)
     script = Script(np.zeros(1, np.int32), np.full((1, 4), 300, np.int32))
     with pytest.raises(ValueError, match="does not fit"):
-        decoder().submit(good, Sampling(script=script))
+        decoder().submit(good, SamplingParams(script=script))
     assert decoder().session.idle

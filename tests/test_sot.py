@@ -25,11 +25,15 @@ def test_points_are_asked_together_and_joined_in_order() -> None:
 
     answer = sot.answer(ask, "Why?")
     assert list(map(len, calls)) == [1, 2]
-    assert answer == sot.Answer("It is cheap. It is quick.", ("cost", "time"), steps=7 + 9, tokens=7 + 4 + 9)
+    assert answer == sot.SkeletonAnswer(
+        "It is cheap. It is quick.", ("cost", "time"), steps=7 + 9, tokens=7 + 4 + 9
+    )
 
 
 def test_a_skeleton_without_points_is_the_answer() -> None:
-    assert sot.answer(lambda prompts: [Said("No idea.", 3)], "Why?") == sot.Answer("No idea.", (), 3, 3)
+    assert sot.answer(lambda prompts: [Said("No idea.", 3)], "Why?") == sot.SkeletonAnswer(
+        "No idea.", (), 3, 3
+    )
 
 
 def test_what_is_no_point_is_passed_over_and_eight_are_enough() -> None:

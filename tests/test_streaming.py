@@ -17,7 +17,7 @@ from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.decoding import interpreter, reference, results
 from pasta_jax.decoding.state import Limits, RowState, Stop
 from pasta_jax.decoding.stops import check_stops, cut, find_stop, held_back
-from pasta_jax.decoding.streaming import Draft, Event, Seen, advance, settled_text
+from pasta_jax.decoding.streaming import Consumed, Draft, Event, new_events, settled_text
 from pasta_jax.decoding.trace import UNFED, Trace, document_order, read_trace
 from pasta_jax.lang.assemble import assemble, shortened
 from pasta_jax.testing import WordTokenizer
@@ -42,7 +42,7 @@ CUT = "branch {}: stopped before its </async>."
 VOCABULARIES = (scripted.VOCABULARY, SPLIT)
 
 
-def trace_of(answer: reference.Answer, prompt_length: int) -> Trace:
+def trace_of(answer: reference.Decoded, prompt_length: int) -> Trace:
     """The trace that the engine would read of what the specification decoded."""
     entries, steps = list(answer.entries), [e.step for e in answer.entries]
     if answer.stop == Stop.EOS:
@@ -115,9 +115,9 @@ def text_of(trace: Trace, vocabulary: Vocabulary) -> str:
 
 
 def follow(
-    seen: Seen, draft: Draft, trace: Trace, vocabulary: Vocabulary, stop: tuple[str, ...] = ()
-) -> tuple[Seen, list[Event]]:
-    seen, events = advance(seen, trace, vocabulary, stop=stop)
+    seen: Consumed, draft: Draft, trace: Trace, vocabulary: Vocabulary, stop: tuple[str, ...] = ()
+) -> tuple[Consumed, list[Event]]:
+    seen, events = new_events(seen, trace, vocabulary, stop=stop)
     for event in events:
         draft.add(event)
     return seen, events
@@ -131,7 +131,7 @@ def test_however_the_steps_are_cut_the_document_is_the_answer(seed, vocabulary):
         text = text_of(trace, vocabulary)
         promises = list(read(vocabulary, trace.threads).promises)
         for density in (0.0, 0.1, 1.0):
-            seen, draft, settled, everything = Seen(), Draft(), "", []
+            seen, draft, settled, everything = Consumed(), Draft(), "", []
             for look in looks(trace, rng, density):
                 seen, events = follow(seen, draft, look, vocabulary)
                 everything += events
@@ -152,7 +152,7 @@ def test_however_the_steps_are_cut_the_document_is_the_answer(seed, vocabulary):
             assert sorted(closed) == [0, *sorted(promises)]
             kinds |= {event.kind for event in everything}
             assert "".join(settled_text(everything)) == text
-            assert advance(seen, trace, vocabulary, raw=True) == (seen, [])
+            assert new_events(seen, trace, vocabulary, raw=True) == (seen, [])
     assert kinds == {"text", "promise", "closed"}
 
 
@@ -160,7 +160,7 @@ def test_every_look_gets_document_order_and_no_more_than_is_new(seed):
     """Within a look, a branch is heard before the text that follows it; with one look that is the document."""
     for trace in traces(seed):
         reading = read(SPLIT, trace.threads)
-        _, events = advance(Seen(), trace, SPLIT)
+        _, events = new_events(Consumed(), trace, SPLIT)
         assert "".join(event.text for event in events) == assemble(reading.program)
         kept = [event for event in events if event.kind == "promise"]
         assert [event.branch for event in kept] == list(reading.promises)
@@ -177,13 +177,13 @@ def test_text_is_whole_characters_and_no_tag_in_the_making():
     tag = [vocabulary.tag_ids[piece] for piece in ('<promise topic="', '" tokens=')]
     said = [*words.encode("東🌍"), *tag[:1], *words.encode("x"), *tag[1:], *words.encode("y")]
     trace = of_main(said, Stop.EOS, vocabulary.eos)
-    seen, texts = Seen(), []
+    seen, texts = Consumed(), []
     for step in range(len(said) + 1):
-        seen, events = advance(seen, at_step(trace, step), vocabulary)
+        seen, events = new_events(seen, at_step(trace, step), vocabulary)
         texts.append("".join(event.text for event in events))
     assert texts == ["", "", "", "東", "", "", "", "🌍", "", "", "", '<promise topic="x" tokens=y']
     half = of_main(said[:2], Stop.LENGTH)
-    assert [e.text for e in advance(Seen(), half, vocabulary)[1]] == ["\ufffd", ""]
+    assert [e.text for e in new_events(Consumed(), half, vocabulary)[1]] == ["\ufffd", ""]
 
 
 def of_main(tokens: list[int], stop: Stop, *end: int) -> Trace:
@@ -204,9 +204,9 @@ def of_main(tokens: list[int], stop: Stop, *end: int) -> Trace:
 def test_raw_tokens_are_the_trace(seed):
     rng = random.Random(seed)
     for trace in traces(seed)[::5]:
-        seen, raw = Seen(), []
+        seen, raw = Consumed(), []
         for look in looks(trace, rng, 0.2):
-            seen, events = advance(seen, look, SPLIT, request=3, raw=True)
+            seen, events = new_events(seen, look, SPLIT, request=3, raw=True)
             tokens = [event for event in events if event.kind == "token"]
             assert events[: len(tokens)] == tokens
             assert all(event.request == 3 for event in events)
@@ -251,7 +251,7 @@ def test_a_running_row_has_the_beginning_of_its_trace(seed):
         states = [read_trace(jax.tree.map(lambda x, i=i, t=t: x[i, t], rows)) for t in range(51)]
         final = states[-1]
         assert final.stop != Stop.RUNNING
-        seen, draft = Seen(), Draft()
+        seen, draft = Consumed(), Draft()
         for state in states:
             if state.stop == Stop.RUNNING:
                 expected = at_step(final, state.steps)
@@ -346,7 +346,7 @@ def test_stop_strings_end_the_answer_whenever_one_looks(seed, vocabulary):
         assert expected.text == text[:place]
         assert expected.stop_reason == ("stop" if place is not None else trace.stop.reason)
         for density in (0.0, 0.2, 1.0):
-            seen, draft, shown = Seen(), Draft(), ""
+            seen, draft, shown = Consumed(), Draft(), ""
             for look in looks(trace, rng, density):
                 seen, _ = follow(seen, draft, look, vocabulary, stops)
                 assert draft.settled.startswith(shown), "what was shown stays"
@@ -365,7 +365,7 @@ def test_stop_strings_end_the_answer_whenever_one_looks(seed, vocabulary):
 
 def across(trace: Trace, vocabulary: Vocabulary, place: int, stops: tuple[str, ...]) -> bool:
     """Whether a stop string that begins here is written by two threads."""
-    _, events = advance(Seen(), trace, vocabulary)
+    _, events = new_events(Consumed(), trace, vocabulary)
     owner = [event.branch for event in events for _ in event.text]
     text = "".join(event.text for event in events)
     length = min(len(stop) for stop in stops if text.startswith(stop, place))

@@ -42,7 +42,7 @@ class Reply(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class SkeletonAnswer:
     """An answer in two rounds.
 
     Attributes:
@@ -78,7 +78,7 @@ def read_points(text: str) -> list[str]:
     return [match[1] for line in text.splitlines() if (match := _LINE.fullmatch(line.strip()))][:MOST_POINTS]
 
 
-def answer(ask: Callable[[list[str]], Sequence[Reply]], question: str) -> Answer:
+def answer(ask: Callable[[list[str]], Sequence[Reply]], question: str) -> SkeletonAnswer:
     """Answers a question in two rounds.
 
     Args:
@@ -88,9 +88,9 @@ def answer(ask: Callable[[list[str]], Sequence[Reply]], question: str) -> Answer
     (outline,) = ask([skeleton_prompt(question)])
     points = read_points(outline.text)
     if not points:
-        return Answer(outline.text, (), outline.steps, outline.steps)
+        return SkeletonAnswer(outline.text, (), outline.steps, outline.steps)
     parts = ask([point_prompt(question, points, index) for index in range(len(points))])
-    return Answer(
+    return SkeletonAnswer(
         text="".join(part.text for part in parts),
         points=tuple(points),
         steps=outline.steps + max(part.steps for part in parts),

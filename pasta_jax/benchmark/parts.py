@@ -22,14 +22,14 @@ from pasta_jax.baselines import apar
 from pasta_jax.benchmark.measure import Point, Spread, in_turn, ratio
 from pasta_jax.benchmark.replay import PROMPT, UNLIMITED, ReplayError, Run, limits_for, replay, summaries
 from pasta_jax.benchmark.trees import random_tree, sequential, some_words, text_of, with_topics
-from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.script import script_of
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.lang.program import Program, Promise, Text
 from pasta_jax.tokens.tokenizer import Tokenizer
 
-SEQUENTIAL = Sampling(open_bias=-math.inf)
+SEQUENTIAL = SamplingParams(open_bias=-math.inf)
 
 LONGEST_REAL = 640
 """Tokens of a real response that is replayed, at most: longer ones take a CPU too long."""
@@ -195,7 +195,7 @@ def batch(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
     plain = dataclasses.replace(SEQUENTIAL, max_new_tokens=3 * plan.tokens)
     wishes = {
         "plain": [plain] * count,
-        "trees": [Sampling(UNLIMITED, UNLIMITED, script=script) for script in scripts],
+        "trees": [SamplingParams(UNLIMITED, UNLIMITED, script=script) for script in scripts],
     }
     answers: dict[tuple[str, int], list[Trace]] = {}
     calls = {}
@@ -224,7 +224,7 @@ def batch(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
 def _throughput(
     decoder: Decoder,
     prompts: list[list[int]],
-    wishes: list[Sampling],
+    wishes: list[SamplingParams],
     answers: dict[tuple[str, int], list[Trace]],
     name: tuple[str, int],
 ) -> Callable[[], float]:
@@ -316,7 +316,7 @@ def replayed(model: Model, plan: Plan, rng: random.Random, responses: Sequence[s
             {
                 "shape": summary.shape,
                 "answers": summary.answers,
-                "text tokens": statistics.mean(each.sequential_steps for each in mine),
+                "text tokens": statistics.mean(each.text_tokens for each in mine),
                 "steps": statistics.mean(each.steps for each in mine),
                 "mean width": statistics.mean(_mean_width(each.widths) for each in mine),
                 "steps of width 1, 2, ...": _together([each.widths for each in mine]),

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pasta_jax.benchmark.trees import sequential
-from pasta_jax.decoding.engine import Decoder, Sampling
+from pasta_jax.decoding.engine import Decoder, SamplingParams
 from pasta_jax.decoding.script import Script, depth_of, lines_of, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
@@ -57,7 +57,7 @@ class Replayed:
     Attributes:
       shape: its shape class.
       branches: threads but main.
-      sequential_steps: tokens of its text, without tags.
+      text_tokens: tokens of its text, without tags.
       critical_path: decode steps with unlimited lanes.
       steps: decode steps taken.
       widths: how many steps used 1, 2, ... lanes.
@@ -67,7 +67,7 @@ class Replayed:
 
     shape: str
     branches: int
-    sequential_steps: int
+    text_tokens: int
     critical_path: int
     steps: int
     widths: tuple[int, ...]
@@ -77,7 +77,7 @@ class Replayed:
 
     @property
     def theoretical(self) -> float:
-        return self.sequential_steps / self.critical_path
+        return self.text_tokens / self.critical_path
 
     @property
     def speedups(self) -> tuple[float, ...]:
@@ -101,7 +101,7 @@ class Replayed:
         def each(seconds: Sequence[float], steps: int) -> float:
             return (statistics.median(seconds) - start) / max(1, steps - 1)
 
-        return each(self.parallel_s, self.steps), each(self.sequential_s, self.sequential_steps)
+        return each(self.parallel_s, self.steps), each(self.sequential_s, self.text_tokens)
 
     @property
     def decode_efficiency(self) -> float:
@@ -206,7 +206,7 @@ class Run:
         return self._decode(1)
 
     def _decode(self, most: int) -> tuple[Trace, float]:
-        wishes = Sampling(max_new_tokens=most, max_branch_tokens=UNLIMITED, script=self.script)
+        wishes = SamplingParams(max_new_tokens=most, max_branch_tokens=UNLIMITED, script=self.script)
         (trace,), timing = self.decoder.decode([self.prompt], [wishes])
         return trace, timing.wall_s
 
@@ -223,7 +223,7 @@ def _measured(
     return Replayed(
         shape=shape,
         branches=len(parallel.parent) - 1,
-        sequential_steps=plain.steps,
+        text_tokens=plain.steps,
         critical_path=critical_path(as_document(parallel), parallel.prompt_length, tokenizer.vocabulary),
         steps=parallel.steps,
         widths=tuple(int(count) for count in widths),

@@ -75,7 +75,7 @@ def report(name: str, dtype: str, pool: str, begun: str) -> None:
 
     from pasta_jax.benchmark.models import model_of
     from pasta_jax.benchmark.replay import PROMPT
-    from pasta_jax.decoding.engine import Decoder, Sampling
+    from pasta_jax.decoding.engine import Decoder, SamplingParams
     from pasta_jax.decoding.state import Limits
 
     mark()
@@ -84,7 +84,7 @@ def report(name: str, dtype: str, pool: str, begun: str) -> None:
     mark()
     decoder = Decoder(model, limits=Limits(lanes=8, threads=16, pool=int(pool) - 8))
     prompt = model.tokenizer.encode_prompt(PROMPT)
-    _, timing = decoder.decode([prompt], [Sampling(max_new_tokens=1)])
+    _, timing = decoder.decode([prompt], [SamplingParams(max_new_tokens=1)])
     mark()
     imported, loaded, decoded = (after - before for before, after in itertools.pairwise(marks))
     seconds = (imported, loaded, decoded - timing.wall_s, timing.wall_s, marks[-1] - marks[0])

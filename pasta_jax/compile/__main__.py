@@ -111,7 +111,7 @@ def lower_decode(config: Config, mesh: Any, limits: Any, rows: int, prompt: int 
     from pasta_jax import sharding
     from pasta_jax.data.sources import make_tokenizer
     from pasta_jax.decoding import loop
-    from pasta_jax.decoding.engine import Sampling, batch_shardings
+    from pasta_jax.decoding.engine import SamplingParams, batch_shardings
     from pasta_jax.decoding.interpreter import rules_for
     from pasta_jax.model import Transformer, init_params
 
@@ -123,7 +123,7 @@ def lower_decode(config: Config, mesh: Any, limits: Any, rows: int, prompt: int 
     vocabulary = make_tokenizer(config.data).vocabulary
     rules = rules_for(vocabulary, limits, config.data.positions, config.model.vocab_size)
     rules = sharding.abstract(rules, sharding.replicated(mesh))
-    request = Sampling().request()
+    request = SamplingParams().request()
     batch = jax.eval_shape(functools.partial(loop.empty_batch, config.model, limits, rows, request))
     lies = batch_shardings(batch, mesh)
     batch = loop.Batch(

@@ -12,11 +12,11 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
-from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.results import DecodeResult, result
-from pasta_jax.decoding.session import Answer
+from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import Limits, Stop
-from pasta_jax.decoding.streaming import Event, Seen, advance
+from pasta_jax.decoding.streaming import Consumed, Event, new_events
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 MODES = ("parallel", "sequential", "both")
@@ -100,7 +100,7 @@ def decode(
     stream: bool | Callback = False,
     stream_tokens: bool = False,
 ) -> DecodeResult | list[DecodeResult] | Events:
-    """Answer one prompt or conversation, or a list of them at once.
+    """PendingAnswer one prompt or conversation, or a list of them at once.
 
     Args:
       model: from `pasta_jax.load`.
@@ -147,7 +147,7 @@ def decode(
     if cache_len is None:
         cache_len = _round_up(max(map(len, ids)) + max_new_tokens, 128)
     limits = Limits(min(lanes, max_branches + 1), max_branches + 1, cache_len, model.max_depth, grammar)
-    wishes = Sampling(
+    wishes = SamplingParams(
         max_new_tokens=max_new_tokens,
         max_branch_tokens=max_branch_tokens,
         temperature=temperature,
@@ -180,7 +180,9 @@ def _encode(tokenizer: Tokenizer, prompt: str | Conversation) -> list[int]:
     return tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
 
-def _decode(decoder: Decoder, ids: list[list[int]], wishes: Sampling, *, repeat: bool) -> list[DecodeResult]:
+def _decode(
+    decoder: Decoder, ids: list[list[int]], wishes: SamplingParams, *, repeat: bool
+) -> list[DecodeResult]:
     """`repeat` decodes twice and times the second, as the paper does (section 5.1)."""
     compile_s = 0.0
     for _ in range(1 + repeat):
@@ -190,11 +192,11 @@ def _decode(decoder: Decoder, ids: list[list[int]], wishes: Sampling, *, repeat:
     return [result(tokenizer, trace, timing.wall_s, compile_s, wishes.stop) for trace in traces]
 
 
-def _stream(decoder: Decoder, ids: list[list[int]], wishes: Sampling, raw: bool) -> Events:
+def _stream(decoder: Decoder, ids: list[list[int]], wishes: SamplingParams, raw: bool) -> Events:
     """Decodes whenever there is nothing to tell. Whatever ends it early cancels what is not done."""
     vocabulary = decoder.model.tokenizer.vocabulary
-    answers: list[Answer] = []
-    seen = dict.fromkeys(range(len(ids)), Seen())  # of those whose end was not told yet
+    answers: list[PendingAnswer] = []
+    seen = dict.fromkeys(range(len(ids)), Consumed())  # of those whose end was not told yet
     try:
         for each in ids:
             answers.append(decoder.submit(each, wishes))
@@ -202,7 +204,7 @@ def _stream(decoder: Decoder, ids: list[list[int]], wishes: Sampling, raw: bool)
             for i in [*seen]:
                 if (trace := answers[i].trace) is None:
                     continue
-                seen[i], events = advance(seen[i], trace, vocabulary, request=i, stop=wishes.stop, raw=raw)
+                seen[i], events = new_events(seen[i], trace, vocabulary, request=i, stop=wishes.stop, raw=raw)
                 yield from events
                 if trace.stop != Stop.RUNNING:
                     yield Event("done", i, result=answers[i].result(), stop=wishes.stop)

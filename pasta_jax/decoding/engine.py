@@ -23,7 +23,7 @@ from pasta_jax.decoding import loop
 from pasta_jax.decoding.interpreter import Rules, rules_for
 from pasta_jax.decoding.loop import Batch
 from pasta_jax.decoding.script import NOTHING, Script, no_script
-from pasta_jax.decoding.session import Answer, Session
+from pasta_jax.decoding.session import PendingAnswer, Session
 from pasta_jax.decoding.state import Limits, Request, RowState
 from pasta_jax.decoding.stops import check_stops
 from pasta_jax.decoding.trace import Trace
@@ -98,7 +98,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """What a caller may ask of each request; none of it recompiles.
 
     Attributes:
@@ -154,7 +154,7 @@ class Sampling:
         )
 
 
-def script_size(sampling: Sequence[Sampling]) -> tuple[int, int]:
+def script_size(sampling: Sequence[SamplingParams]) -> tuple[int, int]:
     """(R, C) for the scripts of all these requests: powers of two, so that others find the program compiled."""
     sizes = [each.script.size for each in sampling if each.script is not None]
     if not sizes:
@@ -243,7 +243,7 @@ class Decoder:
         config = self._weights[1]
         transformer = Transformer(config)
         new_batch = functools.partial(loop.empty_batch, config, limits, self.rows)
-        shapes = jax.eval_shape(new_batch, Sampling().request())
+        shapes = jax.eval_shape(new_batch, SamplingParams().request())
         lies = None if self.mesh is None else batch_shardings(shapes, self.mesh)
         one_row = None if self.mesh is None else sharding.replicated(self.mesh)
         self._new_batch = jax.jit(new_batch, out_shardings=lies)
@@ -300,7 +300,7 @@ class Decoder:
 
     # ------------------------------------------------------------------------------------------- requests
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling = Sampling()) -> Answer:
+    def submit(self, prompt: Sequence[int], sampling: SamplingParams = SamplingParams()) -> PendingAnswer:
         """Queue a prompt given as ids. The answer is worked on whenever somebody waits for one of this decoder's.
 
         Raises:
@@ -309,9 +309,9 @@ class Decoder:
         return self.session.submit(prompt, sampling)
 
     def decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]
+        self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
     ) -> tuple[list[Trace], Timing]:
-        """Answer prompts given as ids, each with its own wishes; traces in the same order.
+        """PendingAnswer prompts given as ids, each with its own wishes; traces in the same order.
 
         Raises:
           ValueError: a prompt that the pool cannot hold; nothing has been decoded then.
@@ -324,7 +324,7 @@ class Decoder:
         if size != NOTHING and size != self._script_size:
             return self.for_scripts(size).decode(prompts, sampling)
         begun, compiled_before = time.perf_counter(), self.programs.compile_s
-        answers: list[Answer] = []
+        answers: list[PendingAnswer] = []
         try:
             for each in zip(prompts, sampling, strict=True):
                 answers.append(self.submit(*each))
@@ -353,7 +353,7 @@ class Decoder:
                 f"The prompt has ids that are none of the model's {V}: encode it with its tokenizer."
             )
 
-    def request(self, prompt: Sequence[int], sampling: Sampling) -> Request:
+    def request(self, prompt: Sequence[int], sampling: SamplingParams) -> Request:
         """What a row is given. ValueError for what cannot be answered."""
         self.check(prompt)
         return sampling.request(self._script_size)
@@ -362,7 +362,7 @@ class Decoder:
 
     def empty_batch(self) -> Batch:
         """B idle rows and an empty pool."""
-        request = Sampling().request(self._script_size)
+        request = SamplingParams().request(self._script_size)
         return self.programs.run(("new", self._script_size), self._new_batch, (request,))
 
     def admit(
@@ -382,7 +382,7 @@ class Decoder:
         places = [0] if size == 1 else slots
         bucket = next(b for b in self.prompt_buckets if b >= max(map(len, prompts)))
         tokens, lengths = np.zeros((size, bucket), np.int32), np.zeros(size, np.int32)
-        asks = [Sampling().request(self._script_size)] * size
+        asks = [SamplingParams().request(self._script_size)] * size
         for place, prompt, each in zip(places, prompts, asked, strict=True):
             tokens[place, : len(prompt)], lengths[place], asks[place] = prompt, len(prompt), each
         requests = jax.tree.map(lambda *leaves: np.stack(leaves), *asks)

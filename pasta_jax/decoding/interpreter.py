@@ -226,15 +226,15 @@ def advance(
 
 def _move_on(t: ThreadTable, fed: Array) -> ThreadTable:
     """Threads whose token was fed stand at the place of their next one."""
-    new_segment = fed & (t.then_segment != t.segment)
-    position = jnp.where(fed, t.then_position, t.position)
+    new_segment = fed & (t.segment_after != t.segment)
+    position = jnp.where(fed, t.position_after, t.position)
     return dataclasses.replace(
         t,
         phase=jnp.where(fed & t.closing, Phase.DONE, t.phase),
         position=position,
-        then_position=jnp.where(fed, position + 1, t.then_position),
+        position_after=jnp.where(fed, position + 1, t.position_after),
         sees=jnp.where(new_segment[:, None], reach(t.sees, t.segment, jnp), t.sees),
-        segment=jnp.where(fed, t.then_segment, t.segment),
+        segment=jnp.where(fed, t.segment_after, t.segment),
         order=t.order + fed,
         joining=t.joining & ~fed,
     )
@@ -294,9 +294,9 @@ def _fork(state: RowState, promised: Array, request: Request, rules: Rules) -> R
         token=rules.async_open,
         logprob=0.0,
         position=start,
-        then_position=start + 1,
+        position_after=start + 1,
         segment=segment,
-        then_segment=segment,
+        segment_after=segment,
         sees=reach(t.sees, t.segment, jnp)[parent],
         budget=request.max_branch_tokens,
         parent=parent,
@@ -307,8 +307,8 @@ def _fork(state: RowState, promised: Array, request: Request, rules: Rules) -> R
     resume = rules.positions.resume(t.position + 1, t.number)
     t = dataclasses.replace(
         t,
-        then_position=jnp.where(forks, resume, t.then_position),
-        then_segment=jnp.where(forks, state.used_segments + 2 * nth, t.then_segment),
+        position_after=jnp.where(forks, resume, t.position_after),
+        segment_after=jnp.where(forks, state.used_segments + 2 * nth, t.segment_after),
         children=t.children + forks,
     )
     fields = {}
@@ -354,7 +354,7 @@ def _join(state: RowState, rules: Rules) -> RowState:
         phase=jnp.where(free, Phase.READY, t.phase),
         sees=jnp.where(free[:, None], seen, t.sees),
         segment=jnp.where(free, segment, t.segment),
-        then_segment=jnp.where(free, segment, t.then_segment),
+        segment_after=jnp.where(free, segment, t.segment_after),
         joining=t.joining | free,
         joined=t.joined | jnp.any(members, axis=0),
         closing=t.closing | (free & (t.token == rules.async_close)),
@@ -418,7 +418,7 @@ def begin(limits: Limits, entries: int, prompt: Array, length: Array) -> tuple[R
         phase=t.phase.at[MAIN].set(Phase.READY),
         token=t.token.at[MAIN].set(prompt[last]),
         position=t.position.at[MAIN].set(last),
-        then_position=t.then_position.at[MAIN].set(last + 1),
+        position_after=t.position_after.at[MAIN].set(last + 1),
         order=t.order.at[MAIN].set(last),
     )
     stop = jnp.where(length > 0, Stop.RUNNING, Stop.EOS)

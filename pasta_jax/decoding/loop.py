@@ -214,12 +214,12 @@ def decode_step(
     lanes = jax.vmap(functools.partial(interpreter.feed, limits=limits))(batch.rows, requests)
     rows = jax.vmap(interpreter.record)(batch.rows, lanes)
     keys = jax.tree.map(lambda x: x[:, :used], rows.entries)
-    hidden, pool = attend(model, params, lanes, keys, batch.pool, start)
+    hidden, pool = run_model(model, params, lanes, keys, batch.pool, start)
     rows = _sample_and_advance(model, params, rules, rows, requests, lanes, hidden)
     return Batch(rows, requests, pool)
 
 
-def attend(
+def run_model(
     model: Transformer, params: Any, queries: Any, keys: Any, pool: Pool, start: Array
 ) -> tuple[Array, Pool]:
     """The model over the pool.

@@ -67,7 +67,7 @@ Sample = Callable[[Thread, Callable[[int], bool]], int]
 
 
 @dataclasses.dataclass
-class Answer:
+class Decoded:
     """What a decode did."""
 
     entries: list[Entry]
@@ -99,8 +99,8 @@ def decode(
     positions: Positions = Positions(),
     max_new_tokens: int,
     max_branch_tokens: int,
-) -> Answer:
-    """Answer one prompt."""
+) -> Decoded:
+    """Decoded one prompt."""
     run = _Run(sample, vocabulary, limits, positions, max_new_tokens, max_branch_tokens)
     return run.answer(prompt)
 
@@ -118,7 +118,7 @@ class _Run:
     stop: Stop = Stop.RUNNING
     steps: int = 0
 
-    def answer(self, prompt: Sequence[int]) -> Answer:
+    def answer(self, prompt: Sequence[int]) -> Decoded:
         self.entries = [Entry(token, 0, i, i, step=0) for i, token in enumerate(prompt)]
         main = Thread(0, 0, 0, list(self.entries), position=len(prompt), budget=0, order=len(prompt))
         self.threads = [main]
@@ -140,7 +140,7 @@ class _Run:
             for thread in fed:
                 thread.pending, thread.waiting_for = None, []
             self.go_on(went_on)
-        return Answer(self.entries, self.threads, self.stop, self.steps)
+        return Decoded(self.entries, self.threads, self.stop, self.steps)
 
     def go_on(self, threads: list[Thread]) -> None:
         """Sample for each thread, in the order of their lanes, then let it happen."""

@@ -49,8 +49,8 @@ class Stats:
     Attributes:
       prompt_tokens, output_tokens: the answer's count has its tags in it, and every thread.
       decode_steps: steps that the row took after the prompt.
-      sequential_steps: the answer's tokens without tags: the least steps for the same text one by one.
-      step_speedup: sequential_steps / decode_steps.
+      text_tokens: the answer's tokens without tags: the least steps for the same text one by one.
+      step_speedup: text_tokens / decode_steps.
       wall_s: seconds of the whole call, compiling apart; of what was streamed or submitted, of the decoder's work
         while this request had a row.
       compile_s: seconds of compiling in that time.
@@ -62,7 +62,7 @@ class Stats:
     prompt_tokens: int
     output_tokens: int
     decode_steps: int
-    sequential_steps: int
+    text_tokens: int
     step_speedup: float
     wall_s: float
     compile_s: float
@@ -136,7 +136,7 @@ def result(
             prompt_tokens=trace.prompt_length,
             output_tokens=output,
             decode_steps=trace.steps,
-            sequential_steps=reading.text_tokens,
+            text_tokens=reading.text_tokens,
             step_speedup=reading.text_tokens / max(trace.steps, 1),
             wall_s=wall_s,
             compile_s=compile_s,

@@ -18,12 +18,12 @@ import numpy as np
 
 from pasta_jax.decoding.results import DecodeResult, result
 from pasta_jax.decoding.state import Stop
-from pasta_jax.decoding.streaming import Draft, Seen, advance
+from pasta_jax.decoding.streaming import Consumed, Draft, new_events
 from pasta_jax.decoding.trace import Trace, prompt_alone, read_trace
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 if typing.TYPE_CHECKING:
-    from pasta_jax.decoding.engine import Decoder, Sampling
+    from pasta_jax.decoding.engine import Decoder, SamplingParams
     from pasta_jax.decoding.loop import Batch
     from pasta_jax.decoding.state import Request
 
@@ -31,7 +31,7 @@ LOOK_EVERY = 8
 """Decode steps between two looks at an answer that somebody watches."""
 
 
-class Answer:
+class PendingAnswer:
     """A request that was submitted, and what has become of it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Answer:
       wall_s, compile_s: seconds of work while it had a row, without those of compiling, and those.
     """
 
-    def __init__(self, session: Session, prompt: Sequence[int], sampling: Sampling, request: Request):
+    def __init__(self, session: Session, prompt: Sequence[int], sampling: SamplingParams, request: Request):
         self.prompt, self.sampling, self.request = prompt, sampling, request
         self.trace: Trace | None = None
         self.watched = False
@@ -82,7 +82,7 @@ class Answer:
     def begin(self, worked_s: float, compile_s: float) -> None:
         """It takes a row, by the session's clock; whatever was seen of an earlier try is forgotten."""
         self.began = worked_s, compile_s
-        self._seen, self._draft = Seen(), Draft()
+        self._seen, self._draft = Consumed(), Draft()
 
     @property
     def looked_at(self) -> bool:
@@ -93,7 +93,7 @@ class Answer:
         """Takes what was decoded so far; whether a stop string has come."""
         self.trace = trace
         if self.sampling.stop:
-            self._seen, events = advance(self._seen, trace, vocabulary, stop=self.sampling.stop)
+            self._seen, events = new_events(self._seen, trace, vocabulary, stop=self.sampling.stop)
             for event in events:
                 self._draft.add(event)
         return self._draft.stopped
@@ -105,8 +105,8 @@ class Session:
     def __init__(self, decoder: Decoder):
         self._decoder = weakref.ref(decoder)  # for a model nobody uses any more is to go at once
         self._lock = threading.Lock()
-        self._waiting: collections.deque[Answer] = collections.deque()
-        self._rows: list[Answer | None] = [None] * decoder.rows
+        self._waiting: collections.deque[PendingAnswer] = collections.deque()
+        self._rows: list[PendingAnswer | None] = [None] * decoder.rows
         self._cursors = np.zeros(decoder.rows, np.int64)
         self._batch: Batch | None = None
         self._worked = self._compiled = 0.0  # seconds before this turn: of both, and of compiling
@@ -119,9 +119,9 @@ class Session:
         assert decoder is not None, "an answer keeps its decoder"
         return decoder
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Answer:
+    def submit(self, prompt: Sequence[int], sampling: SamplingParams) -> PendingAnswer:
         """Queue a request. ValueError for one that the decoder cannot answer."""
-        answer = Answer(self, prompt, sampling, self.decoder.request(prompt, sampling))
+        answer = PendingAnswer(self, prompt, sampling, self.decoder.request(prompt, sampling))
         self._waiting.append(answer)
         return answer
 
@@ -130,7 +130,7 @@ class Session:
         """Whether there is nothing to do."""
         return not self._waiting and not any(self._rows)
 
-    def turn(self, wanted: Answer | None = None) -> None:
+    def turn(self, wanted: PendingAnswer | None = None) -> None:
         """Prompts into free rows, a chunk of steps, and what came of it; nothing once `wanted` is done.
 
         If it is broken off (an interrupt, no memory), the requests that had rows wait again and nothing else is
@@ -202,7 +202,7 @@ class Session:
             self._leave(i)
 
     def _admit(self) -> None:
-        new: dict[int, Answer] = {}
+        new: dict[int, PendingAnswer] = {}
         for slot in (i for i, answer in enumerate(self._rows) if answer is None):
             if not self._waiting:
                 break

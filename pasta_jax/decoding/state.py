@@ -113,8 +113,8 @@ class ThreadTable:
     segment: Array  # int32 [T]     its segment
     sees: Array  # uint32 [T, W] its sees
     order: Array  # int32 [T]     its index in the thread
-    then_position: Array  # int32 [T]     position of the token after it (it leaps at a promise)
-    then_segment: Array  # int32 [T]     segment of the token after it (it is new at a promise)
+    position_after: Array  # int32 [T]     position of the token after it (it leaps at a promise)
+    segment_after: Array  # int32 [T]     segment of the token after it (it is new at a promise)
     tag_state: Array  # int32 [T]     state of the tag grammar
     number: Array  # int32 [T]     the number being read in a tag
     budget: Array  # int32 [T]     content tokens that a branch may still sample
@@ -185,7 +185,7 @@ def empty_row(limits: Limits, entries: int) -> RowState:
 
     threads = ThreadTable(
         phase=ints(t), token=ints(t), logprob=jnp.zeros(t, jnp.float32), position=ints(t), segment=ints(t),
-        sees=jnp.zeros((t, w), jnp.uint32), order=ints(t), then_position=ints(t), then_segment=ints(t),
+        sees=jnp.zeros((t, w), jnp.uint32), order=ints(t), position_after=ints(t), segment_after=ints(t),
         tag_state=ints(t), number=ints(t), budget=ints(t), closing=bools(), joining=bools(), forced=bools(),
         parent=ints(t) - 1, forked_at=ints(t), children=ints(t), joined=bools(), depth=ints(t), path=ints(t),
     )  # fmt: skip

@@ -1,8 +1,8 @@
 r"""An answer while it is being decoded: events for a program, a draft for a reader.
 
 Nothing here waits, queues or knows a device. Between two chunks of steps a running row has a partial trace, and a
-consumer gets what is new to it since it last looked (`advance`). One that is slow gets more at once; one that goes
-away leaves nothing behind.
+consumer gets what is new to it since it last looked (`new_events`). One that is slow gets more at once; one that
+goes away leaves nothing behind.
 
 >>> draft = Draft()
 >>> for event in (
@@ -102,21 +102,21 @@ class _Thread:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class Consumed:
     """What a consumer has seen of an answer, thread by thread; a new one has seen nothing."""
 
     threads: Mapping[int, _Thread] = dataclasses.field(default_factory=lambda: {MAIN: _Thread()})
 
 
-def advance(
-    seen: Seen,
+def new_events(
+    seen: Consumed,
     trace: Trace,
     vocabulary: Vocabulary,
     *,
     request: int = 0,
     stop: tuple[str, ...] = (),
     raw: bool = False,
-) -> tuple[Seen, list[Event]]:
+) -> tuple[Consumed, list[Event]]:
     """The events that bring a consumer from what it has seen to the newest trace; it has seen that then.
 
     However the steps are cut into calls, the same document arises, and with the last trace it is the answer's text.
@@ -186,10 +186,10 @@ def advance(
         threads[thread] = _Thread(place, pending, still_open, closed)
 
     follow(MAIN)
-    return Seen(threads), events
+    return Consumed(threads), events
 
 
-def _unseen(seen: Seen, trace: Trace) -> np.ndarray:
+def _unseen(seen: Consumed, trace: Trace) -> np.ndarray:
     """The places in the trace of the answer's tokens that are new, in decode order: int [n]."""
     known = np.array([seen.threads.get(k, _Thread()).place.index for k in range(len(trace.parent))])
     known[MAIN] += trace.prompt_length

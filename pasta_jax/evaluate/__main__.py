@@ -19,7 +19,7 @@ from absl import app, flags
 from pasta_jax import verbs
 from pasta_jax.evaluate.systems import (
     LIMITS,
-    Answer,
+    Measured,
     decoding,
     evaluate,
     geometric_mean,
@@ -66,7 +66,7 @@ class Summary:
     parallelism: float
 
 
-def summarise(baseline: Sequence[Answer], test: Sequence[Answer]) -> list[Summary]:
+def summarise(baseline: Sequence[Measured], test: Sequence[Measured]) -> list[Summary]:
     """A row for each family, and one for all of them together."""
     families = [*dict.fromkeys(answer.family for answer in test)]
     rows = []

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pasta_jax.baselines import sot
 from pasta_jax.data import almanac
-from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
@@ -33,11 +33,11 @@ from pasta_jax.lang.program import Promise, Sync
 LOG = logging.getLogger("pasta_jax")
 
 LIMITS = Limits(lanes=8, threads=16, pool=448)
-GREEDY = Sampling(max_new_tokens=384, max_branch_tokens=256)
+GREEDY = SamplingParams(max_new_tokens=384, max_branch_tokens=256)
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Measured:
     """One system's answer to one prompt, measured.
 
     Attributes:
@@ -65,7 +65,7 @@ class Answer:
     promises: int
 
 
-System: TypeAlias = Callable[[almanac.Task], Answer]
+System: TypeAlias = Callable[[almanac.Task], Measured]
 
 
 # ------------------------------------------------------------------------------------------------- systems
@@ -75,7 +75,7 @@ def decoding(model: Model, like: Decoder | None = None) -> System:
     """A model in the engine at batch 1. `like` is a decoder whose compiled programs it shares if they fit."""
     decoder = like.for_model(model) if like and like.fits(model) else Decoder(model, limits=LIMITS)
 
-    def answer(task: almanac.Task) -> Answer:
+    def answer(task: almanac.Task) -> Measured:
         prompt = [model.tokenizer.encode_prompt(task.prompt)]
         decoder.decode(prompt, [GREEDY])
         (trace,), timing = decoder.decode(prompt, [GREEDY])
@@ -84,18 +84,18 @@ def decoding(model: Model, like: Decoder | None = None) -> System:
     return answer
 
 
-def judged(model: Model, task: almanac.Task, trace: Trace, wall_s: float) -> Answer:
+def judged(model: Model, task: almanac.Task, trace: Trace, wall_s: float) -> Measured:
     """A trace as an answer to a task."""
     tokenizer = model.tokenizer
     decoded = result(tokenizer, trace, wall_s)
-    return Answer(
+    return Measured(
         family=task.family,
         prompt=task.prompt,
         text=decoded.text,
         annotated=decoded.annotated,
         truth=almanac.truth(task, decoded.text).score,
         output_tokens=decoded.stats.output_tokens,
-        text_tokens=decoded.stats.sequential_steps,
+        text_tokens=decoded.stats.text_tokens,
         critical_path=max(1, critical_path(as_document(trace), trace.prompt_length, tokenizer.vocabulary)),
         decode_steps=trace.steps,
         wall_s=wall_s,
@@ -118,7 +118,7 @@ def skeleton_of_thought(model: Model) -> System:
     def decoder(rows: int) -> Decoder:
         return Decoder(model, limits=limits, rows=rows)
 
-    def once(task: almanac.Task) -> tuple[sot.Answer, float, str]:
+    def once(task: almanac.Task) -> tuple[sot.SkeletonAnswer, float, str]:
         wall_s: list[float] = []
         stops: list[str] = []
 
@@ -134,10 +134,10 @@ def skeleton_of_thought(model: Model) -> System:
         reply = sot.answer(ask, task.prompt)
         return reply, sum(wall_s), next((stop for stop in stops if stop != "eos"), "eos")
 
-    def answer(task: almanac.Task) -> Answer:
+    def answer(task: almanac.Task) -> Measured:
         once(task)
         reply, wall_s, stop = once(task)
-        return Answer(
+        return Measured(
             family=task.family,
             prompt=task.prompt,
             text=reply.text,
@@ -162,7 +162,9 @@ class _Reply:
     steps: int
 
 
-def answer_at_once(model: Model, tasks: Sequence[almanac.Task], like: Decoder | None = None) -> list[Answer]:
+def answer_at_once(
+    model: Model, tasks: Sequence[almanac.Task], like: Decoder | None = None
+) -> list[Measured]:
     """Many answers of a model, in batches and not timed: what truth and theoretical speed need."""
     decoder = like.for_model(model) if like else batched_decoder(model)
     prompts = [model.tokenizer.encode_prompt(task.prompt) for task in tasks]
@@ -180,7 +182,7 @@ def batched_decoder(model: Model) -> Decoder:
 
 def evaluate(
     systems: Mapping[str, System], prompts: int, workdir: str, about: Mapping[str, Any]
-) -> dict[str, list[Answer]]:
+) -> dict[str, list[Measured]]:
     """Every system's answers to the same held-out prompts; also written to WORKDIR/NAME.jsonl as they come.
 
     The systems take turns at each prompt, so that what the machine does besides meets them alike. Prompts that
@@ -212,9 +214,9 @@ def evaluate(
 
 def _answered(
     tasks: Sequence[almanac.Task], paths: Mapping[str, str], about_path: str, about: Mapping[str, Any]
-) -> dict[str, list[Answer]]:
+) -> dict[str, list[Measured]]:
     """Answers of an earlier call to the first of the tasks, as many as every system has; the files hold no more."""
-    found: dict[str, list[Answer]] = {name: [] for name in paths}
+    found: dict[str, list[Measured]] = {name: [] for name in paths}
     if os.path.exists(about_path):
         with open(about_path, encoding="utf-8") as file:
             if file.read() == _as_json(about):
@@ -232,23 +234,23 @@ def _answered(
     return found
 
 
-def write_answers(path: str, answers: Sequence[Answer]) -> None:
+def write_answers(path: str, answers: Sequence[Measured]) -> None:
     """Replaces the file."""
     with replacing(path) as file:
         file.writelines(_line(answer) + "\n" for answer in answers)
 
 
-def read_answers(path: str) -> list[Answer]:
+def read_answers(path: str) -> list[Measured]:
     """The answers in a file, up to the first line that is none, as one that was cut short."""
-    answers: list[Answer] = []
+    answers: list[Measured] = []
     with contextlib.suppress(OSError, ValueError, TypeError), open(path, encoding="utf-8") as file:
         for line in file:
             fields = json.loads(line)
-            answers.append(Answer(**fields | {"issues": tuple(fields["issues"])}))
+            answers.append(Measured(**fields | {"issues": tuple(fields["issues"])}))
     return answers
 
 
-def _line(answer: Answer) -> str:
+def _line(answer: Measured) -> str:
     return json.dumps(dataclasses.asdict(answer), ensure_ascii=False)
 
 
@@ -259,18 +261,18 @@ def _as_json(about: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------- numbers
 
 
-def win(baseline: Answer, test: Answer) -> float:
+def win(baseline: Measured, test: Measured) -> float:
     """What the judge says of the test's answer against the baseline's: 1 better, 0 worse, 0.5 a tie."""
     winner = almanac.compare(test.prompt, test.text, baseline.text).winner
     return 0.5 if winner is None else float(winner == 0)
 
 
-def realized(baseline: Answer, test: Answer) -> float:
+def realized(baseline: Measured, test: Measured) -> float:
     """Seconds of the baseline / seconds of the test; both must have been timed."""
     return baseline.wall_s / test.wall_s
 
 
-def concludes_last(test: Answer) -> bool:
+def concludes_last(test: Measured) -> bool:
     """Whether no branch is open where main says its last text, so that it may rest on all of them.
 
     For PASTA-LANG only: the tags of other dialects are not read.

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.config import PreferenceConfig
-from pasta_jax.decoding.engine import Decoder, Model, Sampling
+from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path, document_order
@@ -43,7 +43,7 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Sample:
     """One decoded answer.
 
     Attributes:
@@ -72,8 +72,8 @@ class Record:
     """What was answered to one prompt."""
 
     prompt: Prompt
-    baseline: Answer
-    samples: tuple[Answer, ...]
+    baseline: Sample
+    samples: tuple[Sample, ...]
 
 
 def sample(
@@ -153,29 +153,31 @@ def sample(
     return records
 
 
-def _greedy(length: int) -> Sampling:
-    return Sampling(max_new_tokens=length, max_branch_tokens=length, open_bias=float("-inf"))
+def _greedy(length: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=length, max_branch_tokens=length, open_bias=float("-inf"))
 
 
-def _drawn(length: int, temperature: float, seed: np.random.SeedSequence) -> Sampling:
+def _drawn(length: int, temperature: float, seed: np.random.SeedSequence) -> SamplingParams:
     number = int(seed.generate_state(1)[0])
-    return Sampling(max_new_tokens=length, max_branch_tokens=length, temperature=temperature, seed=number)
+    return SamplingParams(
+        max_new_tokens=length, max_branch_tokens=length, temperature=temperature, seed=number
+    )
 
 
-def _answers(decoder: Decoder, prompts: Sequence[Prompt], wishes: Sequence[Sampling]) -> list[Answer]:
+def _answers(decoder: Decoder, prompts: Sequence[Prompt], wishes: Sequence[SamplingParams]) -> list[Sample]:
     tokenizer = decoder.model.tokenizer
     traces, _ = decoder.decode([tokenizer.encode_prompt(prompt.text) for prompt in prompts], wishes)
     return [_answer(decoder.model, trace) for trace in traces]
 
 
-def _answer(model: Model, trace: Trace) -> Answer:
+def _answer(model: Model, trace: Trace) -> Sample:
     decoded = result(model.tokenizer, trace)
     document = as_document(trace)
-    return Answer(
+    return Sample(
         text=decoded.text,
         annotated=decoded.annotated,
         output_tokens=decoded.stats.output_tokens,
-        text_tokens=decoded.stats.sequential_steps,
+        text_tokens=decoded.stats.text_tokens,
         critical_path=max(1, critical_path(document, trace.prompt_length, model.tokenizer.vocabulary)),
         stop_reason=Stop(trace.stop).reason,
         document=document,
@@ -208,9 +210,9 @@ def _to_json(record: Record) -> str:
     return json.dumps(dataclasses.asdict(record), ensure_ascii=False, default=lambda array: array.tolist())
 
 
-def _answer_from(tree: dict[str, Any]) -> Answer:
+def _answer_from(tree: dict[str, Any]) -> Sample:
     fields = {
         name: np.array(values, np.uint32 if name == "sees" else np.int32)
         for name, values in tree["document"].items()
     }
-    return Answer(**tree | {"document": ThreadedTokens(**fields), "step": np.array(tree["step"], np.int32)})
+    return Sample(**tree | {"document": ThreadedTokens(**fields), "step": np.array(tree["step"], np.int32)})

@@ -36,7 +36,7 @@ from absl import app, flags
 
 from pasta_jax.checkpoints.workdir import CheckpointError
 from pasta_jax.config import Config, ConfigError, load_config, to_dict
-from pasta_jax.evaluate.systems import Answer, read_answers
+from pasta_jax.evaluate.systems import Measured, read_answers
 from pasta_jax.files import replacing
 from pasta_jax.reproduce.claims import claims
 from pasta_jax.reproduce.measures import Found, exact_speedup, measured
@@ -307,10 +307,10 @@ def results(plan: Plan, workdir: str) -> list[Result]:
     """All that was measured, as the report shows it."""
     here = Folder(workdir)
 
-    def timed(seed: int, name: str) -> list[Answer]:
+    def timed(seed: int, name: str) -> list[Measured]:
         return read_answers(os.path.join(here.answers(seed, _timed(plan)), f"{name}.jsonl"))
 
-    def counted(seed: int, name: str) -> list[Answer]:
+    def counted(seed: int, name: str) -> list[Measured]:
         return read_answers(os.path.join(here.answers(seed, f"counted-{plan.counted}"), f"{name}.jsonl"))
 
     baseline = [timed(seed, "baseline") for seed in plan.seeds]

@@ -11,7 +11,7 @@ import numpy as np
 from pasta_jax.config import ConfigError
 from pasta_jax.data import almanac
 from pasta_jax.decoding.trace import critical_path
-from pasta_jax.evaluate.systems import Answer, concludes_last, geometric_mean, realized, win
+from pasta_jax.evaluate.systems import Measured, concludes_last, geometric_mean, realized, win
 from pasta_jax.lang.program import Program, Text
 from pasta_jax.preference.score import parallelism, theoretical_speedup
 from pasta_jax.reproduce.results import EFFICIENCY, POSITIONS, Estimate, Result
@@ -25,8 +25,8 @@ SPEEDS = ("theoretical", "parallelism", "realized")
 class Found:
     """Answers of one model a seed, beside the baseline's of that seed: [seeds][prompts]."""
 
-    baseline: list[list[Answer]]
-    test: list[list[Answer]]
+    baseline: list[list[Measured]]
+    test: list[list[Measured]]
 
     def table(self) -> dict[str, np.ndarray]:
         """Every measure of every answer, float64 [seeds, prompts]; speeds as logarithms."""
@@ -36,7 +36,7 @@ class Found:
                     "Answers are missing, or to other prompts. Remove this seed's cells and run again."
                 )
 
-        def each(measure: Callable[[Answer, Answer], float]) -> np.ndarray:
+        def each(measure: Callable[[Measured, Measured], float]) -> np.ndarray:
             return np.array(
                 [
                     [measure(b, t) for b, t in zip(*both, strict=True)]
