@@ -1,4 +1,4 @@
-"""Which dimension of which array lies on which mesh axis: one table of letters (DESIGN.md section 9).
+"""Which dimension of which array lies on which mesh axis: one table of letters (docs/design.md, section 9).
 
 The mesh has three axes, each 1 where it is not used: `data` (rows only), `fsdp` (rows, and parameters and
 optimiser by D), `tensor` (heads, mlp, vocabulary). Placing arrays is all that is done here; the compiler

@@ -1,4 +1,4 @@
-"""Who sees whom: one rule, and the numbering that makes it work (DESIGN.md section 5).
+"""Who sees whom: one rule, and the numbering that makes it work (docs/design.md, section 5).
 
 Training, decoding and the specification all call this file; the model receives only its result.
 

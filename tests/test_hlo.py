@@ -208,7 +208,7 @@ def test_eight_lanes_move_the_bytes_of_one(topology: str, record_property: Any) 
     """Compiled for TPUs: a step moves the weights, for one lane or eight.
 
     By the compiler's own count, and by what goes to and from main memory in the loop alone
-    (docs/PERFORMANCE.md says how they differ).
+    (docs/performance.md says how they differ).
     """
     tpu_or_skip()
     compiled = {lanes: on_tpu(topology, lanes)[0] for lanes in (1, 8)}

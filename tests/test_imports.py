@@ -70,7 +70,7 @@ def test_imports_point_one_way(file: pathlib.Path) -> None:
 
 
 def test_the_order_is_that_of_the_design() -> None:
-    """DESIGN.md section 3; and every part of the package has its place, so that none escapes as a verb."""
+    """docs/design.md, section 3; and every part of the package has its place, so that none escapes as a verb."""
     order = [
         ("lang", "arrays", "visibility"),
         ("tokens", "model"),

@@ -105,7 +105,7 @@ def test_preference_loss(kind: str, expected: list[float]) -> None:
 
 
 def test_log_probabilities_are_summed_not_averaged() -> None:
-    """A trap of the field: twice the tokens, twice the h (PAPER.md section 2)."""
+    """A trap of the field: twice the tokens, twice the h (BoNBoN, arXiv 2406.00832)."""
     nothing = np.zeros((2, 4))
     _, measured = of_pairs(PAIRED_LOGITS_2x4x2, paired(nothing), kind="ipo").mean()
     np.testing.assert_allclose(measured["margin"], (math.log(3 / 2) - math.log(3)) / 2, atol=1e-6)

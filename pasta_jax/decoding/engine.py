@@ -72,7 +72,7 @@ class Model:
 
     @functools.cached_property
     def for_steps(self) -> tuple[Any, ModelConfig]:
-        """Parameters and configuration as steps on a single device use them (docs/PERFORMANCE.md).
+        """Parameters and configuration as steps on a single device use them (docs/lab-log.md).
 
         On a CPU a transposed copy of weights that no cache holds; elsewhere q, k and v as one matrix.
         """
@@ -434,7 +434,7 @@ def widths_for(lanes: int, *, finely: bool) -> tuple[int, ...]:
     """How many lanes a compiled step may have on a CPU, up to S = `lanes`.
 
     Each takes its time to compile. Where the weights have to be fetched, two lanes cost little less than four;
-    where they are at hand, each lane costs (docs/PERFORMANCE.md).
+    where they are at hand, each lane costs (docs/lab-log.md).
 
     >>> widths_for(16, finely=False), widths_for(16, finely=True)
     ((1, 4, 8, 16), (1, 2, 3, 4, 6, 8, 12, 16))

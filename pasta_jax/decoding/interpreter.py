@@ -5,9 +5,9 @@
     (sample)  the model attends, the sampler draws one token a lane
     advance   let what was sampled happen: fork, hold, join, stop
 
-Events happen when a token is *sampled* (DESIGN.md decision 2), so a promise's ` />` and the branch's `<async>`
-are fed in the same step, and so are the last `</async>` and the sync that waited for it. The specification in
-plain Python is `reference.py`; the two agree on everything, token for token and step for step.
+Events happen when a token is *sampled* (docs/design.md, decision 2), so a promise's ` />` and the branch's
+`<async>` are fed in the same step, and so are the last `</async>` and the sync that waited for it. The
+specification in plain Python is `reference.py`; the two agree on everything, token for token and step for step.
 
 Everything here is one row's; the loop maps it over rows.
 """

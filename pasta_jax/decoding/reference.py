@@ -1,7 +1,7 @@
 """The interpreter's specification: the same semantics in plain Python, with lists for views.
 
 One thread at a time, no cache, no arrays: what a thread sees is the list of the entries it sees. Slow, and
-meant to be read beside DESIGN.md sections 4 and 6. The compiled interpreter is tested against it.
+meant to be read beside docs/design.md, sections 4 and 6. The compiled interpreter is tested against it.
 """
 
 from __future__ import annotations

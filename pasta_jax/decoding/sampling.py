@@ -1,7 +1,7 @@
 """Drawing tokens.
 
 A draw depends on the request's key, the thread and the index in the thread, on nothing else: the same text for
-any number of lanes, batch mates, chunk length or mesh (DESIGN.md decision 9).
+any number of lanes, batch mates, chunk length or mesh (docs/design.md, decision 9).
 
 What may be drawn is narrowed in this order, each step on what the one before left, as in transformers:
 temperature, top-k, top-p, min-p. (vLLM has min-p before top-k, which differs only beside a top-p.)

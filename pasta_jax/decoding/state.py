@@ -1,4 +1,4 @@
-"""What a decode carries from step to step (DESIGN.md section 6). Threads carry state; lanes are stateless.
+"""What a decode carries from step to step (docs/design.md, section 6). Threads carry state; lanes are stateless.
 
 All of it is one row's, without the leading B; the loop maps over rows.
 """

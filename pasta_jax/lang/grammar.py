@@ -9,7 +9,7 @@ No vocabulary has all of it: the pasta dialect lacks FORK, and the apar dialect 
 (`Vocabulary.kinds`).
 
 A token that does not continue a begun tag *breaks* it: the pieces so far are literal text, and the token is
-read as if no tag had begun. That is the whole policy for malformed output (DESIGN.md decision 7).
+read as if no tag had begun. That is the whole policy for malformed output (docs/design.md, decision 7).
 
 The tables are plain tuples: `NEXT[state][kind]`, `EVENT[state][kind]`, `BREAKS[state][kind]` and
 `LEGAL[state][kind]`. What depends on the thread (no end of answer in a branch, no `</async>` in main, no

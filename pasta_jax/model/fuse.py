@@ -1,4 +1,4 @@
-"""Queries, keys and values by one matrix, to decode on an accelerator (docs/PERFORMANCE.md says why)."""
+"""Queries, keys and values by one matrix, to decode on an accelerator (docs/lab-log.md says why)."""
 
 from __future__ import annotations
 

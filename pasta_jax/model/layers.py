@@ -61,7 +61,7 @@ def project(x: Array, weight: Array, inner: int = 1) -> Array:
 
 
 FEW_ROWS = 64
-"""With more, the weight is as good a right operand: docs/PERFORMANCE.md."""
+"""With more, the weight is as good a right operand: docs/lab-log.md."""
 
 
 def project_transposed(x: Array, weight: Array, inner: int = 1, dtype: Any = None) -> Array:

@@ -465,9 +465,9 @@ def about_this(plan: Plan, workdir: str) -> dict[str, Any]:
         "training": "Baseline-SFT, PASTA-SFT, APAR and SoT: the same base, steps and rate; PASTA-BoN goes on from "
         "PASTA-SFT",
         "engine": "realized: both sides in the same engine of 8 lanes, as in the paper (SoT's points in rows of "
-        "one lane, which is faster); a baseline in an engine of one lane is faster on a CPU (docs/PERFORMANCE.md)",
+        "one lane, which is faster); a baseline in an engine of one lane is faster on a CPU (docs/performance.md)",
         "chosen beforehand": "kv heads, steps and rate, for PASTA and the baseline; margin, alpha and rate of the "
-        "second stage; the annotator's habit: all on evaluation prompts, seed 0 (docs/PERFORMANCE.md); nothing for "
+        "second stage; the annotator's habit: all on evaluation prompts, seed 0 (docs/lab-log.md); nothing for "
         "the rivals",
         "differs from the paper": "N = 8 samples (10), alpha 0.1 (0.005), rate 2e-4 (5e-7), margin 4 nats (not "
         "stated); quality is a ratio of confidences with one added on each side, at most 5, so lambda is not on "

@@ -1,7 +1,7 @@
 """The way back: threads of tokens as a program (the inverse of `layout`).
 
 Every decode ends here, so it must make sense of anything: tags that were never completed, stray pieces,
-promises that found no free thread and branches that were cut off are read as DESIGN.md decision 7 says, and
+promises that found no free thread and branches that were cut off are read as decision 7 of docs/design.md says, and
 listed.
 """
 

@@ -1,7 +1,7 @@
 """How each family's vocabulary is used: which ids the tags take, what begins a text, what ends an answer.
 
 A published vocabulary has no tags, and its embedding should not be resized for them. Almost all have ids that
-nothing uses (DESIGN.md 4.1):
+nothing uses (docs/design.md, decision 1):
 
   Gemma          <unused0> to <unused98>: the first six
   Llama 3        <|reserved_special_token_0|> to _247|> (at most): the last six

@@ -1,4 +1,4 @@
-"""Layout: an annotated answer as `ThreadedTokens`, in document order (DESIGN.md sections 4 and 5).
+"""Layout: an annotated answer as `ThreadedTokens`, in document order (docs/design.md, sections 4 and 5).
 
 The interpreter yields the same record, token by token, when it decodes the same answer; a test holds the two
 together. `reading` is the way back.

@@ -130,7 +130,7 @@ def preference_loss(
 
 
 def bonbon_margin(samples: int) -> float:
-    """(n-1) H_(n-1): how much better-than-worst the best of n samples is, in nats (PAPER.md section 2).
+    """(n-1) H_(n-1): how much better-than-worst the best of n samples is, in nats (BoNBoN, arXiv 2406.00832).
 
     >>> round(bonbon_margin(8), 2), round(bonbon_margin(10), 4)
     (18.15, 25.4607)

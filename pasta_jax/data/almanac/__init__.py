@@ -1,4 +1,4 @@
-"""Almanac: the embedded benchmark. Real facts, as instructions whose answers a program can check (DESIGN 11).
+"""Almanac, the embedded benchmark: facts as instructions, answers that a program can check (docs/design.md 11).
 
 In the order in which data flows:
   facts      what is known: KINDS, FACTS, value, say, successor

@@ -84,7 +84,7 @@ def annotate_exactly(task: Task, count_tokens: CountTokens) -> Program:
 
 
 def length_in_tens(tokens: int) -> int:
-    """What a promise should say of a block of so many tokens (PAPER.md 1.11: nearest ten, 1 to 99)."""
+    """What a promise should say of a block of so many tokens (docs/design.md, decision 1: nearest ten, 1 to 99)."""
     return min(max(MIN_TOKENS, round(tokens / 10)), MAX_TOKENS)
 
 
