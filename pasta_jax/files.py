@@ -1,22 +1,147 @@
-"""Files that are whole or not there: what a run leaves when it is cut off must be good for the next."""
+"""Files of a run: whole or absent, so that an interrupted run leaves only what the next one can use.
+
+In a run of several processes only the first writes; the others do the same work and write nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
-from collections.abc import Iterator
-from typing import IO, Any
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+StrPath = str | os.PathLike[str]
+
+
+def is_writer() -> bool:
+    """Whether this process writes the files of a run: the only process, or the first of several."""
+    jax = sys.modules.get("jax")  # not loaded: there is one process
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write that takes the place of `path` when the block has ended well, and never before.
+def replacing(path: StrPath, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write that replaces `path` once the block has ended without an error, and never before.
 
     Args:
-      path: of the file; what stands there is kept until then.
+      path: of the file, local, or an `epath.Path` such as gs://bucket/file.
       mode: "w" for text (UTF-8), "wb" for bytes.
     """
-    unfinished = f"{os.fspath(path)}.tmp"
-    with open(unfinished, mode, encoding=None if "b" in mode else "utf-8") as file:
+    encoding = None if "b" in mode else "utf-8"
+    if not is_writer():
+        with open(os.devnull, mode, encoding=encoding) as file:
+            yield file
+        return
+    target: Any = pathlib.Path(path) if isinstance(path, str) else path
+    unfinished = target.with_name(target.name + ".tmp")
+    with unfinished.open(mode, encoding=encoding) as file:
         yield file
-    os.replace(unfinished, path)
+    unfinished.replace(target)
+
+
+def appending(path: StrPath) -> IO[str]:
+    """A text file to append to, line by line."""
+    return open(path if is_writer() else os.devnull, "a", encoding="utf-8", buffering=1)
+
+
+# ----------------------------------------------------------------------------------------------------- JSON
+
+
+def json_bytes(tree: Any, *, allow_nan: bool = True) -> bytes:
+    """JSON for people: two spaces of indent, UTF-8, a newline at the end."""
+    return (json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n").encode()
+
+
+def write_json(path: StrPath, tree: Any, *, allow_nan: bool = True) -> None:
+    """Replaces a file by `json_bytes`."""
+    with replacing(path, "wb") as file:
+        file.write(json_bytes(tree, allow_nan=allow_nan))
+
+
+def json_line(tree: Any) -> str:
+    """JSON on one line, with its newline; arrays become lists."""
+    return json.dumps(tree, ensure_ascii=False, default=lambda array: array.tolist()) + "\n"
+
+
+def write_jsonl(path: StrPath, trees: Iterable[Any]) -> None:
+    """Replaces a file by one `json_line` for each."""
+    with replacing(path) as file:
+        file.writelines(map(json_line, trees))
+
+
+def read_jsonl(path: StrPath, make: Callable[[dict[str, Any]], T]) -> list[T]:
+    """The records of a JSONL file up to the first broken line, such as an interrupted run leaves at the end.
+
+    Args:
+      path: of the file; a missing file has no records.
+      make: from a line's dict to a record. A line for which it raises ValueError, KeyError or TypeError is broken.
+    """
+    records: list[T] = []
+    broken = contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError)
+    with broken, open(path, encoding="utf-8") as file:
+        for line in file:
+            records.append(make(json.loads(line)))
+    return records
+
+
+# --------------------------------------------------------------------------------- what a folder was made from
+
+
+class Change(NamedTuple):
+    """A field that differs between two nested dicts; `None` on the side that lacks it."""
+
+    name: str  # dotted path
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} was {self.old!r} and is {self.new!r} now"
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """The fields in which two nested dicts of plain data differ.
+
+    >>> changes({"lr": 1, "data": {"rows": 8}}, {"lr": 1, "data": {"rows": 6}, "seed": 0})
+    [Change(name='data.rows', old=8, new=6), Change(name='seed', old=None, new=0)]
+    """
+    a, b = dict(_leaves(old)), dict(_leaves(new))
+    return [Change(name, a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)]
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield path + name, value
+
+
+@dataclasses.dataclass(frozen=True)
+class Stamp:
+    """A JSON file that says what the files beside it were made from: configurations, checkpoints, options.
+
+    stamp = Stamp(os.path.join(folder, "about.json"))
+    if stamp.check(about):  # made from something else, or not stamped at all
+        ...                 # refuse, or delete what is there
+    stamp.write(about)
+    """
+
+    path: str
+
+    def check(self, about: Mapping[str, Any]) -> list[Change]:
+        """The fields in which `about` differs from what was written: all if the file is missing or broken."""
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                written = json.load(file)
+        except (FileNotFoundError, ValueError):
+            written = {}
+        return changes(written, json.loads(json.dumps(about)))
+
+    def write(self, about: Mapping[str, Any]) -> None:
+        """Stamps the folder."""
+        write_json(self.path, about)

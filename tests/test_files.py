@@ -1,0 +1,65 @@
+"""Files of a run: replaced whole, read up to where they broke off, and stamped with what they were made from."""
+
+import contextlib
+import json
+import pathlib
+
+import jax
+import pytest
+from etils import epath
+
+from pasta_jax import files
+from pasta_jax.files import Change, Stamp, appending, read_jsonl, replacing, write_json, write_jsonl
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
+    for path in (tmp_path / "a", epath.Path(tmp_path) / "b", str(tmp_path / "c")):
+        with replacing(path) as file:
+            file.write("ä")
+        with contextlib.suppress(ZeroDivisionError), replacing(path) as file:
+            file.write("half")
+            1 / 0  # noqa: B018
+        assert pathlib.Path(path).read_text(encoding="utf-8") == "ä"
+
+
+def test_only_the_first_process_writes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    for process, written in ((1, []), (0, ["log", "tree"])):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        write_json(tmp_path / "tree", {})
+        with appending(tmp_path / "log") as file:
+            file.write("line\n")
+        assert sorted(path.name for path in tmp_path.iterdir()) == written
+
+
+def test_lines_up_to_the_first_broken_one(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert read_jsonl(path, dict) == []
+    write_jsonl(path, [{"a": 1}, {"a": 2}])
+    whole = path.read_text()
+    for broken in ('{"a": 3', '{"b": 3}\n', "[3]\n", "3\n"):
+        path.write_text(whole + broken + '\n{"a": 4}\n')
+        assert read_jsonl(path, lambda tree: tree["a"]) == [1, 2]
+    with pytest.raises(IsADirectoryError):
+        read_jsonl(tmp_path, dict)
+
+
+def test_a_stamp_names_what_changed(tmp_path: pathlib.Path) -> None:
+    stamp = Stamp(str(tmp_path / "about.json"))
+    about = {"seed": 0, "data": {"sources": (("a", 1.0),)}, "weight": float("inf")}
+    assert [change.name for change in stamp.check(about)] == ["seed", "data.sources", "weight"]
+    stamp.write(about)
+    assert stamp.check(about) == []
+    assert stamp.check(about | {"seed": 1}) == [Change("seed", 0, 1)]
+    assert str(Change("seed", 0, 1)) == "seed was 0 and is 1 now"
+    (tmp_path / "about.json").write_text("{")
+    assert len(stamp.check(about)) == 3
+
+
+def test_json_is_written_for_people(tmp_path: pathlib.Path) -> None:
+    write_json(tmp_path / "tree.json", {"ä": [1]})
+    text = (tmp_path / "tree.json").read_text(encoding="utf-8")
+    assert text == '{\n  "ä": [\n    1\n  ]\n}\n'
+    assert json.loads(text) == {"ä": [1]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.json_bytes(float("nan"), allow_nan=False)
