@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pasta_jax.rounding import round_up
+
 AXES: dict[str, str | tuple[str, ...]] = {
     "B": ("data", "fsdp"),
     "D": "fsdp",
@@ -160,7 +162,7 @@ def batch_sharding(mesh: AnyMesh, rows: int | None = None) -> NamedSharding:
 def round_up_rows(rows: int, mesh: AnyMesh) -> int:
     """At least so many rows, divisible among the devices that rows go over."""
     parts = math.prod(mesh.shape[axis] for axis in AXES["B"])
-    return -(-rows // parts) * parts
+    return round_up(rows, parts)
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:

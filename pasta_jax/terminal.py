@@ -12,6 +12,7 @@ import numpy as np
 
 from pasta_jax.decoding.results import DecodeResult
 from pasta_jax.decoding.streaming import Draft, Event
+from pasta_jax.rounding import ceil_div
 
 ERASE, SAVE, RESTORE, FAINT, PLAIN = "\x1b[K", "\x1b7", "\x1b8", "\x1b[2m", "\x1b[0m"
 """What a terminal does: erases the rest of the line, keeps and finds its place again, writes faintly or not."""
@@ -69,13 +70,13 @@ def timeline(result: DecodeResult, width: int = 80) -> str:
     trace = result.trace
     steps = max(trace.steps, 1)
     columns = max(width, 40) - _LABEL - 1
-    per_column = -(-steps // columns)
+    per_column = ceil_div(steps, columns)
     labels = ["main", *(f"{branch.id} {branch.topic}" for branch in result.branches)]
     threads = [0, *(branch.id for branch in result.branches)]
     ruler = _ruler(steps, per_column)
     lines = [f"{'decode step':<{_LABEL}} {ruler}"]
     for label, thread in zip(labels, threads):
-        fed = np.zeros(-(-steps // per_column), bool)
+        fed = np.zeros(ceil_div(steps, per_column), bool)
         mine = trace.step[(trace.tokens.thread == thread) & (trace.step > 0)]
         fed[(mine - 1) // per_column] = True
         active = range(int(np.argmax(fed)), len(fed) - int(np.argmax(fed[::-1]))) if fed.any() else range(0)
@@ -89,7 +90,7 @@ def timeline(result: DecodeResult, width: int = 80) -> str:
 def _ruler(steps: int, per_column: int) -> str:
     """Step numbers over their columns, every ten columns."""
     ruler = ""
-    for column in range(0, -(-steps // per_column), 10):
+    for column in range(0, ceil_div(steps, per_column), 10):
         ruler = ruler.ljust(column) + str(column * per_column + 1)
     return ruler
 

@@ -40,6 +40,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pasta_jax.arrays import NO_DOC, Array
+from pasta_jax.rounding import ceil_div
 
 WORD_BITS = 32
 
@@ -112,4 +113,4 @@ def max_segments(threads: int) -> int:
 
 def words_for(segments: int) -> int:
     """W, the number of words of 32 bits that hold a set of `segments` segments."""
-    return -(-segments // WORD_BITS)
+    return ceil_div(segments, WORD_BITS)

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "pasta_jax"
 
 LEVELS = [
-    {"lang", "arrays", "visibility", "files"},
+    {"lang", "arrays", "visibility", "files", "rounding"},
     {"tokens", "model", "sharding", "baselines"},
     {"config", "decoding", "data"},
     {"checkpoints", "interchange", "terminal", "figures"},

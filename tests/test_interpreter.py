@@ -15,7 +15,7 @@ from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.decoding import interpreter, reference
 from pasta_jax.decoding.state import Limits, RowState, Stop
 from pasta_jax.lang import grammar
-from pasta_jax.lang.grammar import Event, Kind
+from pasta_jax.lang.grammar import Effect, Kind
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.visibility import visible
 
@@ -178,7 +178,7 @@ def test_golden_trace():
     limits = Limits(lanes=3, threads=4, pool=96)
     rules = interpreter.rules_for(scripted.VOCABULARY, limits)
     promise, sync, end = scripted.CLOSE, scripted.SYNC, scripted.EOS
-    rules = dataclasses.replace(rules, event=rules.event.at[grammar.TEXT, Kind.CLOSE].set(Event.FORK))
+    rules = dataclasses.replace(rules, event=rules.event.at[grammar.TEXT, Kind.CLOSE].set(Effect.FORK))
     word = scripted.A
     says = {
         0: [promise, promise, sync, word, end],  # Let's

@@ -23,6 +23,7 @@ from pasta_jax.decoding.engine import Decoder, Model
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model.families import config_to_hf
 from pasta_jax.model.weights import hf_tensors, leaf_at
+from pasta_jax.rounding import round_up
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -122,7 +123,7 @@ def _words(model: Model) -> list[int]:
 def _ours(model: Model, plan: Plan, rows: int) -> Generate:
     """Through the decoder as it comes, promises forbidden."""
     lanes = min(8, plan.lanes)
-    pool = -(-(plan.prompt + plan.steps + lanes) // 128) * 128 - lanes
+    pool = round_up(plan.prompt + plan.steps + lanes, 128) - lanes
     limits = Limits(lanes, 16, pool)
     decoder = Decoder(model, limits=limits, rows=rows, prompt_buckets=(plan.prompt,))
 

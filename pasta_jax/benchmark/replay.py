@@ -25,6 +25,7 @@ from pasta_jax.decoding.script import Script, depth_of, lines_of, script_of, thr
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang.program import Program
+from pasta_jax.rounding import round_up
 from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -46,7 +47,7 @@ def limits_for(
     answers = [threads_in(program, tokenizer) for program in programs]
     tokens = max(sum(map(len, answer.tokens)) for answer in answers)
     threads = max(len(answer.tokens) for answer in answers)
-    pool = -(-(len(tokenizer.encode_prompt(prompt)) + tokens + lanes) // 128) * 128
+    pool = round_up(len(tokenizer.encode_prompt(prompt)) + tokens + lanes, 128)
     return Limits(lanes, max(threads, lanes), pool - lanes, max(1, *(depth_of(answer) for answer in answers)))
 
 

@@ -17,6 +17,7 @@ from pasta_jax.decoding.results import DecodeResult, result
 from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.streaming import Consumed, Event, new_events
+from pasta_jax.rounding import next_power_of_two, round_up
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 MODES = ("parallel", "sequential", "both")
@@ -145,7 +146,7 @@ def decode(
         return (event for event in list[Event]()) if stream is True else []
     ids = [_encode(model.tokenizer, each) for each in prompts]
     if cache_len is None:
-        cache_len = _round_up(max(map(len, ids)) + max_new_tokens, 128)
+        cache_len = round_up(max(map(len, ids)) + max_new_tokens, 128)
     limits = Limits(min(lanes, max_branches + 1), max_branches + 1, cache_len, model.max_depth, grammar)
     wishes = SamplingParams(
         max_new_tokens=max_new_tokens,
@@ -158,7 +159,7 @@ def decode(
         open_bias=open_bias,
         stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
     )
-    rows = min(MAX_ROWS, 1 << (len(prompts) - 1).bit_length())
+    rows = min(MAX_ROWS, next_power_of_two(len(prompts)))
     decoder = model.decoder(limits, rows)
     plain = dataclasses.replace(wishes, open_bias=float("-inf"))
     if stream:
@@ -239,7 +240,3 @@ def _with_speedup(parallel: DecodeResult, sequential: DecodeResult) -> DecodeRes
         measured_speedup=sequential.stats.wall_s / parallel.stats.wall_s,
     )
     return dataclasses.replace(parallel, stats=stats)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

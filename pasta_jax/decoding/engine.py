@@ -30,6 +30,7 @@ from pasta_jax.decoding.trace import Trace
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.model.fuse import fuse
 from pasta_jax.model.transpose import transpose
+from pasta_jax.rounding import next_power_of_two
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -160,7 +161,7 @@ def script_size(sampling: Sequence[SamplingParams]) -> tuple[int, int]:
     if not sizes:
         return NOTHING
     R, C = (max(size[i] for size in sizes) for i in range(2))
-    return 1 << (R - 1).bit_length(), 1 << (C - 1).bit_length()
+    return next_power_of_two(R), next_power_of_two(C)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from pasta_jax.decoding.state import (
     empty_row,
 )
 from pasta_jax.lang import grammar, tags
-from pasta_jax.lang.grammar import Event, Kind
+from pasta_jax.lang.grammar import Effect, Kind
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
 from pasta_jax.visibility import reach
@@ -81,7 +81,7 @@ def rules_for(
         kinds=jnp.pad(jnp.asarray(vocabulary.kinds), (0, spare), constant_values=Kind.CONTROL),
         digit_values=jnp.pad(jnp.asarray(vocabulary.digit_values), (0, spare)),
         next_state=jnp.array(grammar.NEXT, jnp.int32),
-        event=jnp.array(grammar.EVENT, jnp.int32),
+        event=jnp.array(grammar.EFFECT, jnp.int32),
         legal=jnp.array(grammar.LEGAL, bool),
         limits=limits,
         positions=positions,
@@ -217,7 +217,7 @@ def advance(
     table = _move_on(state.threads, fed)
     table, event = _take(table, went_on, token, logprob_T, rules)
     state = dataclasses.replace(state, threads=table)
-    state = _fork(state, event == Event.FORK, request, rules)
+    state = _fork(state, event == Effect.FORK, request, rules)
     state = _hold_or_end(state, event)
     for _ in range(rules.limits.max_depth):
         state = _join(state, rules)
@@ -255,8 +255,8 @@ def _take(
     token = jnp.where(force, rules.async_close, token)
     kind = jnp.where(force, Kind.ASYNC_CLOSE, kind)
 
-    event = jnp.where(went_on, rules.event[t.tag_state, kind], Event.NONE)
-    event = jnp.where((event == Event.FINISH) & ~in_branch, Event.STRAY, event)
+    event = jnp.where(went_on, rules.event[t.tag_state, kind], Effect.NONE)
+    event = jnp.where((event == Effect.FINISH) & ~in_branch, Effect.STRAY, event)
     digit = rules.digit_values[token]
     number = jnp.where((kind == Kind.TOKENS) | (kind == Kind.FORK), 0, t.number)
     number = jnp.where((kind == Kind.ZERO) | (kind == Kind.DIGIT), 10 * number + digit, number)
@@ -327,15 +327,15 @@ def _fork(state: RowState, promised: Array, request: Request, rules: Rules) -> R
 def _hold_or_end(state: RowState, event: Array) -> RowState:
     """At a sync or its end, a thread waits for the branches it has not joined; with none it goes on."""
     t = state.threads
-    waits = (event == Event.SYNC) | (event == Event.FINISH) | (event == Event.END)
+    waits = (event == Effect.SYNC) | (event == Effect.FINISH) | (event == Effect.END)
     has_branches = jnp.any(_child_of(t) & ~t.joined, axis=-1)
-    ends = ~has_branches & (event == Event.FINISH)
+    ends = ~has_branches & (event == Effect.FINISH)
     return dataclasses.replace(
         state,
         threads=dataclasses.replace(
             t, phase=jnp.where(waits & has_branches, Phase.HELD, t.phase), closing=t.closing | ends
         ),
-        stop=jnp.where(jnp.any((event == Event.END) & ~has_branches), Stop.EOS, state.stop),
+        stop=jnp.where(jnp.any((event == Effect.END) & ~has_branches), Stop.EOS, state.stop),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.lang import grammar, tags
-from pasta_jax.lang.grammar import Event, Kind
+from pasta_jax.lang.grammar import Effect, Kind
 from pasta_jax.tokens.detokenize import Threads
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
@@ -148,10 +148,10 @@ class _Run:
         events = [(thread, self.take(thread, thread in may_open)) for thread in threads]
         events.sort(key=lambda pair: pair[0].number)
         for thread, event in events:
-            if event == Event.FORK:
+            if event == Effect.FORK:
                 self.fork(thread)
         for thread, event in events:
-            if event in (Event.SYNC, Event.FINISH, Event.END):
+            if event in (Effect.SYNC, Effect.FINISH, Effect.END):
                 thread.held = bool(thread.unjoined)
                 if not thread.held:
                     self.end(thread, event)
@@ -159,7 +159,7 @@ class _Run:
             if thread.held and all(branch.closing for branch in thread.unjoined):
                 self.join(thread)
 
-    def take(self, thread: Thread, may_open: bool) -> Event:
+    def take(self, thread: Thread, may_open: bool) -> Effect:
         """Sample a token; it becomes the thread's pending entry."""
         kinds = self.vocabulary.kinds
 
@@ -178,7 +178,7 @@ class _Run:
             token, thread.forced = self.vocabulary.tag_ids[tags.ASYNC_CLOSE], True
         thread.budget -= 1
         kind = Kind(kinds[token])
-        event = Event(grammar.EVENT[thread.tag_state][kind])
+        event = Effect(grammar.EFFECT[thread.tag_state][kind])
         thread.tag_state = grammar.NEXT[thread.tag_state][kind]
         if kind in (Kind.TOKENS, Kind.FORK):
             thread.value = 0
@@ -188,7 +188,7 @@ class _Run:
         thread.view.append(thread.pending)
         thread.order += 1
         thread.position += 1
-        return Event.STRAY if event == Event.FINISH and thread.depth == 0 else event
+        return Effect.STRAY if event == Effect.FINISH and thread.depth == 0 else event
 
     def may_open(self, threads: list[Thread]) -> list[Thread]:
         """Those that may begin a promise now: a free thread is set aside for each, and for each begun tag."""
@@ -235,11 +235,11 @@ class _Run:
         assert thread.pending is not None
         kind = self.vocabulary.kinds[thread.pending.token]
         if kind != Kind.SYNC:
-            self.end(thread, Event.END if kind == Kind.END else Event.FINISH)
+            self.end(thread, Effect.END if kind == Kind.END else Effect.FINISH)
 
-    def end(self, thread: Thread, event: Event) -> None:
+    def end(self, thread: Thread, event: Effect) -> None:
         """Nothing is open in `thread`: a branch has sampled its last token, the main thread the answer's."""
-        if event == Event.FINISH:
+        if event == Effect.FINISH:
             thread.closing = True
-        elif event == Event.END:
+        elif event == Effect.END:
             self.stop = Stop.EOS

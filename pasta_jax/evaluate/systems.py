@@ -29,6 +29,7 @@ from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.files import replacing
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Promise, Sync
+from pasta_jax.rounding import next_power_of_two
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -123,7 +124,7 @@ def skeleton_of_thought(model: Model) -> System:
         stops: list[str] = []
 
         def ask(prompts: list[str]) -> list[_Reply]:
-            rows = 1 << (len(prompts) - 1).bit_length()
+            rows = next_power_of_two(len(prompts))
             ids = [model.tokenizer.encode_prompt(prompt) for prompt in prompts]
             traces, timing = decoder(rows).decode(ids, [sequential] * len(ids))
             wall_s.append(timing.wall_s)

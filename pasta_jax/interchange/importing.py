@@ -25,6 +25,7 @@ from pasta_jax.interchange.tensors import CHUNK
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.presets import presets
 from pasta_jax.model.quantize import contracted, quantize_leaf
+from pasta_jax.rounding import ceil_div
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer, TokenizerError
 from pasta_jax.training.loop import write_about
@@ -167,7 +168,7 @@ def int8(path: Path, array: np.ndarray) -> dict[Path, np.ndarray]:
     if over is None:
         return {path: array}
     axis = next(axis for axis in range(array.ndim) if axis not in over)
-    parts = np.array_split(array, min(array.shape[axis], -(-array.nbytes // CHUNK)), axis)
+    parts = np.array_split(array, min(array.shape[axis], ceil_div(array.nbytes, CHUNK)), axis)
     made: dict[str, np.ndarray] = {}
     done = 0
     for part in parts:

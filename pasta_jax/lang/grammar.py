@@ -11,14 +11,14 @@ No vocabulary has all of it: the pasta dialect lacks FORK, and the apar dialect 
 A token that does not continue a begun tag *breaks* it: the pieces so far are literal text, and the token is
 read as if no tag had begun. That is the whole policy for malformed output (docs/design.md, decision 7).
 
-The tables are plain tuples: `NEXT[state][kind]`, `EVENT[state][kind]`, `BREAKS[state][kind]` and
+The tables are plain tuples: `NEXT[state][kind]`, `EFFECT[state][kind]`, `BREAKS[state][kind]` and
 `LEGAL[state][kind]`. What depends on the thread (no end of answer in a branch, no `</async>` in main, no
 promise without a free thread) is not in them; the interpreter adds it.
 
 >>> state = TEXT
 >>> for kind in (Kind.OPEN, Kind.TOPIC, Kind.TOKENS, Kind.DIGIT, Kind.CLOSE):
-...     event, state = Event(EVENT[state][kind]), NEXT[state][kind]
->>> event.name, state == TEXT
+...     effect, state = Effect(EFFECT[state][kind]), NEXT[state][kind]
+>>> effect.name, state == TEXT
 ('FORK', True)
 """
 
@@ -47,7 +47,7 @@ class Kind(enum.IntEnum):
     FORK = 12  # <promise/>, a whole promise in one token
 
 
-class Event(enum.IntEnum):
+class Effect(enum.IntEnum):
     """What happens when a token is sampled."""
 
     NONE = 0
@@ -73,47 +73,47 @@ OPENS = (Kind.OPEN, Kind.FORK)
 FITS_TOPIC = (Kind.TOPIC, Kind.ZERO, Kind.DIGIT)
 
 _FROM_TEXT = {
-    Kind.OPEN: (_TOPIC, Event.NONE),
-    Kind.TOKENS: (TEXT, Event.STRAY),
-    Kind.CLOSE: (TEXT, Event.STRAY),
-    Kind.ASYNC_OPEN: (TEXT, Event.STRAY),
-    Kind.ASYNC_CLOSE: (TEXT, Event.FINISH),
-    Kind.SYNC: (TEXT, Event.SYNC),
-    Kind.END: (TEXT, Event.END),
-    Kind.CONTROL: (TEXT, Event.STRAY),
-    Kind.FORK: (TEXT, Event.FORK),
+    Kind.OPEN: (_TOPIC, Effect.NONE),
+    Kind.TOKENS: (TEXT, Effect.STRAY),
+    Kind.CLOSE: (TEXT, Effect.STRAY),
+    Kind.ASYNC_OPEN: (TEXT, Effect.STRAY),
+    Kind.ASYNC_CLOSE: (TEXT, Effect.FINISH),
+    Kind.SYNC: (TEXT, Effect.SYNC),
+    Kind.END: (TEXT, Effect.END),
+    Kind.CONTROL: (TEXT, Effect.STRAY),
+    Kind.FORK: (TEXT, Effect.FORK),
 }
 
 
-def _continues(state: int, kind: Kind) -> tuple[int, Event] | None:
+def _continues(state: int, kind: Kind) -> tuple[int, Effect] | None:
     """Where a token leads that continues the tag begun in `state`; None if it breaks it."""
     if _TOPIC <= state < _NUMBER:
         topic_tokens = state - _TOPIC
         if kind in FITS_TOPIC and topic_tokens < MAX_TOPIC_TOKENS:
-            return state + 1, Event.NONE
+            return state + 1, Effect.NONE
         if kind == Kind.TOKENS and topic_tokens > 0:
-            return _NUMBER, Event.NONE
+            return _NUMBER, Effect.NONE
     else:
         digits = state - _NUMBER
         if (kind == Kind.DIGIT and digits < 2) or (kind == Kind.ZERO and digits == 1):
-            return state + 1, Event.NONE
+            return state + 1, Effect.NONE
         if kind == Kind.CLOSE and digits > 0:
-            return TEXT, Event.FORK
+            return TEXT, Effect.FORK
     return None
 
 
-def _transition(state: int, kind: Kind) -> tuple[int, Event, bool]:
-    """(next state, event, whether a begun tag is broken off)."""
+def _transition(state: int, kind: Kind) -> tuple[int, Effect, bool]:
+    """(next state, effect, whether a begun tag is broken off)."""
     if state != TEXT:
         continued = _continues(state, kind)
         if continued is not None:
             return *continued, False
-    return *_FROM_TEXT.get(kind, (TEXT, Event.NONE)), state != TEXT
+    return *_FROM_TEXT.get(kind, (TEXT, Effect.NONE)), state != TEXT
 
 
 _TABLE = [[_transition(state, kind) for kind in Kind] for state in range(STATES)]
 
 NEXT = tuple(tuple(int(cell[0]) for cell in row) for row in _TABLE)
-EVENT = tuple(tuple(int(cell[1]) for cell in row) for row in _TABLE)
+EFFECT = tuple(tuple(int(cell[1]) for cell in row) for row in _TABLE)
 BREAKS = tuple(tuple(cell[2] for cell in row) for row in _TABLE)
-LEGAL = tuple(tuple(not cell[2] and cell[1] != Event.STRAY for cell in row) for row in _TABLE)
+LEGAL = tuple(tuple(not cell[2] and cell[1] != Effect.STRAY for cell in row) for row in _TABLE)

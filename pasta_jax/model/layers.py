@@ -16,6 +16,7 @@ from pasta_jax.arrays import Array
 from pasta_jax.model.config import Lora, ModelConfig
 from pasta_jax.model.pool import write
 from pasta_jax.model.rotary import Rotary, rotate
+from pasta_jax.rounding import ceil_div
 
 ACTIVATIONS = {"gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True), "silu": jax.nn.silu}
 
@@ -173,7 +174,7 @@ def attend_to_earlier(
     Queries go in blocks, each with the keys up to its end: five blocks take two thirds of the time of one on CPU.
     """
     Q = q_BxQxNxH.shape[1]
-    block = max(64, -(-Q // 8))
+    block = max(64, ceil_div(Q, 8))
     blocks = [
         attend(
             q_BxQxNxH[:, start:end],

@@ -14,8 +14,8 @@ from typing import ClassVar, Self
 
 from pasta_jax.lang import tags
 from pasta_jax.tokens import chat as chats
-from pasta_jax.tokens.families import Hints, Symbols, Usage, settle, vocabulary_of
 from pasta_jax.tokens.tokenizer import TokenizerError
+from pasta_jax.tokens.usage import Hints, Symbols, Usage, settle, vocabulary_of
 
 MAGIC = b"pasta_jax tokenizer 1\n"
 """How `to_bytes` begins; then a line of JSON, then the compressed file."""

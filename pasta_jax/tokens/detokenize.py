@@ -16,7 +16,7 @@ import numpy as np
 
 from pasta_jax.arrays import NO_DOC, ThreadedTokens
 from pasta_jax.lang import grammar
-from pasta_jax.lang.grammar import Event, Kind
+from pasta_jax.lang.grammar import Effect, Kind
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined
 from pasta_jax.tokens.tokenizer import Vocabulary
@@ -202,11 +202,11 @@ def scan(
             put(Role.BEGIN, [token])  # the `<async>` that the interpreter wrote
             continue
         kind = vocabulary.kinds[token]
-        event = Event(grammar.EVENT[state][kind])
+        effect = Effect(grammar.EFFECT[state][kind])
         if grammar.BREAKS[state][kind]:
             break_off()
         state = grammar.NEXT[state][kind]
-        if event == Event.FORK:
+        if effect == Effect.FORK:
             tag.append(token)
             if index in branches:
                 put(Role.PROMISE, tag, branch=branches[index])
@@ -215,12 +215,12 @@ def scan(
             tag.clear()
         elif state != grammar.TEXT:
             tag.append(token)
-        elif event == Event.SYNC:
+        elif effect == Effect.SYNC:
             put(Role.SYNC, [token])
-        elif event == (Event.FINISH if thread else Event.END):
+        elif effect == (Effect.FINISH if thread else Effect.END):
             put(Role.END, [token])
             finished = True
-        elif event in (Event.STRAY, Event.FINISH, Event.END):
+        elif effect in (Effect.STRAY, Effect.FINISH, Effect.END):
             put(Role.TEXT, [token], fault=f"{_spelling(vocabulary, token)} out of place, kept as text")
         else:
             run.append(token)

@@ -1,6 +1,6 @@
 """Tokenizer files for a Hugging Face folder, in which the tags have names.
 
-A model that has learnt the tags on reserved ids (`tokens.families`) is of more use where those ids are called by
+A model that has learnt the tags on reserved ids (`tokens.usage`) is of more use where those ids are called by
 their tags: transformers then prints them and reads them as special tokens. Ids never change.
 """
 
@@ -14,11 +14,11 @@ from sentencepiece import sentencepiece_model_pb2
 
 from pasta_jax.lang import tags
 from pasta_jax.tokens.base import SPACE, TextTokenizer
-from pasta_jax.tokens.families import MARKER
 from pasta_jax.tokens.load import TAGS_FILE
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.templates import template_of
 from pasta_jax.tokens.tokenizer import TokenizerError, Vocabulary
+from pasta_jax.tokens.usage import MARKER
 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pasta_jax.tokens.base import SPACE, TextTokenizer
-from pasta_jax.tokens.families import MARKER, Symbols
 from pasta_jax.tokens.tokenizer import MissingPackage, TokenizerError
+from pasta_jax.tokens.usage import MARKER, Symbols
 
 
 class HfTokenizer(TextTokenizer):

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pasta_jax.tokens.base import MAGIC, TextTokenizer, unpack
-from pasta_jax.tokens.families import Hints
 from pasta_jax.tokens.hf import HfTokenizer
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
+from pasta_jax.tokens.usage import Hints
 
 TAGS_FILE = "pasta_tags.json"
 """In an exported folder: the id of each tag piece."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import sentencepiece
 
 from pasta_jax.tokens.base import SPACE, TextTokenizer
-from pasta_jax.tokens.families import MARKER, Symbols
 from pasta_jax.tokens.tokenizer import TokenizerError
+from pasta_jax.tokens.usage import MARKER, Symbols
 
 _FENCE = "\x02"
 """A character that no vocabulary merges with its neighbours: what stands before it (SentencePiece's dummy

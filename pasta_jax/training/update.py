@@ -16,6 +16,7 @@ from pasta_jax.arrays import NO_TARGET, Array, ThreadedTokens
 from pasta_jax.config import Config
 from pasta_jax.model import lora as adapters
 from pasta_jax.model.transformer import Transformer, init_params
+from pasta_jax.rounding import ceil_div
 from pasta_jax.training.losses import Scores, Sums, score
 from pasta_jax.training.microbatches import rows_sharding, sum_over_parts
 from pasta_jax.training.state import Params, TrainState, make_optimizer, make_schedule, new_state
@@ -38,7 +39,7 @@ def scores_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Scor
     out: Any = model.apply({"params": params}, batch.token, batch.position, visible(batch, batch))
     B, L, D = out[0].shape
     size = min(L, max(1, LOGITS // model.config.vocab_size))
-    count = -(-L // size)
+    count = ceil_div(L, size)
 
     def of_some(params: Params, hidden_BxCxD: Array, target_BxC: Array) -> Scores:
         logits: Any = model.apply({"params": params}, hidden_BxCxD, method="logits")
