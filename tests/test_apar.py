@@ -14,10 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import scripted
-from test_decode import once_through
-from test_interpreter import FULL, compare, compare_views
-from test_layout import ScriptTokenizer, lines_of
 
 import pasta_jax
 from pasta_jax.arrays import NO_TARGET
@@ -46,6 +42,9 @@ from pasta_jax.tokens.layout import LayoutError, layout, layout_example
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.training.state import TrainState, new_state
 from pasta_jax.visibility import visible
+from tests.helpers import FULL, scripted
+from tests.helpers.chatty import once_through
+from tests.helpers.scripted import ScriptTokenizer, compare, compare_views, lines_of
 
 SHARED = Positions("shared")
 

@@ -7,11 +7,11 @@ import random
 from typing import Any
 
 import pytest
-from test_api import OTHER, PROMPT, SEEDS, model, options, results, what_was_said
 
 import pasta_jax
 from pasta_jax import Draft, Event, settled_text
 from pasta_jax.decoding.state import Limits
+from tests.helpers.answers import OTHER, PROMPT, SEEDS, model, options, results, what_was_said
 
 
 def events_of(prompt: Any = PROMPT, **changes: Any) -> list[Event]:

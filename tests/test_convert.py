@@ -6,24 +6,21 @@ import pathlib
 import shutil
 from typing import Any
 
-import family_tokenizers
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from absl import flags
-from hf_folders import CONFIGS, small_tokenizer, write_hf_folder
 
-from pasta_jax import convert, sharding
+from pasta_jax import sharding
 from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.checkpoints.workdir import Base, CheckpointError, Checkpoints, load_params, read_about
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.importing import Ready, Wanted, kind_of, open_source, write_workdir
+from pasta_jax.interchange.importing import Wanted, kind_of, open_source
 from pasta_jax.interchange.origin import carry, read_origin
 from pasta_jax.interchange.reading import open_folder
 from pasta_jax.interchange.tensors import rows
-from pasta_jax.interchange.writing import Exported, unfinished, write_folder
+from pasta_jax.interchange.writing import unfinished
 from pasta_jax.lang import tags
 from pasta_jax.model import Lora, init_params
 from pasta_jax.model.lora import split
@@ -33,24 +30,12 @@ from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
 from pasta_jax.train import adopted
-from pasta_jax.training.state import TrainState, new_state
+from pasta_jax.training.state import TrainState
+from tests.helpers import family_tokenizers
+from tests.helpers.conversion import bring_in, bring_out, load_tokenizer_rows, run, trained
+from tests.helpers.hf_folders import CONFIGS, small_tokenizer, write_hf_folder
 
 GEMMA = CONFIGS["gemma"]
-
-
-def bring_in(folder: pathlib.Path, workdir: pathlib.Path, **how: Any) -> tuple[Ready, Any]:
-    wanted = Wanted(**how)
-    ready = open_source("folder", str(folder), wanted)
-    params = ready.read(None)
-    write_workdir(ready, params, workdir, wanted)
-    return ready, params
-
-
-def bring_out(workdir: pathlib.Path, folder: pathlib.Path, **how: Any) -> None:
-    params, about = load_params(workdir)
-    origin = read_origin(workdir)
-    model = Exported(params, about.config.model, about.tokenizer(), origin, is_trained=about.step > 0)
-    write_folder(folder, model, **how)
 
 
 def stored(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -134,20 +119,6 @@ def test_training_does_not_go_on_in_an_imported_workdir(tmp_path: pathlib.Path) 
             run.restore(state)
 
 
-def trained(workdir: pathlib.Path, target: pathlib.Path) -> Any:
-    """A step of a run that started from a workdir, without the training."""
-    import optax
-
-    params, about = load_params(workdir)
-    params = jax.tree.map(lambda x: x + np.float32(0.001), params)
-    config = dataclasses.replace(about.config, init_from=str(workdir))
-    with Checkpoints(target, config, about.tokenizer()) as run:
-        state = new_state(params, optax.sgd(0.1))
-        run.save(TrainState(state.params, state.opt_state, jax.numpy.int32(5)), 0)
-    carry(workdir, target)
-    return params
-
-
 def test_what_was_trained_keeps_its_digits_and_ends_its_answers(tmp_path: pathlib.Path) -> None:
     write_hf_folder(tmp_path / "hf", GEMMA)
     bring_in(tmp_path / "hf", tmp_path / "W", dtype="float32")
@@ -208,11 +179,6 @@ def test_a_vocabulary_without_room_is_extended_when_asked(family: str, tmp_path:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == old + new
     again, _ = bring_in(tmp_path / "out", tmp_path / "W2")  # by pasta_tags.json
     assert again.tokenizer.vocabulary.tag_ids == ready.tokenizer.vocabulary.tag_ids and again.new_rows == 0
-
-
-def load_tokenizer_rows(model: bytes, tmp_path: pathlib.Path) -> int:
-    (tmp_path / "t.model").write_bytes(model)
-    return len(load_tokenizer(tmp_path / "t.model", extend=True).vocabulary) - len(tags.PIECES)
 
 
 def test_onto_a_mesh_of_eight(tmp_path: pathlib.Path) -> None:
@@ -334,18 +300,6 @@ def test_the_verb_takes_a_name_on_the_hub(tmp_path: pathlib.Path, monkeypatch: p
     assert run("--from=google/gemma-2b-it", f"--to={tmp_path}/W", "--noparity") == 0
     origin = read_origin(tmp_path / "W")
     assert asked == ["google/gemma-2b-it"] and origin is not None and origin.source == asked[0]
-
-
-def run(*arguments: str) -> int:
-    """The verb, in this process."""
-    values = flags.FlagValues()
-    convert.define(values)
-    values(["convert", *arguments])
-    try:
-        convert.main(["convert"], values=values)
-    except SystemExit as leaving:
-        return int(str(leaving.code))
-    return 0
 
 
 def test_the_verb(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

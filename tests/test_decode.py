@@ -12,40 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasta_jax.arrays import NO_DOC, NO_TARGET, ThreadedTokens
+from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.decoding import engine, loop
 from pasta_jax.decoding.engine import Decoder, Model, Programs, SamplingParams
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang import tags
-from pasta_jax.model import ModelConfig, Transformer, init_params
-from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.visibility import visible
+from tests.helpers.chatty import PROMPTS, WORDS, chatty_model, ids, once_through
 
-WORDS = WordTokenizer("rivers and cities of the world")
 LIMITS = Limits(lanes=8, threads=16, pool=300)
-PROMPTS = ("rivers", "cities of the world", "the", "and the rivers", "world")
-
-
-@functools.cache
-def chatty_model() -> Model:
-    """A random model that loves tags: what it writes is nonsense, in many threads."""
-    config = ModelConfig(
-        vocab_size=len(WORDS.vocabulary) + 1, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8,
-        mlp_dim=64, tie_embeddings=False, layer_kinds=("local", "global"), sliding_window=25,
-    )  # fmt: skip
-    params = init_params(config, jax.random.key(3))
-    # The head has no bias, so favour the tag pieces through one direction of the final norm's output.
-    head = np.array(params["head"])
-    head *= 0.35
-    for piece, weight in ((tags.PROMISE_OPEN, 3.0), (tags.PROMISE_TOKENS, 6.0), (tags.PROMISE_CLOSE, 9.0)):
-        head[:, WORDS.vocabulary.tag_ids[piece]] *= weight
-    for piece, weight in ((tags.SYNC, 8.0), (tags.ASYNC_CLOSE, 9.0)):
-        head[:, WORDS.vocabulary.tag_ids[piece]] *= weight
-    head[:, WORDS.vocabulary.eos] *= 9.0
-    return Model({**params, "head": jnp.asarray(head)}, config, WORDS)
 
 
 def ask(seed: int, **changes: Any) -> SamplingParams:
@@ -60,10 +37,6 @@ def decoder(
     limits: Limits = LIMITS, rows: int = 4, chunk: int = 512, widths: tuple[int, ...] = ()
 ) -> Decoder:
     return Decoder(chatty_model(), limits=limits, rows=rows, chunk=chunk, prompt_buckets=(16,), widths=widths)
-
-
-def ids(prompt: str) -> list[int]:
-    return WORDS.encode_prompt(prompt)
 
 
 def prompt_of(seed: int) -> str:
@@ -115,24 +88,6 @@ def test_the_model_is_worth_testing_with():
     assert any(t.stop == Stop.EOS for t in traces)
     assert sum(int(np.sum(t.tokens.token == WORDS.vocabulary.tag_ids[tags.SYNC])) for t in traces) > 3
     assert max(t.widths.max() for t in traces) >= 4
-
-
-def once_through(model: Model, trace: Trace) -> tuple[np.ndarray, np.ndarray]:
-    """The logits of the trace fed at once as a training row, and its targets: [n, V], [n]."""
-    document = as_document(trace)
-    size = -len(document) % 64
-    padded = {
-        name: np.pad(array, [(0, size)] + [(0, 0)] * (array.ndim - 1))
-        for name, array in document.fields().items()
-    }
-    padded["target"][len(document) :] = NO_TARGET
-    assert (padded["doc"][len(document) :] == NO_DOC).all()
-    row = dataclasses.replace(document, **{k: v[None] for k, v in padded.items()})
-    transformer = Transformer(model.config)
-    hidden: Any = transformer.apply({"params": model.params}, row.token, row.position, visible(row, row))
-    hidden, _ = hidden
-    logits: Any = transformer.apply({"params": model.params}, hidden, method="logits")
-    return np.asarray(logits[0, : len(document)]), document.target
 
 
 def as_a_large_one(monkeypatch: pytest.MonkeyPatch) -> Model:

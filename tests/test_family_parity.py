@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_families as tiny
 
 from pasta_jax.decoding import engine
 from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
@@ -18,6 +17,7 @@ from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.model.families import FAMILIES, config_from_hf
 from pasta_jax.model.weights import hf_tensors, nested
+from tests.helpers import tiny_families as tiny
 
 NAMES = sorted(tiny.CONFIGS)
 DECODED = ("gemma", "gemma2", "gemma3", "llama3", "mistral", "qwen2", "qwen3")

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import family_tokenizers as made
 import numpy as np
 import pytest
 
@@ -33,6 +32,7 @@ from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_bytes, tokenize
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
+from tests.helpers import family_tokenizers as made
 
 tokenizers = pytest.importorskip("tokenizers")
 jinja2 = pytest.importorskip("jinja2.sandbox")

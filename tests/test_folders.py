@@ -10,11 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import safetensors.numpy
-from hf_folders import CONFIGS, random_tensors, write_hf_folder
 
 from pasta_jax.interchange import memory, tensors
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import model_config, open_folder, read_params
+from tests.helpers.hf_folders import CONFIGS, random_tensors, write_hf_folder
 
 GEMMA = CONFIGS["gemma"]
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

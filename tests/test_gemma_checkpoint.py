@@ -8,8 +8,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from hf_folders import CONFIGS, small_tokenizer
-from test_model import random_params
 
 from pasta_jax.interchange import gemma
 from pasta_jax.interchange.errors import InterchangeError
@@ -18,6 +16,8 @@ from pasta_jax.model import ModelConfig
 from pasta_jax.model.layers import project
 from pasta_jax.model.presets import Preset
 from pasta_jax.sharding import make_mesh
+from tests.helpers.hf_folders import CONFIGS, small_tokenizer
+from tests.helpers.models import random_params
 
 ONE = dataclasses.replace(CONFIGS["gemma"], num_layers=2)
 SEVEN = dataclasses.replace(ONE, num_kv_heads=4)  # keys for each head: one einsum for all three

@@ -7,12 +7,12 @@ import types
 from typing import Any
 
 import pytest
-from hf_folders import CONFIGS, write_hf_folder
 
 from pasta_jax.interchange import hub
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.importing import open_source
 from pasta_jax.interchange.origin import KEPT
+from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
 NAMES = (
     "GatedRepoError",

@@ -3,50 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scripted
 
-from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.decoding import interpreter, reference
-from pasta_jax.decoding.state import Limits, RowState, Stop
+from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.lang import grammar
 from pasta_jax.lang.grammar import Effect, Kind
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.visibility import visible
+from tests.helpers import FULL, scripted
+from tests.helpers.scripted import compare, compare_views, random_script
 
-FULL = bool(os.environ.get("PASTA_FULL"))
 PROGRAMS = 10_240 if FULL else 1_280
-
-
-def random_script(rng: np.random.Generator) -> scripted.Script:
-    """From nearly well-formed programs to noise: tag pieces in order, with words, ends and accidents between."""
-    tag = [scripted.OPEN, scripted.A, scripted.TOKENS, scripted.digit(1), scripted.CLOSE]
-    sloppiness = rng.choice([0.0, 0.1, 0.5])
-    ending = rng.choice([0.02, 0.1, 0.3])
-    lines = []
-    for _ in range(rng.integers(1, 9)):
-        line: list[int] = []
-        while len(line) < 80:
-            draw = rng.random()
-            if draw < sloppiness:
-                line.append(int(rng.integers(len(scripted.VOCABULARY))))
-            elif draw < sloppiness + ending:
-                line.append(int(rng.choice([scripted.EOS, scripted.ASYNC_CLOSE])))
-            elif rng.random() < 0.3:
-                number = [scripted.digit(int(d)) for d in str(rng.integers(1, 100))]
-                line += tag[:3] + number + tag[4:]
-            elif rng.random() < 0.2:
-                line.append(scripted.SYNC)
-            else:
-                line.append(int(rng.choice([scripted.A, scripted.B, scripted.digit(3)])))
-        lines.append(line[:80])
-    lines = [lines[i % len(lines)] for i in range(8)]
-    return scripted.Script(np.array(lines, np.int32))
 
 
 SETTINGS = [
@@ -89,51 +60,6 @@ def test_compiled_interpreter_is_its_specification(setting, seed):
         deep += any(t.depth == limits.max_depth and t.closing and t.pending is None for t in answer.threads)
     assert deep > n // 40, "hardly any branch as deep as may be came to its end"
     assert Stop.EOS in stops and len(stops) > 1, f"the programs are too tame: {stops}"
-
-
-def compare(row: RowState, answer: reference.Decoded) -> None:
-    n = len(answer.entries)
-    assert int(row.cursor) == n
-    assert Stop(int(row.stop)) == answer.stop
-    assert int(row.step) == answer.steps
-    for name in ("token", "thread", "order", "position", "step"):
-        expected = [getattr(entry, name) for entry in answer.entries]
-        np.testing.assert_array_equal(getattr(row.entries, name)[:n], expected, err_msg=name)
-    t = row.threads
-    assert int(row.used_threads) == len(answer.threads)
-    for thread in answer.threads:
-        k = thread.number
-        pending = thread.pending
-        assert (int(t.phase[k]) == 3) == (pending is None), "done"
-        if pending is not None:
-            assert (int(t.token[k]), int(t.order[k]), int(t.position[k])) == (
-                pending.token,
-                pending.order,
-                pending.position,
-            )
-        assert bool(t.closing[k]) == thread.closing and bool(t.forced[k]) == thread.forced
-        assert int(t.path[k]) == thread.path
-        if thread.parent is not None:
-            assert (int(t.parent[k]), int(t.forked_at[k])) == (thread.parent.number, thread.forked_at)
-
-
-def compare_views(row: RowState, answer: reference.Decoded, views: scripted.Views) -> None:
-    """What the numbering lets each entry see is what the specification's thread had in view there."""
-    n = len(answer.entries)
-    e = row.entries
-    fields = {
-        name: getattr(e, name)[:n]
-        for name in ("token", "position", "doc", "segment", "order", "sees", "thread")
-    }
-    trace = ThreadedTokens(**fields, target=np.zeros(n, np.int32))
-    index = {id(entry): i for i, entry in enumerate(answer.entries)}
-    ends = {id(t.view[-1]): t.view for t in answer.threads if t.closing and t.pending is None}
-    expected = np.zeros((n, n), bool)
-    for i, entry in enumerate(answer.entries):
-        prompt = answer.entries[: i + 1] if entry.step == 0 else None
-        view = prompt or ends.get(id(entry)) or views[id(entry)]
-        expected[i, [index[id(seen)] for seen in view]] = True
-    np.testing.assert_array_equal(visible(trace, trace), expected)
 
 
 @pytest.mark.parametrize("max_depth", [1, 3])

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import scripted
 
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.decoding.state import Limits, Stop
@@ -25,6 +24,8 @@ from pasta_jax.tokens.layout import LayoutError, layout, layout_example, layout_
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.visibility import visible
+from tests.helpers import scripted
+from tests.helpers.scripted import ScriptTokenizer, lines_of
 
 WORDS = WordTokenizer(" The rivers two words moons tokens and it's é 東京 the Nile is long a b c d e f")
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -41,13 +42,6 @@ def test_program_to_tokens_and_back(seed):
         assert not reading.issues
         annotated = render(program)
         assert parse(annotated) == program and render(reading.program) == annotated
-
-
-def lines_of(document: ThreadedTokens) -> np.ndarray:
-    """The script that says a layout: [T, C], main's orders counted with the prompt."""
-    lines = np.zeros((16, 1 + document.order.max()), np.int32)
-    lines[document.thread, document.order] = document.token
-    return lines
 
 
 def test_trace_laid_out_again_has_the_same_fields(seed):
@@ -129,17 +123,6 @@ def paths_of(document: ThreadedTokens) -> list[int]:
             children[thread] = 0
             paths.append(paths[parent] * 16 + children[parent])
     return paths
-
-
-class ScriptTokenizer(WordTokenizer):
-    """The scripted vocabulary as a tokenizer that knows three letters and writes the others as one of them."""
-
-    def __init__(self) -> None:
-        self.vocabulary = scripted.VOCABULARY
-
-    def encode(self, text: str) -> list[int]:
-        known = {"a": 13, '"': 15, **{str(d): scripted.digit(d) for d in range(10)}}
-        return [known.get(letter, 13) for letter in text]
 
 
 def test_worked_example():

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import random_params
-from test_visibility import Writer, random_tree
 
 from pasta_jax.model import ModelConfig, Transformer, empty_pool
 from pasta_jax.visibility import visible
+from tests.helpers.models import random_params
+from tests.helpers.trees import Writer, random_tree
 
 CONFIG = ModelConfig(
     vocab_size=24, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hf_folders import CONFIGS, write_hf_folder
 
 import pasta_jax
 from pasta_jax.checkpoints.workdir import CheckpointError
@@ -17,6 +16,7 @@ from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.model.presets import presets
 from pasta_jax.sharding import make_mesh
 from pasta_jax.tokens.tokenizer import TokenizerError
+from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import GEMMA, LLAMA, TINY, inputs, random_params
-from test_training import CONFIG, TOKENIZER, assert_same, changed, train
 
 from pasta_jax import sharding
 from pasta_jax.checkpoints.fingerprint import fingerprint
@@ -32,6 +30,8 @@ from pasta_jax.training.loop import sft, starting_weights, with_rows
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.state import TrainState, decays
 from pasta_jax.training.update import make_update
+from tests.helpers.models import GEMMA, LLAMA, TINY, inputs, random_params
+from tests.helpers.training import CONFIG, TOKENIZER, assert_same, changed, train
 
 LORA = Lora(rank=3, alpha=6.0, rows=(5, 2, 40))
 

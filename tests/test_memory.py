@@ -10,7 +10,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_folders import CONFIGS, write_hf_folder
 
 from pasta_jax.interchange import memory, reading, tensors
 from pasta_jax.interchange.errors import InterchangeError
@@ -19,6 +18,7 @@ from pasta_jax.model import ModelConfig
 from pasta_jax.model.presets import preset
 from pasta_jax.model.weights import hf_tensors
 from pasta_jax.sharding import make_mesh
+from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
 GIB = 2**30
 

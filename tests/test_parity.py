@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hf_folders import CONFIGS, small_tokenizer, write_hf_folder
-from test_convert import bring_in, bring_out, load_tokenizer_rows, trained
 
 from pasta_jax.checkpoints.workdir import load_params
 from pasta_jax.interchange import parity
 from pasta_jax.interchange.parity import parity_line
 from pasta_jax.model import init_params
+from tests.helpers.conversion import bring_in, bring_out, load_tokenizer_rows, trained
+from tests.helpers.hf_folders import CONFIGS, small_tokenizer, write_hf_folder
 
 
 def difference(line: str) -> float:

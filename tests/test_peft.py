@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from hf_folders import CONFIGS, write_hf_folder
-from test_convert import bring_in, run
 
 from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.checkpoints.workdir import Base, Checkpoints
@@ -25,6 +23,8 @@ from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
 from pasta_jax.model.lora import join, merge, split
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.training.state import TrainState
+from tests.helpers.conversion import bring_in, run
+from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
 
 def imported(
@@ -34,6 +34,7 @@ def imported(
     write_hf_folder(folder / "hf", CONFIGS[family], dtype=np.float32)
     ready, base = bring_in(folder / "hf", folder / "W")
     tokenizer = ready.tokenizer
+    assert isinstance(tokenizer, TextTokenizer)
     ids = tuple(tokenizer.vocabulary.tag_ids.values()) if rows else ()
     config = Config(model=ready.config, lora=Lora(rank=3, alpha=12.0, rows=ids), init_from=str(folder / "W"))
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0), config.lora))

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import random_params
 
 from pasta_jax.checkpoints.workdir import Checkpoints, find, load_params, load_parts, read_about
 from pasta_jax.config import (
@@ -32,6 +31,7 @@ from pasta_jax.preference.sample import Prompt, Record, Sample
 from pasta_jax.tokens.layout import layout_example
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.state import TrainState
+from tests.helpers.models import random_params
 
 MODEL = ModelConfig(vocab_size=1408, num_layers=1, model_dim=16, head_dim=8, mlp_dim=16, num_heads=2)
 CONFIG = Config(

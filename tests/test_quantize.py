@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import GEMMA, LLAMA, TINY, inputs, random_params
 
 import pasta_jax
 from pasta_jax import sharding
@@ -22,6 +21,7 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, Transformer, init_params
 from pasta_jax.model.quantize import LARGEST, contracted, quantize, quantize_leaf
 from pasta_jax.training.state import TrainState
+from tests.helpers.models import GEMMA, LLAMA, TINY, inputs, random_params
 
 
 @functools.partial(jax.jit, static_argnums=0)

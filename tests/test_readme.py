@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hf_folders import CONFIGS, write_hf_folder
+
+from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

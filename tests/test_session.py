@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_decode import PROMPTS, WORDS, chatty_model, ids
 
 from pasta_jax.decoding import session
 from pasta_jax.decoding.engine import Decoder, SamplingParams
@@ -21,6 +20,7 @@ from pasta_jax.decoding.script import Script
 from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace
+from tests.helpers.chatty import PROMPTS, WORDS, chatty_model, ids
 
 LIMITS = Limits(lanes=4, threads=8, pool=120)
 

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from test_model import random_params
 
 from pasta_jax import sharding
 from pasta_jax.model import Lora, ModelConfig, Transformer, empty_pool, init_params
@@ -22,6 +21,7 @@ from pasta_jax.sharding import (
     pool_shardings,
     replicated,
 )
+from tests.helpers.models import random_params
 
 CONFIG = ModelConfig(
     vocab_size=32, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32

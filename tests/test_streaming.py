@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scripted
-from test_interpreter import random_script
 
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.decoding import interpreter, reference, results
@@ -24,6 +22,8 @@ from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
+from tests.helpers import scripted
+from tests.helpers.scripted import random_script
 
 SETTINGS = (
     Limits(lanes=8, threads=16, pool=160),

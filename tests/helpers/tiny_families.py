@@ -1,6 +1,6 @@
 """Tiny random models of each family, with what transformers makes of them; and the fixtures that hold that.
 
-    python tests/tiny_families.py  # writes tests/fixtures/families again; needs torch and transformers
+    python -m tests.helpers.tiny_families  # writes tests/fixtures/families again; needs torch and transformers
 
 A fixture has the text of a `config.json`, all tensors under their names in a Hugging Face folder, prompts of
 different lengths, transformers' logits at each of their positions (each prompt alone, eager attention, float32)
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from pasta_jax.lang import tags
+from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.tokenizer import Vocabulary
 
-FOLDER = pathlib.Path(__file__).parent / "fixtures" / "families"
+FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "families"
 
 V = 64
 
@@ -47,19 +48,14 @@ LENGTHS = (9, 30, 17)
 NEW = 64
 
 
-class TinyTokenizer:
+class TinyTokenizer(WordTokenizer):
     """The vocabulary alone: prompts are ids here."""
 
-    vocabulary = VOCABULARY
+    def __init__(self) -> None:
+        self.vocabulary = VOCABULARY
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
-
-    def encode_prompt(self, prompt: str) -> list[int]:
-        raise NotImplementedError
-
-    def to_bytes(self) -> bytes:
-        return b"tiny"
 
 
 _SIZES = {

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasta_jax.arrays import Array
+from pasta_jax.arrays import Array, ThreadedTokens
 from pasta_jax.decoding import interpreter, reference
 from pasta_jax.decoding.state import Lanes, Limits, Request, RowState, Stop
 from pasta_jax.lang import tags
+from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
+from pasta_jax.visibility import visible
 
 PIECES = (
     b"",
@@ -146,3 +148,92 @@ def compiled(
         return jax.lax.while_loop(lambda s: s.stop == Stop.RUNNING, step, state)
 
     return jax.jit(jax.vmap(run))
+
+
+def random_script(rng: np.random.Generator) -> Script:
+    """From nearly well-formed programs to noise: tag pieces in order, with words, ends and accidents between."""
+    tag = [OPEN, A, TOKENS, digit(1), CLOSE]
+    sloppiness = rng.choice([0.0, 0.1, 0.5])
+    ending = rng.choice([0.02, 0.1, 0.3])
+    lines = []
+    for _ in range(rng.integers(1, 9)):
+        line: list[int] = []
+        while len(line) < 80:
+            draw = rng.random()
+            if draw < sloppiness:
+                line.append(int(rng.integers(len(VOCABULARY))))
+            elif draw < sloppiness + ending:
+                line.append(int(rng.choice([EOS, ASYNC_CLOSE])))
+            elif rng.random() < 0.3:
+                number = [digit(int(d)) for d in str(rng.integers(1, 100))]
+                line += tag[:3] + number + tag[4:]
+            elif rng.random() < 0.2:
+                line.append(SYNC)
+            else:
+                line.append(int(rng.choice([A, B, digit(3)])))
+        lines.append(line[:80])
+    lines = [lines[i % len(lines)] for i in range(8)]
+    return Script(np.array(lines, np.int32))
+
+
+def compare(row: RowState, answer: reference.Decoded) -> None:
+    n = len(answer.entries)
+    assert int(row.cursor) == n
+    assert Stop(int(row.stop)) == answer.stop
+    assert int(row.step) == answer.steps
+    for name in ("token", "thread", "order", "position", "step"):
+        expected = [getattr(entry, name) for entry in answer.entries]
+        np.testing.assert_array_equal(getattr(row.entries, name)[:n], expected, err_msg=name)
+    t = row.threads
+    assert int(row.used_threads) == len(answer.threads)
+    for thread in answer.threads:
+        k = thread.number
+        pending = thread.pending
+        assert (int(t.phase[k]) == 3) == (pending is None), "done"
+        if pending is not None:
+            assert (int(t.token[k]), int(t.order[k]), int(t.position[k])) == (
+                pending.token,
+                pending.order,
+                pending.position,
+            )
+        assert bool(t.closing[k]) == thread.closing and bool(t.forced[k]) == thread.forced
+        assert int(t.path[k]) == thread.path
+        if thread.parent is not None:
+            assert (int(t.parent[k]), int(t.forked_at[k])) == (thread.parent.number, thread.forked_at)
+
+
+def compare_views(row: RowState, answer: reference.Decoded, views: Views) -> None:
+    """What the numbering lets each entry see is what the specification's thread had in view there."""
+    n = len(answer.entries)
+    e = row.entries
+    fields = {
+        name: getattr(e, name)[:n]
+        for name in ("token", "position", "doc", "segment", "order", "sees", "thread")
+    }
+    trace = ThreadedTokens(**fields, target=np.zeros(n, np.int32))
+    index = {id(entry): i for i, entry in enumerate(answer.entries)}
+    ends = {id(t.view[-1]): t.view for t in answer.threads if t.closing and t.pending is None}
+    expected = np.zeros((n, n), bool)
+    for i, entry in enumerate(answer.entries):
+        prompt = answer.entries[: i + 1] if entry.step == 0 else None
+        view = prompt or ends.get(id(entry)) or views[id(entry)]
+        expected[i, [index[id(seen)] for seen in view]] = True
+    np.testing.assert_array_equal(visible(trace, trace), expected)
+
+
+class ScriptTokenizer(WordTokenizer):
+    """The scripted vocabulary as a tokenizer that knows three letters and writes the others as one of them."""
+
+    def __init__(self) -> None:
+        self.vocabulary = VOCABULARY
+
+    def encode(self, text: str) -> list[int]:
+        known = {"a": 13, '"': 15, **{str(d): digit(d) for d in range(10)}}
+        return [known.get(letter, 13) for letter in text]
+
+
+def lines_of(document: ThreadedTokens) -> np.ndarray:
+    """The script that says a layout: [T, C], main's orders counted with the prompt."""
+    lines = np.zeros((16, 1 + document.order.max()), np.int32)
+    lines[document.thread, document.order] = document.token
+    return lines

@@ -1,0 +1,65 @@
+"""A random model that likes tags, so that its answers have many threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pasta_jax.arrays import NO_DOC, NO_TARGET
+from pasta_jax.decoding.engine import Model
+from pasta_jax.decoding.trace import Trace, as_document
+from pasta_jax.lang import tags
+from pasta_jax.model import ModelConfig, Transformer, init_params
+from pasta_jax.testing import WordTokenizer
+from pasta_jax.visibility import visible
+
+WORDS = WordTokenizer("rivers and cities of the world")
+
+
+PROMPTS = ("rivers", "cities of the world", "the", "and the rivers", "world")
+
+
+@functools.cache
+def chatty_model() -> Model:
+    """A random model that loves tags: what it writes is nonsense, in many threads."""
+    config = ModelConfig(
+        vocab_size=len(WORDS.vocabulary) + 1, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8,
+        mlp_dim=64, tie_embeddings=False, layer_kinds=("local", "global"), sliding_window=25,
+    )  # fmt: skip
+    params = init_params(config, jax.random.key(3))
+    # The head has no bias, so favour the tag pieces through one direction of the final norm's output.
+    head = np.array(params["head"])
+    head *= 0.35
+    for piece, weight in ((tags.PROMISE_OPEN, 3.0), (tags.PROMISE_TOKENS, 6.0), (tags.PROMISE_CLOSE, 9.0)):
+        head[:, WORDS.vocabulary.tag_ids[piece]] *= weight
+    for piece, weight in ((tags.SYNC, 8.0), (tags.ASYNC_CLOSE, 9.0)):
+        head[:, WORDS.vocabulary.tag_ids[piece]] *= weight
+    head[:, WORDS.vocabulary.eos] *= 9.0
+    return Model({**params, "head": jnp.asarray(head)}, config, WORDS)
+
+
+def ids(prompt: str) -> list[int]:
+    return WORDS.encode_prompt(prompt)
+
+
+def once_through(model: Model, trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of the trace fed at once as a training row, and its targets: [n, V], [n]."""
+    document = as_document(trace)
+    size = -len(document) % 64
+    padded = {
+        name: np.pad(array, [(0, size)] + [(0, 0)] * (array.ndim - 1))
+        for name, array in document.fields().items()
+    }
+    padded["target"][len(document) :] = NO_TARGET
+    assert (padded["doc"][len(document) :] == NO_DOC).all()
+    row = dataclasses.replace(document, **{k: v[None] for k, v in padded.items()})
+    transformer = Transformer(model.config)
+    hidden: Any = transformer.apply({"params": model.params}, row.token, row.position, visible(row, row))
+    hidden, _ = hidden
+    logits: Any = transformer.apply({"params": model.params}, hidden, method="logits")
+    return np.asarray(logits[0, : len(document)]), document.target
