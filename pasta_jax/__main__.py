@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
         refuse("--stream prints the text as it settles, --annotated the whole with its tags. Choose one.")
     show_log()
     from pasta_jax import decode, load
-    from pasta_jax.checkpoints.workdir import CheckpointError
+    from pasta_jax.checkpoints.about import CheckpointError
     from pasta_jax.terminal import printer, timeline
 
     try:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
         )
     show_log()
     # These load jax: the refusal above comes at once.
-    from pasta_jax.checkpoints.workdir import CheckpointError
+    from pasta_jax.checkpoints.about import CheckpointError
     from pasta_jax.interchange.errors import InterchangeError
     from pasta_jax.interchange.hub import NAME
     from pasta_jax.interchange.importing import kind_of
@@ -95,7 +95,8 @@ def bring_out(where: str, values: Any) -> None:
     import jax
 
     from pasta_jax import sharding
-    from pasta_jax.checkpoints.workdir import find, load_params, read_about
+    from pasta_jax.checkpoints.about import find, read_about
+    from pasta_jax.checkpoints.load import load_params
     from pasta_jax.interchange.origin import read_origin
     from pasta_jax.interchange.parity import parity_line
     from pasta_jax.interchange.writing import Exported, write_folder
@@ -130,7 +131,8 @@ def bring_out(where: str, values: Any) -> None:
 
 def bring_out_adapters(where: str, values: Any) -> None:
     """A workdir's adapters to a folder in PEFT's layout, whole or not at all."""
-    from pasta_jax.checkpoints.workdir import find, find_base, load_adapters, read_about
+    from pasta_jax.checkpoints.about import find, read_about
+    from pasta_jax.checkpoints.load import find_base, load_adapters
     from pasta_jax.interchange.origin import read_origin
     from pasta_jax.interchange.peft import write_adapters
     from pasta_jax.model import param_count

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from pasta_jax.checkpoints.workdir import find, load_params, read_about
+from pasta_jax.checkpoints.about import find, read_about
+from pasta_jax.checkpoints.load import load_params
 from pasta_jax.decoding.engine import Model
 from pasta_jax.interchange.importing import Wanted, kind_of, open_source
 from pasta_jax.model import ModelConfig, init_params

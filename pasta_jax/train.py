@@ -48,7 +48,7 @@ def run(config: Config, workdir: str) -> str:
       the workdir of the model that came out: this one, or that of the last round of preference optimisation.
     """
     # These load jax: the refusals above, and --print_config, come at once.
-    from pasta_jax.checkpoints.workdir import CheckpointError
+    from pasta_jax.checkpoints.about import CheckpointError
     from pasta_jax.data.records import RecordError
     from pasta_jax.data.sources import make_source, make_tokenizer, steps_of_epochs
     from pasta_jax.interchange.origin import carry
@@ -93,7 +93,7 @@ def adopted(config: Config, workdir: str) -> tuple[Config, Tokenizer]:
     Raises:
       CheckpointError: there is none in `init_from` either.
     """
-    from pasta_jax.checkpoints.workdir import find, read_about
+    from pasta_jax.checkpoints.about import find, read_about
 
     about = read_about(find(workdir if is_started(workdir) else config.init_from))
     tokenizer = about.tokenizer()
@@ -111,7 +111,7 @@ def adopted(config: Config, workdir: str) -> tuple[Config, Tokenizer]:
 
 def is_started(workdir: str) -> bool:
     """Whether a workdir holds a checkpoint."""
-    from pasta_jax.checkpoints.workdir import CheckpointError, find
+    from pasta_jax.checkpoints.about import CheckpointError, find
 
     try:
         find(workdir)

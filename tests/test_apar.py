@@ -18,7 +18,8 @@ import pytest
 import pasta_jax
 from pasta_jax.arrays import NO_TARGET
 from pasta_jax.baselines import apar
-from pasta_jax.checkpoints.workdir import Checkpoints, load_params
+from pasta_jax.checkpoints.load import load_params
+from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import DataConfig, differences, load_config
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac import Section

@@ -10,10 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from pasta_jax.checkpoints.workdir import CheckpointError, Checkpoints, load_params
+from pasta_jax.checkpoints.about import CheckpointError
+from pasta_jax.checkpoints.load import load_params
+from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.data.sources import make_tokenizer
-from pasta_jax.training.state import Params, TrainState, new_state
+from pasta_jax.model.lora import Params
+from pasta_jax.training.state import TrainState, new_state
 
 CONFIG = Config(data=DataConfig(rows=3), checkpoint=CheckpointConfig(keep=2))
 OPTIMIZER = optax.adamw(1e-3)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from pasta_jax import sharding
+from pasta_jax.checkpoints.about import Base, CheckpointError, read_about
 from pasta_jax.checkpoints.fingerprint import fingerprint
-from pasta_jax.checkpoints.workdir import Base, CheckpointError, Checkpoints, load_params, read_about
+from pasta_jax.checkpoints.load import load_params
+from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.importing import Wanted, kind_of, open_source

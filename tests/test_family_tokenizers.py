@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pasta_jax.checkpoints.workdir import About, CheckpointError
+from pasta_jax.checkpoints.about import About, CheckpointError
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.sources import make_tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pasta_jax
-from pasta_jax.checkpoints.workdir import CheckpointError
+from pasta_jax.checkpoints.about import CheckpointError
 from pasta_jax.interchange import hub
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.model.presets import presets

@@ -14,15 +14,10 @@ import numpy as np
 import pytest
 
 from pasta_jax import sharding
+from pasta_jax.checkpoints.about import Base, CheckpointError, find
 from pasta_jax.checkpoints.fingerprint import fingerprint
-from pasta_jax.checkpoints.workdir import (
-    Base,
-    CheckpointError,
-    Checkpoints,
-    find,
-    load_params,
-    load_parts,
-)
+from pasta_jax.checkpoints.load import load_params, load_parts
+from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
 from pasta_jax.model.lora import ALIKE, join, merge, split, start

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from pasta_jax.checkpoints.workdir import load_params
+from pasta_jax.checkpoints.load import load_params
 from pasta_jax.interchange import parity
 from pasta_jax.interchange.parity import parity_line
 from pasta_jax.model import init_params

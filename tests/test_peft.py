@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from pasta_jax.checkpoints.about import Base
 from pasta_jax.checkpoints.fingerprint import fingerprint
-from pasta_jax.checkpoints.workdir import Base, Checkpoints
+from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import carry, read_origin

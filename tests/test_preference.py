@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import NO_DOC, NO_TARGET, PairedTokens, ThreadedTokens
-from pasta_jax.checkpoints.workdir import find
+from pasta_jax.checkpoints.about import find
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac.judge import Preference

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasta_jax.checkpoints.workdir import Checkpoints, find, load_params, load_parts, read_about
+from pasta_jax.checkpoints.about import find, read_about
+from pasta_jax.checkpoints.load import load_params, load_parts
+from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import (
     CheckpointConfig,
     Config,

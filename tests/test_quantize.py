@@ -13,7 +13,7 @@ import pytest
 
 import pasta_jax
 from pasta_jax import sharding
-from pasta_jax.checkpoints.workdir import Checkpoints
+from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.compile import __main__ as ahead
 from pasta_jax.config import Config, DataConfig
 from pasta_jax.data.sources import make_tokenizer

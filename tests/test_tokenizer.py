@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from pasta_jax.checkpoints.workdir import About
+from pasta_jax.checkpoints.about import About
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.sources import make_tokenizer

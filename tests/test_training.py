@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import ThreadedTokens
-from pasta_jax.checkpoints.workdir import CheckpointError, find
+from pasta_jax.checkpoints.about import CheckpointError, find
 from pasta_jax.config import (
     ConfigError,
     LogConfig,

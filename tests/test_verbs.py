@@ -72,7 +72,7 @@ def test_options_reach_load_of_both_models() -> None:
         import sys
         from pasta_jax.evaluate import __main__ as evaluate
         from pasta_jax import loading
-        from pasta_jax.checkpoints import workdir as checkpoints
+        from pasta_jax.checkpoints import about as checkpoints
         seen = []
         def load(path, **options):
             assert options == {LOADED}, options

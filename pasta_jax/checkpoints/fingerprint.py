@@ -1,4 +1,4 @@
-"""What weights are, in a few bytes: they are known again wherever they lie and whatever they are called."""
+"""Fingerprints of weights: the same wherever the files are and whatever the mesh is."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pasta_jax import sharding
 from pasta_jax.arrays import Array
 
 SAMPLES = 64
-"""Values of each leaf that are looked at, or all if there are fewer."""
+"""Values of a leaf that enter the hash, or all if there are fewer."""
 
 
 def fingerprint(params: Any) -> str:
     """A hash of the names, shapes, dtypes and some values of all leaves; the same on every mesh.
 
-    The values stand at places spread evenly over the flat array. Training moves nearly all of a leaf's values,
-    so weights that were trained on are others.
+    The values are taken at even distances in the flat array. Training changes nearly all values of a leaf, and
+    with them the fingerprint.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     values = jax.device_get(_sampled([leaf for _, leaf in leaves]))
@@ -34,15 +34,17 @@ def fingerprint(params: Any) -> str:
 
 
 def _sampled(leaves: list[Array]) -> list[Array]:
-    """Float32 [SAMPLES] of each, whole on every device."""
-    places = [
-        np.unravel_index(np.linspace(0, size - 1, min(SAMPLES, size)).astype(np.int64), leaf.shape)
-        for leaf in leaves
-        for size in [math.prod(leaf.shape)]
-    ]
+    """Float32 [SAMPLES] of each leaf, replicated on every device."""
+    indices = [_spread(leaf.shape) for leaf in leaves]
 
     def sample(leaves: list[Array]) -> list[Array]:
-        return [leaf[place].astype(jnp.float32) for leaf, place in zip(leaves, places, strict=True)]
+        return [leaf[index].astype(jnp.float32) for leaf, index in zip(leaves, indices, strict=True)]
 
     mesh = sharding.mesh_of(leaves)
     return jax.jit(sample, out_shardings=None if mesh is None else sharding.replicated(mesh))(leaves)
+
+
+def _spread(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Indices of values at even distances."""
+    size = math.prod(shape)
+    return np.unravel_index(np.linspace(0, size - 1, min(SAMPLES, size)).astype(np.int64), shape)

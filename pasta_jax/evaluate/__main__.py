@@ -129,7 +129,7 @@ def compare(
       CheckpointError: a model that cannot be loaded.
       ValueError: more prompts than there are.
     """
-    from pasta_jax.checkpoints.workdir import checkpoint_mark, find
+    from pasta_jax.checkpoints.about import checkpoint_mark, find
     from pasta_jax.decoding.engine import Decoder
     from pasta_jax.loading import load
 

@@ -31,7 +31,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from pasta_jax.checkpoints.workdir import absolute
+from pasta_jax.checkpoints.about import absolute
 from pasta_jax.interchange.errors import InterchangeError, listed
 from pasta_jax.interchange.placing import Path, Transform, place_params
 from pasta_jax.model import ModelConfig

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from pasta_jax.checkpoints.workdir import Checkpoints
+from pasta_jax.checkpoints.about import write_about
+from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.interchange import gemma, hub
 from pasta_jax.interchange.errors import InterchangeError
@@ -28,7 +29,6 @@ from pasta_jax.model.quantize import contracted, quantize_leaf
 from pasta_jax.rounding import ceil_div
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer, TokenizerError
-from pasta_jax.training.loop import write_about
 
 Kind = Literal["folder", "hub", "orbax", "workdir"]
 """A Hugging Face folder, a repository on its hub, a checkpoint of Gemma's own, or what we wrote."""

@@ -18,7 +18,8 @@ from typing import Any
 
 from etils import epath
 
-from pasta_jax.checkpoints.workdir import CheckpointError, absolute, find
+from pasta_jax.checkpoints.about import CheckpointError, absolute, find
+from pasta_jax.files import write_json
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import Folder
 from pasta_jax.interchange.tensors import INDEX, TensorFile, parse_header
@@ -123,7 +124,7 @@ def write_origin(origin: Origin, workdir: str | os.PathLike[str]) -> None:
         "files": sorted(origin.files),
         "headers": sorted(origin.headers),
     }
-    (root / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+    write_json(root / ABOUT, about)
 
 
 def read_origin(path: str | os.PathLike[str]) -> Origin | None:

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pasta_jax.arrays import PairedTokens
-from pasta_jax.checkpoints.workdir import checkpoint_mark, find
+from pasta_jax.checkpoints.about import checkpoint_mark, find
 from pasta_jax.config import Config, ConfigError, PreferenceConfig, to_dict
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import permuted

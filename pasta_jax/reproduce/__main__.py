@@ -34,7 +34,7 @@ from typing import Any
 
 from absl import app, flags
 
-from pasta_jax.checkpoints.workdir import CheckpointError
+from pasta_jax.checkpoints.about import CheckpointError
 from pasta_jax.config import Config, ConfigError, load_config, to_dict
 from pasta_jax.evaluate.systems import Measured, read_answers
 from pasta_jax.files import replacing
@@ -237,7 +237,7 @@ def _sample(here: Folder, seed: int) -> None:
 
 def _drawers(here: Folder, seed: int) -> dict[str, Any]:
     """The models whose answers the samples are, as marks that JSON can hold."""
-    from pasta_jax.checkpoints.workdir import checkpoint_mark
+    from pasta_jax.checkpoints.about import checkpoint_mark
 
     marks = {name: checkpoint_mark(here.model(seed, name)) for name in ("pasta", "baseline")}
     return dict(json.loads(json.dumps(marks)))
@@ -264,7 +264,7 @@ def _prefer(here: Folder, seed: int, weight: float, count: int, efficiency: str 
 
 def _time(plan: Plan, here: Folder, seed: int) -> None:
     """All the systems of the main comparison, taking turns at each prompt."""
-    from pasta_jax.checkpoints.workdir import checkpoint_mark
+    from pasta_jax.checkpoints.about import checkpoint_mark
     from pasta_jax.decoding.engine import Decoder
     from pasta_jax.evaluate.systems import LIMITS, decoding, evaluate, skeleton_of_thought
     from pasta_jax.loading import load
@@ -449,7 +449,7 @@ def about_this(plan: Plan, workdir: str) -> dict[str, Any]:
     """Where and how it was run."""
     import jax
 
-    from pasta_jax.checkpoints.workdir import versions
+    from pasta_jax.checkpoints.about import versions
 
     seconds = [_seconds(workdir, cell) for cell in cells(plan, workdir)]
     return {

@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from pasta_jax import config as config_lib
 from pasta_jax import sharding
 from pasta_jax.arrays import Array, ThreadedTokens
+from pasta_jax.checkpoints.about import About, Base, CheckpointError, find, read_about, write_about
 from pasta_jax.checkpoints.fingerprint import fingerprint
-from pasta_jax.checkpoints.workdir import (
-    About,
-    Base,
-    CheckpointError,
-    Checkpoints,
-    find,
-    load_params,
-    load_parts,
-    read_about,
-    versions,
-)
+from pasta_jax.checkpoints.load import load_params, load_parts
+from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data.batches import batches, prefetch
 from pasta_jax.data.packing import real_fraction
+from pasta_jax.model.lora import Params
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
 from pasta_jax.training.losses import Scores, Sums
 from pasta_jax.training.metrics import MetricsWriter
 from pasta_jax.training.signals import Stopped, stop_requests
-from pasta_jax.training.state import Params, TrainState
+from pasta_jax.training.state import TrainState
 from pasta_jax.training.update import LossFn, Update, make_update
 
 LOG = logging.getLogger("pasta_jax")
@@ -302,18 +292,3 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
             f"model.vocab_size is {config.model.vocab_size}, the tokenizer has {ids} ids. "
             f"Set --config.model.vocab_size={ids} or more."
         )
-
-
-def write_about(workdir: str, config: Config) -> None:
-    """config.json and env.json, for the reader; resuming reads the checkpoint's own."""
-    os.makedirs(workdir, exist_ok=True)
-    device = jax.devices()[0]
-    env = {
-        "versions": versions(),
-        "devices": f"{jax.device_count()} x {device.device_kind}",
-        "processes": jax.process_count(),
-        "command": sys.argv,
-    }
-    for name, tree in (("config.json", config_lib.to_dict(config)), ("env.json", env)):
-        with open(os.path.join(workdir, name), "w", encoding="utf-8") as file:
-            json.dump(tree, file, indent=2)

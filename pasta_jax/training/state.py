@@ -11,9 +11,7 @@ import optax
 
 from pasta_jax.arrays import Array
 from pasta_jax.config import OptimizerConfig
-
-Params = Any
-"""A nested dict of arrays with stable names."""
+from pasta_jax.model.lora import Params
 
 
 @jax.tree_util.register_dataclass

@@ -15,11 +15,12 @@ from pasta_jax import sharding
 from pasta_jax.arrays import NO_TARGET, Array, ThreadedTokens
 from pasta_jax.config import Config
 from pasta_jax.model import lora as adapters
+from pasta_jax.model.lora import Params
 from pasta_jax.model.transformer import Transformer, init_params
 from pasta_jax.rounding import ceil_div
 from pasta_jax.training.losses import Scores, Sums, score
 from pasta_jax.training.microbatches import rows_sharding, sum_over_parts
-from pasta_jax.training.state import Params, TrainState, make_optimizer, make_schedule, new_state
+from pasta_jax.training.state import TrainState, make_optimizer, make_schedule, new_state
 from pasta_jax.visibility import visible
 
 LossFn: TypeAlias = Callable[[Scores, Any], Sums]

@@ -9,7 +9,8 @@ import numpy as np
 from absl import flags
 
 from pasta_jax import convert
-from pasta_jax.checkpoints.workdir import Checkpoints, load_params
+from pasta_jax.checkpoints.load import load_params
+from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.interchange.importing import Ready, Wanted, open_source, write_workdir
 from pasta_jax.interchange.origin import carry, read_origin
 from pasta_jax.interchange.writing import Exported, write_folder

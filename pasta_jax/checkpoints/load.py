@@ -1,0 +1,188 @@
+"""Loading: weights, adapters and their base, each with the shardings and dtypes that the caller asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from pasta_jax.checkpoints.about import About, Base, CheckpointError, absolute, damaged, find, read_about
+from pasta_jax.checkpoints.fingerprint import fingerprint
+from pasta_jax.model import init_params, lora
+from pasta_jax.model.lora import Params
+
+
+def load_params(
+    path: str | os.PathLike[str],
+    *,
+    shardings: Callable[[Params], Any] | None = None,
+    expected: Params | None = None,
+    base: str | os.PathLike[str] | None = None,
+    finish: Callable[[Params], Params] | None = None,
+) -> tuple[Params, About]:
+    """The weights of a checkpoint, with adapters merged into their base.
+
+    Args:
+      path: a workdir, its `checkpoints`, or one checkpoint.
+      shardings: from the tree of shapes (`jax.ShapeDtypeStruct`) to one of shardings; by default everything is
+        placed on the first device.
+      expected: a tree of shapes that the weights must have, and of the dtypes to return; by default those saved.
+      base: of adapters: where their base is now, if it has moved.
+      finish: applied to each top-level part (embed, layer_0, ...) as soon as it is read, before the next is.
+
+    Raises:
+      CheckpointError: missing, foreign, damaged, or not as expected.
+    """
+    checkpoint = find(path)
+    about = read_about(checkpoint)
+    if about.base is not None:
+        dtype = None if expected is None else jax.tree.leaves(expected)[0].dtype
+        params, trained, _ = load_parts(checkpoint, shardings=shardings, base=base)
+        if expected is not None:
+            check_shapes(checkpoint, params, expected)
+        # Not of the merged weights: sums round differently on other machines.
+        merged = fingerprint({"base": {about.base.fingerprint: np.zeros(1)}, "adapters": trained})
+        about = dataclasses.replace(about, merged=merged)
+        params = lora.merge(lora.join(params, trained), about.config.lora, dtype=dtype, donate=True)
+        return params if finish is None else _finished(params, params.pop, finish), about
+    shapes = saved_shapes(checkpoint, "params")
+    if expected is not None:
+        check_shapes(checkpoint, shapes, expected)
+        shapes = expected
+    target = _placed(shapes, shardings)
+    if finish is None:
+        return restore_arrays(checkpoint, "params", target), about
+
+    def read(name: str) -> Params:
+        return restore_arrays(checkpoint, "params", {name: target[name]}, partial=True)[name]
+
+    return _finished(target, read, finish), about
+
+
+def load_parts(
+    path: str | os.PathLike[str],
+    *,
+    shardings: Callable[[Params], Any] | None = None,
+    base: str | os.PathLike[str] | None = None,
+) -> tuple[Params, Params, About]:
+    """The base of a checkpoint of adapters, in the model's dtype, and the adapters.
+
+    Args:
+      path, shardings, base: as in `load_params`.
+
+    Raises:
+      CheckpointError: as `load_params`; the base is missing, or its fingerprint differs.
+    """
+    checkpoint, saved, about = _read_adapters(path)
+    base_path = os.fspath(base) if base else find_base(checkpoint, saved.path)
+    shapes = jax.eval_shape(functools.partial(init_params, about.config.model), jax.random.key(0))
+    params, about_base = load_params(base_path, shardings=shardings, expected=shapes)
+    check_base(checkpoint, saved, Base(base_path, about_base.merged or fingerprint(params)))
+    target = _placed(saved_shapes(checkpoint, "params"), shardings)
+    return params, restore_arrays(checkpoint, "params", target), about
+
+
+def load_adapters(path: str | os.PathLike[str]) -> tuple[Params, About]:
+    """The adapters of a checkpoint without their base, on the first device. Raises CheckpointError."""
+    checkpoint, _, about = _read_adapters(path)
+    return restore_arrays(checkpoint, "params", _placed(saved_shapes(checkpoint, "params"), None)), about
+
+
+def _read_adapters(path: str | os.PathLike[str]) -> tuple[epath.Path, Base, About]:
+    checkpoint = find(path)
+    about = read_about(checkpoint)
+    if about.base is None:
+        raise CheckpointError(f"{checkpoint} holds a whole model, not adapters.")
+    return checkpoint, about.base, about
+
+
+def find_base(checkpoint: epath.Path, path: str) -> str:
+    """Where the base of a checkpoint of adapters is.
+
+    A relative path is looked up from the current directory, then from each folder above the checkpoint.
+
+    Args:
+      checkpoint: the directory, as `find` returns it.
+      path: of the base, as the checkpoint names it.
+
+    Raises:
+      CheckpointError: in none of these.
+    """
+    candidates = [absolute(path)]
+    if "://" not in path and not os.path.isabs(os.path.expanduser(path)):
+        candidates += [parent / path for parent in checkpoint.parents]
+    for candidate in candidates:
+        if candidate.exists():
+            return os.fspath(candidate)
+    raise CheckpointError(
+        f"{checkpoint} has adapters for the weights in {path}, which is not there. Say where those are now: "
+        "base=DIRECTORY of load, --base=DIRECTORY of pasta_jax, evaluate and convert; or put a link there."
+    )
+
+
+def check_base(checkpoint: epath.Path, saved: Base, current: Base) -> None:
+    """Refuses adapters that were trained beside other weights. Raises CheckpointError."""
+    if saved.fingerprint != current.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} has adapters for other weights than those in {current.path}: it was trained beside "
+            f"what was then in {saved.path}; their fingerprints differ."
+        )
+
+
+def _finished(names: Any, part: Callable[[str], Params], finish: Callable[[Params], Params]) -> Params:
+    """The top-level parts, each passed through `finish` before the next is read."""
+    params: dict[str, Any] = {}
+    for name in [*names]:
+        params |= finish({name: part(name)})
+    return params
+
+
+def _placed(shapes: Params, shardings: Callable[[Params], Any] | None) -> Params:
+    """Shapes with shardings; by default those of the first device."""
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda _: first, shapes) if shardings is None else shardings(shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+
+
+def saved_shapes(path: epath.Path, item: str) -> Any:
+    """The tree of shapes and dtypes of an item ("params", "optimizer") of a checkpoint. Raises CheckpointError."""
+    try:
+        metadata = ocp.PyTreeCheckpointHandler().metadata(path / item)
+        tree = metadata.tree if hasattr(metadata, "tree") else metadata
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+        raise CheckpointError(damaged(path, f"{item}: {error}")) from error
+
+
+def restore_arrays(path: epath.Path, item: str, target: Any, *, partial: bool = False) -> Any:
+    """Arrays with the shapes, dtypes and shardings of `target`; with `partial` it is a part of what was saved."""
+    try:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        arguments = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path / item, args=arguments)
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+        raise CheckpointError(damaged(path, f"{item}: {error}")) from error
+
+
+def check_shapes(path: epath.Path, saved: Any, expected: Any) -> None:
+    """Refuses a checkpoint of another model. Raises CheckpointError, which names the first difference."""
+    have, want = _named_shapes(saved), _named_shapes(expected)
+    for name in [*want, *have]:
+        if have.get(name) != want.get(name):
+            raise CheckpointError(
+                f"{path} is of another model. First difference: {name} is {have.get(name, 'not there')} "
+                f"in the checkpoint, {want.get(name, 'not there')} by the config."
+            )
+
+
+def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}

@@ -1,0 +1,144 @@
+"""Saving: all that is needed to decode from a checkpoint, or to resume training bit for bit."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import os
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from pasta_jax import config as config_lib
+from pasta_jax.checkpoints.about import (
+    FORMAT,
+    FORMAT_VERSION,
+    About,
+    Base,
+    CheckpointError,
+    absolute,
+    read_about,
+    versions,
+)
+from pasta_jax.checkpoints.load import check_base, check_shapes, restore_arrays, saved_shapes
+from pasta_jax.config import Config
+from pasta_jax.model.lora import Params
+from pasta_jax.tokens.tokenizer import Tokenizer
+
+State = TypeVar("State", bound=Any)
+"""A frozen dataclass with `params`, `opt_state` and `step`, as `training.state.TrainState`."""
+
+MAY_CHANGE = ("steps", "epochs", "mesh.", "microbatches", "remat", "checkpoint.", "log.")
+"""Fields that a rerun may change without being another experiment."""
+
+
+class Checkpoints:
+    """The checkpoints of one training run. Saving runs in the background; leaving the context waits for it."""
+
+    def __init__(self, workdir: str | os.PathLike[str], config: Config, tokenizer: Tokenizer):
+        self._config, self._tokenizer = config, tokenizer
+        self.directory = absolute(workdir) / "checkpoints"
+        # Weights compress by less than a tenth, and while they are compressed Orbax holds them twice.
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, create=True),
+            item_handlers={
+                "pasta": ocp.JsonCheckpointHandler("pasta.json"),
+                "params": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
+            },
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The newest step, if any."""
+        return self._manager.latest_step()
+
+    def save(self, state: State, data_index: int, base: Base | None = None) -> None:
+        """Saves a state under its step, unless that step is saved already.
+
+        Args:
+          state: parameters, optimiser and step.
+          data_index: the document with which the next batch begins.
+          base: the weights that the parameters belong to, if those are adapters.
+        """
+        step = int(state.step)
+        if step == self.latest():
+            return
+        self._save(
+            step,
+            data_index,
+            base,
+            params=ocp.args.PyTreeSave(state.params),
+            optimizer=ocp.args.PyTreeSave(state.opt_state),
+        )
+
+    def save_weights(self, params: Params) -> None:
+        """Saves, as step 0, weights that were not trained here, to decode with or to start from."""
+        self._save(0, 0, None, params=ocp.args.PyTreeSave(params))
+
+    def _save(self, step: int, data_index: int, base: Base | None, **arrays: Any) -> None:
+        about = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "data_index": data_index,
+            "config": config_lib.to_dict(self._config),
+            "versions": versions(),
+            "tag_ids": self._tokenizer.vocabulary.tag_ids,
+            "tokenizer": base64.b64encode(self._tokenizer.to_bytes()).decode("ascii"),
+        }
+        if base:
+            about["base"] = dataclasses.asdict(base)
+        items = ocp.args.Composite(pasta=ocp.args.JsonSave(about), **arrays)
+        self._manager.save(step, args=items, force=True)
+
+    def restore(self, target: State, base: Base | None = None) -> tuple[State, About]:
+        """The newest state.
+
+        Args:
+          target: `jax.ShapeDtypeStruct`s with the shardings that the arrays should have.
+          base: the weights that training starts from now, if the parameters are adapters.
+
+        Raises:
+          CheckpointError: damaged, or of another experiment.
+        """
+        path = self.directory / str(self.latest())
+        about = read_about(path)
+        if not (path / "optimizer").exists():
+            raise CheckpointError(
+                f"{self.directory.parent} holds weights alone, of a model that was not trained there. "
+                f"Use a new --workdir; --config.init_from={self.directory.parent} starts from them."
+            )
+        changed = [
+            name
+            for name in config_lib.differences(about.config, self._config)
+            if not name.startswith(MAY_CHANGE)
+            and not (
+                about.base and name == "init_from"
+            )  # the base may have moved: its fingerprint is compared
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{self.directory.parent} already has step {about.step} of a different config "
+                f"({', '.join(changed)}). Use a new --workdir; --config.init_from starts from its weights."
+            )
+        if not about.is_of(self._tokenizer):
+            raise CheckpointError(
+                f"{path} was trained with another tokenizer than {self._config.data.tokenizer!r} is now. "
+                "Use a new --workdir."
+            )
+        if about.base and base:
+            check_base(path, about.base, base)
+        check_shapes(path, saved_shapes(path, "params"), target.params)
+        params = restore_arrays(path, "params", target.params)
+        opt_state = restore_arrays(path, "optimizer", target.opt_state)
+        step = jax.device_put(jnp.int32(about.step), target.step.sharding)
+        return dataclasses.replace(target, params=params, opt_state=opt_state, step=step), about
