@@ -1,4 +1,7 @@
-"""Packaging: lower bounds only, so that an installed jax is left alone; requirements.txt holds tested pins."""
+"""Packaging: lower bounds only, so that an installed jax is left alone.
+
+requirements.txt has the tested versions; requirements-floors.txt has these bounds as pins, to test them.
+"""
 
 import pathlib
 
@@ -12,6 +15,8 @@ setup(
     description="Learned asynchronous decoding in JAX: a model marks independent parts of its answer, and they are decoded at once.",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["pasta_jax", "pasta_jax.*"]),
     package_data={"pasta_jax": ["py.typed", "data/almanac/**"]},
@@ -21,31 +26,21 @@ setup(
         "flax>=0.12.0",
         "jax>=0.8.1",
         "ml_collections>=1.1",
+        "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
+        "protobuf>=5.26.1",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
-        "tensorflow-datasets>=4.9.10",
         "tqdm>=4.66",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.8.1"],
         "cuda": ["jax[cuda12]>=0.8.1"],
         "hf": ["huggingface_hub>=0.30", "jinja2>=3.1", "tokenizers>=0.20"],
-        "plot": ["matplotlib>=3.8"],
-        "tb": ["tensorboardX>=2.6"],
-        "wandb": ["wandb>=0.18"],
-        "test": [
-            "jinja2>=3.1",
-            "libtpu; sys_platform == 'linux'",
-            "matplotlib>=3.8",
-            "mypy>=1.14",
-            "pytest>=8",
-            "pytest-xdist>=3.6",
-            "ruff>=0.9",
-            "tokenizers>=0.20",
-        ],
+        "plot": ["matplotlib>=3.9"],
+        "tb": ["tensorboardX>=2.6.2.2"],
     },
     classifiers=[
         "Operating System :: MacOS",
