@@ -1,42 +1,98 @@
-"""Labels beside points, each where it hides least. Nothing here is random: the same points, the same labels."""
+"""How figures look, whichever command draws them: colours, axes, labels beside points, PNG files.
+
+Figures are made without pyplot: no window, no backend chosen, no setting of matplotlib changed. Nothing is
+random: the same data give the same bytes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.path import Path
     from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+DPI = 150
 
 INK = "#222222"
+PALE = "#666666"
 
-_DISTANCES = (7, 12, 19, 28, 39, 52, 68)
-"""Tried between a point and its label, in points (1/72 inch)."""
 
-_DEGREES = (45, 135, -45, -135, 90, -90, 0, 180, 22, 158, -22, -158, 68, 112, -68, -112)
-_DIRECTIONS = [(math.cos(math.radians(a)), math.sin(math.radians(a))) for a in _DEGREES]
-"""From a point to its label; the first is liked best."""
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How one kind of point is drawn. The colours are Okabe and Ito's, safe for colour-blind readers."""
 
-_MARKER = 4
-"""Points from the middle of a marker to where it ends."""
+    color: str
+    marker: str
+    line: Any = "-"
 
-_SWEEPS = 5
-"""How often each label looks for its place."""
 
-_STEP = 3
-"""Pixels between the places at which a line is felt."""
+SERIES = (
+    Look("#0072b2", "o", "-"),
+    Look("#d55e00", "^", "--"),
+    Look("#009e73", "D", "-."),
+    Look("#cc79a7", "s", ":"),
+    Look("#e69f00", "v", (0, (5, 1, 1, 1, 1, 1))),
+    Look("#56b4e9", "P", "-"),
+)
+"""Looks of a figure's lines or bars, in order of use."""
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this many inches. Raises ImportError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib. Install it: pip install -e ".[plot]"') from error
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def dress(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels the axes and gives them ticks and a grid, alike in all figures."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(x_label, fontsize=11, color=INK)
+    axes.set_ylabel(y_label, fontsize=11, color=INK)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+    axes.tick_params(labelsize=10, colors=INK)
+    axes.grid(visible=True, color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG file. It names no software version, so that the same figure gives the same bytes."""
+    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+
+
+# ---------------------------------------------------------------------------------------------------- labels
+
+_OFFSETS = [
+    (radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle)))
+    for radius in (7, 12, 19, 28, 39, 52, 68, 86)
+    for angle in (45, 135, -45, -135, 90, -90, 0, 180, 22, 158, -22, -158, 68, 112, -68, -112)
+]
+"""Offsets tried between a point and its label, in points (1/72 inch), the preferred ones first."""
+
+_NEAR = 15
+"""Points up to which a label needs no line to its point."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """Text for the point (x, y), in data coordinates."""
+    """A text for the point (x, y), in data coordinates."""
 
     x: float
     y: float
@@ -44,71 +100,54 @@ class Label:
     color: str = INK
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a label may go, in pixels.
-
-    Attributes:
-      box: float[2, 2], its lower left and upper right corner.
-      leader: float[n, 2], places along the line to its point; n is 0 if it has none.
-    """
-
-    box: np.ndarray
-    leader: np.ndarray
-
-    @property
-    def middle(self) -> np.ndarray:
-        return self.box.mean(0)
-
-
 def place(axes: Axes, labels: Sequence[Label], size: float = 9) -> list[Annotation]:
-    """Writes the labels into axes whose other contents and limits are final.
+    """Writes each label at the offset where it covers least; far from its point, with a thin line to it.
 
-    Each label tries places round its point, and takes that which covers the fewest markers, lines and other
-    labels; several times over, as the others move too. A label that is far from its point, or nearer to
-    another, gets a thin line to its own.
+    The limits and all other contents of the axes must be final.
     """
     if not labels:
         return []
     figure = cast("Figure", axes.figure)
-    figure.draw_without_rendering()  # lays out, so that data coordinates have pixels
+    figure.draw_without_rendering()  # the layout decides which pixel a point in data coordinates has
     pixel = figure.dpi / 72
-    drafts = [_write(axes, label, np.zeros(2), False, size) for label in labels]
-    extents = [np.array([box.width, box.height]) for box in (draft.get_window_extent() for draft in drafts)]
-    for draft in drafts:
-        draft.remove()
-    points = axes.transData.transform([(label.x, label.y) for label in labels])
-    markers, obstacles, weights = _drawn(axes, pixel)
-    frame = np.array([axes.bbox.p0, axes.bbox.p1])
-    chosen: list[_Place | None] = [None] * len(labels)
-    for _ in range(_SWEEPS):
-        for i, (point, extent) in enumerate(zip(points, extents)):
-            others = [place for j, place in enumerate(chosen) if j != i and place]
-            tried = _places(point, extent, markers, pixel)
-            costs = [c + _cost(place, others, frame, obstacles, weights) for c, place in tried]
-            chosen[i] = tried[int(np.argmin(costs))][1]
-    return [
-        _write(axes, label, (place.middle - point) / pixel, len(place.leader) > 0, size)
-        for label, point, place in zip(labels, points, chosen)
-        if place
-    ]
+    markers, lines = _contents(axes)
+    annotations: list[Annotation] = []
+    taken: list[Bbox] = []
+    for label in labels:
+        text = _annotate(axes, label, size)
+        start = text.get_window_extent()  # its line has no length yet
+        half = np.array([start.width, start.height]) / 2
+        shifts = [pixel * o + np.clip(1.5 * o / np.linalg.norm(o), -1, 1) * half for o in np.array(_OFFSETS)]
+        costs = []
+        for rank, (x, y) in enumerate(shifts):
+            box = start.translated(x, y).padded(pixel)
+            outside = not (axes.bbox.contains(*box.p0) and axes.bbox.contains(*box.p1))
+            covered = 10 * box.padded(3 * pixel).count_contains(markers)
+            crossed = sum(line.intersects_bbox(box, filled=False) for line in lines)
+            costs.append(0.02 * rank + covered + 3 * crossed + 500 * (box.count_overlaps(taken) + outside))
+        best = int(np.argmin(costs))
+        text.xyann = tuple(shifts[best] / pixel)
+        if text.arrow_patch is not None:
+            text.arrow_patch.set_visible(bool(np.hypot(*_OFFSETS[best]) > _NEAR))
+        taken.append(start.translated(*shifts[best]).padded(pixel))
+        annotations.append(text)
+    return annotations
 
 
-def _write(axes: Axes, label: Label, offset: np.ndarray, leader: bool, size: float) -> Annotation:
+def _annotate(axes: Axes, label: Label, size: float) -> Annotation:
+    """The label with its line, centred on its point."""
     from matplotlib import patheffects
 
     text = axes.annotate(
         label.text,
         (label.x, label.y),
-        xytext=(float(offset[0]), float(offset[1])),
+        xytext=(0, 0),
         textcoords="offset points",
         ha="center",
         va="center",
         fontsize=size,
         color=label.color,
-        arrowprops=dict(arrowstyle="-", color="#777777", linewidth=0.7, shrinkA=0, shrinkB=1)
-        if leader
-        else None,
+        arrowprops=dict(arrowstyle="-", color="#777777", linewidth=0.7, shrinkA=0, shrinkB=1),
         path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],
         zorder=5,
     )
@@ -116,80 +155,18 @@ def _write(axes: Axes, label: Label, offset: np.ndarray, leader: bool, size: flo
     return text
 
 
-def _places(
-    point: np.ndarray, extent: np.ndarray, markers: np.ndarray, pixel: float
-) -> list[tuple[float, _Place]]:
-    """Where a label of this extent may go, and what each place costs for being far or odd."""
-    found = []
-    for rank, distance in enumerate(_DISTANCES):
-        for turn, direction in enumerate(_DIRECTIONS):
-            beside = np.clip(
-                1.5 * np.array(direction), -1, 1
-            )  # on slanting ways the box's corner comes first
-            middle = point + np.array(direction) * distance * pixel + beside * extent / 2
-            box = np.array([middle - extent / 2 - pixel, middle + extent / 2 + pixel])
-            strange = _is_nearer(markers, middle, point, pixel)
-            leader = np.empty((0, 2))
-            if rank >= 2 or strange:
-                leader = _along(np.array([point, middle]))
-            found.append((4.0 * rank + 0.1 * turn + 8.0 * strange, _Place(box, leader)))
-    return found
+def _contents(axes: Axes) -> tuple[np.ndarray, list[Path]]:
+    """The markers [n, 2] and the lines that labels should not cover, in pixels."""
+    from matplotlib.path import Path
 
-
-def _cost(
-    place: _Place, others: Sequence[_Place], frame: np.ndarray, obstacles: np.ndarray, weights: np.ndarray
-) -> float:
-    """How much a place hides: obstacles, other labels, lines to these; and what of it leaves the frame."""
-    covered = weights[_inside(obstacles, place.box)].sum()
-    area = np.prod(place.box[1] - place.box[0])
-    hidden = sum(_overlap(place.box, other.box) for other in others) / area
-    crossed = sum(
-        _inside(place.leader, other.box).any() + _inside(other.leader, place.box).any() for other in others
-    )
-    outside = 1 - _overlap(place.box, frame) / area
-    return float(covered + 400 * hidden + 60 * crossed + 400 * outside)
-
-
-def _inside(places: np.ndarray, box: np.ndarray) -> np.ndarray:
-    return np.all((places > box[0]) & (places < box[1]), axis=1)
-
-
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.prod(np.clip(np.minimum(a[1], b[1]) - np.maximum(a[0], b[0]), 0, None)))
-
-
-def _is_nearer(markers: np.ndarray, middle: np.ndarray, point: np.ndarray, pixel: float) -> bool:
-    """Whether a label in the middle given would rather seem to be that of another marker."""
-    strangers = markers[np.linalg.norm(markers - point, axis=1) > pixel]
-    if not len(strangers):
-        return False
-    return bool(np.linalg.norm(strangers - middle, axis=1).min() < np.linalg.norm(point - middle))
-
-
-def _drawn(axes: Axes, pixel: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is in the axes: markers [m, 2]; pixels [n, 2] that should not be covered, and how much each matters."""
-    markers, caps, lines = [np.empty((0, 2))], [np.empty((0, 2))], [np.empty((0, 2))]
+    markers, lines = [np.empty((0, 2))], []
     for line in axes.lines:
-        corners = line.get_transform().transform(np.asarray(line.get_xydata(), float))
-        if line.get_zorder() < 1:
-            continue  # background
-        if line.get_linestyle() != "None":
-            lines.append(_along(corners))
-        else:  # small markers are the ends of intervals
-            (markers if line.get_markersize() > _MARKER else caps).append(corners)
+        path = line.get_transform().transform_path(line.get_path())
+        if line.get_linestyle() == "None":
+            markers.append(np.asarray(path.vertices, float))  # the ends of error bars too
+        elif line.get_zorder() >= 1:  # what lies lower is background
+            lines.append(path)
     for collection in axes.collections:
         for segment in getattr(collection, "get_segments", list)():
-            lines.append(_along(axes.transData.transform(segment)))
-    middles = np.concatenate(markers)
-    disc = np.array([(0.0, 0.0), *_DIRECTIONS]) * _MARKER * pixel
-    discs = (middles[:, None] + disc).reshape(-1, 2)
-    felt = [discs, np.concatenate(caps), np.concatenate(lines)]
-    return middles, np.concatenate(felt), np.repeat([4.0, 10.0, 2.0], [len(places) for places in felt])
-
-
-def _along(corners: np.ndarray) -> np.ndarray:
-    """Pixels along a line, _STEP apart."""
-    pieces = [np.empty((0, 2))]
-    for start, end in itertools.pairwise(corners):
-        pieces.append(np.linspace(start, end, 2 + int(np.linalg.norm(end - start) // _STEP)))
-    return np.concatenate(pieces)
+            lines.append(Path(axes.transData.transform(segment)))
+    return np.concatenate(markers), lines

@@ -6,12 +6,13 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
-from pasta_jax.decoding.results import DecodeResult
-from pasta_jax.decoding.streaming import Draft, Event
+if TYPE_CHECKING:  # tables need no jax
+    from pasta_jax.decoding.results import DecodeResult
+    from pasta_jax.decoding.streaming import Draft, Event
 from pasta_jax.rounding import ceil_div
 
 ERASE, SAVE, RESTORE, FAINT, PLAIN = "\x1b[K", "\x1b7", "\x1b8", "\x1b[2m", "\x1b[0m"
@@ -25,6 +26,8 @@ def printer(out: TextIO, *, live: bool) -> Callable[[Event], None]:
       out: where to.
       live: it is a terminal; what comes after the settled text stands behind it, faint, as far as the line goes.
     """
+    from pasta_jax.decoding.streaming import Draft
+
     draft, shown = Draft(), 0
 
     def write(event: Event) -> None:

@@ -17,6 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from pasta_jax import figures
 from pasta_jax.figures import Label, place
 from pasta_jax.reproduce import page, paper, plots
 from pasta_jax.reproduce import results as pick
@@ -184,7 +185,7 @@ def test_every_figure_of_every_result(draw, results, tmp_path):
     data = (tmp_path / "figure.png").read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     figure = DRAW[draw](results)
-    size = tuple(round(plots.DPI * inches) for inches in figure.get_size_inches())
+    size = tuple(round(figures.DPI * inches) for inches in figure.get_size_inches())
     assert struct.unpack(">II", data[16:24]) == size
     figure.draw_without_rendering()
     panels: list[Any] = figure.axes

@@ -9,8 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pasta_jax.figures import INK
-from pasta_jax.reproduce.plots import PALE, SERIES, Look, dress, new_figure, save
+from pasta_jax.figures import INK, PALE, SERIES, Look, dress, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

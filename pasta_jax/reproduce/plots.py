@@ -6,14 +6,13 @@ pyplot: no window, no backend chosen, no setting of matplotlib changed.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pasta_jax.figures import INK, Label, place
+from pasta_jax.figures import INK, PALE, SERIES, Label, Look, dress, new_figure, place, save
 from pasta_jax.reproduce import results as pick
 from pasta_jax.reproduce.results import Estimate, Result, weight_label
 
@@ -21,24 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 150
 BASELINE = 1.0, 50.0
 """Speed (x) and win rate (%) of Baseline-SFT, with which all others are compared: not measured, so it is."""
-
-PALE = "#666666"
 
 WIN_RATE = "Win rate against Baseline-SFT (%)"
 THEORETICAL = "Theoretical speedup"
 REALIZED = "Realized speedup"
-
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """How one kind of point is drawn; colours are Okabe and Ito's, which the colour-blind can tell apart."""
-
-    color: str
-    marker: str
-    line: Any = "-"
 
 
 METHODS = {
@@ -48,16 +35,6 @@ METHODS = {
     "APAR": Look("#d55e00", "^"),
     "SoT": Look("#009e73", "D"),
 }
-
-SERIES = (
-    Look("#0072b2", "o", "-"),
-    Look("#d55e00", "^", "--"),
-    Look("#009e73", "D", "-."),
-    Look("#cc79a7", "s", ":"),
-    Look("#e69f00", "v", (0, (5, 1, 1, 1, 1, 1))),
-    Look("#56b4e9", "P", "-"),
-)
-"""For lines that are no method: lambdas, efficiency terms."""
 
 
 def frontier(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
@@ -226,25 +203,6 @@ def draw_families(results: Sequence[Result], weight: float | None = None) -> Fig
     return figure
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty one, so many inches wide and high. Raises ImportError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib. Install it: pip install 'pasta_jax[plot]'") from error
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """As a PNG."""
-    figure.savefig(
-        path, format="png", dpi=DPI, metadata={"Software": None}
-    )  # the same figure, the same bytes
-
-
 def _measured(
     shown: Iterable[Result], speed: Callable[[Result], Estimate | None]
 ) -> list[tuple[Result, Estimate]]:
@@ -322,19 +280,6 @@ def _dress_scatter(axes: Axes, x_label: str, y_label: str) -> None:
     axes.xaxis.set_major_formatter("{x:.4g}x")
     for line in (axes.axvline(BASELINE[0]), axes.axhline(BASELINE[1])):
         line.set(color=PALE, linewidth=0.8, linestyle=":", zorder=0.9)
-
-
-def dress(axes: Axes, x_label: str, y_label: str) -> None:
-    """Labels, ticks and a grid, as all figures have them."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel(x_label, fontsize=11, color=INK)
-    axes.set_ylabel(y_label, fontsize=11, color=INK)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
-    axes.tick_params(labelsize=10, colors=INK)
-    axes.grid(visible=True, color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _legend(figure: Figure, panels: Iterable[Axes], title: str | None = None) -> None:
