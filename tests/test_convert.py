@@ -216,7 +216,7 @@ def test_vision_models_are_left_out(tmp_path: pathlib.Path) -> None:
         "model_type": "gemma3",
         "text_config": {key: value for key, value in text.items() if key != "architectures"},
     }
-    from hf_folders import random_tensors
+    from tests.helpers.hf_folders import random_tensors
 
     tensors = random_tensors(config, prefix)
     tensors["vision_tower.vision_model.post_layernorm.weight"] = np.ones(3, np.float32)
