@@ -1,4 +1,4 @@
-"""Law 11: every command in the README runs, in the order in which a reader would run them, on fewer steps."""
+"""Law 11: every command of README.md and docs/usage.md runs, in the order of a reader, on fewer steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "docs/usage.md")
+TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
 SHORTER = {
     "pasta_jax.train": ["--config.steps=2", "--config.data.rows=2"],
@@ -30,7 +31,7 @@ SHORTER = {
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -84,7 +85,7 @@ def test_every_command(workspace):
         else:
             assert command[:2] == ["pip", "install"], f"what is this command? {command}"
             assert all((ROOT / part).exists() for part in command if part.endswith(".txt"))
-    assert ran >= 7, "the README lost its commands"
+    assert ran >= 7, "the pages lost their commands"
 
 
 def _demo_model(workspace: Path) -> None:

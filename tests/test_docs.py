@@ -1,0 +1,66 @@
+"""The documents agree with each other, with the code, and with what a run has written."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the tables in `text`, rules left out."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and not set(line) <= set("|:- ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def marked(page: str, name: str) -> str:
+    """What stands between the markers that say: made by the demo."""
+    [part] = re.findall(rf"<!-- demo: {name} -->\n(.*?)<!-- /demo: {name} -->", TEXTS[page], re.DOTALL)
+    return part
+
+
+def test_the_table_of_the_readme_is_that_of_the_run() -> None:
+    run, readme = rows(marked("docs/demo.md", "families")), rows(marked("README.md", "table"))
+    overall = {row[0]: dict(zip(run[0], row, strict=True)) for row in run if row[1] == "overall"}
+    shown = {row[0]: dict(zip(readme[0], row, strict=True)) for row in readme[1:]}
+    baseline = shown.pop("sequential baseline")
+    assert shown.keys() == overall.keys()
+    for name, row in shown.items():
+        assert row == {column: overall[name][column] for column in readme[0]}
+        assert baseline["truth"] == overall[name]["truth: baseline"]
+    assert [baseline[c] for c in ("win rate", "theoretical", "realized")] == ["50.0 %", "1.00x", "1.00x"]
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXTS[page]):
+        if not link.startswith("http"):
+            assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
+
+
+def test_what_the_code_cites_exists() -> None:
+    """Sections and laws of docs/design.md are headings and a list; decisions are the list of section 4."""
+    design = TEXTS["docs/design.md"]
+    sections = {int(number) for number in re.findall(r"^## (\d+)\.", design, re.MULTILINE)}
+    assert sections == set(range(1, 14))
+    for number, least in ((4, 10), (12, 11)):
+        part = design.split(f"\n## {number}.")[1].split("\n## ")[0]
+        items = [int(number) for number in re.findall(r"^(\d+)\. \*\*", part, re.MULTILINE)]
+        assert items == list(range(1, least + 1))
+    for file in [*(ROOT / "pasta_jax").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        source = file.read_text(encoding="utf-8")
+        cited = re.findall(r"docs/(\w[\w-]*\.md)", source)
+        assert all(f"docs/{name}" in TEXTS for name in cited), f"{file.name} cites {cited}"
+        for kind, number in re.findall(r"docs/design\.md,? (section|decision)s? (\d+)", source):
+            assert int(number) <= {"section": 13, "decision": 10}[kind], f"{file.name}: {kind} {number}"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_prose_is_wrapped(page: str) -> None:
+    prose = re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL).splitlines()
+    long = [line for line in prose if len(line) > 116 and not line.startswith("|") and " " in line.strip("`")]
+    assert not [line for line in long if not re.fullmatch(r"`[^`]*`\S*.{0,40}", line)], page
+    assert len(TEXTS["README.md"].splitlines()) <= 160, "the README is one page; the rest is in docs/"
