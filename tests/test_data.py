@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -71,7 +72,8 @@ def test_records_and_every_kind_of_fault(tmp_path: pathlib.Path) -> None:
     assert [e.line for e in examples] == [1, 10]
     assert examples[0].prompt == "Rivers?"
     assert [p.topic for p in examples[1].program.promises()] == ["rivers"]
-    places = [(3, 14), (4, 17), (5, None), (6, None), (7, None), (8, None), (9, None)]
+    comma = 15 if sys.version_info >= (3, 13) else 17  # where json reports a trailing comma
+    places = [(3, 14), (4, comma), (5, None), (6, None), (7, None), (8, None), (9, None)]
     assert [(p.line, p.column) for p in problems] == places
     said = [str(p) for p in problems]
     assert said[0] == f"{file} line 3, column 14: byte 0xff is not UTF-8. Save the file as UTF-8."
