@@ -25,7 +25,6 @@ setup(
         "etils[epath]>=1.9",
         "flax>=0.12.0",
         "jax>=0.8.1",
-        "ml_collections>=1.1",
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.5",

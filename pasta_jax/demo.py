@@ -16,13 +16,13 @@ from pathlib import Path
 from absl import app, flags
 
 from pasta_jax import train
-from pasta_jax.config import load_config
 from pasta_jax.decoding.engine import Model
 from pasta_jax.evaluate import __main__ as evaluate
+from pasta_jax.overrides import load_config
 from pasta_jax.verbs import refuse, show_log
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-CONFIG, PREFERENCE = CONFIGS / "tiny.py", CONFIGS / "tiny_preference.py"
+CONFIG = CONFIGS / "tiny.py"
 
 STAGES = {
     "base": "the base model, on facts as plain text and plain instructions",
@@ -55,13 +55,13 @@ def main(argv: Sequence[str]) -> None:
         "4/5  One round of preference optimisation, PASTA-BoN: PASTA-SFT's answers, sampled, scored and paired",
         begun,
     )
-    wishes = [
+    overrides = [
         f"init_from={paths['pasta']}",
         f"preference.baseline={paths['baseline']}",
         "preference.rounds=1",
         "preference.prompts_per_round=192",
     ]
-    train.run(load_config(str(PREFERENCE), wishes), paths["bon"])
+    train.run(load_config(f"{CONFIG}:preference", overrides), paths["bon"])
 
     say(f"5/5  Evaluating on {flags.FLAGS.prompts} held-out prompts, each decoded twice at batch 1", begun)
     tests = {"PASTA-SFT": paths["pasta"], "PASTA-BoN": paths["bon"]}

@@ -20,7 +20,7 @@ from pasta_jax.arrays import NO_TARGET
 from pasta_jax.baselines import apar
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.checkpoints.save import Checkpoints
-from pasta_jax.config import DataConfig, differences, load_config
+from pasta_jax.config import DataConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac import Section
 from pasta_jax.data.almanac.facts import KIND_OF
@@ -37,6 +37,7 @@ from pasta_jax.lang.parse import ParseError, parse, parse_lenient
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined, render
 from pasta_jax.model import ModelConfig, init_params
+from pasta_jax.overrides import differences, load_config
 from pasta_jax.testing import WordTokenizer, random_program
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.layout import LayoutError, layout, layout_example

@@ -1,24 +1,24 @@
 """Configurations: strict, and every refusal says what to write instead."""
 
 import dataclasses
-import inspect
 import json
 import pathlib
 
 import pytest
 
-from pasta_jax import config as config_lib
-from pasta_jax.config import Config, ConfigError, DataConfig, load_config
+from pasta_jax import overrides
+from pasta_jax.config import Config, ConfigError, DataConfig
+from pasta_jax.overrides import load_config
 
 TINY = str(pathlib.Path(__file__).parents[1] / "configs" / "tiny.py")
 
 
-@pytest.mark.parametrize("variant", ["", ":base", ":baseline", ":pasta", ":apar", ":sot"])
+@pytest.mark.parametrize("variant", ["", ":base", ":baseline", ":pasta", ":apar", ":sot", ":preference"])
 def test_tiny_and_its_json(variant: str) -> None:
     config = load_config(TINY + variant)
-    tree = config_lib.to_dict(config)
-    assert config_lib.from_dict(json.loads(json.dumps(tree))) == config
-    assert config.stage == "sft"
+    tree = overrides.to_dict(config)
+    assert overrides.from_dict(json.loads(json.dumps(tree))) == config
+    assert config.stage == ("preference" if variant == ":preference" else "sft")
 
 
 def test_tiny_by_itself_mixes_facts_and_annotated_answers() -> None:
@@ -27,7 +27,7 @@ def test_tiny_by_itself_mixes_facts_and_annotated_answers() -> None:
 
 def test_both_stages_begin_like_the_first_alone() -> None:
     alone = load_config(TINY + ":pasta")
-    both = load_config(str(pathlib.Path(TINY).with_name("tiny_preference.py")) + ":both")
+    both = load_config(TINY + ":both")
     for name in ("steps", "model", "data", "optimizer"):
         assert getattr(both, name) == getattr(alone, name), name
 
@@ -43,18 +43,21 @@ def test_overrides_reach_fields_that_the_file_does_not_name() -> None:
     assert config.data.sources == (("a.jsonl", 2.0), ("b", 1.0))
 
 
-def test_what_the_file_derives_follows_an_override(tmp_path: pathlib.Path) -> None:
-    file = tmp_path / "derived.py"
+def test_a_file_of_ones_own(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "own.py"
     file.write_text(
-        "from ml_collections import ConfigDict\n"
-        "def get_config(arg=''):\n"
-        "  c = ConfigDict(dict(steps=100))\n"
-        "  c.optimizer = dict(lr=1, warmup_steps=c.get_ref('steps') // 10)\n"
-        "  return c\n"
+        "from pasta_jax.config import Config\ndef get_config(variant='a'):\n  return Config(seed=len(variant))\n"
     )
-    config = load_config(str(file), ["steps=500", "optimizer.lr=0.5"])
-    assert config.optimizer.warmup_steps == 50
-    assert config.optimizer.lr == 0.5
+    assert (load_config(str(file)).seed, load_config(f"{file}:four").seed) == (1, 4)
+    for text, message in {
+        "get_config = dict": "get_config returned dict",
+        "steps = 3": "it defines no get_config",
+        "def get_config(": "was never closed",
+        "from pasta_jax.config import Config\ndef get_config(): return Config(seed=-1)": "config.seed must be",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=f"Cannot load the configuration .*own.py: .*{message}"):
+            load_config(str(file))
 
 
 @pytest.mark.parametrize(
@@ -101,21 +104,20 @@ def test_no_such_file_or_variant() -> None:
 
 def test_json_with_an_unknown_field_is_refused() -> None:
     with pytest.raises(ConfigError, match='No config field "data.rowz". Did you mean "data.rows"'):
-        config_lib.from_dict({"data": {"rowz": 1}})
+        overrides.from_dict({"data": {"rowz": 1}})
     with pytest.raises(ConfigError, match="config.data.rows must be an int, got true"):
-        config_lib.from_dict({"data": {"rows": True}})
+        overrides.from_dict({"data": {"rows": True}})
 
 
 def test_differences_and_description() -> None:
     other = dataclasses.replace(Config(), seed=1, data=DataConfig(rows=3))
-    assert config_lib.differences(Config(), other) == ["seed", "data.rows"]
-    described = config_lib.describe(other)
+    assert overrides.differences(Config(), other) == ["seed", "data.rows"]
+    described = overrides.describe(other)
     assert "config.data.rows = 3 " in described
     assert "# B, rows of a batch" in described
 
 
-def test_no_comment_beside_a_field_is_lost() -> None:
-    """They are the documentation that --print_config shows, and are found on the field's own line only."""
-    for section in (Config(), *(x for x in vars(Config()).values() if dataclasses.is_dataclass(x))):
-        fields = inspect.getsource(type(section)).partition("def __post_init__")[0]
-        assert len(config_lib._field_docs(type(section))) == fields.count("  # "), type(section).__name__
+def test_every_override_of_a_preference_has_one_name() -> None:
+    for synonym in ("lambda", "weight"):
+        with pytest.raises(ConfigError, match='Did you mean "preference.quality_weight"'):
+            load_config(TINY, [f"preference.{synonym}=1"])

@@ -17,6 +17,7 @@ from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config, ConfigError
+from pasta_jax.experiment import resolve
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.importing import Wanted, kind_of, open_source
 from pasta_jax.interchange.origin import carry, read_origin
@@ -31,7 +32,6 @@ from pasta_jax.model.weights import hf_tensors, leaf_at
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
-from pasta_jax.train import adopted
 from pasta_jax.training.state import TrainState
 from tests.helpers import family_tokenizers
 from tests.helpers.conversion import bring_in, bring_out, load_tokenizer_rows, run, trained
@@ -93,22 +93,22 @@ def test_what_another_start_left_does_not_stay(tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "T" / "origin").exists()
 
 
-def test_training_adopts_model_and_tokenizer(tmp_path: pathlib.Path) -> None:
+def test_training_takes_model_and_tokenizer_of_the_start(tmp_path: pathlib.Path) -> None:
     """Those of what it starts from, in another dtype or chat format if asked; of its own checkpoint later."""
     write_hf_folder(tmp_path / "hf", GEMMA, tokenizer=family_tokenizers.gemma())
     bring_in(tmp_path / "hf", tmp_path / "W")
     about = read_about(tmp_path / "W" / "checkpoints" / "0")
     assert about.tokenizer().usage.chat == "plain"
-    config = Config(adopt=True, init_from=str(tmp_path / "W"))
+    config = Config(init_from=str(tmp_path / "W"))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat="gemma"))
-    found, tokenizer = adopted(config, str(tmp_path / "T"))
+    found, tokenizer = resolve(config, workdir=str(tmp_path / "T"))
     assert found.model == GEMMA and about.config.model.dtype == "bfloat16"
     assert tokenizer.vocabulary.eos != about.tokenizer().vocabulary.eos
     assert about.is_of(tokenizer), "its ids mean the same"
     with Checkpoints(tmp_path / "T", found, tokenizer) as run:
         run.save_weights({"a": np.ones(2)})
     again = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
-    assert adopted(again, str(tmp_path / "T"))[1].vocabulary == tokenizer.vocabulary
+    assert resolve(again, workdir=str(tmp_path / "T"))[1].vocabulary == tokenizer.vocabulary
 
 
 def test_training_does_not_go_on_in_an_imported_workdir(tmp_path: pathlib.Path) -> None:

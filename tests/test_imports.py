@@ -8,17 +8,18 @@ import time
 
 import pytest
 
-from pasta_jax.config import Config, load_config
+from pasta_jax.config import Config
+from pasta_jax.overrides import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "pasta_jax"
 
 LEVELS = [
-    {"lang", "arrays", "visibility", "files", "rounding"},
+    {"lang", "arrays", "visibility", "files", "fields", "rounding"},
     {"tokens", "model", "sharding", "baselines"},
-    {"config", "decoding", "data"},
+    {"config", "overrides", "decoding", "data"},
     {"checkpoints", "interchange", "terminal", "figures"},
-    {"training", "loading", "testing"},
+    {"training", "experiment", "loading", "testing"},
     {"preference"},
     {"evaluate", "benchmark", "compile", "verbs"},
 ]

@@ -198,7 +198,7 @@ def test_limits_in_words():
     with pytest.raises(LayoutError, match="topic .* takes 11 tokens; 1 to 8"):
         layout(WORDS, [2], Program((Promise("zzzzzzzzzz", 1, ()),)), Positions(), threads=3)
     with pytest.raises(ValueError, match="Use one of pred"):
-        Positions("guess")
+        Positions("guess")  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs the real responses and tokenizer in ../shared/data")

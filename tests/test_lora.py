@@ -19,9 +19,10 @@ from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.checkpoints.load import load_params, load_parts
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config, ConfigError
+from pasta_jax.experiment import with_lora_rows
 from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
 from pasta_jax.model.lora import ALIKE, join, merge, split, start
-from pasta_jax.training.loop import sft, starting_weights, with_rows
+from pasta_jax.training.loop import sft, starting_weights
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.state import TrainState, decays
 from pasta_jax.training.update import make_update
@@ -158,7 +159,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def lora_config(base: os.PathLike[str] | str) -> Config:
     lora = Lora(rank=2, targets=("q_proj", "down_proj"))
-    return dataclasses.replace(BF16, steps=4, init_from=str(base), lora=lora, param_dtype="float32")
+    config = dataclasses.replace(BF16, steps=4, init_from=str(base), lora=lora, param_dtype="float32")
+    return with_lora_rows(config, TOKENIZER)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +237,7 @@ def test_the_base_is_found_by_a_relative_path_and_told_by_what_it_is(
 def starting(config: Config) -> tuple[Any, Any, Base | None]:
     """What training with a configuration begins with; nothing is trained."""
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    config = with_rows(config, TOKENIZER)
+    config = with_lora_rows(config, TOKENIZER)
     return starting_weights(config, TOKENIZER, make_update(config, mesh, sft), mesh)
 
 

@@ -22,6 +22,7 @@ from pasta_jax.data.almanac.judge import Preference
 from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, document_order
+from pasta_jax.files import read_jsonl
 from pasta_jax.lang.parse import parse
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.preference import rounds
@@ -35,7 +36,7 @@ from pasta_jax.preference.pairs import (
     reference_logprobs,
     steps_for,
 )
-from pasta_jax.preference.sample import Prompt, Record, Sample, read_records, sample, write_records
+from pasta_jax.preference.sample import Prompt, Record, Sample, record_of, sample, write_records
 from pasta_jax.preference.score import EFFICIENCIES, Judge, combined, quality, scores
 from pasta_jax.tokens.layout import layout_example
 from pasta_jax.train import run as train
@@ -47,13 +48,15 @@ from pasta_jax.training.signals import Stopped
 # Small enough to train at once, long enough to answer something.
 MODEL = ModelConfig(vocab_size=1408, num_layers=1, model_dim=16, head_dim=8, mlp_dim=16, num_heads=2)
 LENGTH = 128
-WISHES = PreferenceConfig(prompts_per_round=3, rounds=2, samples=4, rows=8, lanes=2, lr=1e-3)
+PREFERENCE = PreferenceConfig(
+    prompts_per_round=3, rounds=2, samples=4, sampling_rows=8, sampling_lanes=2, lr=1e-3
+)
 CONFIG = Config(
     seed=3,
     steps=2,
     model=MODEL,
     data=DataConfig(rows=8, length=LENGTH),  # a row for each of the fake devices
-    preference=WISHES,
+    preference=PREFERENCE,
     checkpoint=CheckpointConfig(every_steps=0, every_minutes=0),
 )
 
@@ -65,13 +68,13 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    return rounds.prompts_of(WISHES, seed=5)
+    return rounds.prompts_of(PREFERENCE, seed=5)
 
 
 @pytest.fixture(scope="module")
 def records(model: Model, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     path = tmp_path_factory.mktemp("samples") / "samples.jsonl"
-    return sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=str(path))
+    return sample(model, model, prompts, PREFERENCE, length=LENGTH, threads=16, seed=7, path=str(path))
 
 
 def assert_same(one: list[Record], other: list[Record]) -> None:
@@ -87,7 +90,7 @@ def test_samples_differ_and_the_baseline_promises_nothing(
 ) -> None:
     assert {record.prompt for record in records} == {*prompts}
     for record in records:
-        assert len(record.samples) == WISHES.samples
+        assert len(record.samples) == PREFERENCE.samples
         assert len({answer.annotated for answer in record.samples}) > 1
         assert "<promise" not in record.baseline.annotated
         assert record.baseline.critical_path == record.baseline.output_tokens
@@ -99,16 +102,16 @@ def test_the_same_seed_draws_the_same_and_a_cut_file_is_completed(
     model: Model, prompts: list[Prompt], records: list[Record], tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "samples.jsonl"
-    first = sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=str(path))
+    first = sample(model, model, prompts, PREFERENCE, length=LENGTH, threads=16, seed=7, path=str(path))
     assert_same(first, records)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]) + lines[2][:100])  # the last line broke off
     assert_same(
-        sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=str(path)), records
+        sample(model, model, prompts, PREFERENCE, length=LENGTH, threads=16, seed=7, path=str(path)), records
     )
     assert path.read_text() == "".join(lines)
     other = sample(
-        model, model, prompts, WISHES, length=LENGTH, threads=16, seed=8, path=str(tmp_path / "other")
+        model, model, prompts, PREFERENCE, length=LENGTH, threads=16, seed=8, path=str(tmp_path / "other")
     )
     assert [r.samples[0].annotated for r in other] != [r.samples[0].annotated for r in records]
 
@@ -130,10 +133,10 @@ def test_a_signal_while_sampling_leaves_what_is_done(
 
     monkeypatch.setattr(sample_module, "_answers", interrupted)
     with pytest.raises(Stopped) as stopped:
-        sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=str(path))
+        sample(model, model, prompts, PREFERENCE, length=LENGTH, threads=16, seed=7, path=str(path))
     assert stopped.value.code == 128 + signal.SIGINT
     assert 1 <= len(path.read_text().splitlines()) < len(prompts)
-    again = sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=str(path))
+    again = sample(model, model, prompts, PREFERENCE, length=LENGTH, threads=16, seed=7, path=str(path))
     assert_same(again, records)
 
 
@@ -141,16 +144,18 @@ def test_samples_of_other_prompts_are_not_kept(
     model: Model, prompts: list[Prompt], records: list[Record], tmp_path: pathlib.Path
 ) -> None:
     path = str(tmp_path / "samples.jsonl")
-    wanted = rounds.prompts_of(WISHES, seed=6)
-    first = sample(model, model, wanted, WISHES, length=LENGTH, threads=16, seed=7, path=path)
+    wanted = rounds.prompts_of(PREFERENCE, seed=6)
+    first = sample(model, model, wanted, PREFERENCE, length=LENGTH, threads=16, seed=7, path=path)
     assert {record.prompt for record in first}.isdisjoint({record.prompt for record in records})
-    assert_same(sample(model, model, prompts, WISHES, length=LENGTH, threads=16, seed=7, path=path), records)
+    assert_same(
+        sample(model, model, prompts, PREFERENCE, length=LENGTH, threads=16, seed=7, path=path), records
+    )
 
 
 def test_records_come_back_from_a_file_as_they_were(records: list[Record], tmp_path: pathlib.Path) -> None:
     path = str(tmp_path / "records.jsonl")
     write_records(path, records)
-    back = [*read_records(path)]
+    back = read_jsonl(path, record_of)
     assert_same(back, records)
     for mine, theirs in zip(records[0].samples, back[0].samples):
         for name, array in mine.document.fields().items():
@@ -197,9 +202,9 @@ def test_scores_by_hand_and_what_lambda_does() -> None:
         samples=(made_up(right, path=10), made_up(wrong, path=5), made_up(right, path=20)),
     )
     # Right: two ties in both orders, (1 + 4/4) / (1 + 4/4) = 1. Wrong: four losses for sure, 1 / 5.
-    assert scores(record, PreferenceConfig(weight=1.0)) == [2.0 + 1.0, 4.0 + 0.2, 1.0 + 1.0]
-    assert scores(record, PreferenceConfig(weight=math.inf)) == [1.0, 0.2, 1.0]
-    fast, safe = (choose(scores(record, PreferenceConfig(weight=w))) for w in (1.0, 4.0))
+    assert scores(record, PreferenceConfig(quality_weight=1.0)) == [2.0 + 1.0, 4.0 + 0.2, 1.0 + 1.0]
+    assert scores(record, PreferenceConfig(quality_weight=math.inf)) == [1.0, 0.2, 1.0]
+    fast, safe = (choose(scores(record, PreferenceConfig(quality_weight=w))) for w in (1.0, 4.0))
     assert fast and safe
     assert (fast.better, fast.worse, safe.better, safe.worse) == (1, 2, 0, 1)
 
@@ -211,8 +216,10 @@ def test_reference_log_probabilities_are_those_of_decoding(model: Model, prompts
     """Law 2: what was recorded of a token when it was sampled is what the training pass finds."""
     decoder = Decoder(model, limits=Limits(2, 16, LENGTH), rows=len(prompts))
     asked = [model.tokenizer.encode_prompt(prompt.text) for prompt in prompts]
-    wish = SamplingParams(max_new_tokens=LENGTH, max_branch_tokens=20, temperature=1.0, open_bias=6.0, seed=5)
-    traces, _ = decoder.decode(asked, [wish] * len(asked))
+    sampling = SamplingParams(
+        max_new_tokens=LENGTH, max_branch_tokens=20, temperature=1.0, open_bias=6.0, seed=5
+    )
+    traces, _ = decoder.decode(asked, [sampling] * len(asked))
     assert sum(len(trace.parent) - 1 for trace in traces) > 3
     found = reference_logprobs(model, [as_document(trace) for trace in traces], rows=4, length=LENGTH)
     checked = 0
@@ -239,7 +246,7 @@ def test_reference_log_probabilities_do_not_depend_on_packing(model: Model, reco
 
 
 def scored(records: list[Record]) -> list[list[float]]:
-    return [scores(record, WISHES) for record in records]
+    return [scores(record, PREFERENCE) for record in records]
 
 
 def pairs_of(model: Model, records: list[Record], path: pathlib.Path) -> list[Pair]:
@@ -308,7 +315,7 @@ def test_both_stages(trained: pathlib.Path) -> None:
         names = {path.name for path in folder.iterdir()}
         assert names >= {"samples.jsonl", "pairs.jsonl", "reference.npz", "checkpoints", "round.json"}
         about = json.loads((folder / "round.json").read_text())
-        assert about["pairs"] + about["without_pair"] == about["prompts"] == WISHES.prompts_per_round
+        assert about["pairs"] + about["without_pair"] == about["prompts"] == PREFERENCE.prompts_per_round
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert all(math.isfinite(line["loss"]) and "margin" in line for line in metrics)
     assert "round-2" in str(find(trained / "preference"))
@@ -345,12 +352,12 @@ def test_a_workdir_of_another_experiment_is_refused(
         CONFIG,
         stage="preference",
         init_from=str(trained / "sft"),
-        preference=dataclasses.replace(WISHES, weight=1.0),
+        preference=dataclasses.replace(PREFERENCE, quality_weight=1.0),
     )
     with pytest.raises(SystemExit):
         train(other, str(workdir))
     said = capsys.readouterr().err
-    assert "another experiment: preference.weight was" in said and "and is 1.0 now" in said
+    assert "another experiment: preference.quality_weight was" in said and "and is 1.0 now" in said
 
 
 def test_configurations_that_cannot_be_meant() -> None:
@@ -359,30 +366,30 @@ def test_configurations_that_cannot_be_meant() -> None:
     with pytest.raises(ConfigError, match=r"init_from is empty.*finetuned"):
         Config(stage="preference")
     for name, value in (
-        ("weight", math.nan),
+        ("quality_weight", math.nan),
         ("temperature", 0.0),
         ("alpha", 2.0),
         ("margin", -1.0),
         ("beta", 0.0),
-        ("epochs", 0.0),
+        ("epochs_per_round", 0.0),
         ("lr", -1.0),
     ):
-        wish: dict[str, Any] = {name: value}
+        changed: dict[str, Any] = {name: value}
         with pytest.raises(ConfigError, match=rf"preference\.{name} must be .*, got {value}"):
-            Config(preference=dataclasses.replace(WISHES, **wish))
+            Config(preference=dataclasses.replace(PREFERENCE, **changed))
 
 
 def test_prompts_from_a_file(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "prompts.jsonl"
     line = {"prompt": "What is the capital of Peru?", "response": "Its capital is Lima."}
     path.write_text(json.dumps(line) + "\n")
-    wishes = dataclasses.replace(WISHES, prompts=str(path))
-    assert rounds.prompts_of(wishes, 0) == [Prompt(line["prompt"], line["response"])]
+    config = dataclasses.replace(PREFERENCE, prompts=str(path))
+    assert rounds.prompts_of(config, 0) == [Prompt(line["prompt"], line["response"])]
     path.write_text(json.dumps(line | {"prompt": "Why?"}) + "\n")
     with pytest.raises(ConfigError, match=r"almanac judges its own prompts only.*'Why\?'"):
-        rounds.prompts_of(wishes, 0)
+        rounds.prompts_of(config, 0)
     with pytest.raises(ConfigError, match=r"preference\.prompts: Cannot read"):
-        rounds.prompts_of(dataclasses.replace(WISHES, prompts=str(tmp_path / "none.jsonl")), 0)
+        rounds.prompts_of(dataclasses.replace(PREFERENCE, prompts=str(tmp_path / "none.jsonl")), 0)
 
 
 # --------------------------------------------------------------------------------------------- golden (law 7)

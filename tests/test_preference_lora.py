@@ -25,6 +25,7 @@ from pasta_jax.config import (
 from pasta_jax.data import almanac
 from pasta_jax.data.sources import make_tokenizer
 from pasta_jax.decoding.engine import Model
+from pasta_jax.experiment import resolve
 from pasta_jax.lang.parse import parse
 from pasta_jax.loading import load
 from pasta_jax.model import Lora, ModelConfig
@@ -44,7 +45,7 @@ CONFIG = Config(
     microbatches=2,
     data=DataConfig(rows=8, length=32),
     optimizer=OptimizerConfig(b1=0.0),
-    preference=PreferenceConfig(prompts_per_round=4, rounds=2, samples=2, lr=1e-2, epochs=8.0),
+    preference=PreferenceConfig(prompts_per_round=4, rounds=2, samples=2, lr=1e-2, epochs_per_round=8.0),
     mesh=MeshConfig(fsdp=4, tensor=2),
     checkpoint=CheckpointConfig(every_steps=0, every_minutes=0),
     log=LogConfig(every=1),
@@ -100,7 +101,7 @@ def test_rounds_with_adapters(
 
     monkeypatch.setattr(rounds, "train", train)
     config = dataclasses.replace(CONFIG, init_from=str(base))
-    last = rounds.run(config, str(tmp_path))
+    last = rounds.run(resolve(config)[0], str(tmp_path))
     assert last == str(tmp_path / "round-2")
     assert held == [0, 0], "the models that drew the samples are still held while training"
 

@@ -20,10 +20,11 @@ TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
 SHORTER = {
     "pasta_jax.train": ["--config.steps=2", "--config.data.rows=2"],
-    "configs/tiny_preference.py": [
-        f"--config.preference.{wish}" for wish in ("prompts_per_round=2", "samples=4", "rows=8", "rounds=1")
+    "configs/tiny.py:preference": [
+        f"--config.preference.{override}"
+        for override in ("prompts_per_round=2", "samples=4", "sampling_rows=8", "rounds=1")
     ],
-    "configs/gemma2b_sft.py": ["--config.epochs=0", "--config.data.length=256"],
+    "configs/sft.py": ["--config.epochs=0", "--config.data.length=256"],
     "pasta_jax.evaluate": ["--prompts=2"],
     "pasta_jax.demo": ["--prompts=2"],
     "pasta_jax.compile": ["--pool=256"],
@@ -76,7 +77,7 @@ def test_every_command(workspace):
             shorter = [
                 sys.executable,
                 *command[1:],
-                *(wish for name in named for wish in SHORTER.get(name, [])),
+                *(option for name in named for option in SHORTER.get(name, [])),
             ]
             if any("--ckpt=runs/demo/" in part for part in command):
                 _demo_model(workspace)

@@ -361,7 +361,7 @@ def test_every_cell_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 
     def small(config: Config) -> Config:
         data = dataclasses.replace(config.data, rows=8)
-        wishes = dataclasses.replace(config.preference, prompts_per_round=2, samples=2, rows=4)
+        wishes = dataclasses.replace(config.preference, prompts_per_round=2, samples=2, sampling_rows=4)
         return dataclasses.replace(config, steps=2, model=model, data=data, preference=wishes)
 
     monkeypatch.setattr(reproduce, "_tiny", lambda *wishes: small(tiny(*wishes)))

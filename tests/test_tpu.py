@@ -11,8 +11,9 @@ import pytest
 
 from pasta_jax import sharding
 from pasta_jax.compile import __main__ as ahead
-from pasta_jax.config import load_config
 from pasta_jax.decoding.state import Limits
+from pasta_jax.experiment import resolve
+from pasta_jax.overrides import load_config
 
 pytestmark = pytest.mark.tpu
 
@@ -64,10 +65,10 @@ def test_a_host_callback_would_be_found():
 
 def test_second_stage_with_adapters_in_parts(mesh):
     """What training runs is what is compiled: adapters, float32 masters, remat, microbatches, the reference."""
-    wishes = ["stage=preference", "init_from=sft", "lora.rank=4", "param_dtype=float32", "remat=true"]
-    wishes += ["microbatches=2", "model.dtype=bfloat16", "model.num_layers=1"]
-    config = load_config(TINY, MESH + wishes)
-    programs = ahead.lower_stages(config, mesh)
+    settings = ["stage=preference", "init_from=sft", "lora.rank=4", "param_dtype=float32", "remat=true"]
+    settings += ["microbatches=2", "model.dtype=bfloat16", "model.num_layers=1"]
+    config = load_config(TINY, MESH + settings)
+    programs = ahead.lower_stages(resolve(config, ahead=True)[0], mesh)
     assert set(programs) == {"reference", "preference"}
     for name, lowered in programs.items():
         compiled = lowered.compile()

@@ -15,11 +15,7 @@ import pytest
 
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.checkpoints.about import CheckpointError, find
-from pasta_jax.config import (
-    ConfigError,
-    LogConfig,
-    OptimizerConfig,
-)
+from pasta_jax.config import ConfigError, LogConfig, OptimizerConfig
 from pasta_jax.training import loop
 from pasta_jax.training.losses import Scores
 from pasta_jax.training.metrics import read_metrics

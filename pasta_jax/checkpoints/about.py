@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from pasta_jax import config as config_lib
+from pasta_jax import overrides
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.files import write_json
 from pasta_jax.tokens.base import TextTokenizer
@@ -112,7 +112,7 @@ def read_about(path: epath.Path) -> About:
             path=os.fspath(path),
             step=int(tree["step"]),
             data_index=int(tree["data_index"]),
-            config=config_lib.from_dict(tree["config"]),
+            config=overrides.from_dict(tree["config"]),
             tokenizer_model=base64.b64decode(tree["tokenizer"], validate=True),
             tag_ids=dict(tree["tag_ids"]),
             versions=dict(tree["versions"]),
@@ -229,5 +229,5 @@ def write_about(workdir: str, config: Config) -> None:
         "processes": jax.process_count(),
         "command": sys.argv,
     }
-    write_json(os.path.join(workdir, "config.json"), config_lib.to_dict(config))
+    write_json(os.path.join(workdir, "config.json"), overrides.to_dict(config))
     write_json(os.path.join(workdir, "env.json"), env)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from pasta_jax import config as config_lib
+from pasta_jax import overrides
 from pasta_jax.checkpoints.about import (
     FORMAT,
     FORMAT_VERSION,
@@ -90,7 +90,7 @@ class Checkpoints:
             "format_version": FORMAT_VERSION,
             "step": step,
             "data_index": data_index,
-            "config": config_lib.to_dict(self._config),
+            "config": overrides.to_dict(self._config),
             "versions": versions(),
             "tag_ids": self._tokenizer.vocabulary.tag_ids,
             "tokenizer": base64.b64encode(self._tokenizer.to_bytes()).decode("ascii"),
@@ -119,7 +119,7 @@ class Checkpoints:
             )
         changed = [
             name
-            for name in config_lib.differences(about.config, self._config)
+            for name in overrides.differences(about.config, self._config)
             if not name.startswith(MAY_CHANGE)
             and not (
                 about.base and name == "init_from"

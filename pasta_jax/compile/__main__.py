@@ -19,7 +19,8 @@ from typing import Any
 from absl import app, flags
 
 from pasta_jax.compile import hlo
-from pasta_jax.config import Config, ConfigError, load_config, split_overrides
+from pasta_jax.config import Config, ConfigError
+from pasta_jax.overrides import load_config, split_overrides
 from pasta_jax.verbs import refuse
 
 HOST_CALLS = ("callback", "outfeed", "infeed", "send-to-host", "SendToHost", "is_host_transfer=true")
@@ -46,13 +47,11 @@ def lower_train(config: Config, mesh: Any) -> Any:
     Of the second stage if config.stage says so, else of the first.
     """
     from pasta_jax import sharding
-    from pasta_jax.data.sources import make_tokenizer
     from pasta_jax.preference.rounds import stage_of
-    from pasta_jax.training.loop import SFT, with_rows
+    from pasta_jax.training.loop import SFT
     from pasta_jax.training.update import make_update
 
     stage = stage_of(config) if config.stage == "preference" else SFT
-    config = with_rows(config, make_tokenizer(config.data))
     update = make_update(config, mesh, stage.loss_fn, stage.record)
     state = sharding.abstract(update.shapes, update.shardings)
     base = sharding.abstract(update.base_shapes, update.base_shardings)
@@ -62,13 +61,13 @@ def lower_train(config: Config, mesh: Any) -> Any:
 
 def lower_stages(config: Config, mesh: Any) -> dict[str, Any]:
     """The programs of training by name, as config.stage has them."""
+    from pasta_jax.experiment import stages
+
     programs = {}
-    if config.stage != "preference":
-        programs["train"] = lower_train(dataclasses.replace(config, stage="sft"), mesh)
-    if config.stage != "sft":
-        second = dataclasses.replace(config, stage="preference", init_from=config.init_from or "sft")
-        programs["reference"] = lower_reference(second, mesh)
-        programs["preference"] = lower_train(second, mesh)
+    for stage in stages(config):
+        if stage.stage == "preference":
+            programs["reference"] = lower_reference(stage, mesh)
+        programs["train" if stage.stage == "sft" else "preference"] = lower_train(stage, mesh)
     return programs
 
 
@@ -104,7 +103,9 @@ def _batch(config: Config, record: Any) -> Any:
     return fields
 
 
-def lower_decode(config: Config, mesh: Any, limits: Any, rows: int, prompt: int = 64) -> tuple[Any, Any]:
+def lower_decode(
+    config: Config, mesh: Any, limits: Any, rows: int, prompt: int = 64, tokenizer: Any = None
+) -> tuple[Any, Any]:
     """Prefill and the decode loop, lowered for a mesh: rows over data and fsdp, heads over tensor."""
     import jax
 
@@ -120,7 +121,7 @@ def lower_decode(config: Config, mesh: Any, limits: Any, rows: int, prompt: int 
     model = Transformer(config.model)
     params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
     params = sharding.abstract(params, sharding.param_shardings(params, mesh))
-    vocabulary = make_tokenizer(config.data).vocabulary
+    vocabulary = (tokenizer or make_tokenizer(config.data)).vocabulary
     rules = rules_for(vocabulary, limits, config.data.positions, config.model.vocab_size)
     rules = sharding.abstract(rules, sharding.replicated(mesh))
     request = SamplingParams().request()
@@ -169,12 +170,14 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
         devices = topology_devices(values.topology)
         from pasta_jax import sharding
         from pasta_jax.decoding.state import Limits
+        from pasta_jax.experiment import resolve
         from pasta_jax.loading import as_asked
 
+        config, tokenizer = resolve(config, overrides=overrides, ahead=True)
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         limits = Limits(values.lanes, max(values.lanes, config.data.threads), values.pool)
         to_decode = dataclasses.replace(config, model=as_asked(config.model, None, values.quantize))
-        prefill, decode = lower_decode(to_decode, mesh, limits, values.rows)
+        prefill, decode = lower_decode(to_decode, mesh, limits, values.rows, tokenizer=tokenizer)
         programs = {**lower_stages(config, mesh), "prefill": prefill, "decode": decode}
     except (ConfigError, ValueError, RuntimeError) as error:
         refuse(str(error))

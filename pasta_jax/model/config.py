@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from pasta_jax.fields import field
+
 LayerKind = Literal["global", "local"]
 
 
@@ -13,13 +15,15 @@ class RopeScaling:
     """How rotary frequencies are stretched for longer texts; of global layers, with `rope_base`."""
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = 1.0  # by which texts are longer than those of pretraining
-    original_length: int = 8192  # of those of pretraining (llama3, yarn)
-    low_freq_factor: float = 1.0  # llama3: waves longer than original_length / this are divided by factor
-    high_freq_factor: float = 4.0  # llama3: waves shorter than original_length / this stay
-    beta_fast: float = 32.0  # yarn: frequencies with more turns in original_length stay
-    beta_slow: float = 1.0  # yarn: frequencies with fewer turns are divided by factor
-    attention_factor: float = 0.0  # yarn: of cosines and sines; 0 is 0.1 ln(factor) + 1
+    factor: float = field(1.0, "by which texts are longer than those of pretraining")
+    original_length: int = field(8192, "of those of pretraining (llama3, yarn)")
+    low_freq_factor: float = field(
+        1.0, "llama3: waves longer than original_length / this are divided by factor"
+    )
+    high_freq_factor: float = field(4.0, "llama3: waves shorter than original_length / this stay")
+    beta_fast: float = field(32.0, "yarn: frequencies with more turns in original_length stay")
+    beta_slow: float = field(1.0, "yarn: frequencies with fewer turns are divided by factor")
+    attention_factor: float = field(0.0, "yarn: of cosines and sines; 0 is 0.1 ln(factor) + 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,32 +33,40 @@ class ModelConfig:
     `model.presets` has those of published models.
     """
 
-    vocab_size: int = 1536  # V
-    num_layers: int = 4  # Z
-    model_dim: int = 128  # D
-    num_heads: int = 4  # N, query heads
-    num_kv_heads: int = 1  # K, key and value heads; divides N
-    head_dim: int = 32  # H
-    mlp_dim: int = 512  # F
+    vocab_size: int = field(1536, "V")
+    num_layers: int = field(4, "Z")
+    model_dim: int = field(128, "D")
+    num_heads: int = field(4, "N, query heads")
+    num_kv_heads: int = field(1, "K, key and value heads; divides N")
+    head_dim: int = field(32, "H")
+    mlp_dim: int = field(512, "F")
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6
-    activation: Literal["gelu_tanh", "silu"] = "gelu_tanh"  # of the gated MLP: Gemma's, or Llama's
-    norm_offset: float = 1.0  # Gemma's RMSNorm multiplies by (offset + scale)
-    post_norms: bool = False  # Gemma 2 and 3 also norm what attention and MLP add to the residual stream
-    qk_norm: bool = False  # Gemma 3 and Qwen 3 norm each head's queries and keys, before rotary positions
-    qkv_bias: bool = False  # Qwen 2.5
-    query_scale: float = 0.0  # scores are divided by its root; 0 is head_dim
-    attn_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0 is off (Gemma 2: 50)
-    final_softcap: float = 0.0  # likewise logits (Gemma 2: 30)
-    sliding_window: int = 0  # local layers see keys at positions above their own less this
-    layer_kinds: tuple[LayerKind, ...] = ("global",)  # of layer 0, 1, ...; repeated until the last layer
-    local_rope_base: float = 0.0  # rope_base of local layers, which have no scaling; 0 is as global ones
-    embed_scale: bool = True  # Gemma multiplies embeddings by sqrt(D)
+    activation: Literal["gelu_tanh", "silu"] = field("gelu_tanh", "of the gated MLP: Gemma's, or Llama's")
+    norm_offset: float = field(1.0, "Gemma's RMSNorm multiplies by (offset + scale)")
+    post_norms: bool = field(
+        False, "Gemma 2 and 3 also norm what attention and MLP add to the residual stream"
+    )
+    qk_norm: bool = field(
+        False, "Gemma 3 and Qwen 3 norm each head's queries and keys, before rotary positions"
+    )
+    qkv_bias: bool = field(False, "Qwen 2.5")
+    query_scale: float = field(0.0, "scores are divided by its root; 0 is head_dim")
+    attn_softcap: float = field(0.0, "scores become cap * tanh(score / cap); 0 is off (Gemma 2: 50)")
+    final_softcap: float = field(0.0, "likewise logits (Gemma 2: 30)")
+    sliding_window: int = field(0, "local layers see keys at positions above their own less this")
+    layer_kinds: tuple[LayerKind, ...] = field(
+        ("global",), "of layer 0, 1, ...; repeated until the last layer"
+    )
+    local_rope_base: float = field(
+        0.0, "rope_base of local layers, which have no scaling; 0 is as global ones"
+    )
+    embed_scale: bool = field(True, "Gemma multiplies embeddings by sqrt(D)")
     tie_embeddings: bool = True
-    dtype: str = "float32"  # of parameters and compute; softmax, norms and logits are float32 always
-    weights: Literal["plain", "int8", "transposed"] = "plain"  # the others are for decoding
-    fused_qkv: bool = False  # queries, keys and values by one matrix: for decoding
+    dtype: str = field("float32", "of parameters and compute; softmax, norms and logits are float32 always")
+    weights: Literal["plain", "int8", "transposed"] = field("plain", "the others are for decoding")
+    fused_qkv: bool = field(False, "queries, keys and values by one matrix: for decoding")
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -83,10 +95,12 @@ DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 class Lora:
     """Low-rank adapters beside frozen weights: y = x w + (alpha / rank) (x a) b (Hu et al. 2021)."""
 
-    rank: int = 0  # R; 0 is no adapters
+    rank: int = field(0, "R; 0 is no adapters")
     alpha: float = 16.0
-    targets: tuple[str, ...] = DENSE  # the matrices that get adapters
-    rows: tuple[int, ...] = ()  # vocabulary ids whose embedding is trained in full, as those of tags must be
+    targets: tuple[str, ...] = field(DENSE, "the matrices that get adapters")
+    rows: tuple[int, ...] = field(
+        (), "vocabulary ids whose embedding is trained in full, as those of tags must be"
+    )
 
     def __post_init__(self) -> None:
         if self.rank < 0:

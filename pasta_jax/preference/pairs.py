@@ -1,4 +1,4 @@
-"""Pairs: of each prompt's samples the best and the worst, as documents to learn from."""
+"""Pairs: the best and the worst of each prompt's samples, as documents to train on."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def choose(values: Sequence[float]) -> Choice | None:
 
 
 def choose_all(
-    records: Sequence[Record], scored: Sequence[Sequence[float]], length: int
+    records: Sequence[Record], scores: Sequence[Sequence[float]], length: int
 ) -> list[Choice | None]:
-    """Of each record, by its samples' scores; a pair of which an answer is longer than `length` is none."""
-    choices = [choose(values) for values in scored]
+    """The choice of each record by its samples' scores; None if an answer of the pair is longer than `length`."""
+    choices = [choose(values) for values in scores]
 
     def fits(record: Record, choice: Choice) -> bool:
         return all(len(record.samples[i].document) <= length for i in choice[:2])
@@ -80,14 +80,14 @@ def make_pairs(
     path: str,
     parts: int = 1,
 ) -> list[Pair]:
-    """The chosen answers with their log-probabilities under the reference, which `path` keeps (NPZ).
+    """The chosen answers with their log-probabilities under the reference, cached in `path` (NPZ).
 
     Args:
-      records: one a prompt.
+      records: one for each prompt.
       choices: of each record.
       reference: the model that drew the samples.
-      rows, length, parts: of the batches in which it reads them, and the microbatches of those.
-      path: read if it is there and of the same tokens, else written.
+      rows, length, parts: of the batches of the forward pass, and their number of microbatches.
+      path: read if it exists and has the same tokens, else written.
     """
     documents = [
         record.samples[i].document
@@ -98,7 +98,7 @@ def make_pairs(
     if not documents:
         return []
     token = np.concatenate([document.token for document in documents])
-    logprob = _kept(path, token)
+    logprob = _cached(path, token)
     if logprob is None:
         logprob = np.concatenate(reference_logprobs(reference, documents, rows, length, parts))
         with replacing(path, "wb") as file:
@@ -108,11 +108,11 @@ def make_pairs(
         PairedTokens(**document.fields(), pair=np.full(len(document), sign, np.int32), reference=logprob)
         for document, logprob, sign in zip(documents, logprobs, [1, -1] * (len(documents) // 2), strict=True)
     ]
-    return [Pair(*both) for both in zip(paired[::2], paired[1::2], strict=True)]
+    return [Pair(better, worse) for better, worse in zip(paired[::2], paired[1::2], strict=True)]
 
 
-def _kept(path: str, token: np.ndarray) -> np.ndarray | None:
-    """Log-probabilities that an earlier run left for the same tokens."""
+def _cached(path: str, token: np.ndarray) -> np.ndarray | None:
+    """Log-probabilities that an earlier run cached for the same tokens."""
     if os.path.exists(path):
         with np.load(path) as file:
             if "token" in file and np.array_equal(file["token"], token):
@@ -121,21 +121,21 @@ def _kept(path: str, token: np.ndarray) -> np.ndarray | None:
 
 
 def reference_pass(config: ModelConfig, mesh: Any, parts: int = 1) -> Any:
-    """Jitted: parameters and the fields of a batch to the log-probability of each target, float32 [B, L].
+    """A jitted function of parameters and a batch's fields: the log-probability of each target, float32 [B, L].
 
     Args:
       config: of the model.
-      mesh: on which its parameters lie; None is one device.
-      parts: microbatches, so that logits are held for one at a time.
+      mesh: of its parameters; None is one device.
+      parts: microbatches, so that the logits of one are held at a time.
     """
     transformer = Transformer(config)
 
     def forward(params: Any, fields: dict[str, Array]) -> Array:
-        def of_part(part: dict[str, Array]) -> Array:
+        def part_logprobs(part: dict[str, Array]) -> Array:
             batch = ThreadedTokens(**part)
             return scores_of(transformer, params, batch).logprob
 
-        return map_parts(of_part, fields, parts, mesh)
+        return map_parts(part_logprobs, fields, parts, mesh)
 
     return jax.jit(forward, out_shardings=None if mesh is None else replicated(mesh))
 
@@ -143,35 +143,35 @@ def reference_pass(config: ModelConfig, mesh: Any, parts: int = 1) -> Any:
 def reference_logprobs(
     model: Model, documents: Sequence[ThreadedTokens], rows: int, length: int, parts: int = 1
 ) -> list[np.ndarray]:
-    """Log-probability of each token's target, 0 without one: float32 [n] a document, in one forward pass each.
+    """The log-probability of each token's target, 0 without one: float32 [n] for each document.
 
     Raises:
-      ValueError: the mesh on which the model lies does not divide the rows of a microbatch.
+      ValueError: the model's mesh does not divide the rows of a microbatch.
     """
     forward = reference_pass(model.config, model.mesh, parts)
-    lies = rows_sharding(model.mesh, rows, parts) if model.mesh else None
-    found: list[np.ndarray] = []
+    batch_sharding = rows_sharding(model.mesh, rows, parts) if model.mesh else None
+    logprobs: list[np.ndarray] = []
     start = 0
     while start < len(documents):
         packer, end = Packer(rows, length), start
         while end < len(documents) and packer.add(documents[end]):
             end += 1
-        batch, places = packer.pack(), packer.spans()
-        logprob_BxL = np.asarray(forward(model.params, jax.device_put(batch.fields(), lies)))
-        found += [logprob_BxL[row, here] for row, here in places]
+        fields = jax.device_put(packer.pack().fields(), batch_sharding)
+        logprob_BxL = np.asarray(forward(model.params, fields))
+        logprobs += [logprob_BxL[row, span] for row, span in packer.spans()]
         start = end
-    return found
+    return logprobs
 
 
 def pair_batches(
     pairs: Sequence[Pair], index: int, rows: int, length: int, *, seed: int = 0, parts: int = 1
 ) -> Iterator[tuple[PairedTokens, int]]:
-    """Batches of whole pairs, every pair once an epoch, each epoch in another order; without end.
+    """Endless batches of whole pairs, every pair once an epoch, each epoch in another order.
 
     With microbatches both answers of a pair are in the same one; each has rows / parts rows of a batch.
 
     Yields:
-      [B, L] fields, the pairs of each microbatch numbered from 1, and the index with which the next batch begins.
+      [B, L] fields, the pairs of each microbatch numbered from 1, and the index at which the next batch begins.
     """
     while True:
         packers = [Packer(rows // parts, length) for _ in range(parts)]
@@ -181,7 +181,7 @@ def pair_batches(
             if not any(_add(packer, pair) for packer in packers):
                 break
             index += 1
-        if not packers[-1].documents:  # no room where nothing is
+        if not packers[-1].documents:  # it does not fit into an empty batch
             raise ConfigError(
                 f"A pair of {len(pair.better)} and {len(pair.worse)} tokens does not fit into {rows // parts} rows "
                 f"of {length}{f', one of {parts} microbatches' * (parts > 1)}. Raise --config.data.rows or "
@@ -193,9 +193,9 @@ def pair_batches(
 
 
 def _add(packer: Packer, pair: Pair) -> bool:
-    """Whether there was room for both."""
+    """Adds both answers of a pair, and says whether there was room."""
     number = 1 + len(packer.documents) // 2
-    return packer.add(*(_numbered(each, number) for each in (pair.better, pair.worse)))
+    return packer.add(_numbered(pair.better, number), _numbered(pair.worse, number))
 
 
 def _numbered(document: PairedTokens, number: int) -> PairedTokens:
@@ -203,7 +203,7 @@ def _numbered(document: PairedTokens, number: int) -> PairedTokens:
 
 
 def steps_for(pairs: Sequence[Pair], epochs: float, rows: int, length: int, seed: int, parts: int = 1) -> int:
-    """Batches that hold so many passes over the pairs."""
+    """The number of batches that hold `epochs` passes over the pairs."""
     steps, _ = steps_until(
         pair_batches(pairs, 0, rows, length, seed=seed, parts=parts), math.ceil(epochs * len(pairs))
     )

@@ -1,19 +1,17 @@
 """Sampling: N answers of the policy to each prompt, and one of the baseline, kept as JSONL.
 
-A line holds a prompt, the answer of the data, the baseline's greedy answer and the samples, each with its
-trace, from which alone its training document can be had back: text would not do, for a sampled text may be
-spelled with other tokens than a tokenizer would choose.
+A line holds a prompt, the reference answer, the baseline's greedy answer and the samples, each with its training
+document: text alone would not do, since a sample may spell a text with other tokens than the tokenizer chooses.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
+import itertools
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,18 +23,18 @@ from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path, document_order
-from pasta_jax.files import replacing
+from pasta_jax.files import appending, json_line, read_jsonl, write_jsonl
 from pasta_jax.training.signals import Stopped, stop_requests
 
 LOG = logging.getLogger("pasta_jax")
 
-SAY_EVERY_S = 20.0
-"""Seconds between lines on how far it is, where nobody sees a progress bar."""
+LOG_EVERY_S = 20.0
+"""Seconds between log lines on progress where no progress bar is shown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A question, and the answer that the data gives."""
+    """A prompt, and the answer that the data gives."""
 
     text: str
     reference: str
@@ -69,7 +67,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What was answered to one prompt."""
+    """All answers to one prompt."""
 
     prompt: Prompt
     baseline: Sample
@@ -87,25 +85,25 @@ def sample(
     seed: int,
     path: str,
 ) -> list[Record]:
-    """Every prompt's record, those that `path` holds already as they are, the others decoded and appended.
+    """A record for every prompt: those that `path` holds already, the others decoded and appended to it.
 
     Args:
       policy: answers N times, at `config.temperature`.
       baseline: answers once, greedily and without promises.
-      prompts: the questions.
-      config: N and the rest.
-      length: tokens that prompt and answer may take together.
-      threads: that one answer may have, main included.
-      seed: the same one draws the same samples, whatever was there before.
+      prompts: all different.
+      config: N and the other settings.
+      length: maximum tokens of prompt and answer together.
+      threads: maximum threads of an answer, main included.
+      seed: the same seed draws the same samples, however often the run was interrupted.
       path: the JSONL file.
 
     Raises:
-      Stopped: by a signal, between two groups of prompts; what was sampled is kept.
+      Stopped: on SIGTERM or Ctrl-C, between two groups of prompts; finished groups are kept.
     """
-    records = [*read_records(path)]
+    records = read_jsonl(path, record_of)
     if {record.prompt for record in records} - {*prompts}:
         records = []
-    write_records(path, records)  # a line that was cut short goes
+    write_records(path, records)  # without a broken last line
     LOG.info(
         "%d answers to each of %d prompts; %d prompts are done.", config.samples, len(prompts), len(records)
     )
@@ -114,32 +112,37 @@ def sample(
 
     def decoder(model: Model, lanes: int) -> Decoder:
         return Decoder(
-            model, limits=Limits(lanes, threads, length, model.max_depth), rows=config.rows, chunk=64
+            model,
+            limits=Limits(lanes, threads, length, model.max_depth),
+            rows=config.sampling_rows,
+            chunk=64,
         )
 
-    plain = _answers(decoder(baseline, lanes=1), prompts, [_greedy(length)] * len(prompts))
-    # Rows of a batch wait for the longest: prompts with answers of like length go together.
-    order = sorted(range(len(prompts)), key=lambda i: (plain[i].output_tokens, i))
+    baselines = _answers(decoder(baseline, lanes=1), prompts, [_greedy(length)] * len(prompts))
+    # Rows of a batch wait for the longest: prompts with answers of similar length go together.
+    order = sorted(range(len(prompts)), key=lambda i: (baselines[i].output_tokens, i))
     if [record.prompt for record in records] != [prompts[i] for i in order[: len(records)]]:
         records = []
         write_records(path, records)
-    group = max(1, config.rows // config.samples)
+    group = max(1, config.sampling_rows // config.samples)
     todo = range(len(records), len(prompts), group)
-    engine = decoder(policy, config.lanes)
-    someone_looks, said_at = sys.stderr.isatty(), time.monotonic()
-    with open(path, "a", encoding="utf-8") as file, stop_requests() as request:
-        for start in tqdm(todo, unit="group", desc="sampling", disable=not someone_looks):
-            here = order[start : start + group]
-            wishes = [
+    engine = decoder(policy, config.sampling_lanes)
+    interactive, logged_at = sys.stderr.isatty(), time.monotonic()
+    with appending(path) as file, stop_requests() as request:
+        for start in tqdm(todo, unit="group", desc="sampling", disable=not interactive):
+            members = order[start : start + group]
+            sampling = [
                 _drawn(length, config.temperature, np.random.SeedSequence([seed, i, j]))
-                for i in here
+                for i in members
                 for j in range(config.samples)
             ]
-            drawn = _answers(engine, [prompts[i] for i in here for _ in range(config.samples)], wishes)
-            for number, i in enumerate(here):
-                mine = drawn[number * config.samples : (number + 1) * config.samples]
-                records.append(Record(prompts[i], plain[i], tuple(mine)))
-                print(_to_json(records[-1]), file=file, flush=True)
+            drawn = iter(
+                _answers(engine, [prompts[i] for i in members for _ in range(config.samples)], sampling)
+            )
+            for i in members:
+                samples = tuple(itertools.islice(drawn, config.samples))
+                records.append(Record(prompts[i], baselines[i], samples))
+                file.write(json_line(dataclasses.asdict(records[-1])))
             if request.signal:
                 LOG.warning(
                     "%d of %d prompts are sampled. Run the same command again to go on.",
@@ -147,9 +150,9 @@ def sample(
                     len(prompts),
                 )
                 raise Stopped(request.signal)
-            if not someone_looks and time.monotonic() - said_at > SAY_EVERY_S:
+            if not interactive and time.monotonic() - logged_at > LOG_EVERY_S:
                 LOG.info("%d of %d prompts are sampled.", len(records), len(prompts))
-                said_at = time.monotonic()
+                logged_at = time.monotonic()
     return records
 
 
@@ -164,9 +167,9 @@ def _drawn(length: int, temperature: float, seed: np.random.SeedSequence) -> Sam
     )
 
 
-def _answers(decoder: Decoder, prompts: Sequence[Prompt], wishes: Sequence[SamplingParams]) -> list[Sample]:
+def _answers(decoder: Decoder, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[Sample]:
     tokenizer = decoder.model.tokenizer
-    traces, _ = decoder.decode([tokenizer.encode_prompt(prompt.text) for prompt in prompts], wishes)
+    traces, _ = decoder.decode([tokenizer.encode_prompt(prompt.text) for prompt in prompts], sampling)
     return [_answer(decoder.model, trace) for trace in traces]
 
 
@@ -185,32 +188,21 @@ def _answer(model: Model, trace: Trace) -> Sample:
     )
 
 
-# ------------------------------------------------------------------------------------------------- at rest
-
-
-def read_records(path: str) -> Iterator[Record]:
-    """The records of a file, up to the first line that is none, as one that was cut short."""
-    with contextlib.suppress(OSError, ValueError, KeyError), open(path, encoding="utf-8") as file:
-        for line in file:
-            tree = json.loads(line)
-            yield Record(
-                prompt=Prompt(**tree["prompt"]),
-                baseline=_answer_from(tree["baseline"]),
-                samples=tuple(_answer_from(each) for each in tree["samples"]),
-            )
+# ------------------------------------------------------------------------------------------------- on disk
 
 
 def write_records(path: str, records: Sequence[Record]) -> None:
     """Replaces the file."""
-    with replacing(path) as file:
-        file.writelines(_to_json(record) + "\n" for record in records)
+    write_jsonl(path, map(dataclasses.asdict, records))
 
 
-def _to_json(record: Record) -> str:
-    return json.dumps(dataclasses.asdict(record), ensure_ascii=False, default=lambda array: array.tolist())
+def record_of(tree: dict[str, Any]) -> Record:
+    """From a line of the file, for `files.read_jsonl`."""
+    samples = tuple(map(_sample_of, tree["samples"]))
+    return Record(Prompt(**tree["prompt"]), _sample_of(tree["baseline"]), samples)
 
 
-def _answer_from(tree: dict[str, Any]) -> Sample:
+def _sample_of(tree: dict[str, Any]) -> Sample:
     fields = {
         name: np.array(values, np.uint32 if name == "sees" else np.int32)
         for name, values in tree["document"].items()

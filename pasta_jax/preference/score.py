@@ -1,6 +1,6 @@
 """Scores: how fast an answer is, how good, and both at once (paper section 4).
 
-    score = efficiency + weight * quality
+    score = efficiency + quality_weight * quality
 
 Speed is counted in decode steps, so it does not depend on the machine. Quality comes from a judge that says
 which of two answers is better, and how sure it is.
@@ -36,7 +36,7 @@ class Judge(Protocol):
 
 
 JUDGES: dict[str, Judge] = {"almanac": almanac.compare}
-"""By their names in a configuration."""
+"""By the names of `preference.judge`."""
 
 Efficiency: TypeAlias = Callable[[float, float], float]
 
@@ -63,8 +63,8 @@ def quality(judge: Judge, prompt: str, answer: str, opponents: Iterable[str]) ->
     """Confidence in wins / confidence in losses, against each opponent in both orders.
 
     The paper does not say what becomes of an answer that never loses. Here one confident win and one
-    confident loss are added to what was found, so that the ratio is finite, and 1 against equals; a tie
-    counts half its confidence to each side.
+    confident loss are added, so that the ratio is finite, and 1 against equals; a tie counts half its confidence to
+    each side.
 
     >>> def shorter(prompt, a, b):
     ...     return Preference(None if len(a) == len(b) else int(len(b) < len(a)), 0.75)
@@ -73,27 +73,27 @@ def quality(judge: Judge, prompt: str, answer: str, opponents: Iterable[str]) ->
     """
     won = lost = 1.0
     for opponent in opponents:
-        for place, (a, b) in enumerate(((answer, opponent), (opponent, answer))):
+        for position, (a, b) in enumerate(((answer, opponent), (opponent, answer))):
             winner, confidence = judge(prompt, a, b)
-            won += confidence * (0.5 if winner is None else winner == place)
-            lost += confidence * (0.5 if winner is None else winner != place)
+            won += confidence * (0.5 if winner is None else winner == position)
+            lost += confidence * (0.5 if winner is None else winner != position)
     return won / lost
 
 
 def scores(record: Record, config: PreferenceConfig) -> list[float]:
-    """Of each sample; the opponents are the baseline's answer and that of the data."""
+    """The score of each sample; its opponents are the baseline's answer and the reference."""
     judge, efficiency = JUDGES[config.judge], EFFICIENCIES[config.efficiency]
     opponents = (record.baseline.text, record.prompt.reference)
     return [
         combined(
             efficiency(theoretical_speedup(record.baseline, answer), parallelism(answer)),
             quality(judge, record.prompt.text, answer.text, opponents),
-            config.weight,
+            config.quality_weight,
         )
         for answer in record.samples
     ]
 
 
-def combined(efficiency: float, quality: float, weight: float) -> float:
-    """Efficiency + weight * quality; quality alone if the weight is infinite."""
-    return quality if math.isinf(weight) else efficiency + weight * quality
+def combined(efficiency: float, quality: float, quality_weight: float) -> float:
+    """Efficiency + quality_weight * quality; quality alone if the weight is infinite."""
+    return quality if math.isinf(quality_weight) else efficiency + quality_weight * quality

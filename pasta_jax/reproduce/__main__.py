@@ -35,9 +35,10 @@ from typing import Any
 from absl import app, flags
 
 from pasta_jax.checkpoints.about import CheckpointError
-from pasta_jax.config import Config, ConfigError, load_config, to_dict
+from pasta_jax.config import Config, ConfigError
 from pasta_jax.evaluate.systems import Measured, read_answers
 from pasta_jax.files import replacing
+from pasta_jax.overrides import load_config, to_dict
 from pasta_jax.reproduce.claims import claims
 from pasta_jax.reproduce.measures import Found, exact_speedup, measured
 from pasta_jax.reproduce.results import Result
@@ -46,7 +47,7 @@ from pasta_jax.verbs import refuse, show_log
 LOG = logging.getLogger("pasta_jax")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY, PREFERENCE = CONFIGS / "tiny.py", CONFIGS / "tiny_preference.py"
+TINY = CONFIGS / "tiny.py"
 
 POSITIONS = {
     "Pred-1X": ("pred", 1),
@@ -197,11 +198,11 @@ def _tiny(variant: str, *wishes: str) -> Config:
 
 def _preference(here: Folder, seed: int, weight: float, rounds: int, efficiency: str = "speedup") -> Config:
     return load_config(
-        str(PREFERENCE),
+        f"{TINY}:preference",
         [
             f"init_from={here.model(seed, 'pasta')}",
             f"preference.baseline={here.model(seed, 'baseline')}",
-            f"preference.weight={weight}",
+            f"preference.quality_weight={weight}",
             f"preference.rounds={rounds}",
             f"preference.efficiency={efficiency}",
             f"seed={seed}",
@@ -416,7 +417,7 @@ def _check_same(workdir: str) -> None:
     if os.path.isdir(workdir) and (there := {*os.listdir(workdir)}) and not there & {"configs.json", "cells"}:
         raise ConfigError(f"{workdir} holds {min(there)} and more, and no reproduction. Use a new --workdir.")
     trees = {name: to_dict(_tiny(name)) for name in ("base", *SFT)}
-    trees["preference"] = to_dict(load_config(str(PREFERENCE)))
+    trees["preference"] = to_dict(load_config(f"{TINY}:preference"))
     if os.path.exists(path) or os.path.exists(os.path.join(workdir, "cells")):
         found = {}
         if os.path.exists(path):

@@ -8,12 +8,14 @@ leaves a gap or an overlap, which the model learns to live with. Visibility neve
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, get_args
+
+from pasta_jax.fields import field
 
 TAGS_OF_A_BLOCK = 2
 """`<async>` and `</async>` take a position each."""
 
-SCHEMES = ("pred", "const", "oracle", "shared")
+Scheme = Literal["pred", "const", "oracle", "shared"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +34,13 @@ class Positions:
     8
     """
 
-    scheme: str = "pred"
-    unit: int = 10
+    scheme: Scheme = field("pred", "where a thread continues after a promise: pred is tokens * unit further")
+    unit: int = field(10, "tokens; of pred and const")
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"Position scheme {self.scheme!r} is unknown. Use one of {', '.join(SCHEMES)}.")
+        if self.scheme not in get_args(Scheme):
+            known = ", ".join(get_args(Scheme))
+            raise ValueError(f"Position scheme {self.scheme!r} is unknown. Use one of {known}.")
 
     def resume(self, start: Any, tokens: Any, length: int | None = None) -> Any:
         """The position of the promising thread's next token.

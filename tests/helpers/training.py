@@ -62,7 +62,8 @@ class Counting:
 def train(workdir: pathlib.Path, config: Config = CONFIG, source: Any = None, **kwargs: Any) -> TrainState:
     devices = jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor]
     source = source or Counting()
-    return loop.train(config, source=source, tokenizer=TOKENIZER, workdir=workdir, devices=devices, **kwargs)
+    mesh = loop.training_mesh(config, devices)
+    return loop.train(config, source=source, tokenizer=TOKENIZER, workdir=workdir, mesh=mesh, **kwargs)
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -1,0 +1,37 @@
+r"""Preference optimisation of a published model after configs/sft.py: the paper's PASTA-BoN (section 4).
+
+The variant is the model, as in configs/sft.py: gemma-2b (the default), gemma-7b (the paper's), ...
+
+    python -m pasta_jax.train --config=configs/preference.py:gemma-2b --workdir=runs/gemma-2b-bon
+
+The paper's recipe: ten samples a prompt at temperature 1, two rounds, BoNBoN at 5e-7 with alpha 0.005.
+
+The paper's prompts are SlimOrca's and its judge is Gemini 1.5 Pro. A judge for such prompts is not built yet, so
+these are Almanac's, which a program judges. The opponent is the sequential model, if one is named by
+--config.preference.baseline=WORKDIR, else the model of init_from.
+
+--config.preference.quality_weight is lambda: the paper's are 1, 2, 4, 8 and inf.
+
+It was neither compiled nor run:
+python -m pasta_jax.compile --config=configs/preference.py:gemma-2b --topology=v5e:2x4 says what a chip needs.
+"""
+
+from pasta_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, PreferenceConfig
+from pasta_jax.model.presets import preset
+
+
+def get_config(variant: str = "gemma-2b") -> Config:
+    """The experiment on the published model `variant`."""
+    return Config(
+        stage="preference",
+        init_from=f"runs/{variant}-pasta",
+        model=preset(variant).config,  # for pasta_jax.compile; training takes the model of init_from
+        data=DataConfig(rows=8, length=2048, threads=32),
+        optimizer=OptimizerConfig(schedule="linear", final_lr=0.0, weight_decay=0.0),
+        preference=PreferenceConfig(
+            prompts_per_round=4096, samples=10, rounds=2, quality_weight=4.0, alpha=0.005, lr=5e-7
+        ),
+        remat=True,
+        param_dtype="float32",
+        mesh=MeshConfig(tensor=2 if variant == "gemma-7b" else 1),
+    )

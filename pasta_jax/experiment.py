@@ -1,0 +1,104 @@
+"""An experiment resolved: everything that its configuration leaves open is filled in here, and nowhere else.
+
+    resolve      model and tokenizer of the start, and the vocabulary rows that adapters train
+    with_steps   epochs as steps, by the data
+    round_of     what one round of preference optimisation trains with
+
+Training (`train`, `preference.rounds`) and compiling ahead of time (`compile`) call the same functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable
+
+from pasta_jax.checkpoints.about import find, is_started, read_about
+from pasta_jax.config import Config, ConfigError
+from pasta_jax.data.batches import Stream
+from pasta_jax.data.sources import make_tokenizer, steps_of_epochs
+from pasta_jax.tokens.tokenizer import Tokenizer
+
+INHERITED = ("model.", "data.tokenizer", "data.extend_tokenizer")
+"""Fields that come from the checkpoint in `init_from`."""
+
+
+def resolve(
+    config: Config, *, workdir: str = "", overrides: Iterable[str] = (), ahead: bool = False
+) -> tuple[Config, Tokenizer]:
+    """The configuration as it will run, and the tokenizer of the data.
+
+    With `init_from`, model and tokenizer are those of its checkpoint; only `model.dtype` stays, which says how to
+    compute. The model of a configuration file then serves to compile before there is a checkpoint.
+
+    Args:
+      config: the experiment.
+      workdir: of the run. Once it holds a checkpoint, that one is asked instead of `init_from`.
+      overrides: what the command line set, as `load_config` takes it.
+      ahead: compile only: without a checkpoint in `init_from`, the model and tokenizer are those of the file.
+
+    Raises:
+      ConfigError: an override contradicts the checkpoint.
+      CheckpointError: `init_from` holds no checkpoint.
+      TokenizerError: the tokenizer of an experiment from scratch cannot be loaded.
+    """
+    if config.init_from and not (ahead and not is_started(config.init_from)):
+        resolved, tokenizer = _inherited(
+            config, workdir if workdir and is_started(workdir) else config.init_from
+        )
+        for text in overrides:
+            path = text.partition("=")[0]
+            wanted, there = (operator.attrgetter(path)(c) for c in (config, resolved))
+            if path.startswith(INHERITED) and wanted != there:
+                raise ConfigError(
+                    f"config.{path} is {wanted!r}, but {config.init_from} has {there!r}, and training "
+                    f"starts from it. Leave --config.{path} out, or train from scratch."
+                )
+        config = resolved
+    else:
+        tokenizer = make_tokenizer(config.data)
+    return with_lora_rows(config, tokenizer), tokenizer
+
+
+def _inherited(config: Config, path: str) -> tuple[Config, Tokenizer]:
+    about = read_about(find(path))
+    tokenizer = about.tokenizer()
+    if config.data.chat != "auto":
+        tokenizer = tokenizer.with_chat(config.data.chat)
+    model = dataclasses.replace(about.config.model, dtype=config.model.dtype)
+    source = about.config.data
+    data = dataclasses.replace(
+        config.data, tokenizer=source.tokenizer, extend_tokenizer=source.extend_tokenizer
+    )
+    return dataclasses.replace(config, model=model, data=data), tokenizer.with_dialect(config.data.dialect)
+
+
+def with_lora_rows(config: Config, tokenizer: Tokenizer) -> Config:
+    """Adapters train the embeddings of the tags, which the base never learned, unless `lora.rows` names others."""
+    if not config.lora.rank or config.lora.rows:
+        return config
+    rows = tuple(sorted(tokenizer.vocabulary.tag_ids.values()))
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, rows=rows))
+
+
+def with_steps(config: Config, source: Stream) -> Config:
+    """With the steps that its epochs over the documents of `source` take, if it counts in epochs."""
+    if not config.epochs:
+        return config
+    return dataclasses.replace(config, steps=steps_of_epochs(config.data, source, config.epochs))
+
+
+def stages(config: Config) -> list[Config]:
+    """The stages of an experiment, in order; a second stage after a first starts from its workdir, "sft"."""
+    if config.stage != "both":
+        return [config]
+    first = dataclasses.replace(config, stage="sft")
+    return [first, dataclasses.replace(config, stage="preference", init_from="sft")]
+
+
+def round_of(config: Config, policy: str, steps: int) -> Config:
+    """What a round of preference optimisation trains with: from the policy, at the stage's own learning rate."""
+    optimizer = dataclasses.replace(
+        config.optimizer, lr=config.preference.lr, warmup_steps=max(1, steps // 10)
+    )
+    return dataclasses.replace(config, init_from=policy, steps=steps, optimizer=optimizer)
