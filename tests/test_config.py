@@ -121,3 +121,8 @@ def test_every_override_of_a_preference_has_one_name() -> None:
     for synonym in ("lambda", "weight"):
         with pytest.raises(ConfigError, match='Did you mean "preference.quality_weight"'):
             load_config(TINY, [f"preference.{synonym}=1"])
+
+
+def test_print_config_documents_every_field() -> None:
+    lines = overrides.describe(Config()).splitlines()
+    assert [line for line in lines if "  # " not in line] == []

@@ -112,18 +112,21 @@ def test_golden_step(tmp_path: pathlib.Path) -> None:
     )
 
 
+class Poisoned(Counting):
+    """The same; token 99, on which the losses below are not finite, comes up at step 8."""
+
+    def __getitem__(self, index: int) -> ThreadedTokens:
+        document = super().__getitem__(index)
+        if index == 180:
+            document.token[0] = 99
+        return document
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None:
     def loss_fn(scores: Scores, batch: ThreadedTokens) -> Any:
         sums = loop.sft(scores, batch)
         loss = jnp.where(jnp.any(batch.token == 99), jnp.nan, sums.values["loss"])
         return dataclasses.replace(sums, values=sums.values | {"loss": loss})
-
-    class Poisoned(Counting):
-        def __getitem__(self, index: int) -> ThreadedTokens:
-            document = super().__getitem__(index)
-            if index == 180:
-                document.token[0] = 99
-            return document
 
     # Step 8 is one that is saved; nothing else makes the loop look at it at once.
     config = dataclasses.replace(CONFIG, steps=12, log=LogConfig(every=100))
@@ -139,13 +142,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path
         inside = jnp.where(jnp.any(batch.token == 99), 0.0, 1.0)
         loss = sums.values["loss"] + jnp.sqrt(inside + 0.0 * scores.logprob.sum()) - inside
         return dataclasses.replace(sums, values=sums.values | {"loss": loss})
-
-    class Poisoned(Counting):
-        def __getitem__(self, index: int) -> ThreadedTokens:
-            document = super().__getitem__(index)
-            if index == 180:
-                document.token[0] = 99
-            return document
 
     config = dataclasses.replace(CONFIG, steps=8, log=LogConfig(every=100))
     message = r"norm of the gradient is nan at step 8; step 4 in .* is good, and is kept"

@@ -14,7 +14,7 @@ LayerKind = Literal["global", "local"]
 class RopeScaling:
     """How rotary frequencies are stretched for longer texts; of global layers, with `rope_base`."""
 
-    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    kind: Literal["none", "linear", "llama3", "yarn"] = field("none", "of the rotary scaling")
     factor: float = field(1.0, "by which texts are longer than those of pretraining")
     original_length: int = field(8192, "of those of pretraining (llama3, yarn)")
     low_freq_factor: float = field(
@@ -40,9 +40,9 @@ class ModelConfig:
     num_kv_heads: int = field(1, "K, key and value heads; divides N")
     head_dim: int = field(32, "H")
     mlp_dim: int = field(512, "F")
-    rope_base: float = 10_000.0
+    rope_base: float = field(10_000.0, "of rotary frequencies")
     rope_scaling: RopeScaling = RopeScaling()
-    norm_eps: float = 1e-6
+    norm_eps: float = field(1e-6, "added to the mean square in norms")
     activation: Literal["gelu_tanh", "silu"] = field("gelu_tanh", "of the gated MLP: Gemma's, or Llama's")
     norm_offset: float = field(1.0, "Gemma's RMSNorm multiplies by (offset + scale)")
     post_norms: bool = field(
@@ -63,7 +63,7 @@ class ModelConfig:
         0.0, "rope_base of local layers, which have no scaling; 0 is as global ones"
     )
     embed_scale: bool = field(True, "Gemma multiplies embeddings by sqrt(D)")
-    tie_embeddings: bool = True
+    tie_embeddings: bool = field(True, "the output matrix is the embedding")
     dtype: str = field("float32", "of parameters and compute; softmax, norms and logits are float32 always")
     weights: Literal["plain", "int8", "transposed"] = field("plain", "the others are for decoding")
     fused_qkv: bool = field(False, "queries, keys and values by one matrix: for decoding")
@@ -96,7 +96,7 @@ class Lora:
     """Low-rank adapters beside frozen weights: y = x w + (alpha / rank) (x a) b (Hu et al. 2021)."""
 
     rank: int = field(0, "R; 0 is no adapters")
-    alpha: float = 16.0
+    alpha: float = field(16.0, "adapters are scaled by alpha / rank")
     targets: tuple[str, ...] = field(DENSE, "the matrices that get adapters")
     rows: tuple[int, ...] = field(
         (), "vocabulary ids whose embedding is trained in full, as those of tags must be"

@@ -1,7 +1,7 @@
-"""Losses. They take arrays, not models, and return sums: those of a batch's parts add up to those of the whole.
+"""Losses take arrays, not models, and return sums: the sums of a batch's parts add up to the batch's.
 
-What a loss needs of logits is two numbers a target (`score`), so that logits of a large vocabulary need never
-be there for all tokens at once.
+A loss needs two numbers per target (`score`), not its logits, so the logits of a large vocabulary are never held
+for all tokens at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pasta_jax.arrays import NO_TARGET, Array, PairedTokens
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a model says of the target of each token."""
+    """How a model rates the target of each token."""
 
     logprob: Array  # float32 [B, L]  its log-probability, 0 where there is no target
     is_likeliest: Array  # bool [B, L]  no token is likelier; false where there is no target
@@ -38,12 +38,12 @@ def score(logits_BxLxV: Array, target_BxL: Array) -> Scores:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "count"], meta_fields=["counted"])
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """What a loss and its measurements are means of, before they are divided.
+    """Sums whose means are a loss and its measurements.
 
     Attributes:
       values: float32 sums by name, "loss" among them, over targets or pairs.
-      count: int32, how many those are.
-      counted: what they are called among the measurements.
+      count: int32, their number.
+      counted: its name among the measurements.
     """
 
     values: dict[str, Array]
@@ -51,18 +51,18 @@ class Sums:
     counted: str
 
     def mean(self) -> tuple[Array, dict[str, Array]]:
-        """The loss, and measurements: all means, and the count. Zeros where nothing was counted."""
+        """The loss, and the measurements: all means, and the count. The means are zero if nothing was counted."""
         means = {name: value * self.share for name, value in self.values.items()}
         return means["loss"], means | {self.counted: self.count}
 
     @property
     def share(self) -> Array:
-        """What each of those counted weighs in the mean."""
+        """The weight of one target or pair in the mean."""
         return 1.0 / jnp.maximum(self.count, 1)
 
 
 def sft_loss(scores: Scores, target_BxL: Array) -> Sums:
-    """Cross-entropy over the tokens that have a target, all of a batch weighing the same.
+    """Cross-entropy over the tokens that have a target, all of a batch with the same weight.
 
     Args:
       scores: of the targets, [B, L] fields.
@@ -106,12 +106,12 @@ def preference_loss(
     Returns:
       sums over pairs: loss, margin (h, nats), accuracy (h > 0), better (log-probability of the better answer).
     """
-    most = batch.token.size // 2  # pairs a batch can hold at all: two tokens each
+    max_pairs = batch.token.size // 2  # two tokens each
 
     def by_pair(value_BxL: Array, sign: int) -> Array:
         """Sums over the better (+1) or the worse (-1) answer of each pair: [pairs]."""
         pair_BxL = jnp.maximum(sign * batch.pair, 0)
-        return jax.ops.segment_sum(value_BxL.ravel(), pair_BxL.ravel(), most + 1)[1:]
+        return jax.ops.segment_sum(value_BxL.ravel(), pair_BxL.ravel(), max_pairs + 1)[1:]
 
     better, worse = by_pair(scores.logprob, +1), by_pair(scores.logprob, -1)
     h = (better - worse) - (by_pair(batch.reference, +1) - by_pair(batch.reference, -1))
@@ -126,7 +126,7 @@ def preference_loss(
         return jnp.where(real, values, 0.0).sum()
 
     values = {"loss": losses, "margin": h, "accuracy": (h > 0).astype(h.dtype), "better": better}
-    return Sums({name: total(each) for name, each in values.items()}, real.sum(), "pairs")
+    return Sums({name: total(value) for name, value in values.items()}, real.sum(), "pairs")
 
 
 def bonbon_margin(samples: int) -> float:

@@ -1,18 +1,16 @@
-"""What a run writes down: `metrics.jsonl` always, TensorBoard if asked, and a line for whoever watches."""
+"""What training logs: `metrics.jsonl` always, TensorBoard if asked, and a progress bar or log lines."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import IO, Any
 
 from tqdm import tqdm
 
-from pasta_jax.files import replacing
+from pasta_jax.files import appending, is_writer, json_line, read_jsonl, write_jsonl
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -21,15 +19,15 @@ class MetricsWriter:
     """Writes measurements by step.
 
     Args:
-      workdir: directory, which exists.
-      first_step: of this run; lines of that step and later are of a run that was cut off, and go.
+      workdir: an existing directory.
+      first_step: where this run starts; later lines, of an interrupted run, are removed.
       steps: the last step.
       tb: TensorBoard too; needs tensorboardX.
     """
 
     def __init__(self, workdir: str, *, first_step: int, steps: int, tb: bool = False):
         self._file = _open_at(os.path.join(workdir, "metrics.jsonl"), first_step)
-        self._tb = _tensorboard(workdir) if tb else None
+        self._tb = _tensorboard(workdir) if tb and is_writer() else None
         self._bar = tqdm(initial=first_step, total=steps, unit="step", disable=not sys.stderr.isatty())
 
     def __enter__(self) -> MetricsWriter:
@@ -42,45 +40,37 @@ class MetricsWriter:
             self._tb.close()
 
     def progress(self, step: int) -> None:
-        """Moves the bar, if there is one."""
+        """Moves the progress bar, if one is shown."""
         self._bar.update(step - self._bar.n)
 
     def write(self, step: int, measurements: Mapping[str, float]) -> None:
-        """One line."""
-        self._file.write(json.dumps({"step": step, **measurements}) + "\n")
-        self._file.flush()
+        """Writes one line."""
+        self._file.write(json_line({"step": step, **measurements}))
         if self._tb:
             for name, value in measurements.items():
                 self._tb.add_scalar(name, value, step)
-        said = "  ".join(f"{name} {_short(value)}" for name, value in measurements.items())
+        text = "  ".join(f"{name} {_short(value)}" for name, value in measurements.items())
         if self._bar.disable:
-            LOG.info("step %d  %s", step, said)
+            LOG.info("step %d  %s", step, text)
         else:
-            self._bar.set_postfix_str(said)
+            self._bar.set_postfix_str(text)
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a crash cut short is left out."""
-    found = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                found.append(json.loads(line))
-    return found
+    """The lines of a metrics.jsonl, up to one that a crash cut short."""
+    return read_jsonl(path, dict)
 
 
-def _open_at(path: str, first_step: int) -> TextIO:
-    kept = [m for m in read_metrics(path) if m["step"] <= first_step] if os.path.exists(path) else []
-    with replacing(path) as file:
-        file.writelines(json.dumps(m) + "\n" for m in kept)
-    return open(path, "a", encoding="utf-8")
+def _open_at(path: str, first_step: int) -> IO[str]:
+    write_jsonl(path, [line for line in read_metrics(path) if line["step"] <= first_step])
+    return appending(path)
 
 
 def _tensorboard(workdir: str) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ImportError("log.tb needs tensorboardX: pip install 'pasta_jax[tb]'.") from None
+        raise ImportError("log.tb needs tensorboardX: pip install -e '.[tb]'.") from None
     return SummaryWriter(workdir)
 
 

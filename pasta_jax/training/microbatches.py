@@ -1,4 +1,4 @@
-"""A batch worked through in parts, so that memory is needed for one: the parts' sums are those of the whole."""
+"""A batch computed in parts, to need memory for one only; the parts' sums add up to the batch's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Fields = dict[str, Array]
 
 
 def rows_sharding(mesh: Any, rows: int, parts: int) -> jax.sharding.NamedSharding:
-    """Where a batch lies of which each part is to be spread over all devices.
+    """The sharding of a batch of which each part is spread over all devices.
 
     Raises:
       ValueError: the devices do not divide the rows of a part.
@@ -27,8 +27,10 @@ def rows_sharding(mesh: Any, rows: int, parts: int) -> jax.sharding.NamedShardin
     except ValueError as error:
         if parts == 1:
             raise
-        said = f"each of {parts} microbatches has {rows // parts} of {rows} rows, over all devices: {error}"
-        raise ValueError(said) from error
+        message = (
+            f"each of {parts} microbatches has {rows // parts} of {rows} rows, over all devices: {error}"
+        )
+        raise ValueError(message) from error
 
 
 def split_rows(fields: Fields, parts: int, mesh: Any) -> Fields:
@@ -39,23 +41,23 @@ def split_rows(fields: Fields, parts: int, mesh: Any) -> Fields:
         if mesh is None:
             return value
         over_rows = sharding.batch_sharding(mesh).spec
-        lies = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *over_rows))
-        return jax.lax.with_sharding_constraint(value, lies)
+        spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *over_rows))
+        return jax.lax.with_sharding_constraint(value, spread)
 
     return jax.tree.map(split, fields)
 
 
 def sum_over_parts(
-    of_part: Callable[[Fields], T], fields: Fields, parts: int, mesh: Any, placed: Callable[[T], T]
+    of_part: Callable[[Fields], T], fields: Fields, parts: int, mesh: Any, constrain: Callable[[T], T]
 ) -> T:
-    """The sum of a function of each part; what is a fraction is added up in float32.
+    """The sum of a function over the parts; floating-point values are added up in float32.
 
     Args:
       of_part: from the fields of a part, [B / parts, L, ...], to a tree of arrays.
       fields: of the batch.
       parts: how many; with one it is the function itself.
       mesh: as in `split_rows`.
-      placed: constrains where the sums lie while they are added up.
+      constrain: sets the sharding of the sums while they are added up.
     """
     if parts == 1:
         return of_part(fields)
@@ -65,16 +67,16 @@ def sum_over_parts(
         return jnp.zeros(like.shape, jnp.float32 if jnp.issubdtype(like.dtype, jnp.floating) else like.dtype)
 
     def add(total: T, part: Fields) -> tuple[T, None]:
-        return placed(jax.tree.map(lambda a, b: (a + b).astype(a.dtype), total, of_part(part))), None
+        return constrain(jax.tree.map(lambda a, b: (a + b).astype(a.dtype), total, of_part(part))), None
 
     first = jax.tree.map(lambda value: value[0], split)
     zeros = jax.tree.map(nothing, jax.eval_shape(of_part, first))
-    return jax.lax.scan(add, placed(zeros), split)[0]
+    return jax.lax.scan(add, constrain(zeros), split)[0]
 
 
 def map_parts(of_part: Callable[[Fields], Array], fields: Fields, parts: int, mesh: Any) -> Array:
     """A function of rows, part by part: [B, ...]."""
     if parts == 1:
         return of_part(fields)
-    found = jax.lax.map(of_part, split_rows(fields, parts, mesh))
-    return found.reshape(-1, *found.shape[2:])
+    parts_of_rows = jax.lax.map(of_part, split_rows(fields, parts, mesh))
+    return parts_of_rows.reshape(-1, *parts_of_rows.shape[2:])

@@ -27,9 +27,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turns the first SIGTERM or SIGINT into a request; a second one does what it always does.
+    """Turns the first SIGTERM or SIGINT into a request; a second one has its usual effect.
 
-    Outside the main thread, where Python allows no handlers, nothing is changed.
+    Outside the main thread, where Python allows no handlers, signals keep their effect.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

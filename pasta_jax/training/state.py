@@ -1,4 +1,4 @@
-"""What training carries from step to step, and the optimiser that moves it."""
+"""The state of training, and the optimiser that updates it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pasta_jax.model.lora import Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """A plain pytree: all that an update reads and writes."""
+    """Everything that an update reads and writes; a pytree."""
 
     params: Params
     opt_state: optax.OptState
-    step: Array  # int32, how many updates were made
+    step: Array  # int32, number of updates made
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -52,13 +52,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def decays(params: Params) -> Params:
-    """True for parameters that weight decay pulls to zero: all but norms and biases, told by their names."""
+    """True for parameters that weight decay pulls to zero: all but norms and biases, by their names."""
 
-    def decays_here(path: tuple[Any, ...], _: Array) -> bool:
+    def is_decayed(path: tuple[Any, ...], _: Array) -> bool:
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         return not ("norm" in "/".join(names) or names[-1].endswith(("scale", "bias")))
 
-    return jax.tree_util.tree_map_with_path(decays_here, params)
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:

@@ -28,62 +28,62 @@ LossFn: TypeAlias = Callable[[Scores, Any], Sums]
 them."""
 
 LOGITS = 2**25
-"""Float32 logits of a row that are there at once, at most: 128 MiB."""
+"""Maximum number of float32 logits of a row held at once: 128 MiB."""
 
 
 def scores_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Scores:
-    """Of every target of a batch ([B, L] fields), all tokens fed at once.
+    """The scores of every target of a batch ([B, L] fields), all tokens fed at once.
 
-    Logits of a large vocabulary are made, and in the backward pass made again, for some tokens of each row at a
-    time: a row of 2,048 tokens has 2 GB of them in Gemma, and gradients as many.
+    Logits of a large vocabulary are computed, and recomputed in the backward pass, for some tokens of each row at a
+    time: a row of 2,048 tokens has 2 GB of them in Gemma, and gradients of the same size.
     """
     out: Any = model.apply({"params": params}, batch.token, batch.position, visible(batch, batch))
     B, L, D = out[0].shape
     size = min(L, max(1, LOGITS // model.config.vocab_size))
     count = ceil_div(L, size)
 
-    def of_some(params: Params, hidden_BxCxD: Array, target_BxC: Array) -> Scores:
+    def score_some(params: Params, hidden_BxCxD: Array, target_BxC: Array) -> Scores:
         logits: Any = model.apply({"params": params}, hidden_BxCxD, method="logits")
         return score(logits, target_BxC)
 
     if count == 1:
-        return of_some(params, out[0], batch.target)
-    # The gradients of all parts are added up in float32; what adapters stand beside has none.
+        return score_some(params, out[0], batch.target)
+    # The gradients of all parts are added up in float32; frozen weights have none.
     tables = {name: params[name] for name in ("embed", "head", "head_rows") if name in params}
     frozen, trained = adapters.split(tables) if model.lora.rank else ({}, tables)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
 
     @jax.checkpoint
-    def of_part(part: tuple[Array, Array]) -> Scores:
+    def score_part(part: tuple[Array, Array]) -> Scores:
         narrow = jax.tree.map(lambda x, like: x.astype(like.dtype), wide, trained)
-        return of_some(adapters.join(frozen, narrow), *part)
+        return score_some(adapters.join(frozen, narrow), *part)
 
-    ahead = count * size - L
-    hidden_BxLxD = jnp.pad(out[0], ((0, 0), (0, ahead), (0, 0)))
-    target_BxL = jnp.pad(batch.target, ((0, 0), (0, ahead)), constant_values=NO_TARGET)
+    padding = count * size - L
+    hidden_BxLxD = jnp.pad(out[0], ((0, 0), (0, padding), (0, 0)))
+    target_BxL = jnp.pad(batch.target, ((0, 0), (0, padding)), constant_values=NO_TARGET)
     hidden = jnp.moveaxis(hidden_BxLxD.reshape(B, count, size, D), 1, 0)
     target = jnp.moveaxis(target_BxL.reshape(B, count, size), 1, 0)
-    scores = jax.lax.map(of_part, (hidden, target))
+    scores = jax.lax.map(score_part, (hidden, target))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :L], scores)
 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """How a state is made and moved on a mesh.
+    """The compiled functions of training on a mesh, and the shapes and shardings of their arrays.
 
-    With adapters a state holds them alone, and the weights that they stand beside are the `base`; without, the
-    base is empty and the state holds all weights.
+    With adapters the state holds them alone, and the frozen weights are the `base`. Without, the base is empty and
+    the state holds all weights.
 
     Attributes:
       step: jitted: state, base and the fields of a batch ([B, L] by name) to the next state and measurements;
         the state is donated. `.lower` compiles it ahead of time, from shapes.
       shapes: of a state, `jax.ShapeDtypeStruct`s.
-      shardings: where its leaves lie.
+      shardings: of a state.
       base_shapes, base_shardings: of the base, which is in the model's dtype.
-      batch_sharding: where a batch's arrays lie.
+      batch_sharding: of a batch's arrays.
       new_params: random weights of a model without adapters, jitted.
-      new_adapters: the base to adapters that change nothing yet, jitted.
-      start: what is trained to a state before the first update, jitted.
+      new_adapters: the base to new adapters, which change nothing yet, jitted.
+      start: trained parameters to a state before the first update, jitted.
     """
 
     step: Any
@@ -104,9 +104,9 @@ def make_update(
 
     Args:
       config: sizes and the optimiser.
-      mesh: where all lies.
+      mesh: of all arrays.
       loss_fn: the loss.
-      record: what a batch is, as the loss takes it.
+      record: the class of a batch, as the loss takes it.
 
     Raises:
       ValueError: the mesh does not divide what it should.
@@ -126,15 +126,15 @@ def make_update(
     else:
         trained = jax.eval_shape(new_params)
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trained)
-    lie = sharding.param_shardings(shapes, mesh)  # the optimiser's moments have their parameters' names
-    base_lie = sharding.param_shardings(base_shapes, mesh)
-    over_rows = rows_sharding(mesh, config.data.rows, config.microbatches)
+    shardings = sharding.param_shardings(shapes, mesh)  # the optimiser's moments have their parameters' names
+    base_shardings = sharding.param_shardings(base_shapes, mesh)
+    batch_sharding = rows_sharding(mesh, config.data.rows, config.microbatches)
 
     @functools.partial(
         jax.jit,
         donate_argnums=0,
-        in_shardings=(lie, base_lie, over_rows),
-        out_shardings=(lie, sharding.replicated(mesh)),
+        in_shardings=(shardings, base_shardings, batch_sharding),
+        out_shardings=(shardings, sharding.replicated(mesh)),
     )
     def step(
         state: TrainState, base: Params, fields: dict[str, Array]
@@ -150,7 +150,7 @@ def make_update(
             fields,
             config.microbatches,
             mesh,
-            lambda both: (jax.lax.with_sharding_constraint(both[0], lie.params), both[1]),
+            lambda both: (jax.lax.with_sharding_constraint(both[0], shardings.params), both[1]),
         )
         grads = jax.tree.map(lambda g, p: (g * sums.share).astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -161,11 +161,11 @@ def make_update(
     return Update(
         step,
         shapes,
-        lie,
+        shardings,
         base_shapes,
-        base_lie,
-        over_rows,
-        jax.jit(new_params, out_shardings=lie.params),
-        jax.jit(new_adapters, out_shardings=lie.params),
-        jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=lie),
+        base_shardings,
+        batch_sharding,
+        jax.jit(new_params, out_shardings=shardings.params),
+        jax.jit(new_adapters, out_shardings=shardings.params),
+        jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=shardings),
     )
