@@ -1,0 +1,77 @@
+"""An experiment resolved: what its configuration leaves open comes from the checkpoint and the tokenizer."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from pasta_jax.checkpoints.about import CheckpointError
+from pasta_jax.checkpoints.save import Checkpoints
+from pasta_jax.config import Config, ConfigError, DataConfig
+from pasta_jax.data.sources import make_tokenizer
+from pasta_jax.experiment import resolve, round_of, stages
+from pasta_jax.model.config import Lora, ModelConfig
+from pasta_jax.overrides import override
+
+MODEL = ModelConfig(vocab_size=1408, num_layers=2, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A workdir of weights."""
+    workdir = tmp_path_factory.mktemp("start")
+    config = Config(model=MODEL)
+    with Checkpoints(workdir, config, make_tokenizer(config.data)) as run:
+        run.save_weights({"a": np.ones(2)})
+    return str(workdir)
+
+
+def test_model_and_tokenizer_are_those_of_the_start(start: str, tmp_path: pathlib.Path) -> None:
+    config = Config(init_from=start, data=DataConfig(tokenizer="elsewhere/tokenizer.model", dialect="apar"))
+    resolved, tokenizer = resolve(config)
+    assert resolved.model == dataclasses.replace(MODEL, dtype="float32"), "the dtype is the configuration's"
+    assert resolved.data == dataclasses.replace(config.data, tokenizer="almanac")
+    assert tokenizer.vocabulary.dialect == "apar"
+    with pytest.raises(CheckpointError, match="no such directory"):
+        resolve(Config(init_from=str(tmp_path / "none")))
+
+
+def test_an_override_that_contradicts_the_start_is_refused(start: str) -> None:
+    def resolved(*overrides: str) -> Config:
+        return resolve(override(Config(init_from=start), overrides), overrides=overrides)[0]
+
+    assert resolved("model.num_layers=2", "model.dtype=bfloat16", "steps=3").model == MODEL
+    for text, message in {
+        "model.num_layers=3": r"config.model.num_layers is 3, but .* has 2, and training starts from it. Leave",
+        "data.tokenizer=x.model": r"config.data.tokenizer is 'x.model', but .* has 'almanac'",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            resolved(text)
+
+
+def test_to_compile_a_start_need_not_be_there(start: str, tmp_path: pathlib.Path) -> None:
+    none = Config(init_from=str(tmp_path / "none"), model=MODEL)
+    assert resolve(none, ahead=True)[0] == none
+    there = Config(init_from=start, model=dataclasses.replace(MODEL, num_layers=7))
+    assert resolve(there, ahead=True)[0].model == MODEL
+
+
+def test_adapters_train_the_rows_of_the_tags(start: str) -> None:
+    config = Config(init_from=start, lora=Lora(rank=2))
+    resolved, tokenizer = resolve(config)
+    assert resolved.lora.rows == tuple(sorted(tokenizer.vocabulary.tag_ids.values()))
+    named = dataclasses.replace(config, lora=Lora(rank=2, rows=(5,)))
+    assert resolve(named)[0].lora.rows == (5,)
+
+
+def test_stages_and_rounds(start: str) -> None:
+    config = Config(stage="both")
+    assert [(stage.stage, stage.init_from) for stage in stages(config)] == [
+        ("sft", ""),
+        ("preference", "sft"),
+    ]
+    assert stages(Config()) == [Config()]
+    round_1 = round_of(config, start, steps=30)
+    assert (round_1.init_from, round_1.steps) == (start, 30)
+    assert (round_1.optimizer.lr, round_1.optimizer.warmup_steps) == (config.preference.lr, 3)
