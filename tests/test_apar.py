@@ -244,7 +244,7 @@ def test_worked_example():
         NO_TARGET,
     ]
     assert (
-        critical_path(d, 1, tokenizer.vocabulary) == 5
+        critical_path(threads_of(d, 1), tokenizer.vocabulary) == 5
     )  # a, fork, c, fork, e; the children are done beside it
 
 
@@ -281,7 +281,7 @@ def test_trace_laid_out_again_has_the_same_fields(positions, seed):
         for name, expected in document.fields().items():
             np.testing.assert_array_equal(getattr(again, name), expected, err_msg=name)
         if trace.widths.max(initial=0) < limits.lanes:
-            assert critical_path(document, 3, tokenizer.vocabulary) == trace.steps
+            assert critical_path(threads_of(document, 3), tokenizer.vocabulary) == trace.steps
         forks += len(trace.parent) - 1
     assert forks > 20
 

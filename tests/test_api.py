@@ -11,7 +11,7 @@ import pasta_jax
 from pasta_jax.decoding.interpreter import rules_for
 from pasta_jax.decoding.results import result as result_of
 from pasta_jax.decoding.state import Limits
-from pasta_jax.decoding.trace import as_document, critical_path
+from pasta_jax.decoding.trace import critical_path
 from pasta_jax.lang import tags
 from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.grammar import Kind
@@ -59,6 +59,8 @@ def test_stats_agree_with_the_tokens() -> None:
         assert (result.stop_reason == "eos") == (result.tokens[-1] == end)
         written = sum(token in tag_ids for token in result.tokens.tolist())
         assert stats.text_tokens <= stats.output_tokens - written
+        assert stats.critical_path == max(1, critical_path(result.trace.threads, WORDS.vocabulary))
+        assert stats.critical_path <= max(1, stats.decode_steps)
         assert stats.step_speedup == pytest.approx(stats.text_tokens / stats.decode_steps)
         assert stats.tokens_per_s == pytest.approx(stats.output_tokens / stats.wall_s)
         assert 1 <= stats.mean_width <= stats.max_width <= 8
@@ -124,9 +126,8 @@ def test_more_than_one_id_ends_an_answer() -> None:
     for result in ended:
         read = result_of(words, result.trace, result.stats.wall_s, result.stats.compile_s)
         assert read.stats == result.stats and what_was_said(read) == what_was_said(result)
-        document, prompt = as_document(result.trace), result.trace.prompt_length
-        steps = critical_path(document, prompt, WORDS.vocabulary)
-        assert critical_path(document, prompt, words.vocabulary) == steps
+        steps = critical_path(result.trace.threads, WORDS.vocabulary)
+        assert critical_path(result.trace.threads, words.vocabulary) == steps
 
 
 def test_seeds() -> None:

@@ -236,7 +236,7 @@ def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
     limits = Limits(lanes=16, threads=16, pool=300)
     for trace in decode(SEEDS, limits=limits):
         if trace.stop == Stop.EOS:
-            assert critical_path(as_document(trace), trace.prompt_length, WORDS.vocabulary) == trace.steps
+            assert critical_path(trace.threads, WORDS.vocabulary) == trace.steps
 
 
 @pytest.mark.parametrize(("max_depth", "threads", "bias"), [(1, 16, 3.5), (3, 3, 10.0), (3, 16, 3.5)])

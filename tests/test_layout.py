@@ -75,7 +75,7 @@ def test_trace_laid_out_again_has_the_same_fields(seed):
         )
         unlimited = trace.steps if trace.widths.max(initial=0) < limits.lanes else None
         if unlimited is not None:
-            assert critical_path(document, 3, tokenizer.vocabulary) == unlimited
+            assert critical_path(threads_of(document, 3), tokenizer.vocabulary) == unlimited
         assert document_order(trace).shape == again.token.shape
 
 
@@ -160,7 +160,9 @@ def test_worked_example():
         end,
         -1,
     ]
-    assert critical_path(d, 1, words.vocabulary) == 10  # a, the tag's 5, c, d, </async> with sync, f
+    assert (
+        critical_path(threads_of(d, 1), words.vocabulary) == 10
+    )  # a, the tag's 5, c, d, </async> with sync, f
 
 
 @pytest.mark.parametrize(

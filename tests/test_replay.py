@@ -19,7 +19,7 @@ from pasta_jax.benchmark.trees import random_tree, sequential
 from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.script import depth_of, lines_of, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
-from pasta_jax.decoding.trace import as_document, critical_path
+from pasta_jax.decoding.trace import critical_path
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Program, Promise, Sync, Text
@@ -71,7 +71,7 @@ def test_what_is_scripted_is_said_exactly(rng: random.Random) -> None:
             assert trace.stop == Stop.EOS
             assert lines_of(trace.threads, 9) == lines_of(threads_in(tree, WORDS), 9)
             assert read(WORDS.vocabulary, trace.threads).program == tree
-            assert critical_path(as_document(trace), trace.prompt_length, WORDS.vocabulary) == trace.steps
+            assert critical_path(trace.threads, WORDS.vocabulary) == trace.steps
             assert np.all(trace.logprob[trace.prompt_length :] <= 0) and trace.logprob.min() < -1
         again, _ = decoder().decode(
             [prompt],

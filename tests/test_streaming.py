@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.decoding import interpreter, reference, results
+from pasta_jax.decoding.script import depth_of
 from pasta_jax.decoding.state import Limits, RowState, Stop
 from pasta_jax.decoding.stops import check_stops, cut, find_stop, held_back
 from pasta_jax.decoding.streaming import Consumed, Draft, Event, new_events, settled_text
@@ -259,6 +261,45 @@ def test_a_running_row_has_the_beginning_of_its_trace(seed):
                 assert state.tokens.thread.tolist() == expected.tokens.thread.tolist()
             seen, _ = follow(seen, draft, state, scripted.VOCABULARY)
         assert str(draft) == text_of(final, scripted.VOCABULARY)
+
+
+def test_promises_may_nest_deeper_than_python_does():
+    """Every walk over threads: reading, document order, critical path, streaming, drafts, stop strings."""
+    words, depth = WordTokenizer(), 2 * sys.getrecursionlimit()
+    ids = words.vocabulary.tag_ids
+    tag = [ids['<promise topic="'], *words.encode("x"), ids['" tokens='], *words.encode("1"), ids[" />"]]
+    begin, end = ids["<async>"], ids["</async>"]
+    head, tail = [begin, *words.encode("a"), *tag], [*words.encode("b"), end]
+    inner = [begin, *words.encode("c"), end]
+    lines = [tag, *[head] * (depth - 1), inner, *[tail] * (depth - 1), [words.vocabulary.eos]]
+    threads = [*range(depth + 1), *reversed(range(depth))]
+    starts = [0] * (depth + 1) + [len(head)] * (depth - 1) + [len(tag)]
+    trace = of_main([token for line in lines for token in line], Stop.EOS)
+    thread = np.repeat(np.array(threads, np.int32), [len(line) for line in lines])
+    order = np.concatenate(
+        [np.arange(start, start + len(line), dtype=np.int32) for start, line in zip(starts, lines)]
+    )
+    trace = dataclasses.replace(
+        trace,
+        tokens=dataclasses.replace(trace.tokens, thread=thread, order=order),
+        parent=np.arange(-1, depth, dtype=np.int32),
+        forked_at=np.array([-1, len(tag) - 1, *[len(head) - 1] * (depth - 1)], np.int32),
+        forced=np.zeros(depth + 1, bool),
+        finished=np.ones(depth + 1, bool),
+    )
+    text = "a" * (depth - 1) + "c" + "b" * (depth - 1)
+    answer = results.result(words, trace)
+    assert answer.text == text and answer.stats.text_tokens == len(text)
+    assert answer.stats.critical_path == len(tag) + (depth - 1) * (1 + len(tag)) + 1  # no `</async>` is fed
+    assert len(answer.branches) == depth == depth_of(trace.threads) and not answer.issues
+    assert sorted(document_order(trace)) == [*range(len(thread))]
+    short = results.result(words, trace, stop=["c"])
+    assert short.text == text[: depth - 1] and len(short.branches) == depth - 1
+    draft = Draft()
+    seen, _ = follow(Consumed(), draft, at_step(trace, trace.steps - 2 * depth), words.vocabulary)
+    assert str(draft) == "a" * (depth - 1) + "c" + "[x …]" * depth
+    follow(seen, draft, trace, words.vocabulary)
+    assert str(draft) == text
 
 
 # ------------------------------------------------------------------------------------------------------ drafts

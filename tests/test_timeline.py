@@ -47,7 +47,7 @@ def decoded(steps: int, fed: list[list[int]], topics: list[str]) -> DecodeResult
         Branch(k, 0, topic, 10, len(fed[k]), "", min(fed[k]), max(fed[k]), "done")
         for k, topic in enumerate(topics, 1)
     )
-    stats = Stats(1, len(thread) - 1, steps, 1, 1.0, 1.0, 0.0, 1.0, 1, 1.0)
+    stats = Stats(1, len(thread) - 1, steps, 1, 1, 1.0, 1.0, 0.0, 1.0, 1, 1.0)
     return DecodeResult(
         "", "", trace.tokens.token[1:], trace.logprob[1:], branches, stats, "eos", (), Program(()), trace
     )

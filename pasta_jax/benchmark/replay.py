@@ -23,7 +23,7 @@ from pasta_jax.benchmark.trees import sequential
 from pasta_jax.decoding.engine import Decoder, SamplingParams
 from pasta_jax.decoding.script import Script, depth_of, lines_of, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
-from pasta_jax.decoding.trace import Trace, as_document, critical_path
+from pasta_jax.decoding.trace import Trace, critical_path
 from pasta_jax.lang.program import Program
 from pasta_jax.rounding import round_up
 from pasta_jax.tokens.detokenize import read
@@ -225,7 +225,7 @@ def _measured(
         shape=shape,
         branches=len(parallel.parent) - 1,
         text_tokens=plain.steps,
-        critical_path=critical_path(as_document(parallel), parallel.prompt_length, tokenizer.vocabulary),
+        critical_path=critical_path(parallel.threads, tokenizer.vocabulary),
         steps=parallel.steps,
         widths=tuple(int(count) for count in widths),
         parallel_s=parallel_s,

@@ -1,4 +1,4 @@
-"""A decode's answer as its caller gets it, made of its trace."""
+"""The result of a decode, computed from its trace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pasta_jax.decoding.stops import cut, find_stop
-from pasta_jax.decoding.trace import UNFED, Trace, document_order
+from pasta_jax.decoding.trace import UNFED, Trace, critical_path, document_order
 from pasta_jax.lang.assemble import assemble, shortened
 from pasta_jax.lang.program import Program, Promise
 from pasta_jax.lang.render import render
@@ -49,7 +49,8 @@ class Stats:
     Attributes:
       prompt_tokens, output_tokens: the answer's count has its tags in it, and every thread.
       decode_steps: steps that the row took after the prompt.
-      text_tokens: the answer's tokens without tags: the least steps for the same text one by one.
+      text_tokens: the answer's tokens without its tags: the steps that a sequential decode of the same text takes.
+      critical_path: decode steps that the answer needs with unlimited lanes (`trace.critical_path`), at least 1.
       step_speedup: text_tokens / decode_steps.
       wall_s: seconds of the whole call, compiling apart; of what was streamed or submitted, of the decoder's work
         while this request had a row.
@@ -63,6 +64,7 @@ class Stats:
     output_tokens: int
     decode_steps: int
     text_tokens: int
+    critical_path: int
     step_speedup: float
     wall_s: float
     compile_s: float
@@ -112,15 +114,15 @@ class DecodeResult:
 def result(
     tokenizer: Tokenizer, trace: Trace, wall_s: float = 0.0, compile_s: float = 0.0, stop: Sequence[str] = ()
 ) -> DecodeResult:
-    """A trace as an answer, which ends before the first of the stop strings."""
-    vocabulary = tokenizer.vocabulary
-    reading = read(vocabulary, trace.threads)
+    """The answer that a trace holds; it ends before the first of the stop strings."""
+    vocabulary, kept, threads = tokenizer.vocabulary, trace, trace.threads
+    reading = read(vocabulary, threads)
     program, text = reading.program, assemble(reading.program)
-    kept, end = trace, find_stop(text, stop)
-    if end is not None:
-        kept = cut(trace, vocabulary, end)
+    if (end := find_stop(text, stop)) is not None:
         program, text = shortened(program, end), text[:end]
-        reading = read(vocabulary, kept.threads)
+        kept = cut(trace, vocabulary, end)
+        threads = kept.threads
+        reading = read(vocabulary, threads)
     forced = [f"branch {k}: over its budget, its </async> was forced." for k in np.flatnonzero(kept.forced)]
     answer = document_order(kept)[trace.prompt_length :]
     tokens = kept.tokens.token[answer]
@@ -137,6 +139,7 @@ def result(
             output_tokens=output,
             decode_steps=trace.steps,
             text_tokens=reading.text_tokens,
+            critical_path=max(1, critical_path(threads, vocabulary)),
             step_speedup=reading.text_tokens / max(trace.steps, 1),
             wall_s=wall_s,
             compile_s=compile_s,
@@ -152,8 +155,8 @@ def result(
 
 
 def _branch(trace: Trace, thread: int, promise: Promise) -> Branch:
-    mine = np.flatnonzero(trace.tokens.thread == thread)
-    fed = trace.step[mine][trace.step[mine] != UNFED]
+    steps = trace.step[trace.tokens.thread == thread]
+    fed = steps[steps != UNFED]
     finished = bool(trace.finished[thread])
     start = int(fed.min(initial=trace.steps))
     return Branch(
@@ -161,7 +164,7 @@ def _branch(trace: Trace, thread: int, promise: Promise) -> Branch:
         parent=int(trace.parent[thread]),
         topic=promise.topic,
         promised_tokens=10 * promise.tokens,
-        tokens=max(0, len(mine) - 1 - finished),
+        tokens=max(0, len(steps) - 1 - finished),
         text=assemble(Program(promise.block)),
         start_step=start,
         end_step=int(fed.max(initial=start)),

@@ -110,17 +110,17 @@ def threads_in(answer: Program | Trace, tokenizer: Tokenizer) -> Threads:
 
 def lines_of(threads: Threads, max_threads: int) -> dict[int, list[int]]:
     """What each thread says, by the path that it has where a row holds `max_threads` threads."""
-    lines: dict[int, list[int]] = {}
-
-    def walk(thread: int, path: int) -> None:
-        lines[path] = list(threads.tokens[thread])
-        for child, (_, branch) in enumerate(sorted(threads.branches[thread].items()), 1):
-            walk(branch, path * max_threads + child)
-
-    walk(0, 0)
-    return lines
+    paths = {0: 0}
+    for thread, branches in enumerate(threads.branches):  # a branch comes after the thread that promised it
+        for child, (_, branch) in enumerate(sorted(branches.items()), 1):
+            paths[branch] = paths[thread] * max_threads + child
+    return {paths[thread]: [*tokens] for thread, tokens in enumerate(threads.tokens)}
 
 
-def depth_of(threads: Threads, thread: int = 0) -> int:
-    """How deep promises nest in a thread; 0 without any."""
-    return max((1 + depth_of(threads, branch) for branch in threads.branches[thread].values()), default=0)
+def depth_of(threads: Threads) -> int:
+    """How deep promises nest in an answer; 0 without any."""
+    depths = [0] * len(threads.tokens)
+    for thread, branches in enumerate(threads.branches):
+        for branch in branches.values():
+            depths[branch] = depths[thread] + 1
+    return max(depths)

@@ -8,18 +8,18 @@ end in another.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.trace import Trace
-from pasta_jax.tokens.detokenize import Role, scan
-from pasta_jax.tokens.tokenizer import Vocabulary, whole_characters
+from pasta_jax.tokens.detokenize import Progress, Role, Speller, scan, walk
+from pasta_jax.tokens.tokenizer import Vocabulary
 
 
 def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
-    """The stop strings of a request. ValueError if they are none."""
+    """The stop strings of a request. Raises ValueError unless they are texts, none empty."""
     if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError(
             f'stop={stops!r}: give a list of texts to stop at, none of them empty, as in stop=["\\n\\n"].'
@@ -28,24 +28,24 @@ def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
 
 
 def find_stop(text: str, stops: Sequence[str], searched: int = 0) -> int | None:
-    """Where a text has to end: the beginning of the stop string that is complete first; None if there is none.
+    """Where a text has to end: at the start of the stop string that is complete first; None if it has none.
 
-    Of several that end together the longest counts. What is found in a text is found in any that begins with it.
+    Of several that end together the longest counts. Adding text at the end never changes an offset once found.
 
     Args:
-      text: from its beginning.
-      stops: none empty.
-      searched: so many characters of the text hold none.
+      text: the whole text so far.
+      stops: the stop strings, none empty.
+      searched: how many characters of the text are known to hold none.
 
     >>> find_stop("Yes. No.", ["No", "."])
     3
     """
-    found = [
-        (place + len(stop), place)
+    ends = [
+        (start + len(stop), start)
         for stop in stops
-        if (place := text.find(stop, max(0, searched - len(stop) + 1))) >= 0
+        if (start := text.find(stop, max(0, searched - len(stop) + 1))) >= 0
     ]
-    return min(found)[1] if found else None
+    return min(ends)[1] if ends else None
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
@@ -61,47 +61,19 @@ def held_back(text: str, stops: Sequence[str]) -> int:
 
 
 def cut(trace: Trace, vocabulary: Vocabulary, characters: int) -> Trace:
-    """The trace of an answer that ends after so many characters of its text.
+    """The trace of the same answer, cut off after this many characters of its text.
 
-    Kept are, in document order, the tokens before which fewer characters stand: the last one may spell the first
-    characters of what is cut off, and tags that stand at the cut are cut off too. What is left depends on nothing
-    that was decoded after it.
+    It keeps the tokens, in document order, that have fewer characters before them. So the last one may spell the
+    first characters of what is cut off, and tags at the cut are cut off too. The result does not depend on what was
+    decoded after the cut.
     """
-    n = trace.prompt_length
-    places = [n + np.flatnonzero(trace.tokens.thread[n:] == thread) for thread in range(len(trace.parent))]
-    tokens, branches = trace.tokens.token, trace.branches
-    keep = np.arange(len(trace.tokens)) < n
+    keep = np.arange(len(trace.tokens)) < trace.prompt_length
     finished = np.zeros(len(trace.parent), bool)
-    before = 0  # characters
-
-    def walk(thread: int) -> None:
-        nonlocal before
-        mine = iter(places[thread])
-        pending = b""
-        pieces, _ = scan(vocabulary, thread, tokens[places[thread]].tolist(), branches[thread], ended=True)
-
-        def spell(more: bytes, *, run_ends: bool = False) -> None:
-            nonlocal before, pending
-            spelled, pending = whole_characters(pending + more, ended=run_ends)
-            before += len(spelled)
-
-        for piece in pieces:
-            if piece.role != Role.TEXT:
-                spell(b"", run_ends=True)
-            for token in piece.tokens:
-                place = next(mine)
-                if before >= characters:
-                    return
-                keep[place] = True
-                if piece.role == Role.TEXT:
-                    spell(vocabulary.spelled([token]))
-            if piece.role == Role.PROMISE:
-                walk(piece.branch)
-            elif piece.role == Role.END:
-                finished[thread] = True
-        spell(b"", run_ends=True)
-
-    walk(0)
+    for index, role, before in _characters_before(trace, vocabulary):
+        if before >= characters:
+            break
+        keep[index] = True
+        finished[trace.tokens.thread[index]] |= role == Role.END
     return dataclasses.replace(
         trace,
         tokens=dataclasses.replace(
@@ -113,3 +85,25 @@ def cut(trace: Trace, vocabulary: Vocabulary, characters: int) -> Trace:
         forced=trace.forced & finished,
         finished=finished,
     )
+
+
+def _characters_before(trace: Trace, vocabulary: Vocabulary) -> Iterator[tuple[int, Role, int]]:
+    """The answer's tokens in document order: index in the trace, role, and characters of text before the token."""
+    indices, branches = trace.indices, trace.branches
+    progress = [Progress() for _ in indices]
+    before = 0
+    for thread, start, stop, branch in walk([*map(len, indices)], branches):
+        speller, span = Speller(vocabulary), indices[thread][start:stop].tolist()
+        pieces, progress[thread] = scan(
+            vocabulary, thread, trace.tokens.token[span].tolist(), branches[thread], progress[thread],
+            ended=not branch,
+        )  # fmt: skip
+        rest = iter(span)
+        for piece in pieces:
+            if piece.role != Role.TEXT:
+                before += len(speller.end_run())
+            for token in piece.tokens:
+                yield next(rest), piece.role, before
+                if piece.role == Role.TEXT:
+                    before += len(speller.feed([token]))
+        before += len(speller.end_run())

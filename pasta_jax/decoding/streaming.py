@@ -33,8 +33,8 @@ import numpy as np
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.stops import find_stop, held_back
 from pasta_jax.decoding.trace import Trace
-from pasta_jax.tokens.detokenize import Place, Role, promise_of, scan
-from pasta_jax.tokens.tokenizer import Vocabulary, whole_characters
+from pasta_jax.tokens.detokenize import Progress, Role, Speller, promise_of, scan, walk
+from pasta_jax.tokens.tokenizer import Vocabulary
 
 if TYPE_CHECKING:
     from pasta_jax.decoding.results import DecodeResult
@@ -93,17 +93,16 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class _Thread:
-    """What a consumer has seen of a thread: how far it was read, bytes that begin a character, open branches."""
+    """What a consumer has seen of a thread: how far it was read, and bytes that begin a character."""
 
-    place: Place = Place()
+    progress: Progress = Progress()
     pending: bytes = b""
-    open: tuple[int, ...] = ()
     closed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Consumed:
-    """What a consumer has seen of an answer, thread by thread; a new one has seen nothing."""
+    """What a consumer has seen of an answer, thread by thread; a new consumer has seen nothing."""
 
     threads: Mapping[int, _Thread] = dataclasses.field(default_factory=lambda: {MAIN: _Thread()})
 
@@ -117,83 +116,56 @@ def new_events(
     stop: tuple[str, ...] = (),
     raw: bool = False,
 ) -> tuple[Consumed, list[Event]]:
-    """The events that bring a consumer from what it has seen to the newest trace; it has seen that then.
+    """The events that bring a consumer from what it has seen to the newest trace.
 
     However the steps are cut into calls, the same document arises, and with the last trace it is the answer's text.
-    The work is that of the new tokens, but for two passes of NumPy over the trace.
+    The work is proportional to the new tokens, except for a few passes of NumPy over the trace.
 
     Args:
-      seen: of an earlier trace of the same answer.
-      trace: of a running row, or of one that has stopped; then all that is left is said.
+      seen: what the consumer has seen, of an earlier trace of the same answer.
+      trace: of a running row, or of one that has stopped; then the events complete the answer.
       vocabulary: of its tokens.
-      request, stop: for the events.
+      request, stop: copied into the events.
       raw: "token" events too, in decode order, before the others.
 
     Returns:
-      What has been seen now, and the events in document order: those of a branch before the text that follows it.
+      What the consumer has seen now, and the events in document order: those of a branch before the text that
+      follows it.
     """
-    new, ended = _unseen(seen, trace), trace.stop != Stop.RUNNING
+    ended = trace.stop != Stop.RUNNING
+    indices = trace.indices
+    read = [seen.threads.get(k, _Thread()).progress.index for k in range(len(indices))]
+    new = np.concatenate([known[index:] for known, index in zip(indices, read, strict=True)])
     if seen.threads[MAIN].closed or not (new.size or ended):
         return seen, []
     threads, branches = dict(seen.threads), trace.branches
     event = functools.partial(Event, request=request, stop=stop)
-    events = _token_events(trace, new, vocabulary, event) if raw else []
-    fresh: dict[int, list[int]] = {}
-    for thread, token in zip(
-        trace.tokens.thread[new].tolist(), trace.tokens.token[new].tolist(), strict=True
-    ):
-        fresh.setdefault(thread, []).append(token)
-
-    def follow(thread: int) -> None:
-        before = threads.get(thread, _Thread())
-        opened = [*before.open]
-        for branch in before.open:
-            follow(branch)
-        tokens = fresh.get(thread, ())
-        pieces, place = scan(vocabulary, thread, tokens, branches[thread], before.place, ended=ended)
-        text, pending = "", before.pending
-
-        def spell(more: bytes, *, run_ends: bool) -> None:
-            nonlocal text, pending
-            spelled, pending = whole_characters(pending + more, ended=run_ends)
-            text += spelled
-
-        def say() -> None:
-            nonlocal text
-            if text:
-                events.append(event("text", branch=thread, text=text))
-            text = ""
-
+    events = _token_events(trace, np.sort(new), vocabulary, event) if raw else []
+    for number, _, end, branch in walk([*map(len, indices)], branches):
+        thread = threads.get(number, _Thread())
+        if thread.closed or (branch and end <= read[number]):
+            continue
+        tokens = trace.tokens.token[indices[number][thread.progress.index : end]].tolist()
+        pieces, progress = scan(
+            vocabulary, number, tokens, branches[number], thread.progress, ended=ended and not branch
+        )
+        speller, text = Speller(vocabulary, thread.pending), ""
         for piece in pieces:
-            if piece.role == Role.TEXT:
-                spell(vocabulary.spelled(piece.tokens), run_ends=False)
-                continue
-            spell(b"", run_ends=True)
-            if piece.role == Role.PROMISE:
-                say()
-                topic, number = promise_of(vocabulary, piece.tokens)
-                about = event("promise", branch=piece.branch, parent=thread)
-                events.append(dataclasses.replace(about, topic=topic, promised_tokens=10 * number))
-                opened.append(piece.branch)
-                follow(piece.branch)
-        closed = place.finished or ended
+            text += speller.feed(piece.tokens) if piece.role == Role.TEXT else speller.end_run()
+        closed = not branch and (progress.finished or ended)
         if closed:
-            spell(b"", run_ends=True)
-        say()
+            text += speller.end_run()
+        if text:
+            events.append(event("text", branch=number, text=text))
+        if branch:
+            topic, tens = promise_of(vocabulary, pieces[-1].tokens)
+            events.append(
+                event("promise", branch=branch, parent=number, topic=topic, promised_tokens=10 * tens)
+            )
         if closed:
-            events.append(event("closed", branch=thread))
-        still_open = tuple(branch for branch in opened if not threads[branch].closed)
-        threads[thread] = _Thread(place, pending, still_open, closed)
-
-    follow(MAIN)
+            events.append(event("closed", branch=number))
+        threads[number] = _Thread(progress, speller.pending, closed)
     return Consumed(threads), events
-
-
-def _unseen(seen: Consumed, trace: Trace) -> np.ndarray:
-    """The places in the trace of the answer's tokens that are new, in decode order: int [n]."""
-    known = np.array([seen.threads.get(k, _Thread()).place.index for k in range(len(trace.parent))])
-    known[MAIN] += trace.prompt_length
-    return np.flatnonzero(trace.tokens.order >= known[trace.tokens.thread])
 
 
 def _token_events(
@@ -281,14 +253,20 @@ class Draft:
     def __str__(self) -> str:
         if self.stopped:
             return self.settled
-        return self._finished + "".join(self._draft(thread, index) for thread, index in reversed(self._at))
-
-    def _draft(self, thread: int, index: int = 0) -> str:
-        """A thread's text from one of its parts on."""
-        parts = (part if isinstance(part, str) else self._draft(part) for part in self._parts[thread][index:])
-        topic = self._topics[thread]
-        mark = "" if thread in self._closed or thread == MAIN else f"[{topic} …]" if topic else "[…]"
-        return "".join(parts) + mark
+        text, todo = [self._finished], [*self._at]
+        while todo:
+            thread, index = todo.pop()
+            if index < len(self._parts[thread]):
+                todo.append((thread, index + 1))
+                part = self._parts[thread][index]
+                if isinstance(part, str):
+                    text.append(part)
+                else:
+                    todo.append((part, 0))
+            elif thread not in self._closed and thread != MAIN:
+                topic = self._topics[thread]
+                text.append(f"[{topic} …]" if topic else "[…]")
+        return "".join(text)
 
 
 def settled_text(events: Iterable[Event]) -> Iterator[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.decoding.state import Limits, Phase, RowState, Stop
 from pasta_jax.lang.grammar import Kind
-from pasta_jax.tokens.detokenize import Threads, threads_of
+from pasta_jax.tokens.detokenize import Threads, walk
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 UNFED = -1
@@ -51,14 +51,15 @@ class Trace:
     finished: np.ndarray
 
     @property
+    def indices(self) -> list[np.ndarray]:
+        """For each thread, the indices of its answer's tokens in the trace."""
+        thread = self.tokens.thread[self.prompt_length :]
+        return [np.flatnonzero(thread == k) + self.prompt_length for k in range(len(self.parent))]
+
+    @property
     def threads(self) -> Threads:
         """The answer's tokens by thread."""
-        tokens: list[list[int]] = [[] for _ in self.parent]
-        for token, thread in zip(
-            self.tokens.token[self.prompt_length :], self.tokens.thread[self.prompt_length :], strict=True
-        ):
-            tokens[thread].append(int(token))
-        return Threads(tokens, self.branches)
+        return Threads([self.tokens.token[indices].tolist() for indices in self.indices], self.branches)
 
     @property
     def branches(self) -> list[dict[int, int]]:
@@ -137,21 +138,11 @@ def _targets(e: Any, t: Any, n: int, last: list[int], prompt_length: int) -> np.
 
 
 def document_order(trace: Trace) -> np.ndarray:
-    """The places in the trace in the order of a layout, each block right after its promise: int [n]."""
-    by_thread = [np.flatnonzero(trace.tokens.thread == k).tolist() for k in range(len(trace.parent))]
-    starts = {
-        (int(p), int(o)): k for k, (p, o) in enumerate(zip(trace.parent, trace.forked_at, strict=True)) if k
-    }
-
-    def places(thread: int) -> list[int]:
-        out: list[int] = []
-        for order, place in enumerate(by_thread[thread]):
-            out.append(place)
-            if (thread, order) in starts:
-                out += places(starts[thread, order])
-        return out
-
-    return np.array(places(0))
+    """The indices in the trace in the order of a layout, each block right after its promise: int [n]."""
+    answer = trace.indices
+    spans = walk([*map(len, answer)], trace.branches)
+    prompt = np.arange(trace.prompt_length)
+    return np.concatenate([prompt, *(answer[span.thread][span.start : span.stop] for span in spans)])
 
 
 def as_document(trace: Trace) -> ThreadedTokens:
@@ -160,31 +151,27 @@ def as_document(trace: Trace) -> ThreadedTokens:
     Where promises nest, threads and segments are numbered in the order in which they were decoded, and a layout's
     in document order: the same but for these names.
     """
-    places = document_order(trace)
-    return ThreadedTokens(**{name: array[places] for name, array in trace.tokens.fields().items()})
+    indices = document_order(trace)
+    return ThreadedTokens(**{name: array[indices] for name, array in trace.tokens.fields().items()})
 
 
-def critical_path(document: ThreadedTokens, prompt_length: int, vocabulary: Vocabulary) -> int:
-    """Decode steps that an answer needs with unlimited lanes, from its layout (document order, [L] fields).
+def critical_path(threads: Threads, vocabulary: Vocabulary) -> int:
+    """Decode steps that an answer needs with unlimited lanes.
 
     A token is fed one step after the one before it in its thread; `<async>` together with its promise's ` />`;
     a sync, and every other end of waiting, together with the last `</async>` that it waits for. The end of the
     answer is sampled, not fed. For an answer without promises this is its number of tokens.
     """
-    answer = threads_of(document, prompt_length)
-
-    def walk(thread: int, step: int) -> int:
-        """The step of the thread's last token, the first being fed at `step`."""
-        step -= 1
-        open_until = 0
-        for index, token in enumerate(answer.tokens[thread]):
+    steps = [0] * len(threads.tokens)  # from a thread's first token until it and its branches are done
+    for thread in reversed(range(len(steps))):  # a branch before the thread that promised it
+        step = open_until = 0
+        ends = Kind.ASYNC_CLOSE if thread else Kind.END
+        for index, token in enumerate(threads.tokens[thread]):
             step += 1
-            if vocabulary.kinds[token] in (Kind.SYNC, Kind.ASYNC_CLOSE if thread else Kind.END):
+            if vocabulary.kinds[token] in (Kind.SYNC, ends):
                 step, open_until = max(step, open_until), 0
-            if index in answer.branches[thread]:
-                open_until = max(open_until, walk(answer.branches[thread][index], step))
-        return max(step, open_until)
-
-    last = walk(0, 1)
-    ended = bool(answer.tokens[0]) and answer.tokens[0][-1] in vocabulary.stops
-    return last - ended
+            if branch := threads.branches[thread].get(index):
+                open_until = max(open_until, step - 1 + steps[branch])
+        steps[thread] = max(step, open_until)
+    main = threads.tokens[0]
+    return steps[0] - (bool(main) and main[-1] in vocabulary.stops)

@@ -25,7 +25,7 @@ from pasta_jax.data import almanac
 from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits
-from pasta_jax.decoding.trace import Trace, as_document, critical_path
+from pasta_jax.decoding.trace import Trace
 from pasta_jax.files import replacing
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Promise, Sync
@@ -97,7 +97,7 @@ def judged(model: Model, task: almanac.Task, trace: Trace, wall_s: float) -> Mea
         truth=almanac.truth(task, decoded.text).score,
         output_tokens=decoded.stats.output_tokens,
         text_tokens=decoded.stats.text_tokens,
-        critical_path=max(1, critical_path(as_document(trace), trace.prompt_length, tokenizer.vocabulary)),
+        critical_path=decoded.stats.critical_path,
         decode_steps=trace.steps,
         wall_s=wall_s,
         stop_reason=decoded.stop_reason,

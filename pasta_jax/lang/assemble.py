@@ -1,9 +1,9 @@
-"""What the reader of an answer gets: the tags removed, every block in its place."""
+"""The text of an answer as its reader gets it: without tags, every block in its place."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pasta_jax.lang.program import Node, Program, Promise, Text
 
@@ -19,7 +19,7 @@ def assemble(program: Program) -> str:
 
 
 def text_of(nodes: Sequence[Node]) -> str:
-    """The reader's text of some nodes, of a block for instance."""
+    """The reader's text of some nodes, for example a block."""
     out: list[str] = []
     todo = [*reversed(nodes)]
     while todo:
@@ -32,26 +32,26 @@ def text_of(nodes: Sequence[Node]) -> str:
 
 
 def shortened(program: Program, characters: int) -> Program:
-    """The program without what comes after the first so many characters of its text; tags right there go too.
+    """The program cut off after this many characters of its text; tags at the cut go too.
 
     >>> from pasta_jax.lang.parse import parse
     >>> program = parse('One: <promise topic="one" tokens=1 /><async>1.</async><sync/> Done.')
     >>> assemble(shortened(program, 6)), len(shortened(program, 5).nodes)
     ('One: 1', 1)
     """
-    left = characters
-
-    def first(nodes: Sequence[Node]) -> tuple[Node, ...]:
-        nonlocal left
-        out: list[Node] = []
-        for node in nodes:
-            if left <= 0:
-                break
+    # A stack instead of recursion: a promise, the nodes kept of its thread, and the nodes left of it.
+    levels: list[tuple[Promise | None, list[Node], Iterator[Node]]] = [(None, [], iter(program.nodes))]
+    while True:
+        promise, kept, rest = levels[-1]
+        node = next(rest, None) if characters > 0 else None
+        if isinstance(node, Promise):
+            levels.append((node, [], iter(node.block)))
+        elif node is not None:
             if isinstance(node, Text):
-                node, left = Text(node.text[:left]), left - len(node.text)
-            elif isinstance(node, Promise):
-                node = dataclasses.replace(node, block=first(node.block))
-            out.append(node)
-        return tuple(out)
-
-    return Program(first(program.nodes))
+                node, characters = Text(node.text[:characters]), characters - len(node.text)
+            kept.append(node)
+        elif promise is None:
+            return Program(tuple(kept))
+        else:
+            levels.pop()
+            levels[-1][1].append(dataclasses.replace(promise, block=tuple(kept)))

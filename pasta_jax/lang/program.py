@@ -56,11 +56,9 @@ class Program:
 
     def promises(self) -> Iterator[Promise]:
         """Every promise in document order, nested ones after the one that holds them."""
-        yield from _promises(self.nodes)
-
-
-def _promises(nodes: tuple[Node, ...]) -> Iterator[Promise]:
-    for node in nodes:
-        if isinstance(node, Promise):
-            yield node
-            yield from _promises(node.block)
+        todo = [*reversed(self.nodes)]
+        while todo:
+            node = todo.pop()
+            if isinstance(node, Promise):
+                yield node
+                todo += reversed(node.block)

@@ -22,7 +22,7 @@ from pasta_jax.config import PreferenceConfig
 from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits, Stop
-from pasta_jax.decoding.trace import Trace, as_document, critical_path, document_order
+from pasta_jax.decoding.trace import Trace, as_document, document_order
 from pasta_jax.files import appending, json_line, read_jsonl, write_jsonl
 from pasta_jax.training.signals import Stopped, stop_requests
 
@@ -181,7 +181,7 @@ def _answer(model: Model, trace: Trace) -> Sample:
         annotated=decoded.annotated,
         output_tokens=decoded.stats.output_tokens,
         text_tokens=decoded.stats.text_tokens,
-        critical_path=max(1, critical_path(document, trace.prompt_length, model.tokenizer.vocabulary)),
+        critical_path=decoded.stats.critical_path,
         stop_reason=Stop(trace.stop).reason,
         document=document,
         step=trace.step[document_order(trace)],

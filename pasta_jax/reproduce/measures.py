@@ -15,6 +15,7 @@ from pasta_jax.evaluate.systems import Measured, concludes_last, geometric_mean,
 from pasta_jax.lang.program import Program, Text
 from pasta_jax.preference.score import parallelism, theoretical_speedup
 from pasta_jax.reproduce.results import EFFICIENCY, POSITIONS, Estimate, Result
+from pasta_jax.tokens.detokenize import threads_of
 from pasta_jax.tokens.layout import layout_example
 
 SPEEDS = ("theoretical", "parallelism", "realized")
@@ -133,7 +134,8 @@ def exact_speedup(prompts: int) -> float:
 
     def steps(task: almanac.Task, program: Program) -> int:
         start = len(tokenizer.encode_prompt(task.prompt))
-        return critical_path(layout_example(tokenizer, task.prompt, program), start, tokenizer.vocabulary)
+        threads = threads_of(layout_example(tokenizer, task.prompt, program), start)
+        return critical_path(threads, tokenizer.vocabulary)
 
     def speedup(task: almanac.Task) -> float:
         exact = almanac.annotate_exactly(task, lambda text: len(tokenizer.encode(text)))

@@ -1,16 +1,18 @@
-"""The way back: threads of tokens as a program (the inverse of `layout`).
+"""From threads of tokens back to a program and to text (the inverse of `layout`).
 
-Every decode ends here, so it must make sense of anything: tags that were never completed, stray pieces,
-promises that found no free thread and branches that were cut off are read as decision 7 of docs/design.md says, and
-listed.
+Every decode ends here, so any ids must be read: tags that were never completed, stray pieces, promises that got no
+thread and branches that were cut off become text or unfinished blocks (docs/design.md, decision 7), and are listed.
+
+An answer is walked in document order, span by span (`walk`); the tokens of a span are read as text and tags
+(`scan`); text is decoded from UTF-8 run by run, and a tag ends a run (`Speller`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from pasta_jax.lang import grammar
 from pasta_jax.lang.grammar import Effect, Kind
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined
-from pasta_jax.tokens.tokenizer import Vocabulary
+from pasta_jax.tokens.tokenizer import Vocabulary, whole_characters
 
 TOPIC_PREFIX = " "
 """A topic's words are the tokens that they are in running text, after a space; the text of the tag omits it."""
@@ -31,16 +33,201 @@ class Threads:
 
     Attributes:
       tokens: for each thread its answer's ids, without the prompt; branches begin with `<async>`.
-      branches: for each thread, the branch that each ` />` of it started: {index in `tokens`: thread}.
+      branches: for each thread, the branch that each ` />` of it started: {index in `tokens`: thread}. A branch has
+        a greater number than the thread that promised it.
     """
 
     tokens: Sequence[Sequence[int]]
     branches: Sequence[Mapping[int, int]]
 
 
+class Span(NamedTuple):
+    """Tokens of one thread that stand next to each other in the document: `tokens[thread][start:stop]`.
+
+    `branch` is the branch that the last of them starts, whose text follows; 0: the thread ends after them.
+    """
+
+    thread: int
+    start: int
+    stop: int
+    branch: int
+
+
+def walk(lengths: Sequence[int], branches: Sequence[Mapping[int, int]]) -> Iterator[Span]:
+    """An answer's spans in document order, every branch right after its promise.
+
+    Args:
+      lengths: tokens of each thread.
+      branches: as in `Threads`; those that start after a thread's last token are left out.
+
+    >>> for span in walk([4, 3], [{1: 1}, {}]):  # main's second token starts branch 1
+    ...     print(span)
+    Span(thread=0, start=0, stop=2, branch=1)
+    Span(thread=1, start=0, stop=3, branch=0)
+    Span(thread=0, start=2, stop=4, branch=0)
+    """
+    # A stack instead of recursion: an answer may nest deeper than Python does.
+    stack = [(0, 0, iter(sorted(branches[0].items())))]
+    while stack:
+        thread, start, forks = stack.pop()
+        index, branch = next(forks, (lengths[thread], 0))
+        if index >= lengths[thread]:
+            yield Span(thread, start, lengths[thread], 0)
+        else:
+            yield Span(thread, start, index + 1, branch)
+            stack += (thread, index + 1, forks), (branch, 0, iter(sorted(branches[branch].items())))
+
+
+class Speller:
+    """The text of one thread's ordinary tokens as they come, in whole characters.
+
+    Attributes:
+      pending: bytes at the end that begin a character.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, pending: bytes = b""):
+        self.vocabulary, self.pending = vocabulary, pending
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """The characters that these tokens complete; broken UTF-8 becomes U+FFFD."""
+        text, self.pending = whole_characters(self.pending + self.vocabulary.spelled(ids), ended=False)
+        return text
+
+    def end_run(self) -> str:
+        """What is pending at the end of a run of ordinary tokens, which is broken UTF-8."""
+        text, self.pending = whole_characters(self.pending, ended=True)
+        return text
+
+
+class Role(enum.Enum):
+    """What a piece of a thread is to its reader."""
+
+    TEXT = "text"  # ordinary, or a tag that is not one after all
+    PROMISE = "promise"  # the whole tag of a promise that a branch keeps
+    SYNC = "sync"
+    BEGIN = "begin"  # `<async>`
+    END = "end"  # `</async>`, the end of the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens that are read as one.
+
+    Attributes:
+      role: what they are read as.
+      tokens: their ids.
+      fault: for text that looked like a tag, why it is none.
+    """
+
+    role: Role
+    tokens: tuple[int, ...]
+    fault: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a thread has been read.
+
+    Attributes:
+      index: tokens read.
+      state: the state of the tag grammar.
+      tag: the ids of a tag that has started; they are in no piece yet.
+      finished: the thread's last token was read.
+    """
+
+    index: int = 0
+    state: int = grammar.TEXT
+    tag: tuple[int, ...] = ()
+    finished: bool = False
+
+
+def scan(
+    vocabulary: Vocabulary,
+    thread: int,
+    tokens: Iterable[int],
+    branches: Mapping[int, int],
+    progress: Progress = Progress(),
+    *,
+    ended: bool,
+) -> tuple[list[Piece], Progress]:
+    """Reads more tokens of a thread: their pieces, and how far it is read now.
+
+    However a thread is cut into calls, the pieces are the same, except that a run of text may be in several.
+
+    Args:
+      vocabulary: of the tokens.
+      thread: the thread's number; 0 is main.
+      tokens: the next ones.
+      branches: the branch that each ` />` started, {index in the thread: branch}.
+      progress: what the call before returned.
+      ended: nothing follows the tokens, so a tag that has started is text.
+    """
+    pieces: list[Piece] = []
+    text: list[int] = []  # ordinary tokens that are in no piece yet
+    index, tag, state, finished = progress.index, [*progress.tag], progress.state, progress.finished
+
+    def put(role: Role, tokens: Sequence[int], fault: str = "") -> None:
+        if text:
+            pieces.append(Piece(Role.TEXT, (*text,)))
+            text.clear()
+        if tokens:
+            pieces.append(Piece(role, (*tokens,), fault))
+
+    def break_off() -> None:
+        put(Role.TEXT, tag, f"incomplete tag {vocabulary.text(tag)!r} kept as text")
+        tag.clear()
+
+    for index, token in enumerate(tokens, progress.index + 1):
+        if thread and index == 1:
+            put(Role.BEGIN, [token])  # the `<async>` that the interpreter wrote
+            continue
+        kind = vocabulary.kinds[token]
+        effect = Effect(grammar.EFFECT[state][kind])
+        if grammar.BREAKS[state][kind]:
+            break_off()
+        state = grammar.NEXT[state][kind]
+        if effect == Effect.FORK:
+            tag.append(token)
+            if index - 1 in branches:
+                put(Role.PROMISE, tag)
+            else:
+                put(Role.TEXT, tag, f"no thread was free for {vocabulary.text(tag)!r}, kept as text")
+            tag.clear()
+        elif state != grammar.TEXT:
+            tag.append(token)
+        elif effect == Effect.SYNC:
+            put(Role.SYNC, [token])
+        elif effect == (Effect.FINISH if thread else Effect.END):
+            put(Role.END, [token])
+            finished = True
+        elif effect in (Effect.STRAY, Effect.FINISH, Effect.END):
+            put(Role.TEXT, [token], f"{_spelling(vocabulary, token)} out of place, kept as text")
+        else:
+            text.append(token)
+    if ended:
+        break_off()
+    put(Role.TEXT, [])
+    return pieces, Progress(index, state, (*tag,), finished)
+
+
+def promise_of(vocabulary: Vocabulary, tag: Sequence[int]) -> tuple[str, int]:
+    """Topic and number of a whole promise tag, in tens of tokens; "" and 0 of a bare one."""
+    kinds = [int(vocabulary.kinds[token]) for token in tag]
+    if kinds == [Kind.FORK]:
+        return "", 0
+    middle = kinds.index(Kind.TOKENS)
+    number = int("".join(str(vocabulary.digit_values[token]) for token in tag[middle + 1 : -1]))
+    topic = vocabulary.text(tag[1:middle])
+    return topic.removeprefix(TOPIC_PREFIX) or topic, number
+
+
+def _spelling(vocabulary: Vocabulary, token: int) -> str:
+    return repr(vocabulary.text([token])) if vocabulary.text([token]) else f"control token {token}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What the tokens say.
+    """An answer's tokens as a program.
 
     Attributes:
       program: the answer.
@@ -66,183 +253,39 @@ def read(vocabulary: Vocabulary, threads: Threads) -> Reading:
     An answer's tokens end with the end-of-answer id, a branch's with `</async>`; where they do not, the row
     was stopped before, and the branch is listed as unfinished.
     """
-    reader = _Reader(vocabulary, threads)
-    nodes = reader.read(0)
-    promises = {branch: reader.promises[branch] for branch in reader.branches}
-    return Reading(Program(nodes), promises, tuple(reader.text), tuple(reader.issues))
-
-
-class _Reader:
-    def __init__(self, vocabulary: Vocabulary, threads: Threads):
-        self.vocabulary, self.threads = vocabulary, threads
-        self.promises: dict[int, Promise] = {}
-        self.branches: list[int] = []  # in document order
-        self.issues: list[str] = []
-        self.text: list[int] = []
-
-    def read(self, thread: int) -> tuple[Node, ...]:
-        """The nodes of one thread, those of its branches inside their promises."""
-        tokens, branches = self.threads.tokens[thread], self.threads.branches[thread]
-        pieces, place = scan(self.vocabulary, thread, tokens, branches, ended=True)
-        nodes: list[Node] = []
-        text: list[int] = []  # ordinary tokens not yet in `nodes`
-
-        def flush() -> None:
-            if spelled := self.vocabulary.text(text):
-                nodes.append(Text(spelled))
-            self.text += text
-            text.clear()
-
+    nodes: list[list[Node]] = [[] for _ in threads.tokens]
+    progress = [Progress() for _ in threads.tokens]
+    tags: dict[int, tuple[int, str, int]] = {}  # of each promise, by branch: its thread, topic and number
+    promises: dict[int, Promise] = {}
+    text: list[int] = []
+    issues: list[str] = []
+    for thread, start, stop, branch in walk([*map(len, threads.tokens)], threads.branches):
+        speller, name = Speller(vocabulary), f"branch {thread}" if thread else "main"
+        pieces, progress[thread] = scan(
+            vocabulary, thread, threads.tokens[thread][start:stop], threads.branches[thread], progress[thread],
+            ended=not branch,
+        )  # fmt: skip
         for piece in pieces:
             if piece.fault:
-                self.note(thread, piece.fault)
+                issues.append(f"{name}: {piece.fault}.")
             if piece.role == Role.TEXT:
-                text.extend(piece.tokens)
+                text += piece.tokens
+                nodes[thread].append(Text(speller.feed(piece.tokens)))
+                continue
+            nodes[thread].append(Text(speller.end_run()))
+            if piece.role == Role.SYNC:
+                nodes[thread].append(Sync())
             elif piece.role == Role.PROMISE:
-                flush()
-                self.branches.append(piece.branch)
-                topic, number = promise_of(self.vocabulary, piece.tokens)
-                promise = Promise(topic, number, self.read(piece.branch))
-                self.promises[piece.branch] = promise
-                nodes.append(promise)
-            elif piece.role == Role.SYNC:
-                flush()
-                nodes.append(Sync())
-        flush()
-        if thread and not place.finished:
-            self.note(thread, "stopped before its </async>")
-        return joined(nodes)
-
-    def note(self, thread: int, what: str) -> None:
-        self.issues.append(f"{'main' if thread == 0 else f'branch {thread}'}: {what}.")
-
-
-class Role(enum.Enum):
-    """What a piece of a thread is to its reader."""
-
-    TEXT = "text"  # ordinary, or what turned out to be
-    PROMISE = "promise"  # the whole tag of a promise that a branch keeps
-    SYNC = "sync"
-    BEGIN = "begin"  # `<async>`
-    END = "end"  # `</async>`, the end of the answer
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Tokens that are read as one.
-
-    Attributes:
-      role: how.
-      tokens: their ids.
-      branch: of a PROMISE, who keeps it.
-      fault: why tokens that were to be a tag are text, if they are.
-    """
-
-    role: Role
-    tokens: tuple[int, ...]
-    branch: int = 0
-    fault: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """How far a thread has been scanned.
-
-    Attributes:
-      index: tokens of the thread that were looked at.
-      state: of the tag grammar.
-      tag: the ids of a tag that has begun; they are in no piece yet.
-      finished: its last token was among them.
-    """
-
-    index: int = 0
-    state: int = grammar.TEXT
-    tag: tuple[int, ...] = ()
-    finished: bool = False
-
-
-def scan(
-    vocabulary: Vocabulary,
-    thread: int,
-    tokens: Iterable[int],
-    branches: Mapping[int, int],
-    place: Place = Place(),
-    *,
-    ended: bool,
-) -> tuple[list[Piece], Place]:
-    """The pieces of a thread from a place on, and the place after them.
-
-    However a thread is cut into calls, the pieces are the same, but that a run of text may be in several.
-
-    Args:
-      vocabulary: of the tokens.
-      thread: whose tokens they are; 0 is main.
-      tokens: what follows the place.
-      branches: the branch that each ` />` started, {index in the thread: branch}.
-      place: where the call before ended.
-      ended: nothing follows the tokens, so a tag that has begun is text.
-    """
-    pieces: list[Piece] = []
-    run: list[int] = []  # ordinary tokens
-    index, tag, state, finished = place.index - 1, [*place.tag], place.state, place.finished
-
-    def put(role: Role, tokens: list[int], **more: Any) -> None:
-        if run:
-            pieces.append(Piece(Role.TEXT, (*run,)))
-            run.clear()
-        if tokens:
-            pieces.append(Piece(role, (*tokens,), **more))
-
-    def break_off() -> None:
-        put(Role.TEXT, tag, fault=f"incomplete tag {vocabulary.text(tag)!r} kept as text")
-        tag.clear()
-
-    for index, token in enumerate(tokens, place.index):
-        if thread and not index:
-            put(Role.BEGIN, [token])  # the `<async>` that the interpreter wrote
-            continue
-        kind = vocabulary.kinds[token]
-        effect = Effect(grammar.EFFECT[state][kind])
-        if grammar.BREAKS[state][kind]:
-            break_off()
-        state = grammar.NEXT[state][kind]
-        if effect == Effect.FORK:
-            tag.append(token)
-            if index in branches:
-                put(Role.PROMISE, tag, branch=branches[index])
-            else:
-                put(Role.TEXT, tag, fault=f"no thread was free for {vocabulary.text(tag)!r}, kept as text")
-            tag.clear()
-        elif state != grammar.TEXT:
-            tag.append(token)
-        elif effect == Effect.SYNC:
-            put(Role.SYNC, [token])
-        elif effect == (Effect.FINISH if thread else Effect.END):
-            put(Role.END, [token])
-            finished = True
-        elif effect in (Effect.STRAY, Effect.FINISH, Effect.END):
-            put(Role.TEXT, [token], fault=f"{_spelling(vocabulary, token)} out of place, kept as text")
-        else:
-            run.append(token)
-    if ended:
-        break_off()
-    put(Role.TEXT, [])
-    return pieces, Place(index + 1, state, (*tag,), finished)
-
-
-def promise_of(vocabulary: Vocabulary, tag: Sequence[int]) -> tuple[str, int]:
-    """Topic and number of a whole promise tag, in tens of tokens; "" and 0 of a bare one."""
-    kinds = [int(vocabulary.kinds[token]) for token in tag]
-    if kinds == [Kind.FORK]:
-        return "", 0
-    middle = kinds.index(Kind.TOKENS)
-    number = int("".join(str(vocabulary.digit_values[token]) for token in tag[middle + 1 : -1]))
-    spelled = vocabulary.text(tag[1:middle])
-    return spelled.removeprefix(TOPIC_PREFIX) or spelled, number
-
-
-def _spelling(vocabulary: Vocabulary, token: int) -> str:
-    return repr(vocabulary.text([token])) if vocabulary.text([token]) else f"control token {token}"
+                tags[branch] = thread, *promise_of(vocabulary, piece.tokens)
+        nodes[thread].append(Text(speller.end_run()))
+        if thread and not branch:
+            parent, topic, number = tags[thread]
+            promises[thread] = Promise(topic, number, joined(nodes[thread]))
+            nodes[parent].append(promises[thread])
+            if not progress[thread].finished:
+                issues.append(f"{name}: stopped before its </async>.")
+    in_order = {branch: promises[branch] for branch in tags}
+    return Reading(Program(joined(nodes[0])), in_order, tuple(text), tuple(issues))
 
 
 def threads_of(document: ThreadedTokens, prompt_length: int) -> Threads:
@@ -254,10 +297,10 @@ def threads_of(document: ThreadedTokens, prompt_length: int) -> Threads:
     count = int(document.thread[real].max(initial=0)) + 1
     tokens: list[list[int]] = [[] for _ in range(count)]
     branches: list[dict[int, int]] = [{} for _ in range(count)]
-    for place in real:
-        thread = int(document.thread[place])
+    for index in real:
+        thread = int(document.thread[index])
         if thread and not tokens[thread]:
-            parent = int(document.thread[place - 1])
+            parent = int(document.thread[index - 1])
             branches[parent][len(tokens[parent]) - 1] = thread
-        tokens[thread].append(int(document.token[place]))
+        tokens[thread].append(int(document.token[index]))
     return Threads(tokens, branches)
