@@ -255,7 +255,7 @@ def test_without_matplotlib(monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'pasta_jax\[plot\]'"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[plot\]"'):
         plots.frontier(RESULTS, tmp_path / "figure.png")
 
 

@@ -144,7 +144,7 @@ def _write(out: str, part: str, results: dict[str, Any]) -> None:
     if not points:
         return
     if importlib.util.find_spec("matplotlib") is None:
-        LOG.warning("No figure of %s: matplotlib is not installed (pip install 'pasta_jax[plot]').", part)
+        LOG.warning('No figure of %s: matplotlib is not installed (pip install -e ".[plot]").', part)
         return
     from pasta_jax.benchmark.figures import draw
 

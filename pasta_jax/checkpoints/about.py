@@ -84,7 +84,7 @@ class About:
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer that it was trained with. Raises CheckpointError."""
         try:
-            tokenizer = tokenizer_from_bytes(self.tokenizer_model, extend=self.config.data.extend_tokenizer)
+            tokenizer = tokenizer_from_bytes(self.tokenizer_model)
         except MissingPackage as error:
             raise CheckpointError(f"{self.path}: {error}") from error
         except TokenizerError as error:

@@ -35,7 +35,7 @@ def download(name: str) -> str:
         errors: Any = importlib.import_module("huggingface_hub.errors")
     except ImportError as error:
         raise InterchangeError(
-            f"Downloading {name} needs huggingface_hub: pip install 'pasta_jax[hf]'. "
+            f'Downloading {name} needs huggingface_hub: pip install -e ".[hf]". '
             "Or give a folder that you have: hf:DIRECTORY."
         ) from error
     url = f"https://huggingface.co/{name}"

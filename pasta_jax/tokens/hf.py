@@ -30,7 +30,7 @@ class HfTokenizer(TextTokenizer):
             tokenizers: Any = importlib.import_module("tokenizers")
         except ImportError as error:
             raise MissingPackage(
-                "Reading tokenizer.json needs the tokenizers package: pip install 'pasta_jax[hf]'."
+                'Reading tokenizer.json needs the tokenizers package: pip install -e ".[hf]".'
             ) from error
         try:
             told = json.loads(self.model)

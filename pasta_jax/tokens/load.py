@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from pasta_jax.tokens.base import MAGIC, TextTokenizer, unpack
+from pasta_jax.tokens.base import TextTokenizer, unpack
 from pasta_jax.tokens.hf import HfTokenizer
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
@@ -92,21 +92,12 @@ def tokenizer_from_files(
         raise TokenizerError(f"tokenizer.json: {error}") from error
 
 
-def tokenizer_from_bytes(data: bytes, *, extend: bool = False) -> TextTokenizer:
-    """The tokenizer of which `data` is what `to_bytes` gave.
-
-    Checkpoints of earlier versions hold the SentencePiece model alone, with the rules of then: tags that it lacks
-    after its end, and no chat format.
-
-    Args:
-      data: from the checkpoint.
-      extend: for such older checkpoints, what their configuration says.
+def tokenizer_from_bytes(data: bytes) -> TextTokenizer:
+    """The tokenizer that `to_bytes` wrote.
 
     Raises:
-      TokenizerError: damaged, or it needs a package that is not installed.
+      TokenizerError: the data is damaged, or needs a package that is not installed.
     """
-    if not data.startswith(MAGIC):
-        return SentencePieceTokenizer(data, extend=extend, hints=Hints(template="", reserved=False))
     kind, model, usage = unpack(data)
     for known in (SentencePieceTokenizer, HfTokenizer):
         if kind == known.kind:

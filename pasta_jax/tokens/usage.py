@@ -85,7 +85,6 @@ class Hints:
       vocab_size: rows of the model's embedding; 0 if unknown.
       tag_ids: id of each tag piece, for a model that has learnt them.
       added: names of ids, among them such as the file lacks.
-      reserved: whether tags may take reserved ids; in checkpoints of earlier versions they do not.
     """
 
     template: str | None = None
@@ -97,7 +96,6 @@ class Hints:
     vocab_size: int = 0
     tag_ids: Mapping[str, int] | None = None
     added: Mapping[int, str] = dataclasses.field(default_factory=dict)
-    reserved: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +174,7 @@ def _tag_ids(symbols: Symbols, hints: Hints, extend: bool, splits: Callable[[str
         return _checked(hints.tag_ids, symbols)
     found = own_tag_ids(symbols)
     missing = [piece for piece in tags.PIECES if piece not in found]
-    free = _reserved(symbols, hints.template or "") if hints.reserved else []
-    free = [i for i in free if i not in found.values()]
+    free = [i for i in _reserved(symbols, hints.template or "") if i not in found.values()]
     size = len(symbols.pieces)
     if len(free) < len(missing):
         if not extend and hints.vocab_size - size < len(missing):

@@ -1,0 +1,201 @@
+"""Chat formats: prompts are those of the published templates, and what people write stays text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from pasta_jax.config import ConfigError, DataConfig
+from pasta_jax.data import almanac
+from pasta_jax.data.sources import make_tokenizer
+from pasta_jax.lang import tags
+from pasta_jax.lang.grammar import Kind
+from pasta_jax.lang.program import Program, Text
+from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens import chat as chats
+from pasta_jax.tokens import export
+from pasta_jax.tokens.detokenize import Threads, read
+from pasta_jax.tokens.hf import HfTokenizer
+from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_files
+from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
+from pasta_jax.tokens.tokenizer import TokenizerError
+from tests.helpers import family_tokenizers as made
+from tests.helpers.family_folders import (
+    ALL,
+    CONTROL,
+    CONVERSATIONS,
+    FOLDERS,
+    names_of,
+    tokenizer,
+)
+
+tokenizers = pytest.importorskip("tokenizers")
+jinja2 = pytest.importorskip("jinja2.sandbox")
+
+PUBLISHED = {
+    "gemma": made.GEMMA3,
+    "gemma json": made.GEMMA3,
+    "mistral 3": made.MISTRAL3,
+    "llama 3": made.LLAMA3,
+    "llama 3.1": made.LLAMA31,
+    "qwen 2.5": made.QWEN25,
+    "qwen 3": made.QWEN3,
+    "llama 2": made.LLAMA2,
+    "mistral 1": made.MISTRAL1,
+}
+
+
+def rendered(template: str, messages: list[dict[str, str]], **names: str) -> str:
+    """As transformers renders (`apply_chat_template`)."""
+    environment = jinja2.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    made_text: str = environment.from_string(template).render(
+        messages=messages, add_generation_prompt=True, enable_thinking=False, **names
+    )
+    return made_text
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("own", [False, True], ids=["published", "ours"])
+def test_prompts_are_those_of_the_template(name: str, own: bool) -> None:
+    """The published one, and the one that we write for folders that had none."""
+    found, spelled = tokenizer(name), names_of(name)
+    vocabulary = found.vocabulary
+    template = PUBLISHED[name]
+    if own:
+        template = export.minimal_files(found)["chat_template.jinja"].decode()
+    for messages in CONVERSATIONS:
+        text = rendered(
+            template, messages, bos_token=spelled[vocabulary.bos], eos_token=spelled[vocabulary.eos]
+        )
+        ids = found.encode_chat(messages)
+        hidden = vocabulary.control | vocabulary.stops
+        said = b"".join(spelled[i].encode() if i in hidden else vocabulary.pieces[i] for i in ids).decode()
+        # What Llama's own tokenizer puts before text, ours does not, and so our format does.
+        assert said.replace("<s> [INST]", "<s>[INST]") == text.replace("<s> [INST]", "<s>[INST]")
+        if name.startswith(("llama 3", "qwen")):
+            whole = tokenizers.Tokenizer.from_str(FOLDERS[name]()["tokenizer.json"].decode())
+            assert ids == whole.encode(text, add_special_tokens=False).ids
+    one = CONVERSATIONS[0]
+    assert found.encode_prompt(one[0]["content"]) == found.encode_chat(one)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_people_write_never_becomes_control(name: str) -> None:
+    found, spelled = tokenizer(name), names_of(name)
+    vocabulary = found.vocabulary
+    names = [piece for i, piece in spelled.items() if vocabulary.kinds[i] in CONTROL and piece]
+    evil = " ".join([*names, *tags.PIECES])
+    for messages in (
+        [("user", evil)],
+        [("system", evil), ("user", evil), ("assistant", evil), ("user", "b")],
+    ):
+        said, meek = (
+            found.encode_chat([{"role": role, "content": text} for role, text in written])
+            for written in (messages, [(role, "a") for role, _ in messages])
+        )
+        control = [[i for i in ids if vocabulary.kinds[i] in CONTROL] for ids in (said, meek)]
+        assert control[0] == control[1]
+        assert not set(said) & set(vocabulary.tag_ids.values())
+
+
+def test_who_ends_an_answer() -> None:
+    expected = {
+        "gemma": ("<end_of_turn>", {"<eos>"}),
+        "gemma base": ("<eos>", {"<end_of_turn>"}),
+        "llama 3": ("<|eot_id|>", {"<|end_of_text|>", "<|eom_id|>"}),
+        "qwen 2.5": ("<|im_end|>", {"<|endoftext|>"}),
+        "mistral 3": ("</s>", set()),
+        "llama 2": ("</s>", set()),
+    }
+    for name, (eos, ends) in expected.items():
+        vocabulary, spelled = tokenizer(name).vocabulary, names_of(name)
+        assert (spelled[vocabulary.eos], {spelled[i] for i in vocabulary.ends}) == (eos, ends)
+        assert (vocabulary.kinds[list(vocabulary.stops)] == Kind.END).all()
+        for end in vocabulary.stops:  # each ends an answer, and none is shown
+            answer = [*tokenizer(name).encode("Paris."), end]
+            reading = read(vocabulary, Threads([answer], [{}]))
+            assert reading.program == Program((Text("Paris."),)) and not reading.issues
+            assert reading.text_tokens == len(answer) - 1
+    words = WordTokenizer()
+    words.vocabulary = dataclasses.replace(words.vocabulary, ends=frozenset(words.encode("b")))
+    assert words.vocabulary.text(words.encode("abc")) == "ac"
+    plain = tokenizer("gemma base").vocabulary
+    unused = max(plain.tag_ids.values()) + 1
+    told = {"eos_token_id": [plain.eos, unused, min(plain.tag_ids.values())]}  # a tag ends nothing
+    told_of = {"generation_config.json": json.dumps(told).encode()}
+    assert tokenizer_from_files(FOLDERS["gemma base"]() | told_of).vocabulary.ends == plain.ends | {unused}
+
+
+def test_the_format_is_chosen_in_words(tmp_path: pathlib.Path) -> None:
+    assert {name: tokenizer(name).usage.chat for name in ALL} == {
+        "gemma": "gemma",
+        "gemma base": "plain",
+        "gemma json": "gemma",
+        "mistral 3": "mistral3",
+        "llama 3": "llama3",
+        "llama 3.1": "llama3",
+        "qwen 2.5": "chatml",
+        "qwen 3": "qwen3",
+        "llama 2": "llama2",
+        "mistral 1": "mistral",
+    }
+    # Of a file alone, by its control tokens.
+    assert SentencePieceTokenizer(made.gemma()).usage.chat == "gemma"
+    assert SentencePieceTokenizer(made.llama2(), extend=True).usage.chat == "plain"
+    assert SentencePieceTokenizer(made.llama2(), extend=True, chat="inst").usage.chat == "llama2"
+    assert HfTokenizer(made.llama3()).usage.chat == "llama3"
+    switches = "chat=FORMAT of load, --config.data.chat=FORMAT of training, --chat=FORMAT of other verbs"
+    with pytest.raises(
+        TokenizerError, match=rf"format gemma needs <start_of_turn>, <end_of_turn>.*plain, or .*{switches}"
+    ):
+        SentencePieceTokenizer(made.llama2(), extend=True, chat="gemma")
+    with pytest.raises(TokenizerError, match=r"chat='gemmma' is unknown. Use one of auto, plain, gemma"):
+        SentencePieceTokenizer(made.gemma(), chat="gemmma")
+    (tmp_path / "tokenizer.model").write_bytes(made.gemma())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(TokenizerError, match=f"{tmp_path}: .*template is of no format known.*{switches}"):
+        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, chat="plain").encode_prompt("a")[0] == 2
+    assert make_tokenizer(DataConfig(tokenizer=str(tmp_path), chat="gemma")).vocabulary.ends == {1}
+    with pytest.raises(ConfigError, match="chat is gemma, but the almanac's"):
+        make_tokenizer(DataConfig(chat="gemma"))
+    assert tokenizer_from_files(FOLDERS["qwen 3"](), chat="plain").encode_prompt("a") == tokenizer(
+        "qwen 3"
+    ).encode("a\n")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "no messages"),
+        ([{"role": "user", "content": " \n"}], "The prompt is empty"),
+        ([{"role": "assistant", "content": "a"}], 'Message 1 .* role \'assistant\'; "user" or "system" is'),
+        ([{"role": "user", "content": "a"}] * 2, "Message 2 .* role 'user'; \"assistant\" is expected"),
+        ([{"role": "system", "content": "a"}] * 2, "Message 2 .* role 'system'; \"user\" is expected"),
+        ([{"role": "system", "content": "a"}], "must end with a message of the user"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "must end with a message",
+        ),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], "Message 2 .* is empty"),
+        ([{"role": "user"}], 'Message 1 .* write {"role": ..., "content": ...}'),
+        ([{"role": "user", "content": ["a"]}], "Message 1 .*: its content is no text but list"),
+        (["hello"], "Message 1 .* is 'hello'"),
+    ],
+)
+def test_conversations_that_cannot_be_answered(messages: Any, message: str) -> None:
+    for name in ("gemma", "qwen 3"):
+        with pytest.raises(ValueError, match=message):
+            tokenizer(name).encode_chat(messages)
+
+
+def test_the_almanac_keeps_its_turns() -> None:
+    found = almanac.load_tokenizer()
+    user, model = (chats.USER_TURN, chats.MODEL_TURN)
+    ids = found._marks
+    assert found.encode_prompt("Rivers?") == [2, ids[user], *found.encode("Rivers?"), ids[model]]
+    assert found.encode_chat(CONVERSATIONS[3])[-1] == ids[model]
