@@ -1,15 +1,15 @@
 """The tag automaton: which tags a sequence of tokens spells, and which token may come next.
 
-It reads token *classes*, not text, so that one small table serves the compiled interpreter (one gather a
-step), the specification and the reading back of traces. The language it accepts, per thread:
+It reads token *kinds*, not text, so one small table serves the compiled interpreter (one gather per step), the
+specification and the reading of traces. The language that it accepts, per thread:
 
     text* ( OPEN topic{1..8} TOKENS [1-9] [0-9]? CLOSE text* | FORK text* | SYNC text* )* ( ASYNC_CLOSE | END )
 
 No vocabulary has all of it: the pasta dialect lacks FORK, and the apar dialect has no other promise and no SYNC
 (`Vocabulary.kinds`).
 
-A token that does not continue a begun tag *breaks* it: the pieces so far are literal text, and the token is
-read as if no tag had begun. That is the whole policy for malformed output (docs/design.md, decision 7).
+A token that does not continue the tag that has started *breaks* it: the pieces so far are literal text, and the
+token is read as if no tag had started. That is the whole policy for malformed output (docs/design.md, decision 7).
 
 The tables are plain tuples: `NEXT[state][kind]`, `EFFECT[state][kind]`, `BREAKS[state][kind]` and
 `LEGAL[state][kind]`. What depends on the thread (no end of answer in a branch, no `</async>` in main, no
@@ -30,12 +30,12 @@ from pasta_jax.lang.tags import MAX_TOPIC_TOKENS
 
 
 class Kind(enum.IntEnum):
-    """What a token is to the tag grammar."""
+    """The class of a token in the tag grammar."""
 
-    TEXT = 0  # ordinary, but not fit for a topic
-    TOPIC = 1  # ordinary, fit for a topic too
-    ZERO = 2  # the digit 0; fit for a topic
-    DIGIT = 3  # a digit from 1 to 9; fit for a topic
+    TEXT = 0  # ordinary text that a topic may not hold
+    TOPIC = 1  # ordinary text that a topic may hold
+    ZERO = 2  # the digit 0; a topic may hold it
+    DIGIT = 3  # a digit from 1 to 9; a topic may hold it
     OPEN = 4  # <promise topic="
     TOKENS = 5  # " tokens=
     CLOSE = 6  # />
@@ -59,16 +59,16 @@ class Effect(enum.IntEnum):
 
 
 TEXT = 0
-"""State: no tag has begun."""
-_TOPIC = 1  # states 1 .. 1 + MAX_TOPIC_TOKENS: so many topic tokens read
-_NUMBER = _TOPIC + MAX_TOPIC_TOKENS + 1  # states _NUMBER .. _NUMBER + 2: so many digits read
+"""State: no tag has started."""
+_TOPIC = 1  # states 1 .. 1 + MAX_TOPIC_TOKENS: 0 .. MAX_TOPIC_TOKENS topic tokens read
+_NUMBER = _TOPIC + MAX_TOPIC_TOKENS + 1  # states _NUMBER .. _NUMBER + 2: 0 .. 2 digits read
 STATES = _NUMBER + 3
 
 LONGEST_TAG = 1 + MAX_TOPIC_TOKENS + 1 + 2 + 1
 """Tokens of the longest legal promise tag."""
 
 OPENS = (Kind.OPEN, Kind.FORK)
-"""What begins a promise."""
+"""The kinds that start a promise."""
 
 FITS_TOPIC = (Kind.TOPIC, Kind.ZERO, Kind.DIGIT)
 
@@ -86,7 +86,7 @@ _FROM_TEXT = {
 
 
 def _continues(state: int, kind: Kind) -> tuple[int, Effect] | None:
-    """Where a token leads that continues the tag begun in `state`; None if it breaks it."""
+    """(next state, effect) of a token that continues the tag; None if it breaks the tag."""
     if _TOPIC <= state < _NUMBER:
         topic_tokens = state - _TOPIC
         if kind in FITS_TOPIC and topic_tokens < MAX_TOPIC_TOKENS:
@@ -103,7 +103,7 @@ def _continues(state: int, kind: Kind) -> tuple[int, Effect] | None:
 
 
 def _transition(state: int, kind: Kind) -> tuple[int, Effect, bool]:
-    """(next state, effect, whether a begun tag is broken off)."""
+    """(next state, effect, whether the token breaks a tag)."""
     if state != TEXT:
         continued = _continues(state, kind)
         if continued is not None:

@@ -1,4 +1,4 @@
-"""A PASTA-LANG program: what an annotated answer is, apart from how it is spelled.
+"""A PASTA-LANG program: the structure of an annotated answer, apart from its spelling.
 
 An annotated answer is text in which some parts are *promised*: the main thread leaves a promise, and a
 branch keeps it (paper section 3). The spelling lives in `tags`, reading in `parse`, writing in `render`.
@@ -15,7 +15,7 @@ MIN_TOKENS, MAX_TOKENS = 1, 99
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Ordinary text, decoded by the thread it stands in."""
+    """Ordinary text, decoded by the thread that it belongs to."""
 
     text: str
 
@@ -36,13 +36,13 @@ class Promise:
 
     @property
     def is_bare(self) -> bool:
-        """Neither topic ("") nor length (0): a fork of the apar dialect, written `<promise/>`."""
+        """Whether topic ("") and length (0) are missing: a fork of the apar dialect, written `<promise/>`."""
         return not self.topic and not self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Sync:
-    """The thread waits here for every branch it has promised, and from here on sees what they wrote."""
+    """The thread waits for every branch that it has promised, and sees their text from then on."""
 
 
 Node: TypeAlias = Text | Promise | Sync

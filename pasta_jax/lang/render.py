@@ -5,14 +5,14 @@ r"""A Program as canonical annotated text.
 >>> print(render(Program((Text("A fact: "), rivers, Sync(), Text(" That is all.")))))
 A fact: <promise topic="rivers" tokens=2 /><async>The Nile is the longest river.</async><sync/> That is all.
 
-Ordinary text may itself spell a tag, in an answer about this language for instance. There one backslash is
-written after the `<`, and reading takes it away. Text that already holds such a backslash gets one more, so
-no two texts are ever written alike:
+Ordinary text may itself spell a tag, for example in an answer about this language. Then one backslash is written
+after the `<`, and reading removes it. Text that already has such backslashes gets one more, so different texts
+are never written alike:
 
 >>> print(render(Program((Text("Write <sync/> to wait, not <\\sync/> or <b>."),))))
 Write <\sync/> to wait, not <\\sync/> or <b>.
 
-A bare promise (of the apar dialect) is for people to read; `parse` reads no such thing back:
+A bare promise (of the apar dialect) is written for people only; `parse` does not read it back:
 
 >>> print(render(Program((Text("- Nile:"), Promise("", tokens=0, block=(Text(" In Africa."),))))))
 - Nile:<promise/><async> In Africa.</async>
@@ -27,7 +27,7 @@ from pasta_jax.lang import tags
 from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text
 
 OPENINGS = (tags.PROMISE_OPEN, tags.ASYNC_OPEN, tags.ASYNC_CLOSE, tags.SYNC)
-"""The pieces that begin a tag. The other two mean something inside a promise only."""
+"""The pieces that start a tag. The other two have a meaning only inside a promise."""
 
 BODY = "(?:" + "|".join(re.escape(piece.removeprefix("<")) for piece in OPENINGS) + ")"
 """A regular expression for what follows the `<` of a tag."""
@@ -59,7 +59,7 @@ def render(program: Program) -> str:
 
 
 def escape(text: str) -> str:
-    r"""Ordinary text as it stands between tags.
+    r"""Ordinary text as it is written between tags.
 
     >>> print(escape("if a < b: <async> and a <promise> />"))
     if a < b: <\async> and a <promise> />
@@ -68,7 +68,7 @@ def escape(text: str) -> str:
 
 
 def joined(nodes: Iterable[Node]) -> tuple[Node, ...]:
-    """The nodes with neighbouring Text nodes made one and empty ones left out.
+    """The nodes with neighbouring Text nodes merged and empty ones left out.
 
     >>> joined([Text("<"), Text(""), Text("sync/>"), Sync(), Text("")])
     (Text(text='<sync/>'), Sync())
@@ -89,7 +89,7 @@ def joined(nodes: Iterable[Node]) -> tuple[Node, ...]:
 
 
 def promise_problem(topic: str, tokens: int) -> str | None:
-    """What keeps a promise from being written in a tag, or None.
+    """Why a promise cannot be written as a tag, or None.
 
     >>> promise_problem("<b>rivers</b>", 2)
     "the topic holds '<'"

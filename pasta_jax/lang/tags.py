@@ -1,4 +1,4 @@
-"""How PASTA-LANG is spelled: the fixed pieces of its tags (docs/design.md, decision 1).
+"""The spelling of PASTA-LANG: the fixed pieces of its tags (docs/design.md, decision 1).
 
 Each fixed piece is one vocabulary id; topic words and digits are ordinary tokens. Every other file takes the
 spelling from here.
