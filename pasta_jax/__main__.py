@@ -1,6 +1,6 @@
 """Answers a prompt: `python -m pasta_jax --ckpt=W "List the capitals of France and Peru."`.
 
-Prints the answer, with --stream as it comes; on stderr what it cost and, with --timeline, its threads over time.
+Prints the answer, with --stream as it is decoded; on stderr its cost and, with --timeline, its threads over time.
 """
 
 from __future__ import annotations
@@ -11,16 +11,35 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from pasta_jax import verbs
-from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
+from pasta_jax.verbs import define_loading, loading_options, options, refuse, show_log
+
+DECODING = (
+    "mode",
+    "max_new_tokens",
+    "max_branches",
+    "lanes",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "open_bias",
+    "grammar",
+    "stop",
+    "cache_len",
+)
+"""Flags that are arguments of `pasta_jax.decode`."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """The verb. Mistakes end in one line and status 2."""
+    """The command. Usage errors end in one line and status 2."""
     values = flags.FLAGS
     if len(argv) != 2 or not values.ckpt:
         refuse(f"Give one prompt and --ckpt=WORKDIR. {__doc__.splitlines()[0]}")
     if values.stream and values.annotated:
-        refuse("--stream prints the text as it settles, --annotated the whole with its tags. Choose one.")
+        refuse(
+            "--stream prints the text as it settles, --annotated the whole answer with its tags. Choose one."
+        )
     show_log()
     from pasta_jax import decode, load
     from pasta_jax.checkpoints.about import CheckpointError
@@ -31,19 +50,7 @@ def main(argv: Sequence[str]) -> None:
         result = decode(
             model,
             argv[1],
-            mode=values.mode,
-            max_new_tokens=values.max_new_tokens,
-            max_branches=values.max_branches,
-            lanes=values.lanes,
-            temperature=values.temperature,
-            top_k=values.top_k,
-            top_p=values.top_p,
-            min_p=values.min_p,
-            seed=values.seed,
-            open_bias=values.open_bias,
-            grammar=values.grammar,
-            stop=values.stop,
-            cache_len=values.cache_len,
+            **options(values, DECODING),
             stream=printer(sys.stdout, live=sys.stdout.isatty()) if values.stream else False,
         )
     except (CheckpointError, ValueError) as error:
@@ -51,14 +58,14 @@ def main(argv: Sequence[str]) -> None:
     if not values.stream:
         print(result.annotated if values.annotated else result.text)
     stats = result.stats
-    said = [
+    summary = [
         f"{stats.decode_steps} steps for {stats.text_tokens} tokens of text",
         f"{len(result.branches)} branches",
         f"{stats.wall_s:.3f} s",
     ]
     if stats.measured_speedup:
-        said.append(f"{stats.measured_speedup:.2f}x as fast as without promises")
-    print(f"[{', '.join(said)}]", file=sys.stderr)
+        summary.append(f"{stats.measured_speedup:.2f}x as fast as without promises")
+    print(f"[{', '.join(summary)}]", file=sys.stderr)
     for issue in result.issues:
         print(f"[{issue}]", file=sys.stderr)
     if values.timeline:
@@ -71,24 +78,37 @@ def command() -> None:
     define_loading()
     flags.adopt_module_key_flags(verbs)  # so that --help shows them
     flags.DEFINE_enum(
-        "mode", "parallel", ["parallel", "sequential", "both"], "How to decode; both times both."
+        "mode",
+        "parallel",
+        ["parallel", "sequential", "both"],
+        "How to decode; both runs both and compares their times.",
     )
-    flags.DEFINE_integer("max_new_tokens", 512, "Most tokens of the answer, tags included.", lower_bound=1)
-    flags.DEFINE_integer("max_branches", 15, "Most promises that the answer can hold.", lower_bound=0)
-    flags.DEFINE_integer("lanes", 8, "Threads that decode in the same step.", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_new_tokens", 512, "Maximum number of tokens in the answer, including tags.", lower_bound=1
+    )
+    flags.DEFINE_integer("max_branches", 15, "Maximum number of promises in the answer.", lower_bound=0)
+    flags.DEFINE_integer("lanes", 8, "Maximum number of threads that decode in the same step.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
-    flags.DEFINE_integer("top_k", 0, "Draw among so many of the likeliest only; 0 is all.", lower_bound=0)
-    flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest of this share only; 1 is all.")
-    flags.DEFINE_float(
-        "min_p", 0.0, "Draw among those at least this many times as likely as the likeliest; 0 is all."
+    flags.DEFINE_integer(
+        "top_k", 0, "Sample among this many of the likeliest tokens; 0 is all.", lower_bound=0
     )
-    flags.DEFINE_integer("seed", 0, "Of the drawing.")
-    flags.DEFINE_float("open_bias", 0.0, "Added to the logit that opens a promise; above 0 more parallel.")
-    flags.DEFINE_multi_string("stop", [], "End the answer before this text. May be given several times.")
-    flags.DEFINE_bool("grammar", True, "Keep tags well formed; without it malformed pieces become text.")
-    flags.DEFINE_integer("cache_len", None, "Tokens of prompt and answer together; by default both fit.")
+    flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest tokens of this total probability; 1 is all.")
+    flags.DEFINE_float(
+        "min_p", 0.0, "Sample among tokens at least this many times as likely as the likeliest; 0 is all."
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+    flags.DEFINE_float(
+        "open_bias", 0.0, "Added to the logit that opens a promise; above 0 answers are more parallel."
+    )
+    flags.DEFINE_multi_string("stop", [], "End the answer before this text. May be repeated.")
+    flags.DEFINE_bool("grammar", True, "Allow only well-formed tags; otherwise malformed ones become text.")
+    flags.DEFINE_integer(
+        "cache_len", None, "Maximum tokens of prompt and answer together; by default both fit."
+    )
     flags.DEFINE_bool(
-        "stream", False, "Print the text as it comes; in a terminal, with what comes later behind it."
+        "stream",
+        False,
+        "Print the text as it is decoded; a terminal also shows, faintly, later text that is known already.",
     )
     flags.DEFINE_bool("annotated", False, "Print the answer with its tags.")
     flags.DEFINE_bool("timeline", False, "Draw the threads over time.")

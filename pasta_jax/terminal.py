@@ -1,4 +1,4 @@
-"""What people see in a terminal: an answer as it comes, its timeline, and tables."""
+"""Output for a terminal: streamed answers, timelines and tables."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:  # tables need no jax
 from pasta_jax.rounding import ceil_div
 
 ERASE, SAVE, RESTORE, FAINT, PLAIN = "\x1b[K", "\x1b7", "\x1b8", "\x1b[2m", "\x1b[0m"
-"""What a terminal does: erases the rest of the line, keeps and finds its place again, writes faintly or not."""
+"""Terminal controls: erase the rest of the line, save and restore the cursor, faint and plain text."""
 
 
 def printer(out: TextIO, *, live: bool) -> Callable[[Event], None]:
-    """A callback that writes the text of one answer as it settles.
+    """A callback for the events of one answer that writes its text as it settles.
 
     Args:
-      out: where to.
-      live: it is a terminal; what comes after the settled text stands behind it, faint, as far as the line goes.
+      out: the file to write to.
+      live: it is a terminal: text that is not settled yet follows in faint letters, up to the end of the line.
     """
     from pasta_jax.decoding.streaming import Draft
 
@@ -42,7 +42,7 @@ def printer(out: TextIO, *, live: bool) -> Callable[[Event], None]:
 
 
 def _rest(draft: Draft) -> str:
-    """What is not settled yet, on the line on which the settled text ends."""
+    """The text that is not settled yet, as far as it fits on the line."""
     columns = shutil.get_terminal_size().columns
     used = _width(draft.settled.rpartition("\n")[2])
     room = columns - 1 - used % columns
@@ -55,7 +55,7 @@ def _rest(draft: Draft) -> str:
 
 
 def _width(text: str) -> int:
-    """Columns of a terminal."""
+    """Terminal columns of a text."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
@@ -64,11 +64,11 @@ _LABEL = 18
 
 
 def timeline(result: DecodeResult, width: int = 80) -> str:
-    """A line for each thread, a column for one or several decode steps; `·` is main waiting at a sync.
+    """A line per thread, a column per one or several decode steps; `·` is main waiting at a sync.
 
     Args:
       result: a decoded answer.
-      width: characters of a line, at least 40.
+      width: characters per line, at least 40.
     """
     trace = result.trace
     steps = max(trace.steps, 1)
@@ -80,8 +80,8 @@ def timeline(result: DecodeResult, width: int = 80) -> str:
     lines = [f"{'decode step':<{_LABEL}} {ruler}"]
     for label, thread in zip(labels, threads):
         fed = np.zeros(ceil_div(steps, per_column), bool)
-        mine = trace.step[(trace.tokens.thread == thread) & (trace.step > 0)]
-        fed[(mine - 1) // per_column] = True
+        fed_steps = trace.step[(trace.tokens.thread == thread) & (trace.step > 0)]
+        fed[(fed_steps - 1) // per_column] = True
         active = range(int(np.argmax(fed)), len(fed) - int(np.argmax(fed[::-1]))) if fed.any() else range(0)
         if thread == 0:
             active = range(len(fed))
@@ -91,7 +91,7 @@ def timeline(result: DecodeResult, width: int = 80) -> str:
 
 
 def _ruler(steps: int, per_column: int) -> str:
-    """Step numbers over their columns, every ten columns."""
+    """The step number above every tenth column."""
     ruler = ""
     for column in range(0, ceil_div(steps, per_column), 10):
         ruler = ruler.ljust(column) + str(column * per_column + 1)
@@ -103,7 +103,7 @@ def _shorten(label: str) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; all but the first to the right.
+    """A Markdown table with aligned columns, all but the first to the right.
 
     >>> print(markdown_table(["family", "truth"], [["list", "99.0 %"]]))
     | family |  truth |

@@ -1,9 +1,10 @@
-"""What verbs share: mistakes of whoever typed the command end in one line and status 2, and what is logged."""
+"""Shared by the commands: usage errors, logging, and the flags for loading a model."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from absl import flags
@@ -13,13 +14,13 @@ BAD_USAGE = 2
 
 
 def refuse(message: str) -> NoReturn:
-    """Says what is wrong on stderr and leaves."""
+    """Prints the message on stderr and exits with status 2."""
     print(message, file=sys.stderr)
     sys.exit(BAD_USAGE)
 
 
 def show_log() -> None:
-    """Shows on stderr what the library logs as it goes along, and of other libraries warnings only."""
+    """Shows the library's log on stderr, and only warnings of other libraries."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     log = logging.getLogger("pasta_jax")
     if not log.handlers:
@@ -31,20 +32,26 @@ def show_log() -> None:
 
 
 def define_loading() -> None:
-    """The flags of a verb that loads a model to decode: what `pasta_jax.load` takes."""
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights; by default as in training.")
+    """Defines the flags for loading a model to decode: the arguments of `pasta_jax.load`."""
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"], "Type of the weights; by default as in training."
+    )
     flags.DEFINE_enum("quantize", None, ["int8"], "Load matrices in int8.")
-    flags.DEFINE_string("base", None, "Of adapters: the weights they go beside, if not where they were.")
+    flags.DEFINE_string("base", None, "For adapters: their base weights, if these have moved.")
     flags.DEFINE_string(
-        "tokenizer", None, "Of published weights: tokenizer file or folder, if not their own."
+        "tokenizer", None, "For published weights: tokenizer file or folder, if not their own."
     )
     flags.DEFINE_bool(
-        "extend_tokenizer", False, "Of published weights: new ids and rows for tags without one."
+        "extend_tokenizer", False, "For published weights: add ids and rows for tags that have none."
     )
-    flags.DEFINE_string("chat", "auto", "Format of prompts; auto goes by the model's chat template.")
+    flags.DEFINE_string("chat", "auto", "Format of prompts; auto uses the model's chat template.")
 
 
 def loading_options(values: flags.FlagValues) -> dict[str, Any]:
-    """What the flags of `define_loading` say, for `load`."""
-    names = ("dtype", "quantize", "base", "tokenizer", "extend_tokenizer", "chat")
+    """The values of these flags, as arguments of `load`."""
+    return options(values, ("dtype", "quantize", "base", "tokenizer", "extend_tokenizer", "chat"))
+
+
+def options(values: flags.FlagValues, names: Iterable[str]) -> dict[str, Any]:
+    """The values of the named flags, as arguments of a function."""
     return {name: values[name].value for name in names}

@@ -1,12 +1,11 @@
-r"""Skeleton-of-Thought (Ning et al. 2023): first the points of an answer, then every point at the same time.
+r"""Skeleton-of-Thought (Ning et al. 2023): first the points of an answer, then all points at the same time.
 
-A prompting scheme over any model that knows the two prompts: the *skeleton* prompt asks for the points, one
-numbered line each; a *point* prompt shows question and skeleton and asks for one point's text. All points are
-asked at once; none sees another, and nothing is written after they are done. The answer is their texts, joined.
+A prompting scheme for any model that knows two prompts: the *skeleton* prompt asks for the points, one numbered
+line each; a *point* prompt shows question and skeleton and asks for one point's text. All points are requested at
+once; none sees another, and nothing is written after them. The answer is their texts, joined.
 
-In our favour would have been the authors' long prompts; these are as short as can be. Training puts both
-prompts into the base model's mix and again into the finetuning of the model that this scheme uses, which the
-authors do without.
+The authors' prompts are long, which would favour PASTA; ours are as short as possible. We train the base model, and
+again the model that uses this scheme, on both prompts; the authors do not train.
 
 Examples:
   >>> print(point_prompt("Compare tea and coffee.", ["tea", "coffee"], 1))
@@ -25,20 +24,20 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-MOST_POINTS = 8
-"""More points than these are not expanded: as many as the engine decodes at once."""
+MAX_POINTS = 8
+"""More points are not expanded: the engine decodes this many at once."""
 
 _LINE = re.compile(r"\d+\. (.+)")
 
 
 class Reply(Protocol):
-    """What a model said to one prompt."""
+    """A model's answer to one prompt."""
 
     @property
     def text(self) -> str: ...
     @property
     def steps(self) -> int:
-        """Decode steps that the reply needs."""
+        """Decode steps of the reply."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +46,9 @@ class SkeletonAnswer:
 
     Attributes:
       text: the points' texts, joined.
-      points: what the skeleton named; empty if it was none, and then `text` is the skeleton itself.
-      steps: of the skeleton, and of the longest point: the critical path.
-      tokens: of everything, skeleton included.
+      points: the points of the skeleton; if it has none, `text` is the skeleton itself.
+      steps: decode steps of the skeleton and of the longest point: the critical path.
+      tokens: tokens of all replies, including the skeleton.
     """
 
     text: str
@@ -59,31 +58,31 @@ class SkeletonAnswer:
 
 
 def skeleton_prompt(question: str) -> str:
-    """Asks for the points of an answer."""
+    """The prompt for the points of an answer."""
     return f"{question}\nGive only the points."
 
 
 def point_prompt(question: str, points: Sequence[str], index: int) -> str:
-    """Asks for the text of the point at `index`."""
+    """The prompt for the text of the point at `index`."""
     return f"{question}\n{skeleton(points)}Write only {index + 1}. {points[index]}"
 
 
 def skeleton(points: Sequence[str]) -> str:
-    """Points as the skeleton spells them: one numbered line each."""
+    """The points as a skeleton: one numbered line each."""
     return "".join(f"{number}. {point}\n" for number, point in enumerate(points, start=1))
 
 
 def read_points(text: str) -> list[str]:
-    """The points of a skeleton, as a model wrote it; lines that are no points are passed over."""
-    return [match[1] for line in text.splitlines() if (match := _LINE.fullmatch(line.strip()))][:MOST_POINTS]
+    """The points of a skeleton that a model wrote; other lines are ignored."""
+    return [match[1] for line in text.splitlines() if (match := _LINE.fullmatch(line.strip()))][:MAX_POINTS]
 
 
 def answer(ask: Callable[[list[str]], Sequence[Reply]], question: str) -> SkeletonAnswer:
     """Answers a question in two rounds.
 
     Args:
-      ask: decodes prompts, all of them at the same time.
-      question: the user's.
+      ask: decodes prompts, all at the same time.
+      question: the user's prompt.
     """
     (outline,) = ask([skeleton_prompt(question)])
     points = read_points(outline.text)

@@ -23,11 +23,11 @@ class Branch:
     Attributes:
       id: thread number, from 1 in order of promise.
       parent: thread that promised it; 0 is main.
-      topic, promised_tokens: what the promise said; promised_tokens in tokens, ten times the tag's number. A bare
-        promise says "" and 0.
-      tokens: content tokens written.
-      text: reader's text of the block.
-      start_step, end_step: decode steps that fed its first and its last token.
+      topic, promised_tokens: of the promise; promised_tokens in tokens, ten times the tag's number. "" and 0 for a
+        bare promise.
+      tokens: tokens of the block, without its `<async>` and `</async>`.
+      text: the block's text for the reader.
+      start_step, end_step: decode steps that fed the branch's first and last token.
       stop_reason: "done", "budget" (its end was forced) or "cut" (the answer ended first).
     """
 
@@ -44,20 +44,21 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """What a decode cost.
+    """The cost of an answer.
 
     Attributes:
-      prompt_tokens, output_tokens: the answer's count has its tags in it, and every thread.
+      prompt_tokens, output_tokens: tokens of the prompt, and of the answer in all threads with its tags.
       decode_steps: steps that the row took after the prompt.
       text_tokens: the answer's tokens without its tags: the steps that a sequential decode of the same text takes.
       critical_path: decode steps that the answer needs with unlimited lanes (`trace.critical_path`), at least 1.
       step_speedup: text_tokens / decode_steps.
-      wall_s: seconds of the whole call, compiling apart; of what was streamed or submitted, of the decoder's work
-        while this request had a row.
+      wall_s: seconds of the whole call without compiling; for a streamed or submitted request, seconds that the
+        decoder worked while the request had a row.
       compile_s: seconds of compiling in that time.
-      tokens_per_s: output tokens by wall_s, this row's.
-      max_width, mean_width: lanes used by a step.
-      sequential_wall_s, measured_speedup: with mode="both", of the same prompt decoded without promises.
+      tokens_per_s: output_tokens / wall_s.
+      max_width, mean_width: lanes used per step.
+      sequential_wall_s, measured_speedup: with mode="both", wall_s of the same prompt decoded without promises, and
+        sequential_wall_s / wall_s.
     """
 
     prompt_tokens: int
@@ -79,21 +80,21 @@ class Stats:
 class DecodeResult:
     """An answer.
 
-    One that ended at a stop string is the beginning of what was decoded, as far as `text` goes in document order:
-    what lies beyond, in other threads too, is in no attribute but stats and trace. Its last token may spell the
-    beginning of the stop string.
+    An answer with a stop string is cut off there, in document order. What was decoded beyond, in any thread, is
+    only in `trace`, and counts only in the steps, widths and seconds of `stats`. The last token may spell the start
+    of the stop string.
 
     Attributes:
-      text: for the reader: tags removed, branches in promised order.
-      annotated: what the model wrote, as PASTA-LANG.
+      text: for the reader: without tags, every branch where it was promised.
+      annotated: the model's output in PASTA-LANG.
       tokens, logprobs: NumPy, the answer in document order; the log-probabilities are the model's own, before
         temperature and grammar, and 0 for tokens that the interpreter inserted.
       branches: the promises kept, in order of promise.
-      stats: what it cost.
+      stats: tokens, steps and seconds.
       stop_reason: "eos", "length" (max_new_tokens), "cache_full", "stop" (a stop string) or "cancelled".
-      issues: recoverable faults, a sentence each.
+      issues: recoverable faults, one sentence each.
       program: `annotated`, parsed.
-      trace: what the decode did, step by step.
+      trace: the whole decode, step by step.
     """
 
     text: str

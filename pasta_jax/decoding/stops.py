@@ -1,8 +1,7 @@
 """Stop strings: an answer ends before the first of them in the reader's text, whichever thread wrote it.
 
-The text is read from its beginning, branches in their places, as a sequential decode of the same document would
-have written it. So a stop string counts only when everything before it is known, and it may begin in one thread and
-end in another.
+The text is read in document order, as a sequential decode would have written it. So a stop string counts only when
+all text before it is known, and it may start in one thread and end in another.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def find_stop(text: str, stops: Sequence[str], searched: int = 0) -> int | None:
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
-    r"""How many characters at the end of a text might be the beginning of a stop string.
+    r"""How many characters at the end of a text might start a stop string.
 
     >>> held_back("one\n", ["\n\nQ:", "END"])
     1

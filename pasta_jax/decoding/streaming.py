@@ -1,8 +1,8 @@
-r"""An answer while it is being decoded: events for a program, a draft for a reader.
+r"""Streaming: an answer while it is being decoded, as events for a program and as a draft for a reader.
 
-Nothing here waits, queues or knows a device. Between two chunks of steps a running row has a partial trace, and a
-consumer gets what is new to it since it last looked (`new_events`). One that is slow gets more at once; one that
-goes away leaves nothing behind.
+These are pure functions: nothing waits, queues or knows a device. Between two chunks of steps a running row has a
+partial trace, and a consumer gets the events since its last call (`new_events`). A slow consumer gets more at once;
+one that stops asking leaves no state behind.
 
 >>> draft = Draft()
 >>> for event in (
@@ -44,26 +44,26 @@ MAIN = 0
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something new in an answer. What a kind does not say is left at its default.
+    """Something new in an answer. Attributes that do not apply to its kind have their defaults.
 
     Kinds:
-      "text": `text` was added to the end of thread `branch`. It is the reader's, without tags and in whole
-        characters, and never taken back, unless it turns out to stand after a stop string.
-      "promise": where the text of thread `parent` ends now, the text of thread `branch` will stand: `topic`,
-        `promised_tokens`.
-      "closed": the text of thread `branch` is complete. After that of main nothing follows but "done".
-      "done": the answer is complete: `result`.
-      "token": thread `branch` took the token `token`, spelled `text`, tags and parts of characters included, fed in
-        step `step` (trace.UNFED: in none) with `logprob`. Only for those who asked for tokens.
+      "text": `text` was added to the end of thread `branch`: text for the reader, without tags and in whole
+        characters. It is never taken back, unless it comes after a stop string.
+      "promise": thread `parent` promised thread `branch`, whose text belongs where that of `parent` ends now; with
+        `topic` and `promised_tokens`.
+      "closed": the text of thread `branch` is complete. After main is closed, only "done" follows.
+      "done": the answer is complete, with `result`.
+      "token": thread `branch` sampled the token `token`, spelled `text` (also tags and parts of characters), with
+        `logprob`; it was fed in step `step` (trace.UNFED: in none). Only on request.
 
     Attributes:
       kind: what happened.
       request: index of the prompt in the call.
-      branch: thread, 0 is main.
-      parent: thread that promised the branch; -1 is nobody.
+      branch: the thread; 0 is main.
+      parent: the thread that promised the branch; -1 for main.
       text, topic, promised_tokens, step, token, logprob, result: see the kinds. promised_tokens is in tokens, ten
         times the tag's number.
-      stop: the stop strings of the request, so that a draft knows them.
+      stop: the stop strings of the request, for the draft.
     """
 
     kind: Literal["text", "promise", "closed", "done", "token"]
@@ -80,12 +80,14 @@ class Event:
     stop: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """What it says: Event('text', branch=1, text='The Nile')."""
+        """Only attributes that differ from their defaults: Event('text', branch=1, text='The Nile')."""
         names = [
             field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default
         ]
-        said = [f"{name}={getattr(self, name)!r}" for name in names if name not in ("kind", "result", "stop")]
-        return f"Event({', '.join([repr(self.kind), *said])})"
+        shown = [
+            f"{name}={getattr(self, name)!r}" for name in names if name not in ("kind", "result", "stop")
+        ]
+        return f"Event({', '.join([repr(self.kind), *shown])})"
 
 
 # ---------------------------------------------------------------------------------------- from traces to events
@@ -185,31 +187,31 @@ def _token_events(
 
 
 class Draft:
-    """The document that the events of one answer make, as far as it is known.
+    """The document that the events of one answer have built so far.
 
-    `str(draft)` is all of it, with a mark like `[rivers …]` where a branch still goes on. Once a stop string is
-    found, it ends before that.
+    `str(draft)` is all of it, with a mark like `[rivers …]` where a branch is still being decoded. It ends before a
+    stop string.
 
     Attributes:
-      settled: what will not change any more: the text before the first place where some is still to come, but for
-        an end that might be the beginning of a stop string. It may be printed for good.
-      stopped: a stop string was found: whatever comes, `settled` is the whole answer.
+      settled: the text that will not change any more, and may be printed: up to the first gap, where text is still
+        missing, without an end that might start a stop string.
+      stopped: there was a stop string: `settled` is the whole answer, whatever follows.
     """
 
     def __init__(self) -> None:
         self.settled, self.stopped = "", False
         self._request: int | None = None
         self._stop: tuple[str, ...] = ()
-        self._finished = ""  # text before the first place where some is still to come
+        self._finished = ""  # text before the first gap
         self._parts: dict[int, list[str | int]] = {
             MAIN: []
-        }  # of each thread: text, and branches in their places
+        }  # of each thread: pieces of text, and branches where their text belongs
         self._topics: dict[int, str] = {MAIN: ""}
         self._closed: set[int] = set()
-        self._at = [(MAIN, 0)]  # that place: a thread and its part, those of its parents before it
+        self._gap = [(MAIN, 0)]  # the first gap: thread and index of its part, after those of its parents
 
     def add(self, event: Event) -> None:
-        """Takes the next event. ValueError if it is of another answer."""
+        """Adds the next event. Raises ValueError if it is of another answer."""
         if self._request is None:
             self._request, self._stop = event.request, event.stop
         if event.request != self._request:
@@ -232,28 +234,28 @@ class Draft:
 
     def _settle(self) -> None:
         before = len(self._finished)
-        while self._at:
-            thread, index = self._at.pop()
+        while self._gap:
+            thread, index = self._gap.pop()
             if index < len(self._parts[thread]):
-                self._at.append((thread, index + 1))
+                self._gap.append((thread, index + 1))
                 part = self._parts[thread][index]
                 if isinstance(part, str):
                     self._finished += part
                 else:
-                    self._at.append((part, 0))
+                    self._gap.append((part, 0))
             elif thread not in self._closed:
-                self._at.append((thread, index))
+                self._gap.append((thread, index))
                 break
         cut = find_stop(self._finished, self._stop, before)
         self.stopped = cut is not None
         if cut is None:
-            cut = len(self._finished) - (held_back(self._finished, self._stop) if self._at else 0)
+            cut = len(self._finished) - (held_back(self._finished, self._stop) if self._gap else 0)
         self.settled = self._finished[:cut]
 
     def __str__(self) -> str:
         if self.stopped:
             return self.settled
-        text, todo = [self._finished], [*self._at]
+        text, todo = [self._finished], [*self._gap]
         while todo:
             thread, index = todo.pop()
             if index < len(self._parts[thread]):
@@ -270,7 +272,7 @@ class Draft:
 
 
 def settled_text(events: Iterable[Event]) -> Iterator[str]:
-    """The text of one answer in reading order, each piece as soon as it will not change any more.
+    """The text of one answer in reading order, every piece as soon as it is settled.
 
     >>> events = [
     ...     Event("promise", branch=1, parent=0, topic="Nile"),

@@ -1,6 +1,6 @@
-"""What a decode did, read on the host: its threads, its program, its record as a training document, its length.
+"""The trace of a decode, read on the host: its threads, its tokens in document order, its critical path.
 
-NumPy only; one row at a time. A row that is still running has a trace too, the beginning of the one it will have.
+NumPy only, one row at a time. The trace of a row that is still running is the start of its final one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pasta_jax.tokens.detokenize import Threads, walk
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 UNFED = -1
-"""In `step`: sampled when the answer ended, so never fed."""
+"""The `step` of tokens that were sampled when the answer ended, so never fed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +26,18 @@ class Trace:
     """One answered request.
 
     Attributes:
-      tokens: prompt and answer in decode order, as a document: [n] fields. The answer's end and the `</async>`
-        of branches that ended with it come last: they were sampled, but there was nothing left to feed them to.
-        A whole pass of the model wants them in document order (`as_document`): there none sees a later one.
-      step: int32 [n], the decode step that fed the token, from 1; 0 for the prompt, UNFED for those last ones.
+      tokens: prompt and answer in decode order: [n] fields. Last come the answer's end and the `</async>` of
+        branches that ended with it: they were sampled, but not fed. For a pass of the model over all tokens, use
+        document order (`as_document`), where no token sees a later one.
+      step: int32 [n], the decode step that fed the token, from 1; 0 for the prompt, UNFED for the last ones.
       logprob: float32 [n], log-probability of the token when it was sampled; 0 for prompt and inserted tokens.
       prompt_length: tokens of the prompt.
-      stop: why the row stopped; RUNNING if it did not yet.
+      stop: why the row stopped; RUNNING if it has not.
       steps: decode steps in which the row was running.
-      parent, forked_at: int32 [threads], whose promise a branch keeps and at which order in it; -1 for main.
-      forced: bool [threads], the interpreter ended the branch.
-      finished: bool [threads], the thread's last token is in `tokens`.
+      parent, forked_at: int32 [threads], the thread that promised the branch, and the order of the ` />` in it; -1
+        for main.
+      forced: bool [threads], whether the interpreter ended the branch.
+      finished: bool [threads], whether the thread's last token is in `tokens`.
     """
 
     tokens: ThreadedTokens
@@ -74,7 +75,7 @@ class Trace:
 
     @property
     def widths(self) -> np.ndarray:
-        """Int [steps]: how many lanes each step used."""
+        """Lanes that each step used: int [steps]."""
         return np.bincount(self.step[self.step > 0], minlength=self.steps + 1)[1:]
 
 
@@ -83,7 +84,7 @@ def read_trace(row: RowState) -> Trace:
     n, count = int(row.cursor), int(row.used_threads)
     e, t = row.entries, row.threads
     last = [k for k in range(count) if row.stop == Stop.EOS and t.phase[k] == Phase.READY]
-    last.sort(key=lambda k: (k == 0, k))  # the answer's end after the branches that it waited for
+    last.sort(key=lambda k: (k == 0, k))  # the answer's end after the branches that main waited for
 
     def column(entries: Any, threads: Any) -> np.ndarray:
         return np.concatenate([entries[:n], threads[last]])
@@ -148,8 +149,8 @@ def document_order(trace: Trace) -> np.ndarray:
 def as_document(trace: Trace) -> ThreadedTokens:
     """The trace's tokens in layout order: [n] fields, equal to the layout of the same answer.
 
-    Where promises nest, threads and segments are numbered in the order in which they were decoded, and a layout's
-    in document order: the same but for these names.
+    Except that with nested promises, threads and segments are numbered in decode order, those of a layout in
+    document order.
     """
     indices = document_order(trace)
     return ThreadedTokens(**{name: array[indices] for name, array in trace.tokens.fields().items()})

@@ -1,4 +1,4 @@
-"""What tokenizers of every file format share: text that comes back exactly, and text that stays text."""
+"""What tokenizers of all file formats share: text decodes to itself, and never becomes a control token."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pasta_jax.tokens.tokenizer import TokenizerError
 from pasta_jax.tokens.usage import Hints, Symbols, Usage, settle, vocabulary_of
 
 MAGIC = b"pasta_jax tokenizer 1\n"
-"""How `to_bytes` begins; then a line of JSON, then the compressed file."""
+"""`to_bytes` starts with this; a line of JSON and the compressed file follow."""
 
 SPACE = "\u2581"
-"""What SentencePiece writes for a space; text that has it itself must not become one."""
+"""SentencePiece writes it for a space; the same character in text must not become a space."""
 
 _PROBES = (
     "  two  spaces,\ttabs\r\n\r\nand lines \n",
@@ -30,22 +30,22 @@ _PROBES = (
     f"{SPACE}a {SPACE}{SPACE} 0123456789 1,234.5",
     "<s> </s> <unk> <0x41> [INST] <|im_end|>",
 )
-"""Texts that lossy tokenizers change."""
+"""Texts that a lossy tokenizer changes."""
 
 
 class TextTokenizer(abc.ABC):
-    """A tokenizer over a file's bytes (`tokenizer.Tokenizer`).
+    """A tokenizer made from a file's bytes (`tokenizer.Tokenizer`).
 
     Args:
       model: the file.
-      extend: give tags for which the vocabulary has no free ids new ones after its end (the embedding must then
-        be that much larger). Otherwise such a vocabulary is an error.
-      chat: the format of prompts, one of `chat.CHATS`; `auto` looks at template and vocabulary.
+      extend: tags for which the vocabulary has no free ids get new ones after its end; the embedding must grow by
+        as many rows. Without it such a vocabulary is an error.
+      chat: the format of prompts, one of `chat.CHATS`; `auto` decides by template and vocabulary.
       hints: what the files beside it say.
-      usage: all that, decided before; nothing else is looked at then.
+      usage: of a tokenizer that was saved; then the other options are not used.
 
     Raises:
-      TokenizerError: not such a file, no ids for the tags, no such chat format, or text would not come back.
+      TokenizerError: the file is of another format, has no ids for the tags or the chat format, or loses text.
     """
 
     kind: ClassVar[str]
@@ -74,20 +74,20 @@ class TextTokenizer(abc.ABC):
         for text in _PROBES:
             if (back := self.vocabulary.text(self.encode(text))) != text:
                 raise TokenizerError(
-                    f"Text would not come back as it was: {text!r} becomes {back!r}. Only tokenizers that keep "
-                    "every character can serve (byte-level, or with byte fallback and no normalisation)."
+                    f"This tokenizer does not preserve text: {text!r} becomes {back!r}. Use one that keeps every "
+                    "character (byte-level, or with byte fallback and no normalisation)."
                 )
 
     @abc.abstractmethod
     def _open(self, added: Mapping[int, str]) -> Symbols:
-        """Reads `self.model`, its names extended by `added`."""
+        """Reads `self.model`; `added` names more of its ids."""
 
     @abc.abstractmethod
     def _encode(self, text: str) -> list[int]:
-        """The file's own ids of a text, not empty; no beginning, no end, no prefix space."""
+        """The ids of a text that is not empty, by the file's own rules: no bos, no eos, no prefix space."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text; never a tag's id nor a control id, whatever the text spells."""
+        """Ids of ordinary text, never those of tags or control tokens, whatever the text spells."""
         if self._space is None or SPACE not in text:
             return self._encode_as_text(text)
         first, *others = text.split(SPACE)
@@ -103,7 +103,7 @@ class TextTokenizer(abc.ABC):
         spelled = {self._never[i] for i in set(ids) if i in self._never}
         if not spelled or len(text) == 1:
             return ids
-        # The file matches some control tokens by their letters: they are cut in two, after the first letter.
+        # The file reads some control tokens in text: their names are cut in two, after the first letter.
         pattern = "|".join(re.escape(name) for name in sorted(spelled, key=len, reverse=True) if name)
         cuts = [match.start() + 1 for match in re.finditer(pattern, text)] if pattern else []
         cuts = [cut for cut in cuts if cut < len(text)] or [*range(1, len(text))]
@@ -111,17 +111,20 @@ class TextTokenizer(abc.ABC):
         return [i for piece in pieces for i in self._encode_as_text(piece)]
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of one turn of the user in the chat format, up to where the answer begins. ValueError if empty."""
+        """Ids of one message of the user in the chat format, up to where the answer starts.
+
+        Raises ValueError if it is empty.
+        """
         return self.encode_chat([{"role": "user", "content": prompt}])
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation (`chat.dialogue`) in the chat format, up to where the answer begins."""
+        """Ids of a conversation (`chat.dialogue`) in the chat format, up to where the answer starts."""
         parts = chats.FORMATS[self.usage.chat].render(chats.dialogue(messages), self.usage.opening)
         vocabulary, ids, text = self.vocabulary, list[int](), ""
         roles = {chats.BOS.name: vocabulary.bos, chats.EOS.name: vocabulary.eos}
         for part in parts:
             if isinstance(part, str):
-                text += part  # runs between control tokens are encoded whole, as the template's text would be
+                text += part  # a run between control tokens is encoded as a whole, like the template's text
                 continue
             ids += self.encode(text)
             text = ""
@@ -137,21 +140,21 @@ class TextTokenizer(abc.ABC):
         return MAGIC + head.encode() + b"\n" + zlib.compress(self.model)
 
     def to_bytes(self) -> bytes:
-        """All that is needed to build the same tokenizer again (`load.tokenizer_from_bytes`)."""
+        """The tokenizer as bytes; `load.tokenizer_from_bytes` reads them."""
         return self._bytes
 
     def with_dialect(self, dialect: tags.Dialect) -> Self:
-        """The same tokenizer for a model that speaks `dialect`; a new one speaks `pasta`."""
+        """The same tokenizer with the tags of `dialect`; the default is `pasta`."""
         other = copy.copy(self)
         other.vocabulary = self.vocabulary.with_dialect(dialect)
         return other
 
     def chat_of(self, template: str) -> tuple[str, str]:
-        """What `auto` makes of a chat template with this vocabulary: `chat.choose`. Raises TokenizerError."""
+        """The format that `auto` chooses for a chat template (`chat.choose`). Raises TokenizerError."""
         return chats.choose("auto", self._names.keys(), template)
 
     def with_chat(self, chat: str) -> Self:
-        """The same tokenizer with prompts in another format. Raises TokenizerError as the constructor does."""
+        """The same tokenizer with prompts in another format. Raises TokenizerError like the constructor."""
         usage = self.usage
         hints = Hints(
             bos=next(name for name, i in self._names.items() if i == usage.bos),
@@ -164,13 +167,13 @@ class TextTokenizer(abc.ABC):
 
 
 def unpack(data: bytes) -> tuple[str, bytes, Usage]:
-    """(kind, file, usage) from what `to_bytes` wrote. Raises TokenizerError."""
+    """(kind, file, usage) of bytes that `to_bytes` wrote. Raises TokenizerError."""
     try:
         head, _, packed = data.removeprefix(MAGIC).partition(b"\n")
-        told = json.loads(head)
-        usage = told["usage"]
+        fields = json.loads(head)
+        usage = fields["usage"]
         usage["ends"] = frozenset(usage["ends"])
         usage["added"] = {int(i): name for i, name in usage["added"].items()}
-        return told["kind"], zlib.decompress(packed), Usage(**usage)
+        return fields["kind"], zlib.decompress(packed), Usage(**usage)
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
         raise TokenizerError(f"The saved tokenizer is damaged: {type(error).__name__}: {error}") from error

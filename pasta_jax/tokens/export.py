@@ -1,7 +1,7 @@
 """Tokenizer files for a Hugging Face folder, in which the tags have names.
 
-A model that has learnt the tags on reserved ids (`tokens.usage`) is of more use where those ids are called by
-their tags: transformers then prints them and reads them as special tokens. Ids never change.
+In the files of a model that was trained with the tags on reserved ids (`tokens.usage`), these ids get the tags as
+their names, so transformers prints and reads them as special tokens. Ids never change.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 
 def tags_json(vocabulary: Vocabulary) -> bytes:
-    """`pasta_tags.json`: the id of each tag piece, by which `load_tokenizer` knows them again."""
+    """`pasta_tags.json`: the id of each tag piece, for `load_tokenizer`."""
     return _dump({piece: vocabulary.tag_ids[piece] for piece in tags.PIECES})
 
 
 def with_named_tags(files: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[str, bytes]:
-    """A folder's tokenizer files in which the ids of the tags are called by the tags, as special tokens.
+    """A folder's tokenizer files with the tags as the names of their ids, as special tokens.
 
     Args:
-      files: by name; those that name no tokens come back as they are, the same bytes.
-      vocabulary: says which ids the tags have.
+      files: by name; those that name no tokens are returned unchanged.
+      vocabulary: has the ids of the tags.
 
     Returns:
       The files, and `pasta_tags.json`.
@@ -62,19 +62,19 @@ def with_named_tags(files: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[
 
 
 def minimal_files(tokenizer: TextTokenizer) -> dict[str, bytes]:
-    """The files of a folder for a model that never had one: what transformers' AutoTokenizer needs.
+    """The tokenizer files of a new folder, as transformers' AutoTokenizer needs them.
 
-    `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; of a SentencePiece model `tokenizer.model`
-    too. The ids that transformers gives are those of `tokenizer.encode`, without a prefix space.
+    `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; for a SentencePiece model `tokenizer.model`
+    too. In transformers the ids are those of `tokenizer.encode`, without a prefix space.
     """
     usage, vocabulary = tokenizer.usage, tokenizer.vocabulary
     files: dict[str, bytes] = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
         files["tokenizer.model"] = tokenizer.model
-        told = _from_sentencepiece(tokenizer.model, usage.added)
+        fields = _from_sentencepiece(tokenizer.model, usage.added)
     else:
-        told = json.loads(tokenizer.model)
-    by_id = {i: name for name, i in _names(told).items()} | dict(usage.added)
+        fields = json.loads(tokenizer.model)
+    by_id = {i: name for name, i in _names(fields).items()} | dict(usage.added)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": by_id[usage.bos],
@@ -83,27 +83,27 @@ def minimal_files(tokenizer: TextTokenizer) -> dict[str, bytes]:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    files["tokenizer.json"] = _dump(told)
+    files["tokenizer.json"] = _dump(fields)
     files["tokenizer_config.json"] = _dump(config)
     if template := template_of(usage.chat, usage.opening):
         files["chat_template.jinja"] = template.encode()
     return with_named_tags(files, vocabulary)
 
 
-def _dump(told: Any) -> bytes:
-    return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+def _dump(fields: Any) -> bytes:
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _names(told: Mapping[str, Any]) -> dict[str, int]:
+def _names(fields: Mapping[str, Any]) -> dict[str, int]:
     """The names in a tokenizer.json."""
-    vocab = told["model"]["vocab"]
+    vocab = fields["model"]["vocab"]
     if isinstance(vocab, list):
         vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-    return {**vocab, **{token["content"]: token["id"] for token in told.get("added_tokens") or []}}
+    return {**vocab, **{token["content"]: token["id"] for token in fields.get("added_tokens") or []}}
 
 
 def _former_names(files: Mapping[str, bytes], names: Mapping[int, str]) -> dict[str, str]:
-    """What the tags' ids were called before: {former name: tag}."""
+    """The former names of the tags' ids: {former name: tag}."""
     former: dict[str, str] = {}
     if "tokenizer.json" in files:
         former |= {
@@ -121,39 +121,37 @@ def _token(content: str, **others: Any) -> dict[str, Any]:
 
 
 def _tokenizer_json(
-    told: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
+    fields: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
 ) -> dict[str, Any]:
-    vocab = told["model"]["vocab"]
+    vocab = fields["model"]["vocab"]
     if isinstance(vocab, list):
-        told["model"]["vocab"] = [[names.get(i, piece), score] for i, (piece, score) in enumerate(vocab)]
+        fields["model"]["vocab"] = [[names.get(i, piece), score] for i, (piece, score) in enumerate(vocab)]
     else:
-        told["model"]["vocab"] = {names.get(i, piece): i for piece, i in vocab.items()}
-    others = [token for token in told.get("added_tokens") or [] if token["id"] not in names]
+        fields["model"]["vocab"] = {names.get(i, piece): i for piece, i in vocab.items()}
+    others = [token for token in fields.get("added_tokens") or [] if token["id"] not in names]
     ours = [{"id": i, **_token(name)} for i, name in names.items()]
-    told["added_tokens"] = sorted([*others, *ours], key=lambda token: token["id"])
-    return told
+    fields["added_tokens"] = sorted([*others, *ours], key=lambda token: token["id"])
+    return fields
 
 
 def _tokenizer_config(
-    told: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
+    fields: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
 ) -> dict[str, Any]:
-    if declared := told.get("added_tokens_decoder"):
+    if declared := fields.get("added_tokens_decoder"):
         declared |= {str(i): _token(name) for i, name in names.items()}
-        told["added_tokens_decoder"] = dict(sorted(declared.items(), key=lambda item: int(item[0])))
-    return _special_tokens_map(told, names, former)
+        fields["added_tokens_decoder"] = dict(sorted(declared.items(), key=lambda item: int(item[0])))
+    return _special_tokens_map(fields, names, former)
 
 
 def _special_tokens_map(
-    told: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
+    fields: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
 ) -> dict[str, Any]:
-    key = "extra_special_tokens" if "extra_special_tokens" in told else "additional_special_tokens"
-    listed = told.get(key) or []
-    if not isinstance(
-        listed, list
-    ):  # names of roles: transformers' newer form, to which a list does not belong
-        key, listed = "additional_special_tokens", told.get("additional_special_tokens") or []
+    key = "extra_special_tokens" if "extra_special_tokens" in fields else "additional_special_tokens"
+    listed = fields.get(key) or []
+    if not isinstance(listed, list):  # a dict by role, transformers' newer form, takes no list
+        key, listed = "additional_special_tokens", fields.get("additional_special_tokens") or []
     contents = [token["content"] if isinstance(token, dict) else token for token in listed]
-    told[key] = [
+    fields[key] = [
         *(
             token
             for token, content in zip(listed, contents)
@@ -161,13 +159,13 @@ def _special_tokens_map(
         ),
         *names.values(),
     ]
-    return told
+    return fields
 
 
 def _added_tokens(
-    told: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
+    fields: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
 ) -> dict[str, Any]:
-    return {name: i for name, i in told.items() if i not in names} | {name: i for i, name in names.items()}
+    return {name: i for name, i in fields.items() if i not in names} | {name: i for i, name in names.items()}
 
 
 def _sentencepiece_model(data: bytes, names: Mapping[int, str]) -> bytes:
@@ -182,7 +180,7 @@ def _sentencepiece_model(data: bytes, names: Mapping[int, str]) -> bytes:
 
 
 def _from_sentencepiece(data: bytes, added: Mapping[int, str]) -> dict[str, Any]:
-    """A tokenizer.json that does what the SentencePiece model does, but for its prefix space."""
+    """A tokenizer.json equal to the SentencePiece model, except for its prefix space."""
     model = sentencepiece_model_pb2.ModelProto.FromString(data)
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     unknown = model.trainer_spec.unk_id
@@ -212,7 +210,7 @@ def _from_sentencepiece(data: bytes, added: Mapping[int, str]) -> dict[str, Any]
 
 
 def _added(pieces: Iterable[Any]) -> list[dict[str, Any]]:
-    """What a tokenizer.json keeps apart: control symbols, and symbols that text is first searched for."""
+    """The `added_tokens` of a tokenizer.json: control symbols, and symbols that are matched in text first."""
     added = []
     for i, piece in enumerate(pieces):
         if piece.type in (_Piece.CONTROL, _Piece.UNKNOWN):
@@ -224,13 +222,13 @@ def _added(pieces: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _merges(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
-    """The merges of a BPE model from its pieces, best first: each way to make a piece of two others."""
+    """The merges of a BPE model, best first: for each piece, every split into two other pieces."""
     ids = {piece: i for i, (piece, _) in enumerate(pieces)}
-    found = []
+    merges: list[tuple[float, tuple[str, str]]] = []
     for piece, score in pieces:
         ways = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         known = [(left, right) for left, right in ways if left in ids and right in ids]
         known.sort(key=lambda way: (ids[way[0]], ids[way[1]]))
-        found += [(score, way) for way in known]
-    found.sort(key=lambda each: each[0], reverse=True)
-    return [way for _, way in found]
+        merges += [(score, way) for way in known]
+    merges.sort(key=lambda merge: merge[0], reverse=True)
+    return [way for _, way in merges]

@@ -1,8 +1,7 @@
 """Hugging Face `tokenizer.json` files, by the `tokenizers` package (the extra `[hf]`): Llama 3, Qwen, and others.
 
-A file is used as it is but for what would lose text: Unicode normalisation (Qwen's NFC), a space put before text,
-white space swallowed by added tokens. Text that such a step leaves alone, nearly all, gets the ids that it has
-elsewhere.
+Steps of a file that would lose text are left out: Unicode normalisation (Qwen's NFC), a space put before text,
+white space removed around added tokens. They change little text, and all other text gets its usual ids.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pasta_jax.tokens.usage import MARKER, Symbols
 class HfTokenizer(TextTokenizer):
     """A `tokenizer.json`, loaded from bytes; see `TextTokenizer`.
 
-    Byte-level BPE (Llama 3, Qwen) and what is made from SentencePiece models (Gemma, Llama 2, Mistral).
+    Byte-level BPE (Llama 3, Qwen) and files converted from SentencePiece models (Gemma, Llama 2, Mistral).
     """
 
     kind = "tokenizers"
@@ -33,8 +32,8 @@ class HfTokenizer(TextTokenizer):
                 'Reading tokenizer.json needs the tokenizers package: pip install -e ".[hf]".'
             ) from error
         try:
-            told = json.loads(self.model)
-            vocab, extra = told["model"]["vocab"], told.get("added_tokens") or []
+            fields = json.loads(self.model)
+            vocab, extra = fields["model"]["vocab"], fields.get("added_tokens") or []
             if isinstance(vocab, list):  # Unigram: pieces with their scores
                 vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
             special = {int(t["id"]) for t in extra if t["special"] or MARKER.fullmatch(t["content"])}
@@ -46,8 +45,10 @@ class HfTokenizer(TextTokenizer):
         own = set(names.values())
         added = {i: name for i, name in added.items() if i not in own and name not in names}
         names |= {name: i for i, name in added.items()}
-        byte_level = any(step.get("type") == "ByteLevel" for step in _steps(told, "pre_tokenizer", "decoder"))
-        unknown = told["model"].get("unk_token")
+        byte_level = any(
+            step.get("type") == "ByteLevel" for step in _steps(fields, "pre_tokenizer", "decoder")
+        )
+        unknown = fields["model"].get("unk_token")
         special |= {names[unknown]} if unknown in names else set()
 
         size = max(names.values()) + 1
@@ -57,11 +58,11 @@ class HfTokenizer(TextTokenizer):
         for token in extra:
             written = token["content"] if byte_level else token["content"].replace(SPACE, " ")
             pieces[token["id"]] = written.encode()
-        special |= {i for i, piece in enumerate(pieces) if piece is None}  # ids that the file does not have
+        special |= {i for i, piece in enumerate(pieces) if piece is None}  # ids that the file lacks
         spelled = tuple(b"" if i in special else piece or b"" for i, piece in enumerate(pieces))
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_faithful(told)))
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_lossless(fields)))
         except Exception as error:  # the package raises plain Exception
             raise TokenizerError(f"Not a tokenizer.json of Hugging Face: {error}") from error
         begins = self._tokenizer.encode("", add_special_tokens=True).ids
@@ -80,9 +81,9 @@ class HfTokenizer(TextTokenizer):
         return ids
 
 
-def _steps(told: Mapping[str, Any], *parts: str) -> Iterator[dict[str, Any]]:
-    """The steps of normaliser, pre-tokenizer or decoder, those of sequences one by one."""
-    waiting = [told.get(part) for part in parts]
+def _steps(fields: Mapping[str, Any], *parts: str) -> Iterator[dict[str, Any]]:
+    """The steps of normaliser, pre-tokenizer or decoder; sequences are flattened."""
+    waiting = [fields.get(part) for part in parts]
     while waiting:
         if step := waiting.pop():
             yield step
@@ -90,28 +91,28 @@ def _steps(told: Mapping[str, Any], *parts: str) -> Iterator[dict[str, Any]]:
                 waiting += step.get(inner, [])
 
 
-def _faithful(told: dict[str, Any]) -> dict[str, Any]:
-    """The file without what would lose text."""
-    told = json.loads(json.dumps({**told, "model": {}})) | {"model": told["model"]}
-    told |= {"truncation": None, "padding": None}
-    told["normalizer"] = _kept(told.get("normalizer"))
-    for step in _steps(told, "pre_tokenizer"):
+def _lossless(fields: dict[str, Any]) -> dict[str, Any]:
+    """The file without the steps that would lose text."""
+    fields = json.loads(json.dumps({**fields, "model": {}})) | {"model": fields["model"]}
+    fields |= {"truncation": None, "padding": None}
+    fields["normalizer"] = _lossless_normalizer(fields.get("normalizer"))
+    for step in _steps(fields, "pre_tokenizer"):
         if step["type"] == "Metaspace":
             step["prepend_scheme"] = "never"
             step.pop("add_prefix_space", None)
         elif step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
-    for token in told.get("added_tokens") or []:
+    for token in fields.get("added_tokens") or []:
         token |= {"lstrip": False, "rstrip": False}
-    return told
+    return fields
 
 
-def _kept(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normaliser without Unicode normalisation and without a prefix; what is left is tried out on texts."""
+def _lossless_normalizer(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normaliser without Unicode normalisation and prefix; `TextTokenizer` tests what is left on texts."""
     if step is None or step["type"] in ("NFC", "Prepend"):
         return None
     if step["type"] == "Sequence":
-        inner = [kept for each in step["normalizers"] if (kept := _kept(each)) is not None]
+        inner = [kept for part in step["normalizers"] if (kept := _lossless_normalizer(part)) is not None]
         return {"type": "Sequence", "normalizers": inner} if inner else None
     return step
 

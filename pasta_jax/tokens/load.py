@@ -15,7 +15,7 @@ from pasta_jax.tokens.tokenizer import TokenizerError
 from pasta_jax.tokens.usage import Hints
 
 TAGS_FILE = "pasta_tags.json"
-"""In an exported folder: the id of each tag piece."""
+"""The file of an exported folder with the id of each tag piece."""
 
 FILES = (
     "tokenizer.model",
@@ -28,7 +28,7 @@ FILES = (
     "chat_template.json",
     TAGS_FILE,
 )
-"""What is read of a folder, besides the size of the vocabulary in config.json."""
+"""The files of a folder that are read, besides the size of the vocabulary in config.json."""
 
 
 def load_tokenizer(
@@ -36,19 +36,18 @@ def load_tokenizer(
 ) -> TextTokenizer:
     """A tokenizer from a SentencePiece model, a `tokenizer.json`, or a Hugging Face folder with either.
 
-    Of a folder, `tokenizer.model` is taken if there is a SentencePiece model of that name, since that needs no
-    extra; else `tokenizer.json`.
+    In a folder, `tokenizer.model` is preferred if it is a SentencePiece model, since that needs no extra package.
 
     Args:
       path: file or folder.
       extend: tags for which the vocabulary has no free id get new ones after its end.
-      chat: the format of prompts, one of `chat.CHATS`. `auto`: of a folder, by its chat template, plain if it
-        has none; of a file, by the control tokens.
-      vocab_size: rows of the model's embedding, of which those past the tokenizer's end are free for tags; by
-        default what the folder's config.json says.
+      chat: the format of prompts, one of `chat.CHATS`. `auto` decides by a folder's chat template (`plain` if it
+        has none), and by the control tokens of a single file.
+      vocab_size: rows of the model's embedding; those past the tokenizer's end are free for tags. By default
+        taken from the folder's config.json.
 
     Raises:
-      TokenizerError: names the file and says what to do.
+      TokenizerError: the message names the file and says what to do.
     """
     path = pathlib.Path(path)
     try:
@@ -73,21 +72,21 @@ def load_tokenizer(
 def tokenizer_from_files(
     files: Mapping[str, bytes], *, extend: bool = False, chat: str = "auto", vocab_size: int | None = None
 ) -> TextTokenizer:
-    """As `load_tokenizer`, of a folder's files by name (FILES, config.json); errors name the file within it."""
-    model, told = files.get("tokenizer.model"), files.get("tokenizer.json")
-    if model is None and told is None:
+    """As `load_tokenizer`, for a folder's files by name (FILES, config.json); errors name the file."""
+    model, hf = files.get("tokenizer.model"), files.get("tokenizer.json")
+    if model is None and hf is None:
         raise TokenizerError("There is neither a tokenizer.model nor a tokenizer.json in it.")
     hints = read_hints(files, vocab_size)
     if model is not None:
         try:
             return SentencePieceTokenizer(model, extend=extend, chat=chat, hints=hints)
         except TokenizerError as error:
-            # Other formats go by the same name, tiktoken's for one.
-            if told is None or not str(error).startswith("Not a SentencePiece model"):
+            # Other formats have the same file name, tiktoken's for one.
+            if hf is None or not str(error).startswith("Not a SentencePiece model"):
                 raise TokenizerError(f"tokenizer.model: {error}") from error
-    assert told is not None
+    assert hf is not None
     try:
-        return HfTokenizer(told, extend=extend, chat=chat, hints=hints)
+        return HfTokenizer(hf, extend=extend, chat=chat, hints=hints)
     except TokenizerError as error:
         raise TokenizerError(f"tokenizer.json: {error}") from error
 
@@ -106,30 +105,30 @@ def tokenizer_from_bytes(data: bytes) -> TextTokenizer:
 
 
 def read_hints(files: Mapping[str, bytes], vocab_size: int | None = None) -> Hints:
-    """What the files beside a tokenizer say of it."""
-    told = {name: _json(name, data) for name, data in files.items() if name.endswith(".json")}
-    config, names = told.get("tokenizer_config.json", {}), told.get("special_tokens_map.json", {})
+    """The hints in the files beside a tokenizer."""
+    parsed = {name: _json(name, data) for name, data in files.items() if name.endswith(".json")}
+    config, names = parsed.get("tokenizer_config.json", {}), parsed.get("special_tokens_map.json", {})
 
     def name_of(role: str) -> str | None:
         entry = config.get(role) or names.get(role)
         entry = entry.get("content") if isinstance(entry, dict) else entry
         return entry if isinstance(entry, str) else None
 
-    ends = told.get("generation_config.json", {}).get("eos_token_id")
-    model = told.get("config.json", {})
+    ends = parsed.get("generation_config.json", {}).get("eos_token_id")
+    model = parsed.get("config.json", {})
     rows = model.get("vocab_size") or model.get("text_config", {}).get("vocab_size") or 0
     begins = config.get("add_bos_token")
     size = vocab_size if vocab_size is not None else int(rows)
-    declared = _added(config, told.get("added_tokens.json", {}))
+    declared = _added(config, parsed.get("added_tokens.json", {}))
     return Hints(
-        template=_template(files, told),
+        template=_template(files, parsed),
         bos=name_of("bos_token"),
         eos=name_of("eos_token"),
         pad=name_of("pad_token"),
         begins=begins if isinstance(begins, bool) else None,
         ends=tuple(i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)),
         vocab_size=size,
-        tag_ids=told.get(TAGS_FILE),
+        tag_ids=parsed.get(TAGS_FILE),
         # Gemma 3's text model has no row for the image token that its files declare.
         added={i: name for i, name in declared.items() if not size or i < size},
     )
@@ -139,22 +138,22 @@ def _json(name: str, data: bytes) -> dict[str, Any]:
     if name == "tokenizer.json":  # large, and read elsewhere
         return {}
     try:
-        told = json.loads(data)
+        parsed = json.loads(data)
     except ValueError as error:
         raise TokenizerError(f"{name} is no JSON: {error}") from error
-    if not isinstance(told, dict):
+    if not isinstance(parsed, dict):
         raise TokenizerError(f"{name} holds no JSON object.")
-    return told
+    return parsed
 
 
-def _template(files: Mapping[str, bytes], told: Mapping[str, dict[str, Any]]) -> str:
-    """The folder's chat template, "" if it has none."""
+def _template(files: Mapping[str, bytes], parsed: Mapping[str, dict[str, Any]]) -> str:
+    """The folder's chat template; "" if it has none."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode("utf-8", errors="replace")
     for name in ("tokenizer_config.json", "chat_template.json"):
-        template = told.get(name, {}).get("chat_template")
-        if isinstance(template, list):  # several by name
-            by_name = {each["name"]: each["template"] for each in template}
+        template = parsed.get(name, {}).get("chat_template")
+        if isinstance(template, list):  # several with names
+            by_name = {entry["name"]: entry["template"] for entry in template}
             template = by_name.get("default") or next(iter(by_name.values()), "")
         if isinstance(template, str):
             return template
@@ -162,6 +161,6 @@ def _template(files: Mapping[str, bytes], told: Mapping[str, dict[str, Any]]) ->
 
 
 def _added(config: Mapping[str, Any], added: Mapping[str, Any]) -> dict[int, str]:
-    """Tokens that are declared beside the file, by id."""
+    """Names by id of the tokens that are declared beside the tokenizer's file."""
     declared = config.get("added_tokens_decoder") or {}
     return {int(i): name for name, i in added.items()} | {int(i): t["content"] for i, t in declared.items()}

@@ -11,8 +11,8 @@ from pasta_jax.tokens.tokenizer import TokenizerError
 from pasta_jax.tokens.usage import MARKER, Symbols
 
 _FENCE = "\x02"
-"""A character that no vocabulary merges with its neighbours: what stands before it (SentencePiece's dummy
-prefix) is cut off with it."""
+"""A character that no vocabulary merges with its neighbours. Text is encoded after it; then its ids are cut off,
+and SentencePiece's dummy prefix with them."""
 
 
 class SentencePieceTokenizer(TextTokenizer):
@@ -28,7 +28,7 @@ class SentencePieceTokenizer(TextTokenizer):
         self._fence = sp.EncodeAsIds(_FENCE)
         if not any(sp.IdToPiece(i).strip(SPACE) for i in self._fence):  # at most the dummy prefix
             raise TokenizerError(
-                "This tokenizer drops control characters, so text would not come back as it was. "
+                "This tokenizer does not preserve text: it drops control characters. "
                 "Train one with normalization_rule_name=identity."
             )
         spelled = [sp.IdToPiece(i) for i in range(sp.GetPieceSize())]
@@ -42,7 +42,7 @@ class SentencePieceTokenizer(TextTokenizer):
         added = {i: name for i, name in added.items() if i >= len(pieces) and name not in names}
         names |= {name: i for i, name in added.items()}
         size = max(added, default=-1) + 1
-        special |= {*range(len(pieces), size)}  # the processor knows none of them, so text cannot become them
+        special |= {*range(len(pieces), size)}  # the processor does not know them, so text never becomes them
         pieces += [b""] * (size - len(pieces))
         bos, eos = (None if i < 0 else i for i in (sp.bos_id(), sp.eos_id()))
         pad = max(sp.pad_id(), 0)

@@ -1,4 +1,4 @@
-"""The chat formats as Jinja templates, for folders that never had one; the tests hold them against `chat`."""
+"""The chat formats as Jinja templates, for folders without one; tests compare them with `chat`."""
 
 from __future__ import annotations
 
@@ -83,6 +83,6 @@ _TEMPLATES: Mapping[str, str] = {
 
 
 def template_of(chat: str, opening: str) -> str:
-    """The template of a format in `chat.FORMATS` with what `chat.choose` found; "" for plain, which has none."""
+    """The template of a format in `chat.FORMATS`, with the opening of `chat.choose`; "" for plain."""
     template = _TEMPLATES.get(chat, "")
     return template.replace("OPENING", json.dumps(opening)).replace("SPELLED", opening)

@@ -1,7 +1,7 @@
-"""What a vocabulary and a tokenizer are to the rest of the system.
+"""The interface of vocabularies and tokenizers.
 
-Text is encoded run by run, between tags, and must come back exactly: no prefix space, no normalisation that
-drops anything. Each fixed piece of a tag is one id. Ordinary text never encodes to a tag's id nor to any other
+Text is encoded run by run, between tags, and decodes to exactly the same text: no prefix space, no normalisation
+that loses anything. Each fixed piece of a tag is one id. Ordinary text never encodes to a tag's id or another
 control id, whatever it spells.
 """
 
@@ -30,29 +30,29 @@ _TAG_KINDS: dict[tags.Dialect, dict[str, Kind]] = {
     },
     "apar": _BLOCK_KINDS | {tags.PROMISE_CLOSE: Kind.FORK},
 }
-"""What the tag pieces are in each dialect; those that it lacks are control symbols there."""
+"""The kinds of the tag pieces in each dialect; a piece that the dialect lacks is a control symbol."""
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot serve, and what to do about it."""
+    """The tokenizer cannot be used; the message says what to do."""
 
 
 class MissingPackage(TokenizerError):
-    """A tokenizer that may be good, but whose format needs a package that is not installed."""
+    """The tokenizer's format needs a package that is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What layout and interpreter need to know of a vocabulary; all ids.
+    """The ids of a vocabulary, as layout and interpreter use them.
 
     Attributes:
-      pieces: bytes of each id, tag pieces and control symbols included, V of them.
+      pieces: the bytes of each of the V ids, tag pieces and control symbols included.
       tag_ids: id of each piece in `tags.PIECES`.
-      pad, eos, bos: control ids. `eos` is what training writes at the end of an answer: the end of a turn where
-        the family has one. `bos` begins a document; where a family has none, it is what ends its texts.
-      control: all ids that are never part of an answer's text (pad, bos, turn markers, ...), but `stops`.
-      dialect: which tags there are; `with_dialect` changes it.
-      ends: ids that end an answer too, though training does not write them.
+      pad, eos, bos: control ids. Training writes `eos` at the end of an answer: the end of a turn if the family
+        has one. `bos` starts a document; a family without one uses its end-of-text id.
+      control: all ids that are never part of an answer's text (pad, bos, turn markers, ...), except `stops`.
+      dialect: the dialect of the tags; `with_dialect` changes it.
+      ends: other ids that end an answer, though training does not write them.
     """
 
     pieces: tuple[bytes, ...]
@@ -65,7 +65,7 @@ class Vocabulary:
     ends: frozenset[int] = frozenset()
 
     def with_dialect(self, dialect: tags.Dialect) -> Vocabulary:
-        """The same ids, read as the tags of a dialect. `apar` takes the id of ` />` for its `<promise/>`."""
+        """The same ids with the tags of another dialect. In `apar`, `<promise/>` has the id of ` />`."""
         pieces = list(self.pieces)
         shared = tags.FORK if dialect == "apar" else tags.PROMISE_CLOSE
         pieces[self.tag_ids[tags.PROMISE_CLOSE]] = shared.encode()
@@ -85,7 +85,7 @@ class Vocabulary:
 
     @functools.cached_property
     def kinds(self) -> np.ndarray:
-        """int32 [V]: the class of each id for the tag grammar, a `Kind`."""
+        """int32 [V]: the `Kind` of each id in the tag grammar."""
         kinds = np.array([_kind_of_text(piece) for piece in self.pieces], np.int32)
         for i in self.control:
             kinds[i] = Kind.CONTROL
@@ -96,19 +96,19 @@ class Vocabulary:
 
     @functools.cached_property
     def digit_values(self) -> np.ndarray:
-        """int32 [V]: the value of the ids that are one digit, 0 elsewhere."""
+        """int32 [V]: the value of each id that is one digit, 0 for the others."""
         return np.array([int(p) if re.fullmatch(rb"[0-9]", p) else 0 for p in self.pieces], np.int32)
 
     @functools.cached_property
     def digits(self) -> tuple[int, ...]:
         """The ids of "0" to "9"."""
-        found = {piece: i for i, piece in enumerate(self.pieces)}  # the last: byte-fallback ids come first
-        missing = [d for d in range(10) if b"%d" % d not in found]
+        ids = {piece: i for i, piece in enumerate(self.pieces)}  # the last: byte-fallback ids come first
+        missing = [d for d in range(10) if b"%d" % d not in ids]
         if missing:
             raise TokenizerError(
                 f"This tokenizer has no id for the digits {missing}; promises cannot be written."
             )
-        return tuple(found[b"%d" % d] for d in range(10))
+        return tuple(ids[b"%d" % d] for d in range(10))
 
     def text(self, ids: Sequence[int]) -> str:
         """The text that ids spell, tag pieces literally; broken UTF-8 becomes U+FFFD.
@@ -118,42 +118,42 @@ class Vocabulary:
         return self.spelled(ids).decode("utf-8", errors="replace")
 
     def spelled(self, ids: Sequence[int]) -> bytes:
-        """The bytes of `text`; those of a few ids may be part of a character."""
+        """The bytes of `text`; those of a single id may be part of a character."""
         return b"".join(self.pieces[i] for i in ids if i not in self._hidden)
 
 
 def whole_characters(spelled: bytes, *, ended: bool) -> tuple[str, bytes]:
-    """The text of some bytes, as `Vocabulary.text` has it, and the bytes at the end that begin a character.
+    """The text of some bytes, as in `Vocabulary.text`, and the bytes at the end that start a character.
 
-    `ended`: nothing follows, so those are broken UTF-8 too, and none are left.
+    `ended`: nothing follows, so these bytes are broken UTF-8 as well, and none are left.
     """
     text, used = codecs.utf_8_decode(spelled, "replace", ended)
     return text, spelled[used:]
 
 
 class Tokenizer(Protocol):
-    """What the rest of the system asks of a tokenizer."""
+    """What the rest of the package needs of a tokenizer."""
 
     @property
     def vocabulary(self) -> Vocabulary: ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text; never a tag's id; `vocabulary.text` gives the text back."""
+        """Ids of ordinary text, never a tag's id; `vocabulary.text` returns the same text."""
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of a prompt, with whatever tells the model that it is its turn. Errors: ValueError if empty."""
+        """Ids of a prompt, up to where the model's answer starts. Raises ValueError if it is empty."""
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """As `encode_prompt`, of a conversation: `{"role": ..., "content": ...}` each (see `tokens.chat`).
+        """As `encode_prompt`, for a conversation: a list of {"role": ..., "content": ...} (see `tokens.chat`).
 
-        Errors: ValueError if it is none, or one that does not end with the user.
+        Raises ValueError if it is no such list, or does not end with a message of the user.
         """
 
     def to_bytes(self) -> bytes:
-        """All that is needed to build the same tokenizer again, for the checkpoint (`tokenizer_from_bytes`)."""
+        """The tokenizer as bytes, for the checkpoint; `tokenizer_from_bytes` reads them."""
 
     def with_dialect(self, dialect: tags.Dialect) -> Tokenizer:
-        """The same tokenizer for a model that speaks `dialect`; a new one speaks `pasta`."""
+        """The same tokenizer with the tags of `dialect`; the default is `pasta`."""
 
 
 def _kind_of_text(piece: bytes) -> Kind:

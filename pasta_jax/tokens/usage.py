@@ -1,15 +1,15 @@
-"""How each family's vocabulary is used: which ids the tags take, what begins a text, what ends an answer.
+"""How each family's vocabulary is used: the ids of the tags, of the start of a text, of the end of an answer.
 
-A published vocabulary has no tags, and its embedding should not be resized for them. Almost all have ids that
-nothing uses (docs/design.md, decision 1):
+A published vocabulary has no tags, and its embedding should not be resized for them. Almost all have unused ids
+(docs/design.md, decision 1):
 
   Gemma          <unused0> to <unused98>: the first six
   Llama 3        <|reserved_special_token_0|> to _247|> (at most): the last six
-  Mistral 0.3    [control_8] to [control_768]: the last six; later versions give names to the first
+  Mistral 0.3    [control_8] to [control_768]: the last six; later versions name the first ones
   Qwen 2.5, 3    rows of the embedding past the tokenizer's last id (151,936 rows, 151,669 ids at most)
   Llama 2, Mistral 0.1   none: the vocabulary must be extended, and the embedding with it
 
-Nothing here asks for a family's name: it looks at the vocabulary. Ids that the chat template names are not free.
+Only the vocabulary is looked at, never a family's name. Ids that the chat template names are not free.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MARKER = re.compile(
     r"<\|[^|<>\s]+\|>|<unused\d+>|<(?:start|end)_of_(?:turn|image|audio)>|<(?:image|audio)_soft_token>"
     r"|<mask>|<2mass>|\[@BOS@\]|\[multimodal\]"
 )
-"""Names of control tokens that their files declare as ordinary symbols, so that text can spell them."""
+"""Names of control tokens that some files declare as ordinary symbols, so text could spell them."""
 
 _RESERVED = (
     (re.compile(r"<unused(\d+)>"), "first"),
@@ -44,22 +44,22 @@ _BOS = (
     "<s>",
     "<bos>",
     "<|endoftext|>",
-)  # Qwen has none: a document begins where one ended
+)  # Qwen has no bos: its end of text starts the next document
 _PAD = ("<|finetune_right_pad_id|>", "<pad>")
 
 
 @dataclasses.dataclass(frozen=True)
 class Symbols:
-    """A vocabulary as its file has it.
+    """A vocabulary as it is in its file.
 
     Attributes:
-      pieces: bytes that each id spells, b"" for what is no text.
-      names: the id of each piece as the file writes it.
+      pieces: the bytes that each id spells; b"" if it is no text.
+      names: the id of each piece, spelled as in the file.
       special: ids that are no text: control, unknown, unassigned, and symbols that are a MARKER.
-      bos, eos, pad: where the file says so.
-      begins: whether a prompt begins with bos.
+      bos, eos, pad: ids, if the file names them.
+      begins: whether a prompt starts with bos.
       marks_spaces: whether the file writes a space as SentencePiece does.
-      added: names of the ids that it has from `Hints.added`.
+      added: names of the ids that come from `Hints.added`.
     """
 
     pieces: tuple[bytes, ...]
@@ -75,16 +75,16 @@ class Symbols:
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
-    """What stands beside a tokenizer's file, in a Hugging Face folder.
+    """What the other files of a Hugging Face folder say of its tokenizer.
 
     Attributes:
       template: the chat template; "" if there is none, None without a folder.
-      bos, eos, pad: names.
-      begins: whether a prompt begins with bos; None if nothing says so.
+      bos, eos, pad: names of the tokens.
+      begins: whether a prompt starts with bos; None if unknown.
       ends: ids that end a generated text.
       vocab_size: rows of the model's embedding; 0 if unknown.
-      tag_ids: id of each tag piece, for a model that has learnt them.
-      added: names of ids, among them such as the file lacks.
+      tag_ids: id of each tag piece, for a model that was trained with them.
+      added: names by id, some of which the file lacks.
     """
 
     template: str | None = None
@@ -100,14 +100,14 @@ class Hints:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """How a vocabulary is used; with the file itself, all that makes a tokenizer.
+    """How a vocabulary is used. It and the file make a tokenizer.
 
     Attributes:
       tag_ids: id of each piece in `tags.PIECES`.
       bos, eos, pad, ends: as in `Vocabulary`.
-      begins: whether a prompt begins with bos where its chat format does not say so.
+      begins: whether a prompt starts with bos, if its chat format does not say.
       chat: a name in `chat.FORMATS`.
-      opening: what the chat template says of itself (`chat.choose`).
+      opening: text that the chat template adds by itself (`chat.choose`).
       added: names of ids after the file's own.
     """
 
@@ -127,13 +127,13 @@ def settle(symbols: Symbols, hints: Hints, *, extend: bool, chat: str, splits: C
 
     Args:
       symbols: the vocabulary.
-      hints: what its folder says.
-      extend: whether tags without any free id get new ones after the end.
-      chat: the format asked for, one of `chat.CHATS`.
-      splits: into how many pieces a text is encoded, for the error.
+      hints: of its folder.
+      extend: whether tags without a free id get new ones after the end.
+      chat: the requested format, one of `chat.CHATS`.
+      splits: number of ids of a text, for the error message.
 
     Raises:
-      TokenizerError: no ids for the tags, for the end or the beginning of a text, or for the chat format.
+      TokenizerError: there are no ids for the tags, for the start or end of a text, or for the chat format.
     """
     names = symbols.names
 
@@ -172,26 +172,26 @@ def settle(symbols: Symbols, hints: Hints, *, extend: bool, chat: str, splits: C
 def _tag_ids(symbols: Symbols, hints: Hints, extend: bool, splits: Callable[[str], int]) -> dict[str, int]:
     if hints.tag_ids is not None:
         return _checked(hints.tag_ids, symbols)
-    found = own_tag_ids(symbols)
-    missing = [piece for piece in tags.PIECES if piece not in found]
-    free = [i for i in _reserved(symbols, hints.template or "") if i not in found.values()]
+    ids = own_tag_ids(symbols)
+    missing = [piece for piece in tags.PIECES if piece not in ids]
+    free = [i for i in _reserved(symbols, hints.template or "") if i not in ids.values()]
     size = len(symbols.pieces)
     if len(free) < len(missing):
         if not extend and hints.vocab_size - size < len(missing):
             raise TokenizerError(_no_room(symbols, hints, missing, splits))
         free = [*range(size, size + len(missing))]
-    found |= zip(missing, free, strict=False)
-    return {piece: found[piece] for piece in tags.PIECES}
+    ids |= zip(missing, free, strict=False)
+    return {piece: ids[piece] for piece in tags.PIECES}
 
 
 def own_tag_ids(symbols: Symbols) -> dict[str, int]:
-    """The tags that a vocabulary has as control symbols."""
+    """The ids of the tags that the vocabulary already has as control symbols."""
     names = symbols.names
     return {piece: names[piece] for piece in tags.PIECES if names.get(piece) in symbols.special}
 
 
 def _reserved(symbols: Symbols, template: str) -> list[int]:
-    """Free ids by their names, as many as there are tags, in the order of their numbers."""
+    """As many ids as there are tags, whose names say that they are free, in the order of their numbers."""
     for pattern, which in _RESERVED:
         numbered = sorted(
             (int(match.group(1)), i)
@@ -234,7 +234,7 @@ def _no_room(symbols: Symbols, hints: Hints, missing: list[str], splits: Callabl
 
 
 def vocabulary_of(symbols: Symbols, usage: Usage) -> Vocabulary:
-    """The vocabulary in that use."""
+    """The vocabulary, used in this way."""
     used = set(usage.tag_ids.values())
     size = max(len(symbols.pieces), *(i + 1 for i in used))
     pieces = [*symbols.pieces, *[b""] * (size - len(symbols.pieces))]
