@@ -28,8 +28,8 @@ _HOMES = {
     "Draft": "pasta_jax.decoding.streaming",
     "settled_text": "pasta_jax.decoding.streaming",
     "Decoder": "pasta_jax.decoding.engine",
-    "Model": "pasta_jax.decoding.engine",
-    "SamplingParams": "pasta_jax.decoding.engine",
+    "Model": "pasta_jax.decoding.model",
+    "SamplingParams": "pasta_jax.decoding.request",
     "Limits": "pasta_jax.decoding.state",
     # training
     "Config": "pasta_jax.config",
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from pasta_jax.config import Config as Config
     from pasta_jax.decoding.api import decode as decode
     from pasta_jax.decoding.engine import Decoder as Decoder
-    from pasta_jax.decoding.engine import Model as Model
-    from pasta_jax.decoding.engine import SamplingParams as SamplingParams
+    from pasta_jax.decoding.model import Model as Model
+    from pasta_jax.decoding.request import SamplingParams as SamplingParams
     from pasta_jax.decoding.results import DecodeResult as DecodeResult
     from pasta_jax.decoding.state import Limits as Limits
     from pasta_jax.decoding.streaming import Draft as Draft

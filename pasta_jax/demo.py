@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import app, flags
 
 from pasta_jax import train
-from pasta_jax.decoding.engine import Model
+from pasta_jax.decoding.model import Model
 from pasta_jax.evaluate import __main__ as evaluate
 from pasta_jax.overrides import load_config
 from pasta_jax.verbs import refuse, show_log

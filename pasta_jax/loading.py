@@ -11,7 +11,7 @@ import jax
 
 from pasta_jax.checkpoints.about import find, read_about
 from pasta_jax.checkpoints.load import load_params
-from pasta_jax.decoding.engine import Model
+from pasta_jax.decoding.model import Model
 from pasta_jax.interchange.importing import Wanted, kind_of, open_source
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.model.quantize import quantize as quantized
@@ -35,23 +35,23 @@ def load(
 
     Args:
       source: a workdir of `pasta_jax.train` or `pasta_jax.convert`, or one checkpoint within it, adapters merged
-        into the weights that they were trained beside. Or published weights, which write no promises before
-        they are finetuned: a Hugging Face folder, "hf:org/name" of its hub (extra [hf]), a name such as
+        into their base weights. Or published weights, which write no promises until they are finetuned: a Hugging
+        Face folder, "hf:org/name" of its hub (extra [hf]), a name such as
         "gemma-2b-it" (`model.presets`), or "orbax:DIRECTORY" with a checkpoint of Gemma.
-      mesh: devices (`sharding.make_mesh`) over which the parameters are spread; by default all is on the first.
+      mesh: devices (`sharding.make_mesh`) over which the parameters are spread; by default one device holds all.
       dtype: of parameters and compute, "float32" or "bfloat16"; by default that of the weights.
-      quantize: "int8" for matrices in int8, each as soon as it is read.
-      base: of adapters: where those weights are now, if not where they were.
+      quantize: "int8" for matrices in int8. Each is quantized as soon as it is read.
+      base: for adapters: where their base weights are now, if they have moved.
       tokenizer, extend_tokenizer, chat: of published weights: a file or folder if not their own; new ids and
-        embedding rows for the tags where none are free; the format of prompts (`tokens.chat`).
+        embedding rows for the tags if none are free; the format of prompts (`tokens.chat`).
 
     Raises:
       CheckpointError: no checkpoint there, a foreign or a damaged one.
       InterchangeError, TokenizerError: published weights that cannot be used, or do not fit into memory.
-      ValueError: an option that is not known, or sizes that the mesh does not divide.
+      ValueError: an unknown option, or sizes that the mesh does not divide.
     """
-    as_asked(ModelConfig(), dtype, quantize)  # what is refused is refused before anything is read
-    kind, where = kind_of(source)
+    as_asked(ModelConfig(), dtype, quantize)  # mistakes are reported before anything is read
+    kind, path = kind_of(source)
     if kind != "workdir":
         if base is not None:
             raise ValueError(f"base={os.fspath(base)} is for adapters; {source} are weights.")
@@ -62,20 +62,20 @@ def load(
             extend_tokenizer=extend_tokenizer,
             int8=quantize is not None,
         )
-        ready = open_source(kind, where, wanted)
+        ready = open_source(kind, path, wanted)
         return Model(ready.read(mesh), ready.config, ready.tokenizer)
     if tokenizer is not None or extend_tokenizer:
         raise ValueError(
-            f"{where} has its own tokenizer; tokenizer and extend_tokenizer are for other weights."
+            f"{path} has its own tokenizer; tokenizer and extend_tokenizer are for other weights."
         )
-    plain = as_asked(read_about(find(where)).config.model, dtype, None)
+    plain = as_asked(read_about(find(path)).config.model, dtype, None)
     shapes = jax.eval_shape(functools.partial(init_params, plain), jax.random.key(0))
 
     def finish(part: Any) -> Any:
         return quantized(part, plain, donate=True)[0]
 
     params, about = load_params(
-        where,
+        path,
         shardings=None if mesh is None else functools.partial(param_shardings, mesh=mesh),
         expected=shapes,
         base=base,
@@ -89,7 +89,7 @@ def load(
 
 
 def as_asked(config: ModelConfig, dtype: str | None, quantize: str | None) -> ModelConfig:
-    """The configuration of a model that is loaded so. Raises ValueError, as `load`."""
+    """The configuration of a model loaded with these options. Raises ValueError for unknown ones."""
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is unknown. Use {' or '.join(DTYPES)}.")
     if quantize not in (None, "int8"):

@@ -1,9 +1,11 @@
 """Shared by all tests: eight fake CPU devices, no network, and seeds that are printed and can be set."""
 
+import contextlib
 import os
 import random
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 # Before jax is imported anywhere: the number of devices is read once.
@@ -22,10 +24,12 @@ def seed() -> int:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def in_a_hurry() -> None:
+def in_a_hurry() -> Iterator[None]:
     """Decoders compile with less care: compiling is what takes time here, and no arithmetic changes."""
-    if engine := sys.modules.get("pasta_jax.decoding.engine"):
-        engine.Programs.options = {"xla_backend_optimization_level": 0}
+    compiled = sys.modules.get("pasta_jax.decoding.compiled")
+    options = {"xla_backend_optimization_level": 0}
+    with compiled.default_xla_options(options) if compiled else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

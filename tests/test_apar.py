@@ -25,8 +25,10 @@ from pasta_jax.data import almanac
 from pasta_jax.data.almanac import Section
 from pasta_jax.data.almanac.facts import KIND_OF
 from pasta_jax.data.sources import make_source, make_tokenizer
-from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
+from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.interpreter import rules_for
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path, document_order, read_trace

@@ -10,6 +10,7 @@ import pytest
 
 import pasta_jax
 from pasta_jax import Draft, Event, settled_text
+from pasta_jax.decoding.api import decoder_for
 from pasta_jax.decoding.state import Limits
 from tests.helpers.answers import OTHER, PROMPT, SEEDS, model, options, results, what_was_said
 
@@ -18,7 +19,7 @@ def events_of(prompt: Any = PROMPT, **changes: Any) -> list[Event]:
     return list(pasta_jax.decode(model(), prompt, stream=True, **options(**changes)))
 
 
-def test_a_stream_tells_what_decode_returns() -> None:
+def test_a_stream_gives_what_decode_returns() -> None:
     for seed, expected in zip(SEEDS, results(), strict=True):
         draft, shown = Draft(), [""]
         for event in events_of(seed=seed):
@@ -34,15 +35,15 @@ def test_a_stream_tells_what_decode_returns() -> None:
 def test_several_prompts_and_a_callback() -> None:
     prompts = [PROMPT, OTHER, PROMPT]
     heard: list[Event] = []
-    told = pasta_jax.decode(model(), prompts, stream=heard.append, stream_tokens=True, **options())
+    streamed = pasta_jax.decode(model(), prompts, stream=heard.append, stream_tokens=True, **options())
     plain = pasta_jax.decode(model(), prompts, **options())
-    assert [what_was_said(a) for a in told] == [what_was_said(a) for a in plain]
+    assert [what_was_said(a) for a in streamed] == [what_was_said(a) for a in plain]
     for i, answer in enumerate(plain):
-        mine = [event for event in heard if event.request == i]
-        assert "".join(settled_text(mine)) == answer.text
-        tokens = [event.token for event in mine if event.kind == "token"]
+        own = [event for event in heard if event.request == i]
+        assert "".join(settled_text(own)) == answer.text
+        tokens = [event.token for event in own if event.kind == "token"]
         assert sorted(tokens) == sorted(answer.tokens.tolist())
-        assert mine[-1].kind == "done" and mine[-1].result is told[i]
+        assert own[-1].kind == "done" and own[-1].result is streamed[i]
     draft = Draft()
     alone = pasta_jax.decode(model(), OTHER, stream=draft.add, **options())
     assert str(draft) == alone.text
@@ -56,31 +57,31 @@ def test_stop_strings(seed: int) -> None:
     for number, whole in zip(SEEDS, results(), strict=True):
         if not whole.text:
             continue
-        at = rng.randrange(len(whole.text))
-        stop = whole.text[at : at + rng.randint(1, 4)]
+        start = rng.randrange(len(whole.text))
+        stop = whole.text[start : start + rng.randint(1, 4)]
         expected = whole.text[: whole.text.find(stop)]
         answer = pasta_jax.decode(model(), PROMPT, stop=stop, **options(seed=number))
         assert (answer.text, answer.stop_reason) == (expected, "stop")
         assert pasta_jax.parse(answer.annotated) == answer.program
         assert answer.stats.decode_steps <= whole.stats.decode_steps
         stopped += answer.stats.decode_steps < whole.stats.decode_steps
-        told = events_of(seed=number, stop=[stop, "\ufffd never"])
-        assert told[-1].result is not None
-        assert what_was_said(told[-1].result) == what_was_said(answer)
-        assert "".join(settled_text(told)) == expected
+        streamed = events_of(seed=number, stop=[stop, "\ufffd never"])
+        assert streamed[-1].result is not None
+        assert what_was_said(streamed[-1].result) == what_was_said(answer)
+        assert "".join(settled_text(streamed)) == expected
         never = pasta_jax.decode(model(), PROMPT, stop="never said", **options(seed=number))
         assert what_was_said(never) == what_was_said(whole)
     assert stopped, "no row was stopped before it would have ended"
 
 
-def test_who_goes_away_leaves_nothing_behind() -> None:
+def test_a_consumer_that_goes_away_leaves_nothing_behind() -> None:
     expected = what_was_said(results()[1])
     stream = pasta_jax.decode(model(), PROMPT, stream=True, **options(seed=SEEDS[0]))
     next(stream)
     stream.close()
     assert list(stream) == []
-    never_begun = pasta_jax.decode(model(), PROMPT, stream=True, **options(seed=SEEDS[0]))
-    del never_begun
+    never_started = pasta_jax.decode(model(), PROMPT, stream=True, **options(seed=SEEDS[0]))
+    del never_started
     assert what_was_said(pasta_jax.decode(model(), PROMPT, **options(seed=SEEDS[1]))) == expected
 
     def fails(event: Event) -> None:
@@ -89,8 +90,12 @@ def test_who_goes_away_leaves_nothing_behind() -> None:
     with pytest.raises(RuntimeError, match="the consumer broke"):
         pasta_jax.decode(model(), PROMPT, stream=fails, **options(seed=SEEDS[0]))
     assert what_was_said(pasta_jax.decode(model(), PROMPT, **options(seed=SEEDS[1]))) == expected
-    session = model().decoders[Limits(pool=128), 1].session
-    assert not session._waiting and not any(session._rows)
+    stream = pasta_jax.decode(model(), PROMPT, stream=True, **options(seed=SEEDS[0]))
+    next(stream)
+    session = decoder_for(model(), Limits(pool=128), 1).session
+    assert not session.idle
+    stream.close()
+    assert session.idle
 
 
 def test_streams_side_by_side() -> None:

@@ -20,7 +20,6 @@ from pasta_jax.benchmark import measure, models, parts, peers, startup
 from pasta_jax.benchmark.figures import FIGURES, draw
 from pasta_jax.benchmark.measure import Spread
 from pasta_jax.benchmark.models import NAMED, PieceTokenizer, silent
-from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.script import threads_in
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.model import ModelConfig
@@ -37,15 +36,8 @@ PLAN = dataclasses.replace(parts.QUICK, widths=(1, 2), lanes=2, repeats=2, steps
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A smaller model; and compiling is what takes time here: without optimising it takes less."""
-
-    def hurried(*args: Any, **options: Any) -> Decoder:
-        made = Decoder(*args, **options)
-        made.programs.options = {"xla_backend_optimization_level": 0}
-        return made
-
+    """A smaller model."""
     monkeypatch.setitem(NAMED, "tiny", SMALL)
-    monkeypatch.setattr(parts, "Decoder", hurried)
 
 
 def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

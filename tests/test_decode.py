@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
-from pasta_jax.decoding import engine, loop
-from pasta_jax.decoding.engine import Decoder, Model, Programs, SamplingParams
+from pasta_jax.decoding import loop
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang import tags
@@ -34,9 +35,14 @@ def ask(seed: int, **changes: Any) -> SamplingParams:
 
 @functools.cache
 def decoder(
-    limits: Limits = LIMITS, rows: int = 4, chunk: int = 512, widths: tuple[int, ...] = ()
+    limits: Limits = LIMITS,
+    rows: int = 4,
+    chunk: int = 512,
+    widths: tuple[int, ...] = (),
+    careful: bool = False,
 ) -> Decoder:
-    return Decoder(chatty_model(), limits=limits, rows=rows, chunk=chunk, prompt_buckets=(16,), widths=widths)
+    sizes: dict[str, Any] = dict(limits=limits, rows=rows, prompt_buckets=(16,), widths=widths)
+    return Decoder(chatty_model(), chunk=chunk, xla_options={} if careful else None, **sizes)
 
 
 def prompt_of(seed: int) -> str:
@@ -90,21 +96,12 @@ def test_the_model_is_worth_testing_with():
     assert max(t.widths.max() for t in traces) >= 4
 
 
-def as_a_large_one(monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The same model, decoded as those are whose weights no cache holds."""
-    model = dataclasses.replace(chatty_model())
-    assert chatty_model().for_steps[1].weights == "plain"
-    monkeypatch.setattr(engine, "CACHED_BYTES", 0)
-    assert model.for_steps[1].weights == "transposed"
-    return model
-
-
-def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The same model, decoded as on a device that is no CPU."""
-    model = dataclasses.replace(chatty_model())
-    monkeypatch.setattr(engine, "_on_cpu", lambda params: False)
-    assert model.for_steps[1].fused_qkv
-    return model
+FORMS: dict[int, tuple[str, dict[str, Any]]] = {
+    1: ("fused", {"platform": "gpu"}),
+    3: ("transposed", {"cached_bytes": 0}),
+    8: ("plain", {}),
+}
+"""By lanes: the form of the weights, and when they have it. On accelerators; where no cache holds them."""
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 8])
@@ -114,10 +111,10 @@ def test_parity(lanes, max_depth, seed, monkeypatch):
     limits = Limits(lanes, 16, 300, max_depth)
     seeds = [seed + i for i in range(6)]
     decoded = listen(monkeypatch)
-    as_if = {1: as_on_an_accelerator, 3: as_a_large_one}.get(lanes, lambda _: chatty_model())
-    model = as_if(monkeypatch)
-    widths = (1, 2) if lanes == 3 else ()
-    made = Decoder(model, limits=limits, rows=len(seeds), prompt_buckets=(16,), widths=widths)
+    form, settings = FORMS[lanes]
+    sizes: dict[str, Any] = dict(rows=len(seeds), prompt_buckets=(16,), widths=(1, 2) if lanes == 3 else ())
+    made = Decoder(chatty_model(), limits=limits, **sizes, **settings)
+    assert made.compiled.form == form
     wishes = [ask(seed, open_bias=3.5 if i < 3 else 6.0) for i, seed in enumerate(seeds)]
     traces, _ = made.decode([ids(prompt_of(seed)) for seed in seeds], wishes)
     jax.effects_barrier()
@@ -183,12 +180,13 @@ class TestInvariance:
             compared = [min(map(len, pair)) for e, f in zip(expected, found) for pair in _branches(e, f)]
             assert sum(compared) > 100, "hardly any branch was compared"
 
-    def test_width(self, greedy, monkeypatch):
+    def test_width(self, greedy):
         """And compiled as for users, with all care."""
-        monkeypatch.setattr(Programs, "options", None)
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
         for widths in ((1, 2, 3, 4, 6), (1, 4)):
-            assert [schedule(t) for t in decode(SEEDS, greedy=greedy, widths=widths)] == expected
+            assert [
+                schedule(t) for t in decode(SEEDS, greedy=greedy, widths=widths, careful=True)
+            ] == expected
 
     def test_chunk(self, greedy):
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
@@ -224,10 +222,10 @@ def test_mesh(greedy):
     spread = Decoder(
         dataclasses.replace(model, params=params), limits=LIMITS, rows=4, prompt_buckets=(16,), widths=()
     )
-    assert spread.mesh == mesh and not decoder().fits(spread.model)
+    assert spread.compiled.mesh == mesh and not decoder().fits(spread.model)
     wishes = [ask(seed, temperature=0.0 if greedy else 1.0) for seed in SEEDS]
     traces, _ = spread.decode([ids(prompt_of(seed)) for seed in SEEDS], wishes)
-    pool = spread.empty_batch().pool
+    pool = spread.compiled.empty_batch().pool
     assert len(pool.k[0].sharding.device_set) == 8 and not pool.k[0].sharding.is_fully_replicated
     assert [text(t) for t in traces] == expected
 
@@ -316,7 +314,7 @@ def test_pool_full_stops_one_row_with_its_text():
 
 
 def test_prompts_that_cannot_be_answered():
-    with pytest.raises(ValueError, match="prompt has 301 tokens, and the pool holds 300.*set cache_len"):
+    with pytest.raises(ValueError, match="prompt has 301 tokens, and the pool holds 300.*set Limits.pool"):
         decoder().decode([[5] * 301], [ask(0)])
     with pytest.raises(ValueError, match="prompt has 300 tokens"):  # not one token of an answer would fit
         decoder().decode([[5] * 300], [ask(0)])

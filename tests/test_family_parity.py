@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasta_jax.decoding import engine
-from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.model.families import FAMILIES, config_from_hf
@@ -44,16 +45,11 @@ def model_of(name: str) -> tuple[tiny.TinyModel, Model]:
     return theirs, Model(params_of(config, theirs.tensors), config, tiny.TinyTokenizer())
 
 
-@pytest.fixture(autouse=True)
-def as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoded as models are on a CPU whose weights no cache holds."""
-    monkeypatch.setattr(engine, "CACHED_BYTES", 0)
-
-
 @functools.cache
 def decoder_of(name: str, rows: int = len(tiny.LENGTHS)) -> Decoder:
+    """Decodes as on a CPU whose cache does not hold the weights."""
     model = model_of(name)[1]
-    return Decoder(model, limits=LIMITS, rows=rows, prompt_buckets=(32,))
+    return Decoder(model, limits=LIMITS, rows=rows, prompt_buckets=(32,), cached_bytes=0)
 
 
 def whole_pass(model: Model, tokens: np.ndarray) -> np.ndarray:

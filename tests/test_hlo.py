@@ -17,9 +17,9 @@ from pasta_jax import sharding
 from pasta_jax.compile import __main__ as ahead
 from pasta_jax.compile import hlo
 from pasta_jax.config import Config
-from pasta_jax.decoding import engine
-from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
-from pasta_jax.decoding.script import NOTHING
+from pasta_jax.decoding.compiled import Program
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, empty_pool, init_params
 from pasta_jax.model.presets import presets
@@ -121,7 +121,8 @@ ENTRY %main (w: bf16[1024,2], x: bf16[8,1024]) -> (bf16[8,2], bf16[8,1024]) {
 
 def lower(model: ModelConfig, mesh: Any, limits: Limits, rows: int) -> tuple[Any, int]:
     """The decode loop, lowered; and how many numbers a chip holds of a layer's keys."""
-    _, decode = ahead.lower_decode(Config(model=model), mesh, limits, rows)
+    compiled = ahead.decoder_programs(Config(model=model), mesh, limits=limits, rows=rows)
+    decode = ahead.lower_decode(compiled)["decode"]
     pool = jax.eval_shape(lambda: empty_pool(model, rows, limits.pool + limits.lanes))
     lies = sharding.pool_shardings(pool, mesh).k[0]
     return decode, math.prod(lies.shard_shape(pool.k[0].shape))
@@ -138,14 +139,11 @@ def on_cpu(rows: int, cached: int) -> tuple[Any, int]:
         mlp_dim=32,
     )  # fmt: skip
     model = Model(init_params(config, jax.random.key(0)), config, WORDS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "CACHED_BYTES", cached)
-        limits = Limits(lanes=2, threads=4, pool=2000)
-        decoder = Decoder(model, limits=limits, rows=rows, pool_buckets=(), widths=(1,))
-    assert model.for_steps[1].weights == ("plain" if cached else "transposed")
-    decoder.programs.options = None  # compiled with all care
-    decoder.decode([WORDS.encode_prompt("the")], [SamplingParams(max_new_tokens=1)])
-    return decoder.programs.compiled["decode", 2002, NOTHING], rows * 2 * 2002 * 64
+    sizes: dict[str, Any] = dict(limits=Limits(lanes=2, threads=4, pool=2000), rows=rows, widths=(1,))
+    careful: dict[str, Any] = {}
+    decoder = Decoder(model, pool_buckets=(), cached_bytes=cached, xla_options=careful, **sizes)
+    assert decoder.compiled.form == ("plain" if cached else "transposed")
+    return decoder.compiled.executable(Program("decode", length=2002)), rows * 2 * 2002 * 64
 
 
 LAYERS = 28 if os.environ.get("PASTA_FULL") else 2

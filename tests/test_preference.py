@@ -19,7 +19,9 @@ from pasta_jax.checkpoints.about import find
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac.judge import Preference
-from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, document_order
 from pasta_jax.files import read_jsonl

@@ -24,7 +24,7 @@ from pasta_jax.config import (
 )
 from pasta_jax.data import almanac
 from pasta_jax.data.sources import make_tokenizer
-from pasta_jax.decoding.engine import Model
+from pasta_jax.decoding.model import Model
 from pasta_jax.experiment import resolve
 from pasta_jax.lang.parse import parse
 from pasta_jax.loading import load

@@ -17,6 +17,7 @@ from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.compile import __main__ as ahead
 from pasta_jax.config import Config, DataConfig
 from pasta_jax.data.sources import make_tokenizer
+from pasta_jax.decoding.api import decoder_for
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, Transformer, init_params
 from pasta_jax.model.quantize import LARGEST, contracted, quantize, quantize_leaf
@@ -147,10 +148,10 @@ def test_a_model_on_a_mesh_says_what_it_says_on_one_device(written: pathlib.Path
     expected = say(pasta_jax.load(written, quantize=kind), prompt)
     assert len(expected.branches) > 1
     spread = pasta_jax.load(written, mesh=sharding.make_mesh(2, 2, 2), quantize=kind)
+    decoder = decoder_for(spread, Limits(8, 16, 96, spread.max_depth), 1)
+    assert decoder.compiled.mesh is not None and decoder.compiled.rows == 4
     assert say(spread, prompt).annotated == expected.annotated
-    (decoder,) = spread.decoders.values()
-    assert decoder.mesh is not None and decoder.rows == 4
-    decoder.chunk = 3  # what comes out of a call goes into the next
+    decoder.session.chunk = 3  # what comes out of a call goes into the next
     assert say(spread, prompt).annotated == expected.annotated
 
 
@@ -171,7 +172,9 @@ def test_a_decode_step_reads_half_the_bytes(record_property: Any) -> None:
     read = {}
     for weights in ("plain", "int8"):
         config = Config(model=dataclasses.replace(model, weights=weights))
-        _, decode = ahead.lower_decode(config, mesh, Limits(lanes=8, threads=16, pool=128), rows=1)
+        limits = Limits(lanes=8, threads=16, pool=128)
+        compiled = ahead.decoder_programs(config, mesh, limits=limits, rows=1)
+        decode = ahead.lower_decode(compiled)["decode"]
         read[weights] = decode.compile().cost_analysis()["bytes accessed"]
     ratio = read["int8"] / read["plain"]
     record_property("bytes_int8_by_bfloat16", ratio)

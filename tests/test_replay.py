@@ -16,7 +16,9 @@ from pasta_jax.benchmark import replay as replaying
 from pasta_jax.benchmark import trees as answers
 from pasta_jax.benchmark.replay import Replayed, limits_for, replay, summaries
 from pasta_jax.benchmark.trees import random_tree, sequential
-from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import depth_of, lines_of, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import critical_path
@@ -42,9 +44,7 @@ def decoder() -> Decoder:
         mlp_dim=16,
     )  # fmt: skip
     model = Model(init_params(config, jax.random.key(0)), config, WORDS, max_depth=2)
-    made = Decoder(model, limits=LIMITS, rows=2, chunk=64, prompt_buckets=(16,), widths=())
-    made.programs.options = {"xla_backend_optimization_level": 0}  # compiling is what takes time here
-    return made
+    return Decoder(model, limits=LIMITS, rows=2, chunk=64, prompt_buckets=(16,), widths=())
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from pasta_jax.decoding import session
-from pasta_jax.decoding.engine import Decoder, SamplingParams
+from pasta_jax.decoding.compiled import Compiled
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.script import Script
 from pasta_jax.decoding.session import PendingAnswer
@@ -66,7 +68,7 @@ def alone(ask: Ask) -> Trace:
     return decoder(rows=1).decode([ask.prompt], [ask.sampling])[0][0]
 
 
-def is_begun(part: Trace, whole: Trace) -> bool:
+def is_beginning(part: Trace, whole: Trace) -> bool:
     """Every thread of the one begins as that of the other."""
     pairs = zip(part.threads.tokens, whole.threads.tokens)
     return len(part.parent) <= len(whole.parent) and all(a == b[: len(a)] for a, b in pairs)
@@ -92,10 +94,10 @@ def test_a_thousand_requests(seed: int) -> None:
             trace = answer.wait()
             if trace.stop == Stop.CANCELLED:
                 reason = "cancelled"
-                assert answer.cancelled and is_begun(trace, alone(ask))
+                assert answer.cancelled and is_beginning(trace, alone(ask))
             else:
-                found, reason = read(ask, trace)
-                assert (found, reason) == read(ask, alone(ask))
+                text, reason = read(ask, trace)
+                assert (text, reason) == read(ask, alone(ask))
             ended[reason] = ended.get(reason, 0) + 1
         running = [pair for pair in running if not pair[1].done]
         if len(waiting) < 800 - 600 * len(held):
@@ -111,28 +113,28 @@ def test_a_thousand_requests(seed: int) -> None:
 
 
 def a_long_one() -> tuple[Ask, Trace]:
-    wishes = SamplingParams(max_new_tokens=90, temperature=1.0, open_bias=-np.inf)
-    asks = (Ask(tuple(ids("rivers 3")), dataclasses.replace(wishes, seed=seed)) for seed in range(1000))
+    sampling = SamplingParams(max_new_tokens=90, temperature=1.0, open_bias=-np.inf)
+    asks = (Ask(tuple(ids("rivers 3")), dataclasses.replace(sampling, seed=seed)) for seed in range(1000))
     return next((ask, alone(ask)) for ask in asks if alone(ask).steps > 60)
 
 
 def long_one_with_a_late_stop() -> Ask:
     """A stop string that first comes after several looks."""
     ask, whole = a_long_one()
-    said = result(WORDS, whole).text
-    stop = next(said[i : i + 6] for i in range(len(said)) if said.index(said[i : i + 6]) > 3 * len(said) // 5)
+    text = result(WORDS, whole).text
+    stop = next(text[i : i + 6] for i in range(len(text)) if text.index(text[i : i + 6]) > 3 * len(text) // 5)
     return dataclasses.replace(ask, sampling=dataclasses.replace(ask.sampling, stop=(stop,)))
 
 
 def test_a_stop_string_frees_the_row_before_the_answer_would_end() -> None:
     ask, whole = a_long_one()
-    said = result(WORDS, whole).text
-    stop = said[4:6]
+    text = result(WORDS, whole).text
+    stop = text[4:6]
     (trace,), _ = decoder().decode([ask.prompt], [dataclasses.replace(ask.sampling, stop=(stop,))])
     assert trace.steps < 40
     cut = decoder().submit(ask.prompt, dataclasses.replace(ask.sampling, stop=(stop,))).result()
     assert cut.stats.wall_s > 0 and cut.trace.steps == trace.steps
-    assert (cut.text, cut.stop_reason) == (said[: said.index(stop)], "stop")
+    assert (cut.text, cut.stop_reason) == (text[: text.index(stop)], "stop")
 
 
 @pytest.mark.parametrize(
@@ -145,15 +147,15 @@ def test_nothing_is_lost_wherever_it_breaks_off(
     asks = some_asks(random.Random(seed), 9)
     asks += [long_one_with_a_late_stop()] * 3
     answers = [decoder().submit(ask.prompt, ask.sampling) for ask in asks]
-    done, calls = getattr(Decoder, verb), list[Any]()
+    done, calls = getattr(Compiled, verb), list[Any]()
 
-    def breaks_once(self: Decoder, *args: Any) -> Any:
+    def breaks_once(self: Compiled, *args: Any) -> Any:
         calls.append(done(self, *args))  # the batch that went in is gone
         if len(calls) == call + 1:
             raise MemoryError
         return calls[-1]
 
-    monkeypatch.setattr(Decoder, verb, breaks_once)
+    monkeypatch.setattr(Compiled, verb, breaks_once)
     with pytest.raises(MemoryError):
         [answer.wait() for answer in answers]
     for ask, answer in zip(asks, answers, strict=True):
@@ -165,13 +167,13 @@ def test_cancelled_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> 
     ask, _ = a_long_one()
     first = decoder().submit(ids("rivers"), SamplingParams(max_new_tokens=1))
     other = decoder().submit(ask.prompt, ask.sampling)
-    decode_chunk = Decoder.decode_chunk
+    decode_chunk = Compiled.decode_chunk
 
-    def while_somebody_cancels(self: Decoder, *args: Any) -> Any:
+    def while_somebody_cancels(self: Compiled, *args: Any) -> Any:
         other.cancel()
         return decode_chunk(self, *args)
 
-    monkeypatch.setattr(Decoder, "decode_chunk", while_somebody_cancels)
+    monkeypatch.setattr(Compiled, "decode_chunk", while_somebody_cancels)
     first.wait()
     assert first.done and other.done and decoder().session.idle
     assert other.wait().stop == Stop.CANCELLED
@@ -192,18 +194,18 @@ def test_only_work_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     answer.step()
     assert not answer.done
     clock[0] += 1000
-    monkeypatch.setattr(decoder().programs, "compile_s", decoder().programs.compile_s + 1000)
+    monkeypatch.setattr(decoder().compiled, "compile_s", decoder().compiled.compile_s + 1000)
     turns = 1 + whole.steps // 16
     assert 0 < answer.result().stats.wall_s < 5 * turns and answer.result().stats.compile_s == 0
 
 
 def test_several_threads_may_wait(seed: int) -> None:
     asks = some_asks(random.Random(seed), 12)
-    found: dict[int, Trace] = {}
+    traces: dict[int, Trace] = {}
 
-    def work(mine: range) -> None:
-        answers = {i: decoder().submit(asks[i].prompt, asks[i].sampling) for i in mine}
-        found.update({i: answer.wait() for i, answer in answers.items()})
+    def work(numbers: range) -> None:
+        answers = {i: decoder().submit(asks[i].prompt, asks[i].sampling) for i in numbers}
+        traces.update({i: answer.wait() for i, answer in answers.items()})
 
     threads = [threading.Thread(target=work, args=(range(k, 12, 3),)) for k in range(3)]
     for thread in threads:
@@ -211,7 +213,7 @@ def test_several_threads_may_wait(seed: int) -> None:
     for thread in threads:
         thread.join()
     for i, ask in enumerate(asks):
-        assert read(ask, found[i]) == read(ask, alone(ask))
+        assert read(ask, traces[i]) == read(ask, alone(ask))
 
 
 def test_a_failed_call_leaves_no_request_behind() -> None:

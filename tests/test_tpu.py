@@ -45,12 +45,13 @@ def test_train_step(mesh):
 
 def test_prefill_and_decode_loop(mesh):
     config = load_config(TINY, MESH)
-    programs = ahead.lower_decode(config, mesh, Limits(lanes=8, threads=16, pool=512), rows=8)
-    for lowered in programs:
-        compiled = lowered.compile()
-        assert not ahead.host_calls(compiled)
-        assert is_spread(compiled)
-    assert "while" in programs[1].compile().as_text()
+    limits = Limits(lanes=8, threads=16, pool=512)
+    decoder = ahead.decoder_programs(config, mesh, limits=limits, rows=8)
+    compiled = {verb: lowered.compile() for verb, lowered in ahead.lower_decode(decoder).items()}
+    for program in compiled.values():
+        assert not ahead.host_calls(program)
+        assert is_spread(program)
+    assert "while" in compiled["decode"].as_text()
 
 
 def test_a_host_callback_would_be_found():

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.decoding.engine import Model
+from pasta_jax.decoding.model import Model
 from pasta_jax.lang import tags
 from pasta_jax.loading import as_asked, load
 from pasta_jax.model import ModelConfig, init_params

@@ -22,7 +22,9 @@ from pasta_jax.baselines import apar
 from pasta_jax.benchmark.measure import Point, Spread, in_turn, ratio
 from pasta_jax.benchmark.replay import PROMPT, UNLIMITED, ReplayError, Run, limits_for, replay, summaries
 from pasta_jax.benchmark.trees import random_tree, sequential, some_words, text_of, with_topics
-from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import script_of
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace

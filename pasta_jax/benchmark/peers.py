@@ -19,7 +19,8 @@ import numpy as np
 
 from pasta_jax.benchmark.measure import Point, Spread, in_turn, ratio
 from pasta_jax.benchmark.parts import SEQUENTIAL, Plan
-from pasta_jax.decoding.engine import Decoder, Model
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model.families import config_to_hf
 from pasta_jax.model.weights import hf_tensors, leaf_at

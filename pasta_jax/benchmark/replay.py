@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from pasta_jax.benchmark.trees import sequential
-from pasta_jax.decoding.engine import Decoder, SamplingParams
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import Script, depth_of, lines_of, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, critical_path

@@ -75,7 +75,8 @@ def report(name: str, dtype: str, pool: str, begun: str) -> None:
 
     from pasta_jax.benchmark.models import model_of
     from pasta_jax.benchmark.replay import PROMPT
-    from pasta_jax.decoding.engine import Decoder, SamplingParams
+    from pasta_jax.decoding.engine import Decoder
+    from pasta_jax.decoding.request import SamplingParams
     from pasta_jax.decoding.state import Limits
 
     mark()

@@ -2,8 +2,8 @@
 
     python -m pasta_jax.compile --config=configs/tiny.py --topology=v5e:2x4 [--quantize=int8]
 
-Needs libtpu (Linux), no TPU. Prints for each program the memory of one chip, as the compiler counts it, and what a
-decode step moves to and from its main memory.
+Needs libtpu (Linux), but no TPU. Prints the memory that each program takes on one chip, as the compiler counts it,
+and how many bytes a decode step moves to and from main memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from absl import app, flags
 
@@ -23,12 +23,16 @@ from pasta_jax.config import Config, ConfigError
 from pasta_jax.overrides import load_config, split_overrides
 from pasta_jax.verbs import refuse
 
+if TYPE_CHECKING:
+    from pasta_jax.decoding.compiled import Compiled, Sizes
+    from pasta_jax.tokens.tokenizer import Tokenizer
+
 HOST_CALLS = ("callback", "outfeed", "infeed", "send-to-host", "SendToHost", "is_host_transfer=true")
-"""What a compiled program's text holds if it ever waits for the host."""
+"""Signs, in a compiled program's text, that it waits for the host."""
 
 
 def topology_devices(topology: str) -> Any:
-    """The devices of a TPU slice such as v5e:2x4, by libtpu's description, without looking for a machine."""
+    """The devices of a TPU slice such as v5e:2x4, as libtpu describes them. No machine is looked for."""
     kind = topology.partition(":")[0]
     os.environ.setdefault(
         "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
@@ -42,10 +46,7 @@ def topology_devices(topology: str) -> Any:
 
 
 def lower_train(config: Config, mesh: Any) -> Any:
-    """The update step of a stage, lowered for a mesh: parameters and optimiser over fsdp and tensor.
-
-    Of the second stage if config.stage says so, else of the first.
-    """
+    """The update step of `config.stage`, lowered for a mesh: parameters and optimiser over fsdp and tensor."""
     from pasta_jax import sharding
     from pasta_jax.preference.rounds import stage_of
     from pasta_jax.training.loop import SFT
@@ -60,7 +61,7 @@ def lower_train(config: Config, mesh: Any) -> Any:
 
 
 def lower_stages(config: Config, mesh: Any) -> dict[str, Any]:
-    """The programs of training by name, as config.stage has them."""
+    """The programs that training with `config.stage` runs, by name."""
     from pasta_jax.experiment import stages
 
     programs = {}
@@ -72,7 +73,7 @@ def lower_stages(config: Config, mesh: Any) -> dict[str, Any]:
 
 
 def lower_reference(config: Config, mesh: Any) -> Any:
-    """The pass of the second stage that asks the reference for log-probabilities, lowered for a mesh."""
+    """The second stage's pass over the reference model for log-probabilities, lowered for a mesh."""
     import jax
 
     from pasta_jax import sharding
@@ -83,13 +84,13 @@ def lower_reference(config: Config, mesh: Any) -> Any:
 
     params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
     params = sharding.abstract(params, sharding.param_shardings(params, mesh))
-    lies = rows_sharding(mesh, config.data.rows, config.microbatches)
-    fields = sharding.abstract(_batch(config, ThreadedTokens), lies)
+    rows = rows_sharding(mesh, config.data.rows, config.microbatches)
+    fields = sharding.abstract(_batch(config, ThreadedTokens), rows)
     return reference_pass(config.model, mesh, config.microbatches).lower(params, fields)
 
 
 def _batch(config: Config, record: Any) -> Any:
-    """Shapes of the fields of a batch."""
+    """Shapes of the fields of a training batch."""
     import jax
 
     from pasta_jax.visibility import max_segments, words_for
@@ -103,65 +104,45 @@ def _batch(config: Config, record: Any) -> Any:
     return fields
 
 
-def lower_decode(
-    config: Config, mesh: Any, limits: Any, rows: int, prompt: int = 64, tokenizer: Any = None
-) -> tuple[Any, Any]:
-    """Prefill and the decode loop, lowered for a mesh: rows over data and fsdp, heads over tensor."""
+def decoder_programs(
+    config: Config, mesh: Any, tokenizer: Tokenizer | None = None, **sizes: Unpack[Sizes]
+) -> Compiled:
+    """What a `Decoder` of the experiment's model runs on a mesh or on its one device; `sizes` as for `Compiled`."""
     import jax
 
     from pasta_jax import sharding
     from pasta_jax.data.sources import make_tokenizer
-    from pasta_jax.decoding import loop
-    from pasta_jax.decoding.engine import SamplingParams, batch_shardings
-    from pasta_jax.decoding.interpreter import rules_for
-    from pasta_jax.model import Transformer, init_params
+    from pasta_jax.decoding.compiled import Compiled
+    from pasta_jax.model import init_params
 
-    if mesh.size == 1:  # as a decoder has them on a single chip
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, fused_qkv=True))
-    model = Transformer(config.model)
     params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
-    params = sharding.abstract(params, sharding.param_shardings(params, mesh))
+    one: Any = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+    places = jax.tree.map(lambda _: one, params) if mesh.size == 1 else sharding.param_shardings(params, mesh)
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, places)
     vocabulary = (tokenizer or make_tokenizer(config.data)).vocabulary
-    rules = rules_for(vocabulary, limits, config.data.positions, config.model.vocab_size)
-    rules = sharding.abstract(rules, sharding.replicated(mesh))
-    request = SamplingParams().request()
-    batch = jax.eval_shape(functools.partial(loop.empty_batch, config.model, limits, rows, request))
-    lies = batch_shardings(batch, mesh)
-    batch = loop.Batch(
-        *(
-            sharding.abstract(getattr(batch, part), getattr(lies, part))
-            for part in ("rows", "requests", "pool")
-        )
-    )
-    by_row, everywhere = sharding.batch_sharding(mesh, rows), sharding.replicated(mesh)
-    each = jax.ShapeDtypeStruct((rows,), "int32", sharding=by_row)
-    prompts = jax.ShapeDtypeStruct((rows, prompt), "int32", sharding=by_row)
-    admit, decode = (
-        jax.jit(functools.partial(function, model), donate_argnums=2, out_shardings=lies)
-        for function in (loop.admit, loop.decode_chunk)
-    )
-    steps = jax.ShapeDtypeStruct((), "int32", sharding=everywhere)
-    refill = jax.ShapeDtypeStruct((), "bool", sharding=everywhere)
-    return (
-        admit.lower(params, rules, batch, each, batch.requests, prompts, each),
-        decode.lower(params, rules, batch, steps, refill),
-    )
+    return Compiled(params, config.model, vocabulary, config.data.positions, **sizes)
+
+
+def lower_decode(compiled: Compiled) -> dict[str, Any]:
+    """The prefill of the longest prompts and the decode loop over the whole pool, lowered: those that take most."""
+    largest = {program.verb: program for program in compiled.programs}  # the last of each verb
+    return {verb: compiled.lower(largest[verb]) for verb in ("admit", "decode")}
 
 
 def host_calls(compiled: Any) -> list[str]:
-    """What in a compiled program's text would make it wait for the host."""
+    """The signs of waiting for the host in a compiled program's text."""
     text = compiled.as_text()
     return [sign for sign in HOST_CALLS if sign in text]
 
 
 def bytes_of_a_step(compiled: Any) -> int | None:
-    """What a step of a loop of one width moves to and from a chip's main memory; None if no loop is left."""
+    """Bytes that a step of a loop of one width moves to and from a chip's main memory; None without a loop."""
     program = hlo.read(compiled)
     return hlo.moved(program, program.loop) if program.loop else None
 
 
 def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
-    """The verb. Mistakes end in one line and status 2."""
+    """Runs the command. A user's mistake ends in one line and status 2."""
     values = flags.FLAGS
     if len(argv) > 1 or not values.config:
         refuse(f"Which experiment? Add --config=configs/tiny.py. {__doc__.splitlines()[0]}")
@@ -177,8 +158,8 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         limits = Limits(values.lanes, max(values.lanes, config.data.threads), values.pool)
         to_decode = dataclasses.replace(config, model=as_asked(config.model, None, values.quantize))
-        prefill, decode = lower_decode(to_decode, mesh, limits, values.rows, tokenizer=tokenizer)
-        programs = {**lower_stages(config, mesh), "prefill": prefill, "decode": decode}
+        compiled = decoder_programs(to_decode, mesh, tokenizer, limits=limits, rows=values.rows)
+        programs = {**lower_stages(config, mesh), **lower_decode(compiled)}
     except (ConfigError, ValueError, RuntimeError) as error:
         refuse(str(error))
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -186,17 +167,17 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
     fits = True
     for name, lowered in programs.items():
         try:
-            compiled = lowered.compile()
-        except Exception as error:  # the compiler's own, whose class is jax's business
+            program = lowered.compile()
+        except Exception as error:  # the compiler's own class, which jax does not document
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             fits = False
             print(f"{name:10} does not fit: {_reason(error)}")
             continue
-        calls = ", ".join(host_calls(compiled)) or "none"
-        moved = bytes_of_a_step(compiled) if name == "decode" else None
-        each = f"; {moved / 2**20:.1f} MiB moved a step" if moved else ""
-        print(f"{name:10} {describe_memory(compiled)}; host calls: {calls}{each}", flush=True)
+        calls = ", ".join(host_calls(program)) or "none"
+        moved = bytes_of_a_step(program) if name == "decode" else None
+        traffic = f"; {moved / 2**20:.1f} MiB moved a step" if moved else ""
+        print(f"{name:10} {describe_memory(program)}; host calls: {calls}{traffic}", flush=True)
     if not fits:
         refuse(
             "Try more chips, or another mesh (--config.mesh.tensor=2); to train, --config.remat=true, more "
@@ -207,8 +188,8 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
 def _reason(error: Exception) -> str:
     """What the compiler says of memory, in its own words."""
     text = " ".join(str(error).split())
-    found = re.search(r"the total memory.*?(?= HLO module|$)", text) or re.search(r"Ran out of.*", text)
-    return (found.group() if found else text)[:300]
+    match = re.search(r"the total memory.*?(?= HLO module|$)", text) or re.search(r"Ran out of.*", text)
+    return (match.group() if match else text)[:300]
 
 
 def describe_memory(compiled: Any) -> str:

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
-from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
+from pasta_jax.decoding.compiled import Compiled, Sizes
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import DecodeResult, result
-from pasta_jax.decoding.session import PendingAnswer
+from pasta_jax.decoding.session import PendingAnswer, PromptTooLong
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.streaming import Consumed, Event, new_events
 from pasta_jax.rounding import next_power_of_two, round_up
@@ -30,21 +35,26 @@ Conversation: TypeAlias = Sequence[Mapping[str, str]]
 """Messages {"role": "system" | "user" | "assistant", "content": text}, of which the user's is the last."""
 
 
-class Options(TypedDict, total=False):
-    """The keyword arguments of `decode`, for type checkers; what they mean and their defaults stand there."""
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingParams` as keyword arguments of `decode`. None is a field's default."""
 
-    mode: str
-    max_new_tokens: int
-    max_branches: int
-    max_branch_tokens: int
-    lanes: int
-    temperature: float
+    max_new_tokens: int | None
+    max_branch_tokens: int | None
+    temperature: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
-    seed: int
-    open_bias: float
-    stop: str | Sequence[str]
+    seed: int | None
+    open_bias: float | None
+    stop: str | Sequence[str] | None
+
+
+class Options(SamplingOptions, total=False):
+    """All keyword arguments of `decode` that do not change its type."""
+
+    mode: str
+    max_branches: int
+    lanes: int
     grammar: bool
     cache_len: int | None
     stream_tokens: bool
@@ -85,23 +95,15 @@ def decode(
     prompt: str | Conversation | list[str] | Sequence[Conversation],
     *,
     mode: str = "parallel",
-    max_new_tokens: int = 512,
     max_branches: int = 15,
-    max_branch_tokens: int = 256,
     lanes: int = 8,
-    temperature: float = 0.0,
-    top_k: int | None = 0,
-    top_p: float | None = 1.0,
-    min_p: float | None = 0.0,
-    seed: int = 0,
-    open_bias: float = 0.0,
-    stop: str | Sequence[str] | None = (),
     grammar: bool = True,
     cache_len: int | None = None,
     stream: bool | Callback = False,
     stream_tokens: bool = False,
+    **options: Unpack[SamplingOptions],
 ) -> DecodeResult | list[DecodeResult] | Events:
-    """PendingAnswer one prompt or conversation, or a list of them at once.
+    """Answers one prompt or conversation, or a list of them at once.
 
     Args:
       model: from `pasta_jax.load`.
@@ -110,22 +112,24 @@ def decode(
         format. A list of strings or of conversations gives a list of results.
       mode: "parallel"; "sequential", in which promises are forbidden; or "both", which decodes twice each and
         adds the measured speedup.
-      max_new_tokens: tokens of an answer over all threads, tags included.
-      max_branches: T - 1, promises that one answer can hold.
-      max_branch_tokens: content tokens of one branch; then its end is forced.
+      max_branches: T - 1, the most promises of one answer.
       lanes: S, threads that decode in the same step.
-      temperature, seed: drawing; temperature 0 is greedy. The text depends on nothing else.
-      top_k, top_p, min_p: draw among the most likely tokens only, in this order, after temperature: the top_k
-        first; of these the fewest that have the share top_p; of these what is at least min_p times as likely as
-        the likeliest. 0, 1 and 0 are off, and so is None.
-      open_bias: added to the logit that opens a promise; above 0 more parallel.
-      stop: texts; the answer ends before the first of them in the reader's text, whichever thread wrote it.
       grammar: keep tags well formed; without it malformed pieces become text and are listed in `issues`.
       cache_len: P, tokens of prompt and answer together; the default holds both.
-      stream: True gives an iterator of `Event`s, which decodes as it is asked for more; closing it, or letting go
-        of it, ends the decode. A function is called with each event, and `decode` returns as without. Events carry
+      stream: True gives an iterator of `Event`s, which decodes as it is asked for more; closing or dropping it ends
+        the decode. A function is called with each event, and `decode` returns its usual result. Events carry
         the index of the prompt in `request`; a `Draft` makes text of them, `settled_text` text to print.
       stream_tokens: events of single tokens too.
+      options: of sampling, with the defaults of `SamplingParams`; None is the default.
+        max_new_tokens (512): tokens of an answer over all threads, tags included.
+        max_branch_tokens (256): content tokens of one branch; then its end is forced.
+        temperature (0.0, greedy), seed (0): of drawing. The text depends on no other request.
+        top_k (0, off), top_p (1.0, off), min_p (0.0, off): draw among the most likely tokens only, in this order,
+        after temperature: the top_k first; of these the fewest that have the share top_p; of these what is at
+        least min_p times as likely as the likeliest.
+        open_bias (0.0): added to the logit that opens a promise; above 0 more parallel.
+        stop (none): a text or several; the answer ends before the first of them in the reader's text, whichever
+        thread wrote it.
 
     Raises:
       ValueError: an empty prompt, one that does not fit, a conversation out of turn, or an option out of range.
@@ -140,41 +144,83 @@ def decode(
             '[{"role": "user", "content": "..."}], or a list of either.'
         )
     prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-    if alone := isinstance(prompt, str) or any(isinstance(each, Mapping) for each in prompts):
+    if is_single := isinstance(prompt, str) or any(isinstance(each, Mapping) for each in prompts):
         prompts = [prompt]
     if not prompts:
         return (event for event in list[Event]()) if stream is True else []
+    if unknown := options.keys() - SamplingOptions.__annotations__.keys():
+        raise TypeError(f"decode() has no option {', '.join(sorted(unknown))}.")
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = (given["stop"],)
+    sampling = SamplingParams(**given)  # type: ignore[arg-type]
     ids = [_encode(model.tokenizer, each) for each in prompts]
     if cache_len is None:
-        cache_len = round_up(max(map(len, ids)) + max_new_tokens, 128)
-    limits = Limits(min(lanes, max_branches + 1), max_branches + 1, cache_len, model.max_depth, grammar)
-    wishes = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        max_branch_tokens=max_branch_tokens,
-        temperature=temperature,
-        top_k=top_k or 0,
-        top_p=1.0 if top_p is None else top_p,
-        min_p=min_p or 0.0,
-        seed=seed,
-        open_bias=open_bias,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+        cache_len = round_up(max(map(len, ids)) + sampling.max_new_tokens, 128)
+    limits = Limits(
+        lanes=min(lanes, max_branches + 1),
+        threads=max_branches + 1,
+        pool=cache_len,
+        max_depth=model.max_depth,
+        constrained=grammar,
     )
     rows = min(MAX_ROWS, next_power_of_two(len(prompts)))
-    decoder = model.decoder(limits, rows)
-    plain = dataclasses.replace(wishes, open_bias=float("-inf"))
-    if stream:
-        for each in ids:
-            decoder.check(each)
-        events = _stream(decoder, ids, plain if mode == "sequential" else wishes, stream_tokens)
-        if not callable(stream):
-            return events
-        answers = _tell(events, stream)
-        return answers[0] if alone else answers
-    results = _decode(decoder, ids, plain if mode == "sequential" else wishes, repeat=mode == "both")
+    decoder = decoder_for(model, limits, rows)
+    sequential = dataclasses.replace(sampling, open_bias=float("-inf"))
+    if mode == "sequential":
+        sampling = sequential
+    try:
+        if stream:
+            answers = [decoder.session.prepare(prompt, sampling) for prompt in ids]
+            events = _stream(decoder, answers, stream_tokens)
+            if not callable(stream):
+                return events
+            results = _call_back(events, stream)
+        else:
+            results = _decode(decoder, ids, sampling, repeat=mode == "both")
+    except PromptTooLong as error:
+        raise PromptTooLong(error.tokens, error.pool, "cache_len") from None
     if mode == "both":
-        sequential = _decode(decoder, ids, plain, repeat=True)
-        results = [_with_speedup(*pair) for pair in zip(results, sequential, strict=True)]
-    return results[0] if alone else results
+        alone = _decode(decoder, ids, sequential, repeat=True)
+        results = [_with_speedup(*pair) for pair in zip(results, alone, strict=True)]
+    return results[0] if is_single else results
+
+
+# ------------------------------------------------------------------------------------------------- decoders
+
+
+class _Cache:
+    """What was compiled for one model, by sizes; and its decoders, as long as somebody uses them.
+
+    A decoder holds its model. If this held decoders, no model would ever be freed.
+    """
+
+    def __init__(self) -> None:
+        self.compiled: dict[tuple[Limits, int], Compiled] = {}
+        self.decoders: weakref.WeakValueDictionary[tuple[Limits, int], Decoder] = (
+            weakref.WeakValueDictionary()
+        )
+
+
+_CACHES: weakref.WeakKeyDictionary[Model, _Cache] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def decoder_for(model: Model, limits: Limits, rows: int) -> Decoder:
+    """The decoder of these sizes that `decode` uses. Its programs stay compiled as long as the model is in use."""
+    with _LOCK:
+        cache = _CACHES.setdefault(model, _Cache())
+        decoder = cache.decoders.get((limits, rows))
+        if decoder is None:
+            compiled = cache.compiled.get((limits, rows))
+            sizes: Sizes = {} if compiled else {"limits": limits, "rows": rows}
+            decoder = Decoder(model, compiled=compiled, **sizes)
+            cache.compiled[limits, rows] = decoder.compiled
+            cache.decoders[limits, rows] = decoder
+        return decoder
+
+
+# -------------------------------------------------------------------------------------------------- decoding
 
 
 def _encode(tokenizer: Tokenizer, prompt: str | Conversation) -> list[int]:
@@ -182,38 +228,38 @@ def _encode(tokenizer: Tokenizer, prompt: str | Conversation) -> list[int]:
 
 
 def _decode(
-    decoder: Decoder, ids: list[list[int]], wishes: SamplingParams, *, repeat: bool
+    decoder: Decoder, ids: list[list[int]], sampling: SamplingParams, *, repeat: bool
 ) -> list[DecodeResult]:
     """`repeat` decodes twice and times the second, as the paper does (section 5.1)."""
     compile_s = 0.0
     for _ in range(1 + repeat):
-        traces, timing = decoder.decode(ids, [wishes] * len(ids))
+        traces, timing = decoder.decode(ids, [sampling] * len(ids))
         compile_s += timing.compile_s
     tokenizer = decoder.model.tokenizer
-    return [result(tokenizer, trace, timing.wall_s, compile_s, wishes.stop) for trace in traces]
+    return [result(tokenizer, trace, timing.wall_s, compile_s, sampling.stop) for trace in traces]
 
 
-def _stream(decoder: Decoder, ids: list[list[int]], wishes: SamplingParams, raw: bool) -> Events:
-    """Decodes whenever there is nothing to tell. Whatever ends it early cancels what is not done."""
+def _stream(decoder: Decoder, answers: list[PendingAnswer], raw: bool) -> Events:
+    """Decodes whenever there are no events left. However it ends, unfinished answers are cancelled."""
     vocabulary = decoder.model.tokenizer.vocabulary
-    answers: list[PendingAnswer] = []
-    seen = dict.fromkeys(range(len(ids)), Consumed())  # of those whose end was not told yet
+    seen = dict.fromkeys(range(len(answers)), Consumed())  # of answers whose end is still to be streamed
     try:
-        for each in ids:
-            answers.append(decoder.submit(each, wishes))
+        for answer in answers:
+            decoder.session.queue(answer)
         while seen:
             for i in [*seen]:
-                if (trace := answers[i].trace) is None:
+                answer, stop = answers[i], answers[i].sampling.stop
+                if (trace := answer.trace) is None:
                     continue
-                seen[i], events = new_events(seen[i], trace, vocabulary, request=i, stop=wishes.stop, raw=raw)
+                seen[i], events = new_events(seen[i], trace, vocabulary, request=i, stop=stop, raw=raw)
                 yield from events
                 if trace.stop != Stop.RUNNING:
-                    yield Event("done", i, result=answers[i].result(), stop=wishes.stop)
+                    yield Event("done", i, result=answer.result(), stop=stop)
                     del seen[i]
             if not seen:
                 break
             for answer in answers:
-                answer.watched = True  # by nobody while the consumer is away
+                answer.watched = True  # but by nobody while the consumer is away
             answers[min(seen)].step()
             for answer in answers:
                 answer.watched = False
@@ -222,8 +268,8 @@ def _stream(decoder: Decoder, ids: list[list[int]], wishes: SamplingParams, raw:
             answer.cancel()
 
 
-def _tell(events: Events, callback: Callback) -> list[DecodeResult]:
-    """Calls back with each event; the results in the order of the prompts."""
+def _call_back(events: Events, callback: Callback) -> list[DecodeResult]:
+    """Calls the function with each event; the results in the order of the prompts."""
     results: dict[int, DecodeResult] = {}
     with contextlib.closing(events):
         for event in events:

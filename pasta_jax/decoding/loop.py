@@ -1,27 +1,28 @@
 """The compiled decode loop: B rows by S lanes, every shape static, nothing of it on the host.
 
-while someone is running and steps are left:
-    feed, record    interpreter: lanes from ready threads, entries into the trace
-    attend          model: keys and values into the pool, hidden states out
-    sample          one token a lane, tags under the grammar
-    advance         interpreter: fork, hold, join, stop
+while a row is running and steps are left:
+    feed        interpreter: lanes from ready threads
+    record      interpreter: lanes into the pool's entries, which are the row's trace
+    attend      model: keys and values into the pool, hidden states out
+    sample      one token a lane, tags under the grammar
+    advance     interpreter: fork, hold, join, stop
 
-A step is compiled for a few widths, and the state says which comes next: one loop for each width, inside one
-that goes round them. (Loops, not a conditional: a loop's state stays where it is.)
+A step is compiled for a few widths, and the state says which comes next: one loop for each width, inside a loop
+over the widths. (Loops, not a conditional: a loop's state stays in its place.)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from pasta_jax.arrays import Array
-from pasta_jax.decoding import interpreter, sampling
+from pasta_jax.decoding import cpu, interpreter, sampling
 from pasta_jax.decoding.interpreter import Rules
 from pasta_jax.decoding.script import FREE
 from pasta_jax.decoding.state import (
@@ -49,13 +50,13 @@ class Batch:
 
 
 def empty_batch(config: ModelConfig, limits: Limits, rows: int, request: Request) -> Batch:
-    """B rows that stand idle, with a request that nobody reads. A step writes S entries: there are P + S."""
+    """B idle rows with P + S entries each, since a step writes S; `request` fills the rows and is never read."""
     entries = limits.pool + limits.lanes
 
-    def each_row(leaf: Any) -> Array:
+    def repeat(leaf: Any) -> Array:
         return jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf)))
 
-    state, requests = jax.tree.map(each_row, (empty_row(limits, entries), request))
+    state, requests = jax.tree.map(repeat, (empty_row(limits, entries), request))
     return Batch(state, requests, empty_pool(config, rows, entries))
 
 
@@ -67,47 +68,51 @@ def admit(
     params: Any,
     rules: Rules,
     batch: Batch,
-    slots: Array,
     requests: Request,
     prompts: Array,
     lengths: Array,
+    slot: Array | None = None,
 ) -> Batch:
-    """Feed n prompts, sample the first token of each answer, and put them into rows; the others stay as they are.
+    """Feeds prompts, samples the first token of each answer, and puts them into rows; the other rows stay.
 
     Args:
       model, params: the model.
       rules: the interpreter's.
       batch: donated.
-      slots: int32 [n], the row that each takes. With n = B they are not read: each takes its own.
       requests: [n].
       prompts: int32 [n, L], padded at the end; L is a bucket.
-      lengths: int32 [n]; with n = B, 0 leaves the row as it is.
+      lengths: int32 [n]. A length of 0 leaves the row as it is.
+      slot: int32 [], the row of a single prompt, n = 1. Without it there is a prompt for each row, n = B.
     """
-    n, length = prompts.shape
-    entries = rules.limits.pool + rules.limits.lanes
+    length = prompts.shape[1]
     rules = _with_lanes(rules, 1)
+    entries = batch.rows.entries.token.shape[1]
     rows, lanes = jax.vmap(functools.partial(interpreter.begin, rules.limits, entries))(prompts, lengths)
     prompt = jax.tree.map(lambda x: x[:, :length], rows.entries)
-    out: Any = model.apply({"params": params}, prompt.token, prompt.position, visible(prompt, prompt))
-    hidden, written = out
+    with jax.named_scope("attend"):
+        hidden, written = run_model(model, params, prompt, prompt)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     rows = _sample_and_advance(model, params, rules, rows, requests, lanes, last)
+    new = Batch(rows, requests, written)
+    if slot is None:
+        return jax.tree.map(functools.partial(_put_rows, lengths > 0), batch, new)
+    return jax.tree.map(functools.partial(_put_row, slot), batch, new)
 
-    def insert(old: Array, new: Array) -> Array:
-        """The new rows' leading part of every dimension but B; what lies behind a prompt nobody sees."""
-        if n < old.shape[0]:
-            for i in range(n):
-                old = jax.lax.dynamic_update_slice(old, new[i : i + 1], (slots[i], *[0] * (old.ndim - 1)))
-            return old
-        part = tuple(slice(size) for size in new.shape)
-        is_new = (lengths > 0).reshape(-1, *[1] * (old.ndim - 1))
-        return old.at[part].set(jnp.where(is_new, new, old[part]))
 
-    return jax.tree.map(insert, batch, Batch(rows, requests, written))
+def _put_row(slot: Array, old: Array, new: Array) -> Array:
+    """One row, [1, ...] or the leading part of each dimension of it: no query sees what is behind a prompt."""
+    return jax.lax.dynamic_update_slice(old, new, (slot, *[0] * (old.ndim - 1)))
+
+
+def _put_rows(is_new_B: Array, old: Array, new: Array) -> Array:
+    """The rows that are new, likewise."""
+    part = tuple(slice(size) for size in new.shape)
+    is_new = is_new_B.reshape(-1, *[1] * (old.ndim - 1))
+    return old.at[part].set(jnp.where(is_new, new, old[part]))
 
 
 def release(batch: Batch, stop: Array) -> Batch:
-    """Rows that the host stops: `stop` int32 [B], a `Stop`, or RUNNING for those that it leaves alone."""
+    """Rows stopped by the host: `stop` int32 [B], a `Stop`, or RUNNING for rows that stay as they are."""
     stop = jnp.where(stop == Stop.RUNNING, batch.rows.stop, stop)
     return dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, stop=stop))
 
@@ -120,6 +125,36 @@ def take(rows: RowState, row: Array) -> RowState:
 # --------------------------------------------------------------------------------------------------- steps
 
 
+Carry: TypeAlias = tuple[Array, Batch]
+"""What loops carry: how many steps are done, and the batch as `cpu.without_B` has it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Until:
+    """When a chunk of decode steps ends.
+
+    Attributes:
+      steps: int32 [], the most steps.
+      refill: bool [], whether a prompt waits for a row.
+      running: int32 [], rows that were running when the chunk began.
+      used: entries of the pool that steps read. A step writes as many as there are `lanes`.
+    """
+
+    steps: Array
+    refill: Array
+    running: Array
+    used: int
+    lanes: int
+
+    def goes_on(self, carry: Carry) -> Array:
+        """Whether there is another step: bool []."""
+        done, batch = carry
+        running = batch.rows.stop == Stop.RUNNING
+        fits = (batch.rows.cursor + self.lanes <= self.used) | ~running
+        has_vacancy = jnp.sum(running) < self.running
+        return jnp.any(running) & (done < self.steps) & jnp.all(fits) & ~(self.refill & has_vacancy)
+
+
 def decode_chunk(
     model: Transformer,
     params: Any,
@@ -127,8 +162,9 @@ def decode_chunk(
     batch: Batch,
     steps: Array,
     refill: Array,
-    used: int | None = None,
-    widths: tuple[int, ...] = (),
+    *,
+    used: int,
+    widths: tuple[int, ...],
 ) -> Batch:
     """Decode steps until the host has something to do.
 
@@ -139,104 +175,100 @@ def decode_chunk(
       model, params: the model.
       rules: the interpreter's.
       batch: donated.
-      steps: int32 [], at most so many.
+      steps: int32 [], the most steps.
       refill: bool [], whether a prompt waits.
-      used: entries of the pool that steps read; static. None is all.
-      widths: lanes that a step may have, the fewest first and S last; static. None given is S alone.
+      used: entries of the pool that steps read; static.
+      widths: lanes that a step may have, ascending, S last; static.
     """
-    limits = rules.limits
-    widths = widths or (limits.lanes,)
-    entries = limits.pool + limits.lanes
-    used = min(used or entries, entries)
-    at_first = jnp.sum(batch.rows.stop == Stop.RUNNING)
-    alone = batch.rows.stop.shape[0] == 1
+    until = Until(steps, refill, jnp.sum(batch.rows.stop == Stop.RUNNING), used, rules.limits.lanes)
+    loops = [
+        functools.partial(_steps_of_width, model, params, _with_lanes(rules, lanes), until, fewer)
+        for fewer, lanes in zip((-1, *widths), widths)
+    ]
+    carry = jnp.int32(0), cpu.without_B(batch)
+    if len(loops) > 1:
+        carry = jax.lax.while_loop(until.goes_on, functools.partial(_each_width, loops), carry)
+    else:
+        carry = loops[0](carry)
+    return cpu.with_B(carry[1])
 
-    def without_B(batch: Batch) -> Batch:
-        """As the loops carry it: one row's pool is [K, P, H], for XLA on CPU would copy [1, K, P, H] each step."""
-        return _with_pool(batch, lambda leaf: leaf[0]) if alone else batch
 
-    def with_B(batch: Batch) -> Batch:
-        return _with_pool(batch, lambda leaf: leaf[None]) if alone else batch
+def _each_width(loops: Sequence[Callable[[Carry], Carry]], carry: Carry) -> Carry:
+    for loop in loops:
+        carry = loop(carry)
+    return carry
 
-    def goes_on(carry: tuple[Array, Batch]) -> Array:
+
+def _steps_of_width(
+    model: Transformer, params: Any, rules: Rules, until: Until, fewer: int, carry: Carry
+) -> Carry:
+    """Steps with the lanes of the rules, as long as more than `fewer` threads are ready and no more than lanes."""
+    lanes = rules.limits.lanes
+
+    def is_next(carry: Carry) -> Array:
+        width = jnp.minimum(_ready(carry[1].rows), until.lanes)
+        return until.goes_on(carry) & (width <= lanes) & (width > fewer)
+
+    def step(carry: Carry) -> Carry:
         done, batch = carry
-        running = batch.rows.stop == Stop.RUNNING
-        fits = (batch.rows.cursor + limits.lanes <= used) | ~running
-        vacant = jnp.sum(running) < at_first
-        return jnp.any(running) & (done < steps) & jnp.all(fits) & ~(refill & vacant)
+        return done + 1, cpu.without_B(decode_step(model, params, rules, cpu.with_B(batch), until.used))
 
-    def at_width(lanes: int, fewer: int) -> Callable[[tuple[Array, Batch]], tuple[Array, Batch]]:
-        narrow = _with_lanes(rules, lanes)
-
-        def is_next(carry: tuple[Array, Batch]) -> Array:
-            width = jnp.minimum(_width(carry[1].rows), limits.lanes)
-            return goes_on(carry) & (width <= lanes) & (width > fewer)
-
-        def step(carry: tuple[Array, Batch]) -> tuple[Array, Batch]:
-            done, batch = carry
-            return done + 1, without_B(decode_step(model, params, narrow, with_B(batch), used))
-
-        return lambda carry: jax.lax.while_loop(is_next, step, carry)
-
-    loops = [at_width(lanes, fewer) for fewer, lanes in zip((-1, *widths), widths)]
-
-    def round_the_widths(carry: tuple[Array, Batch]) -> tuple[Array, Batch]:
-        for steps_of_a_width in loops:
-            carry = steps_of_a_width(carry)
-        return carry
-
-    start = (jnp.int32(0), without_B(batch))
-    if len(loops) == 1:
-        return with_B(loops[0](start)[1])
-    return with_B(jax.lax.while_loop(goes_on, round_the_widths, start)[1])
-
-
-def _with_pool(batch: Batch, change: Callable[[Array], Array]) -> Batch:
-    return dataclasses.replace(batch, pool=jax.tree.map(change, batch.pool))
+    return jax.lax.while_loop(is_next, step, carry)
 
 
 def _with_lanes(rules: Rules, lanes: int) -> Rules:
     return dataclasses.replace(rules, limits=dataclasses.replace(rules.limits, lanes=lanes))
 
 
-def _width(rows: RowState) -> Array:
-    """The most threads that are ready in a row: int32 []."""
+def _ready(rows: RowState) -> Array:
+    """How many threads are ready in the row that has most: int32 []."""
     ready = (rows.threads.phase == Phase.READY) & (rows.stop == Stop.RUNNING)[:, None]
     return jnp.max(jnp.sum(ready, axis=1))
 
 
-def decode_step(
-    model: Transformer, params: Any, rules: Rules, batch: Batch, used: int | None = None
-) -> Batch:
+def decode_step(model: Transformer, params: Any, rules: Rules, batch: Batch, used: int) -> Batch:
     """One step of every row, with as many lanes as the rules' limits say; `used` as in `decode_chunk`."""
-    limits, requests = rules.limits, batch.requests
-    start = batch.rows.cursor
-    lanes = jax.vmap(functools.partial(interpreter.feed, limits=limits))(batch.rows, requests)
-    rows = jax.vmap(interpreter.record)(batch.rows, lanes)
-    keys = jax.tree.map(lambda x: x[:, :used], rows.entries)
-    hidden, pool = run_model(model, params, lanes, keys, batch.pool, start)
+    requests, start = batch.requests, batch.rows.cursor
+    with jax.named_scope("feed"):
+        lanes = jax.vmap(functools.partial(interpreter.feed, limits=rules.limits))(batch.rows, requests)
+    with jax.named_scope("record"):
+        rows = jax.vmap(interpreter.record)(batch.rows, lanes)
+    with jax.named_scope("attend"):
+        keys = jax.tree.map(lambda x: x[:, :used], rows.entries)
+        hidden, pool = run_model(model, params, lanes, keys, batch.pool, start)
     rows = _sample_and_advance(model, params, rules, rows, requests, lanes, hidden)
     return Batch(rows, requests, pool)
 
 
 def run_model(
-    model: Transformer, params: Any, queries: Any, keys: Any, pool: Pool, start: Array
+    model: Transformer,
+    params: Any,
+    queries: Any,
+    keys: Any,
+    pool: Pool | None = None,
+    start: Array | None = None,
 ) -> tuple[Array, Pool]:
-    """The model over the pool.
+    """The model over the pool, or without one over the queries' own keys.
 
     Args:
       model, params: the model.
       queries: what is fed: token, position and the fields that `visible` reads, [B, Q].
-      keys: position and the fields that `visible` reads of the pool's entries, [B, P].
-      pool, start: where the queries' keys and values are written.
+      keys: position and the fields that `visible` reads, [B, P]: of the pool's entries, or the queries themselves.
+      pool, start: where the queries' keys and values are written; start is int32 [B].
 
     Returns:
-      Hidden states [B, Q, D], and the pool.
+      Hidden states [B, Q, D]; and the pool, or without one the queries' keys and values.
     """
     may_attend = visible(queries, keys)
-    places = (queries.token, queries.position, may_attend, pool, start, keys.position)
-    out: Any = model.apply({"params": params}, *places)
-    return out
+    fields = queries.token, queries.position, may_attend, pool, start, keys.position
+    output: Any = model.apply({"params": params}, *fields)
+    return output
+
+
+def run_head(model: Transformer, params: Any, hidden: Array) -> Array:
+    """Logits, float32 [B, Q, V], of hidden states [B, Q, D]."""
+    logits: Any = model.apply({"params": params}, hidden, method="logits")
+    return logits
 
 
 def _sample_and_advance(
@@ -248,11 +280,12 @@ def _sample_and_advance(
     lanes: Lanes,
     hidden: Array,
 ) -> RowState:
-    """Hidden states [B, S, D] of what the lanes fed, to the next state of every row."""
-    logits = model.apply({"params": params}, hidden, method="logits")  # float32 [B, S, V]
-    sampled, logprob = choose(rules, rows, requests, lanes, logits)
-    advance = functools.partial(interpreter.advance, rules=rules)
-    return jax.vmap(advance)(rows, requests, lanes, sampled, logprob)
+    """The next state of every row, from the hidden states [B, S, D] of what the lanes fed."""
+    with jax.named_scope("sample"):
+        sampled, logprob = choose(rules, rows, requests, lanes, run_head(model, params, hidden))
+    with jax.named_scope("advance"):
+        advance = functools.partial(interpreter.advance, rules=rules)
+        return jax.vmap(advance)(rows, requests, lanes, sampled, logprob)
 
 
 def choose(

@@ -1,7 +1,7 @@
 """Continuous batching: requests wait in a queue, take a row when one is free, and leave it when they are done.
 
-There is no thread of its own: whoever waits for an answer works on all of them, a chunk of decode steps at a
-time, under a lock. So a consumer that is slow holds nobody up, and without anybody who waits nothing is done.
+There is no background thread. Waiting for one answer works on all of them, a chunk of decode steps at a time, under
+a lock. So a slow consumer holds up nobody, and as long as nobody waits nothing is done.
 """
 
 from __future__ import annotations
@@ -10,38 +10,48 @@ import collections
 import contextlib
 import threading
 import time
-import typing
-import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from pasta_jax.decoding.compiled import Compiled
+from pasta_jax.decoding.loop import Batch
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import DecodeResult, result
-from pasta_jax.decoding.state import Stop
+from pasta_jax.decoding.script import NOTHING
+from pasta_jax.decoding.state import Request, Stop
 from pasta_jax.decoding.streaming import Consumed, Draft, new_events
 from pasta_jax.decoding.trace import Trace, prompt_alone, read_trace
 from pasta_jax.tokens.tokenizer import Vocabulary
 
-if typing.TYPE_CHECKING:
-    from pasta_jax.decoding.engine import Decoder, SamplingParams
-    from pasta_jax.decoding.loop import Batch
-    from pasta_jax.decoding.state import Request
+WATCHED_STEPS = 8
+"""The most decode steps between two looks at an answer that somebody watches."""
 
-LOOK_EVERY = 8
-"""Decode steps between two looks at an answer that somebody watches."""
+
+class PromptTooLong(ValueError):
+    """The pool cannot hold a prompt and one token of an answer."""
+
+    def __init__(self, tokens: int, pool: int, setting: str = "Limits.pool"):
+        super().__init__(
+            f"The prompt has {tokens} tokens, and the pool holds {pool} for prompt and answer together. Shorten "
+            f"the prompt, or set {setting} to more than {tokens}."
+        )
+        self.tokens, self.pool = tokens, pool
 
 
 class PendingAnswer:
-    """A request that was submitted, and what has become of it.
+    """A request, and its answer as far as it is decoded.
 
     Attributes:
       prompt, sampling: as submitted.
       request: the sampling as arrays.
-      trace: what was decoded so far, or at last; None before it has a row. Only `watched` answers, and those with
-        stop strings, have one before the end.
+      trace: what was decoded so far; final when `done`. None before the request has a row. Only answers that are
+        watched, or have stop strings, get one before the end.
       watched: whether `trace` follows the decode, a few steps at a time.
-      cancelled: somebody wants no more of it.
-      wall_s, compile_s: seconds of work while it had a row, without those of compiling, and those.
+      cancelled: whether it is to end as soon as possible.
+      wall_s, compile_s: seconds of work while it had a row, compiling apart, and seconds of compiling.
     """
 
     def __init__(self, session: Session, prompt: Sequence[int], sampling: SamplingParams, request: Request):
@@ -50,8 +60,8 @@ class PendingAnswer:
         self.watched = False
         self.cancelled = False
         self.wall_s = self.compile_s = 0.0
-        self._session, self._decoder = session, session.decoder  # which a session does not keep alive
-        self.begin(0.0, 0.0)
+        self._session = session
+        self.start(0.0, 0.0)
 
     @property
     def done(self) -> bool:
@@ -66,31 +76,31 @@ class PendingAnswer:
         return self.trace
 
     def result(self) -> DecodeResult:
-        """The final answer, as `wait`; its wall_s are those of work while it had a row."""
-        trace, tokenizer = self.wait(), self._decoder.model.tokenizer
-        return result(tokenizer, trace, self.wall_s, self.compile_s, self.sampling.stop)
+        """The final answer; waits for it. Its wall_s counts the work done while it had a row."""
+        tokenizer = self._session.model.tokenizer
+        return result(tokenizer, self.wait(), self.wall_s, self.compile_s, self.sampling.stop)
 
     def step(self) -> None:
         """A chunk of work on the session's requests, unless this one is done."""
         self._session.turn(self)
 
     def cancel(self) -> None:
-        """Ends it, with what it has, as soon as no chunk is being decoded; nothing if it is done."""
+        """Ends it with the tokens it has, as soon as no chunk is being decoded. Does nothing if it is done."""
         self.cancelled = True
         self._session.tidy()
 
-    def begin(self, worked_s: float, compile_s: float) -> None:
-        """It takes a row, by the session's clock; whatever was seen of an earlier try is forgotten."""
-        self.began = worked_s, compile_s
+    def start(self, worked_s: float, compile_s: float) -> None:
+        """It takes a row, at this time of the session's clock. What was seen of an earlier try is forgotten."""
+        self.started = worked_s, compile_s
         self._seen, self._draft = Consumed(), Draft()
 
     @property
     def looked_at(self) -> bool:
-        """Whether the host has to see it while it is decoded: for a consumer, or to look for stop strings."""
+        """Whether the host has to read it while it is decoded: for a consumer, or to find stop strings."""
         return self.watched or bool(self.sampling.stop)
 
     def look(self, trace: Trace, vocabulary: Vocabulary) -> bool:
-        """Takes what was decoded so far; whether a stop string has come."""
+        """Takes what was decoded so far. Whether a stop string is complete in it."""
         self.trace = trace
         if self.sampling.stop:
             self._seen, events = new_events(self._seen, trace, vocabulary, stop=self.sampling.stop)
@@ -100,30 +110,37 @@ class PendingAnswer:
 
 
 class Session:
-    """The requests of one decoder: those that wait and those that have a row."""
+    """Requests that wait or have a row, and the batch that they are decoded in.
 
-    def __init__(self, decoder: Decoder):
-        self._decoder = weakref.ref(decoder)  # for a model nobody uses any more is to go at once
+    Args:
+      model: what to decode with.
+      compiled: programs that fit it.
+      chunk: the most decode steps of a turn.
+      script_size: (R, C), the largest script that a request may have.
+    """
+
+    def __init__(self, model: Model, compiled: Compiled, chunk: int, script_size: tuple[int, int] = NOTHING):
+        self.model, self.compiled, self.chunk, self.script_size = model, compiled, chunk, script_size
         self._lock = threading.Lock()
         self._waiting: collections.deque[PendingAnswer] = collections.deque()
-        self._rows: list[PendingAnswer | None] = [None] * decoder.rows
-        self._cursors = np.zeros(decoder.rows, np.int64)
+        self._rows: list[PendingAnswer | None] = [None] * compiled.rows
+        self._cursors = np.zeros(compiled.rows, np.int64)
         self._batch: Batch | None = None
-        self._worked = self._compiled = 0.0  # seconds before this turn: of both, and of compiling
-        self._since = 0.0, 0.0  # when this turn began, and what the decoder had compiled by then
+        self._worked = self._compiling = 0.0  # seconds before this turn: of both, and of compiling alone
+        self._turn_start = 0.0, 0.0  # when this turn began, and how long compiling had taken by then
 
-    @property
-    def decoder(self) -> Decoder:
-        """Whose requests these are."""
-        decoder = self._decoder()
-        assert decoder is not None, "an answer keeps its decoder"
-        return decoder
+    def prepare(self, prompt: Sequence[int], sampling: SamplingParams) -> PendingAnswer:
+        """A request to be queued.
 
-    def submit(self, prompt: Sequence[int], sampling: SamplingParams) -> PendingAnswer:
-        """Queue a request. ValueError for one that the decoder cannot answer."""
-        answer = PendingAnswer(self, prompt, sampling, self.decoder.request(prompt, sampling))
+        Raises:
+          ValueError: a prompt or a script that does not fit (`PromptTooLong`), or no prompt.
+        """
+        _check(prompt, self.compiled.limits.pool, self.model.config.vocab_size)
+        return PendingAnswer(self, prompt, sampling, sampling.request(self.script_size))
+
+    def queue(self, answer: PendingAnswer) -> None:
+        """Puts a request at the end of the queue."""
         self._waiting.append(answer)
-        return answer
 
     @property
     def idle(self) -> bool:
@@ -131,37 +148,37 @@ class Session:
         return not self._waiting and not any(self._rows)
 
     def turn(self, wanted: PendingAnswer | None = None) -> None:
-        """Prompts into free rows, a chunk of steps, and what came of it; nothing once `wanted` is done.
+        """Admits prompts to free rows, decodes a chunk and reads it. Does nothing if `wanted` is done.
 
-        If it is broken off (an interrupt, no memory), the requests that had rows wait again and nothing else is
-        lost: decoded anew they give the same text.
+        After an error (an interrupt, no memory) the requests that had rows wait again, and nothing else is lost:
+        decoded anew they give the same text.
         """
         with self._lock:
             if wanted is not None and wanted.done:
                 return
-            with self._at_work():
+            with self._working():
                 self._end_cancelled()
                 self._admit()
                 self._decode()
                 self._read()
                 self._end_cancelled()
-                self._let_go()
+                self._free_pool()
         self.tidy()
 
     def tidy(self) -> None:
-        """Ends what was cancelled, unless somebody is working, who will."""
+        """Ends what was cancelled; if another thread is working, that thread will."""
         while self._has_cancelled() and self._lock.acquire(blocking=False):
             try:
-                with self._at_work():
+                with self._working():
                     self._end_cancelled()
-                    self._let_go()
+                    self._free_pool()
             finally:
                 self._lock.release()
 
     @contextlib.contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Counts the time; and whatever breaks off what is inside, the requests that have rows wait again."""
-        self._since = time.perf_counter(), self.decoder.programs.compile_s
+    def _working(self) -> Iterator[None]:
+        """Counts the time. After an error, the requests that had rows wait again."""
+        self._turn_start = time.perf_counter(), self.compiled.compile_s
         try:
             yield
         except BaseException:
@@ -169,35 +186,39 @@ class Session:
             self._rows, self._batch = [None] * len(self._rows), None
             raise
         finally:
-            self._worked, self._compiled = self._clock()
+            self._worked, self._compiling = self._clock()
 
     def _clock(self) -> tuple[float, float]:
-        """Seconds of work, compiling included, and of compiling. They stand still between turns."""
-        clock, compiled = self._since
-        compiled = self._compiled + self.decoder.programs.compile_s - compiled
-        return self._worked + time.perf_counter() - clock, compiled
+        """Seconds of work, compiling included, and of compiling alone. They stand still between turns."""
+        start, compiled_before = self._turn_start
+        compiling = self._compiling + self.compiled.compile_s - compiled_before
+        return self._worked + time.perf_counter() - start, compiling
+
+    @property
+    def _params(self) -> Any:
+        return self.model.params_as(self.compiled.form)
 
     def _has_cancelled(self) -> bool:
         return any(answer.cancelled for answer in (*self._waiting.copy(), *self._rows) if answer)
 
-    def _let_go(self) -> None:
-        """With nothing to do there is no pool."""
+    def _free_pool(self) -> None:
+        """An idle session holds no pool."""
         if self.idle:
             self._batch = None
 
     def _end_cancelled(self) -> None:
-        for answer in [each for each in self._waiting.copy() if each.cancelled]:
+        for answer in [answer for answer in self._waiting.copy() if answer.cancelled]:
             self._waiting.remove(answer)
-            answer.trace = prompt_alone(answer.prompt, self.decoder.limits, Stop.CANCELLED)
+            answer.trace = prompt_alone(answer.prompt, self.compiled.limits, Stop.CANCELLED)
         self._stop({i: Stop.CANCELLED for i, answer in enumerate(self._rows) if answer and answer.cancelled})
 
     def _stop(self, rows: dict[int, Stop]) -> None:
-        """Rows that stop because the host says so."""
+        """Stops rows from the host."""
         if not rows:
             return
         assert self._batch is not None
         stops = [rows.get(i, Stop.RUNNING) for i in range(len(self._rows))]
-        self._batch = self.decoder.release(self._batch, np.array(stops, np.int32))
+        self._batch = self.compiled.release(self._batch, np.array(stops, np.int32))
         for i in rows:
             self._leave(i)
 
@@ -208,44 +229,59 @@ class Session:
                 break
             new[slot] = self._rows[slot] = answer = self._waiting.popleft()
             self._cursors[slot] = len(answer.prompt)
-            answer.begin(*self._clock())
+            answer.start(*self._clock())
         if not new:
             return
         if self._batch is None:
-            self._batch = self.decoder.empty_batch()
-        prompts, requests = zip(*((answer.prompt, answer.request) for answer in new.values()))
-        self._batch = self.decoder.admit(self._batch, [*new], prompts, requests)
+            self._batch = self.compiled.empty_batch(self.script_size)
+        requests = {slot: (answer.prompt, answer.request) for slot, answer in new.items()}
+        self._batch = self.compiled.admit(self._params, self._batch, requests)
 
     def _decode(self) -> None:
         if self._batch is None or not any(self._rows):
             return
-        looks = any(answer and answer.looked_at for answer in self._rows)
-        steps = min(LOOK_EVERY, self.decoder.chunk) if looks else self.decoder.chunk
+        watched = any(answer and answer.looked_at for answer in self._rows)
+        steps = min(WATCHED_STEPS, self.chunk) if watched else self.chunk
         cursor = max(c for c, answer in zip(self._cursors, self._rows, strict=True) if answer)
-        self._batch = self.decoder.decode_chunk(self._batch, steps, bool(self._waiting), int(cursor))
+        refill = bool(self._waiting)
+        self._batch = self.compiled.decode_chunk(self._params, self._batch, steps, refill, int(cursor))
 
     def _read(self) -> None:
         if self._batch is None:
             return
         stops = np.asarray(self._batch.rows.stop)
         self._cursors = np.array(self._batch.rows.cursor)
-        vocabulary = self.decoder.model.tokenizer.vocabulary
-        over = {}
+        vocabulary = self.model.tokenizer.vocabulary
+        stopped = {}
         for i, answer in enumerate(self._rows):
             if answer is None:
                 continue
             if stops[i] != Stop.RUNNING:
                 self._leave(i)
-            elif answer.looked_at and answer.look(read_trace(self.decoder.read(self._batch, i)), vocabulary):
-                over[i] = Stop.STOP
-        self._stop(over)
+            elif answer.looked_at and answer.look(read_trace(self.compiled.read(self._batch, i)), vocabulary):
+                stopped[i] = Stop.STOP
+        self._stop(stopped)
 
     def _leave(self, row: int) -> None:
-        """The request in the row is done."""
+        """Takes the final trace of a request out of its row."""
         answer = self._rows[row]
         assert answer is not None and self._batch is not None
-        trace = read_trace(self.decoder.read(self._batch, row))
-        worked, compiled = (now - then for now, then in zip(self._clock(), answer.began))
-        answer.compile_s, answer.wall_s = compiled, worked - compiled
+        trace = read_trace(self.compiled.read(self._batch, row))
+        worked, compiling = (now - then for now, then in zip(self._clock(), answer.started))
+        answer.compile_s, answer.wall_s = compiling, worked - compiling
         answer.trace = trace
         self._rows[row] = None
+
+
+def _check(prompt: Sequence[int], pool: int, vocab_size: int) -> None:
+    """Raises ValueError for a prompt that cannot be answered."""
+    if isinstance(prompt, str):
+        raise ValueError("A decoder takes ids. Give it model.tokenizer.encode_prompt(text).")
+    if not prompt:
+        raise ValueError("The prompt is empty. Give the model something to answer.")
+    if len(prompt) >= pool:
+        raise PromptTooLong(len(prompt), pool)
+    if not all(0 <= token < vocab_size for token in prompt):
+        raise ValueError(
+            f"The prompt has ids that are none of the model's {vocab_size}: encode it with its tokenizer."
+        )

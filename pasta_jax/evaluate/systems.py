@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 from pasta_jax.baselines import sot
 from pasta_jax.data import almanac
-from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace

@@ -15,7 +15,7 @@ from pasta_jax.arrays import Array, PairedTokens, ThreadedTokens
 from pasta_jax.config import ConfigError
 from pasta_jax.data.batches import permuted, steps_until
 from pasta_jax.data.packing import Packer
-from pasta_jax.decoding.engine import Model
+from pasta_jax.decoding.model import Model
 from pasta_jax.files import replacing
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.preference.sample import Record

@@ -28,7 +28,7 @@ from pasta_jax.config import Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import permuted
 from pasta_jax.data.records import RecordError, read_records
-from pasta_jax.decoding.engine import Model
+from pasta_jax.decoding.model import Model
 from pasta_jax.experiment import round_of
 from pasta_jax.files import Stamp, write_json, write_jsonl
 from pasta_jax.interchange.origin import carry

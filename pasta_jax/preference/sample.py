@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.config import PreferenceConfig
-from pasta_jax.decoding.engine import Decoder, Model, SamplingParams
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document, document_order

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pasta_jax.arrays import NO_DOC, NO_TARGET
-from pasta_jax.decoding.engine import Model
+from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.trace import Trace, as_document
 from pasta_jax.lang import tags
 from pasta_jax.model import ModelConfig, Transformer, init_params

@@ -1,0 +1,354 @@
+"""The programs that decode, described once: what they are compiled for, and their functions.
+
+`Compiled` holds no weights and no requests. A `Decoder` runs its programs, `pasta_jax.compile` lowers them for TPUs
+that are not there, and tests read what XLA made of them. All three get them from `Compiled.lower`: a program is
+never compiled for the arguments of a call, but for the shapes that `lower` describes.
+
+Whatever a caller may vary from call to call (temperature, seed, limits on tokens, bias) is traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypedDict
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from pasta_jax import sharding
+from pasta_jax.decoding import cpu, loop
+from pasta_jax.decoding.interpreter import rules_for
+from pasta_jax.decoding.loop import Batch
+from pasta_jax.decoding.request import SamplingParams
+from pasta_jax.decoding.script import NOTHING
+from pasta_jax.decoding.state import Limits, Request, RowState
+from pasta_jax.model import ModelConfig, Transformer
+from pasta_jax.model.fuse import fuse
+from pasta_jax.model.transpose import transpose
+from pasta_jax.tokens.positions import Positions
+from pasta_jax.tokens.tokenizer import Vocabulary
+
+Form: TypeAlias = Literal["plain", "fused", "transposed"]
+"""How decode steps read the weights: as they are; q, k and v as one matrix, on an accelerator; with outputs first,
+on a CPU whose cache does not hold them (docs/lab-log.md says why)."""
+
+_DEFAULT_XLA_OPTIONS: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar(
+    "default_xla_options", default=None
+)
+
+
+@contextlib.contextmanager
+def default_xla_options(options: Mapping[str, Any]) -> Iterator[None]:
+    """Inside it, a `Compiled` that is given no `xla_options` takes these. The tests compile in a hurry with it."""
+    token = _DEFAULT_XLA_OPTIONS.set(options)
+    try:
+        yield
+    finally:
+        _DEFAULT_XLA_OPTIONS.reset(token)
+
+
+def to_form(form: Form, params: Any, config: ModelConfig) -> Any:
+    """Plain or int8 parameters, or their shapes, in another form."""
+    if form == "plain":
+        return params
+    change = {"fused": fuse, "transposed": transpose}[form]
+    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda tree: change(tree, config)[0], params)
+    return change(params, config)[0]
+
+
+def config_of_form(form: Form, config: ModelConfig) -> ModelConfig:
+    """The configuration that goes with parameters in this form."""
+    if form == "transposed":
+        return dataclasses.replace(config, weights="transposed")
+    return dataclasses.replace(config, fused_qkv=True) if form == "fused" else config
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Which program: a verb, and the sizes that differ from one program of a `Compiled` to another.
+
+    Attributes:
+      verb: "new" makes an empty batch, "admit" puts prompts into rows, "decode" runs steps, "release" stops rows,
+        "read" takes a row out.
+      rows: of admit, prompts in one call: 1 or B.
+      length: of admit, the bucket that prompts are padded to; of decode, the pool entries that steps read.
+      script: (R, C), the size of the requests' scripts.
+    """
+
+    verb: Literal["new", "admit", "decode", "release", "read"]
+    rows: int = 0
+    length: int = 0
+    script: tuple[int, int] = NOTHING
+
+    def __str__(self) -> str:
+        sizes = [str(n) for n in (self.rows, self.length) if n]
+        scripted = [] if self.script == NOTHING else ["script", "x".join(map(str, self.script))]
+        return " ".join([self.verb, *(["x".join(sizes)] if sizes else []), *scripted])
+
+
+class Sizes(TypedDict, total=False):
+    """The keyword arguments of `Compiled`."""
+
+    limits: Limits
+    rows: int
+    prompt_buckets: Sequence[int]
+    pool_buckets: Sequence[int]
+    widths: Sequence[int] | None
+    platform: str | None
+    cached_bytes: int
+    xla_options: Mapping[str, Any] | None
+
+
+class Compiled:
+    """The programs that decode with weights of given shapes, each compiled when it is first run.
+
+    Args:
+      params: parameters, or their shapes (`jax.ShapeDtypeStruct`, with the sharding of each). Only shapes, types
+        and shardings are kept. Where they are spread over a mesh, rows go over its axes data and fsdp, and heads
+        over tensor.
+      config: of the parameters.
+      vocabulary: of the tokenizer.
+      positions: the scheme that the model was trained with.
+      limits: static sizes.
+      rows: B, requests answered at once. On a mesh it is rounded up to a multiple of the devices that share rows.
+      prompt_buckets: lengths that prompts are padded to, each with a prefill of its own.
+      pool_buckets: how many entries of the pool steps read while it fills, each with a loop of its own. Those above
+        a third of the pool are left out.
+      widths: lanes that a step may have if fewer than S threads are ready, each with a loop of its own. By default
+        there are several on CPUs only: elsewhere eight lanes cost what one does, and XLA copies the pool on its way
+        into nested loops.
+      platform: "cpu", "gpu" or "tpu"; by default that of the parameters' devices.
+      cached_bytes: weights up to this size stay in a CPU's cache between steps.
+      xla_options: compiler options by name; None takes those of `default_xla_options`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        config: ModelConfig,
+        vocabulary: Vocabulary,
+        positions: Positions = Positions(),
+        *,
+        limits: Limits = Limits(),
+        rows: int = 1,
+        prompt_buckets: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024, 2048),
+        pool_buckets: Sequence[int] = (512, 2048, 8192),
+        widths: Sequence[int] | None = None,
+        platform: str | None = None,
+        cached_bytes: int = cpu.CACHED_BYTES,
+        xla_options: Mapping[str, Any] | None = None,
+    ):
+        self.shapes, self.config, self.vocabulary, self.positions = (
+            _shapes(params),
+            config,
+            vocabulary,
+            positions,
+        )
+        self.mesh = sharding.mesh_of(self.shapes)
+        self.limits = limits
+        self.rows = rows if self.mesh is None else sharding.round_up_rows(rows, self.mesh)
+        self.xla_options = dict((_DEFAULT_XLA_OPTIONS.get() or {}) if xla_options is None else xla_options)
+        place = jax.tree.leaves(self.shapes)[0].sharding
+        device = min(place.device_set, key=lambda device: device.id)
+        on_cpu = (platform or device.platform) == "cpu"
+        cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params)) <= cached_bytes
+        self.form = self._form(on_cpu, cached)
+        if widths is None:
+            widths = cpu.widths_for(limits.lanes, cached=cached and self.rows == 1) if on_cpu else ()
+        self.widths = _up_to(limits.lanes, widths)
+        self.entries = limits.pool + limits.lanes  # a step writes S entries, wherever it begins
+        self.prompt_buckets = _up_to(limits.pool, prompt_buckets)
+        self.pool_buckets = _up_to(self.entries, cpu.pool_buckets(pool_buckets, self.entries))
+        self._everywhere: Any = sharding.replicated(self.mesh) if self.mesh else SingleDeviceSharding(device)
+        self._by_row: Any = sharding.batch_sharding(self.mesh, self.rows) if self.mesh else self._everywhere
+        self._rules = rules_for(vocabulary, limits, positions, config.vocab_size)
+        self.compile_s = 0.0
+        self._executables: dict[Program, jax.stages.Compiled] = {}
+        self._lock = threading.Lock()
+
+    def _form(self, on_cpu: bool, cached: bool) -> Form:
+        if self.mesh is not None or (on_cpu and (cached or self.config.weights != "plain")):
+            return "plain"
+        return "transposed" if on_cpu else "fused"
+
+    def fits(self, params: Any, config: ModelConfig, vocabulary: Vocabulary, positions: Positions) -> bool:
+        """Whether these parameters have the same shapes in the same places, and all else is equal."""
+        if (config, vocabulary, positions) != (self.config, self.vocabulary, self.positions):
+            return False
+        ours, theirs = jax.tree.leaves(self.shapes), jax.tree.leaves(_shapes(params))
+        return len(ours) == len(theirs) and all(
+            (x.shape, x.dtype) == (y.shape, y.dtype) and x.sharding.is_equivalent_to(y.sharding, len(x.shape))
+            for x, y in zip(ours, theirs)
+        )
+
+    # ------------------------------------------------------------------------------------------- description
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """All that a decoder of requests without scripts may run."""
+        sizes = sorted({self.rows} if self.mesh else {1, self.rows})
+        return (
+            Program("new"),
+            *(Program("admit", rows, length) for rows in sizes for length in self.prompt_buckets),
+            *(Program("decode", length=length) for length in self.pool_buckets),
+            Program("release"),
+            Program("read"),
+        )
+
+    def lower(self, program: Program) -> jax.stages.Lowered:
+        """One of the programs, lowered."""
+        everywhere, by_row = self._everywhere, self._by_row
+        request = SamplingParams().request(program.script)
+        batch = jax.eval_shape(functools.partial(self._new_batch, request))
+        places = Batch(
+            by_row, by_row, sharding.pool_shardings(batch.pool, self.mesh) if self.mesh else everywhere
+        )
+        batch = _placed(batch, places)
+        model = Transformer(config_of_form(self.form, self.config))
+        params, rules = self._step_shapes, _placed(self._rules, everywhere)
+
+        def array(dtype: Any, *shape: int, place: Any = everywhere) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+        number = array("int32")
+        in_place = functools.partial(jax.jit, out_shardings=places)
+        match program.verb:
+            case "new":
+                return in_place(self._new_batch).lower(_placed(request, everywhere))
+            case "admit":
+                n, place = program.rows, by_row if program.rows == self.rows else everywhere
+                requests = jax.tree.map(
+                    lambda x: array(x.dtype, n, *x.shape[1:], place=place), batch.requests
+                )
+                prompts = array("int32", n, program.length, place=place)
+                lengths = array("int32", n, place=place)
+                slot = () if n == self.rows else (number,)
+                admit = in_place(functools.partial(loop.admit, model), donate_argnums=2)
+                return admit.lower(params, rules, batch, requests, prompts, lengths, *slot)
+            case "decode":
+                chunk = functools.partial(loop.decode_chunk, model, used=program.length, widths=self.widths)
+                return in_place(chunk, donate_argnums=2).lower(params, rules, batch, number, array("bool"))
+            case "release":
+                stop = array("int32", self.rows, place=by_row)
+                return in_place(loop.release, donate_argnums=0).lower(batch, stop)
+            case "read":
+                return jax.jit(loop.take, out_shardings=everywhere).lower(batch.rows, number)
+
+    def _new_batch(self, request: Request) -> Batch:
+        return loop.empty_batch(self.config, self.limits, self.rows, request)
+
+    @functools.cached_property
+    def _step_shapes(self) -> Any:
+        """Shapes of the parameters in their form."""
+        if self.form == "plain":
+            return self.shapes
+        return _placed(to_form(self.form, self.shapes, self.config), self._everywhere)
+
+    # ------------------------------------------------------------------------------------------------ running
+
+    def empty_batch(self, script_size: tuple[int, int] = NOTHING) -> Batch:
+        """B idle rows and an empty pool, for requests with scripts of this size."""
+        request = SamplingParams().request(script_size)
+        return self._run(Program("new", script=script_size), request)
+
+    def admit(self, params: Any, batch: Batch, new: Mapping[int, tuple[Sequence[int], Request]]) -> Batch:
+        """Prompts into rows: one by one, or all in one call if most rows are new or a mesh divides them.
+
+        Args:
+          params: in the form of these programs.
+          batch: donated, as everywhere here.
+          new: prompt and request by row.
+        """
+        one_by_one = self.mesh is None and self.rows > 1 and (len(new) == 1 or 2 * len(new) < self.rows)
+        if not one_by_one:
+            return self._admit(params, batch, new, self.rows)
+        for slot, prompt_and_request in new.items():
+            batch = self._admit(params, batch, {0: prompt_and_request}, 1, np.int32(slot))
+        return batch
+
+    def _admit(
+        self,
+        params: Any,
+        batch: Batch,
+        new: Mapping[int, tuple[Sequence[int], Request]],
+        n: int,
+        *slot: np.int32,
+    ) -> Batch:
+        script = _script_size(batch)
+        bucket = next(b for b in self.prompt_buckets if b >= max(len(prompt) for prompt, _ in new.values()))
+        prompts, lengths = np.zeros((n, bucket), np.int32), np.zeros(n, np.int32)
+        requests = [SamplingParams().request(script)] * n
+        for row, (prompt, request) in new.items():
+            prompts[row, : len(prompt)], lengths[row], requests[row] = prompt, len(prompt), request
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *requests)
+        program = Program("admit", n, bucket, script)
+        return self._run(program, params, self._placed_rules, batch, stacked, prompts, lengths, *slot)
+
+    def decode_chunk(self, params: Any, batch: Batch, steps: int, refill: bool, cursor: int) -> Batch:
+        """At most `steps` steps, reading the smallest bucket of the pool with room after `cursor` entries."""
+        room = min(cursor + 4 * self.limits.lanes, self.entries)
+        used = next(bucket for bucket in self.pool_buckets if bucket >= room)
+        program = Program("decode", length=used, script=_script_size(batch))
+        return self._run(program, params, self._placed_rules, batch, np.int32(steps), np.bool_(refill))
+
+    def release(self, batch: Batch, stop: np.ndarray) -> Batch:
+        """Stops rows: `stop` is int32 [B], a `Stop` each, RUNNING for rows that go on."""
+        return self._run(Program("release", script=_script_size(batch)), batch, stop)
+
+    def read(self, batch: Batch, row: int) -> RowState:
+        """One row, on the host."""
+        return jax.device_get(self._run(Program("read"), batch.rows, np.int32(row)))
+
+    def executable(self, program: Program) -> jax.stages.Compiled:
+        """The program, compiled now or before."""
+        with self._lock:
+            if program not in self._executables:
+                start = time.perf_counter()
+                self._executables[program] = self.lower(program).compile(self.xla_options)
+                self.compile_s += time.perf_counter() - start
+            return self._executables[program]
+
+    def _run(self, program: Program, *args: Any) -> Any:
+        return self.executable(program)(*args)
+
+    @functools.cached_property
+    def _placed_rules(self) -> Any:
+        return jax.device_put(self._rules, self._everywhere)
+
+
+def _script_size(batch: Batch) -> tuple[int, int]:
+    _, R, C = batch.requests.script.shape
+    return R, C
+
+
+def _shapes(params: Any) -> Any:
+    """Shapes with shardings; arrays of the host count as on the default device, where they are used."""
+    host = SingleDeviceSharding(jax.devices()[0])
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        place = getattr(leaf, "sharding", None) or host
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(shape, params)
+
+
+def _placed(tree: Any, places: Any) -> Any:
+    """Shapes of arrays, with their shardings. `places` is a prefix of the tree."""
+
+    def place(sharding: Any, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+
+    return jax.tree.map(place, places, tree)
+
+
+def _up_to(largest: int, sizes: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted({size for size in sizes if size < largest} | {largest}))

@@ -1,0 +1,58 @@
+"""A language model that can decode: weights, sizes, tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from jax.sharding import Mesh
+
+from pasta_jax import sharding
+from pasta_jax.decoding.compiled import Form, to_form
+from pasta_jax.model import ModelConfig
+from pasta_jax.tokens.positions import Positions
+from pasta_jax.tokens.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A language model that can decode.
+
+    Attributes:
+      params: nested dict of arrays, named as `Transformer` names them. On a mesh they are where `sharding` puts
+        them, and decoding is spread over the same devices.
+      config: sizes and choices.
+      tokenizer: with an id for each tag piece.
+      positions: the scheme that the model was trained with.
+      max_depth: how deep its promises may nest.
+    """
+
+    params: Any
+    config: ModelConfig
+    tokenizer: Tokenizer
+    positions: Positions = Positions()
+    max_depth: int = 1
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the parameters are on; None if that is one device."""
+        return sharding.mesh_of(self.params)
+
+    def params_as(self, form: Form) -> Any:
+        """The parameters as decode steps read them. A second copy of some of them is made once and kept."""
+        match form:
+            case "plain":
+                return self.params
+            case "fused":
+                return self._fused
+            case "transposed":
+                return self._transposed
+
+    @functools.cached_property
+    def _fused(self) -> Any:
+        return to_form("fused", self.params, self.config)
+
+    @functools.cached_property
+    def _transposed(self) -> Any:
+        return to_form("transposed", self.params, self.config)

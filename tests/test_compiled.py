@@ -1,0 +1,103 @@
+"""What is compiled ahead of time is what a decoder runs: the same programs, letter for letter."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from typing import Any
+
+import jax
+import pytest
+
+import pasta_jax
+from pasta_jax import sharding
+from pasta_jax.compile.__main__ import decoder_programs
+from pasta_jax.config import Config
+from pasta_jax.data.sources import make_tokenizer
+from pasta_jax.decoding.api import decoder_for
+from pasta_jax.decoding.compiled import Program
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
+from pasta_jax.decoding.state import Limits
+from pasta_jax.model import ModelConfig, init_params
+from pasta_jax.model.quantize import quantize
+
+CONFIG = Config(
+    model=ModelConfig(
+        vocab_size=1408, num_layers=1, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16
+    )
+)
+LIMITS = Limits(lanes=2, threads=4, pool=62)
+BUCKETS: dict[str, Any] = dict(prompt_buckets=(), pool_buckets=(20,))
+
+
+def model_of(config: Config, *, int8: bool, mesh: Any) -> tuple[Config, Model]:
+    """A model of the experiment's sizes, and the configuration that it has in the end."""
+    params, sizes = init_params(config.model, jax.random.key(0)), config.model
+    if int8:
+        params, sizes = quantize(params, sizes)
+    if mesh is not None:
+        params = jax.device_put(params, sharding.param_shardings(params, mesh))
+    config = dataclasses.replace(config, model=sizes)
+    return config, Model(params, sizes, make_tokenizer(config.data), config.data.positions)
+
+
+@pytest.mark.parametrize(
+    ("rows", "form", "int8", "spread", "settings"),
+    [
+        (3, "transposed", False, False, {"cached_bytes": 0}),
+        (1, "fused", True, False, {"platform": "gpu"}),
+        (3, "plain", True, True, {}),
+    ],
+)
+def test_a_decoder_runs_what_is_compiled_ahead_of_time(
+    rows: int, form: str, int8: bool, spread: bool, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = sharding.make_mesh(2, 2, 2) if spread else None
+    config, model = model_of(CONFIG, int8=int8, mesh=mesh)
+    one_device = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    ahead = decoder_programs(config, mesh or one_device, limits=LIMITS, rows=rows, **BUCKETS, **settings)
+    lowered = {program: ahead.lower(program).as_text() for program in ahead.programs}
+    assert ahead.form == form and len({*lowered.values()}) == len(lowered)
+
+    ran: list[str] = []
+    compile_lowered = jax.stages.Lowered.compile
+
+    def record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.append(self.as_text())
+        return compile_lowered(self, *args, **kwargs)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", record)
+    decoder = Decoder(model, limits=LIMITS, rows=rows, chunk=8, **BUCKETS, **settings)
+    prompts = [model.tokenizer.encode_prompt(text) for text in ("Iron", "Peru", "Ohio")]
+    params = SamplingParams(max_new_tokens=20, temperature=1.0)
+    cancelled = decoder.submit(prompts[0], params)
+    cancelled.step()
+    cancelled.cancel()
+    decoder.decode(prompts, [dataclasses.replace(params, max_new_tokens=40)] * 3)
+
+    names = {text: program for program, text in lowered.items()}
+    assert {names.get(text, "something else") for text in ran} == {*lowered}, "all of them, and no other"
+    assert len(ran) == len(lowered), "each once"
+
+
+def test_names_of_programs() -> None:
+    assert str(Program("admit", 8, 64)) == "admit 8x64"
+    assert str(Program("decode", length=512, script=(4, 32))) == "decode 512 script 4x32"
+
+
+def test_a_model_that_nobody_uses_is_freed_with_its_decoders() -> None:
+    """And as long as somebody uses it, its programs stay compiled."""
+    _, model = model_of(CONFIG, int8=False, mesh=None)
+    options: dict[str, Any] = dict(max_new_tokens=3, cache_len=62, lanes=2, max_branches=3)
+    first = pasta_jax.decode(model, "Iron", **options)
+    assert first.stats.compile_s > 0
+    assert pasta_jax.decode(model, "Peru", **options).stats.compile_s == 0
+    decoder = decoder_for(model, LIMITS, 1)
+    assert decoder is decoder_for(model, LIMITS, 1)
+    gone = weakref.ref(model), weakref.ref(decoder), weakref.ref(decoder.compiled)
+    del model, decoder
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
