@@ -8,7 +8,7 @@ model, as in configs/sft.py: gemma-2b (the default), ...
     python -m pasta_jax.train --config=configs/lora.py:gemma-2b --workdir=runs/gemma-2b-pasta \
         --config.data.sources=annotated.jsonl
 
-annotated.jsonl holds a prompt and an annotated response a line (README, "Train").
+annotated.jsonl holds a prompt and an annotated response a line (docs/usage.md, "Training").
 
 gemma-2b on one chip of v5e (1x1): an update needs 6.0 GiB, by the compiler (pasta_jax.compile, jax 0.10.2, libtpu
 0.0.51). It was not run.

@@ -7,7 +7,7 @@ qwen3-0.6b, ... All but Gemma need pip install -e ".[hf]", for their tokenizers.
     python -m pasta_jax.train --config=configs/sft.py:gemma-2b --workdir=runs/gemma-2b-pasta \
         --config.data.sources=annotated.jsonl
 
-annotated.jsonl holds a prompt and an annotated response a line (README, "Train").
+annotated.jsonl holds a prompt and an annotated response a line (docs/usage.md, "Training").
 
 The paper's batch holds 8 examples. Rows here are packed: 8 of 2048 tokens hold several times as many, so there are
 fewer steps in its four epochs. --config.data.length=512 comes close to its batch.

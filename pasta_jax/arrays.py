@@ -1,6 +1,6 @@
 """The alphabet, and the records that travel through the system.
 
-One letter a dimension, the same in code, comments, docs and README:
+One letter a dimension, the same in code, comments and docs:
 
     B rows         L layout tokens   Q queries   S lanes      P pool      T threads   M segments
     N query heads  K kv heads        G = N / K   H head dim   D model     F mlp       V vocabulary
