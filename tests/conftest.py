@@ -1,25 +1,36 @@
-"""Shared by all tests: eight fake CPU devices, no network, and seeds that are printed and can be set."""
+"""Shared by all tests: eight fake CPU devices, one compilation cache, no network, and seeds that are shown."""
 
+import atexit
 import contextlib
 import os
 import random
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-# Before jax is imported anywhere: the number of devices is read once.
+# Before jax is imported anywhere: it reads these once. Subprocesses and the workers of xdist inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling takes most of the time. So it is done with less care, but for tests that use `helpers.optimized`, and
+# once for all processes of a run. A developer who sets JAX_COMPILATION_CACHE_DIR keeps the cache for the next run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pasta_jax_compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 
 
 @pytest.fixture
 def seed() -> int:
-    """A fresh seed for each run, shown when a test fails; `PASTA_SEED=123 pytest ...` repeats a run."""
-    value = int(os.environ.get("PASTA_SEED") or random.SystemRandom().randrange(2**31))
-    print(f"PASTA_SEED={value}")
+    """The same in every run. `PASTA_SEED=fresh` draws another for each test; `PASTA_SEED=123` repeats one."""
+    given = os.environ.get("PASTA_SEED", "0")
+    value = random.SystemRandom().randrange(2**31) if given == "fresh" else int(given)
+    print(f"PASTA_SEED={value}")  # shown when a test fails
     return value
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, empty_pool, init_params
 from pasta_jax.model.presets import presets
 from pasta_jax.testing import WordTokenizer
+from tests.helpers import FULL, optimized
 
 WORDS = WordTokenizer("the river and the cities of a world")
 
@@ -119,6 +120,13 @@ ENTRY %main (w: bf16[1024,2], x: bf16[8,1024]) -> (bf16[8,2], bf16[8,1024]) {
 # -------------------------------------------------------------------------------------------- the decode loop
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_as_for_users() -> Iterator[None]:
+    """What is read in the compiled programs is what users run."""
+    with optimized():
+        yield
+
+
 def lower(model: ModelConfig, mesh: Any, limits: Limits, rows: int) -> tuple[Any, int]:
     """The decode loop, lowered; and how many numbers a chip holds of a layer's keys."""
     compiled = ahead.decoder_programs(Config(model=model), mesh, limits=limits, rows=rows)
@@ -146,7 +154,7 @@ def on_cpu(rows: int, cached: int) -> tuple[Any, int]:
     return decoder.compiled.executable(Program("decode", length=2002)), rows * 2 * 2002 * 64
 
 
-LAYERS = 28 if os.environ.get("PASTA_FULL") else 2
+LAYERS = 28 if FULL else 2
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 
@@ -24,12 +23,12 @@ from pasta_jax.tokens.layout import LayoutError, layout, layout_example, layout_
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.visibility import visible
-from tests.helpers import scripted
+from tests.helpers import FULL, scripted
 from tests.helpers.scripted import ScriptTokenizer, lines_of
 
 WORDS = WordTokenizer(" The rivers two words moons tokens and it's é 東京 the Nile is long a b c d e f")
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
-ROUNDS = 2000 if os.environ.get("PASTA_FULL") else 200
+ROUNDS = 2000 if FULL else 200
 
 
 def test_program_to_tokens_and_back(seed):
@@ -208,7 +207,7 @@ def test_real_responses_with_a_real_tokenizer():
     """Every real response survives encoding, and so does a program made of its paragraphs."""
     tokenizer = load_tokenizer(DATA / "llama2_tokenizer.model", extend=True)
     lines = (DATA / "alpaca_eval_responses.jsonl").read_text(encoding="utf-8").splitlines()
-    for line in lines[:: 1 if os.environ.get("PASTA_FULL") else 8]:
+    for line in lines[:: 1 if FULL else 8]:
         response = json.loads(line)["response"]
         assert tokenizer.vocabulary.text(tokenizer.encode(response)) == response
         parts = [part for part in response.split("\n\n") if part][:14]

@@ -18,6 +18,7 @@ from pasta_jax.reproduce import __main__ as reproduce
 from pasta_jax.reproduce import measures
 from pasta_jax.reproduce.__main__ import Cell, Folder, Plan
 from pasta_jax.reproduce.claims import claims
+from tests.helpers import FULL
 
 PLAN = Plan((0,), (1.0, math.inf), rounds=2, timed=14, counted=14, ablated=(1.0, math.inf))
 
@@ -352,7 +353,7 @@ def test_the_report_is_written(tmp_path: pathlib.Path) -> None:
 # ------------------------------------------------------------------------------------------------ end to end
 
 
-@pytest.mark.skipif(not os.environ.get("PASTA_FULL"), reason="takes a few minutes; .ci/run does it")
+@pytest.mark.skipif(not FULL, reason="takes a few minutes; .ci/run does it")
 def test_every_cell_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All the cells of a small plan with models that learn nothing; then the report, and nothing a second time."""
     pytest.importorskip("matplotlib")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,19 @@ from pasta_jax.compile import __main__ as ahead
 from pasta_jax.decoding.state import Limits
 from pasta_jax.experiment import resolve
 from pasta_jax.overrides import load_config
+from tests.helpers import optimized
 
 pytestmark = pytest.mark.tpu
 
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
 MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "data.rows=8"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_as_for_users() -> Iterator[None]:
+    """What is read in the compiled programs is what users run."""
+    with optimized():
+        yield
 
 
 @pytest.fixture(scope="module")

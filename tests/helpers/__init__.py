@@ -1,6 +1,24 @@
 """What several tests use: small models, folders, scripts. No test imports another test."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+
+import jax
 
 FULL = bool(os.environ.get("PASTA_FULL"))
 """Full counts, as continuous integration runs them."""
+
+SEEDS_ARE_FIXED = "PASTA_SEED" not in os.environ
+"""Then a test may also say what was drawn."""
+
+
+@contextlib.contextmanager
+def optimized() -> Iterator[None]:
+    """Compiles as for users; other tests compile with less care."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
