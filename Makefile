@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo reproduce test check pytest clean
+.PHONY: demo reproduce test quick check pytest clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo-installed  ## train, decode and score the embedded benchmark
@@ -13,6 +13,9 @@ reproduce: .venv/.reproduce-installed  ## the paper's comparison, with figures; 
 	$(BIN)/python -m pasta_jax.reproduce $(ARGS)
 
 test: check pytest  ## everything that must hold
+
+quick: .venv/.test-installed  ## the inner loop: laws on small counts; compiled programs are kept in .cache
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax $(BIN)/python -m pytest -n 2 -q -m "not slow and not tpu"
 
 check: .venv/.test-installed
 	$(BIN)/ruff check .
@@ -42,4 +45,4 @@ define install
 endef
 
 clean:  ## remove the environment and the caches; runs are kept
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache

@@ -259,6 +259,7 @@ def test_program_to_tokens_and_back(seed):
         assert reading.program == program and not reading.issues
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [SHARED, Positions()])
 def test_trace_laid_out_again_has_the_same_fields(positions, seed):
     """Digits in the text are no length of a fork, whatever the position scheme."""
@@ -309,6 +310,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", range(len(SETTINGS)))
 def test_compiled_interpreter_is_its_specification(setting, seed):
     """Law 3 in this dialect; and under the grammar every fork is kept, there being a thread for it."""
@@ -366,6 +368,7 @@ def decode(seed: int, **wishes: Any) -> list[Trace]:
     return decoder().decode(prompts, asks)[0]
 
 
+@pytest.mark.slow
 def test_parity(seed):
     """Law 2: every sampled token has the log-probability, fed at once, that it had when it was decoded."""
     checked = branches = 0
@@ -385,6 +388,7 @@ def test_parity(seed):
     assert checked > 100 and branches > 3
 
 
+@pytest.mark.slow
 def test_results_and_sequential_decoding(seed):
     trace = max(decode(seed, open_bias=2.0), key=lambda trace: len(trace.parent))
     answer = result(WORDS, trace)
@@ -393,6 +397,7 @@ def test_results_and_sequential_decoding(seed):
     assert all(len(trace.parent) == 1 for trace in decode(seed, open_bias=float("-inf")))
 
 
+@pytest.mark.slow
 def test_the_other_dialect_compiles_to_the_same_shapes():
     """One base model serves both: nothing but the kinds of four ids differs."""
     limits = Limits(lanes=2, threads=4, pool=64)
@@ -411,6 +416,7 @@ TINY = str(Path(__file__).parents[1] / "configs" / "tiny.py")
 CONFIG = load_config(f"{TINY}:apar")
 
 
+@pytest.mark.slow
 def test_it_is_trained_as_pasta_is():
     pasta = load_config(f"{TINY}:pasta")
     assert differences(pasta, CONFIG) == ["data.sources", "data.positions.scheme", "data.dialect"]
@@ -439,6 +445,7 @@ def prompt_length(document: Any) -> int:
     return int(np.flatnonzero(document.target != NO_TARGET)[0]) + 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_its_dialect(tmp_path: Path) -> None:
     state = new_state(init_params(CONFIG.model, jax.random.key(0)), optax.adamw(1e-3))
     with Checkpoints(tmp_path, CONFIG, make_tokenizer(CONFIG.data)) as run:

@@ -25,6 +25,8 @@ from pasta_jax.lang.assemble import assemble
 from pasta_jax.model import ModelConfig
 from pasta_jax.tokens.layout import layout_example
 
+pytestmark = pytest.mark.slow
+
 PNG = b"\x89PNG\r\n\x1a\n"
 ANSWER = """Two rivers are long:
 - Nile: it flows through eleven countries to the sea.

@@ -21,7 +21,7 @@ from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang import tags
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.positions import Positions
-from tests.helpers import SEEDS_ARE_FIXED, optimized
+from tests.helpers import SEEDS_ARE_FIXED, optimized, slow
 from tests.helpers.chatty import PROMPTS, WORDS, chatty_model, ids, once_through
 
 LIMITS = Limits(lanes=8, threads=16, pool=300)
@@ -105,8 +105,8 @@ FORMS: dict[int, tuple[str, dict[str, Any]]] = {
 """By lanes: the form of the weights, and when they have it. On accelerators; where no cache holds them."""
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 8])
-@pytest.mark.parametrize("max_depth", [1, 3])
+@pytest.mark.parametrize("lanes", [slow(1), slow(3), 8])
+@pytest.mark.parametrize("max_depth", [1, slow(3)])
 def test_parity(lanes, max_depth, seed, monkeypatch):
     """Law 2: every token fed has all the logits, fed at once, that it had when it was decoded."""
     limits = Limits(lanes, 16, 300, max_depth)
@@ -172,6 +172,7 @@ def _in_trace(trace: Trace, document: ThreadedTokens, i: int) -> int:
 class TestInvariance:
     """Law 5. The pool is large enough and no row is cut, so only the request may matter."""
 
+    @pytest.mark.slow
     def test_lanes(self, greedy):
         expected = decode(SEEDS, greedy=greedy)
         for lanes in (1, 2, 4, 16):
@@ -181,6 +182,7 @@ class TestInvariance:
             compared = [min(map(len, pair)) for e, f in zip(expected, found) for pair in _branches(e, f)]
             assert sum(compared) > 100, "hardly any branch was compared"
 
+    @pytest.mark.slow
     def test_width(self, greedy):
         """And compiled as for users, with all care."""
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
@@ -193,6 +195,7 @@ class TestInvariance:
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
         assert [schedule(t) for t in decode(SEEDS, greedy=greedy, chunk=7)] == expected
 
+    @pytest.mark.slow
     def test_batch_mates_order_and_idle_rows(self, greedy):
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
         backwards = decode(list(SEEDS)[::-1], greedy=greedy)
@@ -201,6 +204,7 @@ class TestInvariance:
         assert alone == expected
         assert [schedule(t) for t in decode(SEEDS, greedy=greedy, rows=1)] == expected
 
+    @pytest.mark.slow
     def test_longer_pool(self, greedy):
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
         longer = dataclasses.replace(LIMITS, pool=611)
@@ -211,6 +215,7 @@ def _branches(one: Trace, other: Trace) -> list[tuple]:
     return list(zip(one.threads.tokens[1:], other.threads.tokens[1:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greedy", [False, True])
 def test_mesh(greedy):
     """Law 5, the mesh: parameters and pool over 8 devices give the same text."""
@@ -231,6 +236,7 @@ def test_mesh(greedy):
     assert [text(t) for t in traces] == expected
 
 
+@pytest.mark.slow
 def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
     limits = dataclasses.replace(LIMITS, lanes=16)
     for trace in decode(SEEDS, limits=limits):
@@ -238,6 +244,7 @@ def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
             assert critical_path(trace.threads, WORDS.vocabulary) == trace.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_depth", "threads", "bias"), [(1, 16, 3.5), (3, 3, 10.0), (3, 16, 3.5)])
 def test_with_the_grammar_nothing_is_malformed(max_depth, threads, bias):
     """Not even where several threads want the last free one in the same step, as nearly always with 3 threads."""
@@ -259,6 +266,7 @@ def test_with_the_grammar_nothing_is_malformed(max_depth, threads, bias):
     assert ended > 3
 
 
+@pytest.mark.slow
 def test_without_the_grammar_nothing_crashes():
     limits = dataclasses.replace(LIMITS, constrained=False)
     issues = [
@@ -307,6 +315,7 @@ def test_a_mixed_batch_draws_as_each_row_does_alone():
         assert text(trace) != plain[i]
 
 
+@pytest.mark.slow
 def test_pool_full_stops_one_row_with_its_text():
     limits = Limits(lanes=8, threads=16, pool=40)
     traces = decode(SEEDS, limits=limits)
@@ -325,6 +334,7 @@ def test_prompts_that_cannot_be_answered():
         ask(0, temperature=-1)
 
 
+@pytest.mark.slow
 def test_models_alike_in_all_but_their_parameters_share_what_is_compiled():
     mine = chatty_model()
     prompt, wishes = [ids("rivers")], [ask(3, temperature=0)]

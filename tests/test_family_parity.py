@@ -20,6 +20,8 @@ from pasta_jax.model.families import FAMILIES, config_from_hf
 from pasta_jax.model.weights import hf_tensors, nested
 from tests.helpers import tiny_families as tiny
 
+pytestmark = pytest.mark.slow
+
 NAMES = sorted(tiny.CONFIGS)
 DECODED = ("gemma", "gemma2", "gemma3", "llama3", "mistral", "qwen2", "qwen3")
 """One of each family: compiling the decode loop is what takes time here."""

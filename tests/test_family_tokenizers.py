@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import random
 
 import numpy as np
@@ -22,6 +21,7 @@ from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
 from tests.helpers import family_tokenizers as made
+from tests.helpers.data import data_file, real_responses
 from tests.helpers.family_folders import (
     ALL,
     CONTROL,
@@ -31,8 +31,6 @@ from tests.helpers.family_folders import (
 )
 
 tokenizers = pytest.importorskip("tokenizers")
-
-DATA = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -107,14 +105,12 @@ def test_programs_come_back(name: str, seed: int) -> None:
     assert digits == [b"%d" % d for d in range(10)]
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="needs the real responses and tokenizer in ../shared/data")
 def test_all_real_responses_with_a_real_tokenizer() -> None:
-    found = load_tokenizer(DATA / "llama2_tokenizer.model", extend=True)
-    lines = (DATA / "alpaca_eval_responses.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 404 and found.usage.chat == "plain"
+    found = load_tokenizer(data_file("llama2_tokenizer.model"), extend=True)
+    responses = real_responses()
+    assert len(responses) == 404 and found.usage.chat == "plain"
     ids_of_tags = set(found.vocabulary.tag_ids.values())
-    for line in lines:
-        response = json.loads(line)["response"]
+    for response in responses:
         ids = found.encode(response)
         assert found.vocabulary.text(ids) == response and not ids_of_tags & set(ids)
         # Cut into three parts wherever that falls: text, a promise's block, text after a sync.

@@ -26,6 +26,8 @@ from pasta_jax.model.presets import presets
 from pasta_jax.testing import WordTokenizer
 from tests.helpers import FULL, optimized
 
+pytestmark = pytest.mark.slow
+
 WORDS = WordTokenizer("the river and the cities of a world")
 
 # ---------------------------------------------------------------------------------------- reading a program

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import pickle
 import random
@@ -18,6 +17,7 @@ from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import escape, render
 from pasta_jax.lang.validate import validate
 from pasta_jax.testing import random_program, random_text
+from tests.helpers.data import real_responses
 
 ROUNDS = 3000
 A = '<promise topic="a" tokens=1 />'
@@ -341,10 +341,7 @@ print([name for name in ("jax", "jaxlib", "numpy", "tensorflow", "torch") if nam
 
 
 def test_real_answers_are_text() -> None:
-    path = pathlib.Path(__file__).parent.parent / "../shared/data/alpaca_eval_responses.jsonl"
-    if not path.exists():
-        pytest.skip("../shared/data/alpaca_eval_responses.jsonl is not beside this checkout")
-    responses = [json.loads(line)["response"] for line in path.read_text(encoding="utf-8").splitlines()]
+    responses = real_responses()
     assert responses
     for response in responses:
         assert parse(response).nodes == ((Text(response),) if response else ())

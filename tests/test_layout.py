@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,10 +22,10 @@ from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.visibility import visible
 from tests.helpers import FULL, scripted
+from tests.helpers.data import data_file, real_responses
 from tests.helpers.scripted import ScriptTokenizer, lines_of
 
 WORDS = WordTokenizer(" The rivers two words moons tokens and it's é 東京 the Nile is long a b c d e f")
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 ROUNDS = 2000 if FULL else 200
 
 
@@ -202,13 +200,10 @@ def test_limits_in_words():
         Positions("guess")  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="needs the real responses and tokenizer in ../shared/data")
 def test_real_responses_with_a_real_tokenizer():
     """Every real response survives encoding, and so does a program made of its paragraphs."""
-    tokenizer = load_tokenizer(DATA / "llama2_tokenizer.model", extend=True)
-    lines = (DATA / "alpaca_eval_responses.jsonl").read_text(encoding="utf-8").splitlines()
-    for line in lines[:: 1 if FULL else 8]:
-        response = json.loads(line)["response"]
+    tokenizer = load_tokenizer(data_file("llama2_tokenizer.model"), extend=True)
+    for response in real_responses()[:: 1 if FULL else 8]:
         assert tokenizer.vocabulary.text(tokenizer.encode(response)) == response
         parts = [part for part in response.split("\n\n") if part][:14]
         program = Program((*(Promise("part", 1 + i, (Text(part),)) for i, part in enumerate(parts)), Sync()))

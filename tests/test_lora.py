@@ -92,6 +92,7 @@ def test_adapters_begin_without_a_change(seed: int) -> None:
     np.testing.assert_array_equal(again["head_rows"], trained["head_rows"])
 
 
+@pytest.mark.slow
 def test_on_a_mesh_and_using_up_what_it_merges(seed: int) -> None:
     mesh = sharding.make_mesh(2, 2, 2)
     params = with_adapters(LLAMA, LORA, np.random.default_rng(seed))
@@ -171,6 +172,7 @@ def adapted(base: pathlib.Path) -> pathlib.Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_nothing_else(adapted: pathlib.Path, base: pathlib.Path) -> None:
     frozen, trained, about = load_parts(adapted)
     assert_same(frozen, jax.tree.map(lambda x: x.astype(jnp.bfloat16), load_params(base)[0]))
@@ -187,6 +189,7 @@ def test_adapters_are_trained_and_nothing_else(adapted: pathlib.Path, base: path
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_resuming_is_bit_identical(adapted: pathlib.Path, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     train(tmp_path, lora_config(base), stop_after=1)
     moved = shutil.copytree(base, tmp_path / "moved")
@@ -194,6 +197,7 @@ def test_resuming_is_bit_identical(adapted: pathlib.Path, base: pathlib.Path, tm
     assert_same(state.params, load_parts(adapted)[1])
 
 
+@pytest.mark.slow
 def test_what_is_loaded_is_base_and_adapters(adapted: pathlib.Path) -> None:
     frozen, trained, about = load_parts(adapted)
     wanted = merge(join(frozen, trained), about.config.lora)
@@ -207,6 +211,7 @@ def test_what_is_loaded_is_base_and_adapters(adapted: pathlib.Path) -> None:
         np.testing.assert_array_equal(x.astype(jnp.bfloat16), y)
 
 
+@pytest.mark.slow
 def test_the_base_is_found_by_a_relative_path_and_told_by_what_it_is(
     adapted: pathlib.Path, base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +246,7 @@ def starting(config: Config) -> tuple[Any, Any, Base | None]:
     return starting_weights(config, TOKENIZER, make_update(config, mesh, sft), mesh)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_adapters(adapted: pathlib.Path) -> None:
     """The same kind: they themselves. Others, or none: from what the two are together."""
     config = lora_config(adapted)

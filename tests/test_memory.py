@@ -20,6 +20,8 @@ from pasta_jax.model.weights import hf_tensors
 from pasta_jax.sharding import make_mesh
 from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 
 

@@ -18,6 +18,8 @@ from pasta_jax.model import init_params
 from tests.helpers.conversion import bring_in, bring_out, load_tokenizer_rows, trained
 from tests.helpers.hf_folders import CONFIGS, small_tokenizer, write_hf_folder
 
+pytestmark = pytest.mark.slow
+
 
 def difference(line: str) -> float:
     assert line.startswith("Parity with transformers "), line

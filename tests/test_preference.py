@@ -87,6 +87,7 @@ def assert_same(one: list[Record], other: list[Record]) -> None:
 # ------------------------------------------------------------------------------------------------- sampling
 
 
+@pytest.mark.slow
 def test_samples_differ_and_the_baseline_promises_nothing(
     records: list[Record], prompts: list[Prompt]
 ) -> None:
@@ -100,6 +101,7 @@ def test_samples_differ_and_the_baseline_promises_nothing(
     assert lengths == sorted(lengths)
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_and_a_cut_file_is_completed(
     model: Model, prompts: list[Prompt], records: list[Record], tmp_path: pathlib.Path
 ) -> None:
@@ -118,6 +120,7 @@ def test_the_same_seed_draws_the_same_and_a_cut_file_is_completed(
     assert [r.samples[0].annotated for r in other] != [r.samples[0].annotated for r in records]
 
 
+@pytest.mark.slow
 def test_a_signal_while_sampling_leaves_what_is_done(
     model: Model,
     prompts: list[Prompt],
@@ -142,6 +145,7 @@ def test_a_signal_while_sampling_leaves_what_is_done(
     assert_same(again, records)
 
 
+@pytest.mark.slow
 def test_samples_of_other_prompts_are_not_kept(
     model: Model, prompts: list[Prompt], records: list[Record], tmp_path: pathlib.Path
 ) -> None:
@@ -154,6 +158,7 @@ def test_samples_of_other_prompts_are_not_kept(
     )
 
 
+@pytest.mark.slow
 def test_records_come_back_from_a_file_as_they_were(records: list[Record], tmp_path: pathlib.Path) -> None:
     path = str(tmp_path / "records.jsonl")
     write_records(path, records)
@@ -214,6 +219,7 @@ def test_scores_by_hand_and_what_lambda_does() -> None:
 # ---------------------------------------------------------------------------------------------------- pairs
 
 
+@pytest.mark.slow
 def test_reference_log_probabilities_are_those_of_decoding(model: Model, prompts: list[Prompt]) -> None:
     """Law 2: what was recorded of a token when it was sampled is what the training pass finds."""
     decoder = Decoder(model, limits=Limits(2, 16, LENGTH), rows=len(prompts))
@@ -236,6 +242,7 @@ def test_reference_log_probabilities_are_those_of_decoding(model: Model, prompts
     assert checked > 100
 
 
+@pytest.mark.slow
 def test_reference_log_probabilities_do_not_depend_on_packing(model: Model, records: list[Record]) -> None:
     documents = [answer.document for record in records for answer in record.samples]
     once = reference_logprobs(model, documents, rows=4, length=LENGTH)
@@ -256,6 +263,7 @@ def pairs_of(model: Model, records: list[Record], path: pathlib.Path) -> list[Pa
     return make_pairs(records, choices, model, rows=4, length=LENGTH, path=str(path / "reference.npz"))
 
 
+@pytest.mark.slow
 def test_pairs_are_cached_and_too_long_ones_left_out(
     model: Model, records: list[Record], tmp_path: pathlib.Path
 ) -> None:
@@ -268,6 +276,7 @@ def test_pairs_are_cached_and_too_long_ones_left_out(
     assert choose_all(records, scored(records), 3) == [None] * len(records)
 
 
+@pytest.mark.slow
 def test_other_pairs_do_not_get_what_was_cached(
     model: Model, records: list[Record], tmp_path: pathlib.Path
 ) -> None:
@@ -311,6 +320,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_both_stages(trained: pathlib.Path) -> None:
     for number in (1, 2):
         folder = trained / "preference" / f"round-{number}"
@@ -325,6 +335,7 @@ def test_both_stages(trained: pathlib.Path) -> None:
     assert policy.endswith("round-1")
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_nothing_and_a_cut_one_goes_on(
     trained: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +356,7 @@ def test_a_finished_run_does_nothing_and_a_cut_one_goes_on(
     assert (last / "round.json").exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_experiment_is_refused(
     trained: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,6 +36,8 @@ from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.state import TrainState
 from tests.helpers.models import random_params
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(vocab_size=1408, num_layers=1, model_dim=16, head_dim=8, mlp_dim=16, num_heads=2)
 CONFIG = Config(
     stage="preference",

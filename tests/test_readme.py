@@ -14,6 +14,8 @@ import pytest
 
 from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/usage.md")
 TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)

@@ -24,6 +24,8 @@ from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace
 from tests.helpers.chatty import PROMPTS, WORDS, chatty_model, ids
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(lanes=4, threads=8, pool=120)
 
 

@@ -15,6 +15,8 @@ from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.data.sources import make_source, make_tokenizer, steps_of_epochs
 from pasta_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "--config=configs/tiny.py"
 SMALL = ["--config.model.num_layers=1", "--config.data.rows=2", "--config.log.every=1"]

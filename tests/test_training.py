@@ -23,6 +23,8 @@ from pasta_jax.training.signals import Stopped
 from pasta_jax.training.state import TrainState, decays, make_schedule
 from tests.helpers.training import CONFIG, TOKENIZER, VOCABULARY, Counting, assert_same, changed, train
 
+pytestmark = pytest.mark.slow
+
 
 class At(Counting):
     """The same; something happens when one document is asked for."""

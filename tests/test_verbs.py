@@ -9,6 +9,8 @@ import pytest
 
 from pasta_jax import demo
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

@@ -3,8 +3,10 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import pytest
 
 FULL = bool(os.environ.get("PASTA_FULL"))
 """Full counts, as continuous integration runs them."""
@@ -22,3 +24,8 @@ def optimized() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+def slow(*values: Any) -> Any:
+    """A case of `pytest.mark.parametrize` that `make quick` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
