@@ -14,9 +14,8 @@ from typing import Any
 # Before jax is imported anywhere: it reads these once. Subprocesses and the workers of xdist inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Compiling takes most of the time. So it is done with less care, but for tests that use `helpers.optimized`, and
-# once for all processes of a run. A developer who sets JAX_COMPILATION_CACHE_DIR keeps the cache for the next run.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Compiling takes most of the time, so it is done once for all processes of a run. A developer who sets
+# JAX_COMPILATION_CACHE_DIR keeps the cache for the next run.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pasta_jax_compiled_")
