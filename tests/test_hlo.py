@@ -76,8 +76,8 @@ def test_a_copy_around_the_loop_is_found() -> None:
     """What is not donated has to be copied once, before the loop changes it."""
     program = program_of(lambda pool: pool, donate=False)
     assert program.aliases == frozenset()
-    found = hlo.written(program, 1600, 1600)
-    assert len(found) == 1 and found[0].startswith(program.entry)
+    copies = hlo.written(program, 1600, 1600)
+    assert len(copies) == 1 and copies[0].startswith(program.entry)
 
 
 def test_bytes_of_a_matrix_and_of_a_few_of_its_rows() -> None:
@@ -93,7 +93,7 @@ def test_bytes_of_a_matrix_and_of_a_few_of_its_rows() -> None:
 
 
 def test_what_lies_within_the_chip() -> None:
-    """A TPU's text, in short: an array of 4,096 bytes is fetched ahead, and read where it then lies."""
+    """A TPU's text, in short: an array of 4,096 bytes is fetched ahead, and read from the chip's own memory."""
     text = """HloModule short, input_output_alias={ {1}: (1, {}, may-alias) }, entry_computation_layout={()}
 
 %fused (p.0: bf16[1024,2], p.1: bf16[8,1024]) -> bf16[8,2] {
@@ -134,8 +134,8 @@ def lower(model: ModelConfig, mesh: Any, limits: Limits, rows: int) -> tuple[Any
     compiled = ahead.decoder_programs(Config(model=model), mesh, limits=limits, rows=rows)
     decode = ahead.lower_decode(compiled)["decode"]
     pool = jax.eval_shape(lambda: empty_pool(model, rows, limits.pool + limits.lanes))
-    lies = sharding.pool_shardings(pool, mesh).k[0]
-    return decode, math.prod(lies.shard_shape(pool.k[0].shape))
+    keys = pool.k[0]
+    return decode, math.prod(sharding.pool_shardings(pool, mesh).k[0].shard_shape(keys.shape))
 
 
 @functools.cache
@@ -220,8 +220,8 @@ def test_eight_lanes_move_the_bytes_of_one(topology: str, record_property: Any) 
     """
     tpu_or_skip()
     compiled = {lanes: on_tpu(topology, lanes)[0] for lanes in (1, 8)}
-    counted = {lanes: each.cost_analysis()["bytes accessed"] for lanes, each in compiled.items()}
-    moved = {lanes: ahead.bytes_of_a_step(each) or 0 for lanes, each in compiled.items()}
+    counted = {lanes: program.cost_analysis()["bytes accessed"] for lanes, program in compiled.items()}
+    moved = {lanes: ahead.bytes_of_a_step(program) or 0 for lanes, program in compiled.items()}
     for name, count in (("bytes accessed", counted), ("of main memory", moved)):
         ratio = count[8] / count[1]
         print(f"{topology}, {LAYERS} layers, {name}: {count[8]:.4g} by {count[1]:.4g}, {ratio:.4f}")

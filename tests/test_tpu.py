@@ -40,7 +40,7 @@ def mesh() -> Any:
 
 def is_spread(compiled: Any) -> bool:
     """The arrays with heads, mlp or vocabulary in them (parameters, pool) are split over chips, all 20 or more."""
-    return sum(not lies.is_fully_replicated for lies in jax.tree.leaves(compiled.input_shardings[0])) > 20
+    return sum(not place.is_fully_replicated for place in jax.tree.leaves(compiled.input_shardings[0])) > 20
 
 
 def test_train_step(mesh):

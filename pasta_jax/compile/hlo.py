@@ -86,12 +86,12 @@ class Program:
     @property
     def reached(self) -> dict[str, Computation]:
         """The computations that run as they stand: the entry, bodies of loops, branches; no fusion's inside."""
-        names, found = [self.entry], {}
+        names, reached = [self.entry], {}
         while names:
             name = names.pop()
-            found[name] = self.computations[name]
-            names += [called for i in found[name].values() if i.op in CALLS for called in i.calls]
-        return found
+            reached[name] = self.computations[name]
+            names += [called for i in reached[name].values() if i.op in CALLS for called in i.calls]
+        return reached
 
     @property
     def loop(self) -> str:
@@ -114,8 +114,8 @@ def parse(text: str) -> Program:
         if head:
             body = computations[head[2]] = {}
             entry = head[2] if head[1] else entry
-        elif found := re.match(r"\s+(ROOT )?%([\w.\-]+) = ", line):
-            instruction = _instruction(found[2], line[found.end() :], bool(found[1]))
+        elif match := re.match(r"\s+(ROOT )?%([\w.\-]+) = ", line):
+            instruction = _instruction(match[2], line[match.end() :], bool(match[1]))
             body[instruction.name] = instruction
     header = text[: text.index("\n")]
     aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", header)
@@ -165,7 +165,7 @@ def written(program: Program, least: int, most: int) -> list[str]:
     Copies, transposes, conversions, selections, gathers: whatever writes all of it. So does a copy within the
     chip, if it is there to change the order in which an array lies; fetching ahead and writing back are not.
     """
-    found = []
+    copies = []
     for name, computation in program.reached.items():
         for i in computation.values():
             if i.op in FREE | CALLS or i.op.endswith("-done"):
@@ -176,8 +176,8 @@ def written(program: Program, least: int, most: int) -> list[str]:
             for place, shape in enumerate(_results(program, name, i)):
                 new = place not in changed and (shape.main or i.op == "copy")
                 if new and least <= math.prod(shape.dims) <= most:
-                    found.append(f"{name}: {i.name} = {i.op} {list(shape.dims)}")
-    return found
+                    copies.append(f"{name}: {i.name} = {i.op} {list(shape.dims)}")
+    return copies
 
 
 def _results(program: Program, computation: str, i: Instruction) -> tuple[Shape, ...]:

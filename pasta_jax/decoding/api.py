@@ -144,7 +144,7 @@ def decode(
             '[{"role": "user", "content": "..."}], or a list of either.'
         )
     prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-    if is_single := isinstance(prompt, str) or any(isinstance(each, Mapping) for each in prompts):
+    if is_single := isinstance(prompt, str) or any(isinstance(message, Mapping) for message in prompts):
         prompts = [prompt]
     if not prompts:
         return (event for event in list[Event]()) if stream is True else []
@@ -154,7 +154,7 @@ def decode(
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
     sampling = SamplingParams(**given)  # type: ignore[arg-type]
-    ids = [_encode(model.tokenizer, each) for each in prompts]
+    ids = [_encode(model.tokenizer, prompt) for prompt in prompts]
     if cache_len is None:
         cache_len = round_up(max(map(len, ids)) + sampling.max_new_tokens, 128)
     limits = Limits(
