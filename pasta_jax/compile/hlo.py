@@ -159,8 +159,8 @@ def _shapes(text: str) -> Iterator[Shape]:
 # ------------------------------------------------------------------------------------------------- copies
 
 
-def written(program: Program, least: int, most: int) -> list[str]:
-    """What makes an array of `least` to `most` numbers anew in main memory, instead of changing one in place.
+def written(program: Program, smallest: int, largest: int) -> list[str]:
+    """What makes an array of `smallest` to `largest` numbers anew in main memory, instead of changing one in place.
 
     Copies, transposes, conversions, selections, gathers: whatever writes all of it. So does a copy within the
     chip, if it is there to change the order in which an array lies; fetching ahead and writing back are not.
@@ -175,7 +175,7 @@ def written(program: Program, least: int, most: int) -> list[str]:
             changed = _updates(program, i)
             for place, shape in enumerate(_results(program, name, i)):
                 new = place not in changed and (shape.main or i.op == "copy")
-                if new and least <= math.prod(shape.dims) <= most:
+                if new and smallest <= math.prod(shape.dims) <= largest:
                     copies.append(f"{name}: {i.name} = {i.op} {list(shape.dims)}")
     return copies
 
