@@ -16,7 +16,6 @@ from pasta_jax.compile.__main__ import decoder_programs
 from pasta_jax.config import Config
 from pasta_jax.data.sources import make_tokenizer
 from pasta_jax.decoding.api import decoder_for
-from pasta_jax.decoding.compiled import Program
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
@@ -81,11 +80,6 @@ def test_a_decoder_runs_what_is_compiled_ahead_of_time(
     names = {text: program for program, text in lowered.items()}
     assert {names.get(text, "something else") for text in ran} == {*lowered}, "all of them, and no other"
     assert len(ran) == len(lowered), "each once"
-
-
-def test_names_of_programs() -> None:
-    assert str(Program("admit", 8, 64)) == "admit 8x64"
-    assert str(Program("decode", length=512, script=(4, 32))) == "decode 512 script 4x32"
 
 
 def test_a_model_that_nobody_uses_is_freed_with_its_decoders() -> None:

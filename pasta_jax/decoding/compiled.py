@@ -89,11 +89,6 @@ class Program:
     length: int = 0
     script: tuple[int, int] = NOTHING
 
-    def __str__(self) -> str:
-        sizes = [str(n) for n in (self.rows, self.length) if n]
-        scripted = [] if self.script == NOTHING else ["script", "x".join(map(str, self.script))]
-        return " ".join([self.verb, *(["x".join(sizes)] if sizes else []), *scripted])
-
 
 class Sizes(TypedDict, total=False):
     """The keyword arguments of `Compiled`."""
@@ -147,14 +142,9 @@ class Compiled:
         cached_bytes: int = cpu.CACHED_BYTES,
         xla_options: Mapping[str, Any] | None = None,
     ):
-        self.shapes, self.config, self.vocabulary, self.positions = (
-            _shapes(params),
-            config,
-            vocabulary,
-            positions,
-        )
+        self.config, self.vocabulary, self.positions, self.limits = config, vocabulary, positions, limits
+        self.shapes = _shapes(params)
         self.mesh = sharding.mesh_of(self.shapes)
-        self.limits = limits
         self.rows = rows if self.mesh is None else sharding.round_up_rows(rows, self.mesh)
         self.xla_options = dict((_DEFAULT_XLA_OPTIONS.get() or {}) if xla_options is None else xla_options)
         place = jax.tree.leaves(self.shapes)[0].sharding
@@ -209,9 +199,8 @@ class Compiled:
         everywhere, by_row = self._everywhere, self._by_row
         request = SamplingParams().request(program.script)
         batch = jax.eval_shape(functools.partial(self._new_batch, request))
-        places = Batch(
-            by_row, by_row, sharding.pool_shardings(batch.pool, self.mesh) if self.mesh else everywhere
-        )
+        pool: Any = sharding.pool_shardings(batch.pool, self.mesh) if self.mesh else everywhere
+        places = Batch(by_row, by_row, pool)
         batch = _placed(batch, places)
         model = Transformer(config_of_form(self.form, self.config))
         params, rules = self._step_shapes, _placed(self._rules, everywhere)
@@ -226,11 +215,9 @@ class Compiled:
                 return in_place(self._new_batch).lower(_placed(request, everywhere))
             case "admit":
                 n, place = program.rows, by_row if program.rows == self.rows else everywhere
-                requests = jax.tree.map(
-                    lambda x: array(x.dtype, n, *x.shape[1:], place=place), batch.requests
-                )
-                prompts = array("int32", n, program.length, place=place)
-                lengths = array("int32", n, place=place)
+                rows = functools.partial(array, place=place)
+                requests = jax.tree.map(lambda x: rows(x.dtype, n, *x.shape[1:]), batch.requests)
+                prompts, lengths = rows("int32", n, program.length), rows("int32", n)
                 slot = () if n == self.rows else (number,)
                 admit = in_place(functools.partial(loop.admit, model), donate_argnums=2)
                 return admit.lower(params, rules, batch, requests, prompts, lengths, *slot)
