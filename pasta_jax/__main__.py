@@ -11,35 +11,16 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from pasta_jax import verbs
-from pasta_jax.verbs import define_loading, loading_options, options, refuse, show_log
-
-DECODING = (
-    "mode",
-    "max_new_tokens",
-    "max_branches",
-    "lanes",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed",
-    "open_bias",
-    "grammar",
-    "stop",
-    "cache_len",
-)
-"""Flags that are arguments of `pasta_jax.decode`."""
+from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command. Usage errors end in one line and status 2."""
+def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
+    """The command; `decoding` are the flags that `decode` takes. Usage errors end in one line and status 2."""
     values = flags.FLAGS
     if len(argv) != 2 or not values.ckpt:
         refuse(f"Give one prompt and --ckpt=WORKDIR. {__doc__.splitlines()[0]}")
     if values.stream and values.annotated:
-        refuse(
-            "--stream prints the text as it settles, --annotated the whole answer with its tags. Choose one."
-        )
+        refuse("--stream prints the text as it settles, --annotated the whole with its tags. Choose one.")
     show_log()
     from pasta_jax import decode, load
     from pasta_jax.checkpoints.about import CheckpointError
@@ -50,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         result = decode(
             model,
             argv[1],
-            **options(values, DECODING),
+            **{flag.name: flag.value for flag in decoding},
             stream=printer(sys.stdout, live=sys.stdout.isatty()) if values.stream else False,
         )
     except (CheckpointError, ValueError) as error:
@@ -77,42 +58,36 @@ def command() -> None:
     flags.DEFINE_string("ckpt", None, "Workdir or checkpoint of the model.")
     define_loading()
     flags.adopt_module_key_flags(verbs)  # so that --help shows them
-    flags.DEFINE_enum(
-        "mode",
-        "parallel",
-        ["parallel", "sequential", "both"],
-        "How to decode; both runs both and compares their times.",
-    )
-    flags.DEFINE_integer(
-        "max_new_tokens", 512, "Maximum number of tokens in the answer, including tags.", lower_bound=1
-    )
-    flags.DEFINE_integer("max_branches", 15, "Maximum number of promises in the answer.", lower_bound=0)
-    flags.DEFINE_integer("lanes", 8, "Maximum number of threads that decode in the same step.", lower_bound=1)
-    flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
-    flags.DEFINE_integer(
-        "top_k", 0, "Sample among this many of the likeliest tokens; 0 is all.", lower_bound=0
-    )
-    flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest tokens of this total probability; 1 is all.")
-    flags.DEFINE_float(
-        "min_p", 0.0, "Sample among tokens at least this many times as likely as the likeliest; 0 is all."
-    )
-    flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
-    flags.DEFINE_float(
-        "open_bias", 0.0, "Added to the logit that opens a promise; above 0 answers are more parallel."
-    )
-    flags.DEFINE_multi_string("stop", [], "End the answer before this text. May be repeated.")
-    flags.DEFINE_bool("grammar", True, "Allow only well-formed tags; otherwise malformed ones become text.")
-    flags.DEFINE_integer(
-        "cache_len", None, "Maximum tokens of prompt and answer together; by default both fit."
-    )
-    flags.DEFINE_bool(
-        "stream",
-        False,
-        "Print the text as it is decoded; a terminal also shows, faintly, later text that is known already.",
-    )
+    decoding = [
+        flags.DEFINE_enum(
+            "mode",
+            "parallel",
+            ["parallel", "sequential", "both"],
+            "How to decode; both compares their times.",
+        ),
+        flags.DEFINE_integer(
+            "max_new_tokens", 512, "Maximum tokens of the answer, tags included.", lower_bound=1
+        ),
+        flags.DEFINE_integer("max_branches", 15, "Maximum promises in the answer.", lower_bound=0),
+        flags.DEFINE_integer("lanes", 8, "Maximum threads that decode in one step.", lower_bound=1),
+        flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0),
+        flags.DEFINE_integer(
+            "top_k", 0, "Sample among so many of the likeliest tokens; 0: all.", lower_bound=0
+        ),
+        flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest tokens of this probability; 1: all."),
+        flags.DEFINE_float("min_p", 0.0, "Leave out tokens below this share of the likeliest one; 0: none."),
+        flags.DEFINE_integer("seed", 0, "Seed of the sampling."),
+        flags.DEFINE_float(
+            "open_bias", 0.0, "Added to the logit that opens a promise; more parallel above 0."
+        ),
+        flags.DEFINE_multi_string("stop", [], "End the answer before this text. May be repeated."),
+        flags.DEFINE_bool("grammar", True, "Allow only well-formed tags; else malformed ones become text."),
+        flags.DEFINE_integer("cache_len", None, "Maximum tokens of prompt and answer; by default both fit."),
+    ]
+    flags.DEFINE_bool("stream", False, "Print text as it is decoded, in a terminal with later text, faint.")
     flags.DEFINE_bool("annotated", False, "Print the answer with its tags.")
     flags.DEFINE_bool("timeline", False, "Draw the threads over time.")
-    app.run(main)
+    app.run(lambda argv: main(argv, decoding))
 
 
 if __name__ == "__main__":

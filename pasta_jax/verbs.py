@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from absl import flags
@@ -49,9 +48,5 @@ def define_loading() -> None:
 
 def loading_options(values: flags.FlagValues) -> dict[str, Any]:
     """The values of these flags, as arguments of `load`."""
-    return options(values, ("dtype", "quantize", "base", "tokenizer", "extend_tokenizer", "chat"))
-
-
-def options(values: flags.FlagValues, names: Iterable[str]) -> dict[str, Any]:
-    """The values of the named flags, as arguments of a function."""
+    names = ("dtype", "quantize", "base", "tokenizer", "extend_tokenizer", "chat")
     return {name: values[name].value for name in names}
