@@ -18,8 +18,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["pasta_jax", "pasta_jax.*"]),
-    package_data={"pasta_jax": ["py.typed", "data/almanac/**"]},
+    packages=[*find_packages(include=["pasta_jax", "pasta_jax.*"]), "pasta_jax.configs"],
+    package_dir={"pasta_jax.configs": "configs"},
+    package_data={"pasta_jax": ["py.typed", "data/almanac/**", "reproduce/templates/*"]},
     install_requires=[
         "absl-py>=2.1",
         "etils[epath]>=1.9",
@@ -38,7 +39,7 @@ setup(
         "tpu": ["jax[tpu]>=0.8.1"],
         "cuda": ["jax[cuda12]>=0.8.1"],
         "hf": ["huggingface_hub>=0.30", "jinja2>=3.1", "tokenizers>=0.20"],
-        "plot": ["matplotlib>=3.9"],
+        "plot": ["jinja2>=3.1", "matplotlib>=3.9"],
         "tb": ["tensorboardX>=2.6.2.2"],
     },
     classifiers=[

@@ -2,85 +2,109 @@
 
 Trains a base model on Almanac, finetunes a sequential baseline and PASTA from it, improves PASTA by one round
 of preference optimisation, evaluates all of them on held-out prompts, and shows one answer's threads over time.
-Two CPU cores, no accelerator, no download; every part resumes where it was cut off.
+It needs two CPU cores, no accelerator and no download. The same command resumes. WORKDIR/table.md gets the table
+and how it was made.
 """
 
 from __future__ import annotations
 
+import datetime
 import os
+import platform
+import resource
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from absl import app, flags
 
 from pasta_jax import train
 from pasta_jax.decoding.model import Model
-from pasta_jax.evaluate import __main__ as evaluate
+from pasta_jax.evaluate.compare import compare
+from pasta_jax.files import replacing
 from pasta_jax.overrides import load_config
-from pasta_jax.verbs import refuse, show_log
-
-CONFIGS = Path(__file__).parent.parent / "configs"
-CONFIG = CONFIGS / "tiny.py"
+from pasta_jax.verbs import config_file, show_log
 
 STAGES = {
     "base": "the base model, on facts as plain text and plain instructions",
     "baseline": "Baseline-SFT, from the base, on plain answers",
     "pasta": "PASTA-SFT, from the base, on the same answers with imperfect annotations",
 }
-"""What is trained, in order, and how it is announced."""
+"""The models of the first stage, in order: variants of configs/tiny.py, and how their training is announced."""
+
+PREFERENCE = (
+    "One round of preference optimisation, PASTA-BoN: answers of PASTA-SFT are sampled, scored and paired"
+)
+
+LEGEND = """\
+Win rate: the judge's, against the baseline. Speeds are geometric means, also against the baseline. Theoretical: its
+tokens / the model's longest chain of decode steps. Realized: its seconds / the model's, both through the same
+engine, second of two runs.
+"""
 
 
 def main(argv: Sequence[str]) -> None:
-    """The verb."""
+    """Runs the command line."""
     del argv
-    if not CONFIG.exists():
-        refuse(
-            "The demo needs configs/tiny.py, which is in the repository only. Clone it, and run make demo."
-        )
     from pasta_jax.loading import load
 
-    begun = time.monotonic()
-    workdir = flags.FLAGS.workdir
+    started = time.monotonic()
+    workdir, prompts = flags.FLAGS.workdir, flags.FLAGS.prompts
     paths = {name: os.path.join(workdir, name) for name in (*STAGES, "bon", "evaluation")}
+    resumed = os.path.exists(paths["base"])
     show_log()
+    titles = [
+        *(f"Training {what}" for what in STAGES.values()),
+        PREFERENCE,
+        f"Evaluating on {prompts} held-out prompts, each decoded twice at batch 1",
+    ]
+    announcements = (f"{number}/{len(titles)}  {title}" for number, title in enumerate(titles, 1))
 
-    for number, (name, what) in enumerate(STAGES.items(), 1):
-        say(f"{number}/5  Training {what}", begun)
-        start = [] if name == "base" else [f"init_from={paths['base']}"]
-        train.run(load_config(f"{CONFIG}:{name}", start), paths[name])
+    for name in STAGES:
+        say(next(announcements), started)
+        settings = [] if name == "base" else [f"init_from={paths['base']}"]
+        train.run(load_config(f"{config_file('tiny.py')}:{name}", settings), paths[name])
 
-    say(
-        "4/5  One round of preference optimisation, PASTA-BoN: PASTA-SFT's answers, sampled, scored and paired",
-        begun,
-    )
-    overrides = [
+    say(next(announcements), started)
+    settings = [
         f"init_from={paths['pasta']}",
         f"preference.baseline={paths['baseline']}",
         "preference.rounds=1",
         "preference.prompts_per_round=192",
     ]
-    train.run(load_config(f"{CONFIG}:preference", overrides), paths["bon"])
+    train.run(load_config(f"{config_file('tiny.py')}:preference", settings), paths["bon"])
 
-    say(f"5/5  Evaluating on {flags.FLAGS.prompts} held-out prompts, each decoded twice at batch 1", begun)
+    say(next(announcements), started)
     tests = {"PASTA-SFT": paths["pasta"], "PASTA-BoN": paths["bon"]}
-    table = evaluate.compare(paths["baseline"], tests, flags.FLAGS.prompts, paths["evaluation"])
+    table = compare(paths["baseline"], tests, prompts, paths["evaluation"])
 
-    print(f"\n{table}\n")
-    print(
-        "win rate: the judge's, against the baseline. Speeds are geometric means, also against the baseline;"
-    )
-    print(
-        "theoretical: its tokens / the model's longest chain of steps; realized: its seconds / the model's, both"
-    )
-    print("through the same engine, second of two runs.\n")
-    show_one_answer(load(paths["bon"]))
-    print(
-        f"\nIn {workdir}: base/, baseline/, pasta/, bon/ are models; evaluation/ has every answer and this table."
-    )
+    print(f"\n{table}\n\n{LEGEND}")
+    model = load(paths["bon"])
+    show_one_answer(model)
+    print(f"\nIn {workdir}: base/, baseline/, pasta/, bon/ are models; evaluation/ has every answer.")
     print(f'Ask it yourself:  python -m pasta_jax --ckpt={paths["bon"]} --timeline "{shown_prompt()}"')
-    say("Done", begun)
+    about = provenance(time.monotonic() - started, resumed)
+    with replacing(os.path.join(workdir, "table.md")) as file:
+        file.write(f"{table}\n\n{LEGEND}\n" + "".join(f"- {name}: {fact}\n" for name, fact in about.items()))
+    say(f"Done; the table is in {workdir}/table.md", started)
+
+
+def provenance(seconds: float, resumed: bool) -> Mapping[str, str]:
+    """How the table was made: what a reader needs to repeat it."""
+    import jax
+
+    from pasta_jax.checkpoints.about import versions
+
+    per_gb = 1e9 if sys.platform == "darwin" else 1e6  # ru_maxrss is in bytes there, in KiB elsewhere
+    minutes = f"{seconds / 60:.1f} minutes" + (", resumed: of the last session" if resumed else "")
+    return {
+        "command": "python -m pasta_jax.demo " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}; jax on {jax.devices()[0].device_kind}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "time": f"{minutes}, training included, installing not",
+        "peak memory": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_gb:.1f} GB",
+    }
 
 
 def shown_prompt() -> str:
@@ -92,7 +116,7 @@ def shown_prompt() -> str:
 
 
 def show_one_answer(model: Model) -> None:
-    """Decodes one held-out prompt with and without promises, and draws it."""
+    """Decodes one held-out prompt with and without promises, and draws the threads."""
     from pasta_jax.decoding.api import decode
     from pasta_jax.terminal import timeline
 
@@ -106,15 +130,15 @@ def show_one_answer(model: Model) -> None:
     )
 
 
-def say(what: str, begun: float) -> None:
-    """A line with the time since the beginning."""
-    minutes, seconds = divmod(int(time.monotonic() - begun), 60)
+def say(what: str, started: float) -> None:
+    """Prints a line with the time since the start."""
+    minutes, seconds = divmod(int(time.monotonic() - started), 60)
     print(f"[{minutes:02}:{seconds:02}] {what}", file=sys.stderr, flush=True)
 
 
 def command() -> None:
     """Parses the command line and runs `main`."""
-    flags.DEFINE_string("workdir", "runs/demo", "Where everything goes; the same one resumes.")
+    flags.DEFINE_string("workdir", "runs/demo", "Folder of all output; the same one resumes.")
     flags.DEFINE_integer("prompts", 280, "Held-out prompts of the evaluation.", lower_bound=1)
     app.run(main)
 

@@ -1,7 +1,8 @@
-"""Things that only tests need: random programs and texts."""
+"""What tests and benchmarks run on: random texts and programs, and a tokenizer without a model."""
 
 from __future__ import annotations
 
+import collections
 import copy
 import random
 import re
@@ -18,6 +19,9 @@ _SIGNS = ("'", '"', "<", ">", "\\", "\\\\", "/>")
 _FOREIGN = ("Zürich", "e\u0301", "東京", "🌍", "\u00a0", "\u2028", "\t", "\x00")
 _TAG_LIKE = ("<b>", "<sync />", "< async >", "</ async>", "<promise tokens=2 />", "<\\sync/>", "<\\\\async>")
 _FRAGMENTS = (*_PLAIN, *_PLAIN, *_SIGNS, *_FOREIGN, *_TAG_LIKE, *tags.PIECES)
+_MADE_UP = 64
+"""Ids kept for made-up words in a vocabulary of a given size: words that any text may be built of."""
+
 _TOPICS = ("rivers", "two words", "The 3 moons", "東京", "it's", "a/b", "tokens=2 /", " ", "é🌍", "7")
 
 
@@ -54,33 +58,39 @@ def random_program(rng: random.Random, *, max_depth: int = 1, max_nodes: int = 1
 
 
 class WordTokenizer:
-    """A tokenizer for tests: the words of some texts are ids, a space before them included; else bytes."""
+    """A tokenizer for models that never saw a text: words are ids, a space before them included; else bytes.
+
+    The words are those of `texts`, in order of appearance. With `vocab_size`, the vocabulary has exactly that many
+    ids: the most frequent words of `texts`, and made-up words to fill the rest.
+    """
 
     _WORDS = re.compile(r" ?[^\W\d]+|.", re.DOTALL)
 
-    def __init__(self, *texts: str):
-        words = {word.encode(): None for text in texts for word in self._WORDS.findall(text)}
-        digits = [b"%d" % d for d in range(10)]
-        control = [b"", b"", b""]
+    def __init__(self, *texts: str, vocab_size: int | None = None):
+        control = (b"", b"", b"")
         tag_pieces = [piece.encode() for piece in tags.PIECES]
         single = [bytes([byte]) for byte in range(256)]
-        known = [word for word in words if word not in digits and len(word) > 1]
-        pieces = (*control, *tag_pieces, *single, *known)
-        first = len(control)
+        first = len(control) + len(tag_pieces) + len(single)
+        counts = collections.Counter(word.encode() for text in texts for word in self._WORDS.findall(text))
+        words = [word for word in counts if len(word) > 1]
+        if vocab_size is not None:
+            room = vocab_size - first
+            frequent = sorted(words, key=lambda word: -counts[word])[: max(0, room - _MADE_UP)]
+            words = [*dict.fromkeys([*frequent, *(f" {_letters(n)}".encode() for n in range(room))])][:room]
         self.vocabulary = Vocabulary(
-            pieces=pieces,
-            tag_ids={piece: first + i for i, piece in enumerate(tags.PIECES)},
+            pieces=(*control, *tag_pieces, *single, *words),
+            tag_ids={piece: len(control) + i for i, piece in enumerate(tags.PIECES)},
             pad=0,
             eos=1,
             bos=2,
             control=frozenset({0, 2}),
         )
-        self._bytes = first + len(tag_pieces)
-        self._ids = {word: self._bytes + len(single) + i for i, word in enumerate(known)}
+        self._bytes = len(control) + len(tag_pieces)
+        self._ids = {word: first + i for i, word in enumerate(words)}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for word in (found.encode() for found in self._WORDS.findall(text)):
+        for word in (match.encode() for match in self._WORDS.findall(text)):
             ids += [self._ids[word]] if word in self._ids else [self._bytes + byte for byte in word]
         return ids
 
@@ -90,8 +100,8 @@ class WordTokenizer:
         return [self.vocabulary.bos, *self.encode(prompt + "\n")]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        said = dialogue(messages)
-        return [self.vocabulary.bos, *self.encode("".join(f"{t}\n" for t in (said.system, *said.turns) if t))]
+        chat = dialogue(messages)
+        return [self.vocabulary.bos, *self.encode("".join(f"{t}\n" for t in (chat.system, *chat.turns) if t))]
 
     def with_dialect(self, dialect: tags.Dialect) -> WordTokenizer:
         other = copy.copy(self)
@@ -100,3 +110,12 @@ class WordTokenizer:
 
     def to_bytes(self) -> bytes:
         return b"\0".join(self.vocabulary.pieces)
+
+
+def _letters(n: int) -> str:
+    """A made-up word of at least two letters for each number: 0 is "aa", 1 is "ab"."""
+    spelled = ""
+    while n or len(spelled) < 2:
+        n, letter = divmod(n, 26)
+        spelled = chr(ord("a") + letter) + spelled
+    return spelled

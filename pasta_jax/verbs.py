@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
@@ -16,6 +17,15 @@ def refuse(message: str) -> NoReturn:
     """Prints the message on stderr and exits with status 2."""
     print(message, file=sys.stderr)
     sys.exit(BAD_USAGE)
+
+
+def config_file(name: str) -> str:
+    """The path of a file in configs/: inside an installed package, beside the package in a clone."""
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / name).exists():
+            return str(folder / name)
+    refuse(f"configs/{name} is missing. Clone the repository, and run this there.")
 
 
 def show_log() -> None:

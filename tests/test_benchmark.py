@@ -19,10 +19,11 @@ from pasta_jax.benchmark import __main__ as benchmark
 from pasta_jax.benchmark import measure, models, parts, peers, startup
 from pasta_jax.benchmark.figures import FIGURES, draw
 from pasta_jax.benchmark.measure import Spread
-from pasta_jax.benchmark.models import NAMED, PieceTokenizer, silent
+from pasta_jax.benchmark.models import NAMED, silent
 from pasta_jax.decoding.script import threads_in
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.model import ModelConfig
+from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.layout import layout_example
 
 pytestmark = pytest.mark.slow
@@ -111,7 +112,7 @@ def test_only_steps_of_the_width_asked_for_are_measured() -> None:
 
 
 def test_branches_beside_each_other_differ_in_nothing_but_their_length() -> None:
-    tokenizer = PieceTokenizer(512)
+    tokenizer = WordTokenizer(vocab_size=512)
     for length in (9, 31):
         threads = threads_in(parts.beside(random.Random(0), tokenizer, 3, length), tokenizer)
         assert [len(line) - 2 for line in threads.tokens[1:]] == [length] * 3
@@ -120,7 +121,7 @@ def test_branches_beside_each_other_differ_in_nothing_but_their_length() -> None
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_random_weights_write_no_tag_and_end_no_answer(tied: bool) -> None:
-    vocabulary = PieceTokenizer(512).vocabulary
+    vocabulary = WordTokenizer(vocab_size=512).vocabulary
     params = {"embed": {"embedding": np.ones((512, 4))}, "head": np.ones((4, 512))}
     made = silent(params, dataclasses.replace(SMALL, tie_embeddings=tied), vocabulary)
     used, other = made["embed"]["embedding"], made["head"].T
@@ -131,7 +132,7 @@ def test_random_weights_write_no_tag_and_end_no_answer(tied: bool) -> None:
 
 
 def test_the_tokenizer_spells_all_texts_with_all_ids(seed: int) -> None:
-    tokenizer = PieceTokenizer(700, [ANSWER] * 2 + ["rare words"])
+    tokenizer = WordTokenizer(ANSWER, ANSWER, "rare words", vocab_size=700)
     for text in (ANSWER, "Zürich\n\n東京 <sync/> 🌍", " xyzzyx qqqqqqqqq"):
         assert tokenizer.vocabulary.text(tokenizer.encode(text)) == text
     assert (
@@ -143,7 +144,7 @@ def test_the_tokenizer_spells_all_texts_with_all_ids(seed: int) -> None:
 
 
 def test_real_responses_become_programs() -> None:
-    tokenizer = PieceTokenizer(600, [ANSWER])
+    tokenizer = WordTokenizer(ANSWER, vocab_size=600)
     (program,) = parts.real_shapes(tokenizer, [ANSWER, "No list."], 5, random.Random(0))
     assert assemble(program) == ANSWER
     assert [promise.topic for promise in program.promises()] == ["it flows", "it flows"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pasta_jax.data import almanac
-from pasta_jax.evaluate.__main__ import summarise, table
+from pasta_jax.evaluate.compare import summarise, table
 from pasta_jax.evaluate.systems import Measured, System, evaluate
 
 
@@ -107,7 +107,7 @@ def cut_off(workdir: pathlib.Path, asked: list[str]) -> None:
     asked.clear()
 
 
-def test_it_goes_on_where_it_was_cut_off(tmp_path: pathlib.Path, asked: list[str]) -> None:
+def test_it_resumes_an_interrupted_evaluation(tmp_path: pathlib.Path, asked: list[str]) -> None:
     cut_off(tmp_path, asked)
     answers = evaluate(systems(asked), 5, str(tmp_path), {"step": 1})
     assert asked == [task.prompt for task in TASKS[3:] for _ in "ab"]

@@ -10,24 +10,34 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pasta_jax.checkpoints import about
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data import almanac
 from pasta_jax.evaluate.systems import Measured, concludes_last, write_answers
 from pasta_jax.model import ModelConfig
 from pasta_jax.reproduce import __main__ as reproduce
-from pasta_jax.reproduce import measures
-from pasta_jax.reproduce.__main__ import Cell, Folder, Plan
+from pasta_jax.reproduce import cells, measures
+from pasta_jax.reproduce.cells import FULL, QUICK, Cell, Folder, Plan, bon
 from pasta_jax.reproduce.claims import claims
-from tests.helpers import FULL
+from tests import helpers
 
-PLAN = Plan((0,), (1.0, math.inf), rounds=2, timed=14, counted=14, ablated=(1.0, math.inf))
+PLAN = Plan(
+    seeds=(0,),
+    weights=(1.0, math.inf),
+    rounds=2,
+    timed=14,
+    counted=14,
+    positions=FULL.positions,
+    efficiencies=FULL.efficiencies,
+    efficiency_weights=(1.0, math.inf),
+)
 
 
 # ---------------------------------------------------------------------------------------------------- cells
 
 
 def test_full_and_quick_do_what_they_say() -> None:
-    full = [cell.name for cell in reproduce.cells(reproduce.FULL, "w")]
+    full = [cell.name for cell in cells.cells(FULL, "w")]
     assert len(set(full)) == len(full)
     assert full[0] == "base"
     for seed in range(3):
@@ -44,13 +54,13 @@ def test_full_and_quick_do_what_they_say() -> None:
         ):
             assert f"seed-{seed}-{name}" in full
     assert {"positions-Pred-1X", "positions-Const-40", "efficiency-bon-4-harmonic"} <= set(full)
-    quick = [*reproduce.cells(reproduce.QUICK, "w")]
+    quick = [*cells.cells(QUICK, "w")]
     assert not [cell for cell in quick if "seed-1" in cell.name or "positions" in cell.name]
     assert sum(cell.seconds for cell in quick) <= 25 * 60
 
 
 def test_a_finished_cell_is_not_done_again(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done: list[str] = []
 
@@ -59,20 +69,16 @@ def test_a_finished_cell_is_not_done_again(
             done.append("b")
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        reproduce,
-        "cells",
-        lambda plan, workdir: [Cell("a", 60, lambda: done.append("a")), Cell("b", 120, breaks)],
-    )
+    todo = [Cell("a", 60, lambda: done.append("a")), Cell("b", 120, breaks)]
     with pytest.raises(KeyboardInterrupt):
-        reproduce.run(PLAN, str(tmp_path))
+        reproduce.run_cells(todo, str(tmp_path))
     assert (
         "2 cells, about 3 minutes on two cores; 0 are done, about 3 minutes are left."
         in capsys.readouterr().err
     )
-    reproduce.run(PLAN, str(tmp_path))
+    reproduce.run_cells(todo, str(tmp_path))
     assert "1 are done, about 2 minutes are left." in capsys.readouterr().err
-    reproduce.run(PLAN, str(tmp_path))
+    reproduce.run_cells(todo, str(tmp_path))
     assert "about 0 minutes are left" in capsys.readouterr().err
     assert done == ["a", "b"]
 
@@ -82,30 +88,33 @@ def test_what_another_configuration_left_is_not_mixed_in(
 ) -> None:
     monkeypatch.setattr(reproduce, "cells", lambda plan, workdir: [])
     reproduce.run(PLAN, str(tmp_path))
-    reproduce.run(reproduce.QUICK, str(tmp_path))  # of the same configurations
-    tiny = reproduce._tiny
+    reproduce.run(QUICK, str(tmp_path))  # from the same configurations
 
-    def longer(name: str, *wishes: str) -> Config:
-        return dataclasses.replace(tiny(name, *wishes), steps=7)
+    def longer(config: Config) -> Config:
+        return config if config.stage == "preference" else dataclasses.replace(config, steps=7)
 
-    monkeypatch.setattr(reproduce, "_tiny", longer)
+    changed = dataclasses.replace(PLAN, adapt=longer)
     with pytest.raises(ConfigError, match=r"base, baseline, pasta, apar, sot differ.*new --workdir"):
-        reproduce.run(PLAN, str(tmp_path))
+        reproduce.run(changed, str(tmp_path))
     (tmp_path / "old" / "cells").mkdir(parents=True)  # of a version that kept no configurations
     with pytest.raises(ConfigError, match="another configuration"):
         reproduce.run(PLAN, str(tmp_path / "old"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"holds notes\.txt"):
+        reproduce.run(PLAN, str(tmp_path / "other"))
 
 
 def test_samples_of_other_models_are_not_learnt_from(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = Folder(str(tmp_path))
-    folder = pathlib.Path(here.model(0, "samples"))
+    folder = pathlib.Path(Folder(str(tmp_path)).model(0, "samples"))
     folder.mkdir(parents=True)
     (folder / "about.json").write_text(json.dumps({"pasta": "as it was"}))
-    monkeypatch.setattr(reproduce, "_drawers", lambda here, seed: {"pasta": "trained again"})
-    with pytest.raises(ConfigError, match="other models.*seed-0-samples.json"):
-        reproduce._prefer(here, 0, 1.0, 1)
+    monkeypatch.setattr(about, "checkpoint_mark", lambda path: "trained again")
+    (cell,) = [cell for cell in cells.cells(PLAN, str(tmp_path)) if cell.name == "seed-0-bon-1"]
+    with pytest.raises(ConfigError, match=r"other models.*seed-0-samples\.json"):
+        cell.run()
 
 
 # -------------------------------------------------------------------------------------------------- results
@@ -132,7 +141,7 @@ def answer(task: almanac.Task, *, right: bool, speed: float, promises: int = 0) 
 
 def made_up(workdir: pathlib.Path, plan: Plan) -> None:
     """Answers of every system: PASTA-BoN right and twice as fast, APAR wrong in compare and chain."""
-    here = Folder(str(workdir))
+    folder = Folder(str(workdir))
     tasks = almanac.evaluation_tasks(plan.timed)
     systems: dict[str, Any] = {
         "baseline": lambda t: answer(t, right=True, speed=1.0),
@@ -146,29 +155,27 @@ def made_up(workdir: pathlib.Path, plan: Plan) -> None:
         "sot": lambda t: answer(t, right=t.family == "list", speed=0.8),
     }
     for weight in plan.weights:
-        systems[reproduce.bon(weight)] = lambda t: answer(
+        systems[bon(weight)] = lambda t: answer(
             t,
             right=True,
             speed=2.0,
             promises=int(t.family not in ("chain", "single")),
         )
-    os.makedirs(here.answers(0, "timed-2-14"))
-    os.makedirs(here.answers(0, "counted-14"))
+    os.makedirs(folder.timed(0, plan))
+    os.makedirs(folder.counted(0, plan))
     for name, system in systems.items():
-        write_answers(
-            os.path.join(here.answers(0, "timed-2-14"), f"{name}.jsonl"), [system(t) for t in tasks]
-        )
-    untimed = [f"{reproduce.bon(w)}-round-1" for w in plan.weights] + [*reproduce.POSITIONS]
-    untimed += [reproduce.bon(w, e) for w in plan.weights for e in reproduce.EFFICIENCIES]
+        write_answers(os.path.join(folder.timed(0, plan), f"{name}.jsonl"), [system(t) for t in tasks])
+    untimed = [f"{bon(w)}-round-1" for w in plan.weights] + [*plan.positions]
+    untimed += [bon(w, e) for w in plan.weights for e in plan.efficiencies]
     for name in untimed:
         answers = [dataclasses.replace(systems["pasta"](t), wall_s=0.0) for t in tasks]
-        write_answers(os.path.join(here.answers(0, "counted-14"), f"{name}.jsonl"), answers)
+        write_answers(os.path.join(folder.counted(0, plan), f"{name}.jsonl"), answers)
 
 
 @pytest.fixture
 def found(tmp_path: pathlib.Path) -> list[Any]:
     made_up(tmp_path, PLAN)
-    return reproduce.results(PLAN, str(tmp_path))
+    return measures.results(PLAN, str(tmp_path))
 
 
 def test_results_by_hand(found: list[Any]) -> None:
@@ -197,7 +204,7 @@ def test_answers_that_are_missing_are_not_passed_over(tmp_path: pathlib.Path) ->
     path = tmp_path / "seed-0" / "answers" / "timed-2-14" / "apar.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ConfigError, match="missing, or to other prompts"):
-        reproduce.results(PLAN, str(tmp_path))
+        measures.results(PLAN, str(tmp_path))
 
 
 def test_claims_follow_the_numbers(found: list[Any]) -> None:
@@ -353,25 +360,26 @@ def test_the_report_is_written(tmp_path: pathlib.Path) -> None:
 # ------------------------------------------------------------------------------------------------ end to end
 
 
-@pytest.mark.skipif(not FULL, reason="takes a few minutes; .ci/run does it")
-def test_every_cell_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not helpers.FULL, reason="takes a few minutes; .ci/run does it")
+def test_every_cell_runs(tmp_path: pathlib.Path) -> None:
     """All the cells of a small plan with models that learn nothing; then the report, and nothing a second time."""
     pytest.importorskip("matplotlib")
     model = ModelConfig(vocab_size=1408, num_layers=1, model_dim=16, head_dim=8, mlp_dim=16, num_heads=2)
-    tiny, preference = reproduce._tiny, reproduce._preference
 
     def small(config: Config) -> Config:
         data = dataclasses.replace(config.data, rows=8)
-        wishes = dataclasses.replace(config.preference, prompts_per_round=2, samples=2, sampling_rows=4)
-        return dataclasses.replace(config, steps=2, model=model, data=data, preference=wishes)
+        preference = dataclasses.replace(config.preference, prompts_per_round=2, samples=2, sampling_rows=4)
+        return dataclasses.replace(config, steps=2, model=model, data=data, preference=preference)
 
-    monkeypatch.setattr(reproduce, "_tiny", lambda *wishes: small(tiny(*wishes)))
-    monkeypatch.setattr(reproduce, "_preference", lambda *wishes: small(preference(*wishes)))
-    monkeypatch.setattr(reproduce, "EFFICIENCIES", ("harmonic",))
-    monkeypatch.setattr(reproduce, "POSITIONS", {"Shared": ("shared", 0)})
-    plan = Plan((0,), (1.0,), rounds=2, timed=7, counted=7, ablated=(1.0,))
+    plan = Plan((0,), (1.0,), 2, 7, 7, ("Shared",), ("harmonic",), (1.0,), adapt=small)
     reproduce.run(plan, str(tmp_path))
     reproduce.write(plan, str(tmp_path), reproduce.about_this(plan, str(tmp_path)))
     assert (tmp_path / "report.html").exists()
-    monkeypatch.setattr(reproduce, "_train", None)  # nothing is trained a second time
+
+    def written() -> dict[pathlib.Path, int]:
+        files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "configs.json"]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = written()
     reproduce.run(plan, str(tmp_path))
+    assert written() == before, "nothing is done a second time"

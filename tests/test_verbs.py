@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pasta_jax import demo
+from pasta_jax import verbs
 
 pytestmark = pytest.mark.slow
 
@@ -44,16 +44,21 @@ def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: st
     assert done.stdout == ""
 
 
-def test_the_demo_without_a_clone(
+def test_configurations_that_the_demo_needs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
-    monkeypatch.setattr(demo, "CONFIG", tmp_path / "configs" / "tiny.py")
+    """In a clone they lie beside the package, in a wheel inside it; without them it ends in one line."""
+    package = tmp_path / "pasta_jax"
+    monkeypatch.setattr(verbs, "__file__", str(package / "verbs.py"))
     with pytest.raises(SystemExit) as leaving:
-        demo.main([])
+        verbs.config_file("tiny.py")
     assert leaving.value.code == 2
-    assert capsys.readouterr().err.startswith(
-        "The demo needs configs/tiny.py, which is in the repository only."
-    )
+    message = capsys.readouterr().err
+    assert message.startswith("configs/tiny.py is missing.") and message.count("\n") == 1
+    for folder in (tmp_path / "configs", package / "configs"):
+        folder.mkdir(parents=True)
+        (folder / "tiny.py").touch()
+        assert verbs.config_file("tiny.py") == str(folder / "tiny.py")
 
 
 LOADED = {

@@ -1,7 +1,7 @@
-"""Systems that answer prompts, measured one beside the other: what `evaluate`, the demo and `reproduce` share.
+"""Systems that answer prompts, and what is measured of their answers.
 
-A system is anything that answers a task and says what it cost: a model in the engine, or Skeleton-of-Thought,
-which asks the engine twice. Speeds are measured at batch 1, each request decoded twice and the second timed
+A system is a function from a task to a measured answer: a model in the engine, or Skeleton-of-Thought, which calls
+the engine twice. Speeds are measured at batch 1: each request is decoded twice and the second decode is timed
 (paper section 5.1).
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
 import os
@@ -28,7 +27,7 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
-from pasta_jax.files import replacing
+from pasta_jax.files import Stamp, appending, json_line, read_jsonl, write_jsonl
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Promise, Sync
 from pasta_jax.rounding import next_power_of_two
@@ -41,16 +40,16 @@ GREEDY = SamplingParams(max_new_tokens=384, max_branch_tokens=256)
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One system's answer to one prompt, measured.
+    """One system's answer to one prompt.
+
+    The counts and wall_s are fields of `Stats` and mean the same.
 
     Attributes:
+      family, prompt: of the task.
+      text, annotated, stop_reason, issues: as in `DecodeResult`.
       truth: the judge's score, 0 to 1.
-      output_tokens: tokens of the answer, tags included.
-      text_tokens: tokens without tags.
-      critical_path: decode steps needed with unlimited lanes.
-      decode_steps: decode steps taken.
-      wall_s: seconds of the second of two decodes, prompt included; 0 if it was not timed.
-      promises: branches that the answer was decoded in, main apart.
+      wall_s: of the second of two decodes; 0 if it was not timed.
+      promises: number of branches.
     """
 
     family: str
@@ -68,6 +67,9 @@ class Measured:
     promises: int
 
 
+COSTS = ("output_tokens", "text_tokens", "critical_path", "decode_steps", "wall_s")
+"""Fields that `Measured` shares with `Stats`."""
+
 System: TypeAlias = Callable[[almanac.Task], Measured]
 
 
@@ -75,7 +77,7 @@ System: TypeAlias = Callable[[almanac.Task], Measured]
 
 
 def decoding(model: Model, like: Decoder | None = None) -> System:
-    """A model in the engine at batch 1. `like` is a decoder whose compiled programs it shares if they fit."""
+    """A model in the engine at batch 1. It shares the compiled programs of `like` if they fit."""
     decoder = like.for_model(model) if like and like.fits(model) else Decoder(model, limits=LIMITS)
 
     def answer(task: almanac.Task) -> Measured:
@@ -89,19 +91,14 @@ def decoding(model: Model, like: Decoder | None = None) -> System:
 
 def judged(model: Model, task: almanac.Task, trace: Trace, wall_s: float) -> Measured:
     """A trace as an answer to a task."""
-    tokenizer = model.tokenizer
-    decoded = result(tokenizer, trace, wall_s)
+    decoded = result(model.tokenizer, trace, wall_s)
     return Measured(
         family=task.family,
         prompt=task.prompt,
         text=decoded.text,
         annotated=decoded.annotated,
         truth=almanac.truth(task, decoded.text).score,
-        output_tokens=decoded.stats.output_tokens,
-        text_tokens=decoded.stats.text_tokens,
-        critical_path=decoded.stats.critical_path,
-        decode_steps=trace.steps,
-        wall_s=wall_s,
+        **{name: getattr(decoded.stats, name) for name in COSTS},
         stop_reason=decoded.stop_reason,
         issues=decoded.issues,
         promises=len(decoded.branches),
@@ -109,10 +106,10 @@ def judged(model: Model, task: almanac.Task, trace: Trace, wall_s: float) -> Mea
 
 
 def skeleton_of_thought(model: Model) -> System:
-    """Skeleton-of-Thought with a model that knows its prompts, in the engine: the points in rows of a batch.
+    """Skeleton-of-Thought in the engine, with a model trained on its prompts.
 
-    The batch is the smallest of 1, 2, 4 and 8 rows that holds the points, a lane each, so that no step is
-    wider than it must be.
+    The points are the rows of a batch: the smallest of 1, 2, 4 and 8 rows that holds them, with one lane each, so
+    that no step is wider than necessary.
     """
     limits = dataclasses.replace(LIMITS, lanes=1)
     sequential = dataclasses.replace(GREEDY, open_bias=-math.inf)
@@ -131,8 +128,8 @@ def skeleton_of_thought(model: Model) -> System:
             traces, timing = decoder(rows).decode(ids, [sequential] * len(ids))
             wall_s.append(timing.wall_s)
             results = [result(model.tokenizer, trace) for trace in traces]
-            stops.extend(each.stop_reason for each in results)
-            return [_Reply(each.text, each.stats.output_tokens) for each in results]
+            stops.extend(decoded.stop_reason for decoded in results)
+            return [_Reply(decoded.text, decoded.stats.output_tokens) for decoded in results]
 
         reply = sot.answer(ask, task.prompt)
         return reply, sum(wall_s), next((stop for stop in stops if stop != "eos"), "eos")
@@ -168,7 +165,7 @@ class _Reply:
 def answer_at_once(
     model: Model, tasks: Sequence[almanac.Task], like: Decoder | None = None
 ) -> list[Measured]:
-    """Many answers of a model, in batches and not timed: what truth and theoretical speed need."""
+    """A model's answers to many tasks, in batches and not timed: enough for truth and theoretical speed."""
     decoder = like.for_model(model) if like else batched_decoder(model)
     prompts = [model.tokenizer.encode_prompt(task.prompt) for task in tasks]
     traces, _ = decoder.decode(prompts, [GREEDY] * len(prompts))
@@ -180,113 +177,96 @@ def batched_decoder(model: Model) -> Decoder:
     return Decoder(model, limits=dataclasses.replace(LIMITS, lanes=4), rows=32, chunk=64)
 
 
-# --------------------------------------------------------------------------------------- answers, and at rest
+# ------------------------------------------------------------------------------------------------ evaluation
 
 
 def evaluate(
     systems: Mapping[str, System], prompts: int, workdir: str, about: Mapping[str, Any]
 ) -> dict[str, list[Measured]]:
-    """Every system's answers to the same held-out prompts; also written to WORKDIR/NAME.jsonl as they come.
+    """Every system's answers to the same held-out prompts, also written to WORKDIR/NAME.jsonl one by one.
 
-    The systems take turns at each prompt, so that what the machine does besides meets them alike. Prompts that
-    all of them answered in an earlier call are not asked again.
+    The systems take turns at each prompt, so that other load on the machine affects them alike. Prompts that all
+    of them answered in an earlier call are not asked again.
 
     Args:
       systems: by name.
-      prompts: how many.
-      workdir: where to write; answers that are there already count if they are of the same `about`.
-      about: which systems these are, as JSON can hold it.
+      prompts: number of prompts.
+      workdir: folder of the output. Answers in it are kept if they were stamped with the same `about`.
+      about: identifies the systems, as JSON can hold it.
     """
     os.makedirs(workdir, exist_ok=True)
     tasks = almanac.evaluation_tasks(prompts)
     paths = {name: os.path.join(workdir, f"{name}.jsonl") for name in systems}
-    answers = _answered(tasks, paths, os.path.join(workdir, "about.json"), about)
+    answers = _resume(tasks, paths, Stamp(os.path.join(workdir, "about.json")), about)
     done = min(map(len, answers.values()))
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(path, "a", encoding="utf-8")) for name, path in paths.items()}
+        files = {name: stack.enter_context(appending(path)) for name, path in paths.items()}
         quiet = not sys.stderr.isatty()
         bar = tqdm(tasks[done:], initial=done, total=len(tasks), unit="prompt", disable=quiet)
         for number, task in enumerate(bar, done + 1):
             for name, system in systems.items():
                 answers[name].append(system(task))
-                print(_line(answers[name][-1]), file=files[name], flush=True)
+                files[name].write(json_line(dataclasses.asdict(answers[name][-1])))
             if quiet and number % 100 == 0:
                 LOG.info("%d of %d prompts", number, len(tasks))
     return answers
 
 
-def _answered(
-    tasks: Sequence[almanac.Task], paths: Mapping[str, str], about_path: str, about: Mapping[str, Any]
+def _resume(
+    tasks: Sequence[almanac.Task], paths: Mapping[str, str], stamp: Stamp, about: Mapping[str, Any]
 ) -> dict[str, list[Measured]]:
-    """Answers of an earlier call to the first of the tasks, as many as every system has; the files hold no more."""
-    found: dict[str, list[Measured]] = {name: [] for name in paths}
-    if os.path.exists(about_path):
-        with open(about_path, encoding="utf-8") as file:
-            if file.read() == _as_json(about):
-                found = {name: read_answers(path) for name, path in paths.items()}
+    """The answers of an earlier call to the first tasks, as many as all systems gave; the files keep only those."""
+    answers: dict[str, list[Measured]] = {name: [] for name in paths}
+    if not stamp.check(about):
+        answers = {name: read_answers(path) for name, path in paths.items()}
     done = 0
-    for task, *given in zip(tasks, *found.values()):
-        if any(answer.prompt != task.prompt for answer in given):
+    for task, *row in zip(tasks, *answers.values()):
+        if any(answer.prompt != task.prompt for answer in row):
             break
         done += 1
     for name, path in paths.items():
-        found[name] = found[name][:done]
-        write_answers(path, found[name])
-    with replacing(about_path) as file:  # last: until then the files may be of other systems
-        file.write(_as_json(about))
-    return found
-
-
-def write_answers(path: str, answers: Sequence[Measured]) -> None:
-    """Replaces the file."""
-    with replacing(path) as file:
-        file.writelines(_line(answer) + "\n" for answer in answers)
-
-
-def read_answers(path: str) -> list[Measured]:
-    """The answers in a file, up to the first line that is none, as one that was cut short."""
-    answers: list[Measured] = []
-    with contextlib.suppress(OSError, ValueError, TypeError), open(path, encoding="utf-8") as file:
-        for line in file:
-            fields = json.loads(line)
-            answers.append(Measured(**fields | {"issues": tuple(fields["issues"])}))
+        answers[name] = answers[name][:done]
+        write_answers(path, answers[name])
+    stamp.write(about)  # last: until now the files may have been of other systems
     return answers
 
 
-def _line(answer: Measured) -> str:
-    return json.dumps(dataclasses.asdict(answer), ensure_ascii=False)
+def write_answers(path: str, answers: Sequence[Measured]) -> None:
+    """Replaces a JSONL file of answers."""
+    write_jsonl(path, map(dataclasses.asdict, answers))
 
 
-def _as_json(about: Mapping[str, Any]) -> str:
-    return json.dumps(about, indent=2) + "\n"
+def read_answers(path: str) -> list[Measured]:
+    """The answers in a JSONL file, up to the first broken line."""
+    return read_jsonl(path, lambda fields: Measured(**fields | {"issues": tuple(fields["issues"])}))
 
 
 # ------------------------------------------------------------------------------------------------- numbers
 
 
 def win(baseline: Measured, test: Measured) -> float:
-    """What the judge says of the test's answer against the baseline's: 1 better, 0 worse, 0.5 a tie."""
+    """The judge's verdict on `test` against `baseline`: 1 better, 0 worse, 0.5 a tie."""
     winner = almanac.compare(test.prompt, test.text, baseline.text).winner
     return 0.5 if winner is None else float(winner == 0)
 
 
 def realized(baseline: Measured, test: Measured) -> float:
-    """Seconds of the baseline / seconds of the test; both must have been timed."""
+    """The baseline's seconds / the test's; both must have been timed."""
     return baseline.wall_s / test.wall_s
 
 
 def concludes_last(test: Measured) -> bool:
-    """Whether no branch is open where main says its last text, so that it may rest on all of them.
+    """Whether no branch is open when main writes its last text, so that the text can depend on all of them.
 
-    For PASTA-LANG only: the tags of other dialects are not read.
+    PASTA-LANG only: the tags of other dialects are not read.
     """
-    is_open = beside = False
+    is_open = last_was_open = False
     for node in parse(test.annotated, lenient=True).nodes:
         if isinstance(node, Promise | Sync):
             is_open = isinstance(node, Promise)
         elif node.text.strip():
-            beside = is_open
-    return not beside
+            last_was_open = is_open
+    return not last_was_open
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:

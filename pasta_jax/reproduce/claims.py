@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pasta_jax.reproduce.results import Estimate, Result, by_round, headline, height, upper_hull
 
+VERDICTS = {True: "holds", False: "does not hold", None: "not measured"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
@@ -25,6 +27,11 @@ class Claim:
     text: str
     holds: bool | None
     evidence: str
+
+    @property
+    def verdict(self) -> str:
+        """`holds` in words."""
+        return VERDICTS[self.holds]
 
 
 @dataclasses.dataclass(frozen=True)

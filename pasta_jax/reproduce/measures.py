@@ -1,9 +1,10 @@
-"""From answers to results: what was measured of each model, with intervals."""
+"""From answers to results: the measures of each model, with intervals."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -11,9 +12,10 @@ import numpy as np
 from pasta_jax.config import ConfigError
 from pasta_jax.data import almanac
 from pasta_jax.decoding.trace import critical_path
-from pasta_jax.evaluate.systems import Measured, concludes_last, geometric_mean, realized, win
+from pasta_jax.evaluate.systems import Measured, concludes_last, geometric_mean, read_answers, realized, win
 from pasta_jax.lang.program import Program, Text
 from pasta_jax.preference.score import parallelism, theoretical_speedup
+from pasta_jax.reproduce.cells import Folder, Plan, bon
 from pasta_jax.reproduce.results import EFFICIENCY, POSITIONS, Estimate, Result
 from pasta_jax.tokens.detokenize import threads_of
 from pasta_jax.tokens.layout import layout_example
@@ -23,8 +25,8 @@ SPEEDS = ("theoretical", "parallelism", "realized")
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """Answers of one model a seed, beside the baseline's of that seed: [seeds][prompts]."""
+class Paired:
+    """Answers of a model and of the baseline to the same prompts: [seeds][prompts]."""
 
     baseline: list[list[Measured]]
     test: list[list[Measured]]
@@ -37,7 +39,7 @@ class Found:
                     "Answers are missing, or to other prompts. Remove this seed's cells and run again."
                 )
 
-        def each(measure: Callable[[Measured, Measured], float]) -> np.ndarray:
+        def array(measure: Callable[[Measured, Measured], float]) -> np.ndarray:
             return np.array(
                 [
                     [measure(b, t) for b, t in zip(*both, strict=True)]
@@ -46,16 +48,16 @@ class Found:
             )
 
         measures = {
-            "win_rate": each(win),
-            "truth": each(lambda b, t: t.truth),
-            "theoretical": np.log(each(theoretical_speedup)),
-            "parallelism": np.log(each(lambda b, t: parallelism(t))),
-            "promises": each(lambda b, t: t.promises),
-            "promised": each(lambda b, t: t.promises > 0),
-            "concludes_last": each(lambda b, t: concludes_last(t)),
+            "win_rate": array(win),
+            "truth": array(lambda b, t: t.truth),
+            "theoretical": np.log(array(theoretical_speedup)),
+            "parallelism": np.log(array(lambda b, t: parallelism(t))),
+            "promises": array(lambda b, t: t.promises),
+            "promised": array(lambda b, t: t.promises > 0),
+            "concludes_last": array(lambda b, t: concludes_last(t)),
         }
-        if all(t.wall_s for answers in self.test for t in answers):
-            measures["realized"] = np.log(each(realized))
+        if all(t.wall_s for test in self.test for t in test):
+            measures["realized"] = np.log(array(realized))
         return measures
 
 
@@ -79,18 +81,21 @@ def estimate(values: np.ndarray, name: str, draws: int = 2000) -> Estimate:
 def measured(
     name: str,
     method: str,
-    found: Found,
+    answers: Paired,
     weight: float | None = None,
     round: int = 0,
     positions: str = POSITIONS,
     efficiency: str = EFFICIENCY,
-    rivals: Mapping[str, Found] | None = None,
+    rivals: Mapping[str, Paired] | None = None,
 ) -> Result:
-    """What the report shows of a model, and paired differences from rivals by name; else as in `Result`."""
-    table = found.table()
+    """A model's row of the report, with paired differences from its rivals, by name.
+
+    The other arguments are those of `Result`.
+    """
+    table = answers.table()
     if not method.startswith("PASTA"):
-        table.pop("concludes_last")  # nothing to read it from
-    kinds = np.array([answer.family for answer in found.baseline[0]])
+        table.pop("concludes_last")  # its texts have no tags to read it from
+    kinds = np.array([answer.family for answer in answers.baseline[0]])
     families = {}
     for family in dict.fromkeys(kinds.tolist()):
         means = {key: float(values[:, kinds == family].mean()) for key, values in table.items()}
@@ -99,7 +104,7 @@ def measured(
     return Result(
         name=name,
         method=method,
-        seeds=len(found.test),
+        seeds=len(answers.test),
         prompts=len(kinds),
         weight=weight,
         round=round,
@@ -111,23 +116,60 @@ def measured(
         families=families,
         positions=positions,
         efficiency=efficiency,
-        against={rival: differences(found, theirs) for rival, theirs in (rivals or {}).items()},
+        against={rival: differences(answers, other) for rival, other in (rivals or {}).items()},
     )
 
 
-def differences(test: Found, rival: Found) -> dict[str, Estimate]:
+def differences(test: Paired, rival: Paired) -> dict[str, Estimate]:
     """A model against a rival on the same prompts and seeds (`Result.against`).
 
-    The same prompt is as hard for both, so a difference of theirs has less noise than each of them.
+    A prompt is equally hard for both, so their difference has less noise than either.
     """
-    ours, theirs = test.table(), rival.table()
-    return {name: estimate(ours[name] - theirs[name], name) for name in ("win_rate", "truth", "realized")}
+    a, b = test.table(), rival.table()
+    return {name: estimate(a[name] - b[name], name) for name in ("win_rate", "truth", "realized")}
+
+
+def results(plan: Plan, workdir: str) -> list[Result]:
+    """All that was measured, in the order of the report."""
+    folder = Folder(workdir)
+
+    def timed(seed: int, name: str) -> list[Measured]:
+        return read_answers(os.path.join(folder.timed(seed, plan), f"{name}.jsonl"))
+
+    def counted(seed: int, name: str) -> list[Measured]:
+        return read_answers(os.path.join(folder.counted(seed, plan), f"{name}.jsonl"))
+
+    baseline = [timed(seed, "baseline") for seed in plan.seeds]
+    models = [measured("Baseline-SFT", "Baseline-SFT", Paired(baseline, baseline))]
+    others = {
+        method: Paired(baseline, [timed(seed, name) for seed in plan.seeds])
+        for name, method in (("pasta", "PASTA-SFT"), ("apar", "APAR"), ("sot", "SoT"))
+    }
+    models += [measured(method, method, answers) for method, answers in others.items()]
+    rivals = {name: others[name] for name in ("APAR", "SoT")}
+    for weight in plan.weights:
+        name = f"PASTA-BoN-{weight:g}"
+        last = Paired(baseline, [timed(seed, bon(weight)) for seed in plan.seeds])
+        models.append(measured(name, "PASTA-BoN", last, weight, plan.rounds, rivals=rivals))
+        if plan.rounds > 1:
+            first = Paired(baseline, [counted(seed, f"{bon(weight)}-round-1") for seed in plan.seeds])
+            models.append(measured(f"{name}, round 1", "PASTA-BoN", first, weight, 1))
+    seed = plan.seeds[0]
+    for scheme in plan.positions:
+        answers = Paired(baseline[:1], [counted(seed, scheme)])
+        models.append(measured(f"PASTA-SFT, {scheme}", "PASTA-SFT", answers, positions=scheme))
+    for efficiency in plan.efficiencies:
+        for weight in plan.efficiency_weights:
+            answers = Paired(baseline[:1], [counted(seed, bon(weight, efficiency))])
+            name = f"PASTA-BoN-{weight:g}, {efficiency}"
+            models.append(measured(name, "PASTA-BoN", answers, weight, 1, efficiency=efficiency))
+    return models
 
 
 def exact_speedup(prompts: int) -> float:
     """Theoretical speedup of the true answers under exact annotations, a geometric mean.
 
-    Exact: all that is independent is promised, and what needs it waits for it. No upper bound: a model that
+    Exact: everything independent is promised, and what depends on it waits. This is no upper bound: a model that
     knows an answer by heart may leave out a sync, and APAR's tags cost fewer tokens.
     """
     tokenizer = almanac.load_tokenizer()

@@ -1,0 +1,137 @@
+"""Models against a sequential baseline: one table, a row for each family of prompts and one for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pasta_jax.evaluate.systems import (
+    LIMITS,
+    Measured,
+    decoding,
+    evaluate,
+    geometric_mean,
+    realized,
+    win,
+)
+from pasta_jax.files import replacing
+from pasta_jax.preference.score import parallelism, theoretical_speedup
+from pasta_jax.terminal import markdown_table
+
+HEADER = [
+    "model",
+    "family",
+    "prompts",
+    "truth: baseline",
+    "truth",
+    "win rate",
+    "theoretical",
+    "realized",
+    "parallelism",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """One row of the table. Speeds are geometric means over prompts (paper section 5.1).
+
+    Attributes:
+      name: of the family, or `overall`.
+      truth, baseline_truth: mean scores, 0 to 1.
+      win_rate: against the baseline, 0 to 1; ties count half.
+      theoretical: the baseline's tokens / the model's critical path.
+      realized: the baseline's seconds / the model's seconds.
+      parallelism: the model's tokens without tags / its critical path.
+    """
+
+    name: str
+    prompts: int
+    truth: float
+    baseline_truth: float
+    win_rate: float
+    theoretical: float
+    realized: float
+    parallelism: float
+
+
+def summarise(baseline: Sequence[Measured], test: Sequence[Measured]) -> list[Summary]:
+    """A row for each family, and one for all of them together."""
+    families = [*dict.fromkeys(answer.family for answer in test)]
+    rows = []
+    for name in (*families, "overall"):
+        pairs = [(b, t) for b, t in zip(baseline, test, strict=True) if name in (t.family, "overall")]
+        rows.append(
+            Summary(
+                name=name,
+                prompts=len(pairs),
+                truth=sum(t.truth for _, t in pairs) / len(pairs),
+                baseline_truth=sum(b.truth for b, _ in pairs) / len(pairs),
+                win_rate=sum(win(b, t) for b, t in pairs) / len(pairs),
+                theoretical=geometric_mean([theoretical_speedup(b, t) for b, t in pairs]),
+                realized=geometric_mean([realized(b, t) for b, t in pairs]),
+                parallelism=geometric_mean([parallelism(t) for _, t in pairs]),
+            )
+        )
+    return rows
+
+
+def table(rows: Mapping[str, Sequence[Summary]]) -> str:
+    """A Markdown table of the models' rows, by name of the model."""
+    return markdown_table(
+        HEADER,
+        [
+            [
+                model,
+                row.name,
+                str(row.prompts),
+                f"{100 * row.baseline_truth:.1f} %",
+                f"{100 * row.truth:.1f} %",
+                f"{100 * row.win_rate:.1f} %",
+                f"{row.theoretical:.2f}x",
+                f"{row.realized:.2f}x",
+                f"{row.parallelism:.2f}x",
+            ]
+            for model, summaries in rows.items()
+            for row in summaries
+        ],
+    )
+
+
+def compare(
+    baseline: str,
+    tests: Mapping[str, str],
+    prompts: int,
+    workdir: str,
+    **options: Any,
+) -> str:
+    """Evaluates models against a baseline, writes answers and table.md to `workdir`, returns the table.
+
+    Args:
+      baseline: workdir or checkpoint of the sequential model.
+      tests: workdirs or checkpoints of the others, by name.
+      prompts: number of held-out prompts.
+      workdir: folder of the output. Answers of an interrupted call to the same models are kept.
+      options: keyword arguments of `load` for all models (dtype, quantize, base, ...).
+
+    Raises:
+      CheckpointError: a model cannot be loaded.
+      ValueError: there are fewer prompts.
+    """
+    from pasta_jax.checkpoints.about import checkpoint_mark, find
+    from pasta_jax.decoding.engine import Decoder
+    from pasta_jax.loading import load
+
+    checkpoints = {name: find(path) for name, path in {"baseline": baseline, **tests}.items()}
+    models = {name: load(path, **options) for name, path in checkpoints.items()}
+    engine = Decoder(models["baseline"], limits=LIMITS)
+    systems = {name: decoding(model, like=engine) for name, model in models.items()}
+    # The base of adapters is identified by its fingerprint, not by its path.
+    given = {name: v for name, v in options.items() if name != "base" and v not in (None, False, "auto")}
+    about = {name: checkpoint_mark(path) | given for name, path in checkpoints.items()}
+    answers = evaluate(systems, prompts, workdir, about)
+    text = table({name: summarise(answers["baseline"], answers[name]) for name in tests})
+    with replacing(os.path.join(workdir, "table.md")) as file:
+        file.write(text + "\n")
+    return text
