@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from pasta_jax.benchmark.startup import PACKAGE
 from pasta_jax.figures import INK, PALE, SERIES, Look, dress, new_figure, save
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def draw_startup(points: Points) -> Figure:
     """Seconds from the start of Python to the first token, phase by phase."""
     figure = new_figure(8, 2.6)
     axes = figure.subplots()
-    phases = [name for name in points[0] if name not in ("cache", "all, s")]
+    phases = [name for name in points[0] if name not in ("cache", "all, s", PACKAGE)]
     done = [0.0] * len(points)
     for look, phase in zip(SERIES, phases):
         seconds = [p[phase]["median"] for p in points]

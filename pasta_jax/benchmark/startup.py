@@ -1,6 +1,6 @@
-"""How long it takes from starting Python to the first token, with and without jax's persistent compilation cache.
+"""The time from the start of Python to the first token, with and without jax's persistent compilation cache.
 
-Each start is a process of its own; the first finds an empty cache, the others what the first left there.
+Each start is a process of its own. The first finds an empty cache, the second what the first left in it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from pasta_jax.benchmark.measure import Point, Spread
 
 PHASES = ("import, s", "model, s", "compile, s", "first token, s", "all, s")
 
+PACKAGE = "package alone, s"
+"""The time of `import pasta_jax`, which loads no jax: it should be far below a second."""
+
+IMPORT = "import time; t = time.perf_counter(); import pasta_jax; print(time.perf_counter() - t)"
 RUN = "import sys; from pasta_jax.benchmark.startup import report; report(*sys.argv[1:])"
 
 
 def startup(name: str, dtype: str | None, repeats: int, *, pool: int) -> list[Point]:
-    """Seconds of each phase of a start, by whether programs were in the cache.
+    """Seconds of each phase of a start, with an empty and with a full cache.
 
     Args:
       name, dtype: of the model, as `models.model_of` takes them.
-      repeats: starts with a full cache; there are as many with an empty one.
-      pool: P and the lanes' room.
+      repeats: number of starts with each cache.
+      pool: P plus the lanes.
     """
     cold, warm = [], []
     for _ in range(repeats):
@@ -35,7 +39,10 @@ def startup(name: str, dtype: str | None, repeats: int, *, pool: int) -> list[Po
             cold.append(_start(cache, name, dtype, pool))
             warm.append(_start(cache, name, dtype, pool))
     return [
-        {"cache": label, **{phase: Spread.of([start[phase] for start in starts]) for phase in PHASES}}
+        {
+            "cache": label,
+            **{name: Spread.of([start[name] for start in starts]) for name in (*PHASES, PACKAGE)},
+        }
         for label, starts in (("empty", cold), ("full", warm))
     ]
 
@@ -48,11 +55,19 @@ def _start(cache: str, name: str, dtype: str | None, pool: int) -> dict[str, flo
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # another process may hold memory of the same accelerator
         "PYTHONPATH": os.pathsep.join(filter(None, [_package_home(), os.environ.get("PYTHONPATH")])),
     }
-    arguments = [sys.executable, "-c", RUN, name, dtype or "", str(pool), repr(time.time())]
-    done = subprocess.run(arguments, env=env, capture_output=True, text=True, check=False)
+    arguments = [name, dtype or "", str(pool), repr(time.time())]
+    phases = json.loads(_python(env, RUN, *arguments))
+    return {**phases, PACKAGE: float(_python(env, IMPORT))}
+
+
+def _python(env: dict[str, str], code: str, *arguments: str) -> str:
+    """The last line that a fresh Python prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"A start failed: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1]
 
 
 def _package_home() -> str:
@@ -61,12 +76,12 @@ def _package_home() -> str:
     return os.path.dirname(os.path.dirname(os.path.abspath(pasta_jax.__file__)))
 
 
-def report(name: str, dtype: str, pool: str, begun: str) -> None:
-    """What the started process does: answers one request with one token, and prints seconds as JSON.
+def report(name: str, dtype: str, pool: str, started: str) -> None:
+    """Runs in the started process: answers one request with one token, and prints its seconds as JSON.
 
-    `begun` is when the process was started, in seconds since 1970.
+    `started` is the time at which the process was started, in seconds since 1970.
     """
-    marks: list[float] = [float(begun)]
+    marks: list[float] = [float(started)]
 
     def mark() -> None:
         marks.append(time.time())
