@@ -2,12 +2,12 @@
 
     width     time of a decode step against lanes used
     replay    realized by theoretical speedup against the shape of answers
-    batch     tokens a second against requests at once
-    pool      time of a decode step against the part of the pool that is used
-    peers     sequential decode and prefill beside Hugging Face transformers, on the same weights
+    batch     tokens per second against concurrent requests
+    pool      time of a decode step against the used part of the pool
+    peers     sequential decode and prefill, compared with Hugging Face transformers on the same weights
     startup   from the start of Python to the first token, with and without the compilation cache
 
-Weights are random unless --model is a path. All that is compared is measured in turn, in one run. Prints medians
+Weights are random unless --model is a path. Measurements that are compared take turns, in one run. Prints medians
 with quartiles, and writes results.json and a figure for each part.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from pasta_jax.files import replacing
+from pasta_jax.files import write_json
 from pasta_jax.verbs import refuse, show_log
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("pasta_jax")
 
 PARTS = ("startup", "width", "replay", "batch", "pool", "peers")
-"""In the order in which they are measured: other processes start before this one takes an accelerator."""
+"""In order of measurement: startup comes first, because its processes need the accelerator that this one takes."""
 
 RESULTS = "results.json"
 
@@ -46,10 +45,10 @@ class Wanted:
 
     Attributes:
       what: some of PARTS.
-      model, dtype: as `benchmarks.models.model_of` takes them.
+      model, dtype: as for `models.model_of`.
       out: folder of the results.
-      plan: how much.
-      responses: file of real responses, if any.
+      plan: how much of it.
+      responses: a file of real responses, or None.
       seed: of texts, shapes and prompts.
     """
 
@@ -63,7 +62,7 @@ class Wanted:
 
 
 def benchmark(wanted: Wanted) -> dict[str, Any]:
-    """Measures, and writes each part's results as soon as they are known; all that results.json then holds."""
+    """Measures, and writes the results of each part as soon as it is done. Returns the contents of results.json."""
     from pasta_jax.benchmark import measure, parts, peers, startup
     from pasta_jax.benchmark.models import model_of
     from pasta_jax.model import param_count
@@ -75,7 +74,7 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
     results["plan"]["seed"] = wanted.seed
     if "startup" in wanted.what:
         LOG.info("startup: %d times two starts", plan.repeats)
-        began = startup.startup(wanted.model, wanted.dtype, plan.repeats, pool=plan.pool)
+        starts = startup.startup(wanted.model, wanted.dtype, plan.repeats, pool=plan.pool)
     results["machine"] = {"load_average": loads, **measure.machine()}
     model = model_of(wanted.model, wanted.dtype, responses)
     results["model"] |= {
@@ -87,8 +86,8 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
     def rng() -> random.Random:
         return random.Random(wanted.seed)
 
-    ways: dict[str, Callable[[], list[Point]]] = {
-        "startup": lambda: began,
+    measures: dict[str, Callable[[], list[Point]]] = {
+        "startup": lambda: starts,
         "width": lambda: parts.width(model, plan, rng()),
         "replay": lambda: parts.replayed(model, plan, rng(), responses),
         "batch": lambda: parts.batch(model, plan, rng()),
@@ -101,7 +100,7 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
             print(f"{part}\n{reason}\n", flush=True)
         else:
             LOG.info("%s", part)
-            points = ways[part]()
+            points = measures[part]()
             results["parts"][part] = {"points": [_plain(point) for point in points]}
             print(f"{part}\n{table(points)}\n", flush=True)
         _write(wanted.out, part, results)
@@ -109,7 +108,7 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
 
 
 def table(points: Sequence[Point]) -> str:
-    """As Markdown, a column for each number."""
+    """A Markdown table with a column for each number."""
     from pasta_jax.benchmark.measure import number
     from pasta_jax.terminal import markdown_table
 
@@ -124,22 +123,20 @@ def table(points: Sequence[Point]) -> str:
 
 
 def _plain(point: Point) -> dict[str, Any]:
-    """As JSON can hold it, which has neither NaN nor infinity."""
+    """A point for JSON, which has neither NaN nor infinity."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {name: plain(each) for name, each in dataclasses.asdict(value).items()}
+            return {name: plain(item) for name, item in dataclasses.asdict(value).items()}
         if isinstance(value, tuple):
-            return [plain(each) for each in value]
+            return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {name: plain(value) for name, value in point.items()}
 
 
 def _write(out: str, part: str, results: dict[str, Any]) -> None:
-    with replacing(os.path.join(out, RESULTS)) as file:
-        json.dump(results, file, indent=2, allow_nan=False)
-        file.write("\n")
+    write_json(os.path.join(out, RESULTS), results, allow_nan=False)
     points = results["parts"][part].get("points")
     if not points:
         return
@@ -153,19 +150,19 @@ def _write(out: str, part: str, results: dict[str, Any]) -> None:
 
 def _described(results: dict[str, Any]) -> str:
     machine, model = results["machine"], results["model"]
-    where = machine["accelerator"] or f"{machine['cores']} cores of {machine['cpu']}"
+    hardware = machine["accelerator"] or f"{machine['cores']} cores of {machine['cpu']}"
     size = f"{model['parameters'] / 1e6:.4g} million parameters, {model['config']['dtype']}"
     loads = machine["load_average"]
     busy = "" if loads is None else f", load {loads[0]}"
-    return f"{model['name']}: {size}; {where}, jax {machine['packages']['jax']}{busy}"
+    return f"{model['name']}: {size}; {hardware}, jax {machine['packages']['jax']}{busy}"
 
 
 def main(argv: Sequence[str]) -> None:
-    """The verb. Mistakes end in one line and status 2."""
+    """Runs the command line. A mistake ends in one line and status 2."""
     values = flags.FLAGS
     unknown = sorted({*values.what} - {*PARTS, "all"})
     if len(argv) > 1 or unknown:
-        refuse(f"What to measure? --what is all, or some of {', '.join(PARTS)} with commas between.")
+        refuse(f"--what must be all, or a comma-separated list of {', '.join(PARTS)}.")
     show_log()
     from pasta_jax.benchmark.parts import QUICK, Plan
 
@@ -190,17 +187,17 @@ def command() -> None:
     flags.DEFINE_string("model", "tiny", "A size (tiny, 300m, gemma7b), with random weights; or a path.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights; by default the model's own.")
     flags.DEFINE_string("out", "runs/benchmark", "Folder of results.json and the figures.")
-    flags.DEFINE_string("responses", None, "JSONL file of real responses to replay, each in `response`.")
-    flags.DEFINE_bool("quick", False, "Less of everything: whether it works, in seconds.")
+    flags.DEFINE_string("responses", None, "JSONL file of real responses to replay, in the field `response`.")
+    flags.DEFINE_bool("quick", False, "Less of everything: a check that it works, in seconds.")
     flags.DEFINE_integer("seed", 0, "Of texts, shapes and prompts.")
     for name, help in (
-        ("repeats", "Of each measurement."),
+        ("repeats", "Repeats of each measurement."),
         ("tokens", "Mean length of a branch."),
-        ("answers", "Replayed of each shape."),
-        ("real", "Of the given responses replayed."),
-        ("steps", "That the time of a step is averaged over."),
-        ("pool", "Entries of the pool, where a part needs no more."),
-        ("prompt", "Tokens of the prompts that are prefilled beside peers."),
+        ("answers", "Answers to replay of each shape."),
+        ("real", "Number of given responses to replay."),
+        ("steps", "Steps over which the time of a step is averaged."),
+        ("pool", "Entries of the pool; some parts need more."),
+        ("prompt", "Length of the prompts in the comparison with peers."),
     ):
         flags.DEFINE_integer(name, None, help, lower_bound=1)
     app.run(main)

@@ -1,7 +1,4 @@
-"""A figure for each part of a benchmark, from what `python -m pasta_jax.benchmark` keeps in results.json.
-
-Marks are medians, bars quartiles.
-"""
+"""A figure for each part of a benchmark, from the points in results.json. Marks are medians, bars quartiles."""
 
 from __future__ import annotations
 
@@ -24,9 +21,9 @@ def draw(part: str, points: Points, path: str | os.PathLike[str], subtitle: str 
 
     Args:
       part: one of FIGURES.
-      points: as the part gives them, or as JSON holds them.
+      points: the part's points as JSON holds them.
       path: of the file.
-      subtitle: of which model and machine.
+      subtitle: names the model and the machine.
     """
     figure = FIGURES[part](points)
     figure.suptitle(subtitle, fontsize=10, color=PALE)
@@ -55,13 +52,13 @@ def _one_line(points: Points, x: str, x_label: str, doubling: bool = False) -> F
 
 
 def draw_batch(points: Points) -> Figure:
-    """Tokens a second against rows, a line for each kind of answers."""
+    """Tokens per second against rows, a line for each kind of answers."""
     figure = new_figure(6.5, 4.2)
     axes = figure.subplots()
     for look, kind in zip(SERIES, dict.fromkeys(p["answers"] for p in points)):
-        mine = [p for p in points if p["answers"] == kind]
-        _line(axes, [p["rows"] for p in mine], [p["tokens/s"] for p in mine], look, kind)
-    dress(axes, "Requests at once", "Tokens a second")
+        group = [p for p in points if p["answers"] == kind]
+        _line(axes, [p["rows"] for p in group], [p["tokens/s"] for p in group], look, kind)
+    dress(axes, "Concurrent requests", "Tokens per second")
     axes.set_ylim(bottom=0)
     _double(axes, sorted({p["rows"] for p in points}))
     axes.legend(frameon=False)
@@ -69,46 +66,42 @@ def draw_batch(points: Points) -> Figure:
 
 
 def draw_replay(points: Points) -> Figure:
-    """Theoretical and realized speedup of each shape class, and how much of the one the other is."""
+    """Theoretical and realized speedup of each shape class, and their ratio."""
     figure = new_figure(10, 1.6 + 0.34 * len(points))
     speeds, efficiency = figure.subplots(1, 2, sharey=True)
-    places = range(len(points))
+    rows = range(len(points))
     for look, name in zip(SERIES, ("theoretical, x", "realized, x")):
         values = [p[name] for p in points]
-        speeds.plot(values, places, look.marker, color=look.color, markersize=7, label=name.partition(",")[0])
+        speeds.plot(values, rows, look.marker, color=look.color, markersize=7, label=name.partition(",")[0])
     dress(speeds, "Speedup (x)", "")
     speeds.legend(frameon=False)
     middle, errors = _errors([p["efficiency"] for p in points])
-    bars = efficiency.barh(places, middle, 0.6, color=SERIES[0].color, zorder=2)
+    bars = efficiency.barh(rows, middle, 0.6, color=SERIES[0].color, zorder=2)
     efficiency.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=9)
-    efficiency.errorbar(
-        middle, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3
-    )
+    efficiency.errorbar(middle, rows, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
     dress(efficiency, "Efficiency: realized / theoretical", "")
-    speeds.set_yticks(places, [p["shape"] for p in points])
+    speeds.set_yticks(rows, [p["shape"] for p in points])
     speeds.invert_yaxis()
     return figure
 
 
 def draw_peers(points: Points) -> Figure:
-    """Prefill and decode step of each batch, one bar for each peer."""
+    """Time of prefill and of a decode step for each batch, one bar for each peer."""
     figure = new_figure(10, 4.2)
     batches = [*dict.fromkeys(p["batch"] for p in points)]
-    whose = [*dict.fromkeys(p["who"] for p in points)]
+    peers = [*dict.fromkeys(p["who"] for p in points)]
     for axes, measure, label in zip(
         figure.subplots(1, 2),
         ("prefill, s", "step, ms"),
         ("Seconds to prefill", "Milliseconds of a decode step"),
     ):
-        for i, (look, who) in enumerate(zip(SERIES, whose)):
-            mine = [p for p in points if p["who"] == who]
-            width = 0.8 / len(whose)
-            places = [batches.index(p["batch"]) + (i - (len(whose) - 1) / 2) * width for p in mine]
-            middle, errors = _errors([p[measure] for p in mine])
-            axes.bar(
-                places, middle, width * 0.92, yerr=errors, capsize=2, color=look.color, label=who, zorder=2
-            )
-        dress(axes, "Prompts at once", label)
+        for i, (look, who) in enumerate(zip(SERIES, peers)):
+            group = [p for p in points if p["who"] == who]
+            width = 0.8 / len(peers)
+            x = [batches.index(p["batch"]) + (i - (len(peers) - 1) / 2) * width for p in group]
+            middle, errors = _errors([p[measure] for p in group])
+            axes.bar(x, middle, width * 0.92, yerr=errors, capsize=2, color=look.color, label=who, zorder=2)
+        dress(axes, "Concurrent prompts", label)
         axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
     axes.legend(frameon=False, fontsize=9)
     return figure
@@ -159,7 +152,7 @@ def _line(axes: Axes, x: Sequence[float], spreads: Sequence[Any], look: Look, la
 
 
 def _errors(spreads: Sequence[Mapping[str, float]]) -> tuple[list[float], list[list[float]]]:
-    """Medians, and how far below and above them the quartiles are."""
+    """Medians, and the distances of the quartiles below and above them."""
     below = [s["median"] - s["low"] for s in spreads]
     return [s["median"] for s in spreads], [below, [s["high"] - s["median"] for s in spreads]]
 

@@ -1,4 +1,4 @@
-"""How things are measured here: in turn and repeatedly, as medians with spreads, on a machine that is described."""
+"""Measuring: in turn and repeatedly, as medians with quartiles, with a description of the machine."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "transformers", "torch")
 
 Cell: TypeAlias = "str | int | float | bool | Spread | tuple[int, ...]"
 Point: TypeAlias = dict[str, Cell]
-"""One line of a table: numbers by name, the unit the last part of it."""
+"""One line of a table: numbers by name; a name ends with the unit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Repeated measurements of one thing.
+    """Repeated measurements of one quantity.
 
     Attributes:
-      median, low, high: the middle, and the lower and the upper quartile.
-      samples: all of them.
+      low, high: the quartiles.
+      samples: all measurements.
     """
 
     median: float
@@ -37,7 +37,7 @@ class Spread:
 
     @staticmethod
     def of(samples: Sequence[float]) -> Spread:
-        """Of these.
+        """The spread of some measurements.
 
         >>> Spread.of([3.0, 1.0, 2.0, 4.0, 5.0])
         Spread(median=3.0, low=2.0, high=4.0, samples=(3.0, 1.0, 2.0, 4.0, 5.0))
@@ -53,7 +53,7 @@ class Spread:
 
 
 def number(value: float) -> str:
-    """Three digits of it.
+    """A number with three significant digits.
 
     >>> [number(x) for x in (0.01234, 12.34, 1234.5)]
     ['0.0123', '12.3', '1234']
@@ -62,15 +62,15 @@ def number(value: float) -> str:
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> float:
-    """Median by median; NaN where noise left nothing of the other one."""
+    """The ratio of the medians; NaN if the denominator is not positive, which noise in a difference can cause."""
     below = statistics.median(other)
     return statistics.median(one) / below if below > 0 else math.nan
 
 
 def in_turn(what: str, measured: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Calls all of them once to warm up, then in turn; what each call gives, by name.
+    """Calls every function once to warm up, then all of them in turn; the values by name.
 
-    They take turns so that what the machine does besides meets them alike.
+    They take turns so that other load on the machine affects them alike.
     """
     for call in measured.values():
         call()
@@ -82,7 +82,7 @@ def in_turn(what: str, measured: Mapping[str, Callable[[], float]], repeats: int
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on. Starts jax's backend."""
+    """The hardware and the versions of a measurement. Starts jax's backend."""
     import jax
 
     devices = jax.devices()
@@ -100,18 +100,18 @@ def machine() -> dict[str, Any]:
 
 
 def load_average() -> list[float] | None:
-    """Processes that wanted to run, over the last 1, 5 and 15 minutes; None where the system does not count."""
+    """The load average over the last 1, 5 and 15 minutes; None if the system has none."""
     return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
 def cpu_model() -> str:
-    """As the system names it."""
+    """The name of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            found = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     except OSError:
-        found = []
-    return found[0] if found else platform.processor() or platform.machine()
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:

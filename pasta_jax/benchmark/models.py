@@ -1,4 +1,4 @@
-"""Models to measure: random weights of named sizes, whose numbers cost as much as trained ones."""
+"""Models to measure: random weights of named sizes, which cost as much to run as trained ones."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ NAMED = {
     ),
     "gemma7b": preset("gemma-7b").config,
 }  # fmt: skip
-"""Sizes by the names that they have here: the tiny model, one of Llama's shape, and a published one."""
+"""Sizes by name: the tiny model, one of Llama's shape, and a published one."""
 
 MAX_DEPTH = 3
 
 
 def model_of(name: str, dtype: str | None = None, texts: Sequence[str] = ()) -> Model:
-    """The model that `name` names: a size of NAMED, with random weights, or what `load` takes.
+    """A model with random weights, or what `load` returns.
 
     Args:
-      name: of a size, or a path.
-      dtype: as `load` takes it.
-      texts: what a tokenizer for random weights must know the words of.
+      name: a size in NAMED, for random weights; else a path for `load`.
+      dtype: as for `load`.
+      texts: for random weights, texts whose words the tokenizer must know.
     """
     if name not in NAMED or os.path.exists(name):
         return load(name, dtype=dtype)

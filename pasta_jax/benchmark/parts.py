@@ -1,8 +1,8 @@
-"""What is measured of the engine: steps by their width and by the pool used, requests at once, replayed shapes.
+"""Measurements of the engine: steps by width and by used pool, concurrent requests, replayed shapes.
 
-Each part takes a model and what to vary, and gives a table: a list of points. All of it goes through `Decoder`, as
+Each part takes a model and what to vary, and returns a table: a list of points. All of them use `Decoder`, as
 requests do. The time of one step is the slope between a shorter and a longer answer that are otherwise alike, so
-that what a call costs besides its steps is not in it.
+it excludes the fixed cost of a call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pasta_jax.tokens.tokenizer import Tokenizer
 SEQUENTIAL = SamplingParams(open_bias=-math.inf)
 
 LONGEST_REAL = 640
-"""Tokens of a real response that is replayed, at most: longer ones take a CPU too long."""
+"""Maximal tokens of a real response to replay: longer ones take a CPU too long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Plan:
     """How much is measured.
 
     Attributes:
-      repeats: of everything.
+      repeats: of each measurement.
       lanes: S of the decoder.
-      widths: branches in flight at once.
-      rows: requests at once.
+      widths: numbers of concurrent branches.
+      rows: numbers of concurrent requests.
       branches: of replayed trees.
       tokens: mean length of a branch.
-      answers: replayed of each shape class.
-      steps: that a step's time is averaged over.
-      pool: P and the lanes' room, where a part does not need more.
-      prompt: tokens of the prompt that is prefilled beside peers.
-      real: responses replayed of those given.
+      answers: number replayed of each shape class.
+      steps: number over which the time of a step is averaged.
+      pool: P plus the lanes; some parts need more.
+      prompt: length of the prompt in the comparison with peers.
+      real: number of given responses to replay.
     """
 
     repeats: int = 5
@@ -73,21 +73,23 @@ class Plan:
                 f"steps={self.steps} must be at least 2, pool={self.pool} more than the {self.lanes} lanes."
             )
         if max(self.widths) > self.lanes:
-            raise ValueError(f"lanes={self.lanes} are less than the width of {max(self.widths)} to measure.")
+            raise ValueError(
+                f"lanes={self.lanes} is less than the largest width to measure, {max(self.widths)}."
+            )
 
 
 QUICK = Plan(
     repeats=2, lanes=4, widths=(1, 4), rows=(1, 4), branches=(4,), tokens=8, steps=8, pool=128, prompt=32, real=1
 )  # fmt: skip
-"""Whether all of it works, in seconds; the numbers say little."""
+"""A check that everything works, in seconds; the numbers mean little."""
 
 
 # -------------------------------------------------------------------------------------------------------- width
 
 
 def width(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
-    """Time of a decode step with k branches in flight, one request."""
-    ramp = 7 * max(plan.widths)  # steps in which main has made all its promises
+    """Time of a decode step with k concurrent branches, one request."""
+    ramp = 7 * max(plan.widths)  # steps after which main has written all its promises
     texts = [beside(rng, model.tokenizer, k, ramp + extra) for k in plan.widths for extra in (0, plan.steps)]
     decoder = Decoder(model, limits=limits_for(texts, model.tokenizer, lanes=plan.lanes))
     runs = [scripted(decoder, program) for program in texts]
@@ -108,25 +110,25 @@ def width(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
 
 
 def beside(rng: random.Random, tokenizer: Tokenizer, branches: int, tokens: int) -> Program:
-    """Branches of one length, promised one right after the other, while main has nothing to say."""
+    """Branches of one length, promised right after each other, while main writes nothing else."""
     words = some_words(tokenizer)
-    said = min(99, math.ceil(tokens / 10))
+    tens = min(99, math.ceil(tokens / 10))
 
     def promise() -> Promise:
-        return Promise(rng.choice(words).strip(), said, (Text(text_of(rng, tokenizer, words, tokens)),))
+        return Promise(rng.choice(words).strip(), tens, (Text(text_of(rng, tokenizer, words, tokens)),))
 
     return Program(tuple(promise() for _ in range(branches)))
 
 
 def scripted(decoder: Decoder, program: Program, prompt: list[int] | None = None) -> Run:
-    """A request that is answered with the program."""
+    """A request whose answer is forced to be the program."""
     tokenizer = decoder.model.tokenizer
     script = script_of(program, tokenizer, decoder.limits)
     return Run(decoder, tokenizer.encode_prompt(PROMPT) if prompt is None else prompt, script)
 
 
 def _grown(k: int, steps: int, short: Run, long: Run) -> int:
-    """Checks that all that the longer answer has more is steps of width k; how many entries it fills by then."""
+    """Checks that the longer answer has only steps of width k more, and returns the mean pool entries in use."""
     (one, _), (other, _) = short.answer(), long.answer()
     size = k + 1 + int(max(one.widths.max(), other.widths.max()))
     more = np.bincount(other.widths, minlength=size) - np.bincount(one.widths, minlength=size)
@@ -138,7 +140,7 @@ def _grown(k: int, steps: int, short: Run, long: Run) -> int:
 
 
 def _slope(short: Run, long: Run, steps: int) -> Callable[[], float]:
-    """Measures milliseconds of one of the steps that `long` has more."""
+    """A function that measures the milliseconds of one additional step of `long`."""
 
     def step_ms() -> float:
         before, after = short.answer()[1], long.answer()[1]
@@ -151,10 +153,10 @@ def _slope(short: Run, long: Run, steps: int) -> Callable[[], float]:
 
 
 def pool_used(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
-    """Time of a decode step of one thread, by how much of the pool is used before."""
+    """Time of a decode step of one thread, by the number of pool entries in use."""
     tokenizer = model.tokenizer
     words = some_words(tokenizer)
-    pool = plan.pool - plan.lanes  # with their room it is one of the sizes that programs are compiled for
+    pool = plan.pool - plan.lanes  # with the lanes, one of the sizes that programs are compiled for
     room = pool - plan.steps - 2
     used = sorted({max(16, room * eighths // 8) for eighths in (0, 1, 2, 4, 8)})
     decoder = Decoder(model, limits=Limits(plan.lanes, plan.lanes, pool, model.max_depth))
@@ -181,10 +183,10 @@ def pool_used(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
 
 
 def batch(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
-    """Tokens a second of as many requests as the largest batch has, in batches of different sizes.
+    """Tokens per second of the same requests in batches of different sizes.
 
-    `plain` requests are answered freely, one token after the other, and have to give the same text whatever the
-    batch; `trees` are replayed.
+    `plain` requests are decoded freely and sequentially; their text must not depend on the batch. `trees` are
+    replayed.
     """
     tokenizer, count = model.tokenizer, max(plan.rows)
     words = some_words(tokenizer)
@@ -195,7 +197,7 @@ def batch(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
     limits = limits_for(trees, tokenizer, lanes=plan.lanes, prompt=" ".join(["word"] * 40))
     scripts = [script_of(tree, tokenizer, limits) for tree in trees]
     plain = dataclasses.replace(SEQUENTIAL, max_new_tokens=3 * plan.tokens)
-    wishes = {
+    sampling = {
         "plain": [plain] * count,
         "trees": [SamplingParams(UNLIMITED, UNLIMITED, script=script) for script in scripts],
     }
@@ -203,11 +205,11 @@ def batch(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
     calls = {}
     for rows in plan.rows:
         decoder = Decoder(model, limits=limits, rows=rows)
-        for kind in wishes:
-            calls[f"{kind}, {rows}"] = _throughput(decoder, prompts, wishes[kind], answers, (kind, rows))
+        for kind in sampling:
+            calls[f"{kind}, {rows}"] = _throughput(decoder, prompts, sampling[kind], answers, (kind, rows))
     samples = in_turn("batch", calls, plan.repeats)
     points: list[Point] = []
-    for kind in wishes:
+    for kind in sampling:
         first = samples[f"{kind}, {plan.rows[0]}"]
         for rows in plan.rows:
             rates = samples[f"{kind}, {rows}"]
@@ -217,7 +219,7 @@ def batch(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
                     "rows": rows,
                     "tokens/s": Spread.of(rates),
                     "against the first": ratio(rates, first),
-                    "same text": _said(answers[kind, rows]) == _said(answers[kind, plan.rows[0]]),
+                    "same text": _tokens(answers[kind, rows]) == _tokens(answers[kind, plan.rows[0]]),
                 }
             )
     return points
@@ -226,20 +228,20 @@ def batch(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
 def _throughput(
     decoder: Decoder,
     prompts: list[list[int]],
-    wishes: list[SamplingParams],
+    sampling: list[SamplingParams],
     answers: dict[tuple[str, int], list[Trace]],
     name: tuple[str, int],
 ) -> Callable[[], float]:
-    """Measures tokens a second of all requests; leaves the traces in `answers[name]`."""
+    """A function that measures the tokens per second of all requests, and leaves the traces in `answers[name]`."""
 
     def tokens_per_s() -> float:
-        answers[name], timing = decoder.decode(prompts, wishes)
+        answers[name], timing = decoder.decode(prompts, sampling)
         return sum(int((trace.step > 0).sum()) for trace in answers[name]) / timing.wall_s
 
     return tokens_per_s
 
 
-def _said(traces: Sequence[Trace]) -> list[list[list[int]]]:
+def _tokens(traces: Sequence[Trace]) -> list[list[list[int]]]:
     return [[list(tokens) for tokens in trace.threads.tokens] for trace in traces]
 
 
@@ -251,32 +253,32 @@ def shapes(
 ) -> dict[str, list[Program]]:
     """The shape classes that are replayed: numbers of branches, their lengths, syncs, nesting, real responses."""
     middle = plan.branches[len(plan.branches) // 2]
-    wished: dict[str, dict] = {}
+    settings: dict[str, dict] = {}
     for branches in plan.branches:
-        wished[f"{branches} branches"] = dict(branches=branches)
-        wished[f"{branches} unbalanced"] = dict(branches=branches, balanced=False)
-    wished[f"{middle} with syncs"] = dict(branches=middle, syncs=True)
-    wished[f"{middle} nested"] = dict(branches=middle, balanced=False, depth=2)
-    found = {
-        name: [random_tree(rng, tokenizer, tokens=plan.tokens, **wishes) for _ in range(plan.answers)]
-        for name, wishes in wished.items()
+        settings[f"{branches} branches"] = dict(branches=branches)
+        settings[f"{branches} unbalanced"] = dict(branches=branches, balanced=False)
+    settings[f"{middle} with syncs"] = dict(branches=middle, syncs=True)
+    settings[f"{middle} nested"] = dict(branches=middle, balanced=False, depth=2)
+    programs = {
+        name: [random_tree(rng, tokenizer, tokens=plan.tokens, **shape) for _ in range(plan.answers)]
+        for name, shape in settings.items()
     }
     if responses:
-        found["real"] = real_shapes(tokenizer, responses, plan.real, rng)
-    return found
+        programs["real"] = real_shapes(tokenizer, responses, plan.real, rng)
+    return programs
 
 
 def real_shapes(
     tokenizer: Tokenizer, responses: Sequence[str], count: int, rng: random.Random
 ) -> list[Program]:
-    """Some of the responses in which a rule finds promises (`baselines.apar`), and which are not too long.
+    """A sample of the responses that are short enough and in which a rule finds promises (`baselines.apar`).
 
     Raises:
       ValueError: there is none.
     """
-    found = [program for text in responses if [*(program := apar.annotate(text)).promises()]]
+    annotated = [program for text in responses if [*(program := apar.annotate(text)).promises()]]
     usable = []
-    for program in found:
+    for program in annotated:
         text = "".join(node.text for node in _texts(program))
         if len(tokenizer.encode(text)) <= LONGEST_REAL:
             usable.append(with_topics(program, tokenizer))
@@ -293,35 +295,35 @@ def _texts(program: Program) -> list[Text]:
 
 def read_responses(path: str | os.PathLike[str]) -> list[str]:
     """The `response` of each line of a JSONL file. Raises ValueError if a line has none."""
-    found = []
+    responses = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                found.append(json.loads(line)["response"])
+                responses.append(json.loads(line)["response"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{os.fspath(path)}, line {number}: no JSON object with a response."
                 ) from error
-    return found
+    return responses
 
 
 def replayed(model: Model, plan: Plan, rng: random.Random, responses: Sequence[str] = ()) -> list[Point]:
-    """Efficiency of each shape class, and of all together."""
+    """Efficiency of each shape class and overall."""
     programs = shapes(model.tokenizer, plan, rng, responses)
     every = [program for several in programs.values() for program in several]
     decoder = Decoder(model, limits=limits_for(every, model.tokenizer, lanes=plan.lanes))
     measured = replay(decoder, programs, plan.repeats)
     points: list[Point] = []
     for summary in summaries(measured):
-        mine = [each for each in measured if summary.shape in (each.shape, "overall")]
+        group = [answer for answer in measured if summary.shape in (answer.shape, "overall")]
         points.append(
             {
                 "shape": summary.shape,
                 "answers": summary.answers,
-                "text tokens": statistics.mean(each.text_tokens for each in mine),
-                "steps": statistics.mean(each.steps for each in mine),
-                "mean width": statistics.mean(_mean_width(each.widths) for each in mine),
-                "steps of width 1, 2, ...": _together([each.widths for each in mine]),
+                "text tokens": statistics.mean(answer.text_tokens for answer in group),
+                "steps": statistics.mean(answer.steps for answer in group),
+                "mean width": statistics.mean(_mean_width(answer.widths) for answer in group),
+                "steps of width 1, 2, ...": _sum([answer.widths for answer in group]),
                 "theoretical, x": summary.theoretical,
                 "realized, x": summary.realized,
                 "efficiency": Spread.of(summary.efficiencies),
@@ -331,8 +333,7 @@ def replayed(model: Model, plan: Plan, rng: random.Random, responses: Sequence[s
     return points
 
 
-def _together(histograms: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Their sum."""
+def _sum(histograms: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(map(sum, itertools.zip_longest(*histograms, fillvalue=0)))
 
 

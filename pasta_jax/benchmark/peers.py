@@ -1,7 +1,7 @@
-"""Sequential decode and prefill beside Hugging Face transformers, on the same weights, in one process and in turn.
+"""Sequential decode and prefill compared with Hugging Face transformers, on the same weights, in one process.
 
-The peers are `generate` as it comes (eager, a cache that grows) and with a static cache and compiled forward
-(`cache_implementation="static"`, torch.compile). Greedy; the tokens must be the same.
+The peers are `generate` with its defaults (eager, a growing cache) and with a static cache and a compiled forward
+pass (`cache_implementation="static"`, torch.compile). Decoding is greedy; the tokens must be the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Generate: TypeAlias = Callable[[np.ndarray, int], np.ndarray]
 
 
 def missing() -> str | None:
-    """What keeps peers from being measured; None if nothing does."""
+    """Why peers cannot be measured; None if they can."""
     for package in ("transformers", "torch"):
         if importlib.util.find_spec(package) is None:
             return f"Peers not measured: {package} is not installed."
@@ -51,51 +51,51 @@ def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...]
     Raises:
       FamilyError: no architecture of transformers has these numbers.
     """
-    theirs, words = _hf_generates(model), _words(model)
+    peers, words = _hf_generates(model), _words(model)
     points: list[Point] = []
     for rows in batches:
         prompts = np.array([rng.choices(words, k=plan.prompt) for _ in range(rows)], np.int32)
-        generates = {"pasta_jax": _ours(model, plan, rows), **theirs}
-        said: dict[str, np.ndarray] = {}
+        generates = {"pasta_jax": _ours(model, plan, rows), **peers}
+        tokens: dict[str, np.ndarray] = {}
         calls: dict[str, Callable[[], float]] = {}
         for name, generate in list(generates.items()):
-            begun = time.monotonic()
+            started = time.monotonic()
             try:
-                said[name] = generate(prompts, plan.steps)
-            except Exception as error:  # a peer that does not run here is left out, whatever its reason
+                tokens[name] = generate(prompts, plan.steps)
+            except Exception as error:  # a peer that fails on this machine is left out
                 if name == "pasta_jax":
                     raise
                 reason = (str(error).strip() or "no message").splitlines()[0][:200]
                 LOG.warning("%s left out: %s: %s", name, type(error).__name__, reason)
-                del theirs[name]
+                del peers[name]
                 continue
-            LOG.info("batch %d, %s: first call took %.0f s", rows, name, time.monotonic() - begun)
+            LOG.info("batch %d, %s: first call took %.0f s", rows, name, time.monotonic() - started)
             calls[f"{name}, 1"] = _seconds(generate, prompts, 1)
             calls[f"{name}, n"] = _seconds(generate, prompts, plan.steps)
         samples = in_turn(f"peers, batch {rows}", calls, plan.repeats)
-        points += _points(rows, plan, samples, said)
+        points += _points(rows, plan, samples, tokens)
     return points
 
 
 def _points(
-    rows: int, plan: Plan, samples: dict[str, list[float]], said: dict[str, np.ndarray]
+    rows: int, plan: Plan, samples: dict[str, list[float]], tokens: dict[str, np.ndarray]
 ) -> list[Point]:
     timed = {}
-    for name in said:
+    for name in tokens:
         one, many = samples[f"{name}, 1"], samples[f"{name}, n"]
         step = [(after - before) / (plan.steps - 1) for before, after in zip(one, many)]
         own = 1 if name == "pasta_jax" else 0
-        timed[name] = [before - own * each for before, each in zip(one, step)], step, many
+        timed[name] = [before - own * s for before, s in zip(one, step)], step, many
     ours = timed["pasta_jax"]
     points: list[Point] = []
     for name, (prefill, step, whole) in timed.items():
-        agree = said[name] == said["pasta_jax"]
+        agree = tokens[name] == tokens["pasta_jax"]
         points.append(
             {
                 "batch": rows,
                 "who": name,
                 "prefill, s": Spread.of(prefill),
-                "step, ms": Spread.of([1000 * each for each in step]),
+                "step, ms": Spread.of([1000 * s for s in step]),
                 "whole, s": Spread.of(whole),
                 "prefill, ours is x as fast": ratio(prefill, ours[0]),
                 "step, ours is x as fast": ratio(step, ours[1]),
@@ -107,37 +107,37 @@ def _points(
 
 def _seconds(generate: Generate, prompts: np.ndarray, tokens: int) -> Callable[[], float]:
     def seconds() -> float:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         generate(prompts, tokens)
-        return time.perf_counter() - begun
+        return time.perf_counter() - started
 
     return seconds
 
 
 def _words(model: Model) -> list[int]:
-    """All ids that are neither tags nor control symbols."""
+    """All ids but those of tags and control symbols."""
     vocabulary = model.tokenizer.vocabulary
     special = {*vocabulary.tag_ids.values(), *vocabulary.stops, *vocabulary.control}
     return [i for i in range(len(vocabulary)) if i not in special]
 
 
 def _ours(model: Model, plan: Plan, rows: int) -> Generate:
-    """Through the decoder as it comes, promises forbidden."""
+    """Our decoder, with promises forbidden."""
     lanes = min(8, plan.lanes)
     pool = round_up(plan.prompt + plan.steps + lanes, 128) - lanes
     limits = Limits(lanes, 16, pool)
     decoder = Decoder(model, limits=limits, rows=rows, prompt_buckets=(plan.prompt,))
 
     def generate(prompts: np.ndarray, tokens: int) -> np.ndarray:
-        wishes = dataclasses.replace(SEQUENTIAL, max_new_tokens=tokens)
-        traces, _ = decoder.decode(prompts.tolist(), [wishes] * rows)
+        sampling = dataclasses.replace(SEQUENTIAL, max_new_tokens=tokens)
+        traces, _ = decoder.decode(prompts.tolist(), [sampling] * rows)
         return np.stack([trace.tokens.token[trace.prompt_length :][:tokens] for trace in traces])
 
     return generate
 
 
 def _hf_generates(model: Model) -> dict[str, Generate]:
-    """Transformers' ways to generate, on our weights."""
+    """The variants of `generate` in transformers, on our weights."""
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     tree = config_to_hf(model.config)
@@ -145,31 +145,31 @@ def _hf_generates(model: Model) -> dict[str, Generate]:
     dtype = getattr(torch, model.config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
-        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    _copy_weights(torch, theirs, model)
-    theirs = theirs.to(device).eval()
+        hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _copy_weights(torch, hf, model)
+    hf = hf.to(device).eval()
 
     def generate(prompts: np.ndarray, tokens: int, **options: Any) -> np.ndarray:
         ids = torch.from_numpy(prompts.astype(np.int64)).to(device)
-        ask = transformers.GenerationConfig(
+        settings = transformers.GenerationConfig(
             max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True, **options
         )
         with torch.inference_mode():
-            found = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_config=ask)
-        return found[:, prompts.shape[1] :].cpu().numpy()
+            ids = hf.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        return ids[:, prompts.shape[1] :].cpu().numpy()
 
     def compiled(prompts: np.ndarray, tokens: int) -> np.ndarray:
-        how = transformers.CompileConfig(mode="reduce-overhead" if device == "cuda" else "default")
-        how._compile_all_devices = True  # else a CPU would not compile
-        return generate(prompts, tokens, cache_implementation="static", compile_config=how)
+        settings = transformers.CompileConfig(mode="reduce-overhead" if device == "cuda" else "default")
+        settings._compile_all_devices = True  # otherwise a CPU does not compile
+        return generate(prompts, tokens, cache_implementation="static", compile_config=settings)
 
     version = transformers.__version__
     return {f"transformers {version}, eager": generate, f"transformers {version}, compiled": compiled}
 
 
-def _copy_weights(torch: Any, theirs: Any, model: Model) -> None:
-    """Our parameters into their model, one tensor at a time."""
-    named = dict(theirs.named_parameters())
+def _copy_weights(torch: Any, hf: Any, model: Model) -> None:
+    """Copies our parameters into a model of transformers, one tensor at a time."""
+    named = dict(hf.named_parameters())
     with torch.no_grad():
         for tensor in hf_tensors(model.config):
             array = tensor.to_hf(np.asarray(leaf_at(model.params, tensor.path)))

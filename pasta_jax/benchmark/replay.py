@@ -1,6 +1,6 @@
-"""Replay: answers through the real engine with their tokens forced, to measure speed without trained weights.
+"""Replay: the real engine decodes answers with forced tokens, to measure speed without trained weights.
 
-Each answer is decoded as it is annotated and again as the same tokens of text one by one, both by the same
+Each answer is decoded as it is annotated, and again as the same tokens of text one by one, both by the same
 `Decoder`, in turn:
 
     theoretical speedup   tokens of text / critical path: steps by steps, with unlimited lanes
@@ -31,20 +31,20 @@ from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 PROMPT = "Go on."
-"""Short, so that little time goes into it."""
+"""A short prompt, so that it takes little time."""
 
 UNLIMITED = 2**30
-"""Tokens, of what must not be cut."""
+"""A token limit for answers that must not be cut."""
 
 
 class ReplayError(RuntimeError):
-    """The engine did not say what it was made to say."""
+    """The engine wrote other tokens than it was forced to."""
 
 
 def limits_for(
     programs: Sequence[Program | Trace], tokenizer: Tokenizer, *, lanes: int = 8, prompt: str = PROMPT
 ) -> Limits:
-    """Limits of a decoder that can replay all these, its pool with the lanes' room a whole number of 128s."""
+    """Limits of a decoder that can replay all these; pool plus lanes is a multiple of 128."""
     answers = [threads_in(program, tokenizer) for program in programs]
     tokens = max(sum(map(len, answer.tokens)) for answer in answers)
     threads = max(len(answer.tokens) for answer in answers)
@@ -58,13 +58,12 @@ class Replayed:
 
     Attributes:
       shape: its shape class.
-      branches: threads but main.
-      text_tokens: tokens of its text, without tags.
-      critical_path: decode steps with unlimited lanes.
+      branches: number of threads besides main.
+      text_tokens, critical_path: as in `Stats`.
       steps: decode steps taken.
-      widths: how many steps used 1, 2, ... lanes.
-      parallel_s, sequential_s: seconds of each repeat, prompt and host included, compiling not.
-      start_s: likewise, of a request that ends after its first decode step.
+      widths: number of steps that used 1, 2, ... lanes.
+      parallel_s, sequential_s: seconds of each repeat, including prompt and host, without compiling.
+      start_s: the same, of a request that ends after its first decode step.
     """
 
     shape: str
@@ -83,12 +82,12 @@ class Replayed:
 
     @property
     def speedups(self) -> tuple[float, ...]:
-        """Seconds by seconds, of each repeat."""
+        """Sequential seconds / parallel seconds, of each repeat."""
         return tuple(plain / parallel for plain, parallel in zip(self.sequential_s, self.parallel_s))
 
     @property
     def realized(self) -> float:
-        """The median repeat's: the two decodes of one were made right after each other."""
+        """The median over repeats; the two decodes of a repeat follow each other directly."""
         return statistics.median(self.speedups)
 
     @property
@@ -97,19 +96,19 @@ class Replayed:
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """Seconds of a decode step, without the start: of the parallel and the sequential decode."""
+        """Seconds of a parallel and of a sequential decode step, without the start."""
         start = statistics.median(self.start_s)
 
-        def each(seconds: Sequence[float], steps: int) -> float:
+        def step(seconds: Sequence[float], steps: int) -> float:
             return (statistics.median(seconds) - start) / max(1, steps - 1)
 
-        return each(self.parallel_s, self.steps), each(self.sequential_s, self.text_tokens)
+        return step(self.parallel_s, self.steps), step(self.sequential_s, self.text_tokens)
 
     @property
     def decode_efficiency(self) -> float:
-        """As `efficiency`, of decode steps alone, without prompt and start.
+        """The efficiency of the decode steps alone, without prompt and start.
 
-        NaN where the noise is larger than the steps: the start took longer than the whole.
+        NaN if the noise is larger than the steps, so that the start took longer than the whole.
         """
         parallel, sequential = self.step_s
         if min(parallel, sequential) <= 0:
@@ -124,18 +123,18 @@ def replay(
     *,
     prompt: str = PROMPT,
 ) -> list[Replayed]:
-    """Measures answers one request at a time; what compiles does so before.
+    """Measures answers, one request at a time, after a first round that compiles.
 
     Args:
-      decoder: with limits that hold them all (`limits_for`).
-      programs: the answers, by shape class: annotated ones, or what decodes did.
-      repeats: of everything; parallel and sequential decodes of all answers take turns, so that what the machine
-        does besides meets them alike.
-      prompt: whose answer each is; short, so that little time goes into it.
+      decoder: with limits that hold all answers (`limits_for`).
+      programs: the answers by shape class: annotated ones, or traces of decodes.
+      repeats: of each measurement. Parallel and sequential decodes of all answers take turns, so that other load on
+        the machine affects them alike.
+      prompt: of every request; short, so that it takes little time.
 
     Raises:
-      ValueError: an answer does not fit into the limits, or a trace did not come to its end.
-      ReplayError: the engine said something else.
+      ValueError: an answer does not fit into the limits, or a trace is incomplete.
+      ReplayError: the engine wrote other tokens.
     """
     tokenizer, limits = decoder.model.tokenizer, decoder.limits
     ids = tokenizer.encode_prompt(prompt)
@@ -160,7 +159,7 @@ def replay(
 
 
 def _plain(answer: Program | Trace, tokenizer: Tokenizer, limits: Limits) -> Script:
-    """Its text alone, token for token."""
+    """The answer's text alone, token by token."""
     if isinstance(answer, Program):
         return script_of(sequential(answer), tokenizer, limits)
     if answer.stop != Stop.EOS:
@@ -168,8 +167,8 @@ def _plain(answer: Program | Trace, tokenizer: Tokenizer, limits: Limits) -> Scr
             f"A trace that stopped with {answer.stop.reason!r} has no end to replay. Give it more room, or decode "
             "another."
         )
-    said = [*read(tokenizer.vocabulary, answer.threads).text, answer.threads.tokens[0][-1]]
-    return Script(np.zeros(1, np.int32), np.array([said], np.int32))
+    tokens = [*read(tokenizer.vocabulary, answer.threads).text, answer.threads.tokens[0][-1]]
+    return Script(np.zeros(1, np.int32), np.array([tokens], np.int32))
 
 
 def check_room(script: Script, limits: Limits, prompt_length: int) -> None:
@@ -184,19 +183,18 @@ def check_room(script: Script, limits: Limits, prompt_length: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A request that says what a script has; each call decodes it, and gives the trace and the seconds it took."""
+    """A request whose answer is a script; each call decodes it, and returns the trace and the seconds it took."""
 
     decoder: Decoder
     prompt: list[int]
     script: Script
 
     def answer(self) -> tuple[Trace, float]:
-        """The whole of it. Raises ReplayError if the engine did anything else."""
+        """Decodes the whole answer. Raises ReplayError if the engine wrote anything else."""
         trace, seconds = self._decode(UNLIMITED)
-        found = lines_of(trace.threads, self.decoder.limits.threads)
-        asked = self.script.lines
-        if trace.stop != Stop.EOS or found != asked:
-            differ = [path for path in asked.keys() | found.keys() if asked.get(path) != found.get(path)]
+        lines, script = lines_of(trace.threads, self.decoder.limits.threads), self.script.lines
+        if trace.stop != Stop.EOS or lines != script:
+            differ = [path for path in script.keys() | lines.keys() if script.get(path) != lines.get(path)]
             raise ReplayError(
                 f"The engine stopped with {trace.stop.reason!r} and differs from the script in threads with the "
                 f"paths {differ[:8]}: this is a fault of the engine."
@@ -204,12 +202,12 @@ class Run:
         return trace, seconds
 
     def start(self) -> tuple[Trace, float]:
-        """The same up to its first decode step."""
+        """Decodes the answer up to its first decode step."""
         return self._decode(1)
 
-    def _decode(self, most: int) -> tuple[Trace, float]:
-        wishes = SamplingParams(max_new_tokens=most, max_branch_tokens=UNLIMITED, script=self.script)
-        (trace,), timing = self.decoder.decode([self.prompt], [wishes])
+    def _decode(self, max_tokens: int) -> tuple[Trace, float]:
+        sampling = SamplingParams(max_new_tokens=max_tokens, max_branch_tokens=UNLIMITED, script=self.script)
+        (trace,), timing = self.decoder.decode([self.prompt], [sampling])
         return trace, timing.wall_s
 
 
@@ -240,14 +238,14 @@ def _measured(
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A shape class, or all of them; speeds are geometric means over its answers.
+    """A shape class, or all of them. Speeds are geometric means over its answers.
 
     Attributes:
-      shape: its name.
-      answers: how many.
+      shape: its name, or `overall`.
+      answers: number of answers.
       theoretical: speedup.
       speedups: realized, of each repeat.
-      decode_efficiency: as `Replayed.decode_efficiency`; NaN if that of one answer is.
+      decode_efficiency: as in `Replayed`; NaN if it is NaN for any answer.
     """
 
     shape: str
@@ -258,33 +256,33 @@ class Summary:
 
     @property
     def realized(self) -> float:
-        """The median repeat's."""
+        """The median over repeats."""
         return statistics.median(self.speedups)
 
     @property
     def efficiencies(self) -> tuple[float, ...]:
-        """Of each repeat, and of the means, as the paper has it."""
+        """The efficiency of the mean speedups, as in the paper, of each repeat."""
         return tuple(speedup / self.theoretical for speedup in self.speedups)
 
     @property
     def efficiency(self) -> float:
-        """The median repeat's."""
+        """The median over repeats."""
         return self.realized / self.theoretical
 
 
 def summaries(replayed: Sequence[Replayed]) -> list[Summary]:
-    """One for each shape class in turn, and one for all of them together, called overall."""
+    """A summary of each shape class, and one of all answers, called overall."""
     mean = statistics.geometric_mean
-    found = []
-    for shape in (*dict.fromkeys(each.shape for each in replayed), "overall"):
-        mine = [each for each in replayed if shape in (each.shape, "overall")]
-        found.append(
+    rows = []
+    for shape in (*dict.fromkeys(answer.shape for answer in replayed), "overall"):
+        group = [answer for answer in replayed if shape in (answer.shape, "overall")]
+        rows.append(
             Summary(
                 shape=shape,
-                answers=len(mine),
-                theoretical=mean([each.theoretical for each in mine]),
-                speedups=tuple(map(mean, zip(*(each.speedups for each in mine)))),
-                decode_efficiency=mean([each.decode_efficiency for each in mine]),
+                answers=len(group),
+                theoretical=mean([answer.theoretical for answer in group]),
+                speedups=tuple(map(mean, zip(*(answer.speedups for answer in group)))),
+                decode_efficiency=mean([answer.decode_efficiency for answer in group]),
             )
         )
-    return found
+    return rows

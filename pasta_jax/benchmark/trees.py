@@ -1,4 +1,4 @@
-"""Answers to replay: random trees of a given shape, the same text without tags, what a rule finds in real ones."""
+"""Answers to replay: random trees of a given shape, annotated real answers, and their text without tags."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pasta_jax.tokens.detokenize import TOPIC_PREFIX
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 BETWEEN = 4
-"""Tokens of main's text before each promise of a random tree: the mark of an item, a word or two."""
+"""Tokens of main's text before each promise of a random tree, such as the mark of a list item."""
 
 
 def random_tree(
@@ -28,43 +28,42 @@ def random_tree(
     syncs: bool = False,
     depth: int = 1,
 ) -> Program:
-    """An answer of the shape asked for, its text random words.
+    """An answer of a given shape, made of random words.
 
     Args:
-      rng: draws words and lengths.
+      rng: samples words and lengths.
       tokenizer: of the model; counts tokens.
-      branches: promises, the nested ones included.
+      branches: number of promises, including nested ones.
       tokens: mean length of a branch's own text.
-      balanced: all branches are as long; else their lengths have a heavy tail, the sum being the same.
-      syncs: main waits after two to four promises each, and says something of half a branch's length.
-      depth: how deep promises nest, where there are enough of them: a third, rounded up, stand in main, the
-        others within those.
+      balanced: all branches have the same length; otherwise lengths with a heavy tail and the same sum.
+      syncs: main waits after every two to four promises, and then writes half a branch's length of text.
+      depth: how deep promises nest if there are enough: a third, rounded up, in main, the others in those.
     """
     if branches < 1 or tokens < 1 or depth < 1:
         raise ValueError(f"branches={branches}, tokens={tokens} and depth={depth} must be at least 1.")
     words = some_words(tokenizer)
 
-    def say(count: int) -> Text:
+    def text(count: int) -> Text:
         return Text(text_of(rng, tokenizer, words, count))
 
     def nodes(lengths: Sequence[int], depth: int) -> Iterator[Node]:
-        here = len(lengths) if depth == 1 else math.ceil(len(lengths) / 3)
+        own = len(lengths) if depth == 1 else math.ceil(len(lengths) / 3)
         until_sync = rng.randint(2, 4)
-        for i, length in enumerate(lengths[:here]):
-            yield say(BETWEEN)
-            yield promise(length, lengths[here + i :: here], depth)
+        for i, length in enumerate(lengths[:own]):
+            yield text(BETWEEN)
+            yield promise(length, lengths[own + i :: own], depth)
             until_sync -= 1
-            if syncs and (until_sync == 0 or i == here - 1):
+            if syncs and (until_sync == 0 or i == own - 1):
                 yield Sync()
-                yield say(max(1, tokens // 2))
+                yield text(max(1, tokens // 2))
                 until_sync = rng.randint(2, 4)
 
     def promise(length: int, nested: Sequence[int], depth: int) -> Promise:
-        block: list[Node] = [say(length)]
+        block: list[Node] = [text(length)]
         if nested:
-            block = [say(math.ceil(length / 2)), *nodes(nested, depth - 1), say(max(1, length // 2))]
-        said = min(max(math.ceil((length + sum(nested)) / 10), MIN_TOKENS), MAX_TOKENS)
-        return Promise(rng.choice(words).strip(), said, joined(block))
+            block = [text(math.ceil(length / 2)), *nodes(nested, depth - 1), text(max(1, length // 2))]
+        tens = min(max(math.ceil((length + sum(nested)) / 10), MIN_TOKENS), MAX_TOKENS)
+        return Promise(rng.choice(words).strip(), tens, joined(block))
 
     return Program(joined(nodes(_lengths(rng, branches, tokens, balanced), depth)))
 
@@ -76,33 +75,33 @@ def _lengths(rng: random.Random, branches: int, tokens: int, balanced: bool) -> 
     return [max(1, round(branches * tokens * weight / sum(weights))) for weight in weights]
 
 
-def some_words(tokenizer: Tokenizer, most: int = 200) -> list[str]:
-    """Words with a space before them that are one token each; a letter if the vocabulary has none."""
-    found: list[str] = []
+def some_words(tokenizer: Tokenizer, count: int = 200) -> list[str]:
+    """Words that are one token each with the space before them; a letter if the vocabulary has none."""
+    words: list[str] = []
     for i, piece in enumerate(tokenizer.vocabulary.pieces):
         if re.fullmatch(rb" [a-z]{2,}", piece) and tokenizer.encode(piece.decode()) == [i]:
-            found.append(piece.decode())
-            if len(found) == most:
+            words.append(piece.decode())
+            if len(words) == count:
                 break
-    return found or ["a"]
+    return words or ["a"]
 
 
 def text_of(rng: random.Random, tokenizer: Tokenizer, words: Sequence[str], tokens: int) -> str:
-    """Words that are so many tokens together."""
-    said: list[str] = []
+    """A text of words with this number of tokens."""
+    chosen: list[str] = []
     for _ in range(100 + 10 * tokens):
-        have = len(tokenizer.encode("".join(said)))
+        have = len(tokenizer.encode("".join(chosen)))
         if have == tokens:
-            return "".join(said)
+            return "".join(chosen)
         if have < tokens:
-            said += rng.choices(words, k=tokens - have)
+            chosen += rng.choices(words, k=tokens - have)
         else:
-            said.pop(rng.randrange(len(said)))
+            chosen.pop(rng.randrange(len(chosen)))
     raise ValueError(f"Found no text of {tokens} tokens in words such as {words[0]!r}.")
 
 
 def sequential(program: Program) -> Program:
-    """The same tokens of text in the reader's order, without tags: its texts stay apart, so none merge."""
+    """The same tokens of text in document order, without tags. The texts stay separate, so no tokens merge."""
 
     def texts(nodes: tuple[Node, ...]) -> Iterator[Node]:
         for node in nodes:
@@ -115,9 +114,9 @@ def sequential(program: Program) -> Program:
 
 
 def with_topics(program: Program, tokenizer: Tokenizer) -> Program:
-    """Bare promises, such as a rule finds (`baselines.apar`), as those of PASTA-LANG: with topic and length.
+    """Gives topic and length to the bare promises that a rule finds (`baselines.apar`).
 
-    The topic is the block's first word or two, "part" where they cannot be one.
+    The topic is the block's first word or two, or "part" if those cannot be a topic.
     """
 
     def named(node: Node) -> Node:
@@ -126,7 +125,7 @@ def with_topics(program: Program, tokenizer: Tokenizer) -> Program:
         block = tuple(map(named, node.block))
         if not node.is_bare:
             return dataclasses.replace(node, block=block)
-        text = "".join(each.text for each in sequential(Program(block)).nodes if isinstance(each, Text))
+        text = "".join(n.text for n in sequential(Program(block)).nodes if isinstance(n, Text))
         topic = " ".join(re.findall(r"[^\W\d_]+", text)[:2])
         if not topic or len(tokenizer.encode(TOPIC_PREFIX + topic)) > MAX_TOPIC_TOKENS:
             topic = "part"

@@ -1,7 +1,7 @@
-"""What the paper says, and the bars that this project set itself: whether the results say so.
+"""The claims of the paper and the project's own bars: whether the results support them.
 
-A claim is judged by means. Overall numbers come with their 95 % intervals, so that a reader sees what is within
-noise; where a claim fails, the families of prompts in which it is lost are named.
+A claim is judged by means. Overall numbers come with 95 % intervals, so that a reader sees what is within noise. If
+a claim fails, the evidence names the families of prompts in which it fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Claim:
     """One statement.
 
     Attributes:
-      holds: None if it was not measured.
+      holds: whether the results support it; None if it was not measured.
       evidence: the numbers.
     """
 
@@ -36,7 +36,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """The main comparison, by roles; `trained` is PASTA-BoN, by lambda."""
+    """The main comparison by role; `trained` is PASTA-BoN, one result for each lambda."""
 
     baseline: Result
     sft: Result
@@ -46,11 +46,11 @@ class Compared:
 
 
 def claims(results: Sequence[Result], exact: float | None = None) -> list[Claim]:
-    """All of them, in the paper's order.
+    """All claims, in the paper's order.
 
     Args:
-      results: of every model; those of the main comparison were timed.
-      exact: theoretical speedup of exact annotations of the same prompts, if it is known.
+      results: of every model; the main comparison must be timed.
+      exact: theoretical speedup of exact annotations of the same prompts, if known.
     """
     shown = headline(results)
     by_name = {result.name: result for result in shown}
@@ -75,7 +75,7 @@ def claims(results: Sequence[Result], exact: float | None = None) -> list[Claim]
 
 def _better_at_once(compared: Compared) -> Iterator[Claim]:
     def lost(result: Result, rival: Result) -> list[str]:
-        """The measures in which it is not better."""
+        """The measures in which `result` is not better."""
         return [name for name, value in _MEASURES.items() if value(result).mean <= value(rival).mean]
 
     for rival in (compared.apar, compared.sot):
@@ -84,35 +84,37 @@ def _better_at_once(compared: Compared) -> Iterator[Claim]:
         yield _claim(
             f"A PASTA-BoN point is better than {rival.name} in win rate, truth and realized speedup at once",
             bool(winners),
-            _said(best),
-            _said(rival),
+            _summary(best),
+            _summary(rival),
             _difference(best, rival),
             *(_behind(best, rival, name) for name in lost(best, rival)),
         )
 
 
 def _above_the_segment(compared: Compared) -> Claim:
-    """The segment goes from Baseline-SFT (1x, 50 %) to APAR.
+    """Compares the frontier with the segment from Baseline-SFT (1x, 50 %) to APAR.
 
-    The frontier is the upper hull of Baseline-SFT and PASTA-BoN. Hull and segment begin in the same point, so the
-    hull is above the segment everywhere if it is above its end.
+    The frontier is the upper hull of Baseline-SFT and PASTA-BoN. Hull and segment start at the same point, so the
+    hull is above the whole segment if it is above its end.
     """
     apar = compared.apar
     text = "The PASTA frontier lies above the segment from Baseline-SFT to APAR"
     if _speed(apar) <= 1.0:
-        return _claim(text, None, _said(apar), "it is no faster than Baseline-SFT: there is no segment")
+        return _claim(text, None, _summary(apar), "it is no faster than Baseline-SFT: there is no segment")
     points = [(1.0, 0.5), *((_speed(result), result.win_rate.mean) for result in compared.trained)]
     at_apar = height(upper_hull(points), _speed(apar))
     if at_apar is None:
-        return _claim(text, False, _said(apar), *map(_said, compared.trained), "no point is as fast as APAR")
+        return _claim(
+            text, False, _summary(apar), *map(_summary, compared.trained), "no point is as fast as APAR"
+        )
     holds = at_apar > apar.win_rate.mean
     best = max(compared.trained, key=lambda result: (_speed(result) >= _speed(apar), result.win_rate.mean))
     return _claim(
         text,
         holds,
         f"at APAR's speed the line between its points is at {100 * at_apar:.1f} %",
-        _said(apar),
-        _said(best),
+        _summary(apar),
+        _summary(best),
         "" if holds else _behind(best, apar, "win_rate"),
     )
 
@@ -127,7 +129,7 @@ def _no_loss(compared: Compared) -> Claim:
     return _claim(
         "At no loss of quality (win rate at least 50 %) realized speedup is at least 1.5x",
         holds,
-        _said(best),
+        _summary(best),
         "" if safe else _behind(best, compared.baseline, "win_rate"),
     )
 
@@ -137,7 +139,7 @@ def _speed_end(compared: Compared, exact: float | None) -> Claim:
     return _claim(
         "The speed end reaches the paper's 1.93x realized",
         _speed(fastest) >= 1.93,
-        _said(fastest),
+        _summary(fastest),
         ""
         if exact is None
         else f"exact annotations of these prompts, each sync in its place: {exact:.2f}x theoretical",
@@ -176,7 +178,7 @@ def _stays_sequential(compared: Compared) -> Iterator[Claim]:
 
 
 def _syncs(compared: Compared) -> Claim:
-    """The evidence says how many answers have branches to wait for, and what it costs not to."""
+    """The evidence gives the share of answers with branches, and the truth."""
     shares = [_percent(result, "compare", "concludes_last") for result in compared.trained]
     return _claim(
         "After the second stage every compare answer waits for its branches before the conclusion",
@@ -204,7 +206,7 @@ def _rises(results: Sequence[Result]) -> Iterator[Claim]:
         )
 
 
-# ------------------------------------------------------------------------------------------------- in words
+# ------------------------------------------------------------------------------------------------- evidence
 
 
 def _claim(text: str, holds: bool | None, *evidence: str) -> Claim:
@@ -233,7 +235,7 @@ _MEASURES: Mapping[str, Callable[[Result], Estimate]] = {
 
 
 def _difference(result: Result, rival: Result) -> str:
-    """What a reader needs who asks whether it is noise: intervals of differences on the same prompts."""
+    """Intervals of the differences on the same prompts, which show whether they are noise."""
     if not (paired := result.against.get(rival.name)):
         return ""
     points = [
@@ -246,7 +248,7 @@ def _difference(result: Result, rival: Result) -> str:
     )
 
 
-def _said(result: Result) -> str:
+def _summary(result: Result) -> str:
     assert result.realized is not None
     return (
         f"{result.name} {_in_percent(result.win_rate)} win rate, {_in_percent(result.truth)} truth at "
@@ -268,15 +270,16 @@ def _wins_more(earlier: Result, later: Result) -> bool:
 
 
 def _behind(result: Result, rival: Result, measure: str) -> str:
-    """The families in which a result is worse than a rival, those that cost it most first; "" if there are none."""
+    """The families in which a result is worse than a rival, the largest gap first; "" if there are none."""
     gaps = sorted(
         (result.families[family][measure] - rival.families[family][measure], family)
         for family in rival.families
     )
     if measure == "realized":
-        said = ", ".join(f"{family} {gap:+.2f}x" for gap, family in gaps if gap < -0.005)
-        return f"realized by family, against {rival.name}: {said}" if said else ""
-    said = ", ".join(f"{family} {100 * gap:+.1f}" for gap, family in gaps if gap < -0.0005)
-    each = rival.prompts // max(1, len(rival.families)) * rival.seeds
-    what = f"points of {measure.replace('_', ' ')} by family, about {each} answers each, against {rival.name}"
-    return f"{what}: {said}" if said else ""
+        shown = ", ".join(f"{family} {gap:+.2f}x" for gap, family in gaps if gap < -0.005)
+        return f"realized by family, against {rival.name}: {shown}" if shown else ""
+    shown = ", ".join(f"{family} {100 * gap:+.1f}" for gap, family in gaps if gap < -0.0005)
+    answers = rival.prompts // max(1, len(rival.families)) * rival.seeds
+    name = measure.replace("_", " ")
+    what = f"points of {name} by family, about {answers} answers each, against {rival.name}"
+    return f"{what}: {shown}" if shown else ""

@@ -1,7 +1,7 @@
 """The paper's own numbers (Jin et al., ICML 2025, arXiv 2502.11517): Gemma 7B on AlpacaEval, one H100.
 
-Another task and another model than Almanac's: good for the shape of a curve, not for its height. *Read* is
-what the paper's text says; *digitised* is measured in a figure, to about 0.01x and 0.2 points. Win rates are
+The task and the model differ from Almanac's, so compare the shapes of curves, not their heights. *Read* numbers
+are from the paper's text; *digitised* ones are measured in a figure, to about 0.01x and 0.2 points. Win rates are
 length-controlled, against Baseline-SFT, from 0 to 1; the final ones by GPT-4, those of ablations by Gemini.
 """
 
@@ -17,7 +17,7 @@ class Model:
 
     Attributes:
       arithmetic: Figure 9: arithmetic means of realized speedup, theoretical speedup and parallelism.
-      source: where the numbers are from.
+      source: of the numbers.
     """
 
     name: str

@@ -1,7 +1,6 @@
 """The paper's figures, drawn from our results.
 
-Each function takes all results, picks those it shows (`results.py`) and writes a PNG. Figures are made without
-pyplot: no window, no backend chosen, no setting of matplotlib changed.
+Each function takes all results, selects those it shows (`results.py`) and writes a PNG.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BASELINE = 1.0, 50.0
-"""Speed (x) and win rate (%) of Baseline-SFT, with which all others are compared: not measured, so it is."""
+"""Speed (x) and win rate (%) of Baseline-SFT, by definition."""
 
 WIN_RATE = "Win rate against Baseline-SFT (%)"
 THEORETICAL = "Theoretical speedup"
@@ -63,7 +62,7 @@ def families(results: Sequence[Result], path: str | os.PathLike[str], weight: fl
 
 
 def draw_frontier(results: Sequence[Result]) -> Figure:
-    """What `frontier` saves."""
+    """The figure of `frontier`."""
     shown = pick.headline(results)
     figure = new_figure(12, 5.2)
     figure.suptitle(_measured_on(shown), fontsize=10, color=PALE)
@@ -78,8 +77,7 @@ def draw_frontier(results: Sequence[Result]) -> Figure:
         _frontier_panel(axes, shown, speed)
     _legend(figure, panels)
     for (_, speed), axes in zip(speeds, panels):
-        found = _measured(shown, speed)
-        trained = [(r, x) for r, x in found if r.weight is not None]
+        trained = [(r, x) for r, x in _measured(shown, speed) if r.weight is not None]
         place(axes, [Label(x.mean, 100 * r.win_rate.mean, weight_label(r.weight)) for r, x in trained])
     return figure
 
@@ -108,12 +106,12 @@ def _frontier_panel(axes: Axes, shown: Sequence[Result], speed: Callable[[Result
     )
     for result, x in others:
         _estimate(axes, x, result.win_rate.scaled(100), METHODS[result.method], result.method)
-    here = Estimate.exact(BASELINE[0]), Estimate.exact(BASELINE[1])
-    _limit(axes, [here[0], *(x for _, x in others)], [here[1], *(r.win_rate.scaled(100) for r in shown)])
+    speed_1, win_50 = map(Estimate.exact, BASELINE)
+    _limit(axes, [speed_1, *(x for _, x in others)], [win_50, *(r.win_rate.scaled(100) for r in shown)])
 
 
 def draw_rounds(results: Sequence[Result]) -> Figure:
-    """What `rounds` saves."""
+    """The figure of `rounds`."""
     lines = {
         weight_label(weight): [(r, "SFT" if r.method == "PASTA-SFT" else f"R{r.round}") for r in line]
         for weight, line in pick.by_round(results).items()
@@ -122,7 +120,7 @@ def draw_rounds(results: Sequence[Result]) -> Figure:
 
 
 def draw_efficiency_terms(results: Sequence[Result]) -> Figure:
-    """What `efficiency_terms` saves."""
+    """The figure of `efficiency_terms`."""
     lines = {
         term: [(r, weight_label(r.weight)) for r in line]
         for term, line in pick.by_efficiency(results).items()
@@ -145,7 +143,7 @@ def _draw_lines(lines: dict[str, list[tuple[Result, str]]], title: str) -> Figur
             [], [], look.marker, color=look.color, linestyle=look.line, markeredgecolor="white", label=name
         )
         for (result, text), (x, y) in zip(known, track):
-            of_all = result.method == "PASTA-SFT"  # where every line starts
+            of_all = result.method == "PASTA-SFT"  # the start of every line
             point_look = METHODS["PASTA-SFT"] if of_all else look
             _estimate(axes, result.theoretical, result.win_rate.scaled(100), point_look)
             labels[x, y] = Label(x, y, text, INK if of_all else look.color)
@@ -157,7 +155,7 @@ def _draw_lines(lines: dict[str, list[tuple[Result, str]]], title: str) -> Figur
 
 
 def draw_positions(results: Sequence[Result]) -> Figure:
-    """What `positions` saves."""
+    """The figure of `positions`."""
     shown = [r for r in pick.by_positions(results) if _is_finite(r.theoretical, r.win_rate)]
     figure = new_figure(7.5, 5.2)
     figure.suptitle(_measured_on(shown), fontsize=10, color=PALE)
@@ -172,7 +170,7 @@ def draw_positions(results: Sequence[Result]) -> Figure:
 
 
 def draw_families(results: Sequence[Result], weight: float | None = None) -> Figure:
-    """What `families` saves."""
+    """The figure of `families`."""
     best = pick.chosen(results, weight)
     shown = [r for r in pick.headline(results) if r.method != "PASTA-BoN" or r is best]
     names = list(dict.fromkeys(name for r in shown for name in r.families))
@@ -206,7 +204,7 @@ def draw_families(results: Sequence[Result], weight: float | None = None) -> Fig
 def _measured(
     shown: Iterable[Result], speed: Callable[[Result], Estimate | None]
 ) -> list[tuple[Result, Estimate]]:
-    """Results that have this speed, and it."""
+    """The results that have this speed, with it."""
     return [(r, x) for r in shown if (x := speed(r)) is not None and _is_finite(x, r.win_rate)]
 
 
@@ -251,28 +249,28 @@ def _estimate(axes: Axes, x: Estimate, y: Estimate, look: Look, label: str | Non
 
 
 def _limit(axes: Axes, x: Sequence[Estimate], y: Sequence[Estimate]) -> None:
-    """Room for all points; points that are nearly equal are not pulled apart until noise looks like news."""
-    axes.set_xlim(_range(x, least=0.2))
-    axes.set_ylim(_range(y, least=6))
+    """Makes room for all points, but does not magnify noise between nearly equal ones."""
+    axes.set_xlim(_range(x, minimum=0.2))
+    axes.set_ylim(_range(y, minimum=6))
 
 
-def _range(estimates: Sequence[Estimate], least: float) -> tuple[float, float]:
-    """From the lowest to the highest, with margins, and at least `least`.
+def _range(estimates: Sequence[Estimate], minimum: float) -> tuple[float, float]:
+    """From the lowest to the highest estimate, with margins; at least `minimum` wide.
 
-    Intervals are taken in, but may not press the means into less than a fifth of it: wider ones are cut off.
+    Intervals are included, unless they would leave the means less than a fifth of the range.
     """
     finite = [e for e in estimates if math.isfinite(e.mean)] or [Estimate.exact(1)]
     low, high = min(e.mean for e in finite), max(e.mean for e in finite)
-    reach = 2 * max(high - low, least / 2)
+    reach = 2 * max(high - low, minimum / 2)
     known = [e for e in finite if e.has_interval]
     low = max(min([low, *(e.low for e in known)]), low - reach)
     high = min(max([high, *(e.high for e in known)]), high + reach)
-    middle, half = (low + high) / 2, max(high - low, least * 0.8) / 2 * 1.2
+    middle, half = (low + high) / 2, max(high - low, minimum * 0.8) / 2 * 1.2
     return middle - half, middle + half
 
 
 def _dress_scatter(axes: Axes, x_label: str, y_label: str) -> None:
-    """Speed along x, win rate along y; fine lines for Baseline-SFT: as fast, and as good."""
+    """Speed along x, win rate along y, and thin lines at those of Baseline-SFT."""
     from matplotlib.ticker import MaxNLocator
 
     dress(axes, f"{x_label} (x, geometric mean)", y_label)
@@ -283,7 +281,7 @@ def _dress_scatter(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def _legend(figure: Figure, panels: Iterable[Axes], title: str | None = None) -> None:
-    """One for all panels, below them, so that it hides nothing."""
+    """One legend for all panels, below them."""
     handles: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels()):
@@ -306,7 +304,7 @@ def _legend(figure: Figure, panels: Iterable[Axes], title: str | None = None) ->
 
 
 def _measured_on(shown: Sequence[Result], intervals: bool = True) -> str:
-    """What lies behind the points, for a figure that is passed on without its caption."""
+    """Seeds and prompts behind the points, for a figure that is shared without its caption."""
     if not shown:
         return "no results"
     parts = [_count([r.seeds for r in shown], "seed"), _count([r.prompts for r in shown], "prompt")]

@@ -1,7 +1,6 @@
-"""What a reproduction found: one record for each model compared, and the comparisons that can be made of them.
+"""The results of a reproduction: one record for each model, and the comparisons to draw from them.
 
-Win rates and truth are from 0 to 1, speeds are ratios to Baseline-SFT (1.0 is as fast), geometric means over
-prompts.
+Win rates and truth are from 0 to 1. Speeds are ratios to Baseline-SFT, geometric means over prompts.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 METHODS = ("Baseline-SFT", "PASTA-SFT", "PASTA-BoN", "APAR", "SoT")
-"""In the order in which they are listed."""
+"""In the order of tables."""
 
 POSITIONS = "Pred-10X"
 EFFICIENCY = "speedup"
@@ -35,7 +34,7 @@ class Estimate:
 
     @property
     def has_interval(self) -> bool:
-        """False for a plain number, and where no finite interval is known."""
+        """False for a plain number, and if the interval is not finite."""
         return self.low < self.high and math.isfinite(self.high - self.low)
 
     def scaled(self, factor: float) -> Estimate:
@@ -50,18 +49,18 @@ class Result:
     Attributes:
       name: as tables show it.
       method: one of METHODS.
-      seeds, prompts: how many.
+      seeds, prompts: their numbers.
       weight: lambda of PASTA-BoN, infinity for quality alone; None for the others.
       round: of preference optimisation, 0 before the first.
       win_rate: against Baseline-SFT, a tie counting half.
       truth: the judge's mean score.
       theoretical: the baseline's tokens / critical path.
       parallelism: tokens without tags / critical path.
-      realized: the baseline's seconds / seconds; None if no time was taken.
-      families: of each family of prompts, means under the names in FAMILY_MEASURES; any may be missing.
+      realized: the baseline's seconds / seconds; None if it was not timed.
+      families: for each family of prompts, means by the names in FAMILY_MEASURES; any may be missing.
       positions: position scheme, as the paper spells it: `Pred-1X`, `Const-40`, `Oracle`, ...
-      efficiency: what preference optimisation took for speed: `harmonic`, `arithmetic`, `parallelism`, ...
-      against: by name of a rival, differences on the same prompts (paired): of win_rate and truth, and the ratio of
+      efficiency: the efficiency term of preference optimisation: `harmonic`, `arithmetic`, `parallelism`, ...
+      against: by name of a rival, paired differences on the same prompts: of win_rate and truth, and the ratio of
         realized speedups.
     """
 
@@ -101,7 +100,7 @@ FAMILY_MEASURES: Mapping[str, tuple[str, float]] = {
         100,
     ),
 }
-"""Keys of `Result.families`: title and factor of the unit shown."""
+"""Keys of `Result.families`: their titles, and the factors to the units shown."""
 
 
 def weight_label(weight: float | None) -> str:
@@ -114,7 +113,7 @@ def weight_label(weight: float | None) -> str:
 
 
 def headline(results: Sequence[Result]) -> list[Result]:
-    """The main comparison, in its order: no ablations, and of each lambda its last round."""
+    """The main comparison, in order: no ablations, and the last round of each lambda."""
     kept: dict[tuple[str, float | None], list[Result]] = {}
     for result in filter(_is_main, results):
         known = kept.setdefault((result.method, result.weight), [])
@@ -126,13 +125,13 @@ def headline(results: Sequence[Result]) -> list[Result]:
 
 
 def by_round(results: Sequence[Result]) -> dict[float, list[Result]]:
-    """Of each lambda its rounds, from PASTA-SFT on if that is there."""
+    """The rounds of each lambda, with PASTA-SFT first if there is one."""
     start = [r for r in results if _is_main(r) and r.method == "PASTA-SFT"][:1]
-    found: dict[float, list[Result]] = {}
+    lines: dict[float, list[Result]] = {}
     for result in sorted(filter(_is_main, results), key=lambda r: (r.weight or 0.0, r.round)):
         if result.weight is not None:
-            found.setdefault(result.weight, list(start)).append(result)
-    return found
+            lines.setdefault(result.weight, list(start)).append(result)
+    return lines
 
 
 def by_positions(results: Sequence[Result]) -> list[Result]:
@@ -141,20 +140,20 @@ def by_positions(results: Sequence[Result]) -> list[Result]:
 
 
 def by_efficiency(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Of each efficiency term PASTA-BoN over lambda, in the last round that every term reached."""
-    found: dict[str, list[Result]] = {}
+    """PASTA-BoN over lambda for each efficiency term, in the last round that every term reached."""
+    lines: dict[str, list[Result]] = {}
     for result in sorted(results, key=_place):
         if result.method == "PASTA-BoN" and result.positions == POSITIONS:
-            found.setdefault(result.efficiency, []).append(result)
-    last = min((max(r.round for r in group) for group in found.values()), default=0)
-    return {term: [r for r in group if r.round == last] for term, group in found.items()}
+            lines.setdefault(result.efficiency, []).append(result)
+    last = min((max(r.round for r in group) for group in lines.values()), default=0)
+    return {term: [r for r in group if r.round == last] for term, group in lines.items()}
 
 
 Point: TypeAlias = tuple[float, float]
 
 
 def upper_hull(points: Sequence[Point]) -> list[Point]:
-    """The corners of the lowest line from left to right that is bent one way and has no point above it.
+    """The corners of the upper convex hull, from left to right.
 
     >>> upper_hull([(1.0, 0.5), (1.2, 0.4), (1.5, 0.48), (1.6, 0.2)])
     [(1.0, 0.5), (1.5, 0.48), (1.6, 0.2)]
@@ -170,7 +169,7 @@ def upper_hull(points: Sequence[Point]) -> list[Point]:
 
 
 def height(line: Sequence[Point], x: float) -> float | None:
-    """Of a line from left to right at x; None where it does not reach.
+    """The height of a line at x; None outside it.
 
     >>> height([(1.0, 0.5), (2.0, 0.4)], 1.5)
     0.45
@@ -186,9 +185,9 @@ def _between(a: Point, b: Point, x: float) -> float:
 
 
 def chosen(results: Sequence[Result], weight: float | None = None) -> Result | None:
-    """One PASTA-BoN to stand for all: that of `weight`, or else the fastest that wins half its comparisons.
+    """One PASTA-BoN to represent all: that of `weight`, or the fastest with a win rate of at least a half.
 
-    If none does, the one that wins most.
+    If there is none, the one with the highest win rate.
     """
     trained = [r for r in headline(results) if r.method == "PASTA-BoN" and weight in (None, r.weight)]
     good = [r for r in trained if r.win_rate.mean >= 0.5]
