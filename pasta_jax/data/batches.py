@@ -1,8 +1,8 @@
 """From documents to batches, in an order that one integer describes.
 
-A `Source` has an end and its own order. `Shuffled` and `Mixture` make of it a `Stream`: endless, seeded, and
-addressed by index, so that a run resumes from the index alone. A batch takes documents from the stream for as
-long as they fit; the first that does not starts the next batch. So none is lost and none is cut.
+A `Source` is finite. `Shuffled` and `Mixture` turn sources into a `Stream`: endless, seeded and indexed, so that a
+run resumes from the index alone. A batch takes documents from the stream while they fit; the first that does not
+fit starts the next batch. No document is lost or cut.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 
 class Stream(Protocol):
-    """Documents [L] by index 0, 1, 2, ... without end; the same index gives the same document always."""
+    """Documents [L] by index 0, 1, 2, ... without end; an index always gives the same document."""
 
     def __getitem__(self, index: int, /) -> ThreadedTokens: ...
 
 
 class Source(Stream, Protocol):
-    """Documents [L] by index, `len` of them; a source that makes its documents up may claim any length."""
+    """Documents [L] by index, `len` of them; a source that generates its documents may have any length."""
 
     def __len__(self) -> int: ...
 
@@ -38,13 +38,13 @@ class Source(Stream, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
-    """A source as a stream: every document once an epoch, each epoch in another order."""
+    """A source as a stream: every document once per epoch, in a new order each epoch."""
 
     source: Source
     seed: int
 
     def __len__(self) -> int:
-        """Documents of an epoch."""
+        """Number of documents in an epoch."""
         return len(self.source)
 
     def __getitem__(self, index: int) -> ThreadedTokens:
@@ -53,9 +53,9 @@ class Shuffled:
 
 
 class Mixture:
-    """Several streams in one, by weight: in every hundred or so documents each has its share.
+    """Several streams as one, by weight: each has its share of every hundred or so documents.
 
-    Weights count documents, not tokens. They are rounded to thousandths, and nothing rounds to none.
+    Weights count documents, not tokens. They are rounded to thousandths, but never to zero.
     """
 
     PERIOD = 1000
@@ -65,8 +65,10 @@ class Mixture:
             raise ValueError(f"A mixture needs a positive weight for each stream, got {list(weights)}.")
         self.streams = list(streams)
         shares = [max(1, round(self.PERIOD * weight / sum(weights))) for weight in weights]
-        # Whoever lags most behind its share is next.
-        self._turns: list[tuple[int, int]] = []  # (stream, how many of it came before in the period)
+        # The stream that is furthest behind its share is next.
+        self._turns: list[
+            tuple[int, int]
+        ] = []  # (stream, how many of its documents came before in the period)
         self._counts = [0] * len(shares)
         for turn in range(1, sum(shares) + 1):
             lag = [turn * share / sum(shares) - n for share, n in zip(shares, self._counts)]
@@ -81,10 +83,10 @@ class Mixture:
 
 
 def permuted(i: int, n: int, seed: int) -> int:
-    """The `i`th element of a random order of range(n), without writing the order down.
+    """The `i`th element of a random permutation of range(n), without storing the permutation.
 
-    A Feistel network permutes the next larger even number of bits; walking on from a number past the end
-    until one within comes makes it a permutation of range(n).
+    A Feistel network permutes the numbers of an even number of bits; applying it again to a result outside
+    the range until one is inside makes it a permutation of range(n).
 
     >>> sorted(permuted(i, 10, seed=1) for i in range(10)) == list(range(10))
     True
@@ -112,16 +114,16 @@ def _hash(x: int, seed: int) -> int:
 
 
 def next_batch(stream: Stream, index: int, rows: int, length: int) -> tuple[ThreadedTokens, int]:
-    """The batch that begins with document `index`.
+    """The batch that starts with document `index`.
 
     Args:
       stream: the documents.
-      index: all the state there is.
+      index: the whole state of the order.
       rows: B.
       length: L.
 
     Returns:
-      [B, L] fields, and the index with which the next batch begins.
+      [B, L] fields, and the index of the first document of the next batch.
 
     Raises:
       ValueError: a document is longer than L.
@@ -140,22 +142,22 @@ def next_batch(stream: Stream, index: int, rows: int, length: int) -> tuple[Thre
 
 
 def batches(stream: Stream, index: int, rows: int, length: int) -> Iterator[tuple[ThreadedTokens, int]]:
-    """`next_batch` again and again, each with the index that follows it."""
+    """Batches without end, each with the index of the next batch."""
     while True:
         batch, index = next_batch(stream, index, rows, length)
         yield batch, index
 
 
 def steps_until(batches: Iterator[tuple[ThreadedTokens, int]], documents: int) -> tuple[int, int]:
-    """How many batches it takes until so many documents were in one, and how many documents those hold."""
+    """The number of batches that hold at least this many documents, and how many they hold."""
     return next((step, index) for step, (_, index) in enumerate(batches, start=1) if index >= documents)
 
 
 @contextlib.contextmanager
 def prefetch(items: Iterator[T], ahead: int = 2) -> Iterator[Iterator[T]]:
-    """The same items, made by another thread while the caller is busy; what it raises is raised here.
+    """The same items, computed by another thread while the caller is busy; its exceptions are raised here.
 
-    The thread has ended when the `with` block has, however it was left.
+    The thread ends with the `with` block, however the block is left.
     """
     ready: queue.Queue[futures.Future[T]] = queue.Queue(maxsize=ahead)
     abandoned = threading.Event()
@@ -164,18 +166,18 @@ def prefetch(items: Iterator[T], ahead: int = 2) -> Iterator[Iterator[T]]:
         source = iter(items)
         more = True
         while more and not abandoned.is_set():
-            made: futures.Future[T] = futures.Future()
+            item: futures.Future[T] = futures.Future()
             try:
-                made.set_result(next(source))
-            except BaseException as error:  # the end, or whatever went wrong: the caller's to see
-                made.set_exception(error)
+                item.set_result(next(source))
+            except BaseException as error:  # the end, or an error for the caller
+                item.set_exception(error)
                 more = False
-            put(made)
+            put(item)
 
-    def put(made: futures.Future[T]) -> None:
+    def put(item: futures.Future[T]) -> None:
         while not abandoned.is_set():
             with contextlib.suppress(queue.Full):
-                return ready.put(made, timeout=0.1)
+                return ready.put(item, timeout=0.1)
 
     def take() -> Iterator[T]:
         while True:

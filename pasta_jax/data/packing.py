@@ -1,4 +1,4 @@
-"""Packing: several documents to a row, none cut, none seeing another (their `doc` numbers differ)."""
+"""Packing: several whole documents per row; their `doc` numbers keep them from seeing each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from pasta_jax.arrays import NO_DOC, NO_TARGET, ThreadedTokens
 
-PADDING = {"doc": NO_DOC, "target": NO_TARGET}  # of the other fields it is 0
+PADDING = {"doc": NO_DOC, "target": NO_TARGET}  # 0 for the other fields
 
 
 def first_fit(lengths: Sequence[int], rows: int, length: int) -> list[int] | None:
@@ -20,32 +20,32 @@ def first_fit(lengths: Sequence[int], rows: int, length: int) -> list[int] | Non
     >>> first_fit([6, 6, 6], rows=2, length=10) is None
     True
     """
-    room, place = [length] * rows, [0] * len(lengths)
+    room, rows_of = [length] * rows, [0] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((row for row in range(rows) if room[row] >= lengths[i]), None)
         if row is None:
             return None
-        place[i] = row
+        rows_of[i] = row
         room[row] -= lengths[i]
-    return place
+    return rows_of
 
 
 class Packer:
-    """Takes documents for as long as they fit in B rows of L tokens."""
+    """Takes documents while they fit into B rows of L tokens."""
 
     def __init__(self, rows: int, length: int):
         self.rows, self.length = rows, length
         self.documents: list[ThreadedTokens] = []
-        self._place: list[int] = []
+        self._rows: list[int] = []
         self._room = [length] * rows
 
     def add(self, *documents: ThreadedTokens) -> bool:
-        """Takes documents, all of them, or leaves all as it was and says False."""
-        before = len(self.documents), [*self._place], [*self._room]
+        """Takes all of the documents, or none and returns False."""
+        before = len(self.documents), [*self._rows], [*self._room]
         for document in documents:
             if not self._add(document):
                 del self.documents[before[0] :]
-                _, self._place, self._room = before
+                _, self._rows, self._room = before
                 return False
         return True
 
@@ -53,58 +53,58 @@ class Packer:
         size = len(document)
         row = next((row for row in range(self.rows) if self._room[row] >= size), None)
         if row is not None:
-            self._place.append(row)
+            self._rows.append(row)
             self._room[row] -= size
         elif size > sum(self._room):
             return False
-        else:  # no row has room, all together have: place them anew, the longest first
+        else:  # no row has room but all together have: pack again, the longest first
             lengths = [len(d) for d in [*self.documents, document]]
-            place = first_fit(lengths, self.rows, self.length)
-            if place is None:
+            rows = first_fit(lengths, self.rows, self.length)
+            if rows is None:
                 return False
-            self._place = place
+            self._rows = rows
             self._room = [self.length] * self.rows
-            for row, used in zip(place, lengths):
+            for row, used in zip(rows, lengths):
                 self._room[row] -= used
         self.documents.append(document)
         return True
 
     def spans(self) -> list[tuple[int, slice]]:
-        """Where `pack` puts each document: its row, and its places there."""
-        return spans([len(document) for document in self.documents], self._place, self.rows)
+        """The row and the columns in which `pack` puts each document."""
+        return spans([len(document) for document in self.documents], self._rows, self.rows)
 
     def pack(self) -> Any:
-        """All that was taken, a record of its kind: [B, L] fields."""
-        return pack(self.documents, self._place, self.rows, self.length)
+        """The documents as one record of their type, with [B, L] fields."""
+        return pack(self.documents, self._rows, self.rows, self.length)
 
 
-def spans(lengths: Sequence[int], place: Sequence[int], rows: int) -> list[tuple[int, slice]]:
-    """One document behind the other in each row: the row and the places of each.
+def spans(lengths: Sequence[int], rows_of: Sequence[int], rows: int) -> list[tuple[int, slice]]:
+    """The row and the columns of each document, with documents side by side in each row.
 
     >>> spans([3, 2, 4], [0, 1, 0], rows=2)
     [(0, slice(0, 3, None)), (1, slice(0, 2, None)), (0, slice(3, 7, None))]
     """
-    used, found = [0] * rows, []
-    for length, row in zip(lengths, place):
-        found.append((row, slice(used[row], used[row] + length)))
+    used, result = [0] * rows, []
+    for length, row in zip(lengths, rows_of):
+        result.append((row, slice(used[row], used[row] + length)))
         used[row] += length
-    return found
+    return result
 
 
-def pack(documents: Sequence[ThreadedTokens], place: Sequence[int], rows: int, length: int) -> Any:
-    """Documents [L_i], each in the row that `place` says: [B, L] fields, documents numbered from 1."""
-    columns = {
+def pack(documents: Sequence[ThreadedTokens], rows_of: Sequence[int], rows: int, length: int) -> Any:
+    """Documents [L_i] in the given rows, as [B, L] fields; documents are numbered from 1 in each row."""
+    fields = {
         name: np.full((rows, length, *value.shape[1:]), PADDING.get(name, 0), value.dtype)
         for name, value in documents[0].fields().items()
     }
     count = [0] * rows
-    for document, (row, here) in zip(documents, spans([len(d) for d in documents], place, rows)):
+    for document, (row, columns) in zip(documents, spans([len(d) for d in documents], rows_of, rows)):
         count[row] += 1
         for name, value in document.fields().items():
-            columns[name][row, here] = count[row] if name == "doc" else value
-    return type(documents[0])(**columns)
+            fields[name][row, columns] = count[row] if name == "doc" else value
+    return type(documents[0])(**fields)
 
 
 def real_fraction(batch: ThreadedTokens) -> float:
-    """How much of a batch is tokens rather than padding."""
+    """The share of a batch that is not padding."""
     return float(np.mean(np.asarray(batch.doc) != NO_DOC))

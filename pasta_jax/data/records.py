@@ -1,9 +1,9 @@
-r"""Annotated answers at rest: JSONL, one record a line.
+r"""Annotated answers in JSONL files, one record per line.
 
     {"prompt": "Name two rivers.", "response": "<promise topic=\"rivers\" tokens=1 /><async>...</async>"}
 
-A line that cannot be used never stops the others and is never lost: it is reported with its place and the
-fix, and `write_invalid` keeps it.
+An invalid line does not stop the others and is not lost: it is reported with its position and a fix, and
+`write_invalid` keeps it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SHOWN = 20
 
 
 class RecordError(ValueError):
-    """A file of which nothing can be used, and what to do about it."""
+    """A file cannot be used; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One record that holds up."""
+    """A valid record."""
 
     prompt: str
     program: Program
@@ -37,13 +37,13 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One line that cannot be used: where, why, and what to do."""
+    """An invalid line: where it is, what is wrong, and what to do."""
 
     file: str
     line: int  # from 1
-    column: int | None  # from 1, where the fault has a place in the line
+    column: int | None  # from 1; None if the fault is not at one position
     message: str
-    raw: str  # the line itself; bytes that are not UTF-8 as lone surrogates, so that none is lost
+    raw: str  # the line itself; invalid UTF-8 as lone surrogates, which keep the bytes
 
     def __str__(self) -> str:
         column = f", column {self.column}" if self.column else ""
@@ -51,7 +51,7 @@ class Problem:
 
 
 class _Fault(Exception):
-    """What is wrong with the line at hand."""
+    """What is wrong with a line."""
 
     def __init__(self, column: int | None, message: str):
         super().__init__(column, message)
@@ -61,11 +61,11 @@ class _Fault(Exception):
 def read_records(
     path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None, max_depth: int = 1
 ) -> tuple[list[Example], list[Problem]]:
-    """Every record of a JSONL file, those that hold up and those that do not.
+    """The valid and the invalid records of a JSONL file.
 
     Args:
-      path: the file.
-      columns: the names its records use for "prompt" and "response", where they differ.
+      path: of the file.
+      columns: the file's own names for "prompt" and "response".
       max_depth: how deep promises may nest.
 
     Raises:
@@ -109,10 +109,10 @@ def _read_line(line: bytes, names: Mapping[str, str], max_depth: int) -> tuple[s
         raise _Fault(None, f"not an object. Write one with the keys {' and '.join(KEYS)}.")
     for name in names.values():
         if name not in record:
-            found = ", ".join(record) or "none"
+            keys = ", ".join(record) or "none"
             raise _Fault(
                 None,
-                f'missing "{name}" (found: {found}). Map the names that the file uses, as in '
+                f'missing "{name}" (found: {keys}). Map the names that the file uses, as in '
                 "--config.data.columns=prompt=instruction,response=output.",
             )
         if not isinstance(record[name], str) or not record[name].strip():
@@ -124,7 +124,7 @@ def _read_line(line: bytes, names: Mapping[str, str], max_depth: int) -> tuple[s
 
 
 def report(problems: Sequence[Problem], total: int) -> str:
-    """The first problems, and how many there are among `total` records."""
+    """The first problems, and their number among `total` records."""
     more = f"... and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
     share = len(problems) / max(total, 1)
     head = f"{len(problems):,} of {total:,} records cannot be used ({share:.1%}):"
@@ -132,8 +132,8 @@ def report(problems: Sequence[Problem], total: int) -> str:
 
 
 def write_invalid(path: str | os.PathLike[str], problems: Sequence[Problem]) -> None:
-    """Keeps every unusable line with its place and what is wrong with it, as JSONL."""
+    """Writes every invalid line, with its position and what is wrong with it, as JSONL."""
     with replacing(path) as file:
         for problem in problems:
-            # ASCII escapes carry the surrogates of `raw`, so the original bytes can be had back.
+            # ASCII escapes preserve the surrogates of `raw`, and so the original bytes.
             file.write(json.dumps(dataclasses.asdict(problem), ensure_ascii=True) + "\n")

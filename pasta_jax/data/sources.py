@@ -1,9 +1,9 @@
-"""From the names in a configuration to documents: what `config.data` means.
+"""From `config.data` to documents.
 
 almanac:base        facts as plain text, and plain instructions with plain answers
 almanac:plain       instructions with plain answers
-almanac:annotated   the same, annotated imperfectly
-almanac:apar        the same, forked by APAR's rules; needs dialect=apar
+almanac:annotated   the same answers, annotated imperfectly
+almanac:apar        the same answers, forked by APAR's rules; needs dialect=apar
 FILE.jsonl          records with a prompt and an annotated response (see `records`)
 """
 
@@ -31,7 +31,7 @@ def make_tokenizer(config: DataConfig) -> Tokenizer:
     if config.tokenizer == "almanac":
         if config.chat != "auto":
             raise ConfigError(
-                f"config.data.chat is {config.chat}, but the almanac's tokenizer has turns of its own. "
+                f"config.data.chat is {config.chat}, but the almanac's tokenizer has its own format. "
                 "Leave it at auto."
             )
         return almanac.load_tokenizer().with_dialect(config.dialect)
@@ -42,16 +42,16 @@ def make_tokenizer(config: DataConfig) -> Tokenizer:
 def make_source(
     config: DataConfig, tokenizer: Tokenizer, seed: int, *, invalid: str | os.PathLike[str] | None = None
 ) -> Stream:
-    """The documents of a run, endless and addressed by index.
+    """The documents of a run, endless and indexed.
 
     Args:
-      config: which sources, and in which proportion.
-      tokenizer: gives the ids.
-      seed: of the order, and of documents that are made up.
-      invalid: file that keeps the records that cannot be used, if there are any.
+      config: the sources and their weights.
+      tokenizer: of the model.
+      seed: of the order, and of generated documents.
+      invalid: file to keep the invalid records, if there are any.
 
     Raises:
-      ConfigError: an unknown source, or a file without a usable record.
+      ConfigError: an unknown source, or a file without a valid record.
     """
     problems: list[Problem] = []
     streams: list[Stream] = []
@@ -65,37 +65,37 @@ def make_source(
             raise ConfigError(f"config.data.sources: {name!r} is neither almanac:NAME nor a .jsonl file.")
     if problems and invalid is not None:
         write_invalid(invalid, problems)
-        LOG.warning("All records that cannot be used are kept in %s.", os.fspath(invalid))
+        LOG.warning("All invalid records are kept in %s.", os.fspath(invalid))
     if len(streams) == 1:
         return streams[0]
     return Mixture(streams, [weight for _, weight in config.sources])
 
 
 def steps_of_epochs(config: DataConfig, source: Stream, epochs: float) -> int:
-    """Steps of so many passes over the data, by how many documents a batch of the first pass holds.
+    """The steps of a number of passes over the data, from the batches of the first pass.
 
     Raises:
-      ConfigError: more than one source, or one that has no end.
+      ConfigError: more than one source, or an endless one.
     """
     if not isinstance(source, Shuffled):
         raise ConfigError(
-            "config.epochs: passes are counted over one .jsonl file; what the almanac makes up has no end, and a "
-            "mixture has no common one. Set --config.epochs=0 and --config.steps."
+            "config.epochs counts passes over one .jsonl file; the almanac is endless, and a mixture has no "
+            "common pass. Set --config.epochs=0 and --config.steps."
         )
-    made, seen = steps_until(batches(source, 0, config.rows, config.length), len(source))
-    steps = max(1, round(epochs * len(source) * made / seen))
+    count, seen = steps_until(batches(source, 0, config.rows, config.length), len(source))
+    steps = max(1, round(epochs * len(source) * count / seen))
     LOG.info("%g passes over %d documents are %d steps.", epochs, len(source), steps)
     if steps == 1 and seen > epochs * len(source):
         LOG.warning(
-            "A batch of %d rows of %d tokens holds %d of these documents: in one step each is seen %.3g times. "
-            "Fewer --config.data.rows, or more documents, make --config.epochs count.",
+            "A batch of %d rows of %d tokens holds %d of these documents: one step sees each of them %.3g times. "
+            "Use fewer --config.data.rows or more documents for --config.epochs to matter.",
             *(config.rows, config.length, seen, seen / len(source)),
         )
     return steps
 
 
 def _almanac(which: str, config: DataConfig, tokenizer: Tokenizer, seed: int) -> Stream:
-    """Documents made up afresh for each index: they need no shuffling, and have no end."""
+    """Documents generated for each index: they are endless and need no shuffling."""
     if which not in almanac.SOURCES:
         names = ", ".join(f"almanac:{name}" for name in almanac.SOURCES)
         raise ConfigError(f"config.data.sources: no almanac:{which}. Use one of {names}.")
@@ -111,7 +111,7 @@ def _almanac(which: str, config: DataConfig, tokenizer: Tokenizer, seed: int) ->
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """The examples of a file, laid out when they are asked for."""
+    """The examples of a file, laid out on demand."""
 
     examples: Sequence[Example]
     layout: Callable[[Example], ThreadedTokens]
@@ -124,7 +124,7 @@ class Records:
 
 
 def _records(path: str, config: DataConfig, tokenizer: Tokenizer, problems: list[Problem]) -> Records:
-    """The records of a file that can be read, laid out and packed; the others go to `problems`."""
+    """The records of a file that can be read, laid out and packed. Adds the others to `problems`."""
 
     def layout(example: Example) -> ThreadedTokens:
         return layout_example(

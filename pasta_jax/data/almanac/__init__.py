@@ -1,17 +1,17 @@
 """Almanac, the embedded benchmark: facts as instructions, answers that a program can check (docs/design.md 11).
 
-In the order in which data flows:
-  facts      what is known: KINDS, FACTS, value, say, successor
-  split      which combinations are held out for evaluation: held_out
+In order of data flow:
+  facts      the knowledge: KINDS, FACTS, value, say, successor
+  split      the combinations held out for evaluation: held_out
   families   tasks and the structure of their answers: Task, plain, list_task, ...
-  draw       tasks at random: training_task, evaluation_tasks
+  draw       random tasks: training_task, evaluation_tasks
   text       for the base model: base_documents, tokenizer_corpus, train_tokenizer
   annotator  tasks -> annotated answers, imperfect on purpose: annotate, annotate_exactly, Rates
   sources    documents for training, by index: SOURCES, source, load_tokenizer
   prompts    prompt -> task: task_of
   judge      answers -> truth: truth, compare
 
-Nothing here imports jax; all randomness comes from a generator or a seed that is passed in.
+Nothing here imports jax. All randomness comes from a generator or seed in the arguments.
 
 Examples:
   >>> import numpy as np

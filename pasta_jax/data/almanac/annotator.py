@@ -1,12 +1,12 @@
 """An imperfect annotator, standing in for the LLM that annotates training answers (paper section 4).
 
-It takes the true plan of an answer and spoils it as an LLM would: it misses independent parts, promises parts
-that are not independent, guesses lengths badly, and is careless with sync. The text is never altered. What it
-gets wrong is what preference optimisation can put right later.
+It takes the true plan of an answer and adds the errors of an LLM: it misses independent parts, promises parts
+that are not independent, misjudges lengths, and forgets or adds syncs. It never changes the text. Preference
+optimisation can correct these errors later.
 
-Most of its errors are rare, and a model that decodes greedily learns around them. One is a habit, as those of
-LLMs are: it takes numbered lists for lists of independent items, whatever they say. Only that one shows in a
-finetuned model, and leaves the second stage something to do.
+Most of the errors are rare, and greedy decoding of a finetuned model does not show them. One is systematic, as
+errors of LLMs are: it takes every numbered list for a list of independent items. Only that one shows in a finetuned
+model, and is left for the second stage to correct.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ CountTokens = Callable[[str], int]
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """How often the annotator errs; each a probability.
+    """Probabilities of the annotator's errors.
 
     Attributes:
       miss_answer: an answer with independent parts is left without any annotation.
       miss_part: one independent part of an annotated answer is left to main.
-      false_chain: a chain answer gets promises for its items, although each needs the one before.
-      false_item: in such an answer, one item is promised (the first item apart, at least one is).
-      false_single: a single fact is promised, although one branch alone gains nothing.
+      false_chain: a chain answer gets promises for its items, although each depends on the one before.
+      false_item: an item of such an answer, other than the first, is promised; at least one is.
+      false_single: a single fact is promised, although a single branch gains nothing.
       missing_sync: the sync before a conclusion is forgotten.
-      stray_sync: a needless sync stands between two parts of an answer with several promises.
+      stray_sync: an answer with several promises has a needless sync between two of them.
       wrong_length: a promise's `tokens` is one ten too few or too many.
     """
 
@@ -79,12 +79,12 @@ def annotate(
 
 
 def annotate_exactly(task: Task, count_tokens: CountTokens) -> Program:
-    """The answer as a perfect annotator would annotate it."""
+    """The annotated answer without errors."""
     return annotate(task, np.random.default_rng(0), count_tokens, PERFECT)
 
 
 def length_in_tens(tokens: int) -> int:
-    """What a promise should say of a block of so many tokens (docs/design.md, decision 1: nearest ten, 1 to 99)."""
+    """The number in the promise of a block of tokens (docs/design.md, decision 1: nearest ten, 1 to 99)."""
     return min(max(MIN_TOKENS, round(tokens / 10)), MAX_TOKENS)
 
 
@@ -96,9 +96,9 @@ def _miss_parts(nodes: list[Node], rng: np.random.Generator, rate: float) -> lis
 
 
 def _promise_items(nodes: list[Node], rng: np.random.Generator, rate: float) -> list[Node]:
-    """Chain items as branches. The topic says which item, not who it is: a branch cannot know that."""
+    """Chain items as branches. The topic numbers the item but cannot name it: that depends on the one before."""
     chosen = rng.random(len(nodes)) < rate
-    chosen[0] = False  # the first item needs nothing before it
+    chosen[0] = False  # the first item depends on no other
     if not chosen.any():
         chosen[rng.integers(1, len(nodes))] = True
     return [Promise(f"item {i}", 1, (n,)) if c else n for i, (n, c) in enumerate(zip(nodes, chosen), start=1)]

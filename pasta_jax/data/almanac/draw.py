@@ -1,7 +1,7 @@
-"""Drawing tasks at random: without end for training, distinct and held out for evaluation.
+"""Random tasks: endless for training, distinct and held out for evaluation.
 
-Kinds, entities, attributes, lengths and wordings are drawn; a task on the wrong side of the split
-is drawn again.
+Kinds, entities, attributes, lengths and wordings are drawn at random. A task on the wrong side of the split is
+drawn again.
 
 Examples:
   >>> training_task(np.random.default_rng(0), "single").family
@@ -30,7 +30,7 @@ from pasta_jax.data.almanac.families import (
 )
 
 _KIND_WEIGHTS = np.array([max(len(kind.entities), 12) for kind in KINDS], np.float64)
-"""Kinds are drawn by their size, so that every entity is seen about equally often; planets somewhat more."""
+"""Kinds are drawn in proportion to their size, so that entities occur about equally often; planets more often."""
 _ORDERED = tuple(kind for kind in KINDS if kind.in_order)
 _COMPARED = tuple(kind for kind in KINDS if kind.superlatives)
 _CHAIN_STARTS = tuple(e for kind in _ORDERED for e in kind.entities)
@@ -65,7 +65,7 @@ def _draw_single(rng: np.random.Generator) -> Task:
 
 
 def _draw_report(rng: np.random.Generator) -> Task:
-    """Two to four sections in any order, one of them a group at least."""
+    """Two to four sections in random order, at least one of them a group."""
     sections: list[Section] = []
     for position in range(int(rng.integers(2, 5))):
         kind = _draw_kind(rng, KINDS)
@@ -85,7 +85,7 @@ def _draw_mixed(rng: np.random.Generator) -> Task:
 
 
 def _draw_short_comparison(rng: np.random.Generator) -> Task:
-    """A comparison of nothing but what decides it."""
+    """A comparison by the deciding attribute alone."""
     kind = _draw_kind(rng, _COMPARED)
     superlative = kind.superlatives[rng.integers(len(kind.superlatives))]
     return compare_task(_draw_entities(rng, kind, 2, 4), (superlative.noun,), superlative, _coin(rng))
@@ -108,16 +108,16 @@ def _draw_start(rng: np.random.Generator) -> str:
     return _CHAIN_STARTS[rng.integers(len(_CHAIN_STARTS))]
 
 
-def _draw_entities(rng: np.random.Generator, kind: Kind, fewest: int, most: int) -> tuple[str, ...]:
-    return _pick(rng, kind.entities, int(rng.integers(fewest, most + 1)))
+def _draw_entities(rng: np.random.Generator, kind: Kind, low: int, high: int) -> tuple[str, ...]:
+    return _pick(rng, kind.entities, int(rng.integers(low, high + 1)))
 
 
 def _draw_nouns(
-    rng: np.random.Generator, kind: Kind, fewest: int | None = None, most: int = 5, must: str | None = None
+    rng: np.random.Generator, kind: Kind, low: int | None = None, high: int = 5, must: str | None = None
 ) -> tuple[str, ...]:
-    """Some attributes in their fixed order, `must` among them; by default all but two or more."""
-    fewest = max(2, len(kind.nouns) - 2) if fewest is None else fewest
-    count = int(rng.integers(fewest, min(most, len(kind.nouns)) + 1))
+    """Some attributes in their fixed order, including `must`; by default at most two are left out."""
+    low = max(2, len(kind.nouns) - 2) if low is None else low
+    count = int(rng.integers(low, min(high, len(kind.nouns)) + 1))
     others = [noun for noun in kind.nouns if noun != must]
     chosen = {*_pick(rng, others, count - (must is not None)), must}
     return tuple(noun for noun in kind.nouns if noun in chosen)
@@ -139,7 +139,7 @@ _DRAW: dict[str, _Draw] = {
 _TRAINING_WEIGHTS = {"list": 4, "prose": 4, "compare": 4, "chain": 2, "single": 2, "report": 9, "mixed": 3}
 _TOTAL_WEIGHT = sum(_TRAINING_WEIGHTS.values())
 _TRAINING_SHARES = np.array([_TRAINING_WEIGHTS[family] / _TOTAL_WEIGHT for family in FAMILIES])
-"""Training sees more of what is hard to learn; evaluation has all families alike."""
+"""Training has more tasks of the difficult families; evaluation has equally many of all."""
 
 
 def _sample(rng: np.random.Generator, draw: _Draw, *, held_out: bool) -> Task:
@@ -147,27 +147,27 @@ def _sample(rng: np.random.Generator, draw: _Draw, *, held_out: bool) -> Task:
         try:
             task = draw(rng)
         except ValueError:
-            continue  # a tie, a chain beyond its end, ...: the builders know what makes no task
+            continue  # a tie, a chain beyond its end, ...: the builders refuse it
         if split.held_out(task.combination) == held_out:
             return task
 
 
 def training_task(rng: np.random.Generator, family: str | None = None) -> Task:
-    """A fresh training task, of any family unless one is given; its combination is never held out."""
+    """A random training task of the family, or of any; its combination is never held out."""
     family = family or FAMILIES[int(rng.choice(len(FAMILIES), p=_TRAINING_SHARES))]
     return _sample(rng, _DRAW[family], held_out=False)
 
 
 def short_comparison(rng: np.random.Generator) -> Task:
-    """A training task that evaluation has none of: comparing is learnt from many short ones."""
+    """A training task that does not occur in evaluation: models learn to compare from many short ones."""
     return _sample(rng, _draw_short_comparison, held_out=False)
 
 
 def evaluation_tasks(n: int = 500, seed: int = 0) -> list[Task]:
-    """`n` distinct prompts, families in turn, whose combinations never occur in training.
+    """`n` distinct prompts, families in turn, with combinations that never occur in training.
 
     Raises:
-      ValueError: more are asked for than there are (the family `single` runs out first, near 1200).
+      ValueError: there are fewer (the family `single` runs out first, near 1200).
     """
     rng = np.random.default_rng(seed)
     tasks: dict[str, Task] = {}

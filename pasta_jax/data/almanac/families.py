@@ -1,12 +1,12 @@
-"""Tasks: the seven families of prompts, each with the truth it asks for and the structure of its answer.
+"""Tasks: the seven families of prompts, with the facts they ask for and the structure of their answers.
 
   list     independent, in list syntax            prose   independent, in one running paragraph
-  compare  look-ups, a sync, then a conclusion    chain   a numbered list whose items need the ones before
+  compare  look-ups, a sync, then a conclusion    chain   a numbered list, each item depends on the last
   single   one fact                               report  headed sections of uneven length, or lists
   mixed    branches that each hold a chain
 
-A prompt states exactly what is asked: the entities and the attributes. The plan of an answer is a Program
-with the true independence marks; the plain answer is the same text without them. See `draw` for random tasks.
+A prompt names exactly the entities and attributes it asks for. The plan of an answer is a Program with the true
+independence marks; the plain answer is the same text without them. See `draw` for random tasks.
 
 Examples:
   >>> task = list_task(("France", "Japan"), ("capital", "currency"))
@@ -62,16 +62,16 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A prompt, what a true answer states, and how one answer is built.
+    """A prompt, the statements of a true answer, and the structure of one such answer.
 
     Attributes:
       family: one of FAMILIES.
       prompt: the instruction.
-      combination: what the split hashes; tasks with the same combination are on the same side.
+      combination: the key of the split; tasks with the same combination are on the same side.
       facts: every fact asked for.
       steps: every chain item asked for, in order.
-      conclusion: the sentence that only the looked-up facts allow, or "".
-      plan: the answer with the true independence marks. Every promise says tokens=1 until it is measured.
+      conclusion: the sentence that depends on the looked-up facts, or "".
+      plan: the answer with the true independence marks. Every promise has tokens=1 until it is measured.
     """
 
     family: str
@@ -129,7 +129,7 @@ def compare_task(
     """The compared attribute must be among `nouns`, and its values must differ (else ValueError)."""
     values = {facts.value(entity, superlative.noun) for entity in entities}
     if superlative.noun not in nouns or len(values) < len(entities):
-        raise ValueError(f"Nobody can say which of {join(entities)} {superlative.phrase}.")
+        raise ValueError(f"It is not decidable which of {join(entities)} {superlative.phrase}.")
     fields = {"nouns": join(nouns), "entities": join(entities), "phrase": superlative.phrase}
     prompt = TEMPLATES["compare"][template].format(**fields)
     conclusion = f"Which {superlative.phrase}? {winner(entities, superlative)}."
@@ -211,8 +211,8 @@ def join(names: Iterable[str]) -> str:
     >>> join(["Iron", "Neon", "Zinc"])
     'Iron, Neon and Zinc'
     """
-    *most, last = names
-    return f"{', '.join(most)} and {last}" if most else last
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def product(entities: Iterable[str], nouns: Sequence[str]) -> tuple[Fact, ...]:
@@ -220,15 +220,15 @@ def product(entities: Iterable[str], nouns: Sequence[str]) -> tuple[Fact, ...]:
 
 
 def chain(start: str, length: int) -> tuple[Step, ...]:
-    """The steps after `start`; empty if the order ends before."""
+    """The steps after `start`; empty if the order ends before that many."""
     steps: list[Step] = []
-    here = start
+    before = start
     for number in range(1, length + 1):
-        following = facts.successor(here)
+        following = facts.successor(before)
         if following is None:
             return ()
-        steps.append(Step(start, number, here, following))
-        here = following
+        steps.append(Step(start, number, before, following))
+        before = following
     return tuple(steps)
 
 

@@ -1,17 +1,17 @@
-r"""The exact judge: truth by program, no model.
+r"""The exact judge: a program, not a model.
 
-A response is read line by line into statements: facts ("Its capital is Paris." under the entity last named),
-chain steps ("2. After Cobalt comes Nickel."), the conclusion; headings and introductions only say whose facts
-follow. Then
+It reads a response line by line as statements: facts ("Its capital is Paris." about the entity named last), chain
+steps ("2. After Cobalt comes Nickel."), and the conclusion. Headings and introductions name the entity of the facts
+that follow. Then
 
     score = right / (expected + wrong)
 
-  right     expected statements that were made, and are true; the conclusion counts CONCLUSION_WEIGHT
-  expected  all that the prompt asks for; the conclusion counts CONCLUSION_WEIGHT
-  wrong     statements and headings that are false, repeated, unasked, unreadable, or out of order (steps)
+  right     expected statements in the response that are true; the conclusion counts CONCLUSION_WEIGHT
+  expected  statements that the prompt asks for; the conclusion counts CONCLUSION_WEIGHT
+  wrong     statements and headings that are false, repeated, not asked for, unreadable, or out of order (steps)
 
-so a missing statement costs less than a false one, and repeating oneself costs as much as junk. Independent
-parts may come in any order; the exact gold string is never required.
+so a missing statement costs less than a false one, and a repetition costs as much as nonsense. Independent parts
+may come in any order; the exact reference text is not required.
 
 Examples:
   >>> from pasta_jax.data.almanac.families import list_task
@@ -40,7 +40,7 @@ CONCLUSION_WEIGHT = 2
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the judge found; `score` is in [0, 1], `wrong` lists every statement that is held against it."""
+    """The result of judging; `score` is in [0, 1], `wrong` lists the wrong statements."""
 
     score: float
     right: int
@@ -49,7 +49,7 @@ class Verdict:
 
 
 class Preference(NamedTuple):
-    """Which of two responses is better (0, 1; None for a tie), and how sure the judge is, 0.5 to 1."""
+    """Which of two responses is better (0, 1; None for a tie), and the judge's confidence, 0.5 to 1."""
 
     winner: int | None
     confidence: float
@@ -69,7 +69,7 @@ def compare(task: Task | str, a: str, b: str) -> Preference:
     """Which response is better, in the protocol of an LLM judge.
 
     The higher truth score wins, with confidence 0.5 + 2 * |difference|, at most 1. With equal scores the
-    shorter one wins (it says the same with fewer words), with confidence 0.5 + 0.2 * |difference of lengths|
+    shorter one wins, with confidence 0.5 + 0.2 * |difference of lengths|
     / longer length. With equal lengths it is a tie with confidence 0.5. Swapping a and b swaps the winner and
     nothing else.
 
@@ -91,11 +91,11 @@ def compare(task: Task | str, a: str, b: str) -> Preference:
 
 @functools.lru_cache(maxsize=4096)
 def _score(prompt: str, response: str) -> float:
-    """An answer is compared with several others, each time in both orders; it is read once."""
+    """The truth score, cached: an answer is compared with several others, in both orders."""
     return truth(prompt, response).score
 
 
-# Sentences are read back with the patterns they are written with; a value may be anything but a full stop.
+# Sentences are read with the patterns that write them; a value is anything without a full stop.
 _FACT_PATTERNS = {
     kind.name: [
         (attribute.noun, re.compile(re.escape(attribute.sentence).replace(r"\{\}", r"([^.]+)")))
@@ -112,7 +112,7 @@ _SENTENCE = re.compile(r"[^.]*\.?\s*")
 
 
 class _Reader:
-    """Reads a response line by line; keeps whose facts follow and what has been said."""
+    """Reads a response line by line; keeps the current entity and the statements so far."""
 
     def __init__(self, task: Task):
         self.task = task
@@ -134,7 +134,7 @@ class _Reader:
         if match := _HEADING.fullmatch(line):
             self._name(match[1], line, allowed=self.task.family == "report")
         elif match := _FROM.fullmatch(line):
-            self._begin_chain(match[1], line)
+            self._start_chain(match[1], line)
         elif match := _ITEM.match(line):
             self._name(match[1], match[0], allowed=match[1] in self._entities)
             self._read_sentences(line[match.end() :])
@@ -150,17 +150,17 @@ class _Reader:
                 self._conclusion = ""
                 self.right += CONCLUSION_WEIGHT
             elif match := _INTRODUCTION.fullmatch(sentence):
-                # An introduction, if it is true; else it names nobody, and what follows is nobody's.
+                # A false introduction names no entity, and the facts after it are wrong.
                 known = match[1] in self._entities and facts.introduce(match[1]) == sentence
                 self._name(match[1] if known else "", sentence, allowed=known)
             else:
                 self._fact(sentence)
 
-    def _name(self, name: str, said: str, *, allowed: bool) -> None:
-        """From here on, facts are about `name` (an entity, or the heading of a group)."""
+    def _name(self, name: str, text: str, *, allowed: bool) -> None:
+        """The following facts are about `name`, an entity or the heading of a group."""
         self._entity = name if name in KIND_OF else ""
         if not allowed or name in self._named or name not in self._entities | self._groups:
-            self.wrong.append(said)
+            self.wrong.append(text)
         self._named.add(name)
 
     def _fact(self, sentence: str) -> None:
@@ -176,20 +176,20 @@ class _Reader:
                 return
         self.wrong.append(f"{self._entity}: {sentence}" if self._entity else sentence)
 
-    def _begin_chain(self, start: str, said: str) -> None:
+    def _start_chain(self, start: str, text: str) -> None:
         if start in self._named or (start, 1) not in self._steps:
-            self.wrong.append(said)
+            self.wrong.append(text)
         self._named.add(start)
         self._start, self._number, self._entity = start, 0, ""
 
-    def _step(self, number: int, said: str, after: str) -> None:
-        """A step counts if it is the right one in its place, and no later item came before it."""
+    def _step(self, number: int, text: str, after: str) -> None:
+        """A step is right if it is true, has the right number, and no later step came before it."""
         step = self._steps.get((self._start, number))
-        if step and number > self._number and said == say_step(step.before, step.after):
+        if step and number > self._number and text == say_step(step.before, step.after):
             del self._steps[self._start, number]
             self.right += 1
         else:
-            self.wrong.append(f"{number}. {said}")
+            self.wrong.append(f"{number}. {text}")
         self._number = max(self._number, number)
         self._entity = after
 

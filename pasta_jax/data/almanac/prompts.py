@@ -1,6 +1,6 @@
-"""Prompts read back: since a prompt says all that is asked, the task follows from it alone.
+"""From a prompt back to its task: a prompt determines its task.
 
-So a file of prompts and answers can be judged without what made it.
+So a file of prompts and answers can be judged without knowing how the prompts were made.
 
 Examples:
   >>> task = task_of("What is the capital of Peru?")
@@ -37,14 +37,14 @@ def task_of(prompt: str) -> Task:
     """The task whose prompt this is.
 
     Raises:
-      ValueError: no family says it so, or it names what the tables do not hold.
+      ValueError: it fits no template, or names an unknown entity or attribute.
     """
     for family, template, pattern in _PATTERNS:
         if match := pattern.fullmatch(prompt):
             try:
                 task = _build(family, match.groupdict(), template)
             except (KeyError, ValueError, IndexError):
-                continue  # it fits the words of a template, but not the tables
+                continue  # it fits the template, but not the tables
             if task.prompt == prompt:
                 return task
     raise ValueError(f"Not an almanac prompt: {prompt!r}")
@@ -59,7 +59,7 @@ _PATTERNS = [(f, i, _pattern(template)) for f, pair in TEMPLATES.items() for i, 
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Longest first: a name may begin with another one."""
+    """Matches any of the names, the longest first: a name may start with another one."""
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
 
 
@@ -86,7 +86,7 @@ def _build(family: str, fields: dict[str, str], template: int) -> Task:
 
 
 def _names(known: re.Pattern[str], text: str) -> tuple[str, ...]:
-    """The names that `join` joined."""
+    """The inverse of `join`."""
     names = tuple(known.findall(text))
     if not names or join(names) != text:
         raise ValueError(text)

@@ -1,4 +1,4 @@
-"""Almanac documents as endless training sources: the same seed and index, the same document."""
+"""Almanac documents as endless training sources; seed and index determine the document."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 SOURCES = ("base", "plain", "annotated", "apar", "skeletons")
-"""What there is to learn from: text for the base model, plain answers, annotated answers, plain answers with the
-forks of APAR, and what Skeleton-of-Thought asks for."""
+"""Text for the base model, plain answers, annotated answers, answers with the forks of APAR, and the documents of
+Skeleton-of-Thought."""
 
 _ENDLESS = 2**31
-"""Documents are made up as they are asked for; this many are claimed."""
+"""The length of a source; its documents are generated on demand."""
 
 
 @functools.cache
 def load_tokenizer() -> SentencePieceTokenizer:
-    """The almanac's own tokenizer, trained on the spot (a second or so)."""
+    """The almanac's own tokenizer. The first call trains it, in about a second."""
     return SentencePieceTokenizer(train_tokenizer())
 
 
@@ -70,7 +70,7 @@ class AlmanacSource:
 
     def __getitem__(self, index: int) -> ThreadedTokens:
         rng = np.random.default_rng([self.seed, index])
-        for _ in range(100):  # the longest answers of all may not fit a short row
+        for _ in range(100):  # the longest answers may not fit a short row
             if len(document := self._document(rng)) <= self.length:
                 return document
         raise LayoutError(

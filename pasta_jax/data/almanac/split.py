@@ -1,8 +1,7 @@
-"""The split: which combinations belong to evaluation. A pure function, so nothing is stored.
+"""The split: which combinations belong to evaluation, as a pure function.
 
-A combination is what a prompt puts together: the set of its entities (one set for all families), a fact for
-`single`, kind, start and length for `chain`, the set of starts for `mixed`. A stable hash sends one in eight
-to evaluation.
+The combination of a prompt is the set of its entities; for `single` its fact, for `chain` kind, start and length,
+for `mixed` the set of starts. A stable hash assigns one in eight to evaluation.
 
 Examples:
   >>> entities(["Japan", "France"]) == entities(["France", "Japan"])

@@ -1,8 +1,8 @@
 """Text for the base model, and the tokenizer trained on it.
 
 The base model reads two kinds of document: facts as plain text, and plain instructions with plain answers.
-Both obey the split: a plain text is about one entity or one step, never about a combination that a prompt
-could ask for.
+Both respect the split: a plain text is about one entity or one step, never about a combination that a prompt could
+ask for.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TURNS = ("<user>", "<model>")
 """Turn markers, as `pasta_jax.tokens` expects them."""
 
 MOST_PIECES = 1536
-"""The vocabulary may not grow beyond this; it is smaller."""
+"""An upper limit of the vocabulary, which is smaller."""
 
 Document = tuple[str | None, str]
 """A prompt, or None for plain text, and the text that follows it."""
@@ -53,8 +53,8 @@ def profile(entity: str, rng: np.random.Generator) -> str:
 def base_document(rng: np.random.Generator, plain_text: float = 0.25) -> Document:
     """One document. `plain_text` is the share of documents (not of tokens) that are plain text.
 
-    Of the others, one in ten is a skeleton or one of its points, and of the rest one in eight a comparison of
-    nothing but what decides it.
+    Of the others, one in ten is a skeleton or one of its points, and of the rest one in eight is a short
+    comparison.
     """
     if rng.random() >= plain_text:
         if rng.random() < 0.1:
@@ -69,7 +69,7 @@ def base_document(rng: np.random.Generator, plain_text: float = 0.25) -> Documen
 
 
 def skeleton_document(rng: np.random.Generator) -> Document:
-    """What Skeleton-of-Thought asks for: the points of an answer, or the text of one point."""
+    """A document of Skeleton-of-Thought: the points of an answer, or the text of one point."""
     task = training_task(rng)
     names, texts = zip(*points(task))
     if rng.random() < 0.5:
@@ -85,7 +85,7 @@ def base_documents(rng: np.random.Generator, plain_text: float = 0.25) -> Iterat
 
 
 def tokenizer_corpus(documents: int = 6000, seed: int = 0) -> Iterator[str]:
-    """What the tokenizer learns from: base documents, and names alone, as in a topic."""
+    """Training text of the tokenizer: base documents, and names alone, as in a topic."""
     rng = np.random.default_rng(seed)
     for (prompt, text), _ in zip(base_documents(rng), range(documents)):
         yield f"{prompt}\n{text}" if prompt else text
@@ -96,11 +96,10 @@ def tokenizer_corpus(documents: int = 6000, seed: int = 0) -> Iterator[str]:
 def train_tokenizer(path: str | os.PathLike[str] | None = None, *, seed: int = 0) -> bytes:
     """Trains a SentencePiece model on `tokenizer_corpus`, deterministically; writes it to `path` if given.
 
-    Text comes back exactly (no normalisation, no space put before it, bytes for what is rare), a number is
-    one piece, a newline is a piece of its own, and tags and turn markers are control symbols, which
-    no text can produce. The language has fewer than a thousand words, so each is offered as a piece: the
-    vocabulary (about 1200) is as large as they, the characters and the 256 bytes need, and a name is one
-    piece per word.
+    Decoding restores the text exactly (no normalisation, no added space, bytes for rare characters). A number is
+    one piece, a newline is a piece of its own, and tags and turn markers are control symbols, which no text can
+    produce. The language has fewer than a thousand words, and each is a candidate piece, so a name is one piece
+    per word; the vocabulary has about 1200 pieces.
     """
     corpus = list(tokenizer_corpus(seed=seed))
     words = collections.Counter(word for text in corpus for word in re.findall(" ?[A-Za-z]+| ?[0-9]+", text))
@@ -133,7 +132,7 @@ def train_tokenizer(path: str | os.PathLike[str] | None = None, *, seed: int = 0
             minloglevel=2,
         )
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
-    proto.trainer_spec.ClearField("seed_sentencepieces_file")  # the model must not depend on where that lay
+    proto.trainer_spec.ClearField("seed_sentencepieces_file")  # the model must not depend on that path
     trained = proto.SerializeToString(deterministic=True)
     if path is not None:
         pathlib.Path(path).write_bytes(trained)
