@@ -29,7 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["pasta_jax.compile"], "Which experiment?"),
         (
             ["pasta_jax.benchmark", "--what=widht"],
-            "What to measure? --what is all, or some of startup, width,",
+            "--what must be all, or a comma-separated list of startup, width,",
         ),
         (["pasta_jax.benchmark", "--responses=no/such"], "[Errno 2] No such file or directory: 'no/such'"),
         (["pasta_jax.convert"], "From where to where?"),
