@@ -13,7 +13,7 @@ import numpy as np
 
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.trace import Trace
-from pasta_jax.tokens.detokenize import Progress, Role, Speller, scan, walk
+from pasta_jax.tokens.detokenize import Role, Speller, scan_all
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 
@@ -88,16 +88,10 @@ def cut(trace: Trace, vocabulary: Vocabulary, characters: int) -> Trace:
 
 def _characters_before(trace: Trace, vocabulary: Vocabulary) -> Iterator[tuple[int, Role, int]]:
     """The answer's tokens in document order: index in the trace, role, and characters of text before the token."""
-    indices, branches = trace.indices, trace.branches
-    progress = [Progress() for _ in indices]
+    indices = trace.indices
     before = 0
-    for thread, start, stop, branch in walk([*map(len, indices)], branches):
-        speller, span = Speller(vocabulary), indices[thread][start:stop].tolist()
-        pieces, progress[thread] = scan(
-            vocabulary, thread, trace.tokens.token[span].tolist(), branches[thread], progress[thread],
-            ended=not branch,
-        )  # fmt: skip
-        rest = iter(span)
+    for (thread, start, stop, _), pieces, _ in scan_all(vocabulary, trace.threads):
+        speller, rest = Speller(vocabulary), iter(indices[thread][start:stop].tolist())
         for piece in pieces:
             if piece.role != Role.TEXT:
                 before += len(speller.end_run())

@@ -210,6 +210,18 @@ def scan(
     return pieces, Progress(index, state, (*tag,), finished)
 
 
+def scan_all(vocabulary: Vocabulary, threads: Threads) -> Iterator[tuple[Span, list[Piece], Progress]]:
+    """A whole answer in document order: its spans, their pieces, and how far their threads are read then."""
+    progress = [Progress() for _ in threads.tokens]
+    for span in walk([*map(len, threads.tokens)], threads.branches):
+        thread, start, stop, branch = span
+        pieces, progress[thread] = scan(
+            vocabulary, thread, threads.tokens[thread][start:stop], threads.branches[thread], progress[thread],
+            ended=not branch,
+        )  # fmt: skip
+        yield span, pieces, progress[thread]
+
+
 def promise_of(vocabulary: Vocabulary, tag: Sequence[int]) -> tuple[str, int]:
     """Topic and number of a whole promise tag, in tens of tokens; "" and 0 of a bare one."""
     kinds = [int(vocabulary.kinds[token]) for token in tag]
@@ -254,17 +266,12 @@ def read(vocabulary: Vocabulary, threads: Threads) -> Reading:
     was stopped before, and the branch is listed as unfinished.
     """
     nodes: list[list[Node]] = [[] for _ in threads.tokens]
-    progress = [Progress() for _ in threads.tokens]
     tags: dict[int, tuple[int, str, int]] = {}  # of each promise, by branch: its thread, topic and number
     promises: dict[int, Promise] = {}
     text: list[int] = []
     issues: list[str] = []
-    for thread, start, stop, branch in walk([*map(len, threads.tokens)], threads.branches):
+    for (thread, _, _, branch), pieces, progress in scan_all(vocabulary, threads):
         speller, name = Speller(vocabulary), f"branch {thread}" if thread else "main"
-        pieces, progress[thread] = scan(
-            vocabulary, thread, threads.tokens[thread][start:stop], threads.branches[thread], progress[thread],
-            ended=not branch,
-        )  # fmt: skip
         for piece in pieces:
             if piece.fault:
                 issues.append(f"{name}: {piece.fault}.")
@@ -282,7 +289,7 @@ def read(vocabulary: Vocabulary, threads: Threads) -> Reading:
             parent, topic, number = tags[thread]
             promises[thread] = Promise(topic, number, joined(nodes[thread]))
             nodes[parent].append(promises[thread])
-            if not progress[thread].finished:
+            if not progress.finished:
                 issues.append(f"{name}: stopped before its </async>.")
     in_order = {branch: promises[branch] for branch in tags}
     return Reading(Program(joined(nodes[0])), in_order, tuple(text), tuple(issues))
