@@ -30,9 +30,9 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
-        "protobuf>=5.26.1",
+        "protobuf>=7.36.1",  # what the protocol buffers of sentencepiece 0.2.3 need
         "safetensors>=0.5",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.3",
         "tqdm>=4.66",
     ],
     extras_require={
