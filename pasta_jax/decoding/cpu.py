@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import jax
 
-if TYPE_CHECKING:
-    from pasta_jax.decoding.loop import Batch
+from pasta_jax.model import Pool
 
 CACHED_BYTES = 8 * 2**20
 """Weights of at most this size stay in a processor's cache from one step to the next."""
@@ -34,18 +31,11 @@ def pool_buckets(buckets: Iterable[int], entries: int) -> list[int]:
     return [bucket for bucket in buckets if 3 * bucket <= entries]
 
 
-def without_B(batch: Batch) -> Batch:
-    """A batch as loops carry it. The pool of a single row loses its B: XLA on a CPU would copy [1, K, P, H]."""
-    alone = batch.rows.stop.shape[0] == 1
-    return _reshaped(batch, drop_B=True) if alone else batch
+def without_B(pool: Pool) -> Pool:
+    """A pool as loops carry it. A single row loses its B: XLA on a CPU would copy [1, K, P, H] in each step."""
+    return jax.tree.map(lambda leaf: leaf[0] if leaf.shape[0] == 1 else leaf, pool)
 
 
-def with_B(batch: Batch) -> Batch:
+def with_B(pool: Pool) -> Pool:
     """`without_B` undone."""
-    alone = batch.rows.stop.shape[0] == 1
-    return _reshaped(batch, drop_B=False) if alone else batch
-
-
-def _reshaped(batch: Batch, *, drop_B: bool) -> Batch:
-    pool = jax.tree.map(lambda leaf: leaf[0] if drop_B else leaf[None], batch.pool)
-    return dataclasses.replace(batch, pool=pool)
+    return jax.tree.map(lambda leaf: leaf[None] if leaf.ndim == 3 else leaf, pool)

@@ -126,7 +126,7 @@ def take(rows: RowState, row: Array) -> RowState:
 
 
 Carry: TypeAlias = tuple[Array, Batch]
-"""What loops carry: how many steps are done, and the batch as `cpu.without_B` has it."""
+"""What loops carry: how many steps are done, and the batch, its pool as `cpu.without_B` makes it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +185,12 @@ def decode_chunk(
         functools.partial(_steps_of_width, model, params, _with_lanes(rules, lanes), until, fewer)
         for fewer, lanes in zip((-1, *widths), widths)
     ]
-    carry = jnp.int32(0), cpu.without_B(batch)
+    carry = jnp.int32(0), _with_pool(batch, cpu.without_B)
     if len(loops) > 1:
         carry = jax.lax.while_loop(until.goes_on, functools.partial(_each_width, loops), carry)
     else:
         carry = loops[0](carry)
-    return cpu.with_B(carry[1])
+    return _with_pool(carry[1], cpu.with_B)
 
 
 def _each_width(loops: Sequence[Callable[[Carry], Carry]], carry: Carry) -> Carry:
@@ -211,9 +211,14 @@ def _steps_of_width(
 
     def step(carry: Carry) -> Carry:
         done, batch = carry
-        return done + 1, cpu.without_B(decode_step(model, params, rules, cpu.with_B(batch), until.used))
+        batch = decode_step(model, params, rules, _with_pool(batch, cpu.with_B), until.used)
+        return done + 1, _with_pool(batch, cpu.without_B)
 
     return jax.lax.while_loop(is_next, step, carry)
+
+
+def _with_pool(batch: Batch, change: Callable[[Pool], Pool]) -> Batch:
+    return dataclasses.replace(batch, pool=change(batch.pool))
 
 
 def _with_lanes(rules: Rules, lanes: int) -> Rules:
