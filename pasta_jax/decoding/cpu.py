@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import jax
 
 from pasta_jax.model import Pool
@@ -24,11 +22,6 @@ def widths_for(lanes: int, *, cached: bool) -> tuple[int, ...]:
     powers = [1 << i for i in range(lanes.bit_length())]
     widths = {*powers, *(3 * power for power in powers)} if cached else {*powers} - {2}
     return tuple(sorted({width for width in widths if width < lanes} | {lanes}))
-
-
-def pool_buckets(buckets: Iterable[int], entries: int) -> list[int]:
-    """The parts of a pool that are worth a program. XLA on a CPU copies the part it reads: it has to be small."""
-    return [bucket for bucket in buckets if 3 * bucket <= entries]
 
 
 def without_B(pool: Pool) -> Pool:
