@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from typing import Any
 
 import jax
 
@@ -13,8 +12,7 @@ from pasta_jax.checkpoints.about import find, read_about
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.decoding.model import Model
 from pasta_jax.interchange.importing import Wanted, kind_of, open_source
-from pasta_jax.model import ModelConfig, init_params
-from pasta_jax.model.quantize import quantize as quantized
+from pasta_jax.model import ModelConfig, forms, init_params
 from pasta_jax.sharding import param_shardings
 
 DTYPES = ("float32", "bfloat16")
@@ -50,7 +48,9 @@ def load(
       InterchangeError, TokenizerError: published weights that cannot be used, or do not fit into memory.
       ValueError: an unknown option, or sizes that the mesh does not divide.
     """
-    as_asked(ModelConfig(), dtype, quantize)  # mistakes are reported before anything is read
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize!r} is unknown. Use int8, or leave it out.")
+    in_dtype(ModelConfig(), dtype)  # mistakes are reported before anything is read
     kind, path = kind_of(source)
     if kind != "workdir":
         if base is not None:
@@ -68,31 +68,24 @@ def load(
         raise ValueError(
             f"{path} has its own tokenizer; tokenizer and extend_tokenizer are for other weights."
         )
-    plain = as_asked(read_about(find(path)).config.model, dtype, None)
-    shapes = jax.eval_shape(functools.partial(init_params, plain), jax.random.key(0))
-
-    def finish(part: Any) -> Any:
-        return quantized(part, plain, donate=True)[0]
+    config = in_dtype(read_about(find(path)).config.model, dtype)
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
     params, about = load_params(
         path,
         shardings=None if mesh is None else functools.partial(param_shardings, mesh=mesh),
         expected=shapes,
         base=base,
-        finish=finish if quantize else None,
+        finish=functools.partial(forms.quantize, donate=True) if quantize else None,
     )
-    config, data = as_asked(plain, None, quantize), about.config.data
-    own = about.tokenizer()
+    data, own = about.config.data, about.tokenizer()
     return Model(
         params, config, own if chat == "auto" else own.with_chat(chat), data.positions, data.max_depth
     )
 
 
-def as_asked(config: ModelConfig, dtype: str | None, quantize: str | None) -> ModelConfig:
-    """The configuration of a model loaded with these options. Raises ValueError for unknown ones."""
+def in_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
+    """The configuration of a model loaded in this dtype; None is its own. Raises ValueError for unknown ones."""
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is unknown. Use {' or '.join(DTYPES)}.")
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize={quantize!r} is unknown. Use int8, or leave it out.")
-    config = dataclasses.replace(config, dtype=dtype or config.dtype)
-    return config if quantize is None else dataclasses.replace(config, weights="int8")
+    return dataclasses.replace(config, dtype=dtype or config.dtype)

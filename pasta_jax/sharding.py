@@ -1,9 +1,9 @@
-"""Which dimension of which array lies on which mesh axis: one table of letters (docs/design.md, section 9).
+"""Which dimension of which array is split over which mesh axis: one table of letters (docs/design.md, section 9).
 
-The mesh has three axes, each 1 where it is not used: `data` (rows only), `fsdp` (rows, and parameters and
-optimiser by D), `tensor` (heads, mlp, vocabulary). Placing arrays is all that is done here; the compiler
-finds the communication. Everything works on arrays and on shapes alike, and on meshes of devices that are not
-there (`jax.experimental.topologies`, `AbstractMesh`), so programs compile ahead of time without devices.
+The mesh has three axes, each of size 1 where it is not used: `data` (rows only), `fsdp` (rows, and parameters and
+optimiser state by D), `tensor` (heads, mlp, vocabulary). This module only places arrays; the compiler inserts the
+communication. Everything works on arrays and on shapes alike, and on meshes of absent devices
+(`jax.experimental.topologies`, `AbstractMesh`), so programs compile ahead of time without devices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AXES: dict[str, str | tuple[str, ...]] = {
     "F": "tensor",
     "V": "tensor",
 }
-"""Letter to mesh axis or axes. A letter that is not here (H, L, P, Q, R; J, all of q, k and v) is never split."""
+"""Letter to mesh axis or axes. Other letters (H, L, P, Q, R; J, all of q, k and v) are never split."""
 
 MATRICES = {
     "q_proj": ("D", "NH"),
@@ -35,34 +35,31 @@ MATRICES = {
     "up_proj": ("D", "F"),
     "down_proj": ("F", "D"),
 }
-"""Name of a layer's matrix to the dimensions that it contracts, and those that it makes."""
+"""Name of a layer's matrix to its input dimensions, which its product sums over, and its output dimensions."""
+
+OUTPUTS = {"embedding": "V", "head": "V", "qkv_proj": "J"} | {
+    name: columns for name, (_, columns) in MATRICES.items()
+}
+"""Name of a weight that multiplies hidden states to its output dimensions: those that int8 has scales for."""
 
 PARAMETERS = {
     "embedding": "VD",
-    "embedding_scale": "V",
     "embedding_rows": "RD",
     "head": "DV",
-    "head_scale": "V",
     "head_rows": "DR",
     "scale": "D",
     "q_norm": "H",
     "k_norm": "H",
     "qkv_proj": "DJ",
-    "qkv_proj_scale": "J",
     "q_proj_bias": "NH",
     "k_proj_bias": "KH",
     "v_proj_bias": "KH",
 } | {
     name + suffix: dims
     for name, (rows, columns) in MATRICES.items()
-    for suffix, dims in {
-        "": rows + columns,
-        "_scale": columns,
-        "_lora_a": rows + "R",
-        "_lora_b": "R" + columns,
-    }.items()
+    for suffix, dims in {"": rows + columns, "_lora_a": rows + "R", "_lora_b": "R" + columns}.items()
 }
-"""Name of a parameter, the last of its path, to its dimensions; R, a rank or a few rows, is never split."""
+"""Name of a parameter to its dimensions; R, a rank or a few vocabulary rows, is never split."""
 
 POOL = "BKPH"
 
@@ -74,7 +71,7 @@ NAMES = {
     "F": "mlp_dim",
     "V": "vocab_size",
 }
-"""What error messages call the letters."""
+"""The letters' names in error messages."""
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -84,10 +81,10 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = Non
 
     Args:
       data, fsdp, tensor: sizes of the axes.
-      devices: a sequence of devices, those of a topology included; default all of this job's.
+      devices: a sequence of devices, also of a topology; by default all of this job's.
 
     Raises:
-      ValueError: the sizes do not use exactly the devices there are.
+      ValueError: the sizes do not use exactly the available devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -109,10 +106,10 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = Non
 
 
 def sharding(dims: str, shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:
-    """Where an array goes whose dimensions are named by letters, such as "DNH".
+    """The sharding of an array whose dimensions are named by letters, such as "DNH".
 
     Raises:
-      ValueError: a dimension that its axis does not divide, or one axis wanted by two dimensions.
+      ValueError: a mesh axis does not divide its dimension, or is used by two dimensions.
     """
     if len(dims) != len(shape):
         raise ValueError(f"{dims!r} names {len(dims)} dimensions; the array {list(shape)} has {len(shape)}.")
@@ -128,16 +125,16 @@ def param_shardings(params: Any, mesh: AnyMesh) -> Any:
     """Shardings of parameters, or of an optimiser state that mirrors their paths; same tree.
 
     Args:
-      params: arrays or `jax.ShapeDtypeStruct`s. Scalars (counters) are replicated, and so is what has a
+      params: arrays or `jax.ShapeDtypeStruct`s. Scalars (counters) are replicated, and so is a leaf with a
         parameter's name but another number of dimensions (factored second moments).
       mesh: with the axes of `make_mesh`.
 
     Raises:
-      ValueError: a leaf without a place in PARAMETERS, or what `sharding` raises.
+      ValueError: a leaf's name is not in PARAMETERS, or what `sharding` raises.
     """
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        dims = PARAMETERS.get(_last_name(path))
+        dims = _dims(path)
         if dims is None and leaf.ndim:
             raise ValueError(f"{jax.tree_util.keystr(path)} has no dimensions in sharding.PARAMETERS.")
         if dims is None or len(dims) != leaf.ndim:
@@ -148,19 +145,19 @@ def param_shardings(params: Any, mesh: AnyMesh) -> Any:
 
 
 def pool_shardings(pool: Any, mesh: AnyMesh) -> Any:
-    """Shardings of a `Pool` of arrays or shapes; same tree. Rows with their requests, heads with q_proj's."""
+    """Shardings of a `Pool` of arrays or shapes; same tree. Rows are split as requests are, heads as k_proj's."""
     return jax.tree.map(lambda leaf: sharding(POOL, leaf.shape, mesh), pool)
 
 
 def batch_sharding(mesh: AnyMesh, rows: int | None = None) -> NamedSharding:
-    """For any array whose first dimension is B rows; `rows`, if given, must be divisible."""
+    """For any array whose first dimension is B. Raises ValueError if the mesh does not divide `rows`, if given."""
     if rows is not None:
         return sharding("B", (rows,), mesh)
     return NamedSharding(mesh, PartitionSpec(AXES["B"]))
 
 
 def round_up_rows(rows: int, mesh: AnyMesh) -> int:
-    """At least so many rows, divisible among the devices that rows go over."""
+    """The smallest number of at least `rows` rows that the mesh divides."""
     parts = math.prod(mesh.shape[axis] for axis in AXES["B"])
     return round_up(rows, parts)
 
@@ -171,11 +168,11 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh on which arrays lie, if it has more than one device."""
+    """The mesh over which arrays are spread, if it has more than one device."""
     for leaf in jax.tree.leaves(tree):
-        lies = getattr(leaf, "sharding", None)
-        if isinstance(lies, NamedSharding) and lies.mesh.size > 1:
-            return lies.mesh  # type: ignore[return-value]
+        placement = getattr(leaf, "sharding", None)
+        if isinstance(placement, NamedSharding) and placement.mesh.size > 1:
+            return placement.mesh  # type: ignore[return-value]
     return None
 
 
@@ -184,23 +181,22 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
     Args:
       tree: arrays or `jax.ShapeDtypeStruct`s, as from `jax.eval_shape`.
-      shardings: the same tree of shardings, or one for all.
+      shardings: the same tree of shardings, or one for all leaves.
     """
-    if isinstance(shardings, NamedSharding):
-        one = shardings
-        shardings = jax.tree.map(lambda _: one, tree)
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _, one=shardings: one, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def _axes(letter: str, size: int, mesh: AnyMesh) -> tuple[str, ...]:
-    """Mesh axes of one dimension; empty if it is not split."""
+    """The mesh axes of one dimension, none if it is not split."""
     axes = AXES.get(letter, ())
     axes = (axes,) if isinstance(axes, str) else axes
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if size % parts == 0:
         return axes
-    # Fewer kv heads than chips: a head is not cut, and every chip's query heads need the whole of theirs, so
-    # each chip keeps all K. They are few then (1 in Gemma 2B), and the query heads and the mlp stay split.
+    # Fewer kv heads than chips: heads are never cut, so each chip keeps all K. They are few then (1 in Gemma 2B);
+    # query heads and the mlp stay split.
     if letter == "K" and parts % size == 0:
         return ()
     raise ValueError(
@@ -209,12 +205,13 @@ def _axes(letter: str, size: int, mesh: AnyMesh) -> tuple[str, ...]:
 
 
 def _divisors(size: int) -> str:
-    """The divisors of `size` that a mesh may have, in words: 8 -> "1, 2, 4 or 8"."""
+    """The divisors of `size` in words, up to 256: 8 -> "1, 2, 4 or 8"."""
     divisors = [str(n) for n in range(1, min(size, 256) + 1) if size % n == 0]
     return " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
 
 
-def _last_name(path: Any) -> str:
-    """The last key of a path that is a name: of a dict, or the field of a record."""
-    last = path[-1] if path else None
-    return str(getattr(last, "key", getattr(last, "name", "")))
+def _dims(path: Any) -> str | None:
+    """The dimensions of the parameter at a path, which ends in its name or in a field of `forms.Int8` below."""
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    field = getattr(path[-1], "name", "values") if path else ""
+    return {"values": PARAMETERS, "scale": OUTPUTS}.get(field, {}).get(names[-1] if names else "")

@@ -21,7 +21,7 @@ from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, init_params
-from pasta_jax.model.quantize import quantize
+from pasta_jax.model.forms import quantize
 
 CONFIG = Config(
     model=ModelConfig(
@@ -32,21 +32,20 @@ LIMITS = Limits(lanes=2, threads=4, pool=62)
 BUCKETS: dict[str, Any] = dict(prompt_buckets=(), pool_buckets=(20,))
 
 
-def model_of(config: Config, *, int8: bool, mesh: Any) -> tuple[Config, Model]:
-    """A model of the experiment's sizes, and the configuration that it has in the end."""
-    params, sizes = init_params(config.model, jax.random.key(0)), config.model
+def model_of(config: Config, *, int8: bool, mesh: Any) -> Model:
+    """A new model of an experiment's sizes."""
+    params = init_params(config.model, jax.random.key(0))
     if int8:
-        params, sizes = quantize(params, sizes)
+        params = quantize(params)
     if mesh is not None:
         params = jax.device_put(params, sharding.param_shardings(params, mesh))
-    config = dataclasses.replace(config, model=sizes)
-    return config, Model(params, sizes, make_tokenizer(config.data), config.data.positions)
+    return Model(params, config.model, make_tokenizer(config.data), config.data.positions)
 
 
 @pytest.mark.parametrize(
     ("rows", "form", "int8", "spread", "settings"),
     [
-        (3, "transposed", False, False, {"cached_bytes": 0}),
+        (3, "outputs_first", False, False, {"cached_bytes": 0}),
         (1, "fused", True, False, {"platform": "gpu"}),
         (3, "plain", True, True, {}),
     ],
@@ -55,9 +54,10 @@ def test_a_decoder_runs_what_is_compiled_ahead_of_time(
     rows: int, form: str, int8: bool, spread: bool, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mesh = sharding.make_mesh(2, 2, 2) if spread else None
-    config, model = model_of(CONFIG, int8=int8, mesh=mesh)
+    model = model_of(CONFIG, int8=int8, mesh=mesh)
     one_device = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    ahead = decoder_programs(config, mesh or one_device, limits=LIMITS, rows=rows, **BUCKETS, **settings)
+    sizes: dict[str, Any] = dict(limits=LIMITS, rows=rows, **BUCKETS, **settings)
+    ahead = decoder_programs(CONFIG, mesh or one_device, int8=int8, **sizes)
     lowered = {program: ahead.lower(program).as_text() for program in ahead.programs}
     assert ahead.form == form and len({*lowered.values()}) == len(lowered)
 
@@ -69,7 +69,7 @@ def test_a_decoder_runs_what_is_compiled_ahead_of_time(
         return compile_lowered(self, *args, **kwargs)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", record)
-    decoder = Decoder(model, limits=LIMITS, rows=rows, chunk=8, **BUCKETS, **settings)
+    decoder = Decoder(model, chunk=8, **sizes)
     prompts = [model.tokenizer.encode_prompt(text) for text in ("Iron", "Peru", "Ohio")]
     params = SamplingParams(max_new_tokens=20, temperature=1.0)
     cancelled = decoder.submit(prompts[0], params)
@@ -84,7 +84,7 @@ def test_a_decoder_runs_what_is_compiled_ahead_of_time(
 
 def test_a_model_that_nobody_uses_is_freed_with_its_decoders() -> None:
     """And as long as somebody uses it, its programs stay compiled."""
-    _, model = model_of(CONFIG, int8=False, mesh=None)
+    model = model_of(CONFIG, int8=False, mesh=None)
     options: dict[str, Any] = dict(max_new_tokens=3, cache_len=62, lanes=2, max_branches=3)
     first = pasta_jax.decode(model, "Iron", **options)
     assert first.stats.compile_s > 0

@@ -10,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from pasta_jax import sharding
 from pasta_jax.checkpoints.about import Base, CheckpointError, read_about
@@ -23,12 +24,12 @@ from pasta_jax.interchange.importing import Wanted, kind_of, open_source
 from pasta_jax.interchange.origin import carry, read_origin
 from pasta_jax.interchange.reading import open_folder
 from pasta_jax.interchange.tensors import rows
-from pasta_jax.interchange.writing import unfinished
+from pasta_jax.interchange.writing import Exported, plan, unfinished
 from pasta_jax.lang import tags
 from pasta_jax.model import Lora, init_params
+from pasta_jax.model.forms import quantize
 from pasta_jax.model.lora import split
-from pasta_jax.model.quantize import quantize
-from pasta_jax.model.weights import hf_tensors, leaf_at
+from pasta_jax.model.weights import hf_tensors
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
@@ -61,7 +62,7 @@ def test_a_folder_comes_back_byte_for_byte(family: str, tmp_path: pathlib.Path) 
     )
     ready, params = bring_in(tmp_path / "hf", tmp_path / "W", dtype="float32")
     for tensor in hf_tensors(ready.config):
-        np.testing.assert_array_equal(tensor.to_hf(leaf_at(params, tensor.path)), theirs[tensor.name])
+        np.testing.assert_array_equal(tensor.to_hf(flatten_dict(params)[tensor.path]), theirs[tensor.name])
     bring_out(tmp_path / "W", tmp_path / "out")
     before, after = contents(tmp_path / "hf"), contents(tmp_path / "out")
     assert json.loads(after.pop("pasta_tags.json")) == ready.tokenizer.vocabulary.tag_ids
@@ -129,7 +130,7 @@ def test_what_was_trained_keeps_its_digits_and_ends_its_answers(tmp_path: pathli
     written = stored(tmp_path / "out")
     for tensor in hf_tensors(GEMMA):
         np.testing.assert_array_equal(
-            written[tensor.name], tensor.to_hf(np.asarray(leaf_at(params, tensor.path)))
+            written[tensor.name], tensor.to_hf(np.asarray(flatten_dict(params)[tensor.path]))
         )
     before, after = contents(tmp_path / "hf"), contents(tmp_path / "out")
     same = {"tokenizer.model", "tokenizer_config.json", "generation_config.json"}
@@ -202,9 +203,11 @@ def test_int8_on_the_way_in_is_int8_of_the_whole(
     write_hf_folder(tmp_path / "hf", CONFIGS["llama"])
     ready = open_source("folder", str(tmp_path / "hf"), Wanted(int8=True))
     plain = open_source("folder", str(tmp_path / "hf")).read(None)
-    expected, config = quantize(jax.tree.map(np.asarray, plain), CONFIGS["llama"])
-    assert ready.config == dataclasses.replace(config, dtype="bfloat16")
+    expected = quantize(jax.tree.map(np.asarray, plain))
+    assert ready.config == dataclasses.replace(CONFIGS["llama"], dtype="bfloat16")
     jax.tree.map(np.testing.assert_array_equal, ready.read(None), expected)
+    with pytest.raises(InterchangeError, match="weights are int8. Export the one that it was quantised from"):
+        plan(Exported(expected, ready.config, tokenizer=None))  # type: ignore[arg-type]
 
 
 def test_vision_models_are_left_out(tmp_path: pathlib.Path) -> None:
@@ -347,7 +350,7 @@ def test_parity_is_of_what_was_written(tmp_path: pathlib.Path, monkeypatch: pyte
         assert (config, folder) == (dataclasses.replace(GEMMA, dtype="bfloat16"), str(out))
         written = stored(out)
         for tensor in hf_tensors(GEMMA):
-            ours = tensor.to_hf(np.asarray(leaf_at(params, tensor.path)))
+            ours = tensor.to_hf(np.asarray(flatten_dict(params)[tensor.path]))
             assert ours.dtype == written[tensor.name].dtype == np.dtype(dtype)
             np.testing.assert_array_equal(ours, written[tensor.name])
 

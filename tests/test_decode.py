@@ -99,7 +99,7 @@ def test_the_model_is_worth_testing_with():
 
 FORMS: dict[int, tuple[str, dict[str, Any]]] = {
     1: ("fused", {"platform": "gpu"}),
-    3: ("transposed", {"cached_bytes": 0}),
+    3: ("outputs_first", {"cached_bytes": 0}),
     8: ("plain", {}),
 }
 """By lanes: the form of the weights, and when they have it. On accelerators; where no cache holds them."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
@@ -17,7 +18,7 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.model.families import FAMILIES, config_from_hf
-from pasta_jax.model.weights import hf_tensors, nested
+from pasta_jax.model.weights import hf_tensors
 from tests.helpers import tiny_families as tiny
 
 pytestmark = pytest.mark.slow
@@ -36,8 +37,10 @@ IN_A_HURRY: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 def params_of(config: ModelConfig, tensors: dict[str, np.ndarray]) -> Any:
     table = hf_tensors(config)
-    assert {each.name for each in table} == set(tensors)
-    return nested({each.path: jnp.asarray(each.to_ours(tensors[each.name])) for each in table})
+    assert {tensor.name for tensor in table} == set(tensors)
+    return unflatten_dict(
+        {tensor.path: jnp.asarray(tensor.to_ours(tensors[tensor.name])) for tensor in table}
+    )
 
 
 @functools.cache

@@ -142,7 +142,7 @@ def lower(model: ModelConfig, mesh: Any, limits: Limits, rows: int) -> tuple[Any
 def on_cpu(rows: int, cached: int) -> tuple[Any, int]:
     """The loop of a decoder whose keys are much larger than scores, and than all else; how many there are.
 
-    Weights of no more than `cached` bytes are decoded as they are, others transposed.
+    Weights of no more than `cached` bytes are decoded as they are, others with outputs first.
     """
     config = ModelConfig(
         vocab_size=len(WORDS.vocabulary), num_layers=1, model_dim=32, num_heads=2, num_kv_heads=2, head_dim=64,
@@ -152,7 +152,7 @@ def on_cpu(rows: int, cached: int) -> tuple[Any, int]:
     sizes: dict[str, Any] = dict(limits=Limits(lanes=2, threads=4, pool=2000), rows=rows, widths=(1,))
     careful: dict[str, Any] = {}
     decoder = Decoder(model, pool_buckets=(), cached_bytes=cached, xla_options=careful, **sizes)
-    assert decoder.compiled.form == ("plain" if cached else "transposed")
+    assert decoder.compiled.form == ("plain" if cached else "outputs_first")
     return decoder.compiled.executable(Program("decode", length=2002)), rows * 2 * 2002 * 64
 
 

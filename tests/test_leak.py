@@ -5,13 +5,16 @@ It tests visibility through the whole model, not the matrix builder: a leak in a
 
 import dataclasses
 import random
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasta_jax.model import ModelConfig, Transformer, empty_pool
+from pasta_jax.model import ModelConfig, Transformer, empty_pool, forward, logits
+from pasta_jax.model.transformer import Embed
 from pasta_jax.visibility import visible
 from tests.helpers.models import random_params
 from tests.helpers.trees import Writer, random_tree
@@ -61,20 +64,18 @@ def influence(
 
     weights_V = rng.normal(size=config.vocab_size).astype(np.float32)
 
-    def logits(embedded: jax.Array) -> jax.Array:
-        hidden, _ = model.apply(
-            {"params": params},
-            embedded,
-            positions,
-            jnp.asarray(may_attend)[None],
-            *memory,
-            method="from_embedded",
-        )
-        return model.apply({"params": params}, hidden, method="logits")[0]
+    def logits_of(embedded: jax.Array) -> jax.Array:
+        def with_embedded(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            embeds = isinstance(context.module, Embed) and context.method_name == "__call__"
+            return embedded if embeds else call(*args, **kwargs)
+
+        with nn.intercept_methods(with_embedded):
+            hidden, _ = forward(model, params, tokens, positions, jnp.asarray(may_attend)[None], *memory)
+        return logits(model, params, hidden)[0]
 
     def reaches(one_query: jax.Array) -> jax.Array:
         """Cotangents of one query's logits in, which embeddings they reach out: bool [P]."""
-        _, pull = jax.vjp(logits, embedded)
+        _, pull = jax.vjp(logits_of, embedded)
         return jnp.any(pull(one_query[:, None] * weights_V)[0][0] != 0, axis=-1)
 
     # Not vmap: from about a hundred queries on, XLA for CPU (jax 0.10.2) gets some of its rows plainly wrong.

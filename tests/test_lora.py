@@ -21,6 +21,7 @@ from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.experiment import with_lora_rows
 from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
+from pasta_jax.model.forms import quantize
 from pasta_jax.model.lora import ALIKE, join, merge, split, start
 from pasta_jax.training.loop import sft, starting_weights
 from pasta_jax.training.metrics import read_metrics
@@ -105,9 +106,9 @@ def test_on_a_mesh_and_using_up_what_it_merges(seed: int) -> None:
         np.testing.assert_allclose(x, y, atol=1e-6)
     assert fingerprint(placed) == fingerprint(params)
     merged = merge(placed, LORA, donate=True)
-    lies = sharding.param_shardings(merged, mesh)
+    shardings = sharding.param_shardings(merged, mesh)
     for leaf, like, place in zip(
-        jax.tree.leaves(merged), jax.tree.leaves(expected), jax.tree.leaves(lies), strict=True
+        jax.tree.leaves(merged), jax.tree.leaves(expected), jax.tree.leaves(shardings), strict=True
     ):
         np.testing.assert_allclose(leaf, like, atol=1e-5)
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
@@ -118,6 +119,8 @@ def test_what_cannot_have_adapters_is_refused() -> None:
     base = {"mlp": {"up_proj": jnp.zeros((4, 4), jnp.int8)}}
     with pytest.raises(ValueError, match="up_proj is int8: adapters go with plain weights"):
         start(base, Lora(rank=2), jax.random.key(0))
+    with pytest.raises(ValueError, match="up_proj is Int8: adapters go with plain weights"):
+        merge(quantize({"mlp": {"up_proj": jnp.ones((4, 4))}}), Lora(rank=2))
     with pytest.raises(ValueError, match="None of the targets o_proj is among the weights"):
         start({"mlp": {"up_proj": jnp.zeros((4, 4))}}, Lora(rank=2, targets=("o_proj",)), jax.random.key(0))
     with pytest.raises(ConfigError, match=r"init_from is empty: adapters go beside"):

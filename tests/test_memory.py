@@ -111,9 +111,9 @@ def test_an_accelerators_own_memory() -> None:
         ),
     )
     with pytest.raises(InterchangeError, match=r"14.0 GiB are needed on .*, and 12.0 GiB are free"):
-        memory.check_fits({"w": leaf}, staging=0, what="a model", host_free=64 * GIB)  # type: ignore[dict-item]
+        memory.check_fits({"w": leaf}, staging=0, what="a model", host_free=64 * GIB)
     leaf.shape = (5, GIB)
-    memory.check_fits({"w": leaf}, staging=GIB, what="a model", host_free=2 * GIB)  # type: ignore[dict-item]
+    memory.check_fits({"w": leaf}, staging=GIB, what="a model", host_free=2 * GIB)
 
 
 def test_what_does_not_fit_is_refused_before_a_tensor_is_read(

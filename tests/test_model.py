@@ -19,11 +19,9 @@ from pasta_jax.model import (
     param_count,
     pool_bytes,
 )
-from pasta_jax.model.fuse import fuse
-from pasta_jax.model.layers import attend, attend_to_earlier
+from pasta_jax.model.attention import attend, attend_to_earlier
+from pasta_jax.model.forms import fuse, outputs_first, quantize
 from pasta_jax.model.pool import write
-from pasta_jax.model.quantize import quantize
-from pasta_jax.model.transpose import transpose
 from tests.helpers.models import GEMMA, LLAMA, TINY, inputs, random_params
 
 KINDS = pytest.mark.parametrize("config", [TINY, LLAMA, GEMMA], ids=["plain", "llama", "gemma"])
@@ -125,20 +123,20 @@ def test_blocks_of_queries_give_what_all_at_once_gives(length: int, seed: int) -
         out = one(q, k, v, may_attend)
         return out, jax.grad(lambda *qkv: (one(*qkv, may_attend) ** 2).sum(), (0, 1, 2))(q, k, v)
 
-    for mine, whole in zip(
+    for blocks, whole in zip(
         jax.tree.leaves(both(attend_to_earlier)), jax.tree.leaves(both(attend)), strict=True
     ):
-        np.testing.assert_allclose(mine, whole, atol=1e-4)
+        np.testing.assert_allclose(blocks, whole, atol=1e-4)
 
 
 def test_only_differences_of_positions_matter(seed: int) -> None:
     params = random_params(TINY, np.random.default_rng(seed))
     tokens, positions, may_attend = inputs(np.random.default_rng(seed), 2, 9)
-    here, _ = forward(TINY, params, tokens, positions, may_attend)
+    original, _ = forward(TINY, params, tokens, positions, may_attend)
     moved, _ = forward(TINY, params, tokens, positions + 100, may_attend)
     mixed, _ = forward(TINY, params, tokens, positions[:, ::-1], may_attend)
-    np.testing.assert_allclose(here, moved, atol=1e-4)
-    assert np.abs(here - mixed).max() > 1e-2
+    np.testing.assert_allclose(original, moved, atol=1e-4)
+    assert np.abs(original - mixed).max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -226,19 +224,20 @@ def test_shapes_that_do_not_fit_say_so() -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("change", [fuse, transpose, "fuse int8"])
+@pytest.mark.parametrize("change", [fuse, outputs_first, "fuse int8"])
 def test_weights_turned_for_decoding_say_the_same(config: ModelConfig, change: Any, seed: int) -> None:
     rng = np.random.default_rng(seed)
     params = random_params(config, rng)
     if change == "fuse int8":
-        change, (params, config) = fuse, quantize(params, config)
+        change, params = fuse, quantize(params)
     tokens, positions, may_attend = inputs(rng, 2, 9)
-    turned, other = change(params, config)
-    assert other != config and param_count(turned) == param_count(params)
-    found, expected = (
-        logits_of(c, p, forward(c, p, tokens, positions, may_attend)[0])
-        for c, p in ((other, turned), (config, params))
+    turned = change(params)
+    structure: Any = jax.tree.structure(turned)
+    assert structure != jax.tree.structure(params)
+    assert param_count(turned) == param_count(params)
+    actual, expected = (
+        logits_of(config, p, forward(config, p, tokens, positions, may_attend)[0]) for p in (turned, params)
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="only plain weights|nothing to fuse"):
-        change(turned, other)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="Only plain weights|nothing to fuse"):
+        change(turned)

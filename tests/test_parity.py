@@ -15,6 +15,7 @@ from pasta_jax.checkpoints.load import load_params
 from pasta_jax.interchange import parity
 from pasta_jax.interchange.parity import parity_line
 from pasta_jax.model import init_params
+from pasta_jax.model.forms import quantize
 from tests.helpers.conversion import bring_in, bring_out, load_tokenizer_rows, trained
 from tests.helpers.hf_folders import CONFIGS, small_tokenizer, write_hf_folder
 
@@ -86,8 +87,10 @@ def test_what_stands_in_the_way_is_said(
 ) -> None:
     params, config = params_of("gemma"), CONFIGS["gemma"]
     assert parity_line(params, config, tmp_path).startswith("Parity not measured: AttributeError: ")
-    int8 = dataclasses.replace(config, weights="int8")
-    assert parity_line(params, int8, tmp_path) == "Parity not measured: int8 weights are not the folder's."
+    assert (
+        parity_line(quantize(params), config, tmp_path)
+        == "Parity not measured: int8 weights are not the folder's."
+    )
     monkeypatch.setattr(parity, "host_memory", lambda: 100)
     line = parity_line(params, config, tmp_path)
     assert line.startswith("Parity not measured: ") and "parameters once more, in float32, need" in line

@@ -20,7 +20,7 @@ from pasta_jax.data.sources import make_tokenizer
 from pasta_jax.decoding.api import decoder_for
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, Transformer, init_params
-from pasta_jax.model.quantize import LARGEST, contracted, quantize, quantize_leaf
+from pasta_jax.model.forms import LARGEST, Int8, contracted, is_plain, quantize, quantize_leaf
 from pasta_jax.training.state import TrainState
 from tests.helpers.models import GEMMA, LLAMA, TINY, inputs, random_params
 
@@ -40,19 +40,23 @@ def test_logits_are_nearly_those_of_the_plain_weights(
     """
     rng = np.random.default_rng(seed)
     params, args = random_params(config, rng), inputs(rng, 4, 40)
-    whole, changed = quantize(params, config)
-    shapes = jax.eval_shape(functools.partial(init_params, changed), jax.random.key(0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), whole) == jax.tree.map(
+    quantized = quantize(params)
+    assert not is_plain(quantized) and isinstance(quantized["layer_0"]["attn"]["q_proj"], Int8)
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    shapes = jax.eval_shape(quantize, shapes)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), quantized) == jax.tree.map(
         lambda x: (x.shape, x.dtype), shapes
     )
-    expected, found = (np.asarray(logits_of(c, p, *args)) for c, p in ((config, params), (changed, whole)))
-    here = cosine(expected, found)
-    agreement = float((expected.argmax(-1) == found.argmax(-1)).mean())
+    expected, actual = (np.asarray(logits_of(config, p, *args)) for p in (params, quantized))
+    by_position = cosine(expected, actual)
+    agreement = float((expected.argmax(-1) == actual.argmax(-1)).mean())
     record_property("greedy_agreement", agreement)
-    together = float(cosine(expected.ravel(), found.ravel()))
-    print(f"cosine {together:.5f}, at the worst place {here.min():.4f}; greedy agreement {agreement:.3f}")
+    together = float(cosine(expected.ravel(), actual.ravel()))
+    print(
+        f"cosine {together:.5f}, at the worst place {by_position.min():.4f}; greedy agreement {agreement:.3f}"
+    )
     assert together >= 0.999
-    assert here.mean() >= 0.999
+    assert by_position.mean() >= 0.999
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -62,9 +66,9 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def test_a_leaf_by_hand_in_numpy_and_on_devices(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    found = quantize_leaf("up_proj", np.array([[1.0, 0.0], [-2.0, 0.0], [0.5, 0.0]], np.float32))
-    assert found["up_proj"].tolist() == [[64, 0], [-127, 0], [32, 0]]  # 63.5 is rounded to even
-    np.testing.assert_allclose(found["up_proj_scale"], [2 / LARGEST, 1.0], rtol=1e-6)
+    quantized = quantize_leaf("up_proj", np.array([[1.0, 0.0], [-2.0, 0.0], [0.5, 0.0]], np.float32))
+    assert quantized.values.tolist() == [[64, 0], [-127, 0], [32, 0]]  # 63.5 is rounded to even
+    np.testing.assert_allclose(quantized.scale, [2 / LARGEST, 1.0], rtol=1e-6)
     mesh = sharding.make_mesh(2, 2, 2)
     for name, shape, scale in (
         ("o_proj", (4, 8, 16), (16,)),
@@ -73,25 +77,28 @@ def test_a_leaf_by_hand_in_numpy_and_on_devices(seed: int) -> None:
     ):
         array = np.asarray(jnp.asarray(rng.normal(size=shape), jnp.bfloat16))
         one = quantize_leaf(name, array)
-        assert isinstance(one[name], np.ndarray) and one[f"{name}_scale"].shape == scale
+        assert isinstance(one.values, np.ndarray) and one.scale.shape == scale
         placed = jax.device_put(array, sharding.param_shardings({name: array}, mesh)[name])
         other = quantize_leaf(name, placed)
-        for key in one:
-            np.testing.assert_allclose(other[key].astype(np.float32), one[key].astype(np.float32), rtol=1e-6)
-            lies = sharding.param_shardings(other, mesh)[key]
-            assert other[key].sharding.is_equivalent_to(lies, other[key].ndim)
-        step = np.expand_dims(one[f"{name}_scale"], contracted(name) or ())
-        assert (np.abs(one[name] * step - array.astype(np.float32)) <= 0.5001 * step).all()
-        assert quantize_leaf(name, one[name])[name] is one[name]
+        shardings = sharding.param_shardings({name: other}, mesh)[name]
+        for x, y, expected in (
+            (other.values, one.values, shardings.values),
+            (other.scale, one.scale, shardings.scale),
+        ):
+            np.testing.assert_allclose(x.astype(np.float32), y.astype(np.float32), rtol=1e-6)
+            assert x.sharding.is_equivalent_to(expected, x.ndim)
+        step = np.expand_dims(one.scale, contracted(name) or ())
+        assert (np.abs(one.values * step - array.astype(np.float32)) <= 0.5001 * step).all()
+        assert quantize_leaf(name, one) is one
     norm = np.ones(4, np.float32)
-    assert quantize_leaf("scale", norm)["scale"] is norm
+    assert quantize_leaf("scale", norm) is norm
 
 
 def test_sources_are_freed_one_by_one(seed: int) -> None:
     params = random_params(LLAMA, np.random.default_rng(seed))
-    whole, _ = quantize(params, LLAMA, donate=True)
+    quantized = quantize(params, donate=True)
     assert params["head"].is_deleted() and params["layer_0"]["attn"]["q_proj"].is_deleted()
-    assert whole["final_norm"]["scale"] is params["final_norm"]["scale"]
+    assert quantized["final_norm"]["scale"] is params["final_norm"]["scale"]
 
 
 # ------------------------------------------------------------------------------------------ loading, decoding
@@ -117,15 +124,15 @@ def test_a_model_is_loaded_as_asked(written: pathlib.Path) -> None:
     assert plain.config == MODEL and plain.mesh is None
     mesh = sharding.make_mesh(2, 2, 2)
     half = pasta_jax.load(written, mesh=mesh, dtype="bfloat16", quantize="int8")
-    assert half.config == dataclasses.replace(MODEL, dtype="bfloat16", weights="int8")
+    assert half.config == dataclasses.replace(MODEL, dtype="bfloat16") and not is_plain(half.params)
     assert half.mesh is mesh or half.mesh == mesh
-    expected, _ = quantize(jax.tree.map(lambda x: x.astype(jnp.bfloat16), plain.params), half.config)
+    expected = quantize(jax.tree.map(lambda x: x.astype(jnp.bfloat16), plain.params))
     for x, y in zip(jax.tree.leaves(half.params), jax.tree.leaves(expected), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_allclose(x.astype(jnp.float32), y.astype(jnp.float32), rtol=1e-6)
-    lies = sharding.param_shardings(half.params, mesh)
-    for x, place in zip(jax.tree.leaves(half.params), jax.tree.leaves(lies), strict=True):
-        assert x.sharding.is_equivalent_to(place, x.ndim)
+    shardings = sharding.param_shardings(half.params, mesh)
+    for x, placement in zip(jax.tree.leaves(half.params), jax.tree.leaves(shardings), strict=True):
+        assert x.sharding.is_equivalent_to(placement, x.ndim)
     with pytest.raises(ValueError, match="dtype='float8' is unknown. Use float32 or bfloat16"):
         pasta_jax.load(written, dtype="float8")
     with pytest.raises(ValueError, match="quantize='int4' is unknown. Use int8"):
@@ -170,12 +177,13 @@ def test_a_decode_step_reads_half_the_bytes(record_property: Any) -> None:
         dtype="bfloat16", tie_embeddings=False,
     )  # fmt: skip
     read = {}
-    for weights in ("plain", "int8"):
-        config = Config(model=dataclasses.replace(model, weights=weights))
-        limits = Limits(lanes=8, threads=16, pool=128)
-        compiled = ahead.decoder_programs(config, mesh, limits=limits, rows=1)
-        decode = ahead.lower_decode(compiled)["decode"]
-        read[weights] = decode.compile().cost_analysis()["bytes accessed"]
+    limits = Limits(lanes=8, threads=16, pool=128)
+    for form in ("plain", "int8"):
+        programs = ahead.decoder_programs(
+            Config(model=model), mesh, int8=form == "int8", limits=limits, rows=1
+        )
+        decode = ahead.lower_decode(programs)["decode"]
+        read[form] = decode.compile().cost_analysis()["bytes accessed"]
     ratio = read["int8"] / read["plain"]
     record_property("bytes_int8_by_bfloat16", ratio)
     print(read, f"{ratio:.3f}")

@@ -1,18 +1,15 @@
 """Law 9: sharded == unsharded on eight fake devices; the table, its checks and what they say."""
 
-import dataclasses
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from pasta_jax import sharding
-from pasta_jax.model import Lora, ModelConfig, Transformer, empty_pool, init_params
+from pasta_jax.model import Lora, ModelConfig, Transformer, empty_pool, forms, init_params
 from pasta_jax.sharding import (
     abstract,
     batch_sharding,
@@ -115,16 +112,15 @@ def test_every_parameter_is_in_the_table_and_nothing_else_passes() -> None:
     full = ModelConfig(tie_embeddings=False, qkv_bias=True, qk_norm=True, post_norms=True)
     lora = Lora(rank=2, rows=(3, 5))
     names = set()
-    forms: tuple[dict[str, Any], ...] = (
-        {},
-        {"weights": "int8"},
-        {"fused_qkv": True},
-        {"weights": "int8", "fused_qkv": True},
-    )
-    for config in (dataclasses.replace(full, **form) for form in forms):
-        shapes = jax.eval_shape(functools.partial(init_params, config, lora=lora), jax.random.key(0))
+    for form in (
+        lambda params: params,
+        forms.quantize,
+        forms.fuse,
+        lambda params: forms.fuse(forms.quantize(params)),
+    ):
+        shapes = jax.eval_shape(lambda key, form=form: form(init_params(full, key, lora)), jax.random.key(0))
         param_shardings(shapes, eight())  # as many dimensions as the table says
-        names |= {str(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
+        names |= {path[-1] for path in flatten_dict(shapes)}
     assert names == set(sharding.PARAMETERS)
     with pytest.raises(ValueError, match=r"\['adapter'\] has no dimensions"):
         param_shardings({"adapter": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, eight())

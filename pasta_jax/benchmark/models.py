@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.decoding.model import Model
-from pasta_jax.loading import as_asked, load
+from pasta_jax.loading import in_dtype, load
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.model.presets import preset
 from pasta_jax.testing import WordTokenizer
@@ -40,7 +40,7 @@ def model_of(name: str, dtype: str | None = None, texts: Sequence[str] = ()) -> 
     """
     if name not in NAMED or os.path.exists(name):
         return load(name, dtype=dtype)
-    config = as_asked(NAMED[name], dtype, None)
+    config = in_dtype(NAMED[name], dtype)
     tokenizer = WordTokenizer(*texts, vocab_size=config.vocab_size)
     params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
     return Model(silent(params, config, tokenizer.vocabulary), config, tokenizer, max_depth=MAX_DEPTH)

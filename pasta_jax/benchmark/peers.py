@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from pasta_jax.benchmark.measure import Point, Spread, in_turn, ratio
 from pasta_jax.benchmark.parts import SEQUENTIAL, Plan
@@ -23,7 +24,7 @@ from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model.families import config_to_hf
-from pasta_jax.model.weights import hf_tensors, leaf_at
+from pasta_jax.model.weights import hf_tensors
 from pasta_jax.rounding import round_up
 
 LOG = logging.getLogger("pasta_jax")
@@ -169,10 +170,10 @@ def _hf_generates(model: Model) -> dict[str, Generate]:
 
 def _copy_weights(torch: Any, hf: Any, model: Model) -> None:
     """Copies our parameters into a model of transformers, one tensor at a time."""
-    named = dict(hf.named_parameters())
+    named, params = dict(hf.named_parameters()), flatten_dict(model.params)
     with torch.no_grad():
         for tensor in hf_tensors(model.config):
-            array = tensor.to_hf(np.asarray(leaf_at(model.params, tensor.path)))
+            array = tensor.to_hf(np.asarray(params[tensor.path]))
             wide = torch.from_numpy(np.array(array, np.float32))
             named.pop(tensor.name).copy_(wide)
     if named and not (model.config.tie_embeddings and set(named) == {"lm_head.weight"}):

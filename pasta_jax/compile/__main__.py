@@ -8,7 +8,6 @@ and how many bytes a decode step moves to and from main memory.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import re
@@ -105,7 +104,12 @@ def _batch(config: Config, record: Any) -> Any:
 
 
 def decoder_programs(
-    config: Config, mesh: Any, tokenizer: Tokenizer | None = None, **sizes: Unpack[Sizes]
+    config: Config,
+    mesh: Any,
+    tokenizer: Tokenizer | None = None,
+    *,
+    int8: bool = False,
+    **sizes: Unpack[Sizes],
 ) -> Compiled:
     """What a `Decoder` of the experiment's model runs on a mesh or on its one device; `sizes` as for `Compiled`."""
     import jax
@@ -113,9 +117,10 @@ def decoder_programs(
     from pasta_jax import sharding
     from pasta_jax.data.sources import make_tokenizer
     from pasta_jax.decoding.compiled import Compiled
-    from pasta_jax.model import init_params
+    from pasta_jax.model import forms, init_params
 
     params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
+    params = jax.eval_shape(forms.quantize, params) if int8 else params
     one: Any = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
     places = jax.tree.map(lambda _: one, params) if mesh.size == 1 else sharding.param_shardings(params, mesh)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, places)
@@ -152,13 +157,12 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
         from pasta_jax import sharding
         from pasta_jax.decoding.state import Limits
         from pasta_jax.experiment import resolve
-        from pasta_jax.loading import as_asked
 
         config, tokenizer = resolve(config, overrides=overrides, ahead=True)
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         limits = Limits(values.lanes, max(values.lanes, config.data.threads), values.pool)
-        to_decode = dataclasses.replace(config, model=as_asked(config.model, None, values.quantize))
-        compiled = decoder_programs(to_decode, mesh, tokenizer, limits=limits, rows=values.rows)
+        int8 = values.quantize == "int8"
+        compiled = decoder_programs(config, mesh, tokenizer, int8=int8, limits=limits, rows=values.rows)
         programs = {**lower_stages(config, mesh), **lower_decode(compiled)}
     except (ConfigError, ValueError, RuntimeError) as error:
         refuse(str(error))

@@ -31,12 +31,11 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.state import Limits, Request, RowState
 from pasta_jax.model import ModelConfig, Transformer
-from pasta_jax.model.fuse import fuse
-from pasta_jax.model.transpose import transpose
+from pasta_jax.model.forms import fuse, is_plain, outputs_first
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
 
-Form: TypeAlias = Literal["plain", "fused", "transposed"]
+Form: TypeAlias = Literal["plain", "fused", "outputs_first"]
 """How decode steps read the weights: as they are; q, k and v as one matrix, on an accelerator; with outputs first,
 on a CPU whose cache does not hold them (docs/lab-log.md says why)."""
 
@@ -55,21 +54,14 @@ def default_xla_options(options: Mapping[str, Any]) -> Iterator[None]:
         _DEFAULT_XLA_OPTIONS.reset(token)
 
 
-def to_form(form: Form, params: Any, config: ModelConfig) -> Any:
+def to_form(form: Form, params: Any) -> Any:
     """Plain or int8 parameters, or their shapes, in another form."""
     if form == "plain":
         return params
-    change = {"fused": fuse, "transposed": transpose}[form]
+    change = {"fused": fuse, "outputs_first": outputs_first}[form]
     if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda tree: change(tree, config)[0], params)
-    return change(params, config)[0]
-
-
-def config_of_form(form: Form, config: ModelConfig) -> ModelConfig:
-    """The configuration that goes with parameters in this form."""
-    if form == "transposed":
-        return dataclasses.replace(config, weights="transposed")
-    return dataclasses.replace(config, fused_qkv=True) if form == "fused" else config
+        return jax.eval_shape(change, params)
+    return change(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,18 +159,20 @@ class Compiled:
         self._lock = threading.Lock()
 
     def _form(self, on_cpu: bool, cached: bool) -> Form:
-        if self.mesh is not None or (on_cpu and (cached or self.config.weights != "plain")):
+        if self.mesh is not None or (on_cpu and (cached or not is_plain(self.shapes))):
             return "plain"
-        return "transposed" if on_cpu else "fused"
+        return "outputs_first" if on_cpu else "fused"
 
     def fits(self, params: Any, config: ModelConfig, vocabulary: Vocabulary, positions: Positions) -> bool:
         """Whether these parameters have the same shapes in the same places, and all else is equal."""
         if (config, vocabulary, positions) != (self.config, self.vocabulary, self.positions):
             return False
-        ours, theirs = jax.tree.leaves(self.shapes), jax.tree.leaves(_shapes(params))
-        return len(ours) == len(theirs) and all(
+        structure: Any = jax.tree.structure(params)
+        if structure != jax.tree.structure(self.shapes):
+            return False
+        return all(
             (x.shape, x.dtype) == (y.shape, y.dtype) and x.sharding.is_equivalent_to(y.sharding, len(x.shape))
-            for x, y in zip(ours, theirs)
+            for x, y in zip(jax.tree.leaves(self.shapes), jax.tree.leaves(_shapes(params)), strict=True)
         )
 
     # ------------------------------------------------------------------------------------------- description
@@ -203,7 +197,7 @@ class Compiled:
         pool: Any = sharding.pool_shardings(batch.pool, self.mesh) if self.mesh else everywhere
         places = Batch(by_row, by_row, pool)
         batch = _placed(batch, places)
-        model = Transformer(config_of_form(self.form, self.config))
+        model = Transformer(self.config)
         params, rules = self._step_shapes, _placed(self._rules, everywhere)
 
         def array(dtype: Any, *shape: int, place: Any = everywhere) -> jax.ShapeDtypeStruct:
@@ -239,7 +233,7 @@ class Compiled:
         """Shapes of the parameters in their form."""
         if self.form == "plain":
             return self.shapes
-        return _placed(to_form(self.form, self.shapes, self.config), self._everywhere)
+        return _placed(to_form(self.form, self.shapes), self._everywhere)
 
     # ------------------------------------------------------------------------------------------------ running
 

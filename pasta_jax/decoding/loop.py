@@ -35,7 +35,7 @@ from pasta_jax.decoding.state import (
     empty_row,
 )
 from pasta_jax.lang.grammar import Kind
-from pasta_jax.model import ModelConfig, Pool, Transformer, empty_pool
+from pasta_jax.model import ModelConfig, Pool, Transformer, empty_pool, forward, logits
 from pasta_jax.visibility import visible
 
 
@@ -266,14 +266,7 @@ def run_model(
     """
     may_attend = visible(queries, keys)
     fields = queries.token, queries.position, may_attend, pool, start, keys.position
-    output: Any = model.apply({"params": params}, *fields)
-    return output
-
-
-def run_head(model: Transformer, params: Any, hidden: Array) -> Array:
-    """Logits, float32 [B, Q, V], of hidden states [B, Q, D]."""
-    logits: Any = model.apply({"params": params}, hidden, method="logits")
-    return logits
+    return forward(model, params, *fields)
 
 
 def _sample_and_advance(
@@ -287,7 +280,7 @@ def _sample_and_advance(
 ) -> RowState:
     """The next state of every row, from the hidden states [B, S, D] of what the lanes fed."""
     with jax.named_scope("sample"):
-        sampled, logprob = choose(rules, rows, requests, lanes, run_head(model, params, hidden))
+        sampled, logprob = choose(rules, rows, requests, lanes, logits(model, params, hidden))
     with jax.named_scope("advance"):
         advance = functools.partial(interpreter.advance, rules=rules)
         return jax.vmap(advance)(rows, requests, lanes, sampled, logprob)

@@ -46,13 +46,13 @@ class Model:
                 return self.params
             case "fused":
                 return self._fused
-            case "transposed":
-                return self._transposed
+            case "outputs_first":
+                return self._outputs_first
 
     @functools.cached_property
     def _fused(self) -> Any:
-        return to_form("fused", self.params, self.config)
+        return to_form("fused", self.params)
 
     @functools.cached_property
-    def _transposed(self) -> Any:
-        return to_form("transposed", self.params, self.config)
+    def _outputs_first(self) -> Any:
+        return to_form("outputs_first", self.params)

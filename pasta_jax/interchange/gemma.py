@@ -110,7 +110,7 @@ def read_gemma(
 
     Args:
       checkpoint: from `open_gemma`.
-      config: the checkpoint's, in whatever dtype and weights are wanted.
+      config: the checkpoint's, in whatever dtype is wanted.
       mesh, transform: as in `placing.place_params`.
 
     Raises:

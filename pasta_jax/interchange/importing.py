@@ -24,9 +24,8 @@ from pasta_jax.interchange.placing import Path, aligned
 from pasta_jax.interchange.reading import ADAPTERS, Folder, model_config, open_folder, read_params
 from pasta_jax.interchange.tensors import CHUNK
 from pasta_jax.model import ModelConfig
+from pasta_jax.model.forms import Int8, contracted, quantize_leaf
 from pasta_jax.model.presets import presets
-from pasta_jax.model.quantize import contracted, quantize_leaf
-from pasta_jax.rounding import ceil_div
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer, TokenizerError
 
@@ -162,25 +161,21 @@ def write_workdir(
     write_about(os.fspath(workdir), config)
 
 
-def int8(path: Path, array: np.ndarray) -> dict[Path, np.ndarray]:
-    """A parameter quantised (`quantize.quantize_leaf`); large ones by parts, whose columns are independent."""
+def int8(path: Path, array: np.ndarray) -> Any:
+    """A parameter quantised (`forms.quantize_leaf`); large ones by parts, whose columns are independent."""
     over = contracted(path[-1])
     if over is None:
-        return {path: array}
-    axis = next(axis for axis in range(array.ndim) if axis not in over)
-    parts = np.array_split(array, min(array.shape[axis], ceil_div(array.nbytes, CHUNK)), axis)
-    made: dict[str, np.ndarray] = {}
+        return array
+    kept = [axis for axis in range(array.ndim) if axis not in over]
+    axis, columns = kept[0], tuple(array.shape[axis] for axis in kept)
+    quantized = Int8(aligned(array.shape, np.dtype(np.int8)), aligned(columns, np.dtype(np.float32)))
     done = 0
-    for part in parts:
-        for name, piece in quantize_leaf(path[-1], part).items():
-            is_matrix = name == path[-1]
-            rest = array.shape if is_matrix else tuple(n for i, n in enumerate(array.shape) if i not in over)
-            at = (slice(None),) * (axis if is_matrix else 0) + (slice(done, done + part.shape[axis]),)
-            if name not in made:
-                made[name] = aligned(rest, piece.dtype)
-            made[name][at] = piece
+    for part in np.array_split(array, min(array.shape[axis], -(-array.nbytes // CHUNK)), axis):
+        piece, some = quantize_leaf(path[-1], part), slice(done, done + part.shape[axis])
+        quantized.values[(slice(None),) * axis + (some,)] = piece.values
+        quantized.scale[some] = piece.scale
         done += part.shape[axis]
-    return {(*path[:-1], name): whole for name, whole in made.items()}
+    return quantized
 
 
 def _open_folder(folder: Folder, wanted: Wanted) -> Ready:
@@ -192,7 +187,7 @@ def _open_folder(folder: Folder, wanted: Wanted) -> Ready:
     path = os.fspath(wanted.tokenizer or folder.path)
     tokenizer = load_tokenizer(path, extend=wanted.extend_tokenizer, chat=wanted.chat, vocab_size=rows)
     new = _new_rows(tokenizer, rows, path, wanted.extend_tokenizer)
-    config = model_config(folder, dtype=wanted.dtype, vocab_size=rows + new, int8=wanted.int8)
+    config = model_config(folder, dtype=wanted.dtype, vocab_size=rows + new)
 
     def read(mesh: Mesh | None) -> Any:
         return read_params(folder, config, mesh=mesh, transform=int8 if wanted.int8 else None)
@@ -217,7 +212,6 @@ def _open_orbax(where: str, wanted: Wanted) -> Ready:
     config = dataclasses.replace(
         checkpoint.config,
         dtype=wanted.dtype or checkpoint.config.dtype,
-        weights="int8" if wanted.int8 else "plain",
     )
 
     def read(mesh: Mesh | None) -> Any:

@@ -14,9 +14,7 @@ from pasta_jax.interchange.errors import InterchangeError
 GIB = 2**30
 
 
-def check_fits(
-    shapes: Mapping[Any, jax.ShapeDtypeStruct], *, staging: int, what: str, host_free: int | None = None
-) -> None:
+def check_fits(shapes: Mapping[Any, Any], *, staging: int, what: str, host_free: int | None = None) -> None:
     """Refuses a model that the devices, or the host on its way there, have no room for.
 
     Args:
@@ -28,7 +26,7 @@ def check_fits(
     Raises:
       InterchangeError: with the arithmetic, and what to try.
     """
-    leaves = list(shapes.values())
+    leaves = jax.tree.leaves(dict(shapes))
     free_on_host = host_memory() if host_free is None else host_free
     on_host = staging
     for device, need in bytes_by_device(leaves).items():

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pasta_jax.interchange.memory import gib, host_memory
-from pasta_jax.model import ModelConfig, Transformer, param_count
+from pasta_jax.model import ModelConfig, Transformer, forward, logits, param_count
+from pasta_jax.model.forms import is_plain
 
 ROWS, PROMPT, GREEDY = 2, 24, 8
 """Rows of random tokens, their length, and how many more are decoded greedily."""
@@ -31,7 +32,7 @@ def parity_line(params: Any, config: ModelConfig, folder: str | os.PathLike[str]
         return "Parity not measured: transformers is not installed."
     if importlib.util.find_spec("torch") is None:
         return "Parity not measured: torch is not installed."
-    if config.weights != "plain":
+    if not is_plain(params):
         return "Parity not measured: int8 weights are not the folder's."
     count, free = param_count(params), host_memory()
     need = count * 4 * (1 if config.dtype == "float32" else 2)
@@ -81,9 +82,9 @@ def _logits(params: Any, config: ModelConfig, tokens_BxL: np.ndarray) -> np.ndar
     may_attend_BxLxL = np.broadcast_to(np.tril(np.ones((L, L), bool)), (B, L, L))
 
     @jax.jit
-    def logits(params: Any, tokens: Any) -> Any:
+    def run(params: Any, tokens: Any) -> Any:
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        hidden, _ = model.apply({"params": wide}, tokens, positions_BxL, may_attend_BxLxL)
-        return model.apply({"params": wide}, hidden, method="logits")
+        hidden, _ = forward(model, wide, tokens, positions_BxL, may_attend_BxLxL)
+        return logits(model, wide, hidden)
 
-    return np.asarray(logits(params, jnp.asarray(tokens_BxL, jnp.int32)))
+    return np.asarray(run(params, jnp.asarray(tokens_BxL, jnp.int32)))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
 from pasta_jax.config import Config
 from pasta_jax.interchange.errors import InterchangeError
@@ -25,7 +26,7 @@ from pasta_jax.interchange.origin import Origin
 from pasta_jax.interchange.writing import check_destination, unfinished
 from pasta_jax.model import Lora, ModelConfig
 from pasta_jax.model.families import config_from_hf
-from pasta_jax.model.weights import MULTIMODAL_PREFIXES, hf_tensors, leaf_at
+from pasta_jax.model.weights import MULTIMODAL_PREFIXES, hf_tensors
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.export import tags_json
 from pasta_jax.tokens.load import TAGS_FILE
@@ -99,9 +100,10 @@ def peft_tensors(
 ) -> dict[str, np.ndarray]:
     """The adapters by PEFT's names, float32."""
     tensors: dict[str, np.ndarray] = {}
+    flat = flatten_dict(adapters)
 
     def found(*path: str) -> np.ndarray:
-        return np.asarray(leaf_at(adapters, path)).astype(np.float32)
+        return np.asarray(flat[path]).astype(np.float32)
 
     for tensor in hf_tensors(config, prefix):
         *folder, name = tensor.path

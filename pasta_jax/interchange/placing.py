@@ -6,7 +6,6 @@ The largest go first, while there is most room for what reading takes besides.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -14,21 +13,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from pasta_jax import sharding
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.memory import check_fits
 from pasta_jax.model import ModelConfig, init_params
-from pasta_jax.model.weights import nested
+from pasta_jax.model.forms import quantize
 
 Path = tuple[str, ...]
 
 Reader = Callable[[], np.ndarray]
 """Reads one of our parameters, in the dtype that it shall have."""
 
-Transform = Callable[[Path, np.ndarray], Mapping[Path, Any]]
-"""What becomes of a parameter on its way: its path and itself, to the parameters that take its place."""
+Transform = Callable[[Path, np.ndarray], Any]
+"""Changes a parameter on its way: from its path and array to the leaf that takes its place."""
 
 
 def place_params(
@@ -49,50 +49,53 @@ def place_params(
       what: the model, for errors.
       piece: bytes that a reader takes besides its result.
       mesh: of `sharding.make_mesh`; by default all lies on the first device.
-      transform: applied to each parameter, on the host (int8: a matrix to a matrix and its scales).
+      transform: applied to each parameter, on the host, to quantise it.
       check: what has to be read to be found wrong; called first, when it is known that the model fits.
 
     Raises:
       InterchangeError: it does not fit, with the arithmetic, before anything is read.
     """
-    places = target_shapes(config, mesh)
-    plain = places if transform is None else target_shapes(dataclasses.replace(config, weights="plain"))
-    sizes = {path: math.prod(plain[path].shape) for path in readers}
-    devices = {device for leaf in places.values() for device in leaf.sharding.addressable_devices}
+    places = target_shapes(config, mesh, quantized=transform is not None)
+    sizes = {path: max(leaf.size for leaf in jax.tree.leaves(places[path])) for path in readers}
+    devices = {device for leaf in jax.tree.leaves(places) for device in leaf.sharding.addressable_devices}
     # On a CPU the array that was read becomes the parameter, unless it is cut or changed on the way.
     is_taken = transform is None and len(devices) == 1 and all(d.platform == "cpu" for d in devices)
     largest = max(sizes.values()) * np.dtype(config.dtype).itemsize
     check_fits(places, staging=piece + (0 if is_taken else largest), what=what)
     if check is not None:
         check()
-    leaves: dict[Path, jax.Array] = {}
+    leaves: dict[Path, Any] = {}
     for path in sorted(readers, key=lambda path: -sizes[path]):
         array = readers[path]()
-        made = {path: array} if transform is None else dict(transform(path, array))
+        leaf = array if transform is None else transform(path, array)
         del array
-        while made:
-            name, part = made.popitem()
-            leaves[name] = _place(part, places[name])
-            del part
+        leaves[path] = jax.tree.map(_place, leaf, places[path])
+        del leaf
     if leaves.keys() != places.keys():
         wrong = sorted("/".join(path) for path in leaves.keys() ^ places.keys())
-        raise ValueError(f"These parameters are not those of a model with {config.weights} weights: {wrong}.")
-    return nested({path: leaves[path] for path in places})
+        raise ValueError(f"These parameters are not those of the model: {wrong}.")
+    return unflatten_dict({path: leaves[path] for path in places})
 
 
-def target_shapes(config: ModelConfig, mesh: Mesh | None = None) -> dict[Path, jax.ShapeDtypeStruct]:
-    """Shape, dtype and place of each parameter, by path. Raises InterchangeError if the mesh does not divide."""
+def target_shapes(
+    config: ModelConfig, mesh: Mesh | None = None, *, quantized: bool = False
+) -> dict[Path, Any]:
+    """Shape, dtype and sharding of each parameter, by path; with `quantized` those of `forms.quantize`.
+
+    Raises:
+      InterchangeError: the mesh does not divide the sizes.
+    """
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    shapes = jax.eval_shape(quantize, shapes) if quantized else shapes
     if mesh is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        lie: Any = jax.tree.map(lambda _: here, shapes)
+        shardings: Any = jax.tree.map(lambda _: here, shapes)
     else:
         try:
-            lie = sharding.param_shardings(shapes, mesh)
+            shardings = sharding.param_shardings(shapes, mesh)
         except ValueError as error:
             raise InterchangeError(f"mesh: {error}") from error
-    leaves = jax.tree_util.tree_leaves_with_path(sharding.abstract(shapes, lie))
-    return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
+    return flatten_dict(sharding.abstract(shapes, shardings))
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

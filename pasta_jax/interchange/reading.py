@@ -95,9 +95,7 @@ def open_folder(path: str | os.PathLike[str], source: str = "") -> Folder:
     return Folder(path, source or path, config, files, prefix, stored, ignored)
 
 
-def model_config(
-    folder: Folder, *, dtype: str | None = None, vocab_size: int | None = None, int8: bool = False
-) -> ModelConfig:
+def model_config(folder: Folder, *, dtype: str | None = None, vocab_size: int | None = None) -> ModelConfig:
     """The model that the folder's becomes here.
 
     Args:
@@ -105,14 +103,12 @@ def model_config(
       dtype: of the parameters; by default the folder's, float32 for float16 (whose range is too small to
         compute in; in bfloat16 digits would be lost).
       vocab_size: rows of the embedding, the folder's or more.
-      int8: its matrices quantised.
     """
     own = "float32" if folder.config.dtype == "float16" else folder.config.dtype
     return dataclasses.replace(
         folder.config,
         dtype=dtype or own,
         vocab_size=max(vocab_size or 0, folder.config.vocab_size),
-        weights="int8" if int8 else "plain",
     )
 
 
@@ -130,19 +126,18 @@ def read_params(
       folder: from `open_folder`.
       config: from `model_config`. New vocabulary rows are the mean of the old, and a little noise.
       mesh: of `sharding.make_mesh`; by default all lies on the first device.
-      transform: applied to each parameter, on the host (int8: its matrix to a matrix and scales).
+      transform: as in `placing.place_params`.
       seed: of the noise.
 
     Raises:
       InterchangeError: it does not fit, with the arithmetic, before anything is read; or the head that the folder
         has besides differs from the embedding to which it is tied.
     """
-    plain = dataclasses.replace(config, weights="plain")
     readers = {
         tensor.path: functools.partial(
             read_tensor, tensor, folder.stored[tensor.name], np.dtype(config.dtype), seed
         )
-        for tensor in hf_tensors(plain, folder.prefix)
+        for tensor in hf_tensors(config, folder.prefix)
     }
     piece = 4 * tensors.CHUNK
     check = functools.partial(_check_tied, folder)

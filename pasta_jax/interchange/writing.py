@@ -15,13 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import Origin
 from pasta_jax.interchange.tensors import DTYPES, INDEX, SINGLE
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.families import FamilyError, config_to_hf
-from pasta_jax.model.weights import HfTensor, hf_tensors, is_ignored, leaf_at, tied_head
+from pasta_jax.model.forms import is_plain
+from pasta_jax.model.weights import HfTensor, hf_tensors, is_ignored, tied_head
 from pasta_jax.tokens import export
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import FILES, TAGS_FILE, read_hints
@@ -83,7 +85,7 @@ def write_folder(
       InterchangeError: no architecture expresses the model, or something stands at the destination.
     """
     check_destination(destination)
-    shards = plan(model, dtype=dtype, shard_bytes=shard_bytes)
+    shards, params = plan(model, dtype=dtype, shard_bytes=shard_bytes), flatten_dict(model.params)
     files = companions(model, shards, name_tags=name_tags)
     with unfinished(destination) as folder:
         for name, content in files.items():
@@ -94,7 +96,7 @@ def write_folder(
             with open(os.path.join(folder, shard.name), "wb") as file:
                 file.write(len(shard.header).to_bytes(8, "little") + shard.header)
                 for tensor, kind in shard.tensors:
-                    _write_tensor(file, tensor, kind, leaf_at(model.params, tensor.path))
+                    _write_tensor(file, tensor, kind, params[tensor.path])
 
 
 def check_destination(destination: str | os.PathLike[str]) -> None:
@@ -144,7 +146,7 @@ def plan(model: Exported, *, dtype: str | None = None, shard_bytes: int = SHARD_
     origin, config = model.origin, model.config
     if dtype is not None and np.dtype(dtype) not in _SPELLED:
         raise InterchangeError(f"dtype {dtype} is none of {', '.join(str(d) for d in _SPELLED)}.")
-    if config.weights != "plain":
+    if not is_plain(model.params):
         raise InterchangeError("The model's weights are int8. Export the one that it was quantised from.")
     given = np.dtype(dtype or config.dtype)
     if origin is None or not origin.is_text:

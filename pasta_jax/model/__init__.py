@@ -2,7 +2,7 @@
 
 from pasta_jax.model.config import Lora, ModelConfig, RopeScaling
 from pasta_jax.model.pool import Pool, empty_pool, pool_bytes
-from pasta_jax.model.transformer import Transformer, init_params, param_count
+from pasta_jax.model.transformer import Transformer, forward, init_params, logits, param_count
 
 __all__ = [
     "Lora",
@@ -11,7 +11,9 @@ __all__ = [
     "RopeScaling",
     "Transformer",
     "empty_pool",
+    "forward",
     "init_params",
+    "logits",
     "param_count",
     "pool_bytes",
 ]

@@ -1,4 +1,4 @@
-"""What a decoder model is, as numbers. No jax import, so that tools can read configurations cheaply."""
+"""The sizes and choices that define a decoder model. Without jax, so that tools read configurations cheaply."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ LayerKind = Literal["global", "local"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for longer texts; of global layers, with `rope_base`."""
+    """How the rotary frequencies of global layers are stretched for longer texts."""
 
-    kind: Literal["none", "linear", "llama3", "yarn"] = field("none", "of the rotary scaling")
-    factor: float = field(1.0, "by which texts are longer than those of pretraining")
-    original_length: int = field(8192, "of those of pretraining (llama3, yarn)")
+    kind: Literal["none", "linear", "llama3", "yarn"] = field("none", "how frequencies are scaled")
+    factor: float = field(1.0, "by which texts are longer than in pretraining")
+    original_length: int = field(8192, "of texts in pretraining (llama3, yarn)")
     low_freq_factor: float = field(
         1.0, "llama3: waves longer than original_length / this are divided by factor"
     )
@@ -28,10 +28,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and choices of one decoder-only transformer; the default is the tiny Gemma-style model.
-
-    `model.presets` has those of published models.
-    """
+    """Sizes and choices of a decoder-only transformer. The default is a tiny Gemma; `model.presets` has others."""
 
     vocab_size: int = field(1536, "V")
     num_layers: int = field(4, "Z")
@@ -45,28 +42,18 @@ class ModelConfig:
     norm_eps: float = field(1e-6, "added to the mean square in norms")
     activation: Literal["gelu_tanh", "silu"] = field("gelu_tanh", "of the gated MLP: Gemma's, or Llama's")
     norm_offset: float = field(1.0, "Gemma's RMSNorm multiplies by (offset + scale)")
-    post_norms: bool = field(
-        False, "Gemma 2 and 3 also norm what attention and MLP add to the residual stream"
-    )
-    qk_norm: bool = field(
-        False, "Gemma 3 and Qwen 3 norm each head's queries and keys, before rotary positions"
-    )
+    post_norms: bool = field(False, "Gemma 2 and 3 also normalise what attention and MLP add to the residual")
+    qk_norm: bool = field(False, "Gemma 3 and Qwen 3 normalise each head's queries and keys before rotary")
     qkv_bias: bool = field(False, "Qwen 2.5")
-    query_scale: float = field(0.0, "scores are divided by its root; 0 is head_dim")
+    query_scale: float = field(0.0, "scores are divided by its square root; 0 means head_dim")
     attn_softcap: float = field(0.0, "scores become cap * tanh(score / cap); 0 is off (Gemma 2: 50)")
     final_softcap: float = field(0.0, "likewise logits (Gemma 2: 30)")
-    sliding_window: int = field(0, "local layers see keys at positions above their own less this")
-    layer_kinds: tuple[LayerKind, ...] = field(
-        ("global",), "of layer 0, 1, ...; repeated until the last layer"
-    )
-    local_rope_base: float = field(
-        0.0, "rope_base of local layers, which have no scaling; 0 is as global ones"
-    )
+    sliding_window: int = field(0, "local layers see keys fewer positions back than this")
+    layer_kinds: tuple[LayerKind, ...] = field(("global",), "of layers 0, 1, ...; repeated up to the last")
+    local_rope_base: float = field(0.0, "of local layers, without scaling; 0 means as global layers")
     embed_scale: bool = field(True, "Gemma multiplies embeddings by sqrt(D)")
     tie_embeddings: bool = field(True, "the output matrix is the embedding")
-    dtype: str = field("float32", "of parameters and compute; softmax, norms and logits are float32 always")
-    weights: Literal["plain", "int8", "transposed"] = field("plain", "the others are for decoding")
-    fused_qkv: bool = field(False, "queries, keys and values by one matrix: for decoding")
+    dtype: str = field("float32", "of parameters and compute; softmax, norms and logits are always float32")
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -83,7 +70,7 @@ class ModelConfig:
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
-        """Of each of the Z layers."""
+        """The kind of each of the Z layers."""
         return tuple(self.layer_kinds[z % len(self.layer_kinds)] for z in range(self.num_layers))
 
 
@@ -95,12 +82,10 @@ DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 class Lora:
     """Low-rank adapters beside frozen weights: y = x w + (alpha / rank) (x a) b (Hu et al. 2021)."""
 
-    rank: int = field(0, "R; 0 is no adapters")
+    rank: int = field(0, "R; 0 means no adapters")
     alpha: float = field(16.0, "adapters are scaled by alpha / rank")
     targets: tuple[str, ...] = field(DENSE, "the matrices that get adapters")
-    rows: tuple[int, ...] = field(
-        (), "vocabulary ids whose embedding is trained in full, as those of tags must be"
-    )
+    rows: tuple[int, ...] = field((), "vocabulary ids whose embeddings are trained in full, as for tags")
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -109,3 +94,8 @@ class Lora:
             raise ValueError(
                 f"targets: {', '.join(sorted(unknown))} unknown. Use some of {', '.join(DENSE)}."
             )
+
+    @property
+    def trains_rows(self) -> bool:
+        """Whether some vocabulary ids have rows of their own, beside the frozen embedding and head."""
+        return bool(self.rank and self.rows)

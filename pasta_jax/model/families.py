@@ -1,11 +1,11 @@
-"""Hugging Face's `config.json` to a `ModelConfig` and back: which numbers make which published architecture.
+"""Hugging Face's `config.json` to a `ModelConfig` and back: which choices make which published architecture.
 
-One decoder serves all families; a `Family` says what its architecture fixes, and which values its configuration
-files may leave out (transformers' own defaults, of 4.4x and 5.x alike). Both spellings are read: `rope_theta`,
+One decoder serves all families; a `Family` has what its architecture fixes, and the values that its configuration
+files may leave out (transformers' own defaults, in 4.4x and 5.x alike). Both spellings are read: `rope_theta`,
 `rope_scaling`, `torch_dtype` (4.x) and `rope_parameters`, `layer_types`, `dtype` (5.x).
 
-A field that would change the result, and that we cannot follow, is an error. Fields that transformers itself
-does not read for an architecture are left alone here too.
+A field that would change the result and that we do not support is an error. Fields that transformers does not read
+for an architecture are ignored here too.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Family:
 
     Attributes:
       architecture: its class.
-      fixed: what it fixes, in a ModelConfig.
-      defaults: values of fields that a `config.json` may leave out; None says that others decide.
-      layers: which layers may be local: "none"; "all" (all or none); "any", as `layer_types` says.
-      caps: the soft caps that can be set, and the scale of queries with them.
-      local_base: local layers have a rotary base of their own, and no scaling.
+      fixed: the fields of a `ModelConfig` that it fixes.
+      defaults: values of fields that a `config.json` may leave out; None means that they follow from others.
+      layers: which layers may be local: "none"; "all" (all or none); "any", by `layer_types`.
+      caps: the soft caps that can be set; if there are any, the scale of queries can be set too.
+      local_base: whether local layers have their own rotary base, and no scaling.
     """
 
     architecture: str
@@ -41,9 +41,11 @@ class Family:
     local_base: bool = False
 
 
-def _kind(offset: float, embed_scale: bool, *also: str) -> dict[str, Any]:
+def _fixed(offset: float, embed_scale: bool, *switched_on: str) -> dict[str, Any]:
     switches = ("post_norms", "qk_norm", "qkv_bias")
-    return {"norm_offset": offset, "embed_scale": embed_scale} | {name: name in also for name in switches}
+    return {"norm_offset": offset, "embed_scale": embed_scale} | {
+        name: name in switched_on for name in switches
+    }
 
 
 _COMMON = {
@@ -73,7 +75,7 @@ _QWEN = _LLAMA | {
 FAMILIES: dict[str, Family] = {
     "gemma": Family(
         "GemmaForCausalLM",
-        _kind(1.0, True),
+        _fixed(1.0, True),
         _COMMON | {
             "vocab_size": 256_000, "hidden_size": 3072, "intermediate_size": 24_576, "num_hidden_layers": 28,
             "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "act": "gelu_pytorch_tanh",
@@ -82,37 +84,37 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
-        _kind(1.0, True, "post_norms"),
+        _fixed(1.0, True, "post_norms"),
         _GEMMA_2,
         layers="any",
         caps=("attn_softcap", "final_softcap"),
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        _kind(1.0, True, "post_norms", "qk_norm"),
+        _fixed(1.0, True, "post_norms", "qk_norm"),
         _GEMMA_2 | {
             "vocab_size": 262_208, "max_position_embeddings": 131_072, "attn_logit_softcapping": None,
             "final_logit_softcapping": None, "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0,
             "sliding_window_pattern": 6,
         },
         layers="any",
-        caps=("final_softcap",),  # transformers has a field for that of attention, and does not apply it
+        caps=("final_softcap",),  # transformers has a field for attn_softcap and does not apply it
         local_base=True,
     ),
-    "llama": Family("LlamaForCausalLM", _kind(0.0, False), _LLAMA),
+    "llama": Family("LlamaForCausalLM", _fixed(0.0, False), _LLAMA),
     "mistral": Family(
         "MistralForCausalLM",
-        _kind(0.0, False),
+        _fixed(0.0, False),
         _LLAMA | {
             "intermediate_size": 14_336, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
             "sliding_window": 4096,
         },
         layers="all",
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _kind(0.0, False, "qkv_bias"), _QWEN, layers="any"),
-    "qwen3": Family("Qwen3ForCausalLM", _kind(0.0, False, "qk_norm"), _QWEN | {"head_dim": 128}, layers="any"),
+    "qwen2": Family("Qwen2ForCausalLM", _fixed(0.0, False, "qkv_bias"), _QWEN, layers="any"),
+    "qwen3": Family("Qwen3ForCausalLM", _fixed(0.0, False, "qk_norm"), _QWEN | {"head_dim": 128}, layers="any"),
 }  # fmt: skip
-"""By `model_type`. Where two could express a model, the first is taken."""
+"""By `model_type`. If several can express a model, the first is chosen."""
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
 
@@ -122,34 +124,34 @@ _CAPS = {"attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit
 
 _MUST_BE: dict[str, tuple[Any, str]] = {
     "mlp_bias": (False, "the MLP has no biases here"),
-    "use_bidirectional_attention": (False, "every token here attends to earlier ones alone"),
-    "is_causal": (True, "every token here attends to earlier ones alone"),
-    "partial_rotary_factor": (1.0, "rotary positions turn all of a head here"),
-    "use_mrope": (False, "positions here are one number a token"),
+    "use_bidirectional_attention": (False, "here every token attends to earlier ones only"),
+    "is_causal": (True, "here every token attends to earlier ones only"),
+    "partial_rotary_factor": (1.0, "rotary positions rotate the whole head here"),
+    "use_mrope": (False, "a position is one number per token here"),
     "per_layer_config": (None, "all layers here have the same sizes"),
     "quantization_config": (None, "its tensors are packed; take the repository that it was made from"),
     "num_experts": (0, "mixtures of experts are not supported"),
     "num_local_experts": (0, "mixtures of experts are not supported"),
 }
-"""Fields of which any other value is refused; null and absence are the same."""
+"""Fields that must have this value, be null or be absent; and why."""
 
 
-def config_from_hf(tree: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+def config_from_hf(tree: Mapping[str, Any], path: str = "config.json") -> ModelConfig:
     """The model that a parsed `config.json` describes.
 
     Args:
-      tree: of one of `FAMILIES`, or of the multi-modal Gemma 3, whose `text_config` is taken.
-      where: the file, for errors.
+      tree: of one of `FAMILIES`, or of the multi-modal Gemma 3, whose `text_config` is used.
+      path: of the file, for error messages.
 
     Raises:
-      FamilyError: an architecture or a value that this decoder does not have, or no sensible value at all.
+      FamilyError: an architecture or a value that this decoder does not support, or that is invalid.
     """
-    tree = _text_part(tree, where)
-    name = _family_named(tree, where)
-    family, fields = FAMILIES[name], Fields(tree, FAMILIES[name].defaults, where)
-    _refuse_what_we_lack(name, tree, fields)
+    tree = _text_part(tree, path)
+    name = _family_name(tree, path)
+    family, fields = FAMILIES[name], Fields(tree, FAMILIES[name].defaults, path)
+    _check_supported(name, tree, fields)
     D, N, Z = (fields.size(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    if (head_dim := fields.size("head_dim", none=0)) == 0:
+    if (head_dim := fields.size("head_dim", default=0)) == 0:
         if D % N:
             raise fields.fault(
                 "hidden_size", f"is no multiple of num_attention_heads={N}, and there is no head_dim"
@@ -160,14 +162,14 @@ def config_from_hf(tree: Mapping[str, Any], where: str = "config.json") -> Model
     base, scaling, local_base = rotary_from_hf(fields, family.local_base)
     kinds, window = _layers_from_hf(name, fields, Z)
     query_scale = fields.number("query_pre_attn_scalar") if family.caps else 0.0
-    caps: dict[str, Any] = {cap: fields.number(_CAPS[cap], none=0.0) for cap in family.caps}
+    caps: dict[str, Any] = {cap: fields.number(_CAPS[cap], default=0.0) for cap in family.caps}
     try:
         return ModelConfig(
             vocab_size=fields.size("vocab_size"),
             num_layers=Z,
             model_dim=D,
             num_heads=N,
-            num_kv_heads=fields.size("num_key_value_heads", none=N),
+            num_kv_heads=fields.size("num_key_value_heads", default=N),
             head_dim=head_dim,
             mlp_dim=fields.size("intermediate_size"),
             rope_base=base,
@@ -186,35 +188,35 @@ def config_from_hf(tree: Mapping[str, Any], where: str = "config.json") -> Model
     except FamilyError:
         raise
     except ValueError as error:
-        raise FamilyError(f"{where}: {error}") from error
+        raise FamilyError(f"{path}: {error}") from error
 
 
 def config_to_hf(
     config: ModelConfig, *, family: str | None = None, max_position_embeddings: int | None = None
 ) -> dict[str, Any]:
-    """The `config.json` of a model, which transformers 4.4x and 5.x load; ids of special tokens are the caller's.
+    """The `config.json` of a model, for transformers 4.4x and 5.x; without the ids of special tokens.
 
     Args:
-      config: what to express.
-      family: one of `FAMILIES`, where more than one could express it (a Mistral 0.3 is a Llama, too).
-      max_position_embeddings: for how long texts it was trained; by default that of the published model with
-        these numbers, else transformers' own, or as far as scaled positions reach.
+      config: of the model.
+      family: one of `FAMILIES`, if several can express the model (a Mistral 0.3 is a Llama, too).
+      max_position_embeddings: the longest text it was trained for, in tokens; by default that of the published
+        model with this configuration, else transformers' own or the reach of scaled positions.
 
     Raises:
-      FamilyError: no such architecture has these numbers.
+      FamilyError: the family, or any, cannot express the model.
     """
     name = family_of(config) if family is None else family
-    if found := _differences(config, name):
-        raise FamilyError(f"{FAMILIES[name].architecture} cannot express {_fields_said(config, found)}.")
-    kind = FAMILIES[name]
+    if different := _differences(config, name):
+        raise FamilyError(f"{FAMILIES[name].architecture} cannot express {_listed(config, different)}.")
+    chosen = FAMILIES[name]
     activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
     length = max_position_embeddings or published_length(config)
     if length is None:
         scaling = config.rope_scaling
         reach = int(scaling.factor * scaling.original_length) if scaling.kind in ("llama3", "yarn") else 0
-        length = max(reach, kind.defaults["max_position_embeddings"])
+        length = max(reach, chosen.defaults["max_position_embeddings"])
     return {
-        "architectures": [kind.architecture],
+        "architectures": [chosen.architecture],
         "model_type": name,
         "vocab_size": config.vocab_size,
         "hidden_size": config.model_dim,
@@ -230,8 +232,8 @@ def config_to_hf(
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": config.rope_base,
         "rope_scaling": scaling_to_hf(config.rope_scaling),
-        **({"rope_local_base_freq": config.local_rope_base or config.rope_base} if kind.local_base else {}),
-        **(_caps_to_hf(config) if kind.caps else {}),
+        **({"rope_local_base_freq": config.local_rope_base or config.rope_base} if chosen.local_base else {}),
+        **(_caps_to_hf(config) if chosen.caps else {}),
         **_layers_to_hf(config, name),
         **({} if name in ("mistral", "qwen2") else {"attention_bias": False}),
         **({"mlp_bias": False} if name == "llama" else {}),
@@ -247,58 +249,58 @@ def family_of(config: ModelConfig) -> str:
     Raises:
       FamilyError: none can; the message names the nearest and what it lacks.
     """
-    found = {name: _differences(config, name) for name in FAMILIES}
-    nearest = min(found, key=lambda name: len(found[name]))
-    if found[nearest]:
+    differences = {name: _differences(config, name) for name in FAMILIES}
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    if differences[nearest]:
         raise FamilyError(
             "No Hugging Face architecture that we know expresses this model; the nearest, "
-            f"{FAMILIES[nearest].architecture}, has no {_fields_said(config, found[nearest])}."
+            f"{FAMILIES[nearest].architecture}, has no {_listed(config, differences[nearest])}."
         )
     return nearest
 
 
 def _differences(config: ModelConfig, name: str) -> list[str]:
-    """Fields whose values the family does not have."""
+    """Fields whose values the family cannot express."""
     if name not in FAMILIES:
         raise FamilyError(f"family={name!r} is unknown. Use one of {', '.join(FAMILIES)}.")
     family, kinds = FAMILIES[name], set(config.kinds)
-    found = [field for field, value in family.fixed.items() if getattr(config, field) != value]
-    found += [cap for cap in _CAPS if cap not in family.caps and getattr(config, cap)]
+    different = [field for field, value in family.fixed.items() if getattr(config, field) != value]
+    different += [cap for cap in _CAPS if cap not in family.caps and getattr(config, cap)]
     if not family.caps:
-        found += ["query_scale"] if config.query_scale not in (0, config.head_dim) else []
-    elif not float(config.query_scale).is_integer():  # transformers wants an int
-        found.append("query_scale")
+        different += ["query_scale"] if config.query_scale not in (0, config.head_dim) else []
+    elif not float(config.query_scale).is_integer():  # transformers needs an int
+        different.append("query_scale")
     if (family.layers == "none" and "local" in kinds) or (family.layers == "all" and len(kinds) > 1):
-        found.append("layer_kinds")
+        different.append("layer_kinds")
     if "local" in kinds:
         plain = config.rope_scaling.kind == "none"
         same = config.local_rope_base == 0 or (config.local_rope_base == config.rope_base and plain)
         if family.local_base and config.local_rope_base == 0 and not plain:
-            found.append("rope_scaling")  # of local layers
+            different.append("rope_scaling")  # of local layers
         if not family.local_base and not same:
-            found.append("local_rope_base")
-    return found + (["weights"] if config.weights != "plain" else [])
+            different.append("local_rope_base")
+    return different
 
 
-def _fields_said(config: ModelConfig, fields: list[str]) -> str:
+def _listed(config: ModelConfig, fields: list[str]) -> str:
     return ", ".join(f"{field}={getattr(config, field)!r}" for field in fields)
 
 
-def _text_part(tree: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The language model of a multi-modal Gemma 3; other trees as they are."""
+def _text_part(tree: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """The language model of a multi-modal Gemma 3; other trees unchanged."""
     if not isinstance(tree, Mapping):
-        raise FamilyError(f"{where}: holds {type(tree).__name__}, not the fields of a model.")
+        raise FamilyError(f"{path}: holds {type(tree).__name__}, not the fields of a model.")
     if tree.get("model_type") != "gemma3":
         return tree
     text = tree.get("text_config")
     if not isinstance(text, Mapping):
-        raise FamilyError(f"{where}: text_config: a multi-modal Gemma 3 must have one.")
+        raise FamilyError(f"{path}: text_config: a multi-modal Gemma 3 must have one.")
     shared = ("tie_word_embeddings", "torch_dtype", "dtype", "quantization_config")
     outer = {key: tree[key] for key in shared if tree.get(key) is not None}
     return {"model_type": "gemma3_text"} | dict(text) | outer
 
 
-def _family_named(tree: Mapping[str, Any], where: str) -> str:
+def _family_name(tree: Mapping[str, Any], path: str) -> str:
     name = tree.get("model_type")
     if name not in FAMILIES:
         close = difflib.get_close_matches(str(name), [*FAMILIES, "gemma3"], 1)
@@ -306,7 +308,7 @@ def _family_named(tree: Mapping[str, Any], where: str) -> str:
         if "moe" in str(name) or "mixtral" in str(name):
             hint = " Mixtures of experts are not supported."
         raise FamilyError(
-            f"{where}: model_type={name!r}: unknown architecture. We have {', '.join([*FAMILIES, 'gemma3'])}.{hint}"
+            f"{path}: model_type={name!r}: unknown architecture. We have {', '.join([*FAMILIES, 'gemma3'])}.{hint}"
         )
     architectures = tree.get("architectures")
     if architectures and architectures[0] not in (
@@ -314,16 +316,16 @@ def _family_named(tree: Mapping[str, Any], where: str) -> str:
         "Gemma3ForConditionalGeneration",
     ):
         raise FamilyError(
-            f"{where}: architectures={architectures}: model_type {name!r} goes with {FAMILIES[name].architecture}; "
+            f"{path}: architectures={architectures}: model_type {name!r} goes with {FAMILIES[name].architecture}; "
             "models of other tasks have no head over the vocabulary."
         )
     return name
 
 
-def _refuse_what_we_lack(name: str, tree: Mapping[str, Any], fields: Fields) -> None:
-    for key, (value, why) in _MUST_BE.items():
+def _check_supported(name: str, tree: Mapping[str, Any], fields: Fields) -> None:
+    for key, (value, reason) in _MUST_BE.items():
         if tree.get(key) is not None and tree[key] != value:
-            raise fields.fault(key, why)
+            raise fields.fault(key, reason)
     if name == "gemma3_text" and tree.get("attn_logit_softcapping") is not None:
         raise fields.fault(
             "attn_logit_softcapping", "transformers does not apply it in Gemma 3; set it to null"
@@ -333,12 +335,12 @@ def _refuse_what_we_lack(name: str, tree: Mapping[str, Any], fields: Fields) -> 
         raise fields.fault("attention_bias", "Qwen2ForCausalLM always has biases of queries, keys and values")
     if name != "qwen2" and bias:
         raise fields.fault(
-            "attention_bias", "the output of attention would have one too; we have only Qwen 2's"
+            "attention_bias", "the output of attention would have one too; only Qwen 2's is supported"
         )
 
 
 def _activation(name: str, fields: Fields) -> Any:
-    """Gemma 1's "gelu" means the tanh approximation; Gemma 2 and 3 read `hidden_activation` alone."""
+    """Gemma 1's "gelu" means the tanh approximation; Gemma 2 and 3 read only `hidden_activation`."""
     key = "hidden_act"
     if name.startswith("gemma") and (name != "gemma" or fields["hidden_activation"] is not None):
         key = "hidden_activation"
@@ -359,13 +361,13 @@ def _dtype(fields: Fields) -> str:
 
 
 def _layers_from_hf(name: str, fields: Fields, Z: int) -> tuple[tuple[LayerKind, ...], int]:
-    """The kind of each layer, and the window of local ones, 0 if there are none."""
-    used = (
+    """The kind of each layer, and the window of local layers, 0 if there are none."""
+    has_window = (
         name != "gemma"
         and name != "llama"
         and (not name.startswith("qwen") or fields.flag("use_sliding_window"))
     )
-    window = fields.size("sliding_window", none=0) if used else 0
+    window = fields.size("sliding_window", default=0) if has_window else 0
     local = [False] * Z
     if name == "mistral":
         local = [window > 0] * Z
@@ -385,8 +387,8 @@ def _layers_from_hf(name: str, fields: Fields, Z: int) -> tuple[tuple[LayerKind,
         if not isinstance(listed, list) or len(listed) != Z or not set(listed) <= set(names):
             raise fields.fault("layer_types", f"name each of {Z} layers one of {', '.join(names)}")
         if FAMILIES[name].layers == "any":
-            local = [names[each] for each in listed]
-        elif local != [names[each] for each in listed]:
+            local = [names[layer] for layer in listed]
+        elif local != [names[layer] for layer in listed]:
             raise fields.fault(
                 "layer_types", f"{FAMILIES[name].architecture} does not read it, and differs from it"
             )
@@ -394,33 +396,33 @@ def _layers_from_hf(name: str, fields: Fields, Z: int) -> tuple[tuple[LayerKind,
         raise fields.fault(
             "sliding_window", "layers with sliding attention need one (use_sliding_window too)"
         )
-    return tuple("local" if each else "global" for each in local), window if any(local) else 0
+    return tuple("local" if is_local else "global" for is_local in local), window if any(local) else 0
 
 
 def _shortest(kinds: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
-    """The fewest that give all when repeated."""
+    """The shortest prefix that gives all kinds when repeated."""
     Z = len(kinds)
     return next(kinds[:n] for n in range(1, Z + 1) if all(kinds[z] == kinds[z % n] for z in range(Z)))
 
 
 def _layers_to_hf(config: ModelConfig, name: str) -> dict[str, Any]:
-    """As `layer_types`, and in the words of versions that do not read that, where these have words for it."""
+    """`layer_types`, and the fields by which older versions express the same, if they can."""
     family, local = FAMILIES[name], [kind == "local" for kind in config.kinds]
     if family.layers == "none":
         return {}
     window = config.sliding_window if any(local) else None
     if family.layers == "all":
         return {"sliding_window": window}
-    said: dict[str, Any] = {"sliding_window": window or family.defaults["sliding_window"]}
-    said["layer_types"] = ["sliding_attention" if each else "full_attention" for each in local]
+    fields: dict[str, Any] = {"sliding_window": window or family.defaults["sliding_window"]}
+    fields["layer_types"] = ["sliding_attention" if is_local else "full_attention" for is_local in local]
     if name == "gemma3_text":
         pattern = local.index(False) + 1 if False in local else len(local) + 1
         if local == [(z + 1) % pattern > 0 for z in range(len(local))]:
-            said["sliding_window_pattern"] = pattern
+            fields["sliding_window_pattern"] = pattern
     elif name.startswith("qwen"):
-        said["use_sliding_window"] = any(local)
-        said["max_window_layers"] = local.index(True) if any(local) else len(local)
-    return said
+        fields["use_sliding_window"] = any(local)
+        fields["max_window_layers"] = local.index(True) if any(local) else len(local)
+    return fields
 
 
 def _caps_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Adapters as functions of the plain nested dict of parameters: set apart, begun, and merged into the weights.
+"""Adapters as functions of the nested dict of parameters: split off, started, and merged into the weights.
 
 An adapter is a leaf beside a matrix W: `name_lora_a` (A) and `name_lora_b` (B), for W + alpha / rank * A B
-(Hu et al. 2021); or `embedding_rows` and `head_rows`, which take the place of some vocabulary ids' rows in
-embedding and head. Everything here works on arrays wherever they lie.
+(Hu et al. 2021); or `embedding_rows` and `head_rows`, which replace the rows of some vocabulary ids in embedding
+and head. All functions keep the sharding of what they get.
 """
 
 from __future__ import annotations
@@ -10,187 +10,149 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pasta_jax.arrays import Array
 from pasta_jax.model.config import Lora
 from pasta_jax.sharding import MATRICES
 
 Params = Any
-"""A nested dict of arrays with stable names."""
+"""A nested dict of arrays."""
 
 SUFFIXES = ("_lora_a", "_lora_b", "_rows")
-"""How the names of adapters end; no other parameter's do."""
+"""The ends of adapters' names, and of no other parameter's."""
 
 TABLES = {"embedding": 0, "head": 1}
-"""Names of what has vocabulary ids, and along which dimension."""
+"""Parameters with a vocabulary dimension, and which that is."""
 
 ALIKE, NOISE = 0.05, 0.1
-"""Rows nearer to each other than ALIKE get noise of NOISE; both times the root mean square of the table."""
+"""Rows closer than ALIKE get noise of size NOISE; both in units of the table's root mean square."""
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """The weights that stay as they are, and the adapters: two nested dicts, for `join`.
+    """The frozen weights and the adapters, as two nested dicts for `join`.
 
     >>> split({"mlp": {"up_proj": 1, "up_proj_lora_a": 2}, "norm": {"scale": 3}})
     ({'mlp': {'up_proj': 1}, 'norm': {'scale': 3}}, {'mlp': {'up_proj_lora_a': 2}})
     """
-    frozen: dict[str, Any] = {}
-    trained: dict[str, Any] = {}
-    for name, value in params.items():
-        if not isinstance(value, dict):
-            (trained if name.endswith(SUFFIXES) else frozen)[name] = value
-            continue
-        for side, below in zip((frozen, trained), split(value), strict=True):
-            if below:
-                side[name] = below
-    return frozen, trained
+    flat = flatten_dict(params)
+    frozen = {path: leaf for path, leaf in flat.items() if not path[-1].endswith(SUFFIXES)}
+    trained = {path: leaf for path, leaf in flat.items() if path[-1].endswith(SUFFIXES)}
+    return unflatten_dict(frozen), unflatten_dict(trained)
 
 
 def join(frozen: Params, trained: Params) -> Params:
-    """The way back from `split`."""
-    joined = {**frozen, **trained}
-    for name in frozen.keys() & trained.keys():
-        joined[name] = join(frozen[name], trained[name])
-    return joined
+    """The inverse of `split`."""
+    return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trained)})
 
 
 def start(base: Params, lora: Lora, key: Array, dtype: Any = None) -> Params:
-    """Adapters that change nothing: A is random, B zero, the rows are copies of the table's own.
+    """Adapters that change nothing: A is random, B is zero, and rows are copies of the table's own.
 
     Rows that are nearly alike (those of reserved ids, never trained, often are) would be learnt alike, and tags
-    could not be told apart. Such rows get noise of a tenth of their table's scale: that is the one change.
+    could not be told apart. The one exception: such rows get noise of a tenth of their table's scale.
 
     Args:
       base: plain weights, whose names and shapes say where adapters go.
       lora: their rank, targets and rows.
-      key: the same one gives the same adapters, whatever mesh the weights lie on.
-      dtype: of the adapters; by default each as its matrix.
+      key: the same key gives the same adapters, whatever the mesh.
+      dtype: of the adapters; by default each has its matrix's.
 
     Raises:
-      ValueError: none of the targets is there, or weights in int8.
+      ValueError: the weights have none of the targets, or are in int8.
     """
-
-    def begin(below: Params, path: str) -> Params:
-        adapters: dict[str, Any] = {}
-        for name, value in below.items():
-            here = jax.random.fold_in(key, zlib.crc32(f"{path}/{name}".encode()))
-            if isinstance(value, dict):
-                if made := begin(value, f"{path}/{name}"):
-                    adapters[name] = made
-            elif name in lora.targets:
-                _check_plain(name, value)
-                rows, columns = _split_shape(name, value.shape)
-                kind = dtype or value.dtype
-                a = jax.random.normal(here, (*rows, lora.rank)) * math.prod(rows) ** -0.5
-                adapters[f"{name}_lora_a"] = a.astype(kind)
-                adapters[f"{name}_lora_b"] = jnp.zeros((lora.rank, *columns), kind)
-            elif name in TABLES and lora.rows:
-                _check_plain(name, value)
-                rows = _rows_apart(value, TABLES[name], lora.rows, here)
-                adapters[f"{name}_rows"] = rows.astype(dtype or value.dtype)
-        return adapters
-
-    adapters = begin(base, "")
-    if not any(name.endswith("_lora_a") for name in _names(adapters)):
+    adapters: dict[tuple[str, ...], Array] = {}
+    for path, leaf in flatten_dict(base).items():
+        name = path[-1]
+        leaf_key = jax.random.fold_in(key, zlib.crc32("".join(f"/{part}" for part in path).encode()))
+        if name in lora.targets:
+            _check_plain(name, leaf)
+            inner = len(MATRICES[name][0])
+            rows, columns = leaf.shape[:inner], leaf.shape[inner:]
+            a = jax.random.normal(leaf_key, (*rows, lora.rank)) * math.prod(rows) ** -0.5
+            adapters[*path[:-1], f"{name}_lora_a"] = a.astype(dtype or leaf.dtype)
+            adapters[*path[:-1], f"{name}_lora_b"] = jnp.zeros((lora.rank, *columns), dtype or leaf.dtype)
+        elif name in TABLES and lora.rows:
+            _check_plain(name, leaf)
+            own_rows = _distinct_rows(leaf, TABLES[name], lora.rows, leaf_key)
+            adapters[*path[:-1], f"{name}_rows"] = own_rows.astype(dtype or leaf.dtype)
+    if not any(path[-1].endswith("_lora_a") for path in adapters):
         raise ValueError(f"None of the targets {', '.join(lora.targets)} is among the weights.")
-    return adapters
+    return unflatten_dict(adapters)
 
 
 def merge(params: Params, lora: Lora, *, dtype: Any = None, donate: bool = False) -> Params:
-    """Plain weights that do what the weights and their adapters do: sums in float32, then cast.
+    """Plain weights that compute what the weights with their adapters do; summed in float32, then cast.
 
-    Leaf by leaf, each where it lies, so that with `donate` never more than one is held twice.
+    It goes leaf by leaf, so that with `donate` never more than one leaf is held twice.
 
     Args:
-      params: weights and adapters together, as `join` gives them.
-      lora: what the adapters were trained with.
-      dtype: of the result; by default each as it was.
-      donate: use up the arrays in `params`, which may not be touched again.
+      params: weights and adapters together, from `join`.
+      lora: with which the adapters were trained.
+      dtype: of the result; by default that of each weight.
+      donate: use up the arrays in `params`, which may not be used again.
 
     Raises:
       ValueError: weights in int8.
     """
-    used = (0,) if donate else ()
+    donated = (0,) if donate else ()
 
-    @functools.partial(jax.jit, donate_argnums=used, static_argnames="kind")
+    @functools.partial(jax.jit, donate_argnums=donated, static_argnames="kind")
     def add(matrix: Array, a: Array, b: Array, kind: Any) -> Array:
-        rank, inner = a.shape[-1], a.ndim - 1
+        rank = a.shape[-1]
         a32, b32 = a.astype(jnp.float32).reshape(-1, rank), b.astype(jnp.float32).reshape(rank, -1)
-        product = jnp.matmul(a32, b32, precision=jax.lax.Precision.HIGHEST).reshape(
-            *a.shape[:-1], *b.shape[1:]
-        )
-        assert product.ndim == matrix.ndim == inner + b.ndim - 1
+        product = jnp.matmul(a32, b32, precision=jax.lax.Precision.HIGHEST).reshape(matrix.shape)
         return (matrix.astype(jnp.float32) + lora.alpha / lora.rank * product).astype(kind)
 
-    @functools.partial(jax.jit, donate_argnums=used, static_argnames=("kind", "axis"))
+    @functools.partial(jax.jit, donate_argnums=donated, static_argnames=("kind", "axis"))
     def put(table: Array, rows: Array, kind: Any, axis: int) -> Array:
         table, ids = table.astype(kind), jnp.array(lora.rows)
         return table.at[(slice(None),) * axis + (ids,)].set(rows.astype(kind))
 
-    @functools.partial(jax.jit, donate_argnums=used, static_argnames="kind")
+    @functools.partial(jax.jit, donate_argnums=donated, static_argnames="kind")
     def cast(leaf: Array, kind: Any) -> Array:
         return leaf.astype(kind)
 
-    def plain(below: Params) -> Params:
-        merged = {}
-        for name, value in below.items():
-            if isinstance(value, dict):
-                merged[name] = plain(value)
-                continue
-            if name.endswith(SUFFIXES):
-                continue
-            kind = jnp.dtype(dtype or value.dtype)
-            if f"{name}_lora_a" in below:
-                _check_plain(name, value)
-                made = add(value, below[f"{name}_lora_a"], below[f"{name}_lora_b"], kind)
-            elif f"{name}_rows" in below:
-                _check_plain(name, value)
-                made = put(value, below[f"{name}_rows"], kind, TABLES[name])
-            else:
-                made = value if kind == value.dtype else cast(value, kind)
-            merged[name] = _placed_like(made, value)
-        return merged
-
-    return plain(params)
+    flat = flatten_dict(params)
+    merged: dict[tuple[str, ...], Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path
+        if name.endswith(SUFFIXES):
+            continue
+        _check_plain(name, leaf)
+        kind = jnp.dtype(dtype or leaf.dtype)
+        a, b, rows = (flat.get((*parents, name + suffix)) for suffix in SUFFIXES)
+        if a is not None:
+            changed = add(leaf, a, b, kind)
+        elif rows is not None:
+            changed = put(leaf, rows, kind, TABLES[name])
+        else:
+            changed = leaf if kind == leaf.dtype else cast(leaf, kind)
+        merged[path] = _placed_like(changed, leaf)
+    return unflatten_dict(merged)
 
 
-def _placed_like(made: Any, value: Any) -> Any:
-    """Where `value` lay: the compiler need not have left it there."""
-    return jax.device_put(made, value.sharding) if isinstance(value, jax.Array) else made
+def _placed_like(array: Any, original: Any) -> Any:
+    """With the original's sharding, which the compiler need not have kept."""
+    return jax.device_put(array, original.sharding) if isinstance(original, jax.Array) else array
 
 
-def _rows_apart(table: Array, axis: int, rows: tuple[int, ...], key: Array) -> Array:
-    """Copies of a table's rows, float32, those that have a twin among them with noise."""
+def _distinct_rows(table: Array, axis: int, rows: tuple[int, ...], key: Array) -> Array:
+    """Copies of a table's rows, float32; those that are nearly alike with noise."""
     own = jnp.take(table, jnp.array(rows), axis=axis).astype(jnp.float32)
     scale = jnp.sqrt(jnp.mean(jnp.square(table.astype(jnp.float32))))
     flat = own if axis == 0 else own.T
-    apart = jnp.sqrt(jnp.mean(jnp.square(flat[:, None] - flat[None]), axis=-1))
-    has_twin = jnp.any((apart < ALIKE * scale) & ~jnp.eye(len(rows), dtype=bool), axis=-1)
+    distance = jnp.sqrt(jnp.mean(jnp.square(flat[:, None] - flat[None]), axis=-1))
+    has_twin = jnp.any((distance < ALIKE * scale) & ~jnp.eye(len(rows), dtype=bool), axis=-1)
     noise = jnp.where(has_twin[:, None], NOISE * scale * jax.random.normal(key, flat.shape), 0.0)
     return own + (noise if axis == 0 else noise.T)
 
 
-def _split_shape(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the matrix contracts, and what it makes."""
-    inner = len(MATRICES[name][0])
-    return shape[:inner], shape[inner:]
-
-
-def _check_plain(name: str, value: Any) -> None:
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} is {value.dtype}: adapters go with plain weights. Quantise after merging them."
-        )
-
-
-def _names(tree: Params) -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _names(value)
-        else:
-            yield name
+def _check_plain(name: str, leaf: Any) -> None:
+    kind = getattr(leaf, "dtype", type(leaf).__name__)
+    if isinstance(kind, str) or not jnp.issubdtype(kind, jnp.floating):
+        raise ValueError(f"{name} is {kind}: adapters go with plain weights. Quantise after merging them.")

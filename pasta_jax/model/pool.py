@@ -1,27 +1,26 @@
-"""The pool: the padded KV memory of a batch of rows, allocated once, written in decode order, never moved.
+"""The pool: the padded KV cache of a batch of rows, allocated once, written in decode order, never moved.
 
-Which entry belongs to which thread is nobody's business here: `may_attend` says who reads what.
+It does not know which thread an entry belongs to: `may_attend` says who reads what.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from pasta_jax.arrays import Array
 from pasta_jax.model.config import ModelConfig
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Pool:
-    """Keys and values of every layer: Z arrays each, so that a step updates each of them in place.
+    """Keys and values, one array for each layer, so that a step updates each of them in place.
 
-    Heads come before entries, as attention multiplies them: no step transposes what it reads.
+    Heads come before entries, which is the order in which attention multiplies: no step transposes what it reads.
     """
 
     k: tuple[Array, ...]  # Z times [B, K, P, H], compute dtype; rotary positions already applied
@@ -35,16 +34,17 @@ def empty_pool(config: ModelConfig, rows: int, entries: int) -> Pool:
     return Pool(k, v)
 
 
+@jax.named_scope("write_pool")
 def write(pool_BxKxPxH: Array, new_BxKxQxH: Array, start_B: Array) -> Array:
-    """Entries start_B[b] .. start_B[b] + Q - 1 of each row b replaced by the new ones, in place under `jit`.
+    """Replaces entries start_B[b] .. start_B[b] + Q - 1 of each row b; in place under `jit`.
 
     Args:
       pool_BxKxPxH: keys or values of one layer.
-      new_BxKxQxH: what this call made, same dtype.
-      start_B: int32 [B], at most P - Q. There is no check: a larger one is moved back to P - Q and overwrites
-        older entries, so leave room in the pool for a whole step.
+      new_BxKxQxH: those of this call's tokens, same dtype.
+      start_B: int32 [B], at most P - Q. There is no check: a larger one is clamped to P - Q and overwrites older
+        entries, so leave room in the pool for a whole step.
     """
-    if pool_BxKxPxH.shape[0] == 1:  # an update at one known place, where many rows need a scatter
+    if pool_BxKxPxH.shape[0] == 1:  # a slice update, where several rows need a scatter
         pool_KxPxH, new_KxQxH = pool_BxKxPxH[0], new_BxKxQxH[0]
         return jax.lax.dynamic_update_slice_in_dim(pool_KxPxH, new_KxQxH, start_B[0], axis=1)[None]
     return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(

@@ -1,6 +1,6 @@
-"""Published models by name: their numbers, and where their weights are.
+"""Published models by name: their sizes and choices, and the repositories of their weights.
 
-Source: the `config.json` of each repository. A repository's own file goes before these numbers; they are for
+Source: the `config.json` of each repository, which takes precedence when weights are loaded. The presets are for
 planning, compiling ahead of time and training from new parameters.
 """
 
@@ -20,8 +20,8 @@ class Preset:
 
     Attributes:
       config: its sizes and choices.
-      hub: its repository, "organisation/name".
-      max_positions: how long texts it was made for.
+      hub: its repository on Hugging Face's hub, "organisation/name".
+      max_positions: the longest text it was trained for, in tokens.
     """
 
     config: ModelConfig
@@ -72,16 +72,16 @@ def _sized(config: ModelConfig, sizes: _Sizes, **changes: Any) -> ModelConfig:
 
 @functools.cache
 def presets() -> dict[str, Preset]:
-    """All of them by name, in lower case."""
-    found: dict[str, Preset] = {}
+    """All presets by name, in lower case."""
+    by_name: dict[str, Preset] = {}
 
     def add(hubs: tuple[str, ...], length: int, config: ModelConfig) -> None:
         for hub in hubs:
             name = hub.split("/")[1].lower().removeprefix("meta-")
-            found[name] = Preset(config, hub, length)
+            by_name[name] = Preset(config, hub, length)
 
     def both(hub: str, suffix: str) -> tuple[str, str]:
-        """The model before and after it was taught to follow instructions."""
+        """The base model and the one finetuned to follow instructions."""
         return hub, f"{hub}-{suffix}"
 
     add(both("google/gemma-2b", "it"), 8192, _sized(_GEMMA, (18, 2048, 8, 1, 16_384)))
@@ -140,7 +140,7 @@ def presets() -> dict[str, Preset]:
     ):
         config = _sized(_QWEN_3, sizes, tie_embeddings=tied)
         add((f"Qwen/Qwen3-{size}",), 40_960, config)
-        if size != "32B":  # which was published after it was taught alone
+        if size != "32B":  # of which no base model was published
             add((f"Qwen/Qwen3-{size}-Base",), 32_768, config)
 
     first = dict(sliding_window=4096, layer_kinds=("local",))
@@ -149,19 +149,19 @@ def presets() -> dict[str, Preset]:
     add((f"{mistral}-v0.1", f"{mistral}-Instruct-v0.1"), 32_768, _sized(_MISTRAL, eight, **first))
     add((f"{mistral}-Instruct-v0.2",), 32_768, _sized(_MISTRAL, eight, rope_base=1_000_000.0))
     add((f"{mistral}-v0.3", f"{mistral}-Instruct-v0.3"), 32_768, _sized(_MISTRAL, eight, **third))
-    return found
+    return by_name
 
 
 def published_length(config: ModelConfig) -> int | None:
-    """How long texts the published model with these numbers was made for, in whatever dtype and vocabulary.
+    """`max_positions` of the published model with this configuration, whatever its dtype and vocabulary.
 
-    Of several the shortest; None if there is none.
+    If there are several, the smallest; None if there is none.
     """
 
-    def plain(some: ModelConfig) -> ModelConfig:
-        return dataclasses.replace(some, vocab_size=1, dtype="float32")
+    def comparable(config: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(config, vocab_size=1, dtype="float32")
 
-    same = [known.max_positions for known in presets().values() if plain(known.config) == plain(config)]
+    same = [p.max_positions for p in presets().values() if comparable(p.config) == comparable(config)]
     return min(same, default=None)
 
 
@@ -169,14 +169,14 @@ def preset(name: str) -> Preset:
     """The published model of that name, the last part of its repository: "gemma-2b-it", "qwen3-0.6b".
 
     Raises:
-      ValueError: there is none; the message has close names.
+      ValueError: unknown name; the message suggests similar ones.
 
     >>> preset("llama-3.2-1b").config.num_layers
     16
     """
-    found = presets()
-    if name.lower() in found:
-        return found[name.lower()]
-    close = difflib.get_close_matches(name.lower(), found, 3)
-    hint = f"Did you mean {' or '.join(close)}?" if close else f"There are {', '.join(found)}."
+    by_name = presets()
+    if name.lower() in by_name:
+        return by_name[name.lower()]
+    close = difflib.get_close_matches(name.lower(), by_name, 3)
+    hint = f"Did you mean {' or '.join(close)}?" if close else f"There are {', '.join(by_name)}."
     raise ValueError(f"No published model is called {name!r}. {hint}")

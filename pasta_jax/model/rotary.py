@@ -1,9 +1,10 @@
-"""Rotary positions: the angles of each position, once for all layers, and the turning of queries and keys."""
+"""Rotary positions: the angles of each position, computed once for all layers, and the rotation by them."""
 
 from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,19 +16,21 @@ Rotary = tuple[Array, Array]
 
 
 def rotary_of(config: ModelConfig, positions_BxQ: Array) -> dict[str, Rotary]:
-    """The angles for each kind of layer that the model has."""
+    """The angles for each kind of layer in the model."""
     H, kinds = config.head_dim, set(config.kinds)
-    found = {}
+    rotary = {}
     if "global" in kinds:
-        found["global"] = rotary_angles(positions_BxQ, H, config.rope_base, config.rope_scaling)
-    if "local" in kinds:  # Gemma 3's have a base of their own, and no scaling; elsewhere all layers are alike
+        rotary["global"] = rotary_angles(positions_BxQ, H, config.rope_base, config.rope_scaling)
+    if (
+        "local" in kinds
+    ):  # Gemma 3's have their own base and no scaling; in other families all layers are alike
         base, scaling = (
             (config.local_rope_base, RopeScaling())
             if config.local_rope_base
             else (config.rope_base, config.rope_scaling)
         )
-        found["local"] = rotary_angles(positions_BxQ, H, base, scaling)
-    return found
+        rotary["local"] = rotary_angles(positions_BxQ, H, base, scaling)
+    return rotary
 
 
 def rotary_angles(
@@ -41,7 +44,7 @@ def rotary_angles(
 
 
 def frequencies(head_dim: int, base: float, scaling: RopeScaling = RopeScaling()) -> np.ndarray:
-    """Radians a position, fastest first: float64 [H / 2].
+    """Radians per position, fastest first: float64 [H / 2].
 
     >>> frequencies(4, 100.0).tolist()
     [1.0, 0.1]
@@ -61,7 +64,7 @@ def frequencies(head_dim: int, base: float, scaling: RopeScaling = RopeScaling()
     else:  # YaRN (Peng et al. 2023): the same by dimension
 
         def dimension(turns: float) -> float:
-            """The one that makes so many turns in the original length."""
+            """The dimension that makes so many turns in the original length."""
             wave = scaling.original_length / (2 * math.pi * turns)
             return head_dim * math.log(wave) / (2 * math.log(base))
 
@@ -77,8 +80,9 @@ def _amplitude(scaling: RopeScaling) -> float:
     return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
 
 
+@jax.named_scope("rotate")
 def rotate(x_BxQxNxH: Array, rotary: Rotary) -> Array:
-    """Rotary embedding of queries or keys: turns pairs (first half, second half) of H, in float32."""
+    """Rotary embedding of queries or keys: rotates pairs (first half, second half) of H, in float32."""
     cos, sin = rotary
     a, b = jnp.split(x_BxQxNxH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxQxNxH.dtype)

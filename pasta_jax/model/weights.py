@@ -1,8 +1,8 @@
 """The one table between our parameters and the tensors of a Hugging Face folder.
 
-Both hold the same numbers: a tensor of theirs is one of ours with its dimensions merged and, where it is a
-matrix of a layer, transposed. So both ways are exact, whatever the dtype. Norm scales are stored as they are
-there; what some families add to them (`norm_offset`) is the model's business.
+Both hold the same numbers: one of their tensors is one of our parameters with its dimensions merged and, if it is
+a matrix of a layer, transposed. So both directions are exact, whatever the dtype. Norm scales are the same in both;
+what some families add to them (`norm_offset`) is up to the model.
 
     ours                            theirs, below the prefix
     embed/embedding [V, D]          embed_tokens.weight [V, D]
@@ -19,19 +19,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from pasta_jax.model.config import ModelConfig
 
 PREFIX = "model."
-"""Of a text model."""
+"""Of the tensor names of a text model."""
 
 MULTIMODAL_PREFIXES = ("language_model.model.", "model.language_model.")
-"""Where Gemma 3's text model stands in a folder that has a vision model too: as published, and as transformers
-5 writes it."""
+"""Prefixes of Gemma 3's text model beside a vision model: as published, and as transformers 5 writes it."""
 
 NOT_TEXT = (
     "vision_tower.",
@@ -39,21 +37,21 @@ NOT_TEXT = (
     "model.vision_tower.",
     "model.multi_modal_projector.",
 )
-"""What tensors of a multi-modal folder begin with that are not of its text model: they are never read."""
+"""Prefixes of tensors that do not belong to the text model of a multi-modal folder; they are never read."""
 
 HEAD = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class HfTensor:
-    """One tensor of a Hugging Face folder, and the parameter of ours that it is.
+    """One tensor of a Hugging Face folder, and the parameter of ours that it becomes.
 
     Attributes:
-      name: as in the folder, such as "model.layers.0.self_attn.q_proj.weight".
-      shape: there.
+      name: in the folder, such as "model.layers.0.self_attn.q_proj.weight".
+      shape: in the folder.
       path: of our parameter, such as ("layer_0", "attn", "q_proj").
       ours: shape of our parameter.
-      transposed: theirs is [out, in], ours has the dims that it contracts first.
+      transposed: theirs is [out, in], ours has the contracted dimensions first.
     """
 
     name: str
@@ -64,16 +62,16 @@ class HfTensor:
 
     @property
     def parameter(self) -> str:
-        """Our name, "layer_0/attn/q_proj"."""
+        """The path as one name: "layer_0/attn/q_proj"."""
         return "/".join(self.path)
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """Theirs [shape] to ours [ours]; a view, never a copy. Raises ValueError on another shape."""
+        """Our parameter [ours] from their tensor [shape]; always a view. Raises ValueError on other shapes."""
         self._check(array, self.shape)
         return (array.T if self.transposed else array).reshape(self.ours)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """Ours [ours] to theirs [shape]; a view where the layout allows it. Raises ValueError."""
+        """Their tensor [shape] from our parameter [ours]; a view if the layout allows it. Raises ValueError."""
         self._check(array, self.ours)
         return array.reshape(self.shape[::-1]).T if self.transposed else array.reshape(self.shape)
 
@@ -85,30 +83,28 @@ class HfTensor:
 
 
 def hf_tensors(config: ModelConfig, prefix: str = PREFIX) -> tuple[HfTensor, ...]:
-    """Every tensor of a model, in the order in which its layers are computed; all our parameters are there.
+    """Every tensor of a model, in the order in which its layers are computed: one for each of our parameters.
 
     Args:
-      config: sizes and choices; `weights` must be "plain", since a folder holds no int8.
-      prefix: what the names of the text model begin with, the head's excepted.
+      config: sizes and choices.
+      prefix: of the names of the text model, except the head's.
     """
-    if config.weights != "plain":
-        raise ValueError("A Hugging Face folder holds plain weights; int8 is made when a model is loaded.")
     return tuple(_tensors(config, prefix))
 
 
 def tied_head(config: ModelConfig, prefix: str = PREFIX) -> HfTensor:
-    """The head that a folder of a model with tied embeddings may hold all the same: the embedding once more."""
+    """The head in a folder of a model with tied embeddings, if there is one: the embedding once more."""
     shape = (config.vocab_size, config.model_dim)
     return HfTensor(head_name(prefix), shape, ("embed", "embedding"), shape)
 
 
 def head_name(prefix: str = PREFIX) -> str:
-    """What the head is called beside a text model with this prefix."""
+    """The name of the head beside a text model with this prefix."""
     return f"language_model.{HEAD}" if prefix == "language_model.model." else HEAD
 
 
 def find_prefix(names: Iterable[str]) -> str:
-    """The prefix that the tensor names of a folder have; PREFIX if none fits."""
+    """The prefix of the tensor names in a folder; PREFIX if none fits."""
     known = set(names)
     for prefix in (*MULTIMODAL_PREFIXES, PREFIX):
         if f"{prefix}embed_tokens.weight" in known:
@@ -117,33 +113,12 @@ def find_prefix(names: Iterable[str]) -> str:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a tensor of a folder is none of the text model's, and no fault for being there.
+    """Whether a tensor may be in a folder although the text model does not need it.
 
-    That is what belongs to the vision model (NOT_TEXT), and the rotary frequencies that old folders of Llama
-    hold, which follow from the configuration.
+    These are the tensors of a vision model (NOT_TEXT), and the rotary frequencies in old folders of Llama, which
+    follow from the configuration.
     """
     return name.startswith(NOT_TEXT) or name.endswith(".rotary_emb.inv_freq")
-
-
-def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Leaves by path as the nested dict that `Transformer` takes."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        at = tree
-        for name in path[:-1]:
-            at = at.setdefault(name, {})
-        at[path[-1]] = leaf
-    return tree
-
-
-def leaf_at(params: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """The parameter at a path. Raises KeyError with the whole of it."""
-    at: Any = params
-    for name in path:
-        if not isinstance(at, Mapping) or name not in at:
-            raise KeyError("/".join(path))
-        at = at[name]
-    return at
 
 
 def _tensors(c: ModelConfig, prefix: str) -> Iterator[HfTensor]:

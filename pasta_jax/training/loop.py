@@ -97,10 +97,6 @@ def train(
     # ----------------------------------------------------------------------------------- mesh and update
 
     workdir = os.fspath(workdir)
-    if config.model.weights != "plain":
-        raise ConfigError(
-            "config.model.weights: int8 is for decoding. Train plain weights, quantise at load."
-        )
     mesh = mesh or training_mesh(config)
     try:
         update = make_update(config, mesh, stage.loss_fn, stage.record)

@@ -16,7 +16,7 @@ from pasta_jax.arrays import NO_TARGET, Array, ThreadedTokens
 from pasta_jax.config import Config
 from pasta_jax.model import lora as adapters
 from pasta_jax.model.lora import Params
-from pasta_jax.model.transformer import Transformer, init_params
+from pasta_jax.model.transformer import Transformer, forward, init_params, logits
 from pasta_jax.rounding import ceil_div
 from pasta_jax.training.losses import Scores, Sums, score
 from pasta_jax.training.microbatches import rows_sharding, sum_over_parts
@@ -37,17 +37,16 @@ def scores_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Scor
     Logits of a large vocabulary are computed, and recomputed in the backward pass, for some tokens of each row at a
     time: a row of 2,048 tokens has 2 GB of them in Gemma, and gradients of the same size.
     """
-    out: Any = model.apply({"params": params}, batch.token, batch.position, visible(batch, batch))
-    B, L, D = out[0].shape
+    hidden_BxLxD, _ = forward(model, params, batch.token, batch.position, visible(batch, batch))
+    B, L, D = hidden_BxLxD.shape
     size = min(L, max(1, LOGITS // model.config.vocab_size))
     count = ceil_div(L, size)
 
     def score_some(params: Params, hidden_BxCxD: Array, target_BxC: Array) -> Scores:
-        logits: Any = model.apply({"params": params}, hidden_BxCxD, method="logits")
-        return score(logits, target_BxC)
+        return score(logits(model, params, hidden_BxCxD), target_BxC)
 
     if count == 1:
-        return score_some(params, out[0], batch.target)
+        return score_some(params, hidden_BxLxD, batch.target)
     # The gradients of all parts are added up in float32; frozen weights have none.
     tables = {name: params[name] for name in ("embed", "head", "head_rows") if name in params}
     frozen, trained = adapters.split(tables) if model.lora.rank else ({}, tables)
@@ -59,7 +58,7 @@ def scores_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Scor
         return score_some(adapters.join(frozen, narrow), *part)
 
     padding = count * size - L
-    hidden_BxLxD = jnp.pad(out[0], ((0, 0), (0, padding), (0, 0)))
+    hidden_BxLxD = jnp.pad(hidden_BxLxD, ((0, 0), (0, padding), (0, 0)))
     target_BxL = jnp.pad(batch.target, ((0, 0), (0, padding)), constant_values=NO_TARGET)
     hidden = jnp.moveaxis(hidden_BxLxD.reshape(B, count, size, D), 1, 0)
     target = jnp.moveaxis(target_BxL.reshape(B, count, size), 1, 0)
