@@ -73,5 +73,7 @@ def test_continuous_integration_names_what_exists() -> None:
     matrix = workflow["jobs"]["test"]["strategy"]["matrix"]["include"]
     assert {entry["python"] for entry in matrix} == {"3.11", "3.12", "3.13"}
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"make ([a-z]+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+    for target in re.findall(
+        r"(?m)(?:^|`)make ([a-z]+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    ):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"CONTRIBUTING.md: make {target}"
