@@ -40,7 +40,7 @@ def check_fits(shapes: Mapping[Any, Any], *, staging: int, what: str, host_free:
 
 
 def bytes_by_device(leaves: Any) -> dict[Any, int]:
-    """What lies on each of this process's devices."""
+    """Bytes on each of this process's devices."""
     need: dict[Any, int] = {}
     for leaf in leaves:
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -48,7 +48,7 @@ def place_params(
       config: of the model that comes out.
       what: the model, for errors.
       piece: bytes that a reader takes besides its result.
-      mesh: of `sharding.make_mesh`; by default all lies on the first device.
+      mesh: of `sharding.make_mesh`; by default the first device alone.
       transform: applied to each parameter, on the host, to quantise it.
       check: what has to be read to be found wrong; called first, when it is known that the model fits.
 

@@ -125,7 +125,7 @@ def read_params(
     Args:
       folder: from `open_folder`.
       config: from `model_config`. New vocabulary rows are the mean of the old, and a little noise.
-      mesh: of `sharding.make_mesh`; by default all lies on the first device.
+      mesh: of `sharding.make_mesh`; by default the first device alone.
       transform: as in `placing.place_params`.
       seed: of the noise.
 
