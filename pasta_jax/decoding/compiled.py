@@ -149,7 +149,7 @@ class Compiled:
         self.widths = _up_to(limits.lanes, widths)
         self.entries = limits.pool + limits.lanes  # a step writes S entries, wherever it begins
         self.prompt_buckets = _up_to(limits.pool, prompt_buckets)
-        # A larger part saves less than its program costs to compile; and a CPU copies the part in each chunk.
+        # A larger part saves less than its program costs to compile; and a CPU copies the part that it reads.
         self.pool_buckets = _up_to(self.entries, [size for size in pool_buckets if 3 * size <= self.entries])
         self._everywhere: Any = sharding.replicated(self.mesh) if self.mesh else SingleDeviceSharding(device)
         self._by_row: Any = sharding.batch_sharding(self.mesh, self.rows) if self.mesh else self._everywhere
