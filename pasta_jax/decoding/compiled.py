@@ -16,7 +16,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import jax
@@ -39,6 +39,9 @@ Form: TypeAlias = Literal["plain", "fused", "outputs_first"]
 """How decode steps read the weights: as they are; q, k and v as one matrix, on an accelerator; with outputs first,
 on a CPU whose cache does not hold them (docs/lab-log.md says why)."""
 
+CHANGES: dict[Form, Callable[[Any], Any]] = {"fused": fuse, "outputs_first": outputs_first}
+"""Plain or int8 parameters to another form."""
+
 _DEFAULT_XLA_OPTIONS: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar(
     "default_xla_options", default=None
 )
@@ -52,16 +55,6 @@ def default_xla_options(options: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         _DEFAULT_XLA_OPTIONS.reset(token)
-
-
-def to_form(form: Form, params: Any) -> Any:
-    """Plain or int8 parameters, or their shapes, in another form."""
-    if form == "plain":
-        return params
-    change = {"fused": fuse, "outputs_first": outputs_first}[form]
-    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
-        return jax.eval_shape(change, params)
-    return change(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +226,7 @@ class Compiled:
         """Shapes of the parameters in their form."""
         if self.form == "plain":
             return self.shapes
-        return _placed(to_form(self.form, self.shapes), self._everywhere)
+        return _placed(jax.eval_shape(CHANGES[self.form], self.shapes), self._everywhere)
 
     # ------------------------------------------------------------------------------------------------ running
 

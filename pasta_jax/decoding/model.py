@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from pasta_jax import sharding
-from pasta_jax.decoding.compiled import Form, to_form
+from pasta_jax.decoding.compiled import CHANGES, Form
 from pasta_jax.model import ModelConfig
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer
@@ -51,8 +51,8 @@ class Model:
 
     @functools.cached_property
     def _fused(self) -> Any:
-        return to_form("fused", self.params)
+        return CHANGES["fused"](self.params)
 
     @functools.cached_property
     def _outputs_first(self) -> Any:
-        return to_form("outputs_first", self.params)
+        return CHANGES["outputs_first"](self.params)
