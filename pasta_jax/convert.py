@@ -1,8 +1,11 @@
-"""Models in and out: `python -m pasta_jax.convert --from=hf:google/gemma-2b-it --to=W`, or `--from=W --to=DIR`.
+"""Imports and exports models.
 
-In: a Hugging Face folder (hf:DIR), a repository on its hub (hf:org/name), or a Gemma checkpoint of Orbax
-(orbax:DIR) becomes a workdir, to decode from (--ckpt=W) or to start training from (--config.init_from=W). Out: a
-workdir becomes a Hugging Face folder. Prints how far the logits are from transformers', where that is installed.
+    python -m pasta_jax.convert --from=hf:google/gemma-2b-it --to=WORKDIR
+    python -m pasta_jax.convert --from=WORKDIR --to=FOLDER
+
+Import: a Hugging Face folder (hf:DIR), a repository on its hub (hf:org/name) or an Orbax checkpoint of Gemma
+(orbax:DIR) becomes a workdir to decode from (--ckpt=W) or to start training from (--config.init_from=W). Export: a
+workdir becomes a Hugging Face folder. Compares the logits with those of transformers, if it is installed.
 """
 
 from __future__ import annotations
@@ -25,13 +28,13 @@ DTYPES = (None, "float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
-    """The verb. Mistakes end in one line and status 2."""
+    """Runs the command. A mistake ends in one line and status 2."""
     if len(argv) > 1 or not values["from"].value or not values.to:
         refuse(
-            "From where to where? Add --from=hf:google/gemma-2b-it --to=WORKDIR, or --from=WORKDIR --to=FOLDER."
+            "Add --from=hf:google/gemma-2b-it --to=WORKDIR to import, or --from=WORKDIR --to=FOLDER to export."
         )
     show_log()
-    # These load jax: the refusal above comes at once.
+    # These load jax; the refusal above does not wait for it.
     from pasta_jax.checkpoints.about import CheckpointError
     from pasta_jax.interchange.errors import InterchangeError
     from pasta_jax.interchange.hub import NAME
@@ -42,27 +45,27 @@ def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
     try:
         if values.dtype not in DTYPES:
             raise ValueError(f"--dtype={values.dtype} is none of {', '.join(filter(None, DTYPES))}.")
-        kind, where = kind_of(values["from"].value)
-        if kind == "workdir" and NAME.fullmatch(where) and not os.path.exists(where):
-            kind = "hub"  # nothing else of that name is there
+        kind, path = kind_of(values["from"].value)
+        if kind == "workdir" and NAME.fullmatch(path) and not os.path.exists(path):
+            kind = "hub"  # there is no local folder of that name
         check_destination(values.to)
         if kind == "workdir":
-            bring_out(where, values)
+            export_model(path, values)
         else:
-            bring_in(kind, where, values)
+            import_model(kind, path, values)
     except (InterchangeError, TokenizerError, CheckpointError, ValueError, OSError) as error:
         refuse(str(error))
 
 
-def bring_in(kind: Kind, where: str, values: Any) -> None:
-    """A foreign model to a workdir, whole or not at all."""
+def import_model(kind: Kind, path: str, values: Any) -> None:
+    """Writes a published model to a workdir, whole or not at all."""
     from pasta_jax.interchange.importing import Wanted, open_source, write_workdir
     from pasta_jax.interchange.parity import parity_line
     from pasta_jax.interchange.writing import unfinished
     from pasta_jax.model import param_count
 
     if values.name_tags or values.merge_lora or values.base:
-        raise ValueError("--base and --name_tags and --merge_lora are for models that go out.")
+        raise ValueError("--base, --name_tags and --merge_lora are for exports.")
     if values.dtype == "float16":
         raise ValueError("--dtype=float16 has too small a range to compute in. Use bfloat16 or float32.")
     wanted = Wanted(
@@ -72,11 +75,11 @@ def bring_in(kind: Kind, where: str, values: Any) -> None:
         extend_tokenizer=values.extend_tokenizer,
         preset=values.preset,
     )
-    ready = open_source(kind, where, wanted)
+    ready = open_source(kind, path, wanted)
     if ready.new_rows:
         print(
-            f"{ready.new_rows} ids are new: their rows of the embedding are the mean of the others, and a little "
-            "noise. Train before you expect promises."
+            f"{ready.new_rows} ids are new: their rows of the embedding are the mean of the others plus a little "
+            "noise. Train the model before you expect promises."
         )
     params = ready.read(_mesh(values))
     with unfinished(values.to) as folder:
@@ -90,8 +93,8 @@ def bring_in(kind: Kind, where: str, values: Any) -> None:
         print(parity_line(params, ready.config, ready.folder))
 
 
-def bring_out(where: str, values: Any) -> None:
-    """A workdir's model to a Hugging Face folder, whole or not at all."""
+def export_model(workdir: str, values: Any) -> None:
+    """Writes a workdir's model to a Hugging Face folder, whole or not at all."""
     import jax
 
     from pasta_jax import sharding
@@ -104,20 +107,20 @@ def bring_out(where: str, values: Any) -> None:
 
     for name in ("tokenizer", "extend_tokenizer", "chat", "preset"):
         if values[name].present:
-            raise ValueError(f"--{name} is for models that come in.")
-    saved = read_about(find(where))
+            raise ValueError(f"--{name} is for imports.")
+    saved = read_about(find(workdir))
     if saved.base is None and values.base:
-        raise ValueError(f"--base is for adapters; {where} holds a whole model.")
+        raise ValueError(f"--base is for adapters; {workdir} holds a whole model.")
     if saved.base is None and values.merge_lora:
-        raise ValueError(f"--merge_lora is for adapters; {where} holds a whole model.")
+        raise ValueError(f"--merge_lora is for adapters; {workdir} holds a whole model.")
     if saved.base is not None and not values.merge_lora:
-        bring_out_adapters(where, values)
+        export_adapters(workdir, values)
         return
-    origin, mesh = read_origin(where), _mesh(values)
-    # In the dtype in which they are written, so that parity is that of the folder, not of float32 masters.
+    origin, mesh = read_origin(workdir), _mesh(values)
+    # Loaded in the dtype of the export, so that parity is that of the folder, not of float32 masters.
     config = dataclasses.replace(saved.config.model, dtype=values.dtype or saved.config.model.dtype)
     params, about = load_params(
-        where,
+        workdir,
         shardings=None if mesh is None else lambda shapes: sharding.param_shardings(shapes, mesh),
         expected=jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)),
         base=values.base,
@@ -129,8 +132,8 @@ def bring_out(where: str, values: Any) -> None:
         print(parity_line(params, about.config.model, values.to))
 
 
-def bring_out_adapters(where: str, values: Any) -> None:
-    """A workdir's adapters to a folder in PEFT's layout, whole or not at all."""
+def export_adapters(workdir: str, values: Any) -> None:
+    """Writes a workdir's adapters in PEFT's layout, whole or not at all."""
     from pasta_jax.checkpoints.about import find, read_about
     from pasta_jax.checkpoints.load import find_base, load_adapters
     from pasta_jax.interchange.origin import read_origin
@@ -139,11 +142,11 @@ def bring_out_adapters(where: str, values: Any) -> None:
 
     for name in ("dtype", "name_tags"):
         if values[name].present:
-            raise ValueError(f"--{name} is for whole models; {where} holds adapters. Add --merge_lora.")
-    adapters, about = load_adapters(where)
+            raise ValueError(f"--{name} is for whole models; {workdir} holds adapters. Add --merge_lora.")
+    adapters, about = load_adapters(workdir)
     assert about.base is not None
-    base = read_about(find(values.base or find_base(find(where), about.base.path)))
-    origin = read_origin(where)
+    base = read_about(find(values.base or find_base(find(workdir), about.base.path)))
+    origin = read_origin(workdir)
     write_adapters(values.to, adapters, about.config, about.tokenizer(), origin, base_step=base.step)
     print(
         f"{about.path}: {param_count(adapters):,} parameters of adapters, for {origin and origin.source}. Wrote "
@@ -152,7 +155,7 @@ def bring_out_adapters(where: str, values: Any) -> None:
 
 
 def _mesh(values: Any) -> Any:
-    """Of all devices; None, the first device alone, unless a flag asks for more."""
+    """A mesh of all devices if a flag asks for it; None is the first device alone."""
     from pasta_jax import sharding
 
     if (values.fsdp, values.tensor) == (1, 1):
@@ -161,7 +164,7 @@ def _mesh(values: Any) -> Any:
 
 
 def define(values: flags.FlagValues) -> None:
-    """The verb's flags."""
+    """Defines the flags."""
 
     def text(name: str, help: str, default: str | None = None) -> None:
         flags.DEFINE_string(name, default, help, flag_values=values)
@@ -169,19 +172,19 @@ def define(values: flags.FlagValues) -> None:
     def switch(name: str, default: bool, help: str) -> None:
         flags.DEFINE_bool(name, default, help, flag_values=values)
 
-    text("from", "hf:DIR, hf:org/name or orbax:DIR to bring in; a workdir to bring out.")
-    text("to", "Workdir or folder to write; it must not exist, or be empty.")
-    text("dtype", "float32, bfloat16 or float16, of the parameters; by default as they are.")
-    text("tokenizer", "Coming in: tokenizer.model, tokenizer.json or a folder of one.")
-    switch("extend_tokenizer", False, "Coming in: tags without a free id get new ids and rows.")
-    text("chat", "Coming in: format of prompts; auto goes by the model's chat template.", "auto")
-    text("preset", "Coming in, orbax: the published model whose sizes it has.")
-    text("base", "Going out: of adapters, the weights they go beside, if not where they were.")
-    switch("name_tags", False, "Going out: the tokenizer's files call the tags by their names.")
-    switch("merge_lora", False, "Going out: adapters are added to the weights.")
-    flags.DEFINE_integer("fsdp", 1, "Devices that D is spread over; -1 is all.", flag_values=values)
-    flags.DEFINE_integer("tensor", 1, "Devices that heads and F are spread over.", flag_values=values)
-    switch("parity", True, "Compare with transformers afterwards, where it is installed.")
+    text("from", "hf:DIR, hf:org/name or orbax:DIR to import; a workdir to export.")
+    text("to", "Workdir or folder to write; it must not exist or be empty.")
+    text("dtype", "float32, bfloat16 or float16, of the parameters; by default unchanged.")
+    text("tokenizer", "Import: tokenizer.model, tokenizer.json or a folder of one.")
+    switch("extend_tokenizer", False, "Import: tags without a free id get new ids and rows.")
+    text("chat", "Import: format of prompts; auto follows the model's chat template.", "auto")
+    text("preset", "Import, orbax: the published model that has its sizes.")
+    text("base", "Export of adapters: the base, if it was moved.")
+    switch("name_tags", False, "Export: the tokenizer's files call the tags by their names.")
+    switch("merge_lora", False, "Export: add the adapters to the weights.")
+    flags.DEFINE_integer("fsdp", 1, "Devices over which D is sharded; -1 is all.", flag_values=values)
+    flags.DEFINE_integer("tensor", 1, "Devices over which heads and F are sharded.", flag_values=values)
+    switch("parity", True, "Compare with transformers afterwards, if it is installed.")
 
 
 def command() -> None:

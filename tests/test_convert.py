@@ -319,7 +319,7 @@ def test_the_verb(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
     message = f"{tmp_path}/out exists and is not empty. Choose another --to.\n"
     assert capsys.readouterr().err == message
     assert run(f"--from={tmp_path}/W", f"--to={tmp_path}/W2", "--extend_tokenizer") == 2
-    assert capsys.readouterr().err == "--extend_tokenizer is for models that come in.\n"
+    assert capsys.readouterr().err == "--extend_tokenizer is for imports.\n"
     assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2", "--dtype=float16") == 2
     assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2", "--dtype=int4") == 2
     float16, int4 = capsys.readouterr().err.splitlines()
@@ -385,10 +385,10 @@ def test_what_would_be_ignored_is_refused(tmp_path: pathlib.Path, capsys: pytest
     bring_in(tmp_path / "hf", tmp_path / "W")
     folder, workdir, to = f"--from=hf:{tmp_path}/hf", f"--from={tmp_path}/W", f"--to={tmp_path}/new"
     for arguments, said in (
-        ([workdir, to, "--chat=plain"], "--chat is for models that come in."),
+        ([workdir, to, "--chat=plain"], "--chat is for imports."),
         ([workdir, to, "--base=B"], "--base is for adapters; "),
         ([workdir, to, "--merge_lora"], "--merge_lora is for adapters; "),
-        ([folder, to, "--base=B"], "--base and --name_tags and --merge_lora are for models that go out."),
+        ([folder, to, "--base=B"], "--base, --name_tags and --merge_lora are for exports."),
         ([folder, to, "--preset=gemma-2b"], "preset=gemma-2b is for Orbax checkpoints; "),
         ([folder, "--to=gs://bucket/W"], "Cannot write to gs://bucket/W: "),
     ):

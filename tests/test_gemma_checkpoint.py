@@ -134,7 +134,7 @@ def test_as_a_source(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
     jax.tree.map(np.testing.assert_array_equal, placed, expected)
     known |= {"gemma-other": Preset(dataclasses.replace(ONE, rope_base=1.0), "google/other", 64)}
     with pytest.raises(
-        InterchangeError, match="can be gemma-tiny or gemma-other. Say which with --preset of convert"
+        InterchangeError, match="may be gemma-tiny or gemma-other. Choose one with --preset of convert"
     ):
         gemma.open_gemma(where)
     known.clear()

@@ -102,7 +102,7 @@ def test_what_goes_wrong_there(there: Hub, error: str, said: str) -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
-        InterchangeError, match=r'pip install -e "\.\[hf\]".*a folder that you have: hf:DIRECTORY'
+        InterchangeError, match=r'pip install -e "\.\[hf\]".*use a local folder: hf:DIRECTORY'
     ):
         hub.download("google/gemma-2b-it")
 

@@ -32,7 +32,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
             "--what must be all, or a comma-separated list of startup, width,",
         ),
         (["pasta_jax.benchmark", "--responses=no/such"], "[Errno 2] No such file or directory: 'no/such'"),
-        (["pasta_jax.convert"], "From where to where?"),
+        (["pasta_jax.convert"], "Add --from=hf:google/gemma-2b-it --to=WORKDIR to import"),
         (["pasta_jax.evaluate"], "Name both models: --ckpt=runs/pasta --baseline=runs/baseline."),
         (["pasta_jax.evaluate", "--ckpt=no/such", "--baseline=no/such"], "No checkpoint at "),
     ],

@@ -1,4 +1,4 @@
-"""What goes wrong when models come in and go out."""
+"""Errors of importing and exporting models."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ SHOWN = 6
 
 
 class InterchangeError(ValueError):
-    """A folder or checkpoint that cannot be taken or written; names file and tensor, and says what to do."""
+    """A folder or checkpoint that cannot be read or written. The message names file and tensor, and what to do."""
 
 
 def listed(faults: Sequence[str]) -> str:
-    """Some faults as one text: a few in full and how many more there are."""
+    """The first few faults, one on each line, and the number of the others."""
     more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
     return "".join(f"\n  {fault}" for fault in faults[:SHOWN]) + more

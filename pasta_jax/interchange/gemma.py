@@ -1,4 +1,4 @@
-"""Gemma's own checkpoints, which google-deepmind/gemma publishes for JAX: read with Orbax alone.
+"""Reads the Orbax checkpoints that google-deepmind/gemma publishes for JAX.
 
     transformer/embedder/input_embedding                      [V, D]
     transformer/layer_<z>/attn/q_einsum/w                     [N, D, H]
@@ -13,8 +13,8 @@
     transformer/final_norm/scale                              [D]
 
 Some are nested dicts, some have keys with slashes in them, some lack the first level, and some have a `w` below
-`gating_einsum` and `linear`. What such a checkpoint does not tell (soft caps, windows, rotary bases) is that
-of the published model with the same sizes. Its vision model is not read.
+`gating_einsum` and `linear`. A checkpoint has no soft caps, windows and rotary bases: the published model
+with the same sizes gives them. The vision model is not read.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from pasta_jax.checkpoints.about import absolute
@@ -40,16 +41,19 @@ from pasta_jax.model.presets import preset, presets
 _IGNORED = re.compile(r"vision_encoder|SigLiP|mm_input|mm_output|mm_soft|audio")
 _TOP = re.compile(r"^(params/)?(transformer/)?")
 
+Take = Callable[[np.ndarray], np.ndarray]
+"""Takes one of our parameters from one of the checkpoint's arrays."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GemmaCheckpoint:
-    """A checkpoint in Gemma's layout, whose arrays are those of `config`.
+    """A checkpoint in Gemma's layout, checked against `config`.
 
     Attributes:
       path: of the checkpoint.
       config: of the model.
-      keys: where each array stands in the checkpoint's tree, by its name in the layout above.
-      shapes: by the same names.
+      keys: path of each array in the checkpoint's tree, by its name in the layout above.
+      shapes: of the arrays, by the same names.
     """
 
     path: str
@@ -59,14 +63,15 @@ class GemmaCheckpoint:
 
 
 def open_gemma(path: str | os.PathLike[str], config: ModelConfig | str | None = None) -> GemmaCheckpoint:
-    """Finds every fault of a checkpoint; reads no array.
+    """Opens a checkpoint and reports every fault. Reads no array.
 
     Args:
       path: the directory that Orbax wrote.
       config: of the model, or the name of a preset; by default the preset that has its sizes.
 
     Raises:
-      InterchangeError: not such a checkpoint, no preset with its sizes, or arrays that are not the model's.
+      InterchangeError: it is not such a checkpoint, no preset has its sizes, or an array is missing, extra or of
+        another shape.
     """
     root = absolute(path)
     if not root.is_dir():
@@ -74,18 +79,18 @@ def open_gemma(path: str | os.PathLike[str], config: ModelConfig | str | None = 
     try:
         metadata = ocp.PyTreeCheckpointHandler().metadata(root)
         tree = metadata.tree if hasattr(metadata, "tree") else metadata
-    except Exception as error:  # whatever a foreign directory makes Orbax raise
+    except Exception as error:  # Orbax raises many kinds for foreign directories
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InterchangeError(f"{root} is no checkpoint that Orbax reads ({reason}).") from error
+        raise InterchangeError(f"{root} is not a checkpoint that Orbax can read ({reason}).") from error
     keys: dict[str, tuple[str, ...]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for key, leaf in _leaves(tree):
-        name = _TOP.sub("", "/".join(key))
+    for key, leaf in (traverse_util.flatten_dict(tree) if isinstance(tree, Mapping) else {}).items():
+        name = _TOP.sub("", "/".join(map(str, key)))
         if not _IGNORED.search(name) and leaf.shape is not None:
             keys[name], shapes[name] = key, tuple(leaf.shape)
     if "embedder/input_embedding" not in shapes:
-        found = ", ".join(sorted(shapes)[:4]) or "nothing"
-        raise InterchangeError(f"{root} has no transformer/embedder/input_embedding (found: {found}).")
+        names = ", ".join(sorted(shapes)[:4]) or "nothing"
+        raise InterchangeError(f"{root} has no transformer/embedder/input_embedding (found: {names}).")
     if config is None:
         config = _by_sizes(shapes, os.fspath(root))
     elif isinstance(config, str):
@@ -106,7 +111,7 @@ def read_gemma(
     mesh: Mesh | None = None,
     transform: Transform | None = None,
 ) -> dict[str, Any]:
-    """The parameters, on the mesh.
+    """Reads the parameters onto a mesh.
 
     Args:
       checkpoint: from `open_gemma`.
@@ -118,23 +123,18 @@ def read_gemma(
     """
     dtype = np.dtype(config.dtype)
 
-    def read(names: tuple[str, ...], made: Callable[..., np.ndarray]) -> np.ndarray:
-        arrays = [_restore(checkpoint, name) for name in names]
-        return np.ascontiguousarray(made(*arrays).astype(dtype, copy=False))
+    def read(name: str, take: Take) -> np.ndarray:
+        return np.ascontiguousarray(take(_restore(checkpoint, name)).astype(dtype, copy=False))
 
-    readers = {
-        path: functools.partial(read, names, made) for path, (names, made) in _sources(checkpoint).items()
-    }
+    readers = {path: functools.partial(read, *source) for path, source in _sources(checkpoint).items()}
     largest = max(math.prod(shape) for shape in checkpoint.shapes.values()) * 4
     return place_params(
         readers, config, what=checkpoint.path, piece=2 * largest, mesh=mesh, transform=transform
     )
 
 
-def _sources(
-    checkpoint: GemmaCheckpoint,
-) -> dict[Path, tuple[tuple[str, ...], Callable[..., np.ndarray]]]:
-    """Of each of our parameters, the arrays that it is made of, and how."""
+def _sources(checkpoint: GemmaCheckpoint) -> dict[Path, tuple[str, Take]]:
+    """The array that each of our parameters comes from, and the function that takes it from there."""
     c, shapes = checkpoint.config, checkpoint.shapes
 
     def either(name: str) -> str:
@@ -143,43 +143,43 @@ def _sources(
     def same(x: np.ndarray) -> np.ndarray:
         return x
 
-    made: dict[Path, tuple[tuple[str, ...], Callable[..., np.ndarray]]] = {
-        ("embed", "embedding"): (("embedder/input_embedding",), same),
-        ("final_norm", "scale"): (("final_norm/scale",), same),
+    sources: dict[Path, tuple[str, Take]] = {
+        ("embed", "embedding"): ("embedder/input_embedding", same),
+        ("final_norm", "scale"): ("final_norm/scale", same),
     }
     norms = {"attn_norm": "pre_attention_norm", "mlp_norm": "pre_ffw_norm"}
     if c.post_norms:
         norms |= {"attn_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm"}
     for z in range(c.num_layers):
-        theirs, ours = f"layer_{z}", f"layer_{z}"
-        for name, theirs_name in norms.items():
-            made[ours, name, "scale"] = ((f"{theirs}/{theirs_name}/scale",), same)
-        attn = f"{theirs}/attn"
+        layer = f"layer_{z}"
+        for name, gemma_name in norms.items():
+            sources[layer, name, "scale"] = (f"{layer}/{gemma_name}/scale", same)
+        attn = f"{layer}/attn"
         if f"{attn}/qkv_einsum/w" in shapes:
             for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                made[ours, "attn", name] = ((f"{attn}/qkv_einsum/w",), functools.partial(_heads, i))
+                sources[layer, "attn", name] = (f"{attn}/qkv_einsum/w", functools.partial(_heads, i))
         else:
-            made[ours, "attn", "q_proj"] = ((f"{attn}/q_einsum/w",), functools.partial(_heads, None))
+            sources[layer, "attn", "q_proj"] = (f"{attn}/q_einsum/w", functools.partial(_heads, None))
             for i, name in enumerate(("k_proj", "v_proj")):
-                made[ours, "attn", name] = ((f"{attn}/kv_einsum/w",), functools.partial(_heads, i))
-        made[ours, "attn", "o_proj"] = ((f"{attn}/attn_vec_einsum/w",), same)
+                sources[layer, "attn", name] = (f"{attn}/kv_einsum/w", functools.partial(_heads, i))
+        sources[layer, "attn", "o_proj"] = (f"{attn}/attn_vec_einsum/w", same)
         if c.qk_norm:
-            made[ours, "attn", "q_norm"] = ((f"{attn}/_query_norm/scale",), same)
-            made[ours, "attn", "k_norm"] = ((f"{attn}/_key_norm/scale",), same)
+            sources[layer, "attn", "q_norm"] = (f"{attn}/_query_norm/scale", same)
+            sources[layer, "attn", "k_norm"] = (f"{attn}/_key_norm/scale", same)
         for i, name in enumerate(("gate_proj", "up_proj")):
-            gating = either(f"{theirs}/mlp/gating_einsum")
-            made[ours, "mlp", name] = ((gating,), functools.partial(_gate, i, c.model_dim))
-        made[ours, "mlp", "down_proj"] = ((either(f"{theirs}/mlp/linear"),), same)
-    return made
+            gating = either(f"{layer}/mlp/gating_einsum")
+            sources[layer, "mlp", name] = (gating, functools.partial(_gate, i, c.model_dim))
+        sources[layer, "mlp", "down_proj"] = (either(f"{layer}/mlp/linear"), same)
+    return sources
 
 
 def _heads(which: int | None, x: np.ndarray) -> np.ndarray:
-    """[N, D, H] of the stacked or of the only one, to [D, N, H]."""
+    """[N, D, H], or entry `which` of [2 or 3, N, D, H], to [D, N, H]."""
     return (x if which is None else x[which]).transpose(1, 0, 2)
 
 
 def _gate(which: int, D: int, x: np.ndarray) -> np.ndarray:
-    """[2, D, F] or [2, F, D], to the gate's or the other's [D, F]."""
+    """Entry `which` of [2, D, F] or of [2, F, D], as [D, F]."""
     return x[which] if x.shape[1] == D else x[which].T
 
 
@@ -188,20 +188,14 @@ def _check(checkpoint: GemmaCheckpoint) -> None:
     D, N, K, H, F = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
     wanted: dict[str, list[tuple[int, ...]]] = {
         "embedding": [(c.vocab_size, D)], "scale": [(D,)], "q_norm": [(H,)], "k_norm": [(H,)],
-        "o_proj": [(N, H, D)], "gate_proj": [(2, D, F), (2, F, D)], "down_proj": [(F, D)],
+        "q_proj": [(N, D, H)], "k_proj": [(2, K, D, H)], "v_proj": [(2, K, D, H)], "o_proj": [(N, H, D)],
+        "gate_proj": [(2, D, F), (2, F, D)], "down_proj": [(F, D)],
     }  # fmt: skip
     wanted |= {"up_proj": wanted["gate_proj"]}
-    heads: dict[str, list[tuple[int, ...]]] = {
-        "q_proj": [(N, D, H)],
-        "k_proj": [(2, K, D, H)],
-        "v_proj": [(2, K, D, H)],
-    }
     faults, used = [], set()
-    for path, ((name,), _) in _sources(checkpoint).items():
+    for path, (name, _) in _sources(checkpoint).items():
         used.add(name)
-        expected = wanted.get(path[-1]) or heads[path[-1]]
-        if name.endswith("qkv_einsum/w"):
-            expected = [(3, N, D, H)]
+        expected = [(3, N, D, H)] if name.endswith("qkv_einsum/w") else wanted[path[-1]]
         if name not in shapes:
             faults.append(f"{name} {list(expected[0])} is missing")
         elif shapes[name] not in expected:
@@ -221,7 +215,7 @@ def _check(checkpoint: GemmaCheckpoint) -> None:
 
 
 def _by_sizes(shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelConfig:
-    """Of the published model with as many layers and the same arrays in the first."""
+    """The configuration of the published model with the same layers and the same sizes."""
     layers = {int(m.group(1)) for name in shapes if (m := re.match(r"layer_(\d+)/", name))}
     D = shapes["embedder/input_embedding"][1]
     N, H, _ = shapes.get("layer_0/attn/attn_vec_einsum/w", (0, 0, 0))
@@ -229,20 +223,20 @@ def _by_sizes(shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelConfig:
     K = shapes.get("layer_0/attn/kv_einsum/w", (2, N, D, H))[1]
     norms = ("layer_0/post_attention_norm/scale" in shapes, "layer_0/attn/_query_norm/scale" in shapes)
     sizes = (len(layers), D, N, K, H, F, *norms)
-    found = {
+    same = {
         name: known.config
         for name, known in presets().items()
         if name.startswith("gemma") and sizes == _sizes(known.config)
     }
-    if not found:
+    if not same:
         raise InterchangeError(
             f"{path} has {len(layers)} layers of D={D}, N={N}, K={K}, H={H}, F={F}, which no published Gemma has. "
             "Name one with --preset of convert: "
             f"{', '.join(name for name in presets() if name.startswith('gemma'))}."
         )
-    if len(set(found.values())) > 1:
-        raise InterchangeError(f"{path} can be {' or '.join(found)}. Say which with --preset of convert.")
-    return next(iter(found.values()))
+    if len(set(same.values())) > 1:
+        raise InterchangeError(f"{path} may be {' or '.join(same)}. Choose one with --preset of convert.")
+    return next(iter(same.values()))
 
 
 def _sizes(c: ModelConfig) -> tuple[Any, ...]:
@@ -259,7 +253,7 @@ def _sizes(c: ModelConfig) -> tuple[Any, ...]:
 
 
 def _restore(checkpoint: GemmaCheckpoint, name: str) -> np.ndarray:
-    """One array, and nothing else, from the checkpoint."""
+    """Reads a single array."""
     tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
     item: Any = 0
     for key in reversed(checkpoint.keys[name]):
@@ -270,15 +264,9 @@ def _restore(checkpoint: GemmaCheckpoint, name: str) -> np.ndarray:
                 absolute(checkpoint.path),
                 args=ocp.args.PyTreeRestore(item=item, restore_args=tree, transforms={}),
             )
-    except Exception as error:  # whatever a damaged file makes Orbax raise
+    except Exception as error:  # Orbax raises many kinds for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InterchangeError(f"{checkpoint.path} is damaged at {name} ({reason}).") from error
     for key in checkpoint.keys[name]:
         restored = restored[key]
     return np.asarray(restored)
-
-
-def _leaves(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    if isinstance(tree, Mapping):
-        return [leaf for key, below in tree.items() for leaf in _leaves(below, (*path, str(key)))]
-    return [(path, tree)]

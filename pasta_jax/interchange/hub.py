@@ -1,4 +1,4 @@
-"""A model's files from the Hugging Face hub, by huggingface_hub: `org/name` to a folder on this machine."""
+"""Downloads a model from the Hugging Face hub: `org/name` to a local folder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ WANTED = (*KEPT, "model*.safetensors", TAGS_FILE, ADAPTERS)
 UNWANTED = ("original/*", "*.bin", "*.pt", "*.pth", "*.gguf", "onnx/*")
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-"""Of a repository there: org/name."""
+"""A repository on the hub: org/name."""
 
 
 def download(name: str) -> str:
-    """The folder with a repository's files, from the cache where they are there already.
+    """Downloads a repository, or finds it in the cache, and returns its folder.
 
     Args:
-      name: org/name; the newest of its main branch is taken.
+      name: org/name; the newest commit of its main branch is used.
 
     Raises:
-      InterchangeError: the package is not installed, access is refused, there is no such repository, or no network
-        and nothing in the cache; each with what to do.
+      InterchangeError: the package is not installed, access is refused, the repository does not exist, or there is
+        neither a network nor a cached copy. The message says what to do.
     """
     try:
         hub: Any = importlib.import_module("huggingface_hub")
@@ -36,24 +36,24 @@ def download(name: str) -> str:
     except ImportError as error:
         raise InterchangeError(
             f'Downloading {name} needs huggingface_hub: pip install -e ".[hf]". '
-            "Or give a folder that you have: hf:DIRECTORY."
+            "Or use a local folder: hf:DIRECTORY."
         ) from error
     url = f"https://huggingface.co/{name}"
     try:
         return str(hub.snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
     except errors.GatedRepoError as error:
         raise InterchangeError(
-            f"Access to {name} refused. Accept the licence at {url}, then set HF_TOKEN to a token of yours "
+            f"Access to {name} refused. Accept the licence at {url}, then set HF_TOKEN to your token "
             "(https://huggingface.co/settings/tokens)."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise InterchangeError(
-            f"There is no {name} on the hub, or it is private. Look at {url}; for a private one set HF_TOKEN."
+            f"There is no {name} on the hub, or it is private. See {url}; for a private repository set HF_TOKEN."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise InterchangeError(
             f"{name} is not in the cache, and the hub cannot be reached ({_first_line(error)}). Connect, unset "
-            "HF_HUB_OFFLINE, or give a folder that you have: hf:DIRECTORY."
+            "HF_HUB_OFFLINE, or use a local folder: hf:DIRECTORY."
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise InterchangeError(

@@ -1,6 +1,6 @@
-"""A foreign model as one of ours: weights on the mesh, a tokenizer with ids for the tags, and where it came from.
+"""Imports published models: weights on a mesh, a tokenizer with ids for the tags, and a record of their origin.
 
-Everything is looked at before a tensor is read: files, names, shapes, tokenizer, room for the tags, memory.
+Files, names, shapes, the tokenizer, free ids for the tags and memory are all checked before a tensor is read.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from pasta_jax.interchange.tensors import CHUNK
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.forms import Int8, contracted, quantize_leaf
 from pasta_jax.model.presets import presets
+from pasta_jax.rounding import ceil_div
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer, TokenizerError
 
 Kind = Literal["folder", "hub", "orbax", "workdir"]
-"""A Hugging Face folder, a repository on its hub, a checkpoint of Gemma's own, or what we wrote."""
+"""A Hugging Face folder, a repository on its hub, an Orbax checkpoint of Gemma, or a workdir of this package."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """How a foreign model is taken.
+    """Options of an import.
 
     Attributes:
-      dtype: of its parameters; by default its own.
-      tokenizer: file or folder of one, by default the model's own.
+      dtype: of the parameters; by default the model's own.
+      tokenizer: file or folder of a tokenizer; by default the model's own.
       chat: format of prompts, or "auto".
-      extend_tokenizer: tags without a free id get new ones, and the embedding rows for them.
-      preset: of an Orbax checkpoint, whose sizes it has; by default found by its shapes.
-      int8: its matrices are quantised, each as soon as it is read; to decode with, not to be written.
+      extend_tokenizer: tags without a free id get new ids, and new rows of the embedding.
+      preset: name of the published model that has the sizes of an Orbax checkpoint; by default found by shapes.
+      int8: quantise each matrix as soon as it is read. Such a model decodes; it cannot be written.
     """
 
     dtype: str | None = None
@@ -56,16 +57,16 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """A foreign model that was found sound, and not read yet.
+    """A model that passed all checks and has not been read yet.
 
     Attributes:
-      source: as what it is known.
-      config: of the model that it becomes.
+      source: its name: org/name, or a path.
+      config: of the imported model.
       tokenizer: with an id for each tag.
-      tokenizer_path: where that came from.
-      origin: what is kept of its folder; None of an Orbax checkpoint.
-      folder: a Hugging Face folder to compare with; None likewise.
-      new_rows: of the embedding, which the folder's does not have.
+      tokenizer_path: the tokenizer's file or folder.
+      origin: what is kept of its folder; None for an Orbax checkpoint.
+      folder: the Hugging Face folder to compare logits with; None for an Orbax checkpoint.
+      new_rows: number of rows added to the embedding.
       read: reads the parameters onto a mesh.
     """
 
@@ -80,16 +81,15 @@ class Ready:
 
 
 def kind_of(source: str | os.PathLike[str]) -> tuple[Kind, str]:
-    """What somebody means by a model: its kind, and the folder or the name on the hub.
+    """Classifies the name of a model: its kind, and the folder or the name on the hub.
 
-    hf:DIRECTORY, orbax:DIRECTORY and hf:org/name say what they are. Else it is a folder, Hugging Face's if its
-    config.json names an architecture or stands beside safetensors files, or if it holds PEFT's adapters, which
-    `open_folder` refuses (our own workdirs have a config.json too); or the name of a published model
-    (`model.presets`). Whatever is left is taken for a workdir, org/name too: it says nothing yet of whether
-    that is there.
+    hf:DIRECTORY, orbax:DIRECTORY and hf:org/name state their kind. Any other folder is a Hugging Face folder if its
+    config.json names an architecture or it has safetensors files beside it, or if it holds PEFT adapters, which
+    `open_folder` refuses (our own workdirs have a config.json too). The name of a published model (`model.presets`)
+    is a repository on the hub. Everything else counts as a workdir, org/name too, whether it exists or not.
 
     Raises:
-      InterchangeError: hf: or orbax: of what is neither there nor a name.
+      InterchangeError: hf: or orbax: before something that is neither a folder nor a name.
     """
     text = os.fspath(source)
     scheme, colon, rest = text.partition(":")
@@ -125,29 +125,29 @@ def _is_hf(folder: str) -> bool:
     return isinstance(tree, dict) and not tree.keys().isdisjoint(("model_type", "architectures"))
 
 
-def open_source(kind: Kind, where: str, wanted: Wanted = Wanted()) -> Ready:
-    """Looks at a foreign model; reads headers only.
+def open_source(kind: Kind, path: str, wanted: Wanted = Wanted()) -> Ready:
+    """Checks a published model. Reads headers only.
 
     Args:
-      kind: "folder" (Hugging Face's), "hub" (org/name there), or "orbax" (Gemma's own checkpoint).
-      where: the folder or name.
-      wanted: how it is taken.
+      kind: "folder" (of Hugging Face), "hub" (org/name there), or "orbax" (a checkpoint of Gemma).
+      path: the folder, or the name on the hub.
+      wanted: options of the import.
 
     Raises:
-      InterchangeError: everything that is wrong with it.
-      TokenizerError: its tokenizer cannot serve.
+      InterchangeError: with every fault of the model.
+      TokenizerError: its tokenizer cannot be used.
     """
     if kind == "orbax":
-        return _open_orbax(where, wanted)
+        return _open_orbax(path, wanted)
     if kind == "hub":
-        return _open_folder(open_folder(hub.download(where), source=where), wanted)
-    return _open_folder(open_folder(where), wanted)
+        return _open_folder(open_folder(hub.download(path), source=path), wanted)
+    return _open_folder(open_folder(path), wanted)
 
 
 def write_workdir(
     ready: Ready, params: Any, workdir: str | os.PathLike[str], wanted: Wanted = Wanted()
 ) -> None:
-    """Writes config.json, env.json, origin/ and checkpoints/0: a workdir to decode from, or to start training."""
+    """Writes a workdir to decode or train from: config.json, env.json, origin/ and checkpoints/0."""
     data = DataConfig(
         tokenizer=ready.tokenizer_path,
         extend_tokenizer=wanted.extend_tokenizer,
@@ -162,7 +162,7 @@ def write_workdir(
 
 
 def int8(path: Path, array: np.ndarray) -> Any:
-    """A parameter quantised (`forms.quantize_leaf`); large ones by parts, whose columns are independent."""
+    """Quantises a parameter (`forms.quantize_leaf`), a large one in parts of independent columns."""
     over = contracted(path[-1])
     if over is None:
         return array
@@ -170,7 +170,7 @@ def int8(path: Path, array: np.ndarray) -> Any:
     axis, columns = kept[0], tuple(array.shape[axis] for axis in kept)
     quantized = Int8(aligned(array.shape, np.dtype(np.int8)), aligned(columns, np.dtype(np.float32)))
     done = 0
-    for part in np.array_split(array, min(array.shape[axis], -(-array.nbytes // CHUNK)), axis):
+    for part in np.array_split(array, min(array.shape[axis], ceil_div(array.nbytes, CHUNK)), axis):
         piece, some = quantize_leaf(path[-1], part), slice(done, done + part.shape[axis])
         quantized.values[(slice(None),) * axis + (some,)] = piece.values
         quantized.scale[some] = piece.scale
@@ -181,7 +181,7 @@ def int8(path: Path, array: np.ndarray) -> Any:
 def _open_folder(folder: Folder, wanted: Wanted) -> Ready:
     if wanted.preset is not None:
         raise InterchangeError(
-            f"preset={wanted.preset} is for Orbax checkpoints; {folder.source} says by its config.json what it is."
+            f"preset={wanted.preset} is for Orbax checkpoints; the config.json of {folder.source} has its sizes."
         )
     rows = folder.config.vocab_size
     path = os.fspath(wanted.tokenizer or folder.path)
@@ -195,20 +195,20 @@ def _open_folder(folder: Folder, wanted: Wanted) -> Ready:
     return Ready(folder.source, config, tokenizer, path, origin_of(folder), folder.path, new, read)
 
 
-def _open_orbax(where: str, wanted: Wanted) -> Ready:
+def _open_orbax(path: str, wanted: Wanted) -> Ready:
     if wanted.extend_tokenizer:
         raise InterchangeError(
-            f"extend_tokenizer is for Hugging Face folders; {where} is a checkpoint of Gemma, where ids are free."
+            f"extend_tokenizer is for Hugging Face folders; {path} is a checkpoint of Gemma, which has free ids."
         )
-    checkpoint = gemma.open_gemma(where, wanted.preset)
+    checkpoint = gemma.open_gemma(path, wanted.preset)
     if wanted.tokenizer is None:
         raise InterchangeError(
-            f"{checkpoint.path} holds no tokenizer. Add --tokenizer=FILE, Gemma's tokenizer.model, which is "
-            "published beside it."
+            f"{checkpoint.path} holds no tokenizer. Add --tokenizer=FILE with Gemma's tokenizer.model, which is "
+            "published beside the checkpoint."
         )
-    rows, path = checkpoint.config.vocab_size, os.fspath(wanted.tokenizer)
-    tokenizer = load_tokenizer(path, chat=wanted.chat, vocab_size=rows)
-    _new_rows(tokenizer, rows, path, False)
+    rows, tokenizer_path = checkpoint.config.vocab_size, os.fspath(wanted.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_path, chat=wanted.chat, vocab_size=rows)
+    _new_rows(tokenizer, rows, tokenizer_path, False)
     config = dataclasses.replace(
         checkpoint.config,
         dtype=wanted.dtype or checkpoint.config.dtype,
@@ -217,17 +217,17 @@ def _open_orbax(where: str, wanted: Wanted) -> Ready:
     def read(mesh: Mesh | None) -> Any:
         return gemma.read_gemma(checkpoint, config, mesh=mesh, transform=int8 if wanted.int8 else None)
 
-    return Ready(checkpoint.path, config, tokenizer, path, None, None, 0, read)
+    return Ready(checkpoint.path, config, tokenizer, tokenizer_path, None, None, 0, read)
 
 
 def _new_rows(tokenizer: Tokenizer, rows: int, path: str, may_grow: bool) -> int:
-    """How many rows the embedding lacks. Raises TokenizerError if it may not grow."""
+    """Number of rows that the embedding lacks. Raises TokenizerError if it may not grow."""
     vocabulary = tokenizer.vocabulary
     missing = max(0, len(vocabulary) - rows)
     if missing and not may_grow:
         needs = " (those of tags)" if max(vocabulary.tag_ids.values()) >= rows else ""
         raise TokenizerError(
             f"{path}: the tokenizer has {len(vocabulary)} ids, the model's embedding {rows} rows: {missing} ids"
-            f"{needs} have none. Add --extend_tokenizer, which gives them new rows, or the model's own --tokenizer."
+            f"{needs} have none. Add --extend_tokenizer, which adds rows, or use the model's own --tokenizer."
         )
     return missing

@@ -1,4 +1,4 @@
-"""Does it fit? Arithmetic before anything is read: what a model needs on each device, and what is free there."""
+"""Checks, before anything is read, that a model fits: bytes needed and bytes free on each device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ GIB = 2**30
 
 
 def check_fits(shapes: Mapping[Any, Any], *, staging: int, what: str, host_free: int | None = None) -> None:
-    """Refuses a model that the devices, or the host on its way there, have no room for.
+    """Refuses a model for which the devices, or the host while it reads, have too little memory.
 
     Args:
       shapes: of the parameters, with their shardings and dtypes.
-      staging: bytes that the host needs besides while it reads.
-      what: the model, in the message.
-      host_free: bytes; by default what `host_memory` finds.
+      staging: additional bytes that the host needs while it reads.
+      what: the model's name in messages.
+      host_free: bytes free on the host; by default `host_memory()`.
 
     Raises:
       InterchangeError: with the arithmetic, and what to try.
@@ -40,7 +40,7 @@ def check_fits(shapes: Mapping[Any, Any], *, staging: int, what: str, host_free:
 
 
 def bytes_by_device(leaves: Any) -> dict[Any, int]:
-    """Bytes on each of this process's devices."""
+    """Bytes of these arrays on each of this process's devices."""
     need: dict[Any, int] = {}
     for leaf in leaves:
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -50,13 +50,13 @@ def bytes_by_device(leaves: Any) -> dict[Any, int]:
 
 
 def host_memory(root: str = "/") -> int | None:
-    """Bytes that this process may still take: of the machine, and of the control groups it is in.
+    """Bytes that this process may still allocate: the least of the machine's and its control groups'.
 
     Args:
-      root: where /proc and /sys are; another one in tests.
+      root: the folder that has /proc and /sys; another one in tests.
 
     Returns:
-      None where nothing tells (not Linux).
+      None if it is unknown (not Linux).
     """
     limits = [_available(root), *_group_limits(root)]
     known = [limit for limit in limits if limit is not None]
@@ -64,22 +64,22 @@ def host_memory(root: str = "/") -> int | None:
 
 
 def gib(size: float) -> str:
-    """As GiB, with the digits that matter: "4.7", "0.03"."""
+    """Bytes as GiB, with two significant digits below 1: "4.7", "0.03"."""
     return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
 
 
-def _refusal(what: str, leaves: list[Any], need: int, free: int, where: str) -> str:
+def _refusal(what: str, leaves: list[Any], need: int, free: int, place: str) -> str:
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     dtypes = sorted({leaf.dtype for leaf in leaves}, key=lambda dtype: -dtype.itemsize)
-    each = " or ".join(f"{dtype.itemsize} ({dtype.name})" for dtype in dtypes)
+    sizes = " or ".join(f"{dtype.itemsize} ({dtype.name})" for dtype in dtypes)
     devices = {device for leaf in leaves for device in leaf.sharding.device_set}
     ways = ["more devices (a mesh with fsdp)", 'int8 weights to decode (quantize="int8")', "a smaller model"]
     if dtypes and dtypes[0].itemsize > 2:
         ways.insert(0, "dtype bfloat16")
     return (
-        f"{what} does not fit: {count:,} parameters x {each} bytes = {gib(total)} GiB over {len(devices)} "
-        f"device{'s' * (len(devices) > 1)}; {gib(need)} GiB are needed {where}, what reading takes included, and "
+        f"{what} does not fit: {count:,} parameters x {sizes} bytes = {gib(total)} GiB over {len(devices)} "
+        f"device{'s' * (len(devices) > 1)}; {gib(need)} GiB are needed {place}, with what reading takes, and "
         f"{gib(free)} GiB are free. Nothing was read. Try {', '.join(ways[:-1])}, or {ways[-1]}."
     )
 
@@ -95,11 +95,11 @@ _GROUPS = {
     "": ("sys/fs/cgroup", "memory.max", "memory.current"),
     "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
-"""Controller, as /proc/self/cgroup names it, to where it says limit and use: versions 2 and 1."""
+"""Controller, as /proc/self/cgroup names it: its folder, and its files with limit and use. Versions 2 and 1."""
 
 
 def _group_limits(root: str) -> list[int]:
-    """What is left in each control group that this process is in, and in those around it."""
+    """Bytes left in each control group of this process and in their parents."""
     left = []
     for line in (_read(os.path.join(root, "proc/self/cgroup")) or "").splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
@@ -111,13 +111,13 @@ def _group_limits(root: str) -> list[int]:
         for depth in range(len(parts), -1, -1):
             folder = os.path.join(root, base, *parts[:depth])
             limit, used = (_number(os.path.join(folder, name)) for name in names)
-            if limit is not None and used is not None and limit < 2**60:  # version 1 has a huge one for none
+            if limit is not None and used is not None and limit < 2**60:  # a huge one is none
                 left.append(max(0, limit - used + _reclaimable(folder)))
     return left
 
 
 def _reclaimable(folder: str) -> int:
-    """Bytes of files kept in memory, counted as used and given back when they are wanted."""
+    """Bytes of cached files, which count as used and are given back on demand."""
     stat = dict(
         line.split(" ", 1) for line in (_read(f"{folder}/memory.stat") or "").splitlines() if " " in line
     )

@@ -1,10 +1,10 @@
-"""Where an imported model came from: kept beside its checkpoints, so that it can go back as it was.
+"""The origin of an imported model, kept beside its checkpoints so that an export restores its files exactly.
 
-    WORKDIR/origin/origin.json        what it was known as, and how its tensors lay
+    WORKDIR/origin/origin.json        its name, and the names of its files
                    config.json, ...   the folder's own files, byte for byte
-                   headers/*.header   of its safetensors files, byte for byte
+                   headers/*.header   headers of its safetensors files, byte for byte
 
-Training that starts from such a workdir takes `origin/` along (`carry`).
+Training that starts from such a workdir copies `origin/` (`carry`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import dataclasses
 import fnmatch
 import json
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from pasta_jax.checkpoints.about import CheckpointError, absolute, find
-from pasta_jax.files import write_json
+from pasta_jax.files import replacing, write_json
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import Folder
 from pasta_jax.interchange.tensors import INDEX, TensorFile, parse_header
@@ -42,22 +43,22 @@ KEPT = (
     "NOTICE*",
     "Notice*",
 )
-"""Files that go with a model's weights: what they are, how to write to it, and under which terms."""
+"""Files that are kept: configuration, tokenizer, chat template, index and licence."""
 
 LARGEST = 200 * 2**20
-"""Bytes of a file that is kept."""
+"""Bytes; larger files are refused."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What an imported model was.
+    """The origin of an imported model.
 
     Attributes:
-      source: as what it is known: "google/gemma-2b-it", or a path.
+      source: its name, such as "google/gemma-2b-it", or a path.
       prefix: of its tensors' names.
-      ignored: tensors that were there and not read.
-      files: by their names in the folder.
-      headers: of the safetensors files, by their names.
+      ignored: names of tensors that were not read.
+      files: content of its files, by name.
+      headers: of the safetensors files, by name.
     """
 
     source: str
@@ -68,28 +69,25 @@ class Origin:
 
     @property
     def is_text(self) -> bool:
-        """Whether it was a text model alone, so that what is written has all of its tensors again.
+        """Whether it had a text model alone, so that an export has all of its tensors.
 
-        Rotary frequencies, which old versions of transformers stored, follow from the configuration.
+        Rotary frequencies, which old versions of transformers stored, do not count: the configuration gives them.
         """
         return all(name.endswith(".rotary_emb.inv_freq") for name in self.ignored)
 
     def shards(self) -> tuple[TensorFile, ...]:
-        """What its safetensors files held."""
+        """The parsed headers of its safetensors files."""
         return tuple(parse_header(name, header) for name, header in sorted(self.headers.items()))
 
     def tree(self, name: str) -> dict[str, Any] | None:
-        """One of its JSON files, parsed; None if it has none."""
+        """A JSON file, parsed; None if there is no such file."""
         return json.loads(self.files[name]) if name in self.files else None
 
 
 def origin_of(folder: Folder) -> Origin:
-    """What is kept of a folder. Raises InterchangeError on a file that cannot be read."""
-    names = []
-    for parent, _, found in os.walk(folder.path):
-        below = os.path.relpath(parent, folder.path)
-        names += [found_name if below == "." else f"{below}/{found_name}" for found_name in found]
-    files = {}
+    """Reads the files of a folder that are kept. Raises InterchangeError if one cannot be read."""
+    root, files = pathlib.Path(folder.path), {}
+    names = [path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()]
     for name in sorted(names):
         if not any(_matches(name, pattern) for pattern in KEPT):
             continue
@@ -97,7 +95,7 @@ def origin_of(folder: Folder) -> Origin:
         try:
             if os.path.getsize(path) > LARGEST:
                 raise InterchangeError(
-                    f"{path} has {os.path.getsize(path)} bytes; no such file is that large."
+                    f"{path} has {os.path.getsize(path)} bytes, more than such a file should have."
                 )
             with open(path, "rb") as file:
                 files[name] = file.read()
@@ -108,14 +106,16 @@ def origin_of(folder: Folder) -> Origin:
 
 
 def write_origin(origin: Origin, workdir: str | os.PathLike[str]) -> None:
-    """Keeps it in a workdir."""
+    """Writes WORKDIR/origin."""
     root = absolute(workdir) / ORIGIN
     (root / "headers").mkdir(parents=True, exist_ok=True)
     for name, content in origin.files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
+        with replacing(root / name, "wb") as file:
+            file.write(content)
     for name, header in origin.headers.items():
-        (root / "headers" / f"{name}.header").write_bytes(header)
+        with replacing(root / "headers" / f"{name}.header", "wb") as file:
+            file.write(header)
     about = {
         "format": FORMAT,
         "source": origin.source,
@@ -128,10 +128,10 @@ def write_origin(origin: Origin, workdir: str | os.PathLike[str]) -> None:
 
 
 def read_origin(path: str | os.PathLike[str]) -> Origin | None:
-    """Of the model in a workdir, or in a checkpoint of one; None if it was not imported.
+    """The origin of the model in a workdir or checkpoint; None if that was not imported.
 
     Raises:
-      InterchangeError: files are missing from it.
+      InterchangeError: it is damaged.
       CheckpointError: there is no checkpoint.
     """
     root = _workdir(path) / ORIGIN
@@ -141,7 +141,7 @@ def read_origin(path: str | os.PathLike[str]) -> Origin | None:
         about = json.loads((root / ABOUT).read_text())
         if about["format"] != FORMAT:
             raise InterchangeError(
-                f"{root / ABOUT} has format {about['format']}, this pasta_jax knows {FORMAT}."
+                f"{root / ABOUT} has format {about['format']}; this version of pasta_jax reads format {FORMAT}."
             )
         return Origin(
             source=str(about["source"]),
@@ -154,15 +154,15 @@ def read_origin(path: str | os.PathLike[str]) -> Origin | None:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InterchangeError(
-            f"{root} is damaged ({type(error).__name__}: {error}). Import the model again; or delete that folder, "
-            "and an export is written anew instead of as it was."
+            f"{root} is damaged ({type(error).__name__}: {error}). Import the model again; or delete that folder: "
+            "exports then have files of their own instead of the original ones."
         ) from error
 
 
 def carry(init_from: str | os.PathLike[str], workdir: str | os.PathLike[str]) -> None:
-    """Takes the origin of a model along into the workdir of what is trained from it, if it has one.
+    """Copies the origin of a model, if it has one, to the workdir of a run that starts from it.
 
-    What a failed start from another model left there goes.
+    Deletes what a failed start from another model left there.
 
     Raises:
       CheckpointError: it is damaged.
@@ -179,9 +179,9 @@ def carry(init_from: str | os.PathLike[str], workdir: str | os.PathLike[str]) ->
 
 
 def _workdir(path: str | os.PathLike[str]) -> epath.Path:
-    """Of the checkpoint that `path` means."""
-    found = find(path)
-    return found.parent.parent if found.parent.name == "checkpoints" else found.parent
+    """The workdir of a checkpoint."""
+    checkpoint = find(path)
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 
 def _matches(name: str, pattern: str) -> bool:

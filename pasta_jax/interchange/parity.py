@@ -1,4 +1,4 @@
-"""Does the model compute the same as transformers' on the same folder? Measured where that is installed."""
+"""Compares logits with those of transformers on the same folder, if transformers is installed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pasta_jax.model import ModelConfig, Transformer, forward, logits, param_cou
 from pasta_jax.model.forms import is_plain
 
 ROWS, PROMPT, GREEDY = 2, 24, 8
-"""Rows of random tokens, their length, and how many more are decoded greedily."""
+"""Rows of random tokens, their length, and the number of tokens then decoded greedily."""
 
 
 def parity_line(params: Any, config: ModelConfig, folder: str | os.PathLike[str]) -> str:
-    """One line for a reader: the largest difference of logits, in float32, or why it was not measured.
+    """One line of text: the largest difference of logits, in float32, or why it was not measured.
 
     Args:
       params: ours.
@@ -38,12 +38,12 @@ def parity_line(params: Any, config: ModelConfig, folder: str | os.PathLike[str]
     need = count * 4 * (1 if config.dtype == "float32" else 2)
     if free is not None and need * 1.2 > free:
         return (
-            f"Parity not measured: {count:,} parameters once more, in float32, need {gib(need * 1.2)} GiB; "
+            f"Parity not measured: a second copy of {count:,} parameters, in float32, needs {gib(need * 1.2)} GiB; "
             f"{gib(free)} GiB are free."
         )
     try:
         return _measured(params, config, os.fspath(folder))
-    except Exception as error:  # whatever the other side stumbles over: ours is converted all the same
+    except Exception as error:  # of any kind, from transformers; the conversion itself succeeded
         reason = (str(error).strip() or "no message").splitlines()[0][:200]
         return f"Parity not measured: {type(error).__name__}: {reason}"
 
@@ -55,19 +55,19 @@ def _measured(params: Any, config: ModelConfig, folder: str) -> str:
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     model = model.to("cpu").eval()
-    theirs_V = int(model.get_output_embeddings().weight.shape[0])
-    V = min(theirs_V, config.vocab_size)
+    hf_V = int(model.get_output_embeddings().weight.shape[0])
+    V = min(hf_V, config.vocab_size)
     tokens = torch.tensor(np.random.default_rng(0).integers(0, V, (ROWS, PROMPT)))
     with torch.no_grad():
         for _ in range(GREEDY):
             last = model(tokens, use_cache=False).logits[:, -1, :V]
             tokens = torch.cat([tokens, last.argmax(-1, keepdim=True)], dim=1)
-        theirs_BxLxV = model(tokens, use_cache=False).logits[..., :V].float().numpy()
+        hf_BxLxV = model(tokens, use_cache=False).logits[..., :V].float().numpy()
     del model
     ours_BxLxV = _logits(params, config, tokens.numpy())[..., :V]
-    difference = float(np.abs(ours_BxLxV - theirs_BxLxV).max())
+    difference = float(np.abs(ours_BxLxV - hf_BxLxV).max())
     greedy = np.s_[:, PROMPT - 1 : PROMPT - 1 + GREEDY]
-    agree = int((ours_BxLxV[greedy].argmax(-1) == theirs_BxLxV[greedy].argmax(-1)).sum())
+    agree = int((ours_BxLxV[greedy].argmax(-1) == hf_BxLxV[greedy].argmax(-1)).sum())
     return (
         f"Parity with transformers {transformers.__version__}: largest logit difference {difference:.1e} over "
         f"{tokens.numel()} positions; {agree} of {ROWS * GREEDY} greedy tokens agree."
@@ -75,7 +75,7 @@ def _measured(params: Any, config: ModelConfig, folder: str) -> str:
 
 
 def _logits(params: Any, config: ModelConfig, tokens_BxL: np.ndarray) -> np.ndarray:
-    """Float32 [B, L, V], of our model in float32."""
+    """Logits of our model, computed in float32: [B, L, V]."""
     B, L = tokens_BxL.shape
     model = Transformer(dataclasses.replace(config, dtype="float32"))
     positions_BxL = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))

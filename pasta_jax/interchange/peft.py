@@ -1,17 +1,16 @@
-"""Adapters in PEFT's layout: `adapter_config.json`, and `adapter_model.safetensors` under its names.
+"""Writes adapters in PEFT's layout: `adapter_config.json`, and `adapter_model.safetensors` with PEFT's names.
 
-    ours                                 theirs
+    pasta_jax                            PEFT
     layer_0/attn/q_proj_lora_a [D, R]    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [R, D]
     layer_0/attn/q_proj_lora_b [R, N, H] base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight [N H, R]
     embed/embedding_rows [n, D]          base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta
 
-Which module a matrix is follows from the table in `model.weights`. Names: peft, `LoraConfig` with
-`trainable_token_indices` (0.15 and later).
+The table in `model.weights` gives the module of each matrix. The layout is that of peft 0.15 and later, with
+`trainable_token_indices` in `LoraConfig`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,9 +20,10 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from pasta_jax.config import Config
+from pasta_jax.files import json_bytes
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import Origin
-from pasta_jax.interchange.writing import check_destination, unfinished
+from pasta_jax.interchange.writing import check_destination, unfinished, write_files
 from pasta_jax.model import Lora, ModelConfig
 from pasta_jax.model.families import config_from_hf
 from pasta_jax.model.weights import MULTIMODAL_PREFIXES, hf_tensors
@@ -48,26 +48,26 @@ def write_adapters(
     """Writes a folder that `peft.PeftModel.from_pretrained` loads beside the published base.
 
     Args:
-      destination: a folder that is not there, or is empty.
-      adapters: of a checkpoint (`checkpoints.load_adapters`).
-      config: what they were trained with.
-      tokenizer: theirs.
+      destination: a folder that does not exist or is empty.
+      adapters: from a checkpoint (`load_adapters`).
+      config: that they were trained with.
+      tokenizer: of the trained model.
       origin: of the base.
-      base_step: updates that the base had had here.
+      base_step: number of training steps that the base has had here.
 
     Raises:
-      InterchangeError: the base is no published model as it was published, or something stands there.
+      InterchangeError: the base is not exactly a published model, or the destination is not empty.
     """
     check_destination(destination)
     advice = "Add --merge_lora, which writes a whole model."
     if origin is None:
         raise InterchangeError(
-            f"PEFT's adapters name a published base; these stand beside weights without one. {advice}"
+            f"PEFT's adapters name a published base; the base of these was not imported. {advice}"
         )
     if base_step:
         raise InterchangeError(
-            f"The weights beside these adapters had {base_step} steps of training here, so {origin.source} "
-            f"is not their base. {advice}"
+            f"The base of these adapters was itself trained for {base_step} steps, so {origin.source} is not "
+            f"their base. {advice}"
         )
     published = config_from_hf(origin.tree("config.json") or {}, "config.json")
     if published.vocab_size != config.model.vocab_size:
@@ -76,7 +76,7 @@ def write_adapters(
             f"its tokenizer was extended. {advice}"
         )
     prefix = origin.prefix
-    if prefix in MULTIMODAL_PREFIXES:  # the classes of transformers have one name for both
+    if prefix in MULTIMODAL_PREFIXES:  # transformers has one name for both
         prefix = "model.language_model."
     files = {
         name: content
@@ -84,45 +84,41 @@ def write_adapters(
         if name.startswith(_TOKENIZER_FILES) and "/" not in name
     }
     files[TAGS_FILE] = tags_json(tokenizer.vocabulary)
-    files[CONFIG] = (
-        json.dumps(peft_config(config.model, config.lora, origin.source, prefix), indent=2) + "\n"
-    ).encode()
+    files[CONFIG] = json_bytes(peft_config(config.model, config.lora, origin.source, prefix))
     tensors = peft_tensors(adapters, config.model, config.lora, prefix)
     with unfinished(destination) as folder:
-        for name, content in files.items():
-            with open(os.path.join(folder, name), "wb") as file:
-                file.write(content)
+        write_files(folder, files)
         safetensors.numpy.save_file(tensors, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
 
 
 def peft_tensors(
     adapters: Mapping[str, Any], config: ModelConfig, lora: Lora, prefix: str = "model."
 ) -> dict[str, np.ndarray]:
-    """The adapters by PEFT's names, float32."""
+    """The adapters under PEFT's names, in float32."""
     tensors: dict[str, np.ndarray] = {}
     flat = flatten_dict(adapters)
 
-    def found(*path: str) -> np.ndarray:
+    def leaf(*path: str) -> np.ndarray:
         return np.asarray(flat[path]).astype(np.float32)
 
     for tensor in hf_tensors(config, prefix):
         *folder, name = tensor.path
         module = f"base_model.model.{tensor.name.removesuffix('.weight')}"
         if name in lora.targets:
-            a, b = found(*folder, f"{name}_lora_a"), found(*folder, f"{name}_lora_b")
+            a, b = leaf(*folder, f"{name}_lora_a"), leaf(*folder, f"{name}_lora_b")
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, lora.rank).T)
             tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.reshape(lora.rank, -1).T)
         elif name in ("embedding", "head") and lora.rows:
-            rows = found(*folder, f"{name}_rows")
+            rows = leaf(*folder, f"{name}_rows")
             rows = rows if name == "embedding" else rows.T
             tensors[f"{module}.token_adapter.trainable_tokens_delta"] = np.ascontiguousarray(rows)
     return tensors
 
 
 def peft_config(config: ModelConfig, lora: Lora, base: str, prefix: str = "model.") -> dict[str, Any]:
-    """adapter_config.json: beside which model, and what peft must put in its place."""
+    """The content of adapter_config.json: the base, and the modules that have adapters."""
     targets: str | list[str] = list(lora.targets)
-    if prefix != "model.":  # a vision model beside it has matrices of the same names
+    if prefix != "model.":  # the vision model has matrices of the same names
         targets = rf"{prefix.replace('.', chr(92) + '.')}.*\.({'|'.join(lora.targets)})"
     rows: Any = list(lora.rows) or None
     if rows and not config.tie_embeddings:

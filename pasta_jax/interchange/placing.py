@@ -1,7 +1,7 @@
-"""Parameters onto a mesh, one after the other, so that no model is held twice.
+"""Reads parameters and places them on a mesh one by one, so that the host never holds a model twice.
 
-Where they come from does not matter here: a `Reader` makes one of our parameters as a NumPy array on the host.
-The largest go first, while there is most room for what reading takes besides.
+A `Reader` makes one parameter as a NumPy array on the host, from whatever format. The largest parameters are read
+first, while most memory is free for reading.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pasta_jax.model.forms import quantize
 Path = tuple[str, ...]
 
 Reader = Callable[[], np.ndarray]
-"""Reads one of our parameters, in the dtype that it shall have."""
+"""Reads one of our parameters, in its final dtype."""
 
 Transform = Callable[[Path, np.ndarray], Any]
-"""Changes a parameter on its way: from its path and array to the leaf that takes its place."""
+"""Replaces a parameter, given its path and array, by the leaf of the model."""
 
 
 def place_params(
@@ -41,16 +41,16 @@ def place_params(
     transform: Transform | None = None,
     check: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Reads all parameters of a model and lays them where they belong.
+    """Reads all parameters of a model onto its devices.
 
     Args:
       readers: of plain parameters, by path.
-      config: of the model that comes out.
-      what: the model, for errors.
-      piece: bytes that a reader takes besides its result.
-      mesh: of `sharding.make_mesh`; by default the first device alone.
+      config: of the model.
+      what: the model's name in messages.
+      piece: bytes that a reader allocates in addition to its result.
+      mesh: from `sharding.make_mesh`; by default everything is placed on the first device.
       transform: applied to each parameter, on the host, to quantise it.
-      check: what has to be read to be found wrong; called first, when it is known that the model fits.
+      check: a check that has to read tensors; called first, once it is known that the model fits.
 
     Raises:
       InterchangeError: it does not fit, with the arithmetic, before anything is read.
@@ -58,7 +58,7 @@ def place_params(
     places = target_shapes(config, mesh, quantized=transform is not None)
     sizes = {path: max(leaf.size for leaf in jax.tree.leaves(places[path])) for path in readers}
     devices = {device for leaf in jax.tree.leaves(places) for device in leaf.sharding.addressable_devices}
-    # On a CPU the array that was read becomes the parameter, unless it is cut or changed on the way.
+    # On a CPU the array that was read becomes the parameter itself, unless it is split or transformed.
     is_taken = transform is None and len(devices) == 1 and all(d.platform == "cpu" for d in devices)
     largest = max(sizes.values()) * np.dtype(config.dtype).itemsize
     check_fits(places, staging=piece + (0 if is_taken else largest), what=what)
@@ -99,7 +99,7 @@ def target_shapes(
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array at an address at which a CPU device takes it as it is, without a copy."""
+    """An uninitialised array, aligned so that a CPU device can use its memory without a copy."""
     size, step = math.prod(shape) * dtype.itemsize, 64
     memory = np.empty(size + step, np.uint8)
     skip = -memory.ctypes.data % step

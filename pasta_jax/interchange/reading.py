@@ -1,8 +1,8 @@
-"""A Hugging Face folder to parameters on a mesh, tensor by tensor.
+"""Reads the parameters of a Hugging Face folder onto a mesh, tensor by tensor.
 
-`open_folder` reads configuration and headers and finds every fault; `read_params` then reads each tensor, the
-largest first, in pieces, straight into the layout and dtype that the device wants. So the host never holds more
-than the parameter on its way, and a CPU, whose device memory is the host's, never holds the model twice.
+`open_folder` reads configuration and headers and reports every fault. `read_params` then reads each tensor, the
+largest first, in pieces, straight into the layout and dtype of the device. So the host never holds more than one
+parameter, and a CPU, whose device memory is the host's, never holds the model twice.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from pasta_jax.model.families import FamilyError, config_from_hf
 from pasta_jax.model.weights import HfTensor, find_prefix, hf_tensors, tied_head
 
 ADAPTERS = "adapter_config.json"
-"""Of a folder of PEFT's."""
+"""The configuration in a folder of PEFT adapters."""
 
 NOISE = 0.01
-"""Of new vocabulary rows, in standard deviations of the old: enough to tell them apart, too little to matter."""
+"""Noise of new vocabulary rows, in standard deviations of the old ones: enough to make the rows differ."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A Hugging Face folder whose model we know how to read; its tensors are where and what they should be.
+    """A Hugging Face folder that passed all checks.
 
     Attributes:
-      path: of the folder.
-      source: as what it is known: "google/gemma-2b-it", or its absolute path.
-      config: of the model, its dtype that of the tensors.
+      path: absolute path of the folder.
+      source: its name, such as "google/gemma-2b-it", or its absolute path.
+      config: of the model, with the dtype of the tensors.
       files: headers of its safetensors files.
       prefix: of the tensors' names.
-      stored: where each of the model's tensors is, by name.
-      ignored: names of tensors of no text model.
+      stored: file and offset of each of the model's tensors, by name.
+      ignored: names of tensors that belong to no text model.
     """
 
     path: str
@@ -57,29 +57,29 @@ class Folder:
 
 
 def open_folder(path: str | os.PathLike[str], source: str = "") -> Folder:
-    """Finds every fault of a folder; reads nothing but its configuration and headers.
+    """Opens a folder and reports every fault. Reads its configuration and headers only.
 
     Args:
-      path: with config.json and safetensors.
-      source: as what it is known, by default its absolute path.
+      path: a folder with config.json and safetensors files.
+      source: the model's name; by default the absolute path.
 
     Raises:
-      InterchangeError: naming file and tensor, or the architecture that we do not have.
+      InterchangeError: with file and tensor of each fault, or the architecture that is not supported.
     """
     path = os.path.abspath(os.path.expanduser(path))
     file = os.path.join(path, "config.json")
     is_whole = any(os.path.exists(os.path.join(path, name)) for name in (tensors.SINGLE, tensors.INDEX))
     if os.path.exists(os.path.join(path, ADAPTERS)) and not is_whole:
         raise InterchangeError(
-            f"{path} holds PEFT's adapters ({ADAPTERS}), which are not read, and no whole model. Merge them where "
-            "peft is installed: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)."
+            f"{path} holds PEFT's adapters ({ADAPTERS}), which cannot be imported, and no whole model. Merge them "
+            "where peft is installed: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)."
         )
     try:
         with open(file, encoding="utf-8") as opened:
             tree = json.load(opened)
     except OSError as error:
         raise InterchangeError(
-            f"{path} is no Hugging Face folder: cannot read its config.json ({error.strerror})."
+            f"{path} is not a Hugging Face folder: cannot read its config.json ({error.strerror})."
         ) from error
     except ValueError as error:
         raise InterchangeError(f"{file} is not JSON: {error}") from error
@@ -89,8 +89,8 @@ def open_folder(path: str | os.PathLike[str], source: str = "") -> Folder:
         raise InterchangeError(str(error)) from error
     files = tensors.read_files(path)
     prefix = find_prefix(tensor.name for stored in files for tensor in stored.tensors)
-    again = [tied_head(config, prefix)] if config.tie_embeddings else []
-    stored, ignored = tensors.match(files, hf_tensors(config, prefix), again)
+    optional = [tied_head(config, prefix)] if config.tie_embeddings else []
+    stored, ignored = tensors.match(files, hf_tensors(config, prefix), optional)
     config = dataclasses.replace(config, dtype=_widest(stored))
     return Folder(path, source or path, config, files, prefix, stored, ignored)
 
@@ -120,7 +120,7 @@ def read_params(
     transform: Transform | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The parameters of a folder, on the mesh.
+    """Reads the parameters of a folder onto a mesh.
 
     Args:
       folder: from `open_folder`.
@@ -130,8 +130,8 @@ def read_params(
       seed: of the noise.
 
     Raises:
-      InterchangeError: it does not fit, with the arithmetic, before anything is read; or the head that the folder
-        has besides differs from the embedding to which it is tied.
+      InterchangeError: it does not fit, with the arithmetic, before anything is read; or the folder also stores the
+        head of a tied embedding, and the two differ.
     """
     readers = {
         tensor.path: functools.partial(
@@ -146,13 +146,13 @@ def read_params(
 
 
 def read_tensor(tensor: HfTensor, stored: Stored, dtype: np.dtype, seed: int = 0) -> np.ndarray:
-    """One of our parameters, [tensor.ours]; rows beyond those stored are new ones."""
+    """Reads one parameter, of shape `tensor.ours`. Rows beyond the stored ones are new."""
     out = aligned(tensor.ours, dtype)
-    theirs = tensor.to_hf(out)  # a view: what is written there is in `out`
+    hf = tensor.to_hf(out)  # a view of `out`
     total, squares = np.zeros(stored.shape[1:], np.float64), 0.0
     is_grown = tensor.shape[0] > stored.shape[0]
     for start, piece in tensors.rows(stored):
-        _copy(piece, theirs[start : start + len(piece)])
+        _copy(piece, hf[start : start + len(piece)])
         if is_grown:
             wide = piece.astype(np.float32)
             total += wide.sum(0, dtype=np.float64)
@@ -163,37 +163,37 @@ def read_tensor(tensor: HfTensor, stored: Stored, dtype: np.dtype, seed: int = 0
         noise = np.random.default_rng(seed).normal(size=(tensor.shape[0] - stored.shape[0], *mean.shape))
         new = mean + NOISE * deviation * noise
         # Rounded as the old ones are, so that an export in the folder's dtype loses nothing.
-        theirs[stored.shape[0] :] = new.astype(stored.numpy_dtype).astype(dtype)
+        hf[stored.shape[0] :] = new.astype(stored.numpy_dtype).astype(dtype)
     return out
 
 
 def _check_tied(folder: Folder) -> None:
-    """That a head beside a tied embedding is the embedding again."""
+    """Checks that the stored head of a tied embedding equals the embedding."""
     if not folder.config.tie_embeddings:
         return
     head = folder.stored.get(tied_head(folder.config, folder.prefix).name)
     embedding = folder.stored[hf_tensors(folder.config, folder.prefix)[0].name]
     if head is not None and not tensors.equal(head, embedding):
-        told = os.path.join(folder.path, "config.json")
+        file = os.path.join(folder.path, "config.json")
         raise InterchangeError(
-            f"{head.file}: {head.name} differs from {embedding.name}, and {told} says that they are tied. Which is "
-            'meant? If the head is its own, set "tie_word_embeddings": false there.'
+            f"{head.file}: {head.name} differs from {embedding.name}, and {file} says that they are tied. If the "
+            'head has weights of its own, set "tie_word_embeddings": false there.'
         )
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
-    """Casts; by tiles where one of the two is transposed, since NumPy then jumps through memory."""
+    """Copies and casts, by tiles if one of the two is transposed: NumPy would jump through memory."""
     if target.flags.c_contiguous or target.ndim != 2:
         target[...] = source
         return
     tile = 256
     for row in range(0, source.shape[0], tile):
         for column in range(0, source.shape[1], tile):
-            here = np.s_[row : row + tile, column : column + tile]
-            target[here] = source[here]
+            index = np.s_[row : row + tile, column : column + tile]
+            target[index] = source[index]
 
 
 def _widest(stored: Mapping[str, Stored]) -> str:
-    """The dtype that holds all of a model's tensors: the matrices', which here and there differ from norms'."""
-    found = {tensor.numpy_dtype.name for tensor in stored.values()}
-    return found.pop() if len(found) == 1 else "float32"
+    """A dtype that holds every tensor of a model: norms may have another one than matrices."""
+    names = {tensor.numpy_dtype.name for tensor in stored.values()}
+    return names.pop() if len(names) == 1 else "float32"

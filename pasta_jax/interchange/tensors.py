@@ -1,10 +1,11 @@
-"""Safetensors files, read strictly: what is in them is known, and found sound, before a tensor is touched.
+"""Reads safetensors files, and checks a whole header before it reads a tensor.
 
     8 bytes    length of the header, little-endian
     header     JSON: name -> dtype, shape, [start, end) in the data; "__metadata__" -> strings
     data       the tensors, without holes (https://github.com/huggingface/safetensors#format)
 
-Headers are kept as they stood, byte for byte, so that a file can be written again as it was.
+The library's own reader does not serve here: an export needs the bytes of the header and the order of the data, a
+fault has to name its tensor, and nothing of a file may stay mapped.
 """
 
 from __future__ import annotations
@@ -27,42 +28,28 @@ DTYPES: Mapping[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-"""What a model's tensors may be."""
+"""The dtypes that a model's tensors may have."""
 
 SIZES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-} | {
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1},
 }
-"""Bytes of a number, of all dtypes that files hold."""
+"""Bytes of an element, for each dtype that a file may have."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 CHUNK = 32 * 2**20
-"""Bytes that are read at once, and all that a reader holds besides its result."""
+"""Bytes that are read at once: all that a reader allocates in addition to its result."""
 
-MOST_HEADER = 100_000_000
-"""Bytes; the format's own limit."""
+MAX_HEADER = 100_000_000
+"""Bytes; the limit of the format."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor in a file."""
+    """A tensor in a file."""
 
-    file: str  # its path
+    file: str  # path
     name: str
     dtype: str  # as the format spells it: "BF16"
     shape: tuple[int, ...]
@@ -79,16 +66,16 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """A sound safetensors file: its size is what its header says."""
+    """The header of a safetensors file that passed all checks."""
 
     path: str
-    header: bytes  # without its length, as it stands there
+    header: bytes  # exactly as stored, without its length
     metadata: Mapping[str, str]
     tensors: tuple[Stored, ...]  # in the order of the data
 
 
 def read_header(path: str) -> TensorFile:
-    """The header of a file, checked against its size. Raises InterchangeError naming file and tensor."""
+    """Reads a header and checks it against the size of the file. Raises InterchangeError with file and tensor."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
@@ -98,9 +85,9 @@ def read_header(path: str) -> TensorFile:
                 raise InterchangeError(
                     f"{path} is a pointer of Git LFS, not the file itself. Run git lfs pull in its folder."
                 )
-            if size < 8 or length > min(size - 8, MOST_HEADER):
+            if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise InterchangeError(
-                    f"{path} is truncated or no safetensors file: {size} bytes, a header of {length} announced."
+                    f"{path} is truncated or no safetensors file: {size} bytes, a header of {length} by its start."
                 )
             header = file.read(length)
     except OSError as error:
@@ -109,50 +96,52 @@ def read_header(path: str) -> TensorFile:
 
 
 def parse_header(path: str, header: bytes, size: int | None = None) -> TensorFile:
-    """`read_header` of bytes at hand; `size` is the file's, if there is one. Raises InterchangeError."""
+    """Parses and checks a header; `size` is the file's, None to skip that check. Raises InterchangeError."""
     start = 8 + len(header)
     try:
         tree = json.loads(header.decode("utf-8"), object_pairs_hook=_no_key_twice)
         metadata = dict(tree.pop("__metadata__", None) or {})
-        found = []
+        entries = []
         for name, entry in tree.items():
             begin, end = (int(offset) for offset in entry["data_offsets"])
             shape = tuple(int(n) for n in entry["shape"])
-            found.append((begin, end, Stored(path, name, str(entry["dtype"]), shape, start + begin)))
+            entries.append((begin, end, Stored(path, name, str(entry["dtype"]), shape, start + begin)))
     except InterchangeError as error:
         raise InterchangeError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InterchangeError(
             f"{path}: its header is no safetensors header ({type(error).__name__}: {str(error)[:100]})."
         ) from error
-    found.sort(key=lambda item: item[:2])
-    at = 0
-    for begin, end, tensor in found:
+    entries.sort(key=lambda entry: entry[:2])
+    size_by_header = start
+    for begin, end, tensor in entries:
         if tensor.dtype not in SIZES:
+            raise InterchangeError(f"{path}: {tensor.name} has the unknown dtype {tensor.dtype}.")
+        if (
+            tensor.offset != size_by_header
+            or min(tensor.shape, default=0) < 0
+            or end - begin != tensor.nbytes
+        ):
             raise InterchangeError(
-                f"{path}: {tensor.name} has dtype {tensor.dtype}, which is not known here."
+                f"{path}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, {tensor.nbytes} bytes from "
+                f"{size_by_header - start} on; its header says bytes {begin} to {end}. The file is damaged."
             )
-        if begin != at or min(tensor.shape, default=0) < 0 or end - begin != tensor.nbytes:
-            raise InterchangeError(
-                f"{path}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, {tensor.nbytes} bytes from {at} "
-                f"on; its header says bytes {begin} to {end}. The file is damaged."
-            )
-        at = end
-    if size is not None and size != start + at:
-        cut = next((t.name for begin, end, t in found if start + end > size), None)
+        size_by_header = start + end
+    if size is not None and size != size_by_header:
+        cut = next((tensor.name for _, end, tensor in entries if start + end > size), None)
         fault = f"is truncated: {cut} is not whole" if cut else "has bytes after its last tensor"
         raise InterchangeError(
-            f"{path} {fault} ({size} bytes, {start + at} by its header). Download or copy it again."
+            f"{path} {fault} ({size} bytes, {size_by_header} by its header). Download or copy it again."
         )
-    return TensorFile(path, header, metadata, tuple(tensor for _, _, tensor in found))
+    return TensorFile(path, header, metadata, tuple(tensor for _, _, tensor in entries))
 
 
 def read_files(folder: str) -> tuple[TensorFile, ...]:
-    """Headers of all files of a folder's model: `model.safetensors`, or those that its index names.
+    """Reads the headers of a folder's model: of `model.safetensors`, or of the files that its index names.
 
     Raises:
-      InterchangeError: there are none (pickles are refused), one is damaged, or the index and the files do
-        not say the same.
+      InterchangeError: there are no such files (pickles are refused), one is damaged, or the index and the files
+        disagree.
     """
     if os.path.exists(single := os.path.join(folder, SINGLE)):
         return (read_header(single),)
@@ -161,8 +150,8 @@ def read_files(folder: str) -> tuple[TensorFile, ...]:
         raise InterchangeError(_no_tensors(folder))
     try:
         with open(index, encoding="utf-8") as opened:
-            told = json.load(opened)["weight_map"]
-        named = {str(tensor): str(shard) for tensor, shard in told.items()}
+            weight_map = json.load(opened)["weight_map"]
+        named = {str(tensor): str(shard) for tensor, shard in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InterchangeError(
             f"{index} is no index of safetensors ({type(error).__name__}: {error})."
@@ -174,35 +163,34 @@ def read_files(folder: str) -> tuple[TensorFile, ...]:
             f"{index} names files that are missing:{listed(faults or ['none at all'])}\nDownload the folder again."
         )
     files = tuple(read_header(os.path.join(folder, shard)) for shard in shards)
-    where = {tensor.name: shard for shard, file in zip(shards, files) for tensor in file.tensors}
+    stored = {tensor.name for file in files for tensor in file.tensors}
     for shard, file in zip(shards, files):
         for tensor in file.tensors:
             if tensor.name not in named:
                 faults.append(f"{tensor.name} is in {shard} and not in the index")
             elif shard != named[tensor.name]:
                 faults.append(f"{tensor.name} is in {shard}; the index says {named[tensor.name]}")
-    faults += [f"{name} is not in {shard}" for name, shard in named.items() if name not in where]
+    faults += [f"{name} is not in {shard}" for name, shard in named.items() if name not in stored]
     if faults:
-        raise InterchangeError(f"{index} and its files do not say the same:{listed(faults)}")
+        raise InterchangeError(f"{index} and its files disagree:{listed(faults)}")
     return files
 
 
 def match(
     files: Sequence[TensorFile], wanted: Sequence[HfTensor], optional: Sequence[HfTensor] = ()
 ) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """Finds each wanted tensor, in the wanted shape and a dtype that we take.
+    """Finds each tensor of a model in its files, with the right shape and a supported dtype.
 
     Args:
-      files: of a model.
-      wanted: all that must be there.
-      optional: what may be there besides.
+      files: of the model.
+      wanted: tensors that must be there.
+      optional: tensors that may be there.
 
     Returns:
-      What is there, by name; and the names of what belongs to no text model and is ignored
-      (`model.weights.is_ignored`).
+      The tensors, by name; and the names of those that belong to no text model (`model.weights.is_ignored`).
 
     Raises:
-      InterchangeError: all that is missing, too much, or wrong, each with file and tensor.
+      InterchangeError: with file and name of each tensor that is missing, unknown or wrong.
     """
     stored: dict[str, Stored] = {}
     faults: list[str] = []
@@ -211,13 +199,13 @@ def match(
             faults.append(f"{tensor.name}: twice, in {stored[tensor.name].file} and {tensor.file}")
         stored[tensor.name] = tensor
     shapes = {tensor.name: tensor for tensor in (*wanted, *optional)}
-    where = ", ".join(os.path.basename(file.path) for file in files[:2]) + (", ..." if len(files) > 2 else "")
+    names = ", ".join(os.path.basename(file.path) for file in files[:2]) + (", ..." if len(files) > 2 else "")
     faults += [
-        f"{tensor.name} {list(tensor.shape)}: missing from {where}"
+        f"{tensor.name} {list(tensor.shape)}: missing from {names}"
         for tensor in wanted
         if tensor.name not in stored
     ]
-    found, ignored = {}, []
+    matched, ignored = {}, []
     for name, tensor in stored.items():
         file = os.path.basename(tensor.file)
         if name not in shapes:
@@ -231,35 +219,34 @@ def match(
             faults.append(f"{file}: {name} is {list(tensor.shape)}, {expected} by config.json")
         if tensor.dtype not in DTYPES:
             faults.append(f"{file}: {name} is {tensor.dtype}; only {', '.join(DTYPES)} are taken")
-        found[name] = tensor
+        matched[name] = tensor
     if faults:
         folder = os.path.dirname(files[0].path)
         raise InterchangeError(
             f"The tensors in {folder} are not those of the model in its config.json:{listed(faults)}"
         )
-    return found, tuple(ignored)
+    return matched, tuple(ignored)
 
 
 def rows(stored: Stored) -> Iterator[tuple[int, np.ndarray]]:
-    """The tensor in pieces of at most CHUNK bytes (one row at least): first row of each, and its rows.
+    """Yields a tensor in pieces of at most CHUNK bytes, or one row: the index of the first row, and the rows.
 
-    Each piece is memory of its own, no view of the file: nothing of it stays mapped, and a file that is
-    overwritten later changes nothing.
+    Each piece has memory of its own. It is no view of the file, which may be overwritten later.
 
     Raises:
-      InterchangeError: the file changed under our hands.
+      InterchangeError: the file became shorter meanwhile.
     """
     per_row = stored.nbytes // max(1, stored.shape[0]) if stored.shape else stored.nbytes
     count = stored.shape[0] if stored.shape else 1
     step = max(1, CHUNK // max(1, per_row))
     with open(stored.file, "rb") as file:
         for start in range(0, count, step):
-            taken = min(step, count - start)
-            piece = np.empty(taken * per_row, np.uint8)
+            length = min(step, count - start)
+            piece = np.empty(length * per_row, np.uint8)
             file.seek(stored.offset + start * per_row)
             if file.readinto(piece.data) != piece.nbytes:
                 raise InterchangeError(f"{stored.file} ended within {stored.name} while it was read.")
-            yield start, piece.view(stored.numpy_dtype).reshape(taken, *stored.shape[1:])
+            yield start, piece.view(stored.numpy_dtype).reshape(length, *stored.shape[1:])
 
 
 def equal(a: Stored, b: Stored) -> bool:
@@ -280,20 +267,20 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_beside(folder: str, shard: str) -> bool:
-    """A file of that very folder: an index does not lead elsewhere."""
+    """Whether it is a file of this very folder: an index may not lead elsewhere."""
     return os.path.basename(shard) == shard and os.path.isfile(os.path.join(folder, shard))
 
 
 def _no_tensors(folder: str) -> str:
     if not os.path.isdir(folder):
-        return f"{folder} is no folder."
+        return f"{folder} is not a folder."
     names = sorted(os.listdir(folder))
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         return (
             f"{folder} holds {', '.join(pickles[:3])} and no {SINGLE}. Such files are pickles, which may run any "
             "code when they are opened; only safetensors are read. Look for a revision with safetensors, or "
-            "convert them where you trust them: transformers' save_pretrained writes safetensors."
+            "convert files that you trust: transformers' save_pretrained writes safetensors."
         )
-    found = ", ".join(names[:8]) or "nothing"
+    present = ", ".join(names[:8]) or "nothing"
     lost = " The index of these shards is missing: download it too." * any("-of-" in name for name in names)
-    return f"{folder} holds neither {SINGLE} nor {INDEX} (found: {found}).{lost}"
+    return f"{folder} holds neither {SINGLE} nor {INDEX} (found: {present}).{lost}"

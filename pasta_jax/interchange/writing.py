@@ -1,7 +1,7 @@
-"""Parameters to a Hugging Face folder that transformers loads: whole, or not there.
+"""Writes Hugging Face folders that transformers loads. An interrupted export leaves nothing.
 
-A model that was imported and never trained comes out as it went in: its own files byte for byte, its tensors
-bit for bit and in the same places. One that was trained keeps what still holds of its origin's files.
+A model that was imported and never trained comes out as it went in: files byte for byte, tensors bit for bit and in
+the same order. A trained model keeps those files of its origin that are still true.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from pasta_jax.files import json_bytes
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import Origin
-from pasta_jax.interchange.tensors import DTYPES, INDEX, SINGLE
+from pasta_jax.interchange.tensors import CHUNK, DTYPES, INDEX, SINGLE
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.families import FamilyError, config_to_hf
 from pasta_jax.model.forms import is_plain
@@ -31,14 +33,14 @@ from pasta_jax.tokens.templates import template_of
 from pasta_jax.tokens.tokenizer import TokenizerError
 
 SHARD_BYTES = 5 * 10**9
-"""Of a safetensors file, at most; a tensor is never cut."""
+"""The largest safetensors file; a tensor is never split."""
 
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A safetensors file to write: its tensors in the order of its data, each with its dtype."""
+    """A safetensors file to write: its tensors with their dtypes, in the order of the data."""
 
     name: str
     tensors: tuple[tuple[HfTensor, np.dtype], ...]
@@ -47,14 +49,14 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What an export is made of.
+    """A model to export.
 
     Attributes:
-      params: plain ones, adapters merged.
+      params: plain parameters, adapters merged.
       config: of the model.
-      tokenizer: its own.
-      origin: where the model was imported from, if it was.
-      is_trained: whether it was trained since.
+      tokenizer: of the model.
+      origin: of an imported model, else None.
+      is_trained: whether it was trained since it was imported.
     """
 
     params: Mapping[str, Any]
@@ -75,23 +77,20 @@ def write_folder(
     """Writes config.json, safetensors with their index, tokenizer, chat template and the ids of the tags.
 
     Args:
-      destination: a folder that is not there, or is empty.
-      model: what is written.
-      dtype: of the tensors. By default the model's; of one that was imported and not trained, the origin's.
-      name_tags: gives the tags' ids the tags' names in the tokenizer's files.
-      shard_bytes: most bytes of a file; a model that was imported keeps its own files.
+      destination: a folder that does not exist or is empty.
+      model: the model to export.
+      dtype: of the tensors. By default the model's, or the origin's if it was imported and not trained.
+      name_tags: whether the tokenizer's files call the ids of the tags by the tags' names.
+      shard_bytes: size limit of a file. An imported model keeps its own files.
 
     Raises:
-      InterchangeError: no architecture expresses the model, or something stands at the destination.
+      InterchangeError: no architecture expresses the model, or the destination is not empty.
     """
     check_destination(destination)
     shards, params = plan(model, dtype=dtype, shard_bytes=shard_bytes), flatten_dict(model.params)
     files = companions(model, shards, name_tags=name_tags)
     with unfinished(destination) as folder:
-        for name, content in files.items():
-            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-            with open(os.path.join(folder, name), "wb") as file:
-                file.write(content)
+        write_files(folder, files)
         for shard in shards:
             with open(os.path.join(folder, shard.name), "wb") as file:
                 file.write(len(shard.header).to_bytes(8, "little") + shard.header)
@@ -99,12 +98,20 @@ def write_folder(
                     _write_tensor(file, tensor, kind, params[tensor.path])
 
 
+def write_files(folder: str, files: Mapping[str, bytes]) -> None:
+    """Writes files by their names, which may have folders in them."""
+    for name, content in files.items():
+        path = pathlib.Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
 def check_destination(destination: str | os.PathLike[str]) -> None:
-    """Refuses to write where something stands, or to another file system than this machine's."""
+    """Refuses a destination that is not empty, or that is not on a local file system."""
     if "://" in os.fspath(destination):
         raise InterchangeError(
-            f"Cannot write to {os.fspath(destination)}: only to folders of this machine for now. Write to one of "
-            "those, and copy it there."
+            f"Cannot write to {os.fspath(destination)}: only local folders are supported. Write to a local folder "
+            "and copy it."
         )
     if os.path.exists(destination) and (not os.path.isdir(destination) or os.listdir(destination)):
         raise InterchangeError(f"{os.fspath(destination)} exists and is not empty. Choose another --to.")
@@ -112,12 +119,12 @@ def check_destination(destination: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def unfinished(destination: str | os.PathLike[str]) -> Iterator[str]:
-    """A folder to write in that takes the name `destination` when the block has ended well; else it is gone."""
+    """A folder that is renamed to `destination` when the block ends without an error, and is deleted otherwise."""
     target = os.path.abspath(os.path.expanduser(destination))
     parent = above = os.path.dirname(target)
-    made = []  # folders above it, the innermost first
+    created = []  # folders above it, the innermost first
     while not os.path.lexists(above):
-        made.append(above)
+        created.append(above)
         above = os.path.dirname(above)
     folder = os.path.join(parent, f".{os.path.basename(target)}.{os.getpid()}.unfinished")
     try:
@@ -132,8 +139,8 @@ def unfinished(destination: str | os.PathLike[str]) -> Iterator[str]:
         os.rename(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # others write there by now
-            for path in made:
+        with contextlib.suppress(OSError):  # other processes have written there
+            for path in created:
                 os.rmdir(path)
         raise
 
@@ -142,23 +149,22 @@ def unfinished(destination: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def plan(model: Exported, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
-    """Which tensor goes into which file, in which dtype: as in the origin, where there is one."""
+    """Assigns each tensor a file and a dtype: those of the origin, if there is one."""
     origin, config = model.origin, model.config
     if dtype is not None and np.dtype(dtype) not in _SPELLED:
         raise InterchangeError(f"dtype {dtype} is none of {', '.join(str(d) for d in _SPELLED)}.")
     if not is_plain(model.params):
         raise InterchangeError("The model's weights are int8. Export the one that it was quantised from.")
-    given = np.dtype(dtype or config.dtype)
+    default = np.dtype(dtype or config.dtype)
     if origin is None or not origin.is_text:
-        return _divided([(tensor, given) for tensor in hf_tensors(config)], shard_bytes)
-    ours = hf_tensors(config, origin.prefix)
-    again = [tied_head(config, origin.prefix)] if config.tie_embeddings else []
-    known = {tensor.name: tensor for tensor in (*ours, *again)}
+        return _divided([(tensor, default) for tensor in hf_tensors(config)], shard_bytes)
+    head = [tied_head(config, origin.prefix)] if config.tie_embeddings else []
+    known = {tensor.name: tensor for tensor in (*hf_tensors(config, origin.prefix), *head)}
     keeps_dtype = dtype is None and not model.is_trained
     shards = []
     for file in origin.shards():
         chosen = [
-            (known[stored.name], _kept(stored.numpy_dtype, given) if keeps_dtype else given)
+            (known[stored.name], _kept(stored.numpy_dtype, default) if keeps_dtype else default)
             for stored in file.tensors
             if not is_ignored(stored.name)
         ]
@@ -174,12 +180,12 @@ def plan(model: Exported, *, dtype: str | None = None, shard_bytes: int = SHARD_
 def header_of(tensors: Sequence[tuple[HfTensor, np.dtype]], metadata: Mapping[str, str]) -> bytes:
     """A safetensors header, padded so that the data begins at a multiple of eight."""
     tree: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    at = 0
+    begin = 0
     for tensor, dtype in tensors:
-        size = _nbytes(tensor, dtype)
+        end = begin + _nbytes(tensor, dtype)
         shape = list(tensor.shape)
-        tree[tensor.name] = {"dtype": _SPELLED[dtype], "shape": shape, "data_offsets": [at, at + size]}
-        at += size
+        tree[tensor.name] = {"dtype": _SPELLED[dtype], "shape": shape, "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(tree, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
 
@@ -195,21 +201,21 @@ def _divided(tensors: Sequence[tuple[HfTensor, np.dtype]], shard_bytes: int) -> 
         size += _nbytes(tensor, dtype)
     names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
     names = names if len(groups) > 1 else [SINGLE]
-    metadata = {"format": "pt"}  # transformers wants to know in which framework's layout the tensors are
+    metadata = {"format": "pt"}  # transformers requires the framework whose layout the tensors have
     return tuple(Shard(name, tuple(group), header_of(group, metadata)) for name, group in zip(names, groups))
 
 
 def _write_tensor(file: Any, tensor: HfTensor, dtype: np.dtype, leaf: Any) -> None:
-    theirs = tensor.to_hf(np.asarray(leaf))
-    step = max(1, 2**25 // max(1, theirs[:1].nbytes))
-    for start in range(0, len(theirs), step):
-        piece = np.ascontiguousarray(theirs[start : start + step].astype(dtype, copy=False))
+    array = tensor.to_hf(np.asarray(leaf))
+    step = max(1, CHUNK // max(1, array[:1].nbytes))
+    for start in range(0, len(array), step):
+        piece = np.ascontiguousarray(array[start : start + step].astype(dtype, copy=False))
         file.write(piece.view(np.uint8).data)
 
 
-def _kept(theirs: np.dtype, ours: np.dtype) -> np.dtype:
+def _kept(original: np.dtype, imported: np.dtype) -> np.dtype:
     """The origin's dtype, unless the model was imported into a narrower one."""
-    return theirs if ours == np.float32 or ours == theirs else ours
+    return original if imported in (np.float32, original) else imported
 
 
 def _nbytes(tensor: HfTensor, dtype: np.dtype) -> int:
@@ -220,12 +226,12 @@ def _nbytes(tensor: HfTensor, dtype: np.dtype) -> int:
 
 
 def companions(model: Exported, shards: Sequence[Shard], *, name_tags: bool) -> dict[str, bytes]:
-    """All other files of the folder, by name."""
+    """All files of the folder but the tensors, by name."""
     origin, vocabulary = model.origin, model.tokenizer.vocabulary
     if origin is None:
         files = dict(export.minimal_files(model.tokenizer))
-        files["config.json"] = _json(_new_config(model, shards))
-        files["generation_config.json"] = _json(_special_ids(model))
+        files["config.json"] = json_bytes(_new_config(model, shards))
+        files["generation_config.json"] = json_bytes(_special_ids(model))
     else:
         files = {name: content for name, content in origin.files.items() if name != INDEX}
         files["config.json"] = _config_of(model, origin, shards)
@@ -240,20 +246,20 @@ def companions(model: Exported, shards: Sequence[Shard], *, name_tags: bool) -> 
 
 
 def _config_of(model: Exported, origin: Origin, shards: Sequence[Shard]) -> bytes:
-    """The origin's config.json with what is no longer so; its very bytes if that is nothing."""
+    """The origin's config.json with the fields that changed; its very bytes if none did."""
     if not origin.is_text:
-        return _json(_new_config(model, shards))
+        return json_bytes(_new_config(model, shards))
     old = origin.tree("config.json") or {}
     changed: dict[str, Any] = {}
     if old.get("vocab_size") != model.config.vocab_size:
         changed["vocab_size"] = model.config.vocab_size
     dtypes = {kind for shard in shards for _, kind in shard.tensors}
-    before = {
+    original = {
         tensor.numpy_dtype for file in origin.shards() for tensor in file.tensors if tensor.dtype in DTYPES
     }
-    if dtypes != before:
+    if dtypes != original:
         changed["dtype" if "dtype" in old else "torch_dtype"] = _dtype_name(shards)
-    return _json(old | changed) if changed else origin.files["config.json"]
+    return json_bytes(old | changed) if changed else origin.files["config.json"]
 
 
 def _new_config(model: Exported, shards: Sequence[Shard]) -> dict[str, Any]:
@@ -272,47 +278,43 @@ def _special_ids(model: Exported) -> dict[str, Any]:
 
 
 def _end_answers(files: dict[str, bytes], model: Exported) -> None:
-    """What a trained model ends its answers with ends them in transformers too; and the chat it was trained in."""
+    """Tells transformers how a trained model ends its answers, and the chat template it was trained with."""
     vocabulary = model.tokenizer.vocabulary
     tree = json.loads(files.get("generation_config.json", b"{}"))
-    had = tree.get("eos_token_id")
-    old = had if isinstance(had, list) else [] if had is None else [had]
+    eos = tree.get("eos_token_id")
+    old = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if missing := sorted(vocabulary.stops - set(old)):
-        files["generation_config.json"] = _json(tree | {"eos_token_id": [*old, *missing]})
+        files["generation_config.json"] = json_bytes(tree | {"eos_token_id": [*old, *missing]})
     usage = model.tokenizer.usage
     hints = read_hints({name: files[name] for name in FILES if name in files}, 0)
     try:
         if model.tokenizer.chat_of(hints.template or "") == (usage.chat, usage.opening):
             return
-    except TokenizerError:  # of no format known here: whoever trained chose another
+    except TokenizerError:  # an unknown format: the model was trained with another one
         pass
     for name in ("chat_template.jinja", "chat_template.json"):
         files.pop(name, None)
-    told = json.loads(files.get("tokenizer_config.json", b"{}"))
-    if told.pop("chat_template", None) is not None:
-        files["tokenizer_config.json"] = _json(told)
+    tree = json.loads(files.get("tokenizer_config.json", b"{}"))
+    if tree.pop("chat_template", None) is not None:
+        files["tokenizer_config.json"] = json_bytes(tree)
     if template := template_of(usage.chat, usage.opening):
         files["chat_template.jinja"] = template.encode()
 
 
 def _index(model: Exported, shards: Sequence[Shard]) -> bytes:
-    where = {tensor.name: shard.name for shard in shards for tensor, _ in shard.tensors}
+    weight_map = {tensor.name: shard.name for shard in shards for tensor, _ in shard.tensors}
     size = sum(_nbytes(tensor, kind) for shard in shards for tensor, kind in shard.tensors)
     if model.origin is not None and INDEX in model.origin.files:
         tree = model.origin.tree(INDEX) or {}
         headers = {shard.name: shard.header for shard in shards}
         if headers == dict(model.origin.headers):
             return model.origin.files[INDEX]
-        return _json(
-            tree | {"metadata": {**tree.get("metadata", {}), "total_size": size}, "weight_map": where}
+        return json_bytes(
+            tree | {"metadata": {**tree.get("metadata", {}), "total_size": size}, "weight_map": weight_map}
         )
-    return _json({"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))})
+    return json_bytes({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _dtype_name(shards: Sequence[Shard]) -> str:
     kinds = {kind.name for shard in shards for _, kind in shard.tensors}
     return kinds.pop() if len(kinds) == 1 else "float32"
-
-
-def _json(tree: Any) -> bytes:
-    return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()
