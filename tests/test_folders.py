@@ -137,7 +137,7 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], object], list[str]]] = {
     "fewer layers": (edit_config(num_hidden_layers=2), ["model.layers.2.", "there is no such tensor"]),
     "architecture": (edit_config(model_type="mamba"), ["config.json", "'mamba'"]),
     "config no JSON": (write("config.json", b"{"), ["config.json is not JSON"]),
-    "no config": (lambda f: (f / "config.json").unlink(), ["is no Hugging Face folder", "config.json"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["is not a Hugging Face folder", "config.json"]),
 }
 
 

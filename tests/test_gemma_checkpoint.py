@@ -166,5 +166,5 @@ def test_what_is_wrong_with_one(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InterchangeError, match=r"has no transformer/embedder/input_embedding \(found: a/b\)"):
         gemma.open_gemma(other, ONE)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InterchangeError, match="empty is no checkpoint that Orbax reads"):
+    with pytest.raises(InterchangeError, match="empty is not a checkpoint that Orbax can read"):
         gemma.open_gemma(tmp_path / "empty")
