@@ -66,7 +66,9 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
     assert (out / "replay.png").read_bytes().startswith(PNG)
     shown = capsys.readouterr().out
     assert shown.startswith("replay\n| shape") and "| overall" in shown
-    assert benchmark._plain({"a": math.nan, "b": 1.0, "c": Spread(1.0, 1.0, 2.0, (math.inf, math.nan))}) == {
+    assert benchmark.for_json(
+        {"a": math.nan, "b": 1.0, "c": Spread(1.0, 1.0, 2.0, (math.inf, math.nan))}
+    ) == {
         "a": None,
         "b": 1.0,
         "c": {"median": 1.0, "low": 1.0, "high": 2.0, "samples": [None, None]},
@@ -104,11 +106,11 @@ def answered(*widths: int) -> Any:
 
 def test_only_steps_of_the_width_asked_for_are_measured() -> None:
     short, long = answered(1, 2, 3, 1), answered(1, 2, 3, 3, 3, 1)
-    assert parts._grown(3, 2, short, long) == 10
-    assert parts._slope(short, long, 2)() == pytest.approx(1.0)
+    assert parts.checked_pool(3, 2, short, long) == 10
+    assert parts.slope(short, long, 2)() == pytest.approx(1.0)
     for wrong in (answered(1, 2, 3, 3, 1), answered(1, 2, 2, 3, 3, 3, 1), answered(1, 2, 3, 3, 4, 1)):
         with pytest.raises(parts.ReplayError, match="Asked for 2 more steps of width 3, the engine took"):
-            parts._grown(3, 2, short, wrong)
+            parts.checked_pool(3, 2, short, wrong)
 
 
 def test_branches_beside_each_other_differ_in_nothing_but_their_length() -> None:
@@ -175,7 +177,7 @@ def test_peers_are_compared_by_what_a_token_and_a_prompt_take() -> None:
     plan = dataclasses.replace(PLAN, steps=11)
     samples = {"pasta_jax, 1": [3.0], "pasta_jax, n": [13.0], "them, 1": [4.0], "them, n": [24.0]}
     said = {"pasta_jax": np.arange(11)[None], "them": np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]])}
-    ours, theirs = peers._points(1, plan, samples, said)
+    ours, theirs = peers.compared(1, plan, samples, said)
     assert (ours["prefill, s"], theirs["prefill, s"]) == (Spread.of([2.0]), Spread.of([4.0]))
     assert (ours["step, ms"], theirs["step, ms"]) == (Spread.of([1000.0]), Spread.of([2000.0]))
     assert theirs["step, ours is x as fast"] == 2 == theirs["prefill, ours is x as fast"]

@@ -101,7 +101,7 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
         else:
             LOG.info("%s", part)
             points = measures[part]()
-            results["parts"][part] = {"points": [_plain(point) for point in points]}
+            results["parts"][part] = {"points": [for_json(point) for point in points]}
             print(f"{part}\n{table(points)}\n", flush=True)
         _write(wanted.out, part, results)
     return results
@@ -122,7 +122,7 @@ def table(points: Sequence[Point]) -> str:
     return markdown_table([*points[0]], [[cell(value) for value in point.values()] for point in points])
 
 
-def _plain(point: Point) -> dict[str, Any]:
+def for_json(point: Point) -> dict[str, Any]:
     """A point for JSON, which has neither NaN nor infinity."""
 
     def plain(value: Any) -> Any:

@@ -94,8 +94,8 @@ def width(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
     decoder = Decoder(model, limits=limits_for(texts, model.tokenizer, lanes=plan.lanes))
     runs = [scripted(decoder, program) for program in texts]
     pairs = dict(zip(plan.widths, zip(runs[::2], runs[1::2])))
-    used = {k: _grown(k, plan.steps, *pair) for k, pair in pairs.items()}
-    slopes = {str(k): _slope(*pair, plan.steps) for k, pair in pairs.items()}
+    used = {k: checked_pool(k, plan.steps, *pair) for k, pair in pairs.items()}
+    slopes = {str(k): slope(*pair, plan.steps) for k, pair in pairs.items()}
     samples = in_turn("width", slopes, plan.repeats)
     first = samples[str(plan.widths[0])]
     return [
@@ -127,7 +127,7 @@ def scripted(decoder: Decoder, program: Program, prompt: list[int] | None = None
     return Run(decoder, tokenizer.encode_prompt(PROMPT) if prompt is None else prompt, script)
 
 
-def _grown(k: int, steps: int, short: Run, long: Run) -> int:
+def checked_pool(k: int, steps: int, short: Run, long: Run) -> int:
     """Checks that the longer answer has only steps of width k more, and returns the mean pool entries in use."""
     (one, _), (other, _) = short.answer(), long.answer()
     size = k + 1 + int(max(one.widths.max(), other.widths.max()))
@@ -139,7 +139,7 @@ def _grown(k: int, steps: int, short: Run, long: Run) -> int:
     return (len(one.tokens) + len(other.tokens)) // 2
 
 
-def _slope(short: Run, long: Run, steps: int) -> Callable[[], float]:
+def slope(short: Run, long: Run, steps: int) -> Callable[[], float]:
     """A function that measures the milliseconds of one additional step of `long`."""
 
     def step_ms() -> float:
@@ -165,7 +165,7 @@ def pool_used(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
         prompt = [tokenizer.vocabulary.bos, *tokenizer.encode(text_of(rng, tokenizer, words, length - 1))]
         text = [Program((Text(text_of(rng, tokenizer, words, n)),)) for n in (1, 1 + plan.steps)]
         short, long = (scripted(decoder, program, prompt) for program in text)
-        slopes[str(length)] = _slope(short, long, plan.steps)
+        slopes[str(length)] = slope(short, long, plan.steps)
     samples = in_turn("pool", slopes, plan.repeats)
     first = samples[str(used[0])]
     return [

@@ -74,11 +74,11 @@ def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...]
             calls[f"{name}, 1"] = _seconds(generate, prompts, 1)
             calls[f"{name}, n"] = _seconds(generate, prompts, plan.steps)
         samples = in_turn(f"peers, batch {rows}", calls, plan.repeats)
-        points += _points(rows, plan, samples, tokens)
+        points += compared(rows, plan, samples, tokens)
     return points
 
 
-def _points(
+def compared(
     rows: int, plan: Plan, samples: dict[str, list[float]], tokens: dict[str, np.ndarray]
 ) -> list[Point]:
     timed = {}
