@@ -2,8 +2,8 @@
 
 Trains a base model on Almanac, finetunes a sequential baseline and PASTA from it, improves PASTA by one round
 of preference optimisation, evaluates all of them on held-out prompts, and shows one answer's threads over time.
-It needs two CPU cores, no accelerator and no download. The same command resumes. WORKDIR/table.md gets the table
-and how it was made.
+It needs two CPU cores, no accelerator and no download. The same command resumes. WORKDIR/table.md gets the
+tables of README.md and docs/demo.md, and how they were made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from absl import app, flags
 
 from pasta_jax import train
 from pasta_jax.decoding.model import Model
-from pasta_jax.evaluate.compare import compare
+from pasta_jax.evaluate.compare import compare, overview, table
 from pasta_jax.files import replacing
 from pasta_jax.overrides import load_config
 from pasta_jax.verbs import config_file, show_log
@@ -76,16 +76,17 @@ def main(argv: Sequence[str]) -> None:
 
     say(next(announcements), started)
     tests = {"PASTA-SFT": paths["pasta"], "PASTA-BoN": paths["bon"]}
-    table = compare(paths["baseline"], tests, prompts, paths["evaluation"])
+    rows = compare(paths["baseline"], tests, prompts, paths["evaluation"])
 
-    print(f"\n{table}\n\n{LEGEND}")
+    print(f"\n{table(rows)}\n\n{LEGEND}")
     model = load(paths["bon"])
     show_one_answer(model)
     print(f"\nIn {workdir}: base/, baseline/, pasta/, bon/ are models; evaluation/ has every answer.")
     print(f'Ask it yourself:  python -m pasta_jax --ckpt={paths["bon"]} --timeline "{shown_prompt()}"')
     about = provenance(time.monotonic() - started, resumed)
     with replacing(os.path.join(workdir, "table.md")) as file:
-        file.write(f"{table}\n\n{LEGEND}\n" + "".join(f"- {name}: {fact}\n" for name, fact in about.items()))
+        facts = "".join(f"- {name}: {fact}\n" for name, fact in about.items())
+        file.write(f"{overview(rows)}\n\n{table(rows)}\n\n{LEGEND}\n{facts}")
     say(f"Done; the table is in {workdir}/table.md", started)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pasta_jax.data import almanac
-from pasta_jax.evaluate.compare import summarise, table
+from pasta_jax.evaluate.compare import overview, summarise, table
 from pasta_jax.evaluate.systems import Measured, System, evaluate
 
 
@@ -69,6 +69,11 @@ def test_summarise() -> None:
         ["m", "list", "2", "75.0 %", "50.0 %", "75.0 %", "6.00x", "2.00x", "3.79x"],
         ["m", "single", "1", "0.0 %", "100.0 %", "50.0 %", "0.50x", "0.50x", "0.50x"],
         ["m", "overall", "3", "50.0 %", "66.7 %", "66.7 %", "2.62x", "1.26x", "1.93x"],
+    ]
+    rows = overview({"m": [lists, single, overall]}).splitlines()[2:]
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
+        ["sequential baseline", "50.0 %", "50.0 %", "1.00x", "1.00x"],
+        ["m", "66.7 %", "66.7 %", "2.62x", "1.26x"],
     ]
 
 

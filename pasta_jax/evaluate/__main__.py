@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from pasta_jax import verbs
-from pasta_jax.evaluate.compare import compare
+from pasta_jax.evaluate.compare import compare, table
 from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
 
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     show_log()
     try:
         tests, options = {"PASTA": values.ckpt}, loading_options(values)
-        print(compare(values.baseline, tests, values.prompts, values.workdir, **options))
+        print(table(compare(values.baseline, tests, values.prompts, values.workdir, **options)))
     except (ValueError, OSError) as error:
         refuse(str(error))
 

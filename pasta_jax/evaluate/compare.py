@@ -99,14 +99,32 @@ def table(rows: Mapping[str, Sequence[Summary]]) -> str:
     )
 
 
+def overview(rows: Mapping[str, Sequence[Summary]]) -> str:
+    """A Markdown table of the baseline and of every model over all prompts."""
+    overall = {model: summaries[-1] for model, summaries in rows.items()}
+    baseline_truth = next(iter(overall.values())).baseline_truth
+    lines = [["sequential baseline", f"{100 * baseline_truth:.1f} %", "50.0 %", "1.00x", "1.00x"]]
+    lines += [
+        [
+            model,
+            f"{100 * row.truth:.1f} %",
+            f"{100 * row.win_rate:.1f} %",
+            f"{row.theoretical:.2f}x",
+            f"{row.realized:.2f}x",
+        ]
+        for model, row in overall.items()
+    ]
+    return markdown_table(["model", "truth", "win rate", "theoretical", "realized"], lines)
+
+
 def compare(
     baseline: str,
     tests: Mapping[str, str],
     prompts: int,
     workdir: str,
     **options: Any,
-) -> str:
-    """Evaluates models against a baseline, writes answers and table.md to `workdir`, returns the table.
+) -> dict[str, list[Summary]]:
+    """Evaluates models against a baseline, writes answers and table.md to `workdir`, returns the rows of the table.
 
     Args:
       baseline: workdir or checkpoint of the sequential model.
@@ -131,7 +149,7 @@ def compare(
     given = {name: v for name, v in options.items() if name != "base" and v not in (None, False, "auto")}
     about = {name: checkpoint_mark(path) | given for name, path in checkpoints.items()}
     answers = evaluate(systems, prompts, workdir, about)
-    text = table({name: summarise(answers["baseline"], answers[name]) for name in tests})
+    rows = {name: summarise(answers["baseline"], answers[name]) for name in tests}
     with replacing(os.path.join(workdir, "table.md")) as file:
-        file.write(text + "\n")
-    return text
+        file.write(table(rows) + "\n")
+    return rows
