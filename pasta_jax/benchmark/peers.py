@@ -44,13 +44,13 @@ def missing() -> str | None:
 
 
 def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...] = BATCHES) -> list[Point]:
-    """Seconds to prefill and milliseconds of a decode step, ours and theirs, for batches of prompts.
+    """Seconds to prefill and milliseconds of a decode step, of our decoder and of transformers, by batch size.
 
-    Prefill is what a call takes besides its steps of decoding: a call for one token, less a step where it takes one
-    (ours feeds the token that it returns). A step is the slope between that and a call for `plan.steps` tokens.
+    A step is the slope between a call for one token and a call for `plan.steps` tokens. Prefill is the time of a
+    call for one token; for ours less one step, because our decoder feeds the token that it returns.
 
     Raises:
-      FamilyError: no architecture of transformers has these numbers.
+      FamilyError: no architecture of transformers has this configuration.
     """
     peers, words = _hf_generates(model), _words(model)
     points: list[Point] = []

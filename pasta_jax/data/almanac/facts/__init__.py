@@ -1,14 +1,13 @@
-"""What is known: 208 entities of six kinds, 842 facts, and the one sentence in which each fact is stated.
+"""The facts: 208 entities of six kinds, 842 facts, and the one sentence that states each fact.
 
 The tables are the `.tsv` files in this folder: one row per entity, one column per attribute. The first row
-names the attributes. Order is meant where the kind says `in_order` (elements by atomic number, states by
-order of joining, planets outward).
+names the attributes. The order of the rows is a fact itself if the kind is `in_order` (elements by atomic number,
+states by date of joining, planets outward).
 
-Ambiguous cases are left out rather than decided: countries with several capitals, with co-official languages
-or on two continents; elements beyond xenon (disputed groups); works whose year of publication or title is not
-one. "Phase" is at room temperature. Names are spelled in ASCII. A "main language" is official (or was never
-declared, as in Mexico) and the most spoken. A year is that of the first book edition, or of the first
-performance.
+Ambiguous cases are left out: countries with several capitals, with co-official languages or on two continents;
+elements beyond xenon (disputed groups); works without a unique year of publication or title. "Phase" is at room
+temperature. Names are spelled in ASCII. A "main language" is official (or was never declared, as in Mexico) and the
+most spoken. A year is that of the first book edition, or of the first performance.
 
 Checked against:
   elements   `mendeleev` (name, number, symbol, period, group, phase at 20 °C) and `periodictable`: all agree,
@@ -39,7 +38,7 @@ from typing import NamedTuple
 
 @dataclasses.dataclass(frozen=True)
 class Attribute:
-    """One column of a table: its noun (as prompts say it) and the sentence that states its value."""
+    """One column of a table: its noun, as in prompts, and the sentence that states its value."""
 
     noun: str
     sentence: str
@@ -47,10 +46,10 @@ class Attribute:
 
 @dataclasses.dataclass(frozen=True)
 class Superlative:
-    """A comparison of integers: whose `noun` is the largest is the one who `phrase`.
+    """A comparison of integers: the entity with the largest `noun` is the one that `phrase`.
 
-    One direction each: a model of a million parameters that must also read from the question which end of the
-    order is meant learns neither.
+    There is one direction only: a model of a million parameters that must also read the direction from the question
+    learns neither.
     """
 
     noun: str
@@ -63,11 +62,11 @@ class Kind:
 
     Attributes:
       name: "country".
-      article: how an entity is introduced: "a country".
+      article: the name with its article: "a country".
       plural: "countries".
-      attributes: in the order in which they are always stated.
-      superlatives: what can be compared.
-      in_order: whether the order of the rows is itself known ("After Iron comes Cobalt.").
+      attributes: in the order of every answer.
+      superlatives: the possible comparisons.
+      in_order: whether the order of the rows is a fact ("After Iron comes Cobalt.").
       table: entity -> its values, one per attribute.
     """
 
@@ -89,7 +88,7 @@ class Kind:
 
 
 class Fact(NamedTuple):
-    """That `entity` has a value for the attribute `noun`; the value is in the table."""
+    """An entity and one of its attributes; the value is in the table."""
 
     entity: str
     noun: str
@@ -209,7 +208,7 @@ def say(entity: str, noun: str) -> str:
 def introduce(entity: str) -> str:
     """The sentence that starts to speak of an entity: "Consider Iron, an element.".
 
-    A name never begins a text or a line, here and in every other sentence: so it is the same token everywhere.
+    No sentence has a name at the start of a text or line, so a name is the same token everywhere.
     """
     return f"Consider {entity}, {KIND_OF[entity].article}."
 
