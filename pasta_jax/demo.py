@@ -96,7 +96,7 @@ def provenance(seconds: float, resumed: bool) -> Mapping[str, str]:
 
     from pasta_jax.checkpoints.about import versions
 
-    per_gb = 1e9 if sys.platform == "darwin" else 1e6  # ru_maxrss is in bytes there, in KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
     minutes = f"{seconds / 60:.1f} minutes" + (", resumed: of the last session" if resumed else "")
     return {
         "command": "python -m pasta_jax.demo " + " ".join(sys.argv[1:]),
@@ -104,7 +104,7 @@ def provenance(seconds: float, resumed: bool) -> Mapping[str, str]:
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}; jax on {jax.devices()[0].device_kind}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "time": f"{minutes}, training included, installing not",
-        "peak memory": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_gb:.1f} GB",
+        "peak memory": f"{unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB",
     }
 
 
