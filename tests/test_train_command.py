@@ -128,8 +128,8 @@ def test_epochs_say_how_many_steps(tmp_path: pathlib.Path, caplog: pytest.LogCap
     assert steps_of_epochs(config, source, 0.1) == 1
     few = dataclasses.replace(config, rows=64)
     assert steps_of_epochs(few, source, 4) == 1
-    assert "holds 128 of these documents: in one step each is seen 11.6 times" in caplog.text
-    with pytest.raises(ConfigError, match="has no end"):
+    assert "holds 128 of these documents: one step sees each of them 11.6 times" in caplog.text
+    with pytest.raises(ConfigError, match="the almanac is endless"):
         steps_of_epochs(config, make_source(DataConfig(), make_tokenizer(config), seed=0), 1)
 
 
