@@ -38,7 +38,7 @@ from pasta_jax.preference.pairs import (
     reference_logprobs,
     steps_for,
 )
-from pasta_jax.preference.sample import Prompt, Record, Sample, record_of, sample, write_records
+from pasta_jax.preference.sample import Prompt, Record, record_of, sample, write_records
 from pasta_jax.preference.score import EFFICIENCIES, Judge, combined, quality, scores
 from pasta_jax.tokens.layout import layout_example
 from pasta_jax.train import run as train
@@ -46,6 +46,7 @@ from pasta_jax.training import loop
 from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.signals import Stopped
+from tests.helpers.samples import made_up
 
 # Small enough to train at once, long enough to answer something.
 MODEL = ModelConfig(vocab_size=1408, num_layers=1, model_dim=16, head_dim=8, mlp_dim=16, num_heads=2)
@@ -96,8 +97,8 @@ def test_samples_differ_and_the_baseline_promises_nothing(
         assert len(record.samples) == PREFERENCE.samples
         assert len({answer.annotated for answer in record.samples}) > 1
         assert "<promise" not in record.baseline.annotated
-        assert record.baseline.critical_path == record.baseline.output_tokens
-    lengths = [record.baseline.output_tokens for record in records]
+        assert record.baseline.stats.critical_path == record.baseline.stats.output_tokens
+    lengths = [record.baseline.stats.output_tokens for record in records]
     assert lengths == sorted(lengths)
 
 
@@ -195,9 +196,7 @@ def test_efficiency_terms_by_hand() -> None:
     assert combined(2.0, 0.5, math.inf) == 0.5
 
 
-def made_up(text: str, path: int, tokens: int = 20) -> Sample:
-    nothing = ThreadedTokens(**{name: np.zeros(4, np.int32) for name in ThreadedTokens.__dataclass_fields__})
-    return Sample(text, text, tokens, tokens, path, "eos", nothing, np.zeros(4, np.int32))
+NOTHING = ThreadedTokens(**{name: np.zeros(4, np.int32) for name in ThreadedTokens.__dataclass_fields__})
 
 
 def test_scores_by_hand_and_what_lambda_does() -> None:
@@ -205,8 +204,11 @@ def test_scores_by_hand_and_what_lambda_does() -> None:
     right, wrong = "Its capital is Lima.", "Its capital is Cusco."
     record = Record(
         Prompt(task.prompt, right),
-        baseline=made_up(right, path=20),
-        samples=(made_up(right, path=10), made_up(wrong, path=5), made_up(right, path=20)),
+        baseline=made_up(right, NOTHING, critical_path=20),
+        samples=tuple(
+            made_up(text, NOTHING, critical_path=path)
+            for text, path in ((right, 10), (wrong, 5), (right, 20))
+        ),
     )
     # Right: two ties in both orders, (1 + 4/4) / (1 + 4/4) = 1. Wrong: four losses for sure, 1 / 5.
     assert scores(record, PreferenceConfig(quality_weight=1.0)) == [2.0 + 1.0, 4.0 + 0.2, 1.0 + 1.0]

@@ -35,6 +35,7 @@ from pasta_jax.tokens.layout import layout_example
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.state import TrainState
 from tests.helpers.models import random_params
+from tests.helpers.samples import made_up
 
 pytestmark = pytest.mark.slow
 
@@ -54,9 +55,9 @@ CONFIG = Config(
 )
 
 
-def made_up(prompt: str, annotated: str, path: int) -> Sample:
+def answer(prompt: str, annotated: str) -> Sample:
     document = layout_example(almanac.load_tokenizer(), prompt, parse(annotated))
-    return Sample(annotated, annotated, 20, 20, path, "eos", document, np.zeros(len(document), np.int32))
+    return made_up(annotated, document, critical_path=10)
 
 
 def records() -> list[Record]:
@@ -64,7 +65,7 @@ def records() -> list[Record]:
     found = []
     for country, right in (("Peru", "Lima"), ("Cuba", "Havana"), ("France", "Paris"), ("Japan", "Tokyo")):
         prompt = f"What is the capital of {country}?"
-        good, bad = (made_up(prompt, f"Its capital is {city}.", 10) for city in (right, "Cusco"))
+        good, bad = (answer(prompt, f"Its capital is {city}.") for city in (right, "Cusco"))
         found.append(Record(Prompt(prompt, good.text), good, (good, bad)))
     return found
 

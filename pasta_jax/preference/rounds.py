@@ -91,7 +91,7 @@ def run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str)
         stage=stage_of(config, seed),
         mesh=mesh,
     )
-    samples = [sampled for record in records for sampled in record.samples]
+    stats = [drawn.stats for record in records for drawn in record.samples]
     summary = {
         "round": number,
         "policy": policy,
@@ -99,8 +99,8 @@ def run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str)
         "pairs": len(pairs),
         "without_pair": len(records) - len(pairs),
         "steps": steps,
-        "mean_critical_path": float(np.mean([s.critical_path for s in samples])),
-        "mean_tokens": float(np.mean([s.output_tokens for s in samples])),
+        "mean_critical_path": float(np.mean([s.critical_path for s in stats])),
+        "mean_tokens": float(np.mean([s.output_tokens for s in stats])),
     }
     write_json(os.path.join(folder, "round.json"), summary)
     return folder

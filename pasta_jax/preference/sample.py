@@ -22,10 +22,11 @@ from pasta_jax.config import PreferenceConfig
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
-from pasta_jax.decoding.results import result
-from pasta_jax.decoding.state import Limits, Stop
+from pasta_jax.decoding.results import Stats, result
+from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace, as_document, document_order
 from pasta_jax.files import appending, json_line, read_jsonl, write_jsonl
+from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training.signals import Stopped, stop_requests
 
 LOG = logging.getLogger("pasta_jax")
@@ -49,20 +50,14 @@ class Sample:
     Attributes:
       text: for the reader.
       annotated: as PASTA-LANG.
-      output_tokens: tags included.
-      text_tokens: tags excluded.
-      critical_path: decode steps needed with unlimited lanes.
-      stop_reason: "eos", "length" or "cache_full".
+      stats: its cost; without times, since rows are decoded together.
       document: the trace in document order, a training document; [n] fields.
       step: int32 [n], the decode step that fed each of its tokens (see `Trace`).
     """
 
     text: str
     annotated: str
-    output_tokens: int
-    text_tokens: int
-    critical_path: int
-    stop_reason: str
+    stats: Stats
     document: ThreadedTokens
     step: np.ndarray
 
@@ -122,7 +117,7 @@ def sample(
 
     baselines = _answers(decoder(baseline, lanes=1), prompts, [_greedy(length)] * len(prompts))
     # Rows of a batch wait for the longest: prompts with answers of similar length go together.
-    order = sorted(range(len(prompts)), key=lambda i: (baselines[i].output_tokens, i))
+    order = sorted(range(len(prompts)), key=lambda i: (baselines[i].stats.output_tokens, i))
     if [record.prompt for record in records] != [prompts[i] for i in order[: len(records)]]:
         records = []
         write_records(path, records)
@@ -172,20 +167,16 @@ def _drawn(length: int, temperature: float, seed: np.random.SeedSequence) -> Sam
 def _answers(decoder: Decoder, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[Sample]:
     tokenizer = decoder.model.tokenizer
     traces, _ = decoder.decode([tokenizer.encode_prompt(prompt.text) for prompt in prompts], sampling)
-    return [_answer(decoder.model, trace) for trace in traces]
+    return [_sample_from(tokenizer, trace) for trace in traces]
 
 
-def _answer(model: Model, trace: Trace) -> Sample:
-    decoded = result(model.tokenizer, trace)
-    document = as_document(trace)
+def _sample_from(tokenizer: Tokenizer, trace: Trace) -> Sample:
+    decoded = result(tokenizer, trace)
     return Sample(
         text=decoded.text,
         annotated=decoded.annotated,
-        output_tokens=decoded.stats.output_tokens,
-        text_tokens=decoded.stats.text_tokens,
-        critical_path=decoded.stats.critical_path,
-        stop_reason=Stop(trace.stop).reason,
-        document=document,
+        stats=decoded.stats,
+        document=as_document(trace),
         step=trace.step[document_order(trace)],
     )
 
@@ -209,4 +200,10 @@ def _sample_of(tree: dict[str, Any]) -> Sample:
         name: np.array(values, np.uint32 if name == "sees" else np.int32)
         for name, values in tree["document"].items()
     }
-    return Sample(**tree | {"document": ThreadedTokens(**fields), "step": np.array(tree["step"], np.int32)})
+    return Sample(
+        text=tree["text"],
+        annotated=tree["annotated"],
+        stats=Stats(**tree["stats"]),
+        document=ThreadedTokens(**fields),
+        step=np.array(tree["step"], np.int32),
+    )

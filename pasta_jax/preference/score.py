@@ -19,7 +19,7 @@ from pasta_jax.preference.sample import Record
 
 
 class Counted(Protocol):
-    """What speed is read from, of any measured answer: tokens with and without tags, and steps."""
+    """The counts that speed is computed from: `Stats`, or any record of a measured answer."""
 
     @property
     def output_tokens(self) -> int: ...
@@ -86,7 +86,7 @@ def scores(record: Record, config: PreferenceConfig) -> list[float]:
     opponents = (record.baseline.text, record.prompt.reference)
     return [
         combined(
-            efficiency(theoretical_speedup(record.baseline, answer), parallelism(answer)),
+            efficiency(theoretical_speedup(record.baseline.stats, answer.stats), parallelism(answer.stats)),
             quality(judge, record.prompt.text, answer.text, opponents),
             config.quality_weight,
         )
