@@ -17,6 +17,8 @@ from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.grammar import Kind
 from tests.helpers.answers import OTHER, PROMPT, SEEDS, WORDS, model, options, results, what_was_said
 
+pytestmark = pytest.mark.slow
+
 
 def test_there_is_something_to_test() -> None:
     assert sum(len(result.branches) for result in results()) >= 6

@@ -14,6 +14,8 @@ from pasta_jax.decoding.api import decoder_for
 from pasta_jax.decoding.state import Limits
 from tests.helpers.answers import OTHER, PROMPT, SEEDS, model, options, results, what_was_said
 
+pytestmark = pytest.mark.slow
+
 
 def events_of(prompt: Any = PROMPT, **changes: Any) -> list[Event]:
     return list(pasta_jax.decode(model(), prompt, stream=True, **options(**changes)))

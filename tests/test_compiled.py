@@ -23,6 +23,8 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.model.forms import quantize
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Config(
     model=ModelConfig(
         vocab_size=1408, num_layers=1, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16

@@ -46,6 +46,7 @@ def with_adapters(config: ModelConfig, lora: Lora, rng: np.random.Generator) -> 
     return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TINY, LLAMA, GEMMA], ids=["tied", "untied", "gemma"])
 def test_merged_is_unmerged(config: ModelConfig, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -62,6 +63,7 @@ def test_merged_is_unmerged(config: ModelConfig, seed: int) -> None:
     assert float(jnp.abs(without - expected).max()) > 0.01 * scale
 
 
+@pytest.mark.slow
 def test_adapters_begin_without_a_change(seed: int) -> None:
     """Unless rows of the table are alike: then, and only then, they are told apart."""
     rng = np.random.default_rng(seed)

@@ -22,6 +22,7 @@ from pasta_jax.model import (
 from pasta_jax.model.attention import attend, attend_to_earlier
 from pasta_jax.model.forms import fuse, outputs_first, quantize
 from pasta_jax.model.pool import write
+from tests.helpers import slow
 from tests.helpers.models import GEMMA, LLAMA, TINY, inputs, random_params
 
 KINDS = pytest.mark.parametrize("config", [TINY, LLAMA, GEMMA], ids=["plain", "llama", "gemma"])
@@ -111,7 +112,7 @@ def test_a_later_token_changes_nothing_before_it(seed: int) -> None:
     assert differs.tolist() == [i >= changed for i in range(length)]
 
 
-@pytest.mark.parametrize("length", [1, 64, 65, 150, 600])
+@pytest.mark.parametrize("length", [1, 64, 65, slow(150), slow(600)])
 def test_blocks_of_queries_give_what_all_at_once_gives(length: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     shapes = ((2, length, 4, 8), (2, 2, length, 8), (2, 2, length, 8))
@@ -158,6 +159,7 @@ def test_a_query_without_keys_is_finite_and_hurts_nobody(dtype: str, seed: int) 
     assert all(np.isfinite(g.astype(np.float32)).all() for g in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_one_visible_key_gives_the_gradient_of_finite_differences() -> None:
     """A softmax over one key is 1 whatever the score; over two it is not."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 1, 4))
@@ -223,6 +225,7 @@ def test_shapes_that_do_not_fit_say_so() -> None:
         model.apply({"params": params}, tokens, positions, may_attend, pool)
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("change", [fuse, outputs_first, "fuse int8"])
 def test_weights_turned_for_decoding_say_the_same(config: ModelConfig, change: Any, seed: int) -> None:

@@ -418,6 +418,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.slow
 def test_golden_step(tmp_path: pathlib.Path) -> None:
     """One step of preference optimisation from made-up pairs: law 7 for the second stage."""
     tokenizer = almanac.load_tokenizer()

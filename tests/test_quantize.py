@@ -24,6 +24,8 @@ from pasta_jax.model.forms import LARGEST, Int8, contracted, is_plain, quantize,
 from pasta_jax.training.state import TrainState
 from tests.helpers.models import GEMMA, LLAMA, TINY, inputs, random_params
 
+pytestmark = pytest.mark.slow
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(config: ModelConfig, params: Any, *args: Any) -> Any:

@@ -52,6 +52,7 @@ def rng(seed: int) -> random.Random:
     return random.Random(seed)
 
 
+@pytest.mark.slow
 def test_what_is_scripted_is_said_exactly(rng: random.Random) -> None:
     """Two at a time, one of them any program there is, syncs that wait for nothing and empty blocks included."""
     prompt = WORDS.encode_prompt("the river")
@@ -90,6 +91,7 @@ def fits(program: Program) -> bool:
     return len(threads.tokens) <= 9 and longest <= 256 and sum(map(len, threads.tokens)) < 300
 
 
+@pytest.mark.slow
 def test_a_script_leaves_its_neighbour_and_what_follows_it_free() -> None:
     prompt = WORDS.encode_prompt("the river")
     script = script_of(Program((Text(" cities of"),)), WORDS, LIMITS)
@@ -144,6 +146,7 @@ def test_answers_that_a_rule_annotated_get_topics() -> None:
     assert threads_in(tree, WORDS)
 
 
+@pytest.mark.slow
 def test_replay_measures_both_ways(rng: random.Random) -> None:
     trees = [
         random_tree(rng, WORDS, branches=8, tokens=14, syncs=True, depth=2),
@@ -187,6 +190,7 @@ def test_what_does_not_fit_is_refused(rng: random.Random) -> None:
     replaying.check_room(script_of(tree, WORDS, limits), limits, 7)
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_say_it_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     run = replaying.Run(
         decoder(), WORDS.encode_prompt("the"), script_of(Program((Text(" a"),)), WORDS, LIMITS)

@@ -178,6 +178,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("results", ODD.values(), ids=ODD)
 @pytest.mark.parametrize("draw", DRAW, ids=lambda draw: draw.__name__)
 def test_every_figure_of_every_result(draw, results, tmp_path):

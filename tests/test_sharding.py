@@ -37,6 +37,7 @@ def eight(tensor: int = 1, data: int = 1, fsdp: int = -1) -> AbstractMesh:
     return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, ONE_KV_HEAD], ids=["K=2", "K=1"])
 def test_sharded_training_pass_and_gradient_equal_unsharded(config: ModelConfig, seed: int) -> None:
     mesh = make_mesh(2, 2, 2)
@@ -65,6 +66,7 @@ def test_sharded_training_pass_and_gradient_equal_unsharded(config: ModelConfig,
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, ONE_KV_HEAD], ids=["K=2", "K=1"])
 def test_sharded_decode_step_equals_unsharded_and_keeps_the_pool_in_place(
     config: ModelConfig, seed: int
@@ -126,6 +128,7 @@ def test_every_parameter_is_in_the_table_and_nothing_else_passes() -> None:
         param_shardings({"adapter": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, eight())
 
 
+@pytest.mark.slow
 def test_a_program_compiles_from_shapes_alone() -> None:
     mesh = make_mesh(2, 2, 2)
     params = abstract(shapes_of(CONFIG), param_shardings(shapes_of(CONFIG), mesh))

@@ -80,6 +80,7 @@ def test_an_answer_that_was_never_begun() -> None:
     assert timeline(result).splitlines()[1] == "main               ·"
 
 
+@pytest.mark.slow
 def test_an_answer_in_a_terminal_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is settled is written once; what is not stands behind it, on one line, and is erased."""
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((30, 9)))

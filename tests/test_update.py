@@ -150,6 +150,7 @@ def test_pairs_stay_within_a_part() -> None:
         next(pair_batches(pairs(), 0, ROWS, 6, parts=8))
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing() -> None:
     fields = paired_batch(2).fields()
     expected, measured, _ = whole("sft", 2)
@@ -158,6 +159,7 @@ def test_remat_changes_nothing() -> None:
     assert also == pytest.approx(measured, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [5, 4, 1])
 def test_logits_of_a_few_tokens_at_a_time_change_nothing(
     tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -174,6 +176,7 @@ def test_logits_of_a_few_tokens_at_a_time_change_nothing(
         assert_close(spread, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_tokens_taken_apart_are_added_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixty-four sums in bfloat16 would be off by a hundredth of the whole (measured: 0.9 %, and 0.2 % so)."""
     L, config = 256, dataclasses.replace(CONFIG.model, dtype="bfloat16", tie_embeddings=False)
@@ -210,6 +213,7 @@ def test_masters_in_float32_take_steps_that_bfloat16_cannot() -> None:
     assert_close(found, expected, 0.1)
 
 
+@pytest.mark.slow
 def test_the_reference_pass_in_parts_and_on_a_mesh_is_the_whole() -> None:
     batch = paired_batch(2)
     names = ThreadedTokens.__dataclass_fields__
@@ -234,6 +238,7 @@ def test_rows_of_a_part_that_devices_do_not_divide_are_refused() -> None:
         dataclasses.replace(CONFIG, microbatches=3)
 
 
+@pytest.mark.slow
 def test_adapters_on_a_mesh_have_the_gradient_of_one_device() -> None:
     config = dataclasses.replace(CONFIG, init_from="base", lora=Lora(rank=2, rows=(3, 7)))
     fields = paired_batch(2).fields()
