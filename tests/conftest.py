@@ -1,21 +1,19 @@
 """Shared by all tests: eight fake CPU devices, one compilation cache, no network, and seeds that are shown."""
 
 import atexit
-import contextlib
 import os
 import random
 import shutil
 import socket
-import sys
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 # Before jax is imported anywhere: it reads these once. Subprocesses and the workers of xdist inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Compiling takes most of the time, so it is done once for all processes of a run. A developer who sets
-# JAX_COMPILATION_CACHE_DIR keeps the cache for the next run.
+# Compiling takes most of the time. So it is done with less care, except in tests that use `helpers.optimized`, and
+# once for all processes of a run. A developer who sets JAX_COMPILATION_CACHE_DIR keeps the cache for the next run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pasta_jax_compiled_")
@@ -31,15 +29,6 @@ def seed() -> int:
     value = random.SystemRandom().randrange(2**31) if given == "fresh" else int(given)
     print(f"PASTA_SEED={value}")  # shown when a test fails
     return value
-
-
-@pytest.fixture(autouse=True, scope="session")
-def in_a_hurry() -> Iterator[None]:
-    """Decoders compile with less care: compiling is what takes time here, and no arithmetic changes."""
-    compiled = sys.modules.get("pasta_jax.decoding.compiled")
-    options = {"xla_backend_optimization_level": 0}
-    with compiled.default_xla_options(options) if compiled else contextlib.nullcontext():
-        yield
 
 
 @pytest.fixture(autouse=True)

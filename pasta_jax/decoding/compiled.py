@@ -9,14 +9,12 @@ Whatever a caller may vary from call to call (temperature, seed, limits on token
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import jax
@@ -41,20 +39,6 @@ on a CPU whose cache does not hold them (docs/lab-log.md says why)."""
 
 CHANGES: dict[Form, Callable[[Any], Any]] = {"fused": fuse, "outputs_first": outputs_first}
 """Plain or int8 parameters to another form."""
-
-_DEFAULT_XLA_OPTIONS: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar(
-    "default_xla_options", default=None
-)
-
-
-@contextlib.contextmanager
-def default_xla_options(options: Mapping[str, Any]) -> Iterator[None]:
-    """Inside it, a `Compiled` that is given no `xla_options` takes these. The tests compile in a hurry with it."""
-    token = _DEFAULT_XLA_OPTIONS.set(options)
-    try:
-        yield
-    finally:
-        _DEFAULT_XLA_OPTIONS.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +92,7 @@ class Compiled:
         into nested loops.
       platform: "cpu", "gpu" or "tpu"; by default that of the parameters' devices.
       cached_bytes: weights up to this size stay in a CPU's cache between steps.
-      xla_options: compiler options by name; None takes those of `default_xla_options`.
+      xla_options: compiler options by name.
     """
 
     def __init__(
@@ -131,7 +115,7 @@ class Compiled:
         self.shapes = _shapes(params)
         self.mesh = sharding.mesh_of(self.shapes)
         self.rows = rows if self.mesh is None else sharding.round_up_rows(rows, self.mesh)
-        self.xla_options = dict((_DEFAULT_XLA_OPTIONS.get() or {}) if xla_options is None else xla_options)
+        self.xla_options = dict(xla_options or {})
         place = jax.tree.leaves(self.shapes)[0].sharding
         device = min(place.device_set, key=lambda device: device.id)
         on_cpu = (platform or device.platform) == "cpu"
