@@ -5,12 +5,12 @@ Training, decoding and the specification all call this file; the model receives 
     visible(q, k) = same document, k is real, and ( k.segment == q.segment and k.order <= q.order
                                                     or k.segment in q.sees )
 
-A *segment* is a run of one thread's tokens between visibility changes, so a token is told what it may see by
-its own segment (the past) and a set of finished segments. Segments are numbered in the order in which they
-begin, the prompt's is 0, and there are two ways for one to begin:
+A *segment* is a run of one thread's tokens between visibility changes, so what a token may see is
+the past of its own segment and a set of finished segments. Segments are numbered in the order in which they
+begin. The first is 0, the prompt's, and two events begin others:
 
-    fork    parent and child go on in new segments, both of which see what the parent could see until now
-    join    the parent goes on in a new segment that sees, besides, all that the joined branches could see
+    fork    parent and child continue in new segments, which see all that the parent could see so far
+    join    the parent continues in a new segment, which sees what all the joined branches could see as well
 
 Worked example. `a` `P` is text and a promise in main (segment 0), `[` `b` `]` its block (segment 2), `c` main
 beside the block (segment 1), `S` the sync and `d` main after it (segment 3). A dot is "may not attend":
@@ -35,40 +35,21 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any, Protocol
 
 import numpy as np
 
-from pasta_jax.arrays import NO_DOC, Array
+from pasta_jax.arrays import NO_DOC, Array, Tokens
 from pasta_jax.rounding import ceil_div
 
 WORD_BITS = 32
 
 
-class Key(Protocol):
-    """What the rule reads of a token: the fields of `ThreadedTokens`, or lanes, or pool entries."""
-
-    @property
-    def doc(self) -> Array: ...
-    @property
-    def segment(self) -> Array: ...
-    @property
-    def order(self) -> Array: ...
-
-
-class Query(Key, Protocol):
-    """What the rule reads of a query."""
-
-    @property
-    def sees(self) -> Array: ...
-
-
-def visible(query: Query, key: Key) -> Array:
-    """The rule.
+def visible(query: Tokens, key: Tokens) -> Array:
+    """The rule. It reads `doc`, `segment` and `order`, and `sees` of the query.
 
     Args:
-      query: fields [..., Q], `sees` [..., Q, W].
-      key: fields [..., P].
+      query: [..., Q] fields.
+      key: [..., P] fields.
 
     Returns:
       bool [..., Q, P], true where the query may attend to the key.
@@ -90,20 +71,20 @@ def contains(segments: Array, segment: Array) -> Array:
     return functools.reduce(operator.or_, hits)
 
 
-def singleton(segment: Array, words: int, xp: Any = np) -> Array:
+def singleton(segment: Array, words: int) -> Array:
     """The set that holds just `segment`: int [...] -> uint32 [..., W]."""
-    segment = xp.asarray(segment)[..., None]
-    bit = xp.uint32(1) << (segment % WORD_BITS).astype(xp.uint32)
-    return xp.where(segment // WORD_BITS == xp.arange(words), bit, xp.uint32(0))
+    segment = segment[..., None]
+    bit = np.uint32(1) << (segment % WORD_BITS).astype(np.uint32)
+    return (segment // WORD_BITS == np.arange(words, dtype=np.int32)) * bit
 
 
-def reach(sees: Array, segment: Array, xp: Any = np) -> Array:
-    """All that a thread can see at the end of `segment`: uint32 [..., W] and int [...] -> uint32 [..., W].
+def reach(sees: Array, segment: Array) -> Array:
+    """What a thread can see at the end of `segment`: uint32 [..., W] and int [...] -> uint32 [..., W].
 
     A fork gives it to parent and child as their `sees`; a join gives the parent its own together with those
     of the branches it joins.
     """
-    return sees | singleton(segment, sees.shape[-1], xp)
+    return sees | singleton(segment, sees.shape[-1])
 
 
 def max_segments(threads: int) -> int:

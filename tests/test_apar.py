@@ -245,9 +245,10 @@ def test_worked_example():
         end,
         NO_TARGET,
     ]
+    answer = threads_of(d)
     assert (
-        critical_path(threads_of(d, 1), tokenizer.vocabulary) == 5
-    )  # a, fork, c, fork, e; the children are done beside it
+        critical_path(answer, tokenizer.vocabulary) == 5
+    )  # a, fork, c, fork, e; the branches are done beside it
 
 
 def test_program_to_tokens_and_back(seed):
@@ -255,7 +256,7 @@ def test_program_to_tokens_and_back(seed):
     for _ in range(200):
         program = random_apar(rng, max_depth=2)
         document = layout(WORDS, [2, 30, 31], program, SHARED, threads=16)
-        reading = read(WORDS.vocabulary, threads_of(document, 3))
+        reading = read(WORDS.vocabulary, threads_of(document))
         assert reading.program == program and not reading.issues
 
 
@@ -271,7 +272,8 @@ def test_trace_laid_out_again_has_the_same_fields(positions, seed):
     for _ in range(30):
         program = random_apar(rng)
         document = layout(tokenizer, [2, 13, 14], program, positions, threads=16)
-        lines = np.pad(lines_of(document), ((0, 0), (0, 1500)))[:, :1500]
+        lines = lines_of(document)
+        assert lines is not None
         rows = scripted.compiled(limits, positions, 3, "apar")(
             np.array([[2, 13, 14]], np.int32),
             np.array([3]),
@@ -284,7 +286,7 @@ def test_trace_laid_out_again_has_the_same_fields(positions, seed):
         for name, expected in document.fields().items():
             np.testing.assert_array_equal(getattr(again, name), expected, err_msg=name)
         if trace.widths.max(initial=0) < limits.lanes:
-            assert critical_path(threads_of(document, 3), tokenizer.vocabulary) == trace.steps
+            assert critical_path(threads_of(document), tokenizer.vocabulary) == trace.steps
         forks += len(trace.parent) - 1
     assert forks > 20
 
@@ -337,7 +339,7 @@ def test_compiled_interpreter_is_its_specification(setting, seed):
             compare_views(row, answer, views)
         stops.add(answer.stop)
         branches += len(answer.threads) - 1
-        notes = read(vocabulary, answer.by_thread(len(prompt))).issues
+        notes = read(vocabulary, answer.by_thread).issues
         issues += sum("stopped before" not in note for note in notes)
     assert Stop.EOS in stops and len(stops) > 1 and branches > n, "the programs are too tame"
     assert (issues == 0) == limits.constrained
@@ -427,7 +429,7 @@ def test_the_source_is_the_rule_on_plain_answers():
     tokenizer = make_tokenizer(CONFIG.data)
     source, plain = (almanac.source(which, tokenizer, positions=SHARED) for which in ("apar", "plain"))
     programs = [
-        [read(tokenizer.vocabulary, threads_of(each[i], prompt_length(each[i]))).program for i in range(20)]
+        [read(tokenizer.vocabulary, threads_of(each[i])).program for i in range(20)]
         for each in (source, plain)
     ]
     assert programs[0] == [apar.annotate(assemble(program)) for program in programs[1]]
@@ -438,11 +440,6 @@ def test_the_source_is_the_rule_on_plain_answers():
     stream = make_source(wrong, make_tokenizer(wrong), seed=0)
     with pytest.raises(LayoutError, match=r"dialect=apar"):
         all(stream[i] for i in range(20))
-
-
-def prompt_length(document: Any) -> int:
-    """The first token that is learnt follows the prompt."""
-    return int(np.flatnonzero(document.target != NO_TARGET)[0]) + 1
 
 
 @pytest.mark.slow

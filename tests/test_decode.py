@@ -156,7 +156,7 @@ def listen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int, int], np.nda
             heard[int(row), int(thread[row, lane]), int(order[row, lane])] = np.array(logits[row, lane])
 
     def choose_aloud(rules: Any, rows: Any, requests: Any, lanes: Any, logits: Any) -> Any:
-        jax.debug.callback(hear, lanes.active, lanes.thread, lanes.order, logits)
+        jax.debug.callback(hear, lanes.is_real, lanes.thread, lanes.order, logits)
         return choose(rules, rows, requests, lanes, logits)
 
     monkeypatch.setattr(loop, "choose", choose_aloud)
@@ -211,6 +211,31 @@ class TestInvariance:
         assert [schedule(t) for t in decode(SEEDS, greedy=greedy, limits=longer)] == expected
 
 
+def test_nested_branches_are_drawn_the_same_whatever_the_room_for_threads():
+    """With at most 4 threads, and a tag begun in each, a table of 8 limits nothing."""
+    narrow, wide = (
+        decode(range(60), limits=Limits(lanes=8, threads=threads, pool=300, max_depth=3))
+        for threads in (8, 16)
+    )
+    compared = 0
+    for one, other in zip(narrow, wide):
+        if len(other.parent) <= 4 and depth(other) > 1:
+            assert text(one) == text(other)
+            compared += 1
+    assert compared >= 3
+
+
+def test_a_draw_does_not_depend_on_the_length_of_the_prompt():
+    """Of a model for which all tokens are the same, so that only the draws make the text."""
+    model = chatty_model()
+    params = {**model.params, "embed": jnp.zeros_like(model.params["embed"])}
+    deaf = decoder().for_model(dataclasses.replace(model, params=params))
+    prompts = [[5], [5] * 2, [5] * 9, [5] * 16]
+    traces, _ = deaf.decode(prompts, [ask(11, max_new_tokens=100)] * 4)
+    assert len({str(text(trace)) for trace in traces}) == 1
+    assert len({*traces[0].threads.tokens[0]}) > 5
+
+
 def _branches(one: Trace, other: Trace) -> list[tuple]:
     return list(zip(one.threads.tokens[1:], other.threads.tokens[1:]))
 
@@ -262,7 +287,7 @@ def test_with_the_grammar_nothing_is_malformed(max_depth, threads, bias):
             ended += 1
             assert not [issue for issue in reading.issues if "incomplete" not in issue]
             assert trace.forced.any() or not reading.issues
-            assert read(WORDS.vocabulary, threads_of(as_document(trace), trace.prompt_length)) == reading
+            assert read(WORDS.vocabulary, threads_of(as_document(trace))) == reading
     assert ended > 3
 
 

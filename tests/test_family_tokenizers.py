@@ -99,7 +99,7 @@ def test_programs_come_back(name: str, seed: int) -> None:
     assert len(programs) > 5
     for program in programs:
         document = layout(found, [found.vocabulary.bos], program, Positions(), threads=16)
-        reading = read(found.vocabulary, threads_of(document, 1))
+        reading = read(found.vocabulary, threads_of(document))
         assert reading.program == program and not reading.issues
     digits = [found.vocabulary.pieces[i] for i in found.vocabulary.digits]
     assert digits == [b"%d" % d for d in range(10)]
@@ -118,7 +118,7 @@ def test_all_real_responses_with_a_real_tokenizer() -> None:
         texts = [Text(part) for part in (response[:first], response[first:second], response[second:])]
         program = Program((texts[0], Promise("the middle part", 99, (texts[1],)), Sync(), texts[2]))
         document = layout(found, [found.vocabulary.bos], program, Positions(), threads=16)
-        assert read(found.vocabulary, threads_of(document, 1)).program == program
+        assert read(found.vocabulary, threads_of(document)).program == program
         assert sum(int(token) in ids_of_tags for token in document.token) == len(tags.PIECES)
 
 

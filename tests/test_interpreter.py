@@ -83,11 +83,14 @@ def test_lanes_change_neither_the_text_nor_who_sees_whom(max_depth, seed):
             compared += 1
 
 
-def views_by_name(answer: reference.Decoded, views: scripted.Views) -> dict[tuple[int, int], tuple]:
-    """For each entry that led to another, named by path and order: token, position and the names that it sees."""
+def views_by_name(answer: reference.Decoded, views: scripted.Views) -> dict[tuple, tuple]:
+    """Token, position and what it sees, of each entry that led to another; named by its promises and its order."""
 
-    def name(entry: reference.Entry) -> tuple[int, int]:
-        return answer.threads[entry.thread].path, entry.order
+    def name_of(thread: reference.Thread) -> tuple[int, ...]:
+        return (*name_of(thread.parent), thread.forked_at) if thread.parent else ()
+
+    def name(entry: reference.Entry) -> tuple:
+        return name_of(answer.threads[entry.thread]), entry.order
 
     return {
         name(entry): (entry.token, entry.position, {name(seen) for seen in views[id(entry)]})
@@ -112,13 +115,14 @@ def test_golden_trace():
         2: [word] * 19 + [scripted.ASYNC_CLOSE],  # The length ...
     }
     ask, prompt = scripted.request(max_branch_tokens=64), jnp.full(21, word)
-    state, lanes = interpreter.begin(limits, limits.pool + limits.lanes, prompt, jnp.int32(21))
+    state = interpreter.begin(limits, limits.pool + limits.lanes, prompt, jnp.int32(21))
+    lanes = interpreter.feed(state, ask, limits)
     said = {thread: iter(tokens) for thread, tokens in says.items()}
     while True:
         sampled = [0] * limits.lanes
         for lane in range(limits.lanes):
             thread = int(lanes.thread[lane])
-            if lanes.active[lane] and not state.threads.closing[thread]:
+            if lanes.is_real[lane] and not state.threads.closing[thread]:
                 sampled[lane] = next(said[thread])
         state = interpreter.advance(state, ask, lanes, jnp.array(sampled), jnp.zeros(limits.lanes), rules)
         if state.stop != Stop.RUNNING:

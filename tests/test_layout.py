@@ -34,7 +34,7 @@ def test_program_to_tokens_and_back(seed):
     for _ in range(ROUNDS):
         program = random_program(rng, max_depth=3)
         document = layout(WORDS, [2, 30, 31], program, Positions(), threads=16)
-        reading = read(WORDS.vocabulary, threads_of(document, 3))
+        reading = read(WORDS.vocabulary, threads_of(document))
         assert reading.program == program
         assert not reading.issues
         annotated = render(program)
@@ -54,12 +54,13 @@ def test_trace_laid_out_again_has_the_same_fields(seed):
         except LayoutError:  # this vocabulary spells topics byte by byte, some longer than the grammar allows
             continue
         done += 1
-        script = scripted.Script(np.pad(lines_of(document), ((0, 0), (0, 1500)))[:, :1500])
+        lines = lines_of(document)
+        assert lines is not None
         ask = scripted.request(900, 900)
         rows = scripted.compiled(limits, Positions(), 3)(
             np.array([[2, 13, 14]], np.int32),
             np.array([3]),
-            script.lines[None],
+            lines[None],
             jax.tree.map(lambda x: np.asarray(x)[None], ask),
         )
         trace = read_trace(jax.tree.map(lambda x: np.asarray(x)[0], rows))
@@ -67,12 +68,10 @@ def test_trace_laid_out_again_has_the_same_fields(seed):
         again = as_document(trace)
         for name, expected in document.fields().items():
             np.testing.assert_array_equal(getattr(again, name), expected, err_msg=name)
-        assert read(tokenizer.vocabulary, trace.threads) == read(
-            tokenizer.vocabulary, threads_of(document, 3)
-        )
+        assert read(tokenizer.vocabulary, trace.threads) == read(tokenizer.vocabulary, threads_of(document))
         unlimited = trace.steps if trace.widths.max(initial=0) < limits.lanes else None
         if unlimited is not None:
-            assert critical_path(threads_of(document, 3), tokenizer.vocabulary) == unlimited
+            assert critical_path(threads_of(document), tokenizer.vocabulary) == unlimited
         assert document_order(trace).shape == again.token.shape
 
 
@@ -88,15 +87,13 @@ def test_nested_trace_laid_out_again_is_the_same_but_for_names(seed):
             document = layout(tokenizer, [2, 13, 14], program, Positions(), threads=16)
         except LayoutError:
             continue
+        if (lines := lines_of(document)) is None:
+            continue
         done += 1
-        paths = paths_of(document)
-        size = max(paths) + 1
-        lines = np.zeros((size, 1500), np.int32)
-        lines[np.array(paths)[document.thread], document.order] = document.token
         rows = scripted.compiled(limits, Positions(), 3)(
             np.array([[2, 13, 14]], np.int32),
             np.array([3]),
-            np.pad(lines, ((0, 4096 - size), (0, 0)))[None],
+            lines[None],
             jax.tree.map(lambda x: np.asarray(x)[None], scripted.request(900, 900)),
         )
         trace = read_trace(jax.tree.map(lambda x: np.asarray(x)[0], rows))
@@ -107,19 +104,6 @@ def test_nested_trace_laid_out_again_is_the_same_but_for_names(seed):
         first_seen = {thread: i for i, thread in reversed(list(enumerate(again.thread.tolist())))}
         names = {thread: n for n, thread in enumerate(sorted(first_seen, key=lambda t: first_seen[t]))}
         np.testing.assert_array_equal([names[t] for t in again.thread.tolist()], document.thread)
-
-
-def paths_of(document: ThreadedTokens) -> list[int]:
-    """The schedule's name of each thread of a layout: parent's path times T and which child it is."""
-    paths, children = [0], {0: 0}
-    for place in np.flatnonzero(np.diff(document.thread, prepend=0)):
-        thread = int(document.thread[place])
-        if thread == len(paths):
-            parent = int(document.thread[place - 1])
-            children[parent] += 1
-            children[thread] = 0
-            paths.append(paths[parent] * 16 + children[parent])
-    return paths
 
 
 def test_worked_example():
@@ -134,7 +118,7 @@ def test_worked_example():
     ]  # fmt: skip
     assert d.thread.tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
     assert d.segment.tolist() == [0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 1, 3, 3, 3]
-    assert d.order.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 7, 8, 9, 10]
+    assert d.order.tolist() == [-1, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7, 8, 9]
     # The promise's last token is at 6, so the branch starts at 7 and main goes on at 7 + 10 * 2 + 2 = 29.
     assert d.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 29, 30, 31, 32]
     assert d.sees[:, 0].tolist() == [0] * 7 + [0b1] * 5 + [0b111] * 3
@@ -157,9 +141,8 @@ def test_worked_example():
         end,
         -1,
     ]
-    assert (
-        critical_path(threads_of(d, 1), words.vocabulary) == 10
-    )  # a, the tag's 5, c, d, </async> with sync, f
+    # a, the tag's 5, c, d, </async> with sync, f
+    assert critical_path(threads_of(d), words.vocabulary) == 10
 
 
 @pytest.mark.parametrize(
@@ -208,7 +191,7 @@ def test_real_responses_with_a_real_tokenizer():
         parts = [part for part in response.split("\n\n") if part][:14]
         program = Program((*(Promise("part", 1 + i, (Text(part),)) for i, part in enumerate(parts)), Sync()))
         document = layout(tokenizer, [1], program, Positions(), threads=16)
-        assert read(tokenizer.vocabulary, threads_of(document, 1)).program == program
+        assert read(tokenizer.vocabulary, threads_of(document)).program == program
         tag_ids = set(tokenizer.vocabulary.tag_ids.values())
         assert sum(int(t) in tag_ids for t in document.token) == 5 * len(parts) + 1
 

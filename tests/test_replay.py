@@ -19,7 +19,7 @@ from pasta_jax.benchmark.trees import random_tree, sequential
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
-from pasta_jax.decoding.script import depth_of, lines_of, script_of, threads_in
+from pasta_jax.decoding.script import FREE, Script, depth_of, in_document_order, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import critical_path
 from pasta_jax.lang.assemble import assemble
@@ -63,20 +63,20 @@ def test_what_is_scripted_is_said_exactly(rng: random.Random) -> None:
             ),
             next(p for p in iter(lambda: random_program(rng, max_depth=2, max_nodes=8), None) if fits(p)),
         ]
-        scripts = [script_of(tree, WORDS, LIMITS) for tree in trees]
+        scripts = [script_of(tree, WORDS) for tree in trees]
         wishes = [
             SamplingParams(1000, 1000, temperature=1.0, script=script.padded(SIZE)) for script in scripts
         ]
         traces, _ = decoder().decode([prompt] * 2, wishes)
-        for tree, trace in zip(trees, traces):
+        for tree, script, trace in zip(trees, scripts, traces):
             assert trace.stop == Stop.EOS
-            assert lines_of(trace.threads, 9) == lines_of(threads_in(tree, WORDS), 9)
+            assert in_document_order(trace.threads) == threads_in(tree, WORDS) == script.threads
             assert read(WORDS.vocabulary, trace.threads).program == tree
             assert critical_path(trace.threads, WORDS.vocabulary) == trace.steps
             assert np.all(trace.logprob[trace.prompt_length :] <= 0) and trace.logprob.min() < -1
         again, _ = decoder().decode(
             [prompt],
-            [dataclasses.replace(wishes[0], script=script_of(traces[0], WORDS, LIMITS).padded(SIZE))],
+            [dataclasses.replace(wishes[0], script=script_of(traces[0], WORDS).padded(SIZE))],
         )
         np.testing.assert_array_equal(again[0].tokens.token, traces[0].tokens.token)
         np.testing.assert_array_equal(again[0].step, traces[0].step)
@@ -94,10 +94,10 @@ def fits(program: Program) -> bool:
 @pytest.mark.slow
 def test_a_script_leaves_its_neighbour_and_what_follows_it_free() -> None:
     prompt = WORDS.encode_prompt("the river")
-    script = script_of(Program((Text(" cities of"),)), WORDS, LIMITS)
-    short = dataclasses.replace(script, tokens=script.tokens[:, :2]).padded(SIZE)
+    script = script_of(Program((Text(" cities of"),)), WORDS)
+    short = Script(script.tokens[:, :2], script.branches[:, :2]).padded(SIZE)
     free = SamplingParams(8, temperature=1.0, seed=3)
-    said_by_none = dataclasses.replace(short, paths=short.paths - 1)
+    said_by_none = dataclasses.replace(short, tokens=np.full_like(short.tokens, FREE))
     (alone,), _ = decoder().decode([prompt], [dataclasses.replace(free, script=said_by_none)])
     (beside, scripted), _ = decoder().decode([prompt] * 2, [free, dataclasses.replace(free, script=short)])
     np.testing.assert_array_equal(alone.tokens.token, beside.tokens.token)
@@ -162,9 +162,7 @@ def test_replay_measures_both_ways(rng: random.Random) -> None:
     assert len(wide.parallel_s) == len(wide.sequential_s) == len(wide.start_s) == 3
     assert min(wide.parallel_s + wide.sequential_s + wide.start_s) > 0
     prompt = WORDS.encode_prompt("the river")
-    (trace,), _ = decoder().decode(
-        [prompt], [SamplingParams(1000, 1000, script=script_of(trees[0], WORDS, LIMITS))]
-    )
+    (trace,), _ = decoder().decode([prompt], [SamplingParams(1000, 1000, script=script_of(trees[0], WORDS))])
     (again,) = replay(decoder(), {"a trace": [trace]}, repeats=1)
     assert (again.critical_path, again.widths) == (wide.critical_path, wide.widths)
     assert again.text_tokens == wide.text_tokens
@@ -183,19 +181,17 @@ def test_what_does_not_fit_is_refused(rng: random.Random) -> None:
     ):
         replay(decoder(), {"": [Program((Text(" the" * 320),))]})
     with pytest.raises(ValueError, match=r"9 threads and \d+ tokens does not fit into 1 and 4"):
-        script_of(random_tree(rng, WORDS, branches=8, tokens=1), WORDS, LIMITS).padded((1, 4))
+        script_of(random_tree(rng, WORDS, branches=8, tokens=1), WORDS).padded((1, 4))
     tree = random_tree(rng, WORDS, branches=12, tokens=30, depth=3)
     limits = limits_for([tree], WORDS, lanes=4)
     assert (limits.lanes, limits.threads, limits.max_depth) == (4, 13, 3)
-    replaying.check_room(script_of(tree, WORDS, limits), limits, 7)
+    replaying.check_room(script_of(tree, WORDS), limits, 7)
 
 
 @pytest.mark.slow
 def test_an_engine_that_does_not_say_it_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = replaying.Run(
-        decoder(), WORDS.encode_prompt("the"), script_of(Program((Text(" a"),)), WORDS, LIMITS)
-    )
-    free = dataclasses.replace(run.script, paths=run.script.paths - 1).padded(SIZE)
+    run = replaying.Run(decoder(), WORDS.encode_prompt("the"), script_of(Program((Text(" a"),)), WORDS))
+    free = dataclasses.replace(run.script, tokens=np.full_like(run.script.tokens, FREE)).padded(SIZE)
     monkeypatch.setattr(replaying, "UNLIMITED", 5)
     with pytest.raises(replaying.ReplayError, match="'length' and differs from the script in threads"):
         dataclasses.replace(run, script=free).answer()

@@ -82,7 +82,8 @@ def test_draws_follow_the_distribution(V, seed):
     forbidden = rng.random(V) < 0.2
     forbidden[0] = False
     logits[forbidden] = sampling.NEVER
-    keys = jax.vmap(sampling.draw_key, (None, None, 0))(jnp.array([0, seed], jnp.uint32), 3, jnp.arange(n))
+    key = sampling.branch_key(sampling.main_key(jnp.array([0, seed], jnp.uint32)), jnp.int32(3))
+    keys = jax.vmap(sampling.draw_key, (None, 0))(key, jnp.arange(n))
     sample = jax.jit(lambda logits, keys, *narrowing: sampling.sample(logits, lambda: keys, *narrowing))
     rows = np.broadcast_to(logits, (n, V))
     for temperature, top_k, top_p, min_p in [(0.7, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.05), (1e30, 0, 1.0, 0.0)]:
@@ -105,3 +106,24 @@ def test_the_first_of_the_greatest(V, seed):
     x = np.random.default_rng(seed).integers(-3, 3, (50, V)).astype(np.float32)
     x[0] = sampling.NEVER
     np.testing.assert_array_equal(jax.jit(sampling.argmax)(x), np.argmax(x, axis=1))
+
+
+@pytest.mark.parametrize("generator", ["rbg", "unsafe_rbg"])
+def test_draws_are_the_same_with_any_default_generator(generator):
+    def drawn() -> np.ndarray:
+        key = sampling.branch_key(sampling.main_key(jnp.array([0, 7], jnp.uint32)), jnp.int32(3))
+        return np.asarray(jax.random.bits(sampling.draw_key(key, jnp.int32(5))))
+
+    expected = drawn()
+    with jax.default_prng_impl(generator):
+        assert drawn() == expected
+        assert jax.random.key(0).dtype != sampling.main_key(jnp.zeros(2, jnp.uint32)).dtype
+
+
+def test_draws_and_branches_have_different_keys():
+    """A branch that the first token starts, and the draw of any token: no two keys of a thread are the same."""
+    key = sampling.main_key(jnp.array([0, 7], jnp.uint32))
+    index = jnp.arange(50)
+    keys = [jax.vmap(of, (None, 0))(key, index) for of in (sampling.branch_key, sampling.draw_key)]
+    data = np.concatenate([jax.random.key_data(some) for some in keys])
+    assert len(np.unique(data, axis=0)) == 100

@@ -15,10 +15,10 @@ import pytest
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.decoding import interpreter, reference, results
 from pasta_jax.decoding.script import depth_of
-from pasta_jax.decoding.state import Limits, RowState, Stop
+from pasta_jax.decoding.state import UNFED, Limits, RowState, Stop
 from pasta_jax.decoding.stops import check_stops, cut, find_stop, held_back
 from pasta_jax.decoding.streaming import Consumed, Draft, Event, new_events, settled_text
-from pasta_jax.decoding.trace import UNFED, Trace, document_order, read_trace
+from pasta_jax.decoding.trace import Trace, document_order, read_trace
 from pasta_jax.lang.assemble import assemble, shortened
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.detokenize import read
@@ -44,7 +44,7 @@ CUT = "branch {}: stopped before its </async>."
 VOCABULARIES = (scripted.VOCABULARY, SPLIT)
 
 
-def trace_of(answer: reference.Decoded, prompt_length: int) -> Trace:
+def trace_of(answer: reference.Decoded) -> Trace:
     """The trace that the engine would read of what the specification decoded."""
     entries, steps = list(answer.entries), [e.step for e in answer.entries]
     if answer.stop == Stop.EOS:
@@ -65,7 +65,6 @@ def trace_of(answer: reference.Decoded, prompt_length: int) -> Trace:
         tokens=document,
         step=np.array(steps, np.int32),
         logprob=-np.arange(n, dtype=np.float32),
-        prompt_length=prompt_length,
         stop=answer.stop,
         steps=answer.steps,
         parent=np.array([t.parent.number if t.parent else -1 for t in answer.threads], np.int32),
@@ -84,7 +83,7 @@ def traces(seed: int, per_setting: int = 16) -> list[Trace]:
             ask = scripted.request(int(rng.integers(5, 200)), int(rng.integers(3, 40)))
             prompt = [scripted.A] * int(rng.integers(1, 7))
             answer = scripted.run_reference(prompt, random_script(rng), limits, ask, Positions())
-            out.append(trace_of(answer, len(prompt)))
+            out.append(trace_of(answer))
     return out
 
 
@@ -198,9 +197,7 @@ def of_main(tokens: list[int], stop: Stop, *end: int) -> Trace:
     )
     step = np.array([*range(1, len(tokens) + 1), *(UNFED for _ in end)], np.int32)
     one = np.zeros(1, np.int32)
-    return Trace(
-        document, step, zeros.astype(np.float32), 0, stop, len(tokens), one - 1, one, one > 0, one > 0
-    )
+    return Trace(document, step, zeros.astype(np.float32), stop, len(tokens), one - 1, one, one > 0, one > 0)
 
 
 def test_raw_tokens_are_the_trace(seed):
@@ -232,14 +229,14 @@ def test_a_running_row_has_the_beginning_of_its_trace(seed):
     ask = scripted.request(50, 9)
 
     def run(lines: jax.Array) -> RowState:
-        state, lanes = interpreter.begin(
-            limits, limits.pool + limits.lanes, jnp.full(3, scripted.A), jnp.int32(3)
-        )
+        state = interpreter.begin(limits, limits.pool + limits.lanes, jnp.full(3, scripted.A), jnp.int32(3))
+        lanes = interpreter.feed(state, ask, limits)
 
         def step(carry, _):
             state, lanes = carry
             thread = jnp.minimum(lanes.thread, limits.threads - 1)
-            said = lines[state.threads.path[thread] % 8, (lanes.order + 1) % 80]
+            line = scripted.lines_of_table(state.threads, 8, limits.max_depth)
+            said = lines[line[thread], (lanes.order + 1) % 80]
             running = state.stop == Stop.RUNNING
             after = interpreter.advance(state, ask, lanes, said, jnp.zeros(limits.lanes), rules)
             state = jax.tree.map(lambda a, b: jnp.where(running, a, b), after, state)

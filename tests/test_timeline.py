@@ -10,9 +10,9 @@ import pytest
 from pasta_jax import terminal as live
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.decoding.results import Branch, DecodeResult, Stats
-from pasta_jax.decoding.state import Stop
+from pasta_jax.decoding.state import UNFED, Stop
 from pasta_jax.decoding.streaming import Event
-from pasta_jax.decoding.trace import UNFED, Trace
+from pasta_jax.decoding.trace import Trace
 from pasta_jax.lang.program import Program
 from pasta_jax.terminal import timeline
 
@@ -28,14 +28,13 @@ def decoded(steps: int, fed: list[list[int]], topics: list[str]) -> DecodeResult
             position=nothing,
             doc=nothing + 1,
             segment=nothing,
-            order=nothing,
+            order=(step > 0) - 1,
             sees=nothing[:, None].astype(np.uint32),
             thread=thread,
             target=nothing,
         ),
         step=step,
         logprob=np.zeros(len(thread), np.float32),
-        prompt_length=1,
         stop=Stop.EOS,
         steps=steps,
         parent=np.array([-1] + [0] * len(topics)),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pasta_jax import visibility
-from pasta_jax.arrays import NO_DOC
+from pasta_jax.arrays import NO_DOC, Tokens
 from pasta_jax.visibility import contains, max_segments, reach, singleton, visible, words_for
-from tests.helpers.trees import Tokens, Writer, random_tree
+from tests.helpers.trees import Writer, random_tree, tokens_of
 
 
 def test_the_worked_matrix_of_the_docstring() -> None:
@@ -60,12 +60,11 @@ def test_numpy_and_jax_agree_in_batches(seed: int) -> None:
 
     def draw(count: int) -> Tokens:
         doc, segment, order = (rng.integers(0, high, (B, count), np.int32) for high in (3, 32 * W, 4))
-        return Tokens(doc, segment, order, rng.integers(0, 2**32, (B, count, W), np.uint32))
+        return tokens_of(doc, segment, order, rng.integers(0, 2**32, (B, count, W), np.uint32))
 
     query, key = draw(Q), draw(P)
     in_numpy = visible(query, key)
-    jax.tree_util.register_dataclass(Tokens, ["doc", "segment", "order", "sees"], [])
-    in_jax = jax.jit(visible)(*(jax.tree.map(jnp.asarray, x) for x in (query, key)))
+    in_jax = jax.jit(lambda q, k: visible(Tokens(**q), Tokens(**k)))(query.fields(), key.fields())
     assert in_numpy.shape == (B, Q, P) and in_numpy.any()
     np.testing.assert_array_equal(in_numpy, in_jax)
 
@@ -73,18 +72,18 @@ def test_numpy_and_jax_agree_in_batches(seed: int) -> None:
 def test_documents_and_padding_are_apart() -> None:
     sees_all = np.full((4, 1), 2**32 - 1, np.uint32)
     doc = np.array([1, 2, NO_DOC, NO_DOC], np.int32)
-    tokens = Tokens(doc, np.zeros(4, np.int32), np.zeros(4, np.int32), sees_all)
+    tokens = tokens_of(doc, np.zeros(4, np.int32), np.zeros(4, np.int32), sees_all)
     np.testing.assert_array_equal(visible(tokens, tokens), np.diag([True, True, False, False]))
 
 
 @pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
 def test_sets_of_segments(xp) -> None:  # type: ignore[no-untyped-def]
     for segment in (0, 31, 32, 63, 64, 95):
-        one = singleton(xp.int32(segment), 3, xp)
+        one = singleton(xp.int32(segment), 3)
         assert one.dtype == xp.uint32 and one.shape == (3,)
         members = contains(one, xp.arange(96, dtype=xp.int32))
         assert np.flatnonzero(members).tolist() == [segment]
-        both = reach(one, xp.int32(7), xp)
+        both = reach(one, xp.int32(7))
         assert np.flatnonzero(contains(both, xp.arange(96, dtype=xp.int32))).tolist() == sorted({7, segment})
 
 

@@ -123,7 +123,7 @@ def beside(rng: random.Random, tokenizer: Tokenizer, branches: int, tokens: int)
 def scripted(decoder: Decoder, program: Program, prompt: list[int] | None = None) -> Run:
     """A request whose answer is forced to be the program."""
     tokenizer = decoder.model.tokenizer
-    script = script_of(program, tokenizer, decoder.limits)
+    script = script_of(program, tokenizer)
     return Run(decoder, tokenizer.encode_prompt(PROMPT) if prompt is None else prompt, script)
 
 
@@ -195,7 +195,7 @@ def batch(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
     ]
     trees = [random_tree(rng, tokenizer, branches=4, tokens=plan.tokens) for _ in range(count)]
     limits = limits_for(trees, tokenizer, lanes=plan.lanes, prompt=" ".join(["word"] * 40))
-    scripts = [script_of(tree, tokenizer, limits) for tree in trees]
+    scripts = [script_of(tree, tokenizer) for tree in trees]
     plain = dataclasses.replace(SEQUENTIAL, max_new_tokens=3 * plan.tokens)
     sampling = {
         "plain": [plain] * count,

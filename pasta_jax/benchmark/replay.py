@@ -11,6 +11,7 @@ Each answer is decoded as it is annotated, and again as the same tokens of text 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 import sys
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from pasta_jax.benchmark.trees import sequential
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.request import SamplingParams
-from pasta_jax.decoding.script import Script, depth_of, lines_of, script_of, threads_in
+from pasta_jax.decoding.script import FREE, Script, depth_of, in_document_order, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, critical_path
 from pasta_jax.lang.program import Program
@@ -139,9 +140,7 @@ def replay(
     tokenizer, limits = decoder.model.tokenizer, decoder.limits
     ids = tokenizer.encode_prompt(prompt)
     shapes = [(shape, program) for shape, several in programs.items() for program in several]
-    pairs = [
-        (script_of(program, tokenizer, limits), _plain(program, tokenizer, limits)) for _, program in shapes
-    ]
+    pairs = [(script_of(program, tokenizer), _plain(program, tokenizer)) for _, program in shapes]
     every = [script for pair in pairs for script in pair]
     for script in every:
         check_room(script, limits, len(ids))
@@ -158,21 +157,31 @@ def replay(
     ]
 
 
-def _plain(answer: Program | Trace, tokenizer: Tokenizer, limits: Limits) -> Script:
+def _plain(answer: Program | Trace, tokenizer: Tokenizer) -> Script:
     """The answer's text alone, token by token."""
     if isinstance(answer, Program):
-        return script_of(sequential(answer), tokenizer, limits)
+        return script_of(sequential(answer), tokenizer)
     if answer.stop != Stop.EOS:
         raise ValueError(
             f"A trace that stopped with {answer.stop.reason!r} has no end to replay. Give it more room, or decode "
             "another."
         )
     tokens = [*read(tokenizer.vocabulary, answer.threads).text, answer.threads.tokens[0][-1]]
-    return Script(np.zeros(1, np.int32), np.array([tokens], np.int32))
+    return Script(np.array([tokens], np.int32), np.full((1, len(tokens)), FREE, np.int32))
 
 
 def check_room(script: Script, limits: Limits, prompt_length: int) -> None:
-    """Raises ValueError if prompt and answer do not fit into the pool."""
+    """Raises ValueError if prompt and answer do not fit into the limits."""
+    threads = script.threads
+    if len(threads.tokens) > limits.threads:
+        raise ValueError(
+            f"The answer has {len(threads.tokens)} threads, the decoder room for {limits.threads}. Raise "
+            "Limits.threads."
+        )
+    if (depth := depth_of(threads)) > limits.max_depth:
+        raise ValueError(
+            f"The answer's promises nest {depth} deep, the decoder's {limits.max_depth}. Raise Limits.max_depth."
+        )
     tokens = int((script.tokens >= 0).sum()) - 1  # the answer's end is never fed
     if prompt_length + tokens > limits.pool:
         raise ValueError(
@@ -192,12 +201,13 @@ class Run:
     def answer(self) -> tuple[Trace, float]:
         """Decodes the whole answer. Raises ReplayError if the engine wrote anything else."""
         trace, seconds = self._decode(UNLIMITED)
-        lines, script = lines_of(trace.threads, self.decoder.limits.threads), self.script.lines
-        if trace.stop != Stop.EOS or lines != script:
-            differ = [path for path in script.keys() | lines.keys() if script.get(path) != lines.get(path)]
+        threads, script = in_document_order(trace.threads), self.script.threads
+        if trace.stop != Stop.EOS or threads != script:
+            pairs = itertools.zip_longest(threads.tokens, script.tokens)
+            differ = [thread for thread, (one, other) in enumerate(pairs) if one != other]
             raise ReplayError(
-                f"The engine stopped with {trace.stop.reason!r} and differs from the script in threads with the "
-                f"paths {differ[:8]}: this is a fault of the engine."
+                f"The engine stopped with {trace.stop.reason!r} and differs from the script in the threads "
+                f"{differ[:8]}, in document order: this is a fault of the engine."
             )
         return trace, seconds
 

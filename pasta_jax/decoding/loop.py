@@ -20,18 +20,20 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from pasta_jax.arrays import Array
+from pasta_jax.arrays import Array, Tokens
 from pasta_jax.decoding import cpu, interpreter, sampling
 from pasta_jax.decoding.interpreter import Rules
 from pasta_jax.decoding.script import FREE
 from pasta_jax.decoding.state import (
-    Lanes,
+    DecodedTokens,
     Limits,
     Phase,
     Request,
     RowState,
     Stop,
+    ThreadTable,
     empty_row,
 )
 from pasta_jax.lang.grammar import Kind
@@ -39,8 +41,7 @@ from pasta_jax.model import ModelConfig, Pool, Transformer, empty_pool, forward,
 from pasta_jax.visibility import visible
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows", "requests", "pool"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Batch:
     """B requests being answered: every leaf has a leading B. Donated to each call and returned."""
 
@@ -87,7 +88,8 @@ def admit(
     length = prompts.shape[1]
     rules = _with_lanes(rules, 1)
     entries = batch.rows.entries.token.shape[1]
-    rows, lanes = jax.vmap(functools.partial(interpreter.begin, rules.limits, entries))(prompts, lengths)
+    rows = jax.vmap(functools.partial(interpreter.begin, rules.limits, entries))(prompts, lengths)
+    lanes = jax.vmap(functools.partial(interpreter.feed, limits=rules.limits))(rows, requests)
     prompt = jax.tree.map(lambda x: x[:, :length], rows.entries)
     with jax.named_scope("attend"):
         hidden, written = run_model(model, params, prompt, prompt)
@@ -248,8 +250,8 @@ def decode_step(model: Transformer, params: Any, rules: Rules, batch: Batch, use
 def run_model(
     model: Transformer,
     params: Any,
-    queries: Any,
-    keys: Any,
+    queries: Tokens,
+    keys: Tokens,
     pool: Pool | None = None,
     start: Array | None = None,
 ) -> tuple[Array, Pool]:
@@ -275,7 +277,7 @@ def _sample_and_advance(
     rules: Rules,
     rows: RowState,
     requests: Request,
-    lanes: Lanes,
+    lanes: DecodedTokens,
     hidden: Array,
 ) -> RowState:
     """The next state of every row, from the hidden states [B, S, D] of what the lanes fed."""
@@ -287,7 +289,7 @@ def _sample_and_advance(
 
 
 def choose(
-    rules: Rules, rows: RowState, requests: Request, lanes: Lanes, logits: Array
+    rules: Rules, rows: RowState, requests: Request, lanes: DecodedTokens, logits: Array
 ) -> tuple[Array, Array]:
     """The next token of each lane, int32 [B, S], and the log-probability the model gave it, float32 [B, S].
 
@@ -301,11 +303,11 @@ def choose(
     legal = jax.vmap(functools.partial(interpreter.legal_tokens, rules=rules))(rows, lanes)
     biased = jnp.where(legal, biased, sampling.NEVER)
     thread = jnp.minimum(lanes.thread, limits.threads - 1)
-    path = jnp.take_along_axis(rows.threads.path, thread, axis=1)
+    table, order = rows.threads, lanes.order + 1
 
     def keys() -> Array:
-        draw_keys = jax.vmap(jax.vmap(sampling.draw_key, (None, 0, 0)))
-        return draw_keys(requests.key, path, lanes.order + 1).reshape(B * S, -1)
+        of_row = functools.partial(_draw_keys, max_depth=limits.max_depth)
+        return jax.vmap(of_row)(requests, table, thread, order).reshape(B * S)
 
     def each_lane(per_row: Array) -> Array:
         return jnp.repeat(per_row, S)
@@ -319,21 +321,30 @@ def choose(
         each_lane(requests.min_p),
     ).reshape(B, S)
     if requests.script.shape[-1]:
-        sampled = jax.vmap(_as_scripted)(requests, rows.prompt_length, path, lanes.order + 1, sampled)
+        scripted = jax.vmap(functools.partial(_as_scripted, max_depth=limits.max_depth))
+        sampled = scripted(requests, table, thread, order, sampled)
     chosen = jnp.take_along_axis(logits, sampled[..., None], axis=-1)[..., 0]
     return sampled, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _as_scripted(request: Request, prompt_length: Array, path: Array, order: Array, sampled: Array) -> Array:
-    """One row's tokens, int32 [S], as the request's script has them; those that it leaves free as sampled.
+def _draw_keys(request: Request, table: ThreadTable, thread: Array, order: Array, max_depth: int) -> Array:
+    """One row's typed keys for the tokens of this thread and order, int32 [S] each: key [S]."""
+    main = jnp.broadcast_to(sampling.main_key(request.key), table.parent.shape)
+    keys = interpreter.down_the_tree(table, main, jax.vmap(sampling.branch_key), max_depth)
+    return jax.vmap(sampling.draw_key)(keys[thread], order)
 
-    Args:
-      request: the row's.
-      prompt_length: int32 [], which main's order counts in.
-      path, order: int32 [S], of the thread and of the token in it.
-      sampled: int32 [S].
-    """
-    mine = request.script_paths == path[:, None]  # [S, R]
-    index = order - jnp.where(path == 0, prompt_length, 0)
-    said = request.script.at[jnp.argmax(mine, axis=-1), index].get(mode="fill", fill_value=FREE)
-    return jnp.where(jnp.any(mine, axis=-1) & (said != FREE), said, sampled)
+
+def _as_scripted(
+    request: Request, table: ThreadTable, thread: Array, order: Array, sampled: Array, max_depth: int
+) -> Array:
+    """One row's tokens, int32 [S], as the request's script has them; those that it leaves free as sampled."""
+    no_line = request.script.shape[0]
+
+    def look_up(lines: Array, line: Array, order: Array) -> Array:
+        """FREE where there is no such line."""
+        return lines.at[jnp.where(line == FREE, no_line, line), order].get(mode="fill", fill_value=FREE)
+
+    branch_line = functools.partial(look_up, request.script_branches)
+    line = interpreter.down_the_tree(table, jnp.zeros_like(table.parent), branch_line, max_depth)
+    scripted = look_up(request.script, line[thread], order)
+    return jnp.where(scripted == FREE, sampled, scripted)

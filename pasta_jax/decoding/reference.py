@@ -1,7 +1,7 @@
-"""The interpreter's specification: the same semantics in plain Python, with lists for views.
+"""The interpreter's specification: the same semantics in plain Python.
 
-One thread at a time, no cache, no arrays: what a thread sees is the list of the entries it sees. Slow, and
-meant to be read beside docs/design.md, sections 4 and 6. The compiled interpreter is tested against it.
+One thread at a time, no cache, no arrays: what a thread sees is a list of entries. It is slow, and meant to be
+read beside docs/design.md, sections 4 and 6. The compiled interpreter is tested against it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pasta_jax.tokens.tokenizer import Vocabulary
 
 @dataclasses.dataclass(eq=False)
 class Entry:
-    """A token and its place; `step` is 0 for the prompt and None until it is fed."""
+    """A token and where it is; `step` is 0 in the prompt, where `order` is negative, and None before it is fed."""
 
     token: int
     thread: int
@@ -33,18 +33,16 @@ class Thread:
     """One thread. `pending` is its sampled token that is not yet in the pool."""
 
     number: int
-    path: int
     depth: int
     view: list[Entry]
     position: int
     budget: int
     order: int = 0
-    forked_at: int = 0
+    forked_at: int = -1
     parent: Thread | None = None
     pending: Entry | None = None
     tag_state: int = grammar.TEXT
     value: int = 0
-    children: int = 0
     unjoined: list[Thread] = dataclasses.field(default_factory=list)
     waiting_for: list[Thread] = dataclasses.field(default_factory=list)
     held: bool = False
@@ -57,7 +55,7 @@ class Thread:
 
     @property
     def turn(self) -> tuple[int, ...]:
-        """Its place in a step: by number, but behind the branches whose end it is about to see."""
+        """Its rank in a step: by number, but after the branches whose end it is about to see."""
         unfed = [branch for branch in self.waiting_for if branch.pending is not None]
         return (*max(branch.turn for branch in unfed), 1) if unfed else (self.number,)
 
@@ -75,18 +73,19 @@ class Decoded:
     stop: Stop
     steps: int
 
-    def by_thread(self, prompt_length: int) -> Threads:
-        """For `tokens.reading`: pool entries, and after a whole answer what was sampled last."""
+    @property
+    def by_thread(self) -> Threads:
+        """The answer's tokens by thread: pool entries, and after a whole answer what was sampled last."""
         tokens: list[list[int]] = [[] for _ in self.threads]
         branches: list[dict[int, int]] = [{} for _ in self.threads]
-        for entry in self.entries[prompt_length:]:
-            tokens[entry.thread].append(entry.token)
+        for entry in self.entries:
+            if entry.order >= 0:
+                tokens[entry.thread].append(entry.token)
         for thread in self.threads:
             if self.stop == Stop.EOS and thread.pending is not None:
                 tokens[thread.number].append(thread.pending.token)
             if thread.parent is not None:
-                start = prompt_length if thread.parent.number == 0 else 0
-                branches[thread.parent.number][thread.forked_at - start] = thread.number
+                branches[thread.parent.number][thread.forked_at] = thread.number
         return Threads(tokens, branches)
 
 
@@ -100,7 +99,7 @@ def decode(
     max_new_tokens: int,
     max_branch_tokens: int,
 ) -> Decoded:
-    """Decoded one prompt."""
+    """Decodes one prompt."""
     run = _Run(sample, vocabulary, limits, positions, max_new_tokens, max_branch_tokens)
     return run.answer(prompt)
 
@@ -119,10 +118,11 @@ class _Run:
     steps: int = 0
 
     def answer(self, prompt: Sequence[int]) -> Decoded:
-        self.entries = [Entry(token, 0, i, i, step=0) for i, token in enumerate(prompt)]
-        main = Thread(0, 0, 0, list(self.entries), position=len(prompt), budget=0, order=len(prompt))
+        n = len(prompt)
+        self.entries = [Entry(token, 0, i - n, i, step=0) for i, token in enumerate(prompt)]
+        main = Thread(0, 0, list(self.entries), position=n, budget=0)
         self.threads = [main]
-        limit = len(prompt) + self.max_new_tokens
+        limit = n + self.max_new_tokens
         self.go_on([main])
         while self.stop == Stop.RUNNING:
             room = min(self.limits.pool, limit) - len(self.entries)
@@ -143,7 +143,7 @@ class _Run:
         return Decoded(self.entries, self.threads, self.stop, self.steps)
 
     def go_on(self, threads: list[Thread]) -> None:
-        """Sample for each thread, in the order of their lanes, then let it happen."""
+        """Sample a token for each thread, in the order of the lanes, then apply all of them."""
         may_open = self.may_open(threads)
         events = [(thread, self.take(thread, thread in may_open)) for thread in threads]
         events.sort(key=lambda pair: pair[0].number)
@@ -191,9 +191,9 @@ class _Run:
         return Effect.STRAY if event == Effect.FINISH and thread.depth == 0 else event
 
     def may_open(self, threads: list[Thread]) -> list[Thread]:
-        """Those that may begin a promise now: a free thread is set aside for each, and for each begun tag."""
-        begun = sum(thread.tag_state != grammar.TEXT for thread in self.threads)
-        free = self.limits.threads - len(self.threads) - begun
+        """Those that may open a promise now: a free thread is reserved for each, and for each open tag."""
+        open_tags = sum(thread.tag_state != grammar.TEXT for thread in self.threads)
+        free = self.limits.threads - len(self.threads) - open_tags
         might = [
             thread
             for thread in threads
@@ -206,10 +206,8 @@ class _Run:
     def fork(self, parent: Thread) -> None:
         if parent.depth == self.limits.max_depth or len(self.threads) == self.limits.threads:
             return
-        parent.children += 1
         branch = Thread(
             number=len(self.threads),
-            path=parent.path * self.limits.threads + parent.children,
             depth=parent.depth + 1,
             view=list(parent.view),
             position=parent.position + 1,
@@ -226,7 +224,7 @@ class _Run:
         self.threads.append(branch)
 
     def join(self, thread: Thread) -> None:
-        """`thread` sees what its branches wrote; its pending token already does."""
+        """`thread` and its pending token see what its branches wrote."""
         thread.held = False
         thread.waiting_for, thread.unjoined = thread.unjoined, []
         for branch in thread.waiting_for:

@@ -69,8 +69,8 @@ class SamplingParams:
             top_p=np.float32(self.top_p),
             min_p=np.float32(self.min_p),
             key=np.array([0, self.seed % 2**32], np.uint32),
-            script_paths=script.paths,
             script=script.tokens,
+            script_branches=script.branches,
         )
 
 

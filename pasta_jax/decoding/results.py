@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pasta_jax.decoding.state import UNFED
 from pasta_jax.decoding.stops import cut, find_stop
-from pasta_jax.decoding.trace import UNFED, Trace, critical_path, document_order
+from pasta_jax.decoding.trace import Trace, critical_path, document_order
 from pasta_jax.lang.assemble import assemble, shortened
 from pasta_jax.lang.program import Program, Promise
 from pasta_jax.lang.render import render

@@ -1,9 +1,9 @@
 """Drawing tokens.
 
-A draw depends on the request's key, the thread and the index in the thread, on nothing else: the same text for
-any number of lanes, batch mates, chunk length or mesh (docs/design.md, decision 9).
+A draw depends on the request's key, the thread and the token's index in the thread, and on nothing else: the text
+is the same for any number of lanes or threads, batch mates, chunk length or mesh (docs/design.md, decision 9).
 
-What may be drawn is narrowed in this order, each step on what the one before left, as in transformers:
+The choice is narrowed in this order, each step working on what the one before left, as in transformers:
 temperature, top-k, top-p, min-p. (vLLM has min-p before top-k, which differs only beside a top-p.)
 """
 
@@ -21,12 +21,25 @@ NEVER = -1e30
 """Logit of a token that may not be drawn; finite, so that a row with nothing legal stays a number."""
 
 BLOCK = 256
-"""Searches over V look at blocks of so many ids first: a search of one level is not vectorised on CPU."""
+"""Searches over V first look at blocks of this many ids: a search of one level is not vectorised on CPU."""
 
 
-def draw_key(key: Array, path: Array, index: Array) -> Array:
-    """fold_in(fold_in(request key, thread), index in thread): uint32 [2]. `path` names the thread."""
-    return jax.random.fold_in(jax.random.fold_in(key, path), index)
+def main_key(request_key: Array) -> Array:
+    """The typed key of the main thread: uint32 [2] -> key [].
+
+    Its generator is fixed: the same seed gives the same text whatever `jax_default_prng_impl` is.
+    """
+    return jax.random.wrap_key_data(request_key, impl="threefry2x32")
+
+
+def branch_key(key: Array, forked_at: Array) -> Array:
+    """The key of the branch that a thread starts with the promise that ends at its index `forked_at`."""
+    return jax.random.fold_in(key, 2 * forked_at + 1)
+
+
+def draw_key(key: Array, index: Array) -> Array:
+    """The key that draws the token at an index of a thread. Even numbers are for draws, odd ones for branches."""
+    return jax.random.fold_in(key, 2 * index)
 
 
 def sample(
@@ -37,16 +50,15 @@ def sample(
     top_p: Array,
     min_p: Array,
 ) -> Array:
-    """One token a row.
+    """One token per row.
 
     Args:
       logits: float32 [B, V].
-      keys: makes uint32 [B, 2]. Called where tokens are drawn: greedy steps do without.
+      keys: returns typed keys [B]. Only called if tokens are drawn, so greedy steps compute none.
       temperature: float32 [B]; 0 takes the most likely token.
-      top_k: int32 [B]; draw among so many most likely ones; 0 is all.
-      top_p: float32 [B]; draw among the fewest most likely ones that have this share of the probability; 1 is
-        all.
-      min_p: float32 [B]; draw among those that are at least this many times as likely as the likeliest; 0 is all.
+      top_k: int32 [B]; draw among this many most likely tokens; 0 is all.
+      top_p: float32 [B]; draw among the fewest most likely tokens with this share of the probability; 1 is all.
+      min_p: float32 [B]; draw among tokens at least this many times as likely as the most likely one; 0 is all.
 
     Returns:
       int32 [B].
@@ -71,7 +83,7 @@ def sample(
 def keep_likely(weight: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
     """The weights with 0 for all but the top-k, then top-p, then min-p tokens.
 
-    The most likely token always stays, and so does what is exactly as likely as the last one kept.
+    The most likely token always stays, and so do tokens exactly as likely as the last one kept.
 
     Args:
       weight: float32 [B, V], of each token; the greatest of a row is 1.
@@ -82,7 +94,7 @@ def keep_likely(weight: Array, top_k: Array, top_p: Array, min_p: Array) -> Arra
     kth = jax.lax.cond(
         jnp.any(top_k > 0),
         # Counted in float32, exact below 2**24: twice as fast as in int32 on CPU.
-        lambda: _greatest(lambda least: jnp.sum(weight >= least, axis=-1, dtype=jnp.float32) >= k, k.shape),
+        lambda: _greatest(lambda low: jnp.sum(weight >= low, axis=-1, dtype=jnp.float32) >= k, k.shape),
         lambda: jnp.zeros(k.shape, jnp.float32),
     )
     weight = jnp.where(weight >= kth[:, None], weight, 0.0)
@@ -90,22 +102,22 @@ def keep_likely(weight: Array, top_k: Array, top_p: Array, min_p: Array) -> Arra
     pth = jax.lax.cond(
         jnp.any(top_p < 1),
         lambda: _greatest(
-            lambda least: jnp.sum(jnp.where(weight >= least, weight, 0.0), axis=-1) >= share, k.shape
+            lambda low: jnp.sum(jnp.where(weight >= low, weight, 0.0), axis=-1) >= share, k.shape
         ),
         lambda: jnp.zeros(k.shape, jnp.float32),
     )
-    least = jnp.maximum(jnp.where(top_p < 1, pth, 0.0), min_p)  # min-p is of 1, the greatest weight
-    return jnp.where(weight >= jnp.minimum(least, 1.0)[:, None], weight, 0.0)
+    low = jnp.maximum(jnp.where(top_p < 1, pth, 0.0), min_p)  # min-p is relative to 1, the greatest weight
+    return jnp.where(weight >= jnp.minimum(low, 1.0)[:, None], weight, 0.0)
 
 
 def _greatest(enough: Callable[[Array], Array], shape: tuple[int, ...]) -> Array:
-    """The greatest float32 in [0, 1] that is `enough`, where all below it are too; 0 must be.
+    """The greatest float32 in [0, 1] for which `enough` holds: [B].
 
-    By its bits, from the highest: as integers they are in the order of the numbers. It takes 30 looks at the
-    weights; on CPU sorting them takes the time of hundreds.
+    The bits of a positive float are ordered as the float is, so they are searched from the highest. That takes 30
+    passes over the weights; sorting them takes the time of hundreds on CPU.
 
     Args:
-      enough: float32 [B, 1] -> bool [B].
+      enough: float32 [B, 1] -> bool [B]. It holds for 0, and for all numbers below one for which it holds.
       shape: [B].
     """
 
@@ -118,17 +130,17 @@ def _greatest(enough: Callable[[Array], Array], shape: tuple[int, ...]) -> Array
 
 
 def argmax(x: Array) -> Array:
-    """The first place of the greatest of each row: [B, V] -> int32 [B]."""
+    """The first index of the greatest value of each row: [B, V] -> int32 [B]."""
     blocks = _blocks(x)
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
     return _id(blocks, block, jnp.argmax(_take(blocks, block), axis=-1))
 
 
 def _draw(weight: Array, point: Array, otherwise: Array) -> Array:
-    """Where the sum of the weights before reaches the share `point` of their total: [B, V], [B] -> int32 [B].
+    """The id at which the running sum of weights passes the share `point` of their total: [B, V], [B] -> int32 [B].
 
-    A sum in floating point may waver where nothing is added, so a token without weight is never drawn; where
-    the wavering leaves none, it is `otherwise`.
+    A running sum in floating point may vary where nothing is added. So ids without weight are excluded; if none is
+    left, the result is `otherwise`.
     """
     blocks = _blocks(weight)
     mass = jnp.sum(blocks, axis=-1)
@@ -154,5 +166,5 @@ def _take(blocks: Array, block: Array) -> Array:
     return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
 
 
-def _id(blocks: Array, block: Array, place: Array) -> Array:
-    return (block * blocks.shape[-1] + place).astype(jnp.int32)
+def _id(blocks: Array, block: Array, index: Array) -> Array:
+    return (block * blocks.shape[-1] + index).astype(jnp.int32)

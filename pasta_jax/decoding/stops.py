@@ -75,9 +75,7 @@ def cut(trace: Trace, vocabulary: Vocabulary, characters: int) -> Trace:
         finished[trace.tokens.thread[index]] |= role == Role.END
     return dataclasses.replace(
         trace,
-        tokens=dataclasses.replace(
-            trace.tokens, **{name: array[keep] for name, array in trace.tokens.fields().items()}
-        ),
+        tokens=trace.tokens[keep],
         step=trace.step[keep],
         logprob=trace.logprob[keep],
         stop=Stop.STOP,

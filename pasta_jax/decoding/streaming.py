@@ -54,7 +54,7 @@ class Event:
       "closed": the text of thread `branch` is complete. After main is closed, only "done" follows.
       "done": the answer is complete, with `result`.
       "token": thread `branch` sampled the token `token`, spelled `text` (also tags and parts of characters), with
-        `logprob`; it was fed in step `step` (trace.UNFED: in none). Only on request.
+        `logprob`; it was fed in step `step` (state.UNFED: in none). Only on request.
 
     Attributes:
       kind: what happened.

@@ -1,24 +1,21 @@
-"""The trace of a decode, read on the host: its threads, its tokens in document order, its critical path.
+"""The trace of a decode on the host: its threads, its tokens as a training document, its critical path.
 
-NumPy only, one row at a time. The trace of a row that is still running is the start of its final one.
+One row at a time, and NumPy arrays only. A running row has a trace too, the beginning of the final one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from pasta_jax.arrays import NO_TARGET, ThreadedTokens
-from pasta_jax.decoding.state import Limits, Phase, RowState, Stop
+from pasta_jax.arrays import ThreadedTokens, Tokens
+from pasta_jax.decoding.state import DOC, Limits, Phase, RowState, Stop
 from pasta_jax.lang.grammar import Kind
 from pasta_jax.tokens.detokenize import Threads, walk
+from pasta_jax.tokens.layout import next_of_thread
 from pasta_jax.tokens.tokenizer import Vocabulary
-
-UNFED = -1
-"""The `step` of tokens that were sampled when the answer ended, so never fed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,24 +23,22 @@ class Trace:
     """One answered request.
 
     Attributes:
-      tokens: prompt and answer in decode order: [n] fields. Last come the answer's end and the `</async>` of
-        branches that ended with it: they were sampled, but not fed. For a pass of the model over all tokens, use
-        document order (`as_document`), where no token sees a later one.
+      tokens: prompt and answer in decode order: [n] fields. The end of the answer, and the `</async>` of branches
+        that ended with it, come last: they were sampled and never fed. For one pass of the model over all tokens
+        use document order (`as_document`), in which no token sees a later one.
       step: int32 [n], the decode step that fed the token, from 1; 0 for the prompt, UNFED for the last ones.
       logprob: float32 [n], log-probability of the token when it was sampled; 0 for prompt and inserted tokens.
-      prompt_length: tokens of the prompt.
-      stop: why the row stopped; RUNNING if it has not.
+      stop: why the row stopped, or RUNNING.
       steps: decode steps in which the row was running.
-      parent, forked_at: int32 [threads], the thread that promised the branch, and the order of the ` />` in it; -1
-        for main.
-      forced: bool [threads], whether the interpreter ended the branch.
-      finished: bool [threads], whether the thread's last token is in `tokens`.
+      parent, forked_at: int32 [threads], the thread that promised a branch, and the order of the promise's ` />` in
+        it; -1 for main.
+      forced: bool [threads], the interpreter ended the branch.
+      finished: bool [threads], the thread's last token is in `tokens`.
     """
 
     tokens: ThreadedTokens
     step: np.ndarray
     logprob: np.ndarray
-    prompt_length: int
     stop: Stop
     steps: int
     parent: np.ndarray
@@ -52,10 +47,15 @@ class Trace:
     finished: np.ndarray
 
     @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt, which come first in decode order and in document order."""
+        return int(np.sum(self.tokens.order < 0))
+
+    @property
     def indices(self) -> list[np.ndarray]:
         """For each thread, the indices of its answer's tokens in the trace."""
-        thread = self.tokens.thread[self.prompt_length :]
-        return [np.flatnonzero(thread == k) + self.prompt_length for k in range(len(self.parent))]
+        answer, thread = self.tokens.in_answer, self.tokens.thread
+        return [np.flatnonzero(answer & (thread == k)) for k in range(len(self.parent))]
 
     @property
     def threads(self) -> Threads:
@@ -70,7 +70,7 @@ class Trace:
             zip(self.parent.tolist(), self.forked_at.tolist(), strict=True)
         ):
             if branch:
-                branches[parent][order - (0 if parent else self.prompt_length)] = branch
+                branches[parent][order] = branch
         return branches
 
     @property
@@ -82,28 +82,21 @@ class Trace:
 def read_trace(row: RowState) -> Trace:
     """The trace of one row, from its state on the host (NumPy leaves without B)."""
     n, count = int(row.cursor), int(row.used_threads)
-    e, t = row.entries, row.threads
+    t = row.threads
     last = [k for k in range(count) if row.stop == Stop.EOS and t.phase[k] == Phase.READY]
-    last.sort(key=lambda k: (k == 0, k))  # the answer's end after the branches that main waited for
-
-    def column(entries: Any, threads: Any) -> np.ndarray:
-        return np.concatenate([entries[:n], threads[last]])
-
-    token = column(e.token, t.token)
+    last.sort(key=lambda k: (k == 0, k))  # the answer's end after the branches that it waited for
+    columns = {
+        name: np.concatenate([entries[:n], following[last]])
+        for (name, entries), following in zip(
+            row.entries.fields().items(), t.next.fields().values(), strict=True
+        )
+    }
+    step, logprob = columns.pop("step"), columns.pop("logprob")
+    tokens = Tokens(**columns)
     return Trace(
-        tokens=ThreadedTokens(
-            token=token,
-            position=column(e.position, t.position),
-            doc=np.ones_like(token),
-            segment=column(e.segment, t.segment),
-            order=column(e.order, t.order),
-            sees=column(e.sees, t.sees),
-            thread=column(e.thread, np.arange(len(t.phase), dtype=np.int32)),
-            target=_targets(e, t, n, last, int(row.prompt_length)),
-        ),
-        step=column(e.step, np.full(len(t.phase), UNFED, np.int32)),
-        logprob=column(e.logprob, t.logprob),
-        prompt_length=int(row.prompt_length),
+        tokens=ThreadedTokens(**tokens.fields(), target=next_of_thread(tokens)),
+        step=step,
+        logprob=logprob,
         stop=Stop(int(row.stop)),
         steps=int(row.step),
         parent=t.parent[:count],
@@ -117,25 +110,13 @@ def prompt_alone(prompt: Sequence[int], limits: Limits, stop: Stop) -> Trace:
     """The trace of a request that ended before it had a row."""
     n = len(prompt)
     zeros, none = np.zeros(n, np.int32), np.zeros(1, bool)
-    place = np.arange(n, dtype=np.int32)
-    tokens = ThreadedTokens(
-        token=np.asarray(prompt, np.int32), position=place, doc=zeros + 1, segment=zeros, order=place,
-        sees=np.zeros((n, limits.words), np.uint32), thread=zeros, target=zeros + NO_TARGET,
+    index, root = np.arange(n, dtype=np.int32), np.array([-1], np.int32)
+    tokens = Tokens(
+        token=np.asarray(prompt, np.int32), position=index, doc=zeros + DOC, segment=zeros, order=index - n,
+        sees=np.zeros((n, limits.words), np.uint32), thread=zeros,
     )  # fmt: skip
-    root = np.array([-1], np.int32)
-    return Trace(tokens, zeros, np.zeros(n, np.float32), n, stop, 0, root, root + 1, none, none)
-
-
-def _targets(e: Any, t: Any, n: int, last: list[int], prompt_length: int) -> np.ndarray:
-    """The next token of each token's own thread, from the last of the prompt on: int32 [n + last]."""
-    token = np.concatenate([e.token[:n], t.token[last]])
-    thread = np.concatenate([e.thread[:n], np.array(last, np.int32)])
-    target = np.full(len(token), NO_TARGET, np.int32)
-    by_thread = np.argsort(thread[prompt_length - 1 :], kind="stable") + prompt_length - 1
-    here, then = by_thread[:-1], by_thread[1:]
-    same = thread[here] == thread[then]
-    target[here[same]] = token[then[same]]
-    return target
+    document = ThreadedTokens(**tokens.fields(), target=next_of_thread(tokens))
+    return Trace(document, zeros, np.zeros(n, np.float32), stop, 0, root, root, none, none)
 
 
 def document_order(trace: Trace) -> np.ndarray:
@@ -152,8 +133,7 @@ def as_document(trace: Trace) -> ThreadedTokens:
     Except that with nested promises, threads and segments are numbered in decode order, those of a layout in
     document order.
     """
-    indices = document_order(trace)
-    return ThreadedTokens(**{name: array[indices] for name, array in trace.tokens.fields().items()})
+    return trace.tokens[document_order(trace)]
 
 
 def critical_path(threads: Threads, vocabulary: Vocabulary) -> int:

@@ -175,8 +175,7 @@ def exact_speedup(prompts: int) -> float:
     tokenizer = almanac.load_tokenizer()
 
     def steps(task: almanac.Task, program: Program) -> int:
-        start = len(tokenizer.encode_prompt(task.prompt))
-        threads = threads_of(layout_example(tokenizer, task.prompt, program), start)
+        threads = threads_of(layout_example(tokenizer, task.prompt, program))
         return critical_path(threads, tokenizer.vocabulary)
 
     def speedup(task: almanac.Task) -> float:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pasta_jax.arrays import NO_DOC, ThreadedTokens
+from pasta_jax.arrays import Tokens
 from pasta_jax.lang import grammar
 from pasta_jax.lang.grammar import Effect, Kind
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
@@ -295,12 +295,12 @@ def read(vocabulary: Vocabulary, threads: Threads) -> Reading:
     return Reading(Program(joined(nodes[0])), in_order, tuple(text), tuple(issues))
 
 
-def threads_of(document: ThreadedTokens, prompt_length: int) -> Threads:
-    """The threads of one document in layout order: [L] fields, of which the first are the prompt's.
+def threads_of(document: Tokens) -> Threads:
+    """The threads of one document's answer: [L] fields in layout order.
 
     In a layout each block stands right after its promise, so the token before an `<async>` is its ` />`.
     """
-    real = np.flatnonzero(document.doc != NO_DOC)[prompt_length:]
+    real = np.flatnonzero(document.in_answer)
     count = int(document.thread[real].max(initial=0)) + 1
     tokens: list[list[int]] = [[] for _ in range(count)]
     branches: list[dict[int, int]] = [{} for _ in range(count)]

@@ -1,14 +1,14 @@
 """Layout: an annotated answer as `ThreadedTokens`, in document order (docs/design.md, sections 4 and 5).
 
-The interpreter yields the same record, token by token, when it decodes the same answer; a test holds the two
-together. `reading` is the way back.
+The interpreter yields the same record, token by token, when it decodes the same answer; a test compares the two.
+`detokenize` is the inverse.
 
     prompt | text <promise..> | <async> block </async> | text <sync/> text END
     main     main               branch 1                 main
 
-A token's target is the next token of its own thread. From that follow the paper's rules (section 4): after a
-promise's ` />` the target skips the block; `<async>` is nobody's target, since the interpreter inserts it;
-nothing is predicted from `</async>`, the last of its thread.
+A token's target is the next token of its own thread. The paper's rules follow from that (section 4): the target of
+a promise's ` />` is behind the block; `<async>`, which the interpreter inserts, is never a target; nothing is
+predicted from `</async>`, the last token of its thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import dataclasses
 import numpy as np
 
 from pasta_jax import visibility
-from pasta_jax.arrays import NO_TARGET, ThreadedTokens
+from pasta_jax.arrays import NO_TARGET, ThreadedTokens, Tokens
 from pasta_jax.lang import tags
 from pasta_jax.lang.program import Node, Program, Promise, Text
 from pasta_jax.lang.render import promise_problem
@@ -47,7 +47,7 @@ def layout_example(
       prompt: plain text; never empty.
       program: the annotated answer.
       positions: the position scheme.
-      threads: T, the most threads the answer may use, main included; it fixes W.
+      threads: T, how many threads the answer may use, main included; it fixes W.
       learn_prompt: whether the prompt's own tokens are targets too.
 
     Returns:
@@ -60,10 +60,10 @@ def layout_example(
 
 
 def layout_text(tokenizer: Tokenizer, text: str, *, threads: int = 16) -> ThreadedTokens:
-    """A plain document, every token of it learnt: [L] fields."""
+    """A plain document, all of which is learned; the prompt is BOS. [L] fields."""
     program = Program((Text(text),)) if text else Program(())
     bos = [tokenizer.vocabulary.bos]
-    return layout(tokenizer, bos, program, Positions(), threads, learn_prompt=True)
+    return layout(tokenizer, bos, program, Positions(), threads)
 
 
 def layout(
@@ -74,32 +74,49 @@ def layout(
     threads: int,
     learn_prompt: bool = False,
 ) -> ThreadedTokens:
-    """As `layout_example`, from prompt ids."""
+    """The same as `layout_example`, from the ids of the prompt."""
     scribe = _Scribe(tokenizer, positions, threads)
-    main = scribe.new_thread(segment=scribe.new_segment(), sees=scribe.nothing, position=0)
+    main = scribe.new_thread(scribe.new_segment(), scribe.nothing, position=0, order=-len(prompt))
     for token in prompt:
-        scribe.write(main, token, learn=learn_prompt)
+        scribe.write(main, token)
     scribe.write_nodes(main, program.nodes)
     scribe.join(main)
     scribe.write(main, tokenizer.vocabulary.eos)
-    return scribe.finish()
+    tokens = scribe.tokens()
+    return ThreadedTokens(**tokens.fields(), target=next_of_thread(tokens, of_prompt=learn_prompt))
+
+
+def next_of_thread(tokens: Tokens, *, of_prompt: bool = False) -> np.ndarray:
+    """The target of each token, the next token of its own thread: int32 [L].
+
+    Args:
+      tokens: of one document, [L] fields, each thread in its order.
+      of_prompt: whether tokens of the prompt are targets too. Otherwise these are NO_TARGET, as is what would
+        follow the last token of a thread.
+    """
+    by_thread = np.argsort(tokens.thread, kind="stable")
+    this, following = by_thread[:-1], by_thread[1:]
+    is_target = tokens.thread[this] == tokens.thread[following]
+    is_target &= of_prompt | (tokens.order[following] >= 0)
+    target = np.full(len(tokens), NO_TARGET, np.int32)
+    target[this[is_target]] = tokens.token[following[is_target]]
+    return target
 
 
 @dataclasses.dataclass
 class _Thread:
-    """Where a thread stands while it is written; `last` is the place of its latest token, for the target."""
+    """A thread that is being written: segment, position and order of its next token."""
 
     number: int
     segment: int
     sees: np.ndarray
     position: int
-    order: int = 0
-    last: int | None = None
+    order: int
     unjoined: list[_Thread] = dataclasses.field(default_factory=list)
 
 
 class _Scribe:
-    """Writes a program down in document order, numbering threads and segments as it goes."""
+    """Writes the tokens of a program in document order, and numbers threads and segments."""
 
     def __init__(self, tokenizer: Tokenizer, positions: Positions, threads: int):
         self.tokenizer, self.vocabulary, self.positions = tokenizer, tokenizer.vocabulary, positions
@@ -108,28 +125,23 @@ class _Scribe:
         self.threads = self.segments = 0
         self.rows: list[tuple[int, int, int, int, int]] = []
         self.sees: list[np.ndarray] = []
-        self.targets: list[int] = []
 
     def new_segment(self) -> int:
         self.segments += 1
         return self.segments - 1
 
-    def new_thread(self, segment: int, sees: np.ndarray, position: int) -> _Thread:
+    def new_thread(self, segment: int, sees: np.ndarray, position: int, order: int = 0) -> _Thread:
         if self.threads == self.max_threads:
             raise LayoutError(
                 f"The answer promises more than {self.max_threads - 1} branches. "
                 f"Raise --config.data.threads above {self.max_threads}, or promise less."
             )
         self.threads += 1
-        return _Thread(self.threads - 1, segment, sees, position)
+        return _Thread(self.threads - 1, segment, sees, position, order)
 
-    def write(self, thread: _Thread, token: int, learn: bool = True) -> None:
-        if thread.last is not None and learn:
-            self.targets[thread.last] = token
-        thread.last = len(self.rows)
+    def write(self, thread: _Thread, token: int) -> None:
         self.rows.append((token, thread.position, thread.segment, thread.order, thread.number))
         self.sees.append(thread.sees)
-        self.targets.append(NO_TARGET)
         thread.position += 1
         thread.order += 1
 
@@ -161,29 +173,20 @@ class _Scribe:
         thread.unjoined.append(branch)
 
     def join(self, thread: _Thread) -> None:
-        """What `thread` has promised since its last join becomes visible to it; with none open, nothing."""
+        """The branches that `thread` has promised since its last join become visible to it."""
         if not thread.unjoined:
             return
         for member in (thread, *thread.unjoined):
             thread.sees = thread.sees | visibility.reach(member.sees, np.int32(member.segment))
         thread.segment, thread.unjoined = self.new_segment(), []
 
-    def finish(self) -> ThreadedTokens:
+    def tokens(self) -> Tokens:
         token, position, segment, order, thread = np.array(self.rows, np.int32).T.copy()
-        return ThreadedTokens(
-            token=token,
-            position=position,
-            doc=np.ones_like(token),
-            segment=segment,
-            order=order,
-            sees=np.stack(self.sees),
-            thread=thread,
-            target=np.array(self.targets, np.int32),
-        )
+        return Tokens(token, position, np.ones_like(token), segment, order, np.stack(self.sees), thread)
 
 
 def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
-    """The ids of a promise's tag, the number digit by digit; LayoutError if the tag grammar forbids it."""
+    """The ids of a promise's tag. Raises LayoutError if the tag grammar forbids it."""
     vocabulary = tokenizer.vocabulary
     check_dialect(vocabulary, "apar" if promise.is_bare else "pasta")
     if promise.is_bare:
@@ -206,7 +209,7 @@ def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
 
 
 def check_dialect(vocabulary: Vocabulary, needed: tags.Dialect) -> None:
-    """LayoutError if an answer has tags that the vocabulary's dialect lacks."""
+    """Raises LayoutError if an answer needs tags of a dialect that is not the vocabulary's."""
     if vocabulary.dialect != needed:
         raise LayoutError(
             f"The answer has tags of the {needed} dialect, the tokenizer those of {vocabulary.dialect}. "

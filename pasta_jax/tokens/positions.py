@@ -1,8 +1,8 @@
-"""Position schemes: where the promising thread goes on, before it knows how long the branch will be.
+"""Position schemes: the position at which the parent continues after a promise.
 
-The branch starts right after its promise. The promising thread must skip a gap of unknown size; the paper
-compares several guesses (section 6.2) and adopts Pred-10X. Nothing is renumbered at a join, so a wrong guess
-leaves a gap or an overlap, which the model learns to live with. Visibility never reads positions.
+The branch starts right after its promise, and the parent skips a gap for it. The length of the branch is not known
+then; the paper compares several guesses (section 6.2) and adopts Pred-10X. Nothing is renumbered at a join, so a
+wrong guess leaves a gap or an overlap, to which the model adapts. Visibility never reads positions.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Positions:
 
     Attributes:
       scheme: `pred`, by the promise's own `tokens` times `unit` (Pred-10X with unit 10, Pred-1X with 1);
-        `const`, by `unit` whatever is promised (Const-40); `oracle`, by the true length (training and replay
-        only); `shared`, not at all: both threads go on from the same position.
+        `const`, by `unit` whatever the promise says (Const-40); `oracle`, by the true length (training and replay
+        only); `shared`, no gap: both threads continue from the same position.
       unit: tokens.
 
     >>> Positions().resume(start=8, tokens=2)
@@ -43,7 +43,7 @@ class Positions:
             raise ValueError(f"Position scheme {self.scheme!r} is unknown. Use one of {known}.")
 
     def resume(self, start: Any, tokens: Any, length: int | None = None) -> Any:
-        """The position of the promising thread's next token.
+        """The position of the parent's next token.
 
         Args:
           start: position of the branch's first token, one after the promise's ` />`; int or integer array.

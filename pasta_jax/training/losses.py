@@ -6,17 +6,14 @@ for all tokens at once.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from pasta_jax.arrays import NO_TARGET, Array, PairedTokens
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Scores:
     """How a model rates the target of each token."""
 
@@ -35,8 +32,7 @@ def score(logits_BxLxV: Array, target_BxL: Array) -> Scores:
     return Scores(jnp.where(has_target_BxL, logprob_BxL, 0.0), is_likeliest_BxL)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "count"], meta_fields=["counted"])
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Sums:
     """Sums whose means are a loss and its measurements.
 
@@ -48,7 +44,7 @@ class Sums:
 
     values: dict[str, Array]
     count: Array
-    counted: str
+    counted: str = struct.field(pytree_node=False)
 
     def mean(self) -> tuple[Array, dict[str, Array]]:
         """The loss, and the measurements: all means, and the count. The means are zero if nothing was counted."""

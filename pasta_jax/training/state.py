@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from pasta_jax.arrays import Array
 from pasta_jax.config import OptimizerConfig
 from pasta_jax.model.lora import Params
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class TrainState:
     """Everything that an update reads and writes; a pytree."""
 

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasta_jax.arrays import Array, ThreadedTokens
+from pasta_jax.arrays import Array, Tokens
 from pasta_jax.decoding import interpreter, reference
-from pasta_jax.decoding.state import Lanes, Limits, Request, RowState, Stop
+from pasta_jax.decoding.state import DecodedTokens, Limits, Request, RowState, Stop, ThreadTable
 from pasta_jax.lang import tags
 from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens.detokenize import threads_of
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
 from pasta_jax.visibility import visible
@@ -60,20 +61,36 @@ def request(max_new_tokens: int = 200, max_branch_tokens: int = 30) -> Request:
         top_p=jnp.float32(1),
         min_p=jnp.float32(0),
         key=jnp.zeros(2, jnp.uint32),
-        script_paths=jnp.full(1, -1, jnp.int32),
         script=jnp.zeros((1, 0), jnp.int32),
+        script_branches=jnp.zeros((1, 0), jnp.int32),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """`lines[path % R, order % C]` is what the thread named `path` says as its token number `order`."""
+    """`lines[k, order % C]` is what the thread with the line k says as its token number `order`."""
 
     lines: np.ndarray  # int32 [R, C]
 
-    def says(self, path: int, order: int) -> int:
+    def says(self, thread: reference.Thread) -> int:
         R, C = self.lines.shape
-        return int(self.lines[path % R, order % C])
+        return int(self.lines[line_of(thread, R), thread.order % C])
+
+
+def line_of(thread: reference.Thread, lines: int) -> int:
+    """The line of a thread, made up from where its ancestors were promised, whatever the schedule."""
+    return 0 if thread.parent is None else line_after(line_of(thread.parent, lines), thread.forked_at, lines)
+
+
+def line_after(parent: Any, forked_at: Any, lines: int) -> Any:
+    """The line of a branch; integers or integer arrays."""
+    return (31 * parent + forked_at + 1) % lines
+
+
+def lines_of_table(table: ThreadTable, lines: int, max_depth: int) -> Array:
+    """`line_of` for a row's threads: int32 [T]."""
+    branch = functools.partial(line_after, lines=lines)
+    return interpreter.down_the_tree(table, jnp.zeros_like(table.parent), branch, max_depth)
 
 
 def nearest_legal(token: int, legal: list[bool]) -> int:
@@ -100,9 +117,7 @@ def run_reference(
     def sample(thread: reference.Thread, legal: Callable[[int], bool]) -> int:
         if views is not None:
             views[id(thread.view[-1])] = list(thread.view)
-        return nearest_legal(
-            script.says(thread.path, thread.order), [legal(t) for t in range(len(VOCABULARY))]
-        )
+        return nearest_legal(script.says(thread), [legal(t) for t in range(len(VOCABULARY))])
 
     return reference.decode(
         prompt,
@@ -123,23 +138,24 @@ def compiled(
     rules = interpreter.rules_for(VOCABULARY.with_dialect(dialect), limits, positions)
     V = len(VOCABULARY)
 
-    def sample(state: RowState, lanes: Lanes, lines: Array) -> Array:
+    def sample(state: RowState, lanes: DecodedTokens, lines: Array) -> Array:
         thread = jnp.minimum(lanes.thread, limits.threads - 1)
         R, C = lines.shape
-        said = lines[state.threads.path[thread] % R, (lanes.order + 1) % C]
+        line = lines_of_table(state.threads, R, limits.max_depth)
+        said = lines[line[thread], (lanes.order + 1) % C]
         if not limits.constrained:
             return said
         legal = interpreter.legal_tokens(state, lanes, rules)
         distance = (jnp.arange(V)[None, :] - said[:, None]) % V
         return jnp.argmin(jnp.where(legal, distance, V), axis=-1).astype(jnp.int32)
 
-    def advance(state: RowState, lanes: Lanes, lines: Array, ask: Request) -> RowState:
+    def advance(state: RowState, lanes: DecodedTokens, lines: Array, ask: Request) -> RowState:
         sampled = sample(state, lanes, lines)
         return interpreter.advance(state, ask, lanes, sampled, jnp.zeros(sampled.shape, jnp.float32), rules)
 
     def run(prompt: Array, length: Array, lines: Array, ask: Request) -> RowState:
-        state, lanes = interpreter.begin(limits, limits.pool + limits.lanes, prompt, length)
-        state = advance(state, lanes, lines, ask)
+        state = interpreter.begin(limits, limits.pool + limits.lanes, prompt, length)
+        state = advance(state, interpreter.feed(state, ask, limits), lines, ask)
 
         def step(state: RowState) -> RowState:
             lanes = interpreter.feed(state, ask, limits)
@@ -191,13 +207,12 @@ def compare(row: RowState, answer: reference.Decoded) -> None:
         pending = thread.pending
         assert (int(t.phase[k]) == 3) == (pending is None), "done"
         if pending is not None:
-            assert (int(t.token[k]), int(t.order[k]), int(t.position[k])) == (
+            assert (int(t.next.token[k]), int(t.next.order[k]), int(t.next.position[k])) == (
                 pending.token,
                 pending.order,
                 pending.position,
             )
         assert bool(t.closing[k]) == thread.closing and bool(t.forced[k]) == thread.forced
-        assert int(t.path[k]) == thread.path
         if thread.parent is not None:
             assert (int(t.parent[k]), int(t.forked_at[k])) == (thread.parent.number, thread.forked_at)
 
@@ -205,12 +220,7 @@ def compare(row: RowState, answer: reference.Decoded) -> None:
 def compare_views(row: RowState, answer: reference.Decoded, views: Views) -> None:
     """What the numbering lets each entry see is what the specification's thread had in view there."""
     n = len(answer.entries)
-    e = row.entries
-    fields = {
-        name: getattr(e, name)[:n]
-        for name in ("token", "position", "doc", "segment", "order", "sees", "thread")
-    }
-    trace = ThreadedTokens(**fields, target=np.zeros(n, np.int32))
+    written = row.entries[:n]
     index = {id(entry): i for i, entry in enumerate(answer.entries)}
     ends = {id(t.view[-1]): t.view for t in answer.threads if t.closing and t.pending is None}
     expected = np.zeros((n, n), bool)
@@ -218,7 +228,7 @@ def compare_views(row: RowState, answer: reference.Decoded, views: Views) -> Non
         prompt = answer.entries[: i + 1] if entry.step == 0 else None
         view = prompt or ends.get(id(entry)) or views[id(entry)]
         expected[i, [index[id(seen)] for seen in view]] = True
-    np.testing.assert_array_equal(visible(trace, trace), expected)
+    np.testing.assert_array_equal(visible(written, written), expected)
 
 
 class ScriptTokenizer(WordTokenizer):
@@ -232,8 +242,19 @@ class ScriptTokenizer(WordTokenizer):
         return [known.get(letter, 13) for letter in text]
 
 
-def lines_of(document: ThreadedTokens) -> np.ndarray:
-    """The script that says a layout: [T, C], main's orders counted with the prompt."""
-    lines = np.zeros((16, 1 + document.order.max()), np.int32)
-    lines[document.thread, document.order] = document.token
-    return lines
+LINES = 4093
+"""A prime: few threads of an answer share a line."""
+
+
+def lines_of(document: Tokens) -> np.ndarray | None:
+    """The script that says a layout, int32 [LINES, 1000]; None where two threads would share a line."""
+    threads = threads_of(document)
+    line = {0: 0}
+    for thread, branches in enumerate(
+        threads.branches
+    ):  # in document order a parent comes before its branches
+        line |= {branch: line_after(line[thread], index, LINES) for index, branch in branches.items()}
+    lines = np.zeros((LINES, 1000), np.int32)
+    for thread, tokens in enumerate(threads.tokens):
+        lines[line[thread], : len(tokens)] = tokens
+    return lines if len({*line.values()}) == len(line) else None

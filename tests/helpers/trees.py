@@ -1,21 +1,17 @@
 """Documents numbered by the visibility rule alone, and random trees of forks and joins."""
 
-import dataclasses
 import random
 
 import numpy as np
 
+from pasta_jax.arrays import Tokens
 from pasta_jax.visibility import max_segments, reach, words_for
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """The four fields that the rule reads, [L]."""
-
-    doc: np.ndarray
-    segment: np.ndarray
-    order: np.ndarray
-    sees: np.ndarray
+def tokens_of(doc: np.ndarray, segment: np.ndarray, order: np.ndarray, sees: np.ndarray) -> Tokens:
+    """Tokens of which nothing is known but what the rule reads."""
+    zeros = np.zeros_like(doc)
+    return Tokens(token=zeros, position=zeros, doc=doc, segment=segment, order=order, sees=sees, thread=zeros)
 
 
 class Thread:
@@ -55,7 +51,7 @@ class Writer:
     def tokens(self) -> Tokens:
         doc, segment, order, sees = zip(*self.rows, strict=True)
         as_int = [np.array(x, np.int32) for x in (doc, segment, order)]
-        return Tokens(as_int[0], as_int[1], as_int[2], np.stack(sees))
+        return tokens_of(as_int[0], as_int[1], as_int[2], np.stack(sees))
 
 
 def random_tree(rng: random.Random, threads: int, events: int = 60) -> tuple[Writer, np.ndarray]:
