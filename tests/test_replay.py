@@ -193,7 +193,7 @@ def test_an_engine_that_does_not_say_it_is_found_out(monkeypatch: pytest.MonkeyP
     run = replaying.Run(decoder(), WORDS.encode_prompt("the"), script_of(Program((Text(" a"),)), WORDS))
     free = dataclasses.replace(run.script, tokens=np.full_like(run.script.tokens, FREE)).padded(SIZE)
     monkeypatch.setattr(replaying, "UNLIMITED", 5)
-    with pytest.raises(replaying.ReplayError, match="'length' and differs from the script in threads"):
+    with pytest.raises(replaying.ReplayError, match="'length' and differs from the script in the threads"):
         dataclasses.replace(run, script=free).answer()
 
 

@@ -18,7 +18,7 @@ from pasta_jax.decoding.compiled import Compiled
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import result
-from pasta_jax.decoding.script import Script
+from pasta_jax.decoding.script import FREE, Script
 from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace
@@ -228,7 +228,7 @@ def test_a_failed_call_leaves_no_request_behind() -> None:
         decoder().submit([2**40])
     with pytest.raises(ValueError, match="max_new_tokens"):
         SamplingParams(max_new_tokens=2**31)
-    script = Script(np.zeros(1, np.int32), np.full((1, 4), 300, np.int32))
+    script = Script(np.full((1, 4), 300, np.int32), np.full((1, 4), FREE, np.int32))
     with pytest.raises(ValueError, match="does not fit"):
         decoder().submit(good, SamplingParams(script=script))
     assert decoder().session.idle
