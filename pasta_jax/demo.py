@@ -127,7 +127,7 @@ def show_one_answer(model: Model) -> None:
     print(timeline(result, width=100))
     print(
         f"\n{result.stats.decode_steps} decode steps for {result.stats.text_tokens} tokens of text; "
-        f"{result.stats.measured_speedup:.2f}x as fast as the same model without promises."
+        f"{result.stats.measured_speedup:.2f}x as fast, in seconds, as the same model without promises."
     )
 
 
