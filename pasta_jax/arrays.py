@@ -11,7 +11,7 @@ A letter that is used in one function only is declared there.
 
 `Tokens` is what a token is and what it may see, wherever it is: in a document, in the lanes of a step, in the pool.
 `ThreadedTokens` is the document that both producers yield: the layout of an annotated text and the interpreter
-(its trace). So a decoded answer *is* a training row. `PairedTokens` adds what preference optimisation needs.
+(its trace). So a decoded answer *is* a training row. `PairedTokens` adds what preference optimization needs.
 """
 
 from __future__ import annotations

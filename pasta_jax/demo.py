@@ -8,6 +8,7 @@ tables of README.md and docs/demo.md, and how they were made.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -101,11 +102,20 @@ def provenance(seconds: float, resumed: bool) -> Mapping[str, str]:
     return {
         "command": "python -m pasta_jax.demo " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}; jax on {jax.devices()[0].device_kind}",
+        "hardware": f"{os.cpu_count()} cores of {processor()}; jax on {jax.devices()[0].device_kind}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "time": f"{minutes}, training included, installing not",
         "peak memory": f"{unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB",
     }
+
+
+def processor() -> str:
+    """The name of the processor where Linux tells it, else the kind of machine."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def shown_prompt() -> str:

@@ -2,9 +2,10 @@
 
     resolve      model and tokenizer of the start, and the vocabulary rows that adapters train
     with_steps   epochs as steps, by the data
-    round_of     what one round of preference optimisation trains with
+    round_of     what one round of preference optimization trains with
 
-Training (`train`, `preference.rounds`) and compiling ahead of time (`compile`) call the same functions.
+Training (`train`, `preference.rounds`) and compiling ahead of time (`compile`) both call `resolve` and `stages`.
+Only training has data to count epochs with, and rounds; they set numbers in a program, never its shapes.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import dataclasses
 import operator
 from collections.abc import Iterable
 
+from absl import logging
+
 from pasta_jax.checkpoints.about import find, is_started, read_about
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data.batches import Stream
 from pasta_jax.data.sources import make_tokenizer, steps_of_epochs
+from pasta_jax.overrides import differences
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 INHERITED = ("model.", "data.tokenizer", "data.extend_tokenizer")
@@ -54,6 +58,13 @@ def resolve(
                     f"config.{path} is {wanted!r}, but {config.init_from} has {there!r}, and training "
                     f"starts from it. Leave --config.{path} out, or train from scratch."
                 )
+        replaced = [name for name in differences(config, resolved) if name.startswith("model.")]
+        if replaced:
+            logging.warning(
+                "The model is that of %s; it differs from the configuration in %s.",
+                config.init_from,
+                ", ".join(replaced),
+            )
         config = resolved
     else:
         tokenizer = make_tokenizer(config.data)

@@ -20,7 +20,7 @@ from typing import Any
 from etils import epath
 
 from pasta_jax.checkpoints.about import CheckpointError, absolute, find
-from pasta_jax.files import replacing, write_json
+from pasta_jax.files import is_writer, replacing, write_json
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import Folder
 from pasta_jax.interchange.tensors import INDEX, TensorFile, parse_header
@@ -171,6 +171,8 @@ def carry(init_from: str | os.PathLike[str], workdir: str | os.PathLike[str]) ->
         origin = read_origin(init_from)
     except InterchangeError as error:
         raise CheckpointError(str(error)) from error
+    if not is_writer():
+        return
     old = absolute(workdir) / ORIGIN
     if old.exists():
         old.rmtree()
