@@ -22,7 +22,7 @@ from absl import app, flags
 from pasta_jax.verbs import refuse, show_log
 
 if TYPE_CHECKING:
-    from pasta_jax.interchange.importing import Kind
+    from pasta_jax.interchange.importing import SourceKind
 
 DTYPES = (None, "float32", "bfloat16", "float16")
 
@@ -57,9 +57,9 @@ def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
         refuse(str(error))
 
 
-def import_model(kind: Kind, path: str, values: Any) -> None:
+def import_model(kind: SourceKind, path: str, values: Any) -> None:
     """Writes a published model to a workdir, whole or not at all."""
-    from pasta_jax.interchange.importing import Wanted, open_source, write_workdir
+    from pasta_jax.interchange.importing import ImportOptions, open_published, write_workdir
     from pasta_jax.interchange.parity import parity_line
     from pasta_jax.interchange.writing import unfinished
     from pasta_jax.model import param_count
@@ -68,29 +68,29 @@ def import_model(kind: Kind, path: str, values: Any) -> None:
         raise ValueError("--base, --name_tags and --merge_lora are for exports.")
     if values.dtype == "float16":
         raise ValueError("--dtype=float16 has too small a range to compute in. Use bfloat16 or float32.")
-    wanted = Wanted(
+    options = ImportOptions(
         dtype=values.dtype,
         tokenizer=values.tokenizer,
         chat=values.chat,
         extend_tokenizer=values.extend_tokenizer,
         preset=values.preset,
     )
-    ready = open_source(kind, path, wanted)
-    if ready.new_rows:
+    published = open_published(kind, path, options)
+    if published.new_rows:
         print(
-            f"{ready.new_rows} ids are new: their rows of the embedding are the mean of the others plus a little "
-            "noise. Train the model before you expect promises."
+            f"{published.new_rows} ids are new: their rows of the embedding are the mean of the others plus a "
+            "little noise. Train the model before you expect promises."
         )
-    params = ready.read(_mesh(values))
+    params = published.read(_mesh(values))
     with unfinished(values.to) as folder:
-        write_workdir(ready, params, folder, wanted)
-    tags = ready.tokenizer.vocabulary.tag_ids
+        write_workdir(published, params, folder, options)
+    tags = published.tokenizer.vocabulary.tag_ids
     print(
-        f"{ready.source}: {param_count(params):,} parameters, {ready.config.dtype}; tags are ids "
+        f"{published.source}: {param_count(params):,} parameters, {published.config.dtype}; tags are ids "
         f"{min(tags.values())} to {max(tags.values())}. Wrote {values.to}."
     )
-    if values.parity and ready.folder is not None:
-        print(parity_line(params, ready.config, ready.folder))
+    if values.parity and published.folder is not None:
+        print(parity_line(params, published.config, published.folder))
 
 
 def export_model(workdir: str, values: Any) -> None:

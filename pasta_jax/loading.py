@@ -11,7 +11,7 @@ import jax
 from pasta_jax.checkpoints.about import find, read_about
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.decoding.model import Model
-from pasta_jax.interchange.importing import Wanted, kind_of, open_source
+from pasta_jax.interchange.importing import ImportOptions, kind_of, open_published
 from pasta_jax.model import ModelConfig, forms, init_params
 from pasta_jax.sharding import param_shardings
 
@@ -55,15 +55,15 @@ def load(
     if kind != "workdir":
         if base is not None:
             raise ValueError(f"base={os.fspath(base)} is for adapters; {source} are weights.")
-        wanted = Wanted(
+        options = ImportOptions(
             dtype=dtype,
             tokenizer=tokenizer,
             chat=chat,
             extend_tokenizer=extend_tokenizer,
-            int8=quantize is not None,
+            quantize=quantize is not None,
         )
-        ready = open_source(kind, path, wanted)
-        return Model(ready.read(mesh), ready.config, ready.tokenizer)
+        published = open_published(kind, path, options)
+        return Model(published.read(mesh), published.config, published.tokenizer)
     if tokenizer is not None or extend_tokenizer:
         raise ValueError(
             f"{path} has its own tokenizer; tokenizer and extend_tokenizer are for other weights."

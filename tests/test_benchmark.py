@@ -50,8 +50,8 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
         json.dumps({"response": ANSWER}) + "\n" + json.dumps({"response": "No list."}) + "\n"
     )
     out = tmp_path / "out"
-    wanted = benchmark.Wanted(("replay",), "tiny", None, str(out), PLAN, str(responses), seed=3)
-    benchmark.benchmark(wanted)
+    options = benchmark.Options(("replay",), "tiny", None, str(out), PLAN, str(responses), seed=3)
+    benchmark.benchmark(options)
     told = json.loads((out / "results.json").read_text())
     points = told["parts"]["replay"]["points"]
     assert [p["shape"] for p in points] == [
@@ -91,8 +91,8 @@ def test_without_peers_it_says_so(
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(models, "model_of", lambda *_: types.SimpleNamespace(params={}, config=SMALL))
     assert peers.missing() == "Peers not measured: transformers is not installed."
-    wanted = benchmark.Wanted(("peers",), "tiny", None, str(tmp_path), PLAN)
-    results = benchmark.benchmark(wanted)
+    options = benchmark.Options(("peers",), "tiny", None, str(tmp_path), PLAN)
+    results = benchmark.benchmark(options)
     assert results["parts"]["peers"] == {"skipped": peers.missing()}
     assert str(peers.missing()) in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))

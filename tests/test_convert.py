@@ -20,7 +20,7 @@ from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.experiment import resolve
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.importing import Wanted, kind_of, open_source
+from pasta_jax.interchange.importing import ImportOptions, kind_of, open_published
 from pasta_jax.interchange.origin import carry, read_origin
 from pasta_jax.interchange.reading import open_folder
 from pasta_jax.interchange.tensors import rows
@@ -60,12 +60,12 @@ def test_a_folder_comes_back_byte_for_byte(family: str, tmp_path: pathlib.Path) 
         shards=1 + (family != "qwen3"),
         head_again=family == "gemma3",
     )
-    ready, params = bring_in(tmp_path / "hf", tmp_path / "W", dtype="float32")
-    for tensor in hf_tensors(ready.config):
+    model, params = bring_in(tmp_path / "hf", tmp_path / "W", dtype="float32")
+    for tensor in hf_tensors(model.config):
         np.testing.assert_array_equal(tensor.to_hf(flatten_dict(params)[tensor.path]), theirs[tensor.name])
     bring_out(tmp_path / "W", tmp_path / "out")
     before, after = contents(tmp_path / "hf"), contents(tmp_path / "out")
-    assert json.loads(after.pop("pasta_tags.json")) == ready.tokenizer.vocabulary.tag_ids
+    assert json.loads(after.pop("pasta_tags.json")) == model.tokenizer.vocabulary.tag_ids
     assert after == before
 
 
@@ -162,11 +162,11 @@ def test_a_vocabulary_without_room_is_extended_when_asked(family: str, tmp_path:
     config = dataclasses.replace(CONFIGS[family], vocab_size=old)
     theirs = write_hf_folder(tmp_path / "hf", config, tokenizer=tokenizer)
     with pytest.raises(TokenizerError, match=r"--extend_tokenizer"):
-        open_source("folder", str(tmp_path / "hf"))
-    ready, params = bring_in(tmp_path / "hf", tmp_path / "W", dtype="float32", extend_tokenizer=True)
+        open_published("folder", str(tmp_path / "hf"))
+    model, params = bring_in(tmp_path / "hf", tmp_path / "W", dtype="float32", extend_tokenizer=True)
     new = len(tags.PIECES)
-    assert (ready.new_rows, ready.config.vocab_size) == (new, old + new)
-    assert sorted(ready.tokenizer.vocabulary.tag_ids.values()) == [*range(old, old + new)]
+    assert (model.new_rows, model.config.vocab_size) == (new, old + new)
+    assert sorted(model.tokenizer.vocabulary.tag_ids.values()) == [*range(old, old + new)]
     embedding = np.asarray(params["embed"]["embedding"])
     was = theirs["model.embed_tokens.weight"].astype(np.float32)
     np.testing.assert_array_equal(embedding[:old], was)
@@ -181,19 +181,19 @@ def test_a_vocabulary_without_room_is_extended_when_asked(family: str, tmp_path:
         assert not np.array_equal(head[:old], embedding[:old])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == old + new
     again, _ = bring_in(tmp_path / "out", tmp_path / "W2")  # by pasta_tags.json
-    assert again.tokenizer.vocabulary.tag_ids == ready.tokenizer.vocabulary.tag_ids and again.new_rows == 0
+    assert again.tokenizer.vocabulary.tag_ids == model.tokenizer.vocabulary.tag_ids and again.new_rows == 0
 
 
 def test_onto_a_mesh_of_eight(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(CONFIGS["llama"], model_dim=32)
     write_hf_folder(tmp_path / "hf", config)
-    ready = open_source("folder", str(tmp_path / "hf"))
-    one, eight = ready.read(None), ready.read(sharding.make_mesh(1, 4, 2))
+    model = open_published("folder", str(tmp_path / "hf"))
+    one, eight = model.read(None), model.read(sharding.make_mesh(1, 4, 2))
     jax.tree.map(np.testing.assert_array_equal, one, eight)
     q_proj = eight["layer_1"]["attn"]["q_proj"]
     assert q_proj.addressable_shards[0].data.shape == (32 // 4, 4 // 2, 6)
     with pytest.raises(InterchangeError, match="mesh: tensor=8 does not divide num_heads N=4"):
-        ready.read(sharding.make_mesh(1, 1, 8))
+        model.read(sharding.make_mesh(1, 1, 8))
 
 
 def test_int8_on_the_way_in_is_int8_of_the_whole(
@@ -201,13 +201,13 @@ def test_int8_on_the_way_in_is_int8_of_the_whole(
 ) -> None:
     monkeypatch.setattr("pasta_jax.interchange.importing.CHUNK", 1000)  # so that large ones go by parts
     write_hf_folder(tmp_path / "hf", CONFIGS["llama"])
-    ready = open_source("folder", str(tmp_path / "hf"), Wanted(int8=True))
-    plain = open_source("folder", str(tmp_path / "hf")).read(None)
+    model = open_published("folder", str(tmp_path / "hf"), ImportOptions(quantize=True))
+    plain = open_published("folder", str(tmp_path / "hf")).read(None)
     expected = quantize(jax.tree.map(np.asarray, plain))
-    assert ready.config == dataclasses.replace(CONFIGS["llama"], dtype="bfloat16")
-    jax.tree.map(np.testing.assert_array_equal, ready.read(None), expected)
+    assert model.config == dataclasses.replace(CONFIGS["llama"], dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, model.read(None), expected)
     with pytest.raises(InterchangeError, match="weights are int8. Export the one that it was quantised from"):
-        plan(Exported(expected, ready.config, tokenizer=None))  # type: ignore[arg-type]
+        plan(Exported(expected, model.config, tokenizer=None))  # type: ignore[arg-type]
 
 
 def test_vision_models_are_left_out(tmp_path: pathlib.Path) -> None:
@@ -224,9 +224,9 @@ def test_vision_models_are_left_out(tmp_path: pathlib.Path) -> None:
     tensors = random_tensors(config, prefix)
     tensors["vision_tower.vision_model.post_layernorm.weight"] = np.ones(3, np.float32)
     write_hf_folder(tmp_path / "hf", config, prefix=prefix, tensors=tensors, tree=tree)
-    ready, params = bring_in(tmp_path / "hf", tmp_path / "W")
-    assert ready.origin is not None and ready.origin.is_text is False
-    left_out = dataclasses.replace(ready.origin, ignored=("model.layers.0.self_attn.rotary_emb.inv_freq",))
+    model, params = bring_in(tmp_path / "hf", tmp_path / "W")
+    assert model.origin is not None and model.origin.is_text is False
+    left_out = dataclasses.replace(model.origin, ignored=("model.layers.0.self_attn.rotary_emb.inv_freq",))
     assert left_out.is_text
     bring_out(tmp_path / "W", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gemma3_text"
@@ -368,15 +368,15 @@ def test_the_chat_of_training_goes_out(tmp_path: pathlib.Path) -> None:
         write_hf_folder(top / "hf", GEMMA)
         told = json.dumps({"tokenizer_class": "GemmaTokenizer", "chat_template": template})
         (top / "hf" / "tokenizer_config.json").write_text(told)
-        ready, _ = bring_in(top / "hf", top / "W", chat=chat)
+        model, _ = bring_in(top / "hf", top / "W", chat=chat)
         bring_out(top / "W", top / "same")  # never trained
         assert contents(top / "hf").items() <= contents(top / "same").items()
         trained(top / "W", top / "T")
         bring_out(top / "T", top / "out")
         assert ((top / "out" / "tokenizer_config.json").read_text() == told) == same
         usage = load_tokenizer(top / "out").usage
-        assert isinstance(ready.tokenizer, TextTokenizer)
-        assert (usage.chat, usage.opening) == (ready.tokenizer.usage.chat, ready.tokenizer.usage.opening)
+        assert isinstance(model.tokenizer, TextTokenizer)
+        assert (usage.chat, usage.opening) == (model.tokenizer.usage.chat, model.tokenizer.usage.opening)
         assert (top / "out" / "chat_template.jinja").exists() == (number == 2)
 
 

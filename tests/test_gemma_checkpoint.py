@@ -11,7 +11,7 @@ import pytest
 
 from pasta_jax.interchange import gemma
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.importing import Wanted, open_source
+from pasta_jax.interchange.importing import ImportOptions, open_published
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.layers import project
 from pasta_jax.model.presets import Preset
@@ -123,13 +123,17 @@ def test_as_a_source(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
     known = {"gemma-tiny": Preset(ONE, "google/gemma-tiny", 64), "qwen-tiny": Preset(ONE, "q/q", 64)}
     monkeypatch.setattr(gemma, "presets", lambda: known)
     with pytest.raises(InterchangeError, match="holds no tokenizer. Add --tokenizer=FILE"):
-        open_source("orbax", where)
+        open_published("orbax", where)
     (tmp_path / "tokenizer.model").write_bytes(small_tokenizer())
     with pytest.raises(InterchangeError, match="extend_tokenizer is for Hugging Face folders"):
-        open_source("orbax", where, Wanted(tokenizer=tmp_path / "tokenizer.model", extend_tokenizer=True))
-    ready = open_source("orbax", where, Wanted(tokenizer=tmp_path / "tokenizer.model", dtype="bfloat16"))
-    assert ready.config == dataclasses.replace(ONE, dtype="bfloat16") and ready.origin is None
-    placed = ready.read(make_mesh(1, 4, 2))
+        open_published(
+            "orbax", where, ImportOptions(tokenizer=tmp_path / "tokenizer.model", extend_tokenizer=True)
+        )
+    opened = open_published(
+        "orbax", where, ImportOptions(tokenizer=tmp_path / "tokenizer.model", dtype="bfloat16")
+    )
+    assert opened.config == dataclasses.replace(ONE, dtype="bfloat16") and opened.origin is None
+    placed = opened.read(make_mesh(1, 4, 2))
     expected = jax.tree.map(lambda x: x.astype("bfloat16"), params)
     jax.tree.map(np.testing.assert_array_equal, placed, expected)
     known |= {"gemma-other": Preset(dataclasses.replace(ONE, rope_base=1.0), "google/other", 64)}

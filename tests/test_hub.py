@@ -10,7 +10,7 @@ import pytest
 
 from pasta_jax.interchange import hub
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.importing import open_source
+from pasta_jax.interchange.importing import open_published
 from pasta_jax.interchange.origin import KEPT
 from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
@@ -59,9 +59,9 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_a_model_is_known_by_its_name_there(there: Hub, tmp_path: pathlib.Path) -> None:
     write_hf_folder(tmp_path / "snapshot", CONFIGS["gemma"])
     there.answer = tmp_path / "snapshot"
-    ready = open_source("hub", "google/gemma-2b-it")
-    assert ready.source == "google/gemma-2b-it" and ready.origin is not None
-    assert ready.origin.source == "google/gemma-2b-it"
+    published = open_published("hub", "google/gemma-2b-it")
+    assert published.source == "google/gemma-2b-it" and published.origin is not None
+    assert published.origin.source == "google/gemma-2b-it"
     ((name, how),) = there.asked
     assert name == "google/gemma-2b-it"
 

@@ -129,15 +129,15 @@ def test_what_does_not_fit_is_refused_before_a_tensor_is_read(
 
 MEASURE = """
 import sys, jax
-from pasta_jax.interchange.importing import open_source, write_workdir
+from pasta_jax.interchange.importing import open_published, write_workdir
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 jax.numpy.zeros(3).block_until_ready()
-ready = open_source("folder", sys.argv[1])
+published = open_published("folder", sys.argv[1])
 before = peak()
-params = ready.read(None)
-write_workdir(ready, params, sys.argv[2])
+params = published.read(None)
+write_workdir(published, params, sys.argv[2])
 print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
 

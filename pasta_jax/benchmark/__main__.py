@@ -40,7 +40,7 @@ RESULTS = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class Options:
     """What to measure.
 
     Attributes:
@@ -61,22 +61,26 @@ class Wanted:
     seed: int = 0
 
 
-def benchmark(wanted: Wanted) -> dict[str, Any]:
+def benchmark(options: Options) -> dict[str, Any]:
     """Measures, and writes the results of each part as soon as it is done. Returns the contents of results.json."""
     from pasta_jax.benchmark import measure, parts, peers, startup
     from pasta_jax.benchmark.models import model_of
     from pasta_jax.model import param_count
 
-    loads, plan = measure.load_average(), wanted.plan
-    responses = parts.read_responses(wanted.responses) if wanted.responses else []
-    os.makedirs(wanted.out, exist_ok=True)
-    results: dict[str, Any] = {"model": {"name": wanted.model}, "plan": dataclasses.asdict(plan), "parts": {}}
-    results["plan"]["seed"] = wanted.seed
-    if "startup" in wanted.what:
+    loads, plan = measure.load_average(), options.plan
+    responses = parts.read_responses(options.responses) if options.responses else []
+    os.makedirs(options.out, exist_ok=True)
+    results: dict[str, Any] = {
+        "model": {"name": options.model},
+        "plan": dataclasses.asdict(plan),
+        "parts": {},
+    }
+    results["plan"]["seed"] = options.seed
+    if "startup" in options.what:
         LOG.info("startup: %d times two starts", plan.repeats)
-        starts = startup.startup(wanted.model, wanted.dtype, plan.repeats, pool=plan.pool)
+        starts = startup.startup(options.model, options.dtype, plan.repeats, pool=plan.pool)
     results["machine"] = {"load_average": loads, **measure.machine()}
-    model = model_of(wanted.model, wanted.dtype, responses)
+    model = model_of(options.model, options.dtype, responses)
     results["model"] |= {
         "parameters": param_count(model.params),
         "config": dataclasses.asdict(model.config),
@@ -84,7 +88,7 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
     LOG.info("%s", _described(results))
 
     def rng() -> random.Random:
-        return random.Random(wanted.seed)
+        return random.Random(options.seed)
 
     measures: dict[str, Callable[[], list[Point]]] = {
         "startup": lambda: starts,
@@ -94,7 +98,7 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
         "pool": lambda: parts.pool_used(model, plan, rng()),
         "peers": lambda: peers.peers(model, plan, rng()),
     }
-    for part in (part for part in PARTS if part in wanted.what):
+    for part in (part for part in PARTS if part in options.what):
         if part == "peers" and (reason := peers.missing()):
             results["parts"][part] = {"skipped": reason}
             print(f"{part}\n{reason}\n", flush=True)
@@ -103,7 +107,7 @@ def benchmark(wanted: Wanted) -> dict[str, Any]:
             points = measures[part]()
             results["parts"][part] = {"points": [for_json(point) for point in points]}
             print(f"{part}\n{table(points)}\n", flush=True)
-        _write(wanted.out, part, results)
+        _write(options.out, part, results)
     return results
 
 
@@ -176,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
             plan, **{name: value for name, value in given.items() if value is not None}
         )
         what = PARTS if "all" in values.what else tuple(values.what)
-        benchmark(Wanted(what, values.model, values.dtype, values.out, plan, values.responses, values.seed))
+        benchmark(Options(what, values.model, values.dtype, values.out, plan, values.responses, values.seed))
     except (ValueError, OSError, RuntimeError) as error:
         refuse(str(error))
 

@@ -30,12 +30,12 @@ from pasta_jax.rounding import ceil_div
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer, TokenizerError
 
-Kind = Literal["folder", "hub", "orbax", "workdir"]
+SourceKind = Literal["folder", "hub", "orbax", "workdir"]
 """A Hugging Face folder, a repository on its hub, an Orbax checkpoint of Gemma, or a workdir of this package."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class ImportOptions:
     """Options of an import.
 
     Attributes:
@@ -44,7 +44,7 @@ class Wanted:
       chat: format of prompts, or "auto".
       extend_tokenizer: tags without a free id get new ids, and new rows of the embedding.
       preset: name of the published model that has the sizes of an Orbax checkpoint; by default found by shapes.
-      int8: quantise each matrix as soon as it is read. Such a model decodes; it cannot be written.
+      quantize: each matrix becomes int8 as soon as it is read. Such a model decodes; it cannot be written.
     """
 
     dtype: str | None = None
@@ -52,11 +52,11 @@ class Wanted:
     chat: str = "auto"
     extend_tokenizer: bool = False
     preset: str | None = None
-    int8: bool = False
+    quantize: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Ready:
+class Published:
     """A model that passed all checks and has not been read yet.
 
     Attributes:
@@ -80,7 +80,7 @@ class Ready:
     read: Callable[[Mesh | None], Any]
 
 
-def kind_of(source: str | os.PathLike[str]) -> tuple[Kind, str]:
+def kind_of(source: str | os.PathLike[str]) -> tuple[SourceKind, str]:
     """Classifies the name of a model: its kind, and the folder or the name on the hub.
 
     hf:DIRECTORY, orbax:DIRECTORY and hf:org/name state their kind. Any other folder is a Hugging Face folder if its
@@ -125,43 +125,46 @@ def _is_hf(folder: str) -> bool:
     return isinstance(tree, dict) and not tree.keys().isdisjoint(("model_type", "architectures"))
 
 
-def open_source(kind: Kind, path: str, wanted: Wanted = Wanted()) -> Ready:
+def open_published(kind: SourceKind, path: str, options: ImportOptions = ImportOptions()) -> Published:
     """Checks a published model. Reads headers only.
 
     Args:
       kind: "folder" (of Hugging Face), "hub" (org/name there), or "orbax" (a checkpoint of Gemma).
       path: the folder, or the name on the hub.
-      wanted: options of the import.
+      options: options of the import.
 
     Raises:
       InterchangeError: with every fault of the model.
       TokenizerError: its tokenizer cannot be used.
     """
     if kind == "orbax":
-        return _open_orbax(path, wanted)
+        return _open_orbax(path, options)
     if kind == "hub":
-        return _open_folder(open_folder(hub.download(path), source=path), wanted)
-    return _open_folder(open_folder(path), wanted)
+        return _open_folder(open_folder(hub.download(path), source=path), options)
+    return _open_folder(open_folder(path), options)
 
 
 def write_workdir(
-    ready: Ready, params: Any, workdir: str | os.PathLike[str], wanted: Wanted = Wanted()
+    published: Published,
+    params: Any,
+    workdir: str | os.PathLike[str],
+    options: ImportOptions = ImportOptions(),
 ) -> None:
     """Writes a workdir to decode or train from: config.json, env.json, origin/ and checkpoints/0."""
     data = DataConfig(
-        tokenizer=ready.tokenizer_path,
-        extend_tokenizer=wanted.extend_tokenizer,
-        chat=wanted.chat,  # type: ignore[arg-type]
+        tokenizer=published.tokenizer_path,
+        extend_tokenizer=options.extend_tokenizer,
+        chat=options.chat,  # type: ignore[arg-type]
     )
-    config = Config(model=ready.config, data=data, checkpoint=CheckpointConfig(keep=1))
-    if ready.origin is not None:
-        write_origin(ready.origin, workdir)
-    with Checkpoints(workdir, config, ready.tokenizer) as checkpoints:
+    config = Config(model=published.config, data=data, checkpoint=CheckpointConfig(keep=1))
+    if published.origin is not None:
+        write_origin(published.origin, workdir)
+    with Checkpoints(workdir, config, published.tokenizer) as checkpoints:
         checkpoints.save_weights(params)
     write_about(os.fspath(workdir), config)
 
 
-def int8(path: Path, array: np.ndarray) -> Any:
+def quantize_by_parts(path: Path, array: np.ndarray) -> Any:
     """Quantises a parameter (`forms.quantize_leaf`), a large one in parts of independent columns."""
     over = contracted(path[-1])
     if over is None:
@@ -178,46 +181,45 @@ def int8(path: Path, array: np.ndarray) -> Any:
     return quantized
 
 
-def _open_folder(folder: Folder, wanted: Wanted) -> Ready:
-    if wanted.preset is not None:
+def _open_folder(folder: Folder, options: ImportOptions) -> Published:
+    if options.preset is not None:
         raise InterchangeError(
-            f"preset={wanted.preset} is for Orbax checkpoints; the config.json of {folder.source} has its sizes."
+            f"preset={options.preset} is for Orbax checkpoints; the config.json of {folder.source} has its sizes."
         )
     rows = folder.config.vocab_size
-    path = os.fspath(wanted.tokenizer or folder.path)
-    tokenizer = load_tokenizer(path, extend=wanted.extend_tokenizer, chat=wanted.chat, vocab_size=rows)
-    new = _new_rows(tokenizer, rows, path, wanted.extend_tokenizer)
-    config = model_config(folder, dtype=wanted.dtype, vocab_size=rows + new)
+    path = os.fspath(options.tokenizer or folder.path)
+    tokenizer = load_tokenizer(path, extend=options.extend_tokenizer, chat=options.chat, vocab_size=rows)
+    new = _new_rows(tokenizer, rows, path, options.extend_tokenizer)
+    config = model_config(folder, dtype=options.dtype, vocab_size=rows + new)
+    transform = quantize_by_parts if options.quantize else None
 
     def read(mesh: Mesh | None) -> Any:
-        return read_params(folder, config, mesh=mesh, transform=int8 if wanted.int8 else None)
+        return read_params(folder, config, mesh=mesh, transform=transform)
 
-    return Ready(folder.source, config, tokenizer, path, origin_of(folder), folder.path, new, read)
+    return Published(folder.source, config, tokenizer, path, origin_of(folder), folder.path, new, read)
 
 
-def _open_orbax(path: str, wanted: Wanted) -> Ready:
-    if wanted.extend_tokenizer:
+def _open_orbax(path: str, options: ImportOptions) -> Published:
+    if options.extend_tokenizer:
         raise InterchangeError(
             f"extend_tokenizer is for Hugging Face folders; {path} is a checkpoint of Gemma, which has free ids."
         )
-    checkpoint = gemma.open_gemma(path, wanted.preset)
-    if wanted.tokenizer is None:
+    checkpoint = gemma.open_gemma(path, options.preset)
+    if options.tokenizer is None:
         raise InterchangeError(
             f"{checkpoint.path} holds no tokenizer. Add --tokenizer=FILE with Gemma's tokenizer.model, which is "
             "published beside the checkpoint."
         )
-    rows, tokenizer_path = checkpoint.config.vocab_size, os.fspath(wanted.tokenizer)
-    tokenizer = load_tokenizer(tokenizer_path, chat=wanted.chat, vocab_size=rows)
+    rows, tokenizer_path = checkpoint.config.vocab_size, os.fspath(options.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_path, chat=options.chat, vocab_size=rows)
     _new_rows(tokenizer, rows, tokenizer_path, False)
-    config = dataclasses.replace(
-        checkpoint.config,
-        dtype=wanted.dtype or checkpoint.config.dtype,
-    )
+    config = dataclasses.replace(checkpoint.config, dtype=options.dtype or checkpoint.config.dtype)
+    transform = quantize_by_parts if options.quantize else None
 
     def read(mesh: Mesh | None) -> Any:
-        return gemma.read_gemma(checkpoint, config, mesh=mesh, transform=int8 if wanted.int8 else None)
+        return gemma.read_gemma(checkpoint, config, mesh=mesh, transform=transform)
 
-    return Ready(checkpoint.path, config, tokenizer, tokenizer_path, None, None, 0, read)
+    return Published(checkpoint.path, config, tokenizer, tokenizer_path, None, None, 0, read)
 
 
 def _new_rows(tokenizer: Tokenizer, rows: int, path: str, may_grow: bool) -> int:

@@ -11,7 +11,7 @@ from absl import flags
 from pasta_jax import convert
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.checkpoints.save import Checkpoints
-from pasta_jax.interchange.importing import Ready, Wanted, open_source, write_workdir
+from pasta_jax.interchange.importing import ImportOptions, Published, open_published, write_workdir
 from pasta_jax.interchange.origin import carry, read_origin
 from pasta_jax.interchange.writing import Exported, write_folder
 from pasta_jax.lang import tags
@@ -19,12 +19,12 @@ from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.training.state import TrainState, new_state
 
 
-def bring_in(folder: pathlib.Path, workdir: pathlib.Path, **how: Any) -> tuple[Ready, Any]:
-    wanted = Wanted(**how)
-    ready = open_source("folder", str(folder), wanted)
-    params = ready.read(None)
-    write_workdir(ready, params, workdir, wanted)
-    return ready, params
+def bring_in(folder: pathlib.Path, workdir: pathlib.Path, **how: Any) -> tuple[Published, Any]:
+    options = ImportOptions(**how)
+    published = open_published("folder", str(folder), options)
+    params = published.read(None)
+    write_workdir(published, params, workdir, options)
+    return published, params
 
 
 def bring_out(workdir: pathlib.Path, folder: pathlib.Path, **how: Any) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pasta_jax.data.almanac import facts, split
-from pasta_jax.data.almanac.facts import KIND_OF, KINDS, Kind
+from pasta_jax.data.almanac.facts import KIND_OF, KINDS, EntityKind
 from pasta_jax.data.almanac.families import (
     FAMILIES,
     Section,
@@ -99,7 +99,7 @@ def _pick(rng: np.random.Generator, items: Sequence[str], count: int) -> tuple[s
     return tuple(items[i] for i in rng.choice(len(items), count, replace=False))
 
 
-def _draw_kind(rng: np.random.Generator, kinds: Sequence[Kind]) -> Kind:
+def _draw_kind(rng: np.random.Generator, kinds: Sequence[EntityKind]) -> EntityKind:
     weights = np.array([_KIND_WEIGHTS[KINDS.index(kind)] for kind in kinds])
     return kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
 
@@ -108,12 +108,12 @@ def _draw_start(rng: np.random.Generator) -> str:
     return _CHAIN_STARTS[rng.integers(len(_CHAIN_STARTS))]
 
 
-def _draw_entities(rng: np.random.Generator, kind: Kind, low: int, high: int) -> tuple[str, ...]:
+def _draw_entities(rng: np.random.Generator, kind: EntityKind, low: int, high: int) -> tuple[str, ...]:
     return _pick(rng, kind.entities, int(rng.integers(low, high + 1)))
 
 
 def _draw_nouns(
-    rng: np.random.Generator, kind: Kind, low: int | None = None, high: int = 5, must: str | None = None
+    rng: np.random.Generator, kind: EntityKind, low: int | None = None, high: int = 5, must: str | None = None
 ) -> tuple[str, ...]:
     """Some attributes in their fixed order, including `must`; by default at most two are left out."""
     low = max(2, len(kind.nouns) - 2) if low is None else low

@@ -1,8 +1,8 @@
 """The facts: 208 entities of six kinds, 842 facts, and the one sentence that states each fact.
 
 The tables are the `.tsv` files in this folder: one row per entity, one column per attribute. The first row
-names the attributes. The order of the rows is a fact itself if the kind is `in_order` (elements by atomic number,
-states by date of joining, planets outward).
+names the attributes, the second has their sentences. The order of the rows is a fact itself if the kind is
+`in_order` (elements by atomic number, states by date of joining, planets outward).
 
 Ambiguous cases are left out: countries with several capitals, with co-official languages or on two continents;
 elements beyond xenon (disputed groups); works without a unique year of publication or title. "Phase" is at room
@@ -57,7 +57,7 @@ class Superlative:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class EntityKind:
     """A kind of entity, with its table.
 
     Attributes:
@@ -94,99 +94,28 @@ class Fact(NamedTuple):
     noun: str
 
 
-def _kind(
-    names: str,
-    article: str,
-    sentences: dict[str, str],
-    *superlatives: Superlative,
-    in_order: bool = False,
-) -> Kind:
+def _kind(names: str, *superlatives: Superlative, in_order: bool = False) -> EntityKind:
+    """Reads a table: a row of nouns, a row of sentences (the first is the article), then the entities."""
     name, plural = names.split("/")
     text = (resources.files(__package__) / f"{plural}.tsv").read_text(encoding="utf-8")
-    header, *rows = csv.reader(text.splitlines(), delimiter="\t")
-    if header != ["name", *sentences] or any(len(row) != len(header) for row in rows):
-        raise ValueError(f"{plural}.tsv does not have the columns name, {', '.join(sentences)} in every row.")
-    return Kind(
-        name,
-        article,
-        plural,
-        tuple(Attribute(noun, sentence) for noun, sentence in sentences.items()),
-        superlatives,
-        in_order,
-        {row[0]: tuple(row[1:]) for row in rows},
-    )
+    (_, *nouns), (article, *sentences), *rows = csv.reader(text.splitlines(), delimiter="\t")
+    attributes = tuple(map(Attribute, nouns, sentences))
+    if any(len(row) != 1 + len(attributes) for row in rows):
+        raise ValueError(f"{plural}.tsv does not have a value for each of {', '.join(nouns)} in every row.")
+    table = {entity: tuple(values) for entity, *values in rows}
+    return EntityKind(name, article, plural, attributes, superlatives, in_order, table)
 
 
 KINDS = (
-    _kind(
-        "country/countries",
-        "a country",
-        {
-            "continent": "Its continent is {}.",
-            "capital": "Its capital is {}.",
-            "language": "Its main language is {}.",
-            "currency": "Its currency is the {}.",
-        },
-    ),
-    _kind(
-        "element/elements",
-        "an element",
-        {
-            "symbol": "Its symbol is {}.",
-            "atomic number": "Its atomic number is {}.",
-            "period": "Its period is {}.",
-            "group": "Its group is {}.",
-            "phase": "At room temperature it is a {}.",
-        },
-        Superlative("atomic number", "has the highest atomic number"),
-        in_order=True,
-    ),
-    _kind(
-        "state/states",
-        "a state",
-        {
-            "capital": "Its capital is {}.",
-            "postal code": "Its postal code is {}.",
-            "state number": "It was state number {}.",
-            "year": "It joined the Union in {}.",
-        },
-        Superlative("state number", "has the highest state number"),
-        in_order=True,
-    ),
-    _kind(
-        "planet/planets",
-        "a planet",
-        {
-            "position": "It is planet {} from the Sun.",
-            "type": "It is {}.",
-            "ring system": "It has {}.",
-        },
-        Superlative("position", "is farthest from the Sun"),
-        in_order=True,
-    ),
-    _kind(
-        "novel/novels",
-        "a novel",
-        {
-            "author": "Its author is {}.",
-            "year": "It was published in {}.",
-            "language": "It was written in {}.",
-        },
-        Superlative("year", "is the newest"),
-    ),
-    _kind(
-        "opera/operas",
-        "an opera",
-        {
-            "composer": "Its composer is {}.",
-            "year": "It was first performed in {}.",
-            "language": "It is sung in {}.",
-        },
-        Superlative("year", "is the newest"),
-    ),
+    _kind("country/countries"),
+    _kind("element/elements", Superlative("atomic number", "has the highest atomic number"), in_order=True),
+    _kind("state/states", Superlative("state number", "has the highest state number"), in_order=True),
+    _kind("planet/planets", Superlative("position", "is farthest from the Sun"), in_order=True),
+    _kind("novel/novels", Superlative("year", "is the newest")),
+    _kind("opera/operas", Superlative("year", "is the newest")),
 )
 
-KIND_OF: dict[str, Kind] = {entity: kind for kind in KINDS for entity in kind.entities}
+KIND_OF: dict[str, EntityKind] = {entity: kind for kind in KINDS for entity in kind.entities}
 """The kind of each entity. No two kinds share a name."""
 
 FACTS: tuple[Fact, ...] = tuple(Fact(entity, noun) for entity, kind in KIND_OF.items() for noun in kind.nouns)
