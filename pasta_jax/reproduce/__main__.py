@@ -19,13 +19,14 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
 
 from pasta_jax.checkpoints.about import CheckpointError
 from pasta_jax.config import ConfigError
+from pasta_jax.figures import save
 from pasta_jax.files import Stamp, write_json
 from pasta_jax.overrides import to_dict
 from pasta_jax.reproduce.cells import FULL, QUICK, Cell, Folder, Plan, cells, seconds
@@ -59,14 +60,8 @@ def run_cells(todo: Sequence[Cell], workdir: str) -> None:
         flush=True,
     )
     for cell in waiting:
-        LOG.info(
-            "Cell %d of %d: %s (about %d s; about %.0f min left)",
-            todo.index(cell) + 1,
-            len(todo),
-            cell.name,
-            cell.seconds,
-            left / 60,
-        )
+        of_all = f"Cell {todo.index(cell) + 1} of {len(todo)}"
+        LOG.info("%s: %s (about %d s; about %.0f min left)", of_all, cell.name, cell.seconds, left / 60)
         started = time.monotonic()
         cell.run()
         left -= cell.seconds
@@ -100,24 +95,21 @@ def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
     tree = {"about": about, "exact_annotations": exact, "results": rows}
     write_json(os.path.join(workdir, "results.json"), tree, allow_nan=False)
 
-    def figures() -> Iterator[tuple[str, str]]:
-        def path(name: str) -> str:
-            return os.path.join(workdir, f"{name}.png")
-
-        plots.frontier(measured, path("frontier"))
-        yield path("frontier"), "Quality against speed; the paper's Figure 4."
-        plots.rounds(measured, path("rounds"))
-        yield path("rounds"), "Rounds of preference optimisation; the paper's Figure 5."
-        if plan.positions:
-            plots.positions(measured, path("positions"))
-            yield path("positions"), "Position schemes, PASTA-SFT; the paper's Figure 6."
-        if plan.efficiencies:
-            plots.efficiency_terms(measured, path("efficiency"))
-            yield path("efficiency"), "Efficiency terms, one round; the paper's Figure 8."
-        plots.families(measured, path("families"))
-        yield path("families"), "Families of prompts."
-
-    page.write_report(workdir, about, measured, claims(measured, exact), [*figures()])
+    drawn = [
+        ("frontier", plots.frontier, "Quality against speed; the paper's Figure 4."),
+        ("rounds", plots.rounds, "Rounds of preference optimisation; the paper's Figure 5."),
+        ("positions", plots.positions, "Position schemes, PASTA-SFT; the paper's Figure 6."),
+        ("efficiency", plots.efficiency_terms, "Efficiency terms, one round; the paper's Figure 8."),
+        ("families", plots.families, "Families of prompts."),
+    ]
+    ablations = {"positions": plan.positions, "efficiency": plan.efficiencies}
+    figures = []
+    for name, draw, caption in drawn:
+        if ablations.get(name, True):
+            path = os.path.join(workdir, f"{name}.png")
+            save(draw(measured), path)
+            figures.append((path, caption))
+    page.write_report(workdir, about, measured, claims(measured, exact), figures)
 
 
 def about_this(plan: Plan, workdir: str) -> dict[str, Any]:
@@ -162,9 +154,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     plan = QUICK if values.quick else FULL
     workdir = values.workdir or ("runs/reproduce-quick" if values.quick else "runs/reproduce")
-    path = os.path.abspath(
-        workdir
-    )  # models refer to each other by path; another spelling would be another model
+    path = os.path.abspath(workdir)  # models refer to each other by path, which must have one spelling
     show_log()
     try:
         run(plan, path)

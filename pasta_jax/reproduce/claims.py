@@ -34,17 +34,6 @@ class Claim:
         return VERDICTS[self.holds]
 
 
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """The main comparison by role; `trained` is PASTA-BoN, one result for each lambda."""
-
-    baseline: Result
-    sft: Result
-    apar: Result
-    sot: Result
-    trained: Sequence[Result]
-
-
 def claims(results: Sequence[Result], exact: float | None = None) -> list[Claim]:
     """All claims, in the paper's order.
 
@@ -54,33 +43,28 @@ def claims(results: Sequence[Result], exact: float | None = None) -> list[Claim]
     """
     shown = headline(results)
     by_name = {result.name: result for result in shown}
-    compared = Compared(
-        baseline=by_name["Baseline-SFT"],
-        sft=by_name["PASTA-SFT"],
-        apar=by_name["APAR"],
-        sot=by_name["SoT"],
-        trained=[result for result in shown if result.method == "PASTA-BoN"],
-    )
+    baseline, sft, apar, sot = (by_name[name] for name in ("Baseline-SFT", "PASTA-SFT", "APAR", "SoT"))
+    trained = [result for result in shown if result.method == "PASTA-BoN"]  # one for each lambda
     return [
-        *_better_at_once(compared),
-        _above_the_segment(compared),
-        _no_loss(compared),
-        _speed_end(compared, exact),
-        *_rivals_weaknesses(compared),
-        *_stays_sequential(compared),
-        _syncs(compared),
+        *_better_at_once(trained, (apar, sot)),
+        _above_the_segment(trained, apar),
+        _no_loss(trained, baseline),
+        _speed_end(trained, exact),
+        *_apars_weaknesses(apar, sft, baseline),
+        *_stays_sequential(trained, sft),
+        _syncs(trained),
         *_rises(results),
     ]
 
 
-def _better_at_once(compared: Compared) -> Iterator[Claim]:
+def _better_at_once(trained: Sequence[Result], rivals: Sequence[Result]) -> Iterator[Claim]:
     def lost(result: Result, rival: Result) -> list[str]:
         """The measures in which `result` is not better."""
         return [name for name, value in _MEASURES.items() if value(result).mean <= value(rival).mean]
 
-    for rival in (compared.apar, compared.sot):
-        winners = [result for result in compared.trained if not lost(result, rival)]
-        best = max(winners, key=_speed) if winners else max(compared.trained, key=lambda r: r.win_rate.mean)
+    for rival in rivals:
+        winners = [result for result in trained if not lost(result, rival)]
+        best = max(winners, key=_speed) if winners else max(trained, key=lambda r: r.win_rate.mean)
         yield _claim(
             f"A PASTA-BoN point is better than {rival.name} in win rate, truth and realized speedup at once",
             bool(winners),
@@ -91,24 +75,21 @@ def _better_at_once(compared: Compared) -> Iterator[Claim]:
         )
 
 
-def _above_the_segment(compared: Compared) -> Claim:
+def _above_the_segment(trained: Sequence[Result], apar: Result) -> Claim:
     """Compares the frontier with the segment from Baseline-SFT (1x, 50 %) to APAR.
 
     The frontier is the upper hull of Baseline-SFT and PASTA-BoN. Hull and segment start at the same point, so the
     hull is above the whole segment if it is above its end.
     """
-    apar = compared.apar
     text = "The PASTA frontier lies above the segment from Baseline-SFT to APAR"
     if _speed(apar) <= 1.0:
         return _claim(text, None, _summary(apar), "it is no faster than Baseline-SFT: there is no segment")
-    points = [(1.0, 0.5), *((_speed(result), result.win_rate.mean) for result in compared.trained)]
+    points = [(1.0, 0.5), *((_speed(result), result.win_rate.mean) for result in trained)]
     at_apar = height(upper_hull(points), _speed(apar))
     if at_apar is None:
-        return _claim(
-            text, False, _summary(apar), *map(_summary, compared.trained), "no point is as fast as APAR"
-        )
+        return _claim(text, False, _summary(apar), *map(_summary, trained), "no point is as fast as APAR")
     holds = at_apar > apar.win_rate.mean
-    best = max(compared.trained, key=lambda result: (_speed(result) >= _speed(apar), result.win_rate.mean))
+    best = max(trained, key=lambda result: (_speed(result) >= _speed(apar), result.win_rate.mean))
     return _claim(
         text,
         holds,
@@ -119,23 +100,20 @@ def _above_the_segment(compared: Compared) -> Claim:
     )
 
 
-def _no_loss(compared: Compared) -> Claim:
-    safe = [result for result in compared.trained if result.win_rate.mean >= 0.5]
-    if safe:
-        best = max(safe, key=_speed)
-    else:
-        best = max(compared.trained, key=lambda result: result.win_rate.mean)
+def _no_loss(trained: Sequence[Result], baseline: Result) -> Claim:
+    safe = [result for result in trained if result.win_rate.mean >= 0.5]
+    best = max(safe, key=_speed) if safe else max(trained, key=lambda result: result.win_rate.mean)
     holds = bool(safe) and _speed(best) >= 1.5
     return _claim(
         "At no loss of quality (win rate at least 50 %) realized speedup is at least 1.5x",
         holds,
         _summary(best),
-        "" if safe else _behind(best, compared.baseline, "win_rate"),
+        "" if safe else _behind(best, baseline, "win_rate"),
     )
 
 
-def _speed_end(compared: Compared, exact: float | None) -> Claim:
-    fastest = max(compared.trained, key=_speed)
+def _speed_end(trained: Sequence[Result], exact: float | None) -> Claim:
+    fastest = max(trained, key=_speed)
     return _claim(
         "The speed end reaches the paper's 1.93x realized",
         _speed(fastest) >= 1.93,
@@ -146,8 +124,7 @@ def _speed_end(compared: Compared, exact: float | None) -> Claim:
     )
 
 
-def _rivals_weaknesses(compared: Compared) -> Iterator[Claim]:
-    apar, sft, baseline = compared.apar, compared.sft, compared.baseline
+def _apars_weaknesses(apar: Result, sft: Result, baseline: Result) -> Iterator[Claim]:
     yield _claim(
         "APAR misses the independent parts of prose",
         apar.families["prose"]["theoretical"] < 1.1,
@@ -166,27 +143,27 @@ def _rivals_weaknesses(compared: Compared) -> Iterator[Claim]:
     )
 
 
-def _stays_sequential(compared: Compared) -> Iterator[Claim]:
+def _stays_sequential(trained: Sequence[Result], sft: Result) -> Iterator[Claim]:
     for family in ("chain", "single"):
-        shares = [_percent(result, family, "promised") for result in compared.trained]
+        shares = [_percent(result, family, "promised") for result in trained]
         yield _claim(
             f"After the second stage {family} stays sequential (promises in under 2 % of answers)",
             max(shares) < 2.0,
-            *(f"{r.name} {share:.1f} %" for r, share in zip(compared.trained, shares, strict=True)),
-            f"{compared.sft.name} {_percent(compared.sft, family, 'promised'):.1f} %",
+            *(f"{r.name} {share:.1f} %" for r, share in zip(trained, shares, strict=True)),
+            f"{sft.name} {_percent(sft, family, 'promised'):.1f} %",
         )
 
 
-def _syncs(compared: Compared) -> Claim:
+def _syncs(trained: Sequence[Result]) -> Claim:
     """The evidence gives the share of answers with branches, and the truth."""
-    shares = [_percent(result, "compare", "concludes_last") for result in compared.trained]
+    shares = [_percent(result, "compare", "concludes_last") for result in trained]
     return _claim(
         "After the second stage every compare answer waits for its branches before the conclusion",
         min(shares) == 100.0,
         *(
             f"{r.name} {share:.1f} % (with branches: {_percent(r, 'compare', 'promised'):.1f} %; truth: "
             f"{_percent(r, 'compare', 'truth'):.1f} %)"
-            for r, share in zip(compared.trained, shares, strict=True)
+            for r, share in zip(trained, shares, strict=True)
         ),
     )
 
@@ -244,25 +221,17 @@ def _difference(result: Result, rival: Result) -> str:
     ]
     return (
         f"paired differences: {points[0]} points of win rate, {points[1]} points of truth, "
-        f"{_with_interval(paired['realized'], 2)} times as fast"
+        f"{paired['realized'].text(2)} times as fast"
     )
 
 
 def _summary(result: Result) -> str:
-    assert result.realized is not None
-    return (
-        f"{result.name} {_in_percent(result.win_rate)} win rate, {_in_percent(result.truth)} truth at "
-        f"{_with_interval(result.realized, 2)}x"
-    )
+    win_rate, truth = _in_percent(result.win_rate), _in_percent(result.truth)
+    return f"{result.name} {win_rate} win rate, {truth} truth at {_realized(result).text(2)}x"
 
 
 def _in_percent(estimate: Estimate) -> str:
-    return f"{_with_interval(estimate.scaled(100), 1)} %"
-
-
-def _with_interval(estimate: Estimate, digits: int) -> str:
-    mean, low, high = (f"{x:.{digits}f}" for x in dataclasses.astuple(estimate))
-    return f"{mean} [{low}, {high}]" if estimate.has_interval else mean
+    return f"{estimate.scaled(100).text(1)} %"
 
 
 def _wins_more(earlier: Result, later: Result) -> bool:

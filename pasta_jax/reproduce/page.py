@@ -16,7 +16,7 @@ from pasta_jax.files import replacing
 from pasta_jax.reproduce import paper
 from pasta_jax.reproduce import results as pick
 from pasta_jax.reproduce.claims import VERDICTS, Claim
-from pasta_jax.reproduce.results import Estimate, Result, weight_label
+from pasta_jax.reproduce.results import Result, weight_label
 from pasta_jax.terminal import markdown_table
 
 TITLE = "pasta_jax: the paper's comparison, reproduced"
@@ -140,25 +140,17 @@ _MEASURED = (
 
 def _measured(result: Result) -> list[str]:
     """Cells under _MEASURED."""
+    realized = result.realized
     return [
-        _number(result.win_rate.scaled(100), 1),
-        _number(result.truth.scaled(100), 1),
-        _number(result.realized, 2),
-        _number(result.theoretical, 2),
-        _number(result.parallelism, 2),
-        _number(Estimate.exact(result.realized.mean / result.theoretical.mean), 2)
-        if result.realized
-        else MISSING,
+        result.win_rate.scaled(100).text(1),
+        result.truth.scaled(100).text(1),
+        realized.text(2) if realized else MISSING,
+        result.theoretical.text(2),
+        result.parallelism.text(2),
+        _plain(realized and realized.mean / result.theoretical.mean),
         str(result.seeds),
         str(result.prompts),
     ]
-
-
-def _number(estimate: Estimate | None, digits: int) -> str:
-    if estimate is None:
-        return MISSING
-    mean, low, high = (f"{x:.{digits}f}" for x in dataclasses.astuple(estimate))
-    return f"{mean} [{low}, {high}]" if estimate.has_interval else mean
 
 
 def _models(
@@ -195,27 +187,27 @@ def _ablation_sections(results: Sequence[Result], main: Sequence[Result]) -> lis
     """Every result that the main table leaves out, with the main results it is compared with."""
     rounds = [r for line in pick.by_round(results).values() for r in line if r.weight is not None]
     terms = [r for line in pick.by_efficiency(results).values() for r in line]
+
+    def name(r: Result) -> str:
+        return f"{weight_label(r.weight)}, round {r.round}"
+
     tables: list[tuple[str, list[Result], Callable[[Result], str], str]] = [
-        ("Rounds", rounds, lambda r: f"{weight_label(r.weight)}, round {r.round}", "round"),
+        ("Rounds", rounds, name, "round"),
         ("Position schemes", pick.by_positions(results), lambda r: r.positions, "positions"),
-        (
-            "Efficiency terms",
-            terms,
-            lambda r: f"{r.efficiency}, {weight_label(r.weight)}, round {r.round}",
-            "efficiency",
-        ),
+        ("Efficiency terms", terms, lambda r: f"{r.efficiency}, {name(r)}", "efficiency"),
     ]
     page: list[Section] = []
     listed = list(main)
-    for title, group, name, varied in tables:
+    for title, group, label, varied in tables:
         if len({getattr(result, varied) for result in group}) > 1:
-            page.append(_models(title, group, name))
+            page.append(_models(title, group, label))
             listed += group
     rest = [r for r in results if not any(r is other for other in listed)]
     if rest:
-        page.append(
-            _models("Others", rest, lambda r: f"{r.name} ({r.positions}, {r.efficiency}, round {r.round})")
+        others = _models(
+            "Others", rest, lambda r: f"{r.name} ({r.positions}, {r.efficiency}, round {r.round})"
         )
+        page.append(others)
     return [Section("Ablations", _ABLATIONS_TEXT), *page] if page else []
 
 

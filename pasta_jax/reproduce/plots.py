@@ -1,17 +1,16 @@
 """The paper's figures, drawn from our results.
 
-Each function takes all results, selects those it shows (`results.py`) and writes a PNG.
+Each function takes all results and selects those it shows (`results.py`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pasta_jax.figures import INK, PALE, SERIES, Label, Look, dress, new_figure, place, save
+from pasta_jax.figures import INK, PALE, SERIES, Label, Look, dress, new_figure, place
 from pasta_jax.reproduce import results as pick
 from pasta_jax.reproduce.results import Estimate, Result, weight_label
 
@@ -36,33 +35,8 @@ METHODS = {
 }
 
 
-def frontier(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+def frontier(results: Sequence[Result]) -> Figure:
     """Figure 4: win rate against realized speedup, theoretical speedup and parallelism."""
-    save(draw_frontier(results), path)
-
-
-def rounds(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
-    """Figure 5: win rate against speedup, from PASTA-SFT through the rounds, a line for each lambda."""
-    save(draw_rounds(results), path)
-
-
-def positions(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
-    """Figure 6: win rate against speedup of PASTA-SFT under each position scheme."""
-    save(draw_positions(results), path)
-
-
-def efficiency_terms(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
-    """Figure 8: win rate against speedup over lambda, a line for each efficiency term."""
-    save(draw_efficiency_terms(results), path)
-
-
-def families(results: Sequence[Result], path: str | os.PathLike[str], weight: float | None = None) -> None:
-    """Truth and speedups of every family of prompts; of PASTA-BoN only one model, see `results.chosen`."""
-    save(draw_families(results, weight), path)
-
-
-def draw_frontier(results: Sequence[Result]) -> Figure:
-    """The figure of `frontier`."""
     shown = pick.headline(results)
     figure = new_figure(12, 5.2)
     figure.suptitle(_measured_on(shown), fontsize=10, color=PALE)
@@ -88,17 +62,12 @@ def _frontier_panel(axes: Axes, shown: Sequence[Result], speed: Callable[[Result
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=PALE)
         axes.set(xlim=(0, 0.5), xticks=[])
         return
-    _point(axes, *BASELINE, METHODS["Baseline-SFT"], "Baseline-SFT")
+    speed_1, win_50 = map(Estimate.exact, BASELINE)
+    _estimate(axes, speed_1, win_50, METHODS["Baseline-SFT"], "Baseline-SFT")
     for result, x in others:
         if result.method == "APAR":
-            axes.plot(
-                *zip(BASELINE, (x.mean, 100 * result.win_rate.mean)),
-                linestyle="--",
-                color=PALE,
-                linewidth=1.2,
-                zorder=1,
-                label="Baseline-SFT to APAR",
-            )
+            segment = zip(BASELINE, (x.mean, 100 * result.win_rate.mean))
+            axes.plot(*segment, "--", color=PALE, linewidth=1.2, zorder=1, label="Baseline-SFT to APAR")
     trained = [(x.mean, 100 * r.win_rate.mean) for r, x in others if r.method == "PASTA-BoN"]
     hull = pick.upper_hull([BASELINE, *trained])
     axes.plot(
@@ -106,12 +75,11 @@ def _frontier_panel(axes: Axes, shown: Sequence[Result], speed: Callable[[Result
     )
     for result, x in others:
         _estimate(axes, x, result.win_rate.scaled(100), METHODS[result.method], result.method)
-    speed_1, win_50 = map(Estimate.exact, BASELINE)
     _limit(axes, [speed_1, *(x for _, x in others)], [win_50, *(r.win_rate.scaled(100) for r in shown)])
 
 
-def draw_rounds(results: Sequence[Result]) -> Figure:
-    """The figure of `rounds`."""
+def rounds(results: Sequence[Result]) -> Figure:
+    """Figure 5: win rate against speedup, from PASTA-SFT through the rounds, a line for each lambda."""
     lines = {
         weight_label(weight): [(r, "SFT" if r.method == "PASTA-SFT" else f"R{r.round}") for r in line]
         for weight, line in pick.by_round(results).items()
@@ -119,8 +87,8 @@ def draw_rounds(results: Sequence[Result]) -> Figure:
     return _draw_lines(lines, "R1, R2, ...: rounds of preference optimisation")
 
 
-def draw_efficiency_terms(results: Sequence[Result]) -> Figure:
-    """The figure of `efficiency_terms`."""
+def efficiency_terms(results: Sequence[Result]) -> Figure:
+    """Figure 8: win rate against speedup over lambda, a line for each efficiency term."""
     lines = {
         term: [(r, weight_label(r.weight)) for r in line]
         for term, line in pick.by_efficiency(results).items()
@@ -138,10 +106,9 @@ def _draw_lines(lines: dict[str, list[tuple[Result, str]]], title: str) -> Figur
     for look, (name, line) in zip(itertools.cycle(SERIES), lines.items()):
         known = [(r, text) for r, text in line if _is_finite(r.theoretical, r.win_rate)]
         track = [(r.theoretical.mean, 100 * r.win_rate.mean) for r, _ in known]
-        axes.plot(*zip(*track), color=look.color, linestyle=look.line, linewidth=1.5, zorder=2)
-        axes.plot(
-            [], [], look.marker, color=look.color, linestyle=look.line, markeredgecolor="white", label=name
-        )
+        style: dict[str, Any] = dict(color=look.color, linestyle=look.line)
+        axes.plot(*zip(*track), linewidth=1.5, zorder=2, **style)
+        axes.plot([], [], look.marker, markeredgecolor="white", label=name, **style)
         for (result, text), (x, y) in zip(known, track):
             of_all = result.method == "PASTA-SFT"  # the start of every line
             point_look = METHODS["PASTA-SFT"] if of_all else look
@@ -154,8 +121,8 @@ def _draw_lines(lines: dict[str, list[tuple[Result, str]]], title: str) -> Figur
     return figure
 
 
-def draw_positions(results: Sequence[Result]) -> Figure:
-    """The figure of `positions`."""
+def positions(results: Sequence[Result]) -> Figure:
+    """Figure 6: win rate against speedup of PASTA-SFT under each position scheme."""
     shown = [r for r in pick.by_positions(results) if _is_finite(r.theoretical, r.win_rate)]
     figure = new_figure(7.5, 5.2)
     figure.suptitle(_measured_on(shown), fontsize=10, color=PALE)
@@ -169,16 +136,13 @@ def draw_positions(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def draw_families(results: Sequence[Result], weight: float | None = None) -> Figure:
-    """The figure of `families`."""
-    best = pick.chosen(results, weight)
+def families(results: Sequence[Result]) -> Figure:
+    """Truth and speedups of every family of prompts; of PASTA-BoN only one model, see `results.chosen`."""
+    best = pick.chosen(results)
     shown = [r for r in pick.headline(results) if r.method != "PASTA-BoN" or r is best]
     names = list(dict.fromkeys(name for r in shown for name in r.families))
-    measures = [
-        measure
-        for measure in ("truth", "theoretical", "realized")
-        if any(measure in family for r in shown for family in r.families.values())
-    ]
+    known = {measure for r in shown for family in r.families.values() for measure in family}
+    measures = [measure for measure in ("truth", "theoretical", "realized") if measure in known]
     figure = new_figure(11, 2 + 2.1 * max(1, len(measures)))
     figure.suptitle(_measured_on(shown, intervals=False), fontsize=10, color=PALE)
     panels = figure.subplots(max(1, len(measures)), 1, sharex=True, squeeze=False)[:, 0]
@@ -212,40 +176,15 @@ def _is_finite(*estimates: Estimate) -> bool:
     return all(math.isfinite(estimate.mean) for estimate in estimates)
 
 
-def _point(axes: Axes, x: float, y: float, look: Look, label: str | None = None) -> None:
-    axes.plot(
-        [x],
-        [y],
-        look.marker,
-        color=look.color,
-        markersize=8,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        label=label,
-        zorder=4,
-    )
-
-
 def _estimate(axes: Axes, x: Estimate, y: Estimate, look: Look, label: str | None = None) -> None:
     """A point and its 95 % intervals."""
-    bars: dict[str, Any] = {
-        name: [[max(0.0, e.mean - e.low)], [max(0.0, e.high - e.mean)]]
-        for name, e in (("xerr", x), ("yerr", y))
-        if e.has_interval
-    }
-    if bars:
-        axes.errorbar(
-            [x.mean],
-            [y.mean],
-            **bars,
-            fmt="none",
-            ecolor=look.color,
-            elinewidth=1,
-            capsize=2,
-            alpha=0.7,
-            zorder=3,
-        )
-    _point(axes, x.mean, y.mean, look, label)
+
+    def bars(e: Estimate) -> list[list[float]] | None:
+        return [[max(0.0, e.mean - e.low)], [max(0.0, e.high - e.mean)]] if e.has_interval else None
+
+    style: dict[str, Any] = dict(markersize=8, markeredgecolor="white", markeredgewidth=0.8, zorder=4)
+    style |= dict(ecolor=(look.color, 0.7), elinewidth=1, capsize=2)
+    axes.errorbar([x.mean], [y.mean], bars(y), bars(x), look.marker, color=look.color, label=label, **style)
 
 
 def _limit(axes: Axes, x: Sequence[Estimate], y: Sequence[Estimate]) -> None:
@@ -288,19 +227,11 @@ def _legend(figure: Figure, panels: Iterable[Axes], title: str | None = None) ->
             handles.setdefault(label, handle)
     if not handles:
         return
-    methods = [*METHODS]  # a label is one of them, alone or before a lambda
-    order = sorted(
-        handles, key=lambda label: next((i for i, m in enumerate(methods) if m in label.split(" λ")), 9)
-    )
-    figure.legend(
-        [handles[label] for label in order],
-        order,
-        loc="outside lower center",
-        ncols=len(order) if len(order) < 7 else 4,
-        frameon=False,
-        fontsize=10,
-        title=title,
-    )
+    rank = {method: i for i, method in enumerate(METHODS)}
+    order = sorted(handles, key=lambda label: rank.get(label.partition(" λ")[0], 9))
+    columns = len(order) if len(order) < 7 else 4
+    style: dict[str, Any] = dict(loc="outside lower center", frameon=False, fontsize=10)
+    figure.legend([handles[label] for label in order], order, ncols=columns, title=title, **style)
 
 
 def _measured_on(shown: Sequence[Result], intervals: bool = True) -> str:

@@ -41,6 +41,11 @@ class Estimate:
         """The same in another unit."""
         return Estimate(self.mean * factor, self.low * factor, self.high * factor)
 
+    def text(self, digits: int) -> str:
+        """The mean, and the interval if there is one: `1.52 [1.48, 1.57]`."""
+        mean, low, high = (f"{x:.{digits}f}" for x in dataclasses.astuple(self))
+        return f"{mean} [{low}, {high}]" if self.has_interval else mean
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -184,12 +189,9 @@ def _between(a: Point, b: Point, x: float) -> float:
     return a[1] + (b[1] - a[1]) * (x - a[0]) / (b[0] - a[0])
 
 
-def chosen(results: Sequence[Result], weight: float | None = None) -> Result | None:
-    """One PASTA-BoN to represent all: that of `weight`, or the fastest with a win rate of at least a half.
-
-    If there is none, the one with the highest win rate.
-    """
-    trained = [r for r in headline(results) if r.method == "PASTA-BoN" and weight in (None, r.weight)]
+def chosen(results: Sequence[Result]) -> Result | None:
+    """One PASTA-BoN to represent all: the fastest with a win rate of at least a half, else that of the highest."""
+    trained = [r for r in headline(results) if r.method == "PASTA-BoN"]
     good = [r for r in trained if r.win_rate.mean >= 0.5]
     if good:
         return max(good, key=lambda r: r.theoretical.mean)
