@@ -50,8 +50,7 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
         json.dumps({"response": ANSWER}) + "\n" + json.dumps({"response": "No list."}) + "\n"
     )
     out = tmp_path / "out"
-    options = benchmark.Options(("replay",), "tiny", None, str(out), PLAN, str(responses), seed=3)
-    benchmark.benchmark(options)
+    benchmark.benchmark(("replay",), "tiny", str(out), PLAN, responses_file=str(responses), seed=3)
     told = json.loads((out / "results.json").read_text())
     points = told["parts"]["replay"]["points"]
     assert [p["shape"] for p in points] == [
@@ -91,8 +90,7 @@ def test_without_peers_it_says_so(
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(models, "model_of", lambda *_: types.SimpleNamespace(params={}, config=SMALL))
     assert peers.missing() == "Peers not measured: transformers is not installed."
-    options = benchmark.Options(("peers",), "tiny", None, str(tmp_path), PLAN)
-    results = benchmark.benchmark(options)
+    results = benchmark.benchmark(("peers",), "tiny", str(tmp_path), PLAN)
     assert results["parts"]["peers"] == {"skipped": peers.missing()}
     assert str(peers.missing()) in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))

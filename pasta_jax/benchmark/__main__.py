@@ -38,49 +38,55 @@ PARTS = ("startup", "width", "replay", "batch", "pool", "peers")
 
 RESULTS = "results.json"
 
+PLAN_FLAGS = {
+    "repeats": "Repeats of each measurement.",
+    "tokens": "Mean length of a branch.",
+    "answers": "Answers to replay of each shape.",
+    "real": "Number of given responses to replay.",
+    "steps": "Steps over which the time of a step is averaged.",
+    "pool": "Entries of the pool; some parts need more.",
+    "prompt": "Length of the prompts in the comparison with peers.",
+}
+"""Flags that change the plan, by the names of its fields."""
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to measure.
 
-    Attributes:
+def benchmark(
+    what: Sequence[str],
+    model_name: str,
+    out: str,
+    plan: Plan,
+    *,
+    dtype: str | None = None,
+    responses_file: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measures, and writes the results of each part as soon as it is done.
+
+    Args:
       what: some of PARTS.
-      model, dtype: as for `models.model_of`.
+      model_name, dtype: as for `models.model_of`.
       out: folder of the results.
-      plan: how much of it.
-      responses: a file of real responses, or None.
+      plan: how much is measured.
+      responses_file: real responses to replay.
       seed: of texts, shapes and prompts.
+
+    Returns:
+      The contents of results.json.
     """
-
-    what: tuple[str, ...]
-    model: str
-    dtype: str | None
-    out: str
-    plan: Plan
-    responses: str | None = None
-    seed: int = 0
-
-
-def benchmark(options: Options) -> dict[str, Any]:
-    """Measures, and writes the results of each part as soon as it is done. Returns the contents of results.json."""
     from pasta_jax.benchmark import measure, parts, peers, startup
     from pasta_jax.benchmark.models import model_of
     from pasta_jax.model import param_count
 
-    loads, plan = measure.load_average(), options.plan
-    responses = parts.read_responses(options.responses) if options.responses else []
-    os.makedirs(options.out, exist_ok=True)
-    results: dict[str, Any] = {
-        "model": {"name": options.model},
-        "plan": dataclasses.asdict(plan),
-        "parts": {},
-    }
-    results["plan"]["seed"] = options.seed
-    if "startup" in options.what:
+    loads = measure.load_average()
+    responses = parts.read_responses(responses_file) if responses_file else []
+    os.makedirs(out, exist_ok=True)
+    plan_fields = dataclasses.asdict(plan) | {"seed": seed}
+    results: dict[str, Any] = {"model": {"name": model_name}, "plan": plan_fields, "parts": {}}
+    if "startup" in what:
         LOG.info("startup: %d times two starts", plan.repeats)
-        starts = startup.startup(options.model, options.dtype, plan.repeats, pool=plan.pool)
+        starts = startup.startup(model_name, dtype, plan.repeats, pool=plan.pool)
     results["machine"] = {"load_average": loads, **measure.machine()}
-    model = model_of(options.model, options.dtype, responses)
+    model = model_of(model_name, dtype, responses)
     results["model"] |= {
         "parameters": param_count(model.params),
         "config": dataclasses.asdict(model.config),
@@ -88,7 +94,7 @@ def benchmark(options: Options) -> dict[str, Any]:
     LOG.info("%s", _described(results))
 
     def rng() -> random.Random:
-        return random.Random(options.seed)
+        return random.Random(seed)
 
     measures: dict[str, Callable[[], list[Point]]] = {
         "startup": lambda: starts,
@@ -98,7 +104,7 @@ def benchmark(options: Options) -> dict[str, Any]:
         "pool": lambda: parts.pool_used(model, plan, rng()),
         "peers": lambda: peers.peers(model, plan, rng()),
     }
-    for part in (part for part in PARTS if part in options.what):
+    for part in (part for part in PARTS if part in what):
         if part == "peers" and (reason := peers.missing()):
             results["parts"][part] = {"skipped": reason}
             print(f"{part}\n{reason}\n", flush=True)
@@ -107,7 +113,7 @@ def benchmark(options: Options) -> dict[str, Any]:
             points = measures[part]()
             results["parts"][part] = {"points": [for_json(point) for point in points]}
             print(f"{part}\n{table(points)}\n", flush=True)
-        _write(options.out, part, results)
+        _write(out, part, results)
     return results
 
 
@@ -172,15 +178,11 @@ def main(argv: Sequence[str]) -> None:
 
     try:
         plan = QUICK if values.quick else Plan()
-        given = {
-            name: values[name].value
-            for name in ("repeats", "tokens", "answers", "real", "steps", "pool", "prompt")
-        }
-        plan = dataclasses.replace(
-            plan, **{name: value for name, value in given.items() if value is not None}
-        )
+        given = {name: values[name].value for name in PLAN_FLAGS if values[name].value is not None}
+        plan = dataclasses.replace(plan, **given)
         what = PARTS if "all" in values.what else tuple(values.what)
-        benchmark(Options(what, values.model, values.dtype, values.out, plan, values.responses, values.seed))
+        options = dict(dtype=values.dtype, responses_file=values.responses, seed=values.seed)
+        benchmark(what, values.model, values.out, plan, **options)
     except (ValueError, OSError, RuntimeError) as error:
         refuse(str(error))
 
@@ -194,15 +196,7 @@ def command() -> None:
     flags.DEFINE_string("responses", None, "JSONL file of real responses to replay, in the field `response`.")
     flags.DEFINE_bool("quick", False, "Less of everything: a check that it works, in seconds.")
     flags.DEFINE_integer("seed", 0, "Of texts, shapes and prompts.")
-    for name, help in (
-        ("repeats", "Repeats of each measurement."),
-        ("tokens", "Mean length of a branch."),
-        ("answers", "Answers to replay of each shape."),
-        ("real", "Number of given responses to replay."),
-        ("steps", "Steps over which the time of a step is averaged."),
-        ("pool", "Entries of the pool; some parts need more."),
-        ("prompt", "Length of the prompts in the comparison with peers."),
-    ):
+    for name, help in PLAN_FLAGS.items():
         flags.DEFINE_integer(name, None, help, lower_bound=1)
     app.run(main)
 

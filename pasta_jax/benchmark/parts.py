@@ -14,7 +14,7 @@ import math
 import os
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -95,18 +95,8 @@ def width(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
     runs = [scripted(decoder, program) for program in texts]
     pairs = dict(zip(plan.widths, zip(runs[::2], runs[1::2])))
     used = {k: checked_pool(k, plan.steps, *pair) for k, pair in pairs.items()}
-    slopes = {str(k): slope(*pair, plan.steps) for k, pair in pairs.items()}
-    samples = in_turn("width", slopes, plan.repeats)
-    first = samples[str(plan.widths[0])]
-    return [
-        {
-            "lanes used": k,
-            "pool used": used[k],
-            "step, ms": Spread.of(samples[str(k)]),
-            "against the first": ratio(samples[str(k)], first),
-        }
-        for k in plan.widths
-    ]
+    times = step_times("width", pairs, plan)
+    return [{"lanes used": k, "pool used": used[k], **times[k]} for k in plan.widths]
 
 
 def beside(rng: random.Random, tokenizer: Tokenizer, branches: int, tokens: int) -> Program:
@@ -139,6 +129,17 @@ def checked_pool(k: int, steps: int, short: Run, long: Run) -> int:
     return (len(one.tokens) + len(other.tokens)) // 2
 
 
+def step_times(part: str, pairs: Mapping[int, tuple[Run, Run]], plan: Plan) -> dict[int, Point]:
+    """The time of a step for each short and long answer, and its ratio to the first one's."""
+    slopes = {str(key): slope(*pair, plan.steps) for key, pair in pairs.items()}
+    samples = dict(zip(pairs, in_turn(part, slopes, plan.repeats).values()))
+    first = next(iter(samples.values()))
+    return {
+        key: {"step, ms": Spread.of(times), "against the first": ratio(times, first)}
+        for key, times in samples.items()
+    }
+
+
 def slope(short: Run, long: Run, steps: int) -> Callable[[], float]:
     """A function that measures the milliseconds of one additional step of `long`."""
 
@@ -160,23 +161,14 @@ def pool_used(model: Model, plan: Plan, rng: random.Random) -> list[Point]:
     room = pool - plan.steps - 2
     used = sorted({max(16, room * eighths // 8) for eighths in (0, 1, 2, 4, 8)})
     decoder = Decoder(model, limits=Limits(plan.lanes, plan.lanes, pool, model.max_depth))
-    slopes = {}
+    pairs = {}
     for length in used:
         prompt = [tokenizer.vocabulary.bos, *tokenizer.encode(text_of(rng, tokenizer, words, length - 1))]
         text = [Program((Text(text_of(rng, tokenizer, words, n)),)) for n in (1, 1 + plan.steps)]
         short, long = (scripted(decoder, program, prompt) for program in text)
-        slopes[str(length)] = slope(short, long, plan.steps)
-    samples = in_turn("pool", slopes, plan.repeats)
-    first = samples[str(used[0])]
-    return [
-        {
-            "pool used": length + plan.steps // 2,
-            "pool": pool,
-            "step, ms": Spread.of(samples[str(length)]),
-            "against the first": ratio(samples[str(length)], first),
-        }
-        for length in used
-    ]
+        pairs[length] = short, long
+    times = step_times("pool", pairs, plan)
+    return [{"pool used": length + plan.steps // 2, "pool": pool, **times[length]} for length in used]
 
 
 # -------------------------------------------------------------------------------------------------------- batch
