@@ -83,17 +83,8 @@ class Replayed:
 
     @property
     def speedups(self) -> tuple[float, ...]:
-        """Sequential seconds / parallel seconds, of each repeat."""
+        """Sequential seconds / parallel seconds of each repeat, whose two decodes follow each other directly."""
         return tuple(plain / parallel for plain, parallel in zip(self.sequential_s, self.parallel_s))
-
-    @property
-    def realized(self) -> float:
-        """The median over repeats; the two decodes of a repeat follow each other directly."""
-        return statistics.median(self.speedups)
-
-    @property
-    def efficiency(self) -> float:
-        return self.realized / self.theoretical
 
     @property
     def step_s(self) -> tuple[float, float]:
@@ -273,11 +264,6 @@ class Summary:
     def efficiencies(self) -> tuple[float, ...]:
         """The efficiency of the mean speedups, as in the paper, of each repeat."""
         return tuple(speedup / self.theoretical for speedup in self.speedups)
-
-    @property
-    def efficiency(self) -> float:
-        """The median over repeats."""
-        return self.realized / self.theoretical
 
 
 def summaries(replayed: Sequence[Replayed]) -> list[Summary]:

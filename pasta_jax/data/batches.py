@@ -66,9 +66,8 @@ class Mixture:
         self.streams = list(streams)
         shares = [max(1, round(self.PERIOD * weight / sum(weights))) for weight in weights]
         # The stream that is furthest behind its share is next.
-        self._turns: list[
-            tuple[int, int]
-        ] = []  # (stream, how many of its documents came before in the period)
+        # For each turn of a period the stream, and how many of its documents came before.
+        self._turns: list[tuple[int, int]] = []
         self._counts = [0] * len(shares)
         for turn in range(1, sum(shares) + 1):
             lag = [turn * share / sum(shares) - n for share, n in zip(shares, self._counts)]

@@ -100,12 +100,7 @@ def _almanac(which: str, config: DataConfig, tokenizer: Tokenizer, seed: int) ->
         names = ", ".join(f"almanac:{name}" for name in almanac.SOURCES)
         raise ConfigError(f"config.data.sources: no almanac:{which}. Use one of {names}.")
     return almanac.source(
-        which,
-        tokenizer,
-        seed=seed,
-        length=config.length,
-        threads=config.threads,
-        positions=config.positions,
+        which, tokenizer, seed=seed, length=config.length, threads=config.threads, positions=config.positions
     )
 
 

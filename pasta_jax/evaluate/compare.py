@@ -7,15 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pasta_jax.evaluate.systems import (
-    LIMITS,
-    Measured,
-    decoding,
-    evaluate,
-    geometric_mean,
-    realized,
-    win,
-)
+from pasta_jax.evaluate.systems import LIMITS, Measured, decoding, evaluate, geometric_mean, realized, win
 from pasta_jax.files import replacing
 from pasta_jax.preference.score import parallelism, theoretical_speedup
 from pasta_jax.terminal import markdown_table
@@ -118,11 +110,7 @@ def overview(rows: Mapping[str, Sequence[Summary]]) -> str:
 
 
 def compare(
-    baseline: str,
-    tests: Mapping[str, str],
-    prompts: int,
-    workdir: str,
-    **options: Any,
+    baseline: str, tests: Mapping[str, str], prompts: int, workdir: str, **options: Any
 ) -> dict[str, list[Summary]]:
     """Evaluates models against a baseline, writes answers and table.md to `workdir`, returns the rows of the table.
 

@@ -106,9 +106,7 @@ def model_config(folder: Folder, *, dtype: str | None = None, vocab_size: int | 
     """
     own = "float32" if folder.config.dtype == "float16" else folder.config.dtype
     return dataclasses.replace(
-        folder.config,
-        dtype=dtype or own,
-        vocab_size=max(vocab_size or 0, folder.config.vocab_size),
+        folder.config, dtype=dtype or own, vocab_size=max(vocab_size or 0, folder.config.vocab_size)
     )
 
 

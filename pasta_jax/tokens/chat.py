@@ -257,8 +257,7 @@ def _opening(name: str, template: str) -> str:
         message = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<>\\]+)<\|im_end\|>", template)
         return message.group(1) if message else ""
     if name == "llama3" and (cut := re.search(r"Cutting Knowledge Date: \w+ \d{4}", template)):
-        day = re.search(
-            r'(?:date_string = "|Today Date: )(\d+ \w+ \d{4})', template
-        )  # the template's own, never today's
+        # The template's own day, never today's.
+        day = re.search(r'(?:date_string = "|Today Date: )(\d+ \w+ \d{4})', template)
         return f"{cut.group()}\nToday Date: {day.group(1) if day else '26 Jul 2024'}\n\n"
     return ""

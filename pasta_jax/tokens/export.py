@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from sentencepiece import sentencepiece_model_pb2
 
@@ -19,6 +19,15 @@ from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.templates import template_of
 from pasta_jax.tokens.tokenizer import TokenizerError, Vocabulary
 from pasta_jax.tokens.usage import MARKER
+
+Fields: TypeAlias = dict[str, Any]
+"""A JSON file."""
+
+Names: TypeAlias = Mapping[int, str]
+"""The tags by their ids."""
+
+FormerNames: TypeAlias = Mapping[str, str]
+"""The tags by the names that their ids had."""
 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 
@@ -106,9 +115,8 @@ def _former_names(files: Mapping[str, bytes], names: Mapping[int, str]) -> dict[
     """The former names of the tags' ids: {former name: tag}."""
     former: dict[str, str] = {}
     if "tokenizer.json" in files:
-        former |= {
-            name: names[i] for name, i in _names(json.loads(files["tokenizer.json"])).items() if i in names
-        }
+        known = _names(json.loads(files["tokenizer.json"]))
+        former |= {name: names[i] for name, i in known.items() if i in names}
     if "tokenizer.model" in files:
         model = sentencepiece_model_pb2.ModelProto.FromString(files["tokenizer.model"])
         former |= {model.pieces[i].piece: tag for i, tag in names.items() if i < len(model.pieces)}
@@ -120,9 +128,7 @@ def _token(content: str, **others: Any) -> dict[str, Any]:
     return {"content": content, **flags, **others}
 
 
-def _tokenizer_json(
-    fields: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
-) -> dict[str, Any]:
+def _tokenizer_json(fields: Fields, names: Names, former: FormerNames) -> Fields:
     vocab = fields["model"]["vocab"]
     if isinstance(vocab, list):
         fields["model"]["vocab"] = [[names.get(i, piece), score] for i, (piece, score) in enumerate(vocab)]
@@ -134,37 +140,28 @@ def _tokenizer_json(
     return fields
 
 
-def _tokenizer_config(
-    fields: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
-) -> dict[str, Any]:
+def _tokenizer_config(fields: Fields, names: Names, former: FormerNames) -> Fields:
     if declared := fields.get("added_tokens_decoder"):
         declared |= {str(i): _token(name) for i, name in names.items()}
         fields["added_tokens_decoder"] = dict(sorted(declared.items(), key=lambda item: int(item[0])))
     return _special_tokens_map(fields, names, former)
 
 
-def _special_tokens_map(
-    fields: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
-) -> dict[str, Any]:
+def _special_tokens_map(fields: Fields, names: Names, former: FormerNames) -> Fields:
     key = "extra_special_tokens" if "extra_special_tokens" in fields else "additional_special_tokens"
     listed = fields.get(key) or []
     if not isinstance(listed, list):  # a dict by role, transformers' newer form, takes no list
         key, listed = "additional_special_tokens", fields.get("additional_special_tokens") or []
-    contents = [token["content"] if isinstance(token, dict) else token for token in listed]
-    fields[key] = [
-        *(
-            token
-            for token, content in zip(listed, contents)
-            if former.get(content, content) not in names.values()
-        ),
-        *names.values(),
-    ]
+
+    def is_tag(token: Any) -> bool:
+        content = token["content"] if isinstance(token, dict) else token
+        return former.get(content, content) in names.values()
+
+    fields[key] = [*(token for token in listed if not is_tag(token)), *names.values()]
     return fields
 
 
-def _added_tokens(
-    fields: dict[str, Any], names: Mapping[int, str], former: Mapping[str, str]
-) -> dict[str, Any]:
+def _added_tokens(fields: Fields, names: Names, former: FormerNames) -> Fields:
     return {name: i for name, i in fields.items() if i not in names} | {name: i for i, name in names.items()}
 
 

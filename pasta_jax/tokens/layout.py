@@ -38,7 +38,6 @@ def layout_example(
     *,
     positions: Positions = Positions(),
     threads: int = 16,
-    learn_prompt: bool = False,
 ) -> ThreadedTokens:
     """One training document: a prompt and its annotated answer.
 
@@ -48,7 +47,6 @@ def layout_example(
       program: the annotated answer.
       positions: the position scheme.
       threads: T, how many threads the answer may use, main included; it fixes W.
-      learn_prompt: whether the prompt's own tokens are targets too.
 
     Returns:
       [L] fields, NumPy, one document with `doc` 1.
@@ -56,7 +54,7 @@ def layout_example(
     Raises:
       LayoutError: more promises than threads, or one that the tag grammar forbids.
     """
-    return layout(tokenizer, tokenizer.encode_prompt(prompt), program, positions, threads, learn_prompt)
+    return layout(tokenizer, tokenizer.encode_prompt(prompt), program, positions, threads)
 
 
 def layout_text(tokenizer: Tokenizer, text: str, *, threads: int = 16) -> ThreadedTokens:
@@ -67,12 +65,7 @@ def layout_text(tokenizer: Tokenizer, text: str, *, threads: int = 16) -> Thread
 
 
 def layout(
-    tokenizer: Tokenizer,
-    prompt: list[int],
-    program: Program,
-    positions: Positions,
-    threads: int,
-    learn_prompt: bool = False,
+    tokenizer: Tokenizer, prompt: list[int], program: Program, positions: Positions, threads: int
 ) -> ThreadedTokens:
     """The same as `layout_example`, from the ids of the prompt."""
     scribe = _Scribe(tokenizer, positions, threads)
@@ -83,21 +76,19 @@ def layout(
     scribe.join(main)
     scribe.write(main, tokenizer.vocabulary.eos)
     tokens = scribe.tokens()
-    return ThreadedTokens(**tokens.fields(), target=next_of_thread(tokens, of_prompt=learn_prompt))
+    return ThreadedTokens(**tokens.fields(), target=next_of_thread(tokens))
 
 
-def next_of_thread(tokens: Tokens, *, of_prompt: bool = False) -> np.ndarray:
+def next_of_thread(tokens: Tokens) -> np.ndarray:
     """The target of each token, the next token of its own thread: int32 [L].
 
-    Args:
-      tokens: of one document, [L] fields, each thread in its order.
-      of_prompt: whether tokens of the prompt are targets too. Otherwise these are NO_TARGET, as is what would
-        follow the last token of a thread.
+    Tokens of the prompt are no targets, and nothing follows the last token of a thread: NO_TARGET. Takes one
+    document, [L] fields, each thread in its order.
     """
     by_thread = np.argsort(tokens.thread, kind="stable")
     this, following = by_thread[:-1], by_thread[1:]
     is_target = tokens.thread[this] == tokens.thread[following]
-    is_target &= of_prompt | (tokens.order[following] >= 0)
+    is_target &= tokens.order[following] >= 0
     target = np.full(len(tokens), NO_TARGET, np.int32)
     target[this[is_target]] = tokens.token[following[is_target]]
     return target

@@ -39,12 +39,9 @@ _ENDS = (
     *("<|im_end|>", "<|endoftext|>"),  # Qwen
 )
 _EOS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
-_BOS = (
-    "<|begin_of_text|>",
-    "<s>",
-    "<bos>",
-    "<|endoftext|>",
-)  # Qwen has no bos: its end of text starts the next document
+_BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
+"""Qwen has no bos: its end of text starts the next document."""
+
 _PAD = ("<|finetune_right_pad_id|>", "<pad>")
 
 

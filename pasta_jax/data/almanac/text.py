@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import io
-import os
 import pathlib
 import re
 import tempfile
@@ -93,15 +92,15 @@ def tokenizer_corpus(documents: int = 6000, seed: int = 0) -> Iterator[str]:
         yield from [topic] * 20
 
 
-def train_tokenizer(path: str | os.PathLike[str] | None = None, *, seed: int = 0) -> bytes:
-    """Trains a SentencePiece model on `tokenizer_corpus`, deterministically; writes it to `path` if given.
+def train_tokenizer() -> bytes:
+    """Trains a SentencePiece model on `tokenizer_corpus`, deterministically.
 
     Decoding restores the text exactly (no normalisation, no added space, bytes for rare characters). A number is
     one piece, a newline is a piece of its own, and tags and turn markers are control symbols, which no text can
     produce. The language has fewer than a thousand words, and each is a candidate piece, so a name is one piece
     per word; the vocabulary has about 1200 pieces.
     """
-    corpus = list(tokenizer_corpus(seed=seed))
+    corpus = list(tokenizer_corpus())
     words = collections.Counter(word for text in corpus for word in re.findall(" ?[A-Za-z]+| ?[0-9]+", text))
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +132,5 @@ def train_tokenizer(path: str | os.PathLike[str] | None = None, *, seed: int = 0
         )
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
     proto.trainer_spec.ClearField("seed_sentencepieces_file")  # the model must not depend on that path
-    trained = proto.SerializeToString(deterministic=True)
-    if path is not None:
-        pathlib.Path(path).write_bytes(trained)
+    trained: bytes = proto.SerializeToString(deterministic=True)
     return trained
