@@ -259,11 +259,11 @@ def test_too_many_evaluation_prompts() -> None:
 
 
 def test_plain_text_states_every_fact(rng: np.random.Generator) -> None:
-    said: dict[str, str] = collections.defaultdict(str)
+    text_of: dict[str, str] = collections.defaultdict(str)
     for (prompt, text), _ in zip(almanac.base_documents(rng, plain_text=1.0), range(6000)):
         assert prompt is None
-        said[re.split(", an? ", text)[0].removeprefix("Consider ")] += text
-    assert [fact for fact in almanac.FACTS if almanac.say(*fact) not in said[fact.entity]] == []
+        text_of[re.split(", an? ", text)[0].removeprefix("Consider ")] += text
+    assert [fact for fact in almanac.FACTS if almanac.say(*fact) not in text_of[fact.entity]] == []
 
 
 def test_tokenizer(rng: np.random.Generator) -> None:

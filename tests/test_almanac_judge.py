@@ -248,7 +248,7 @@ def test_rate_of_wrong_lengths(rng: np.random.Generator) -> None:
     for _ in range(N // 3):
         task = almanac.training_task(rng, "list")
         true = almanac.annotate_exactly(task, len).promises()
-        for said, meant in zip(almanac.annotate(task, rng, len, rates).promises(), true, strict=True):
-            assert abs(said.tokens - meant.tokens) <= 1
-            wrong, total = wrong + (said.tokens != meant.tokens), total + 1
+        for written, meant in zip(almanac.annotate(task, rng, len, rates).promises(), true, strict=True):
+            assert abs(written.tokens - meant.tokens) <= 1
+            wrong, total = wrong + (written.tokens != meant.tokens), total + 1
     assert near(wrong, total, rates.wrong_length)

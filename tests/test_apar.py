@@ -302,8 +302,8 @@ def test_the_source_is_the_rule_on_plain_answers():
     tokenizer = make_tokenizer(CONFIG.data)
     source, plain = (almanac.source(which, tokenizer, positions=SHARED) for which in ("apar", "plain"))
     programs = [
-        [read(tokenizer.vocabulary, threads_of(each[i])).program for i in range(20)]
-        for each in (source, plain)
+        [read(tokenizer.vocabulary, threads_of(source_or_plain[i])).program for i in range(20)]
+        for source_or_plain in (source, plain)
     ]
     assert programs[0] == [apar.annotate(assemble(program)) for program in programs[1]]
     assert any(list(program.promises()) for program in programs[0])

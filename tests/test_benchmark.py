@@ -51,8 +51,8 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
     )
     out = tmp_path / "out"
     benchmark.benchmark(("replay",), "tiny", str(out), PLAN, responses_file=str(responses), seed=3)
-    told = json.loads((out / "results.json").read_text())
-    points = told["parts"]["replay"]["points"]
+    written = json.loads((out / "results.json").read_text())
+    points = written["parts"]["replay"]["points"]
     assert [p["shape"] for p in points] == [
         *("4 branches", "4 unbalanced", "4 with syncs", "4 nested", "real", "overall")
     ]
@@ -72,8 +72,8 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
         "b": 1.0,
         "c": {"median": 1.0, "low": 1.0, "high": 2.0, "samples": [None, None]},
     }
-    assert told["model"]["parameters"] > 512 * 16 and told["plan"]["seed"] == 3
-    machine = told["machine"]
+    assert written["model"]["parameters"] > 512 * 16 and written["plan"]["seed"] == 3
+    machine = written["machine"]
     assert (
         machine["cpu"]
         and machine["cores"] >= 1
@@ -123,8 +123,8 @@ def test_branches_beside_each_other_differ_in_nothing_but_their_length() -> None
 def test_random_weights_write_no_tag_and_end_no_answer(tied: bool) -> None:
     vocabulary = WordTokenizer(vocab_size=512).vocabulary
     params = {"embed": {"embedding": np.ones((512, 4))}, "head": np.ones((4, 512))}
-    made = silent(params, dataclasses.replace(SMALL, tie_embeddings=tied), vocabulary)
-    used, other = made["embed"]["embedding"], made["head"].T
+    quiet = silent(params, dataclasses.replace(SMALL, tie_embeddings=tied), vocabulary)
+    used, other = quiet["embed"]["embedding"], quiet["head"].T
     head, embedding = (used, other) if tied else (other, used)
     assert embedding.all()
     dead = {*vocabulary.tag_ids.values(), vocabulary.eos, vocabulary.bos, vocabulary.pad}
@@ -174,12 +174,12 @@ def test_peers_are_compared_by_what_a_token_and_a_prompt_take() -> None:
     """Ours feeds the token that it returns: one step more than theirs in a call for one token."""
     plan = dataclasses.replace(PLAN, steps=11)
     samples = {"pasta_jax, 1": [3.0], "pasta_jax, n": [13.0], "them, 1": [4.0], "them, n": [24.0]}
-    said = {"pasta_jax": np.arange(11)[None], "them": np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]])}
-    ours, theirs = peers.compared(1, plan, samples, said)
-    assert (ours["prefill, s"], theirs["prefill, s"]) == (Spread.of([2.0]), Spread.of([4.0]))
-    assert (ours["step, ms"], theirs["step, ms"]) == (Spread.of([1000.0]), Spread.of([2000.0]))
-    assert theirs["step, ours is x as fast"] == 2 == theirs["prefill, ours is x as fast"]
-    assert theirs["same tokens"] == "10 of 11"
+    tokens_of = {"pasta_jax": np.arange(11)[None], "them": np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]])}
+    ours, peer = peers.compared(1, plan, samples, tokens_of)
+    assert (ours["prefill, s"], peer["prefill, s"]) == (Spread.of([2.0]), Spread.of([4.0]))
+    assert (ours["step, ms"], peer["step, ms"]) == (Spread.of([1000.0]), Spread.of([2000.0]))
+    assert peer["step, ours is x as fast"] == 2 == peer["prefill, ours is x as fast"]
+    assert peer["same tokens"] == "10 of 11"
 
 
 def test_every_part_has_a_figure(tmp_path: pathlib.Path) -> None:
@@ -195,6 +195,6 @@ def test_every_part_has_a_figure(tmp_path: pathlib.Path) -> None:
         ],
         "startup": [{"cache": c, **dict.fromkeys(startup.PHASES, spread)} for c in ("empty", "full")],
     }
-    for part, found in points.items():
-        draw(part, found, tmp_path / f"{part}.png", "of nothing")
+    for part, part_points in points.items():
+        draw(part, part_points, tmp_path / f"{part}.png", "of nothing")
         assert (tmp_path / f"{part}.png").read_bytes().startswith(PNG)

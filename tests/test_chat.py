@@ -23,7 +23,7 @@ from pasta_jax.tokens.hf import HfTokenizer
 from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_files
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
-from tests.helpers import family_tokenizers as made
+from tests.helpers import family_tokenizers as families
 from tests.helpers.family_folders import (
     ALL,
     CONTROL,
@@ -37,15 +37,15 @@ tokenizers = pytest.importorskip("tokenizers")
 jinja2 = pytest.importorskip("jinja2.sandbox")
 
 PUBLISHED = {
-    "gemma": made.GEMMA3,
-    "gemma json": made.GEMMA3,
-    "mistral 3": made.MISTRAL3,
-    "llama 3": made.LLAMA3,
-    "llama 3.1": made.LLAMA31,
-    "qwen 2.5": made.QWEN25,
-    "qwen 3": made.QWEN3,
-    "llama 2": made.LLAMA2,
-    "mistral 1": made.MISTRAL1,
+    "gemma": families.GEMMA3,
+    "gemma json": families.GEMMA3,
+    "mistral 3": families.MISTRAL3,
+    "llama 3": families.LLAMA3,
+    "llama 3.1": families.LLAMA31,
+    "qwen 2.5": families.QWEN25,
+    "qwen 3": families.QWEN3,
+    "llama 2": families.LLAMA2,
+    "mistral 1": families.MISTRAL1,
 }
 
 
@@ -62,44 +62,46 @@ def rendered(template: str, messages: list[dict[str, str]], **names: str) -> str
 @pytest.mark.parametrize("own", [False, True], ids=["published", "ours"])
 def test_prompts_are_those_of_the_template(name: str, own: bool) -> None:
     """The published one, and the one that we write for folders that had none."""
-    found, spelled = tokenizer(name), names_of(name)
-    vocabulary = found.vocabulary
+    loaded, spelled = tokenizer(name), names_of(name)
+    vocabulary = loaded.vocabulary
     template = PUBLISHED[name]
     if own:
-        template = export.minimal_files(found)["chat_template.jinja"].decode()
+        template = export.minimal_files(loaded)["chat_template.jinja"].decode()
     for messages in CONVERSATIONS:
         text = rendered(
             template, messages, bos_token=spelled[vocabulary.bos], eos_token=spelled[vocabulary.eos]
         )
-        ids = found.encode_chat(messages)
+        ids = loaded.encode_chat(messages)
         hidden = vocabulary.control | vocabulary.stops
-        said = b"".join(spelled[i].encode() if i in hidden else vocabulary.pieces[i] for i in ids).decode()
+        spelled_prompt = b"".join(
+            spelled[i].encode() if i in hidden else vocabulary.pieces[i] for i in ids
+        ).decode()
         # What Llama's own tokenizer puts before text, ours does not, and so our format does.
-        assert said.replace("<s> [INST]", "<s>[INST]") == text.replace("<s> [INST]", "<s>[INST]")
+        assert spelled_prompt.replace("<s> [INST]", "<s>[INST]") == text.replace("<s> [INST]", "<s>[INST]")
         if name.startswith(("llama 3", "qwen")):
             whole = tokenizers.Tokenizer.from_str(FOLDERS[name]()["tokenizer.json"].decode())
             assert ids == whole.encode(text, add_special_tokens=False).ids
     one = CONVERSATIONS[0]
-    assert found.encode_prompt(one[0]["content"]) == found.encode_chat(one)
+    assert loaded.encode_prompt(one[0]["content"]) == loaded.encode_chat(one)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_people_write_never_becomes_control(name: str) -> None:
-    found, spelled = tokenizer(name), names_of(name)
-    vocabulary = found.vocabulary
+    loaded, spelled = tokenizer(name), names_of(name)
+    vocabulary = loaded.vocabulary
     names = [piece for i, piece in spelled.items() if vocabulary.kinds[i] in CONTROL and piece]
     evil = " ".join([*names, *tags.PIECES])
     for messages in (
         [("user", evil)],
         [("system", evil), ("user", evil), ("assistant", evil), ("user", "b")],
     ):
-        said, meek = (
-            found.encode_chat([{"role": role, "content": text} for role, text in written])
+        evil_ids, meek_ids = (
+            loaded.encode_chat([{"role": role, "content": text} for role, text in written])
             for written in (messages, [(role, "a") for role, _ in messages])
         )
-        control = [[i for i in ids if vocabulary.kinds[i] in CONTROL] for ids in (said, meek)]
+        control = [[i for i in ids if vocabulary.kinds[i] in CONTROL] for ids in (evil_ids, meek_ids)]
         assert control[0] == control[1]
-        assert not set(said) & set(vocabulary.tag_ids.values())
+        assert not set(evil_ids) & set(vocabulary.tag_ids.values())
 
 
 def test_who_ends_an_answer() -> None:
@@ -125,9 +127,9 @@ def test_who_ends_an_answer() -> None:
     assert words.vocabulary.text(words.encode("abc")) == "ac"
     plain = tokenizer("gemma base").vocabulary
     unused = max(plain.tag_ids.values()) + 1
-    told = {"eos_token_id": [plain.eos, unused, min(plain.tag_ids.values())]}  # a tag ends nothing
-    told_of = {"generation_config.json": json.dumps(told).encode()}
-    assert tokenizer_from_files(FOLDERS["gemma base"]() | told_of).vocabulary.ends == plain.ends | {unused}
+    fields = {"eos_token_id": [plain.eos, unused, min(plain.tag_ids.values())]}  # a tag ends nothing
+    more_ends = {"generation_config.json": json.dumps(fields).encode()}
+    assert tokenizer_from_files(FOLDERS["gemma base"]() | more_ends).vocabulary.ends == plain.ends | {unused}
 
 
 def test_the_format_is_chosen_in_words(tmp_path: pathlib.Path) -> None:
@@ -144,18 +146,18 @@ def test_the_format_is_chosen_in_words(tmp_path: pathlib.Path) -> None:
         "mistral 1": "mistral",
     }
     # Of a file alone, by its control tokens.
-    assert SentencePieceTokenizer(made.gemma()).usage.chat == "gemma"
-    assert SentencePieceTokenizer(made.llama2(), extend=True).usage.chat == "plain"
-    assert SentencePieceTokenizer(made.llama2(), extend=True, chat="inst").usage.chat == "llama2"
-    assert HfTokenizer(made.llama3()).usage.chat == "llama3"
+    assert SentencePieceTokenizer(families.gemma()).usage.chat == "gemma"
+    assert SentencePieceTokenizer(families.llama2(), extend=True).usage.chat == "plain"
+    assert SentencePieceTokenizer(families.llama2(), extend=True, chat="inst").usage.chat == "llama2"
+    assert HfTokenizer(families.llama3()).usage.chat == "llama3"
     switches = "chat=FORMAT of load, --config.data.chat=FORMAT of training, --chat=FORMAT of other verbs"
     with pytest.raises(
         TokenizerError, match=rf"format gemma needs <start_of_turn>, <end_of_turn>.*plain, or .*{switches}"
     ):
-        SentencePieceTokenizer(made.llama2(), extend=True, chat="gemma")
+        SentencePieceTokenizer(families.llama2(), extend=True, chat="gemma")
     with pytest.raises(TokenizerError, match=r"chat='gemmma' is unknown. Use one of auto, plain, gemma"):
-        SentencePieceTokenizer(made.gemma(), chat="gemmma")
-    (tmp_path / "tokenizer.model").write_bytes(made.gemma())
+        SentencePieceTokenizer(families.gemma(), chat="gemmma")
+    (tmp_path / "tokenizer.model").write_bytes(families.gemma())
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(TokenizerError, match=f"{tmp_path}: .*template is of no format known.*{switches}"):
         load_tokenizer(tmp_path)
@@ -194,8 +196,8 @@ def test_conversations_that_cannot_be_answered(messages: Any, message: str) -> N
 
 
 def test_the_almanac_keeps_its_turns() -> None:
-    found = almanac.load_tokenizer()
+    loaded = almanac.load_tokenizer()
     user, model = (chats.USER_TURN, chats.MODEL_TURN)
-    ids = found._marks
-    assert found.encode_prompt("Rivers?") == [2, ids[user], *found.encode("Rivers?"), ids[model]]
-    assert found.encode_chat(CONVERSATIONS[3])[-1] == ids[model]
+    ids = loaded._marks
+    assert loaded.encode_prompt("Rivers?") == [2, ids[user], *loaded.encode("Rivers?"), ids[model]]
+    assert loaded.encode_chat(CONVERSATIONS[3])[-1] == ids[model]

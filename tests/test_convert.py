@@ -42,8 +42,8 @@ GEMMA = CONFIGS["gemma"]
 
 
 def stored(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    found = open_folder(folder).stored
-    return {name: np.concatenate([piece for _, piece in rows(at)]) for name, at in found.items()}
+    tensors = open_folder(folder).stored
+    return {name: np.concatenate([piece for _, piece in rows(t)]) for name, t in tensors.items()}
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -53,7 +53,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_folder_comes_back_byte_for_byte(family: str, tmp_path: pathlib.Path) -> None:
     dtype = ml_dtypes.bfloat16 if family != "gemma2" else np.float32
-    theirs = write_hf_folder(
+    original = write_hf_folder(
         tmp_path / "hf",
         CONFIGS[family],
         dtype=dtype,
@@ -62,7 +62,7 @@ def test_a_folder_comes_back_byte_for_byte(family: str, tmp_path: pathlib.Path) 
     )
     model, params = bring_in(tmp_path / "hf", tmp_path / "W", dtype="float32")
     for tensor in hf_tensors(model.config):
-        np.testing.assert_array_equal(tensor.to_hf(flatten_dict(params)[tensor.path]), theirs[tensor.name])
+        np.testing.assert_array_equal(tensor.to_hf(flatten_dict(params)[tensor.path]), original[tensor.name])
     bring_out(tmp_path / "W", tmp_path / "out")
     before, after = contents(tmp_path / "hf"), contents(tmp_path / "out")
     assert json.loads(after.pop("pasta_tags.json")) == model.tokenizer.vocabulary.tag_ids
@@ -102,11 +102,11 @@ def test_training_takes_model_and_tokenizer_of_the_start(tmp_path: pathlib.Path)
     assert about.tokenizer().usage.chat == "plain"
     config = Config(init_from=str(tmp_path / "W"))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat="gemma"))
-    found, tokenizer = resolve(config, workdir=str(tmp_path / "T"))
-    assert found.model == GEMMA and about.config.model.dtype == "bfloat16"
+    resolved, tokenizer = resolve(config, workdir=str(tmp_path / "T"))
+    assert resolved.model == GEMMA and about.config.model.dtype == "bfloat16"
     assert tokenizer.vocabulary.eos != about.tokenizer().vocabulary.eos
     assert about.is_of(tokenizer), "its ids mean the same"
-    with Checkpoints(tmp_path / "T", found, tokenizer) as run:
+    with Checkpoints(tmp_path / "T", resolved, tokenizer) as run:
         run.save_weights({"a": np.ones(2)})
     again = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
     assert resolve(again, workdir=str(tmp_path / "T"))[1].vocabulary == tokenizer.vocabulary
@@ -149,9 +149,9 @@ def test_ends_and_chat_of_a_trained_model(tmp_path: pathlib.Path) -> None:
     bring_in(tmp_path / "hf", tmp_path / "W")
     trained(tmp_path / "W", tmp_path / "T")
     bring_out(tmp_path / "T", tmp_path / "out")
-    told = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    written_json = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     stops = load_tokenizer(tmp_path / "hf").vocabulary.stops
-    assert told["top_k"] == 64 and set(told["eos_token_id"]) == {9} | stops
+    assert written_json["top_k"] == 64 and set(written_json["eos_token_id"]) == {9} | stops
     assert not (tmp_path / "out" / "chat_template.jinja").exists()  # plain
 
 
@@ -160,7 +160,7 @@ def test_a_vocabulary_without_room_is_extended_when_asked(family: str, tmp_path:
     tokenizer = small_tokenizer(free_ids=0)
     old = load_tokenizer_rows(tokenizer, tmp_path)
     config = dataclasses.replace(CONFIGS[family], vocab_size=old)
-    theirs = write_hf_folder(tmp_path / "hf", config, tokenizer=tokenizer)
+    original = write_hf_folder(tmp_path / "hf", config, tokenizer=tokenizer)
     with pytest.raises(TokenizerError, match=r"--extend_tokenizer"):
         open_published("folder", str(tmp_path / "hf"))
     model, params = bring_in(tmp_path / "hf", tmp_path / "W", dtype="float32", extend_tokenizer=True)
@@ -168,7 +168,7 @@ def test_a_vocabulary_without_room_is_extended_when_asked(family: str, tmp_path:
     assert (model.new_rows, model.config.vocab_size) == (new, old + new)
     assert sorted(model.tokenizer.vocabulary.tag_ids.values()) == [*range(old, old + new)]
     embedding = np.asarray(params["embed"]["embedding"])
-    was = theirs["model.embed_tokens.weight"].astype(np.float32)
+    was = original["model.embed_tokens.weight"].astype(np.float32)
     np.testing.assert_array_equal(embedding[:old], was)
     np.testing.assert_allclose(embedding[old:], np.tile(was.mean(0), (new, 1)), atol=0.1 * was.std())
     assert len(np.unique(embedding[old:], axis=0)) == new, "the tags can be told apart"
@@ -310,8 +310,8 @@ def test_the_verb_takes_a_name_on_the_hub(tmp_path: pathlib.Path, monkeypatch: p
 def test_the_verb(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_hf_folder(tmp_path / "hf", GEMMA)
     assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W", "--noparity") == 0
-    said = capsys.readouterr().out
-    assert said.endswith(f"Wrote {tmp_path}/W.\n") and "bfloat16" in said
+    output = capsys.readouterr().out
+    assert output.endswith(f"Wrote {tmp_path}/W.\n") and "bfloat16" in output
     assert run(f"--from={tmp_path}/W", f"--to={tmp_path}/out", "--noparity") == 0
     assert contents(tmp_path / "hf").items() <= contents(tmp_path / "out").items()
     capsys.readouterr()
@@ -366,14 +366,14 @@ def test_the_chat_of_training_goes_out(tmp_path: pathlib.Path) -> None:
     ):
         top = tmp_path / str(number)
         write_hf_folder(top / "hf", GEMMA)
-        told = json.dumps({"tokenizer_class": "GemmaTokenizer", "chat_template": template})
-        (top / "hf" / "tokenizer_config.json").write_text(told)
+        written_json = json.dumps({"tokenizer_class": "GemmaTokenizer", "chat_template": template})
+        (top / "hf" / "tokenizer_config.json").write_text(written_json)
         model, _ = bring_in(top / "hf", top / "W", chat=chat)
         bring_out(top / "W", top / "same")  # never trained
         assert contents(top / "hf").items() <= contents(top / "same").items()
         trained(top / "W", top / "T")
         bring_out(top / "T", top / "out")
-        assert ((top / "out" / "tokenizer_config.json").read_text() == told) == same
+        assert ((top / "out" / "tokenizer_config.json").read_text() == written_json) == same
         usage = load_tokenizer(top / "out").usage
         assert isinstance(model.tokenizer, TextTokenizer)
         assert (usage.chat, usage.opening) == (model.tokenizer.usage.chat, model.tokenizer.usage.opening)
@@ -384,7 +384,7 @@ def test_what_would_be_ignored_is_refused(tmp_path: pathlib.Path, capsys: pytest
     write_hf_folder(tmp_path / "hf", GEMMA)
     bring_in(tmp_path / "hf", tmp_path / "W")
     folder, workdir, to = f"--from=hf:{tmp_path}/hf", f"--from={tmp_path}/W", f"--to={tmp_path}/new"
-    for arguments, said in (
+    for arguments, message in (
         ([workdir, to, "--chat=plain"], "--chat is for imports."),
         ([workdir, to, "--base=B"], "--base is for adapters; "),
         ([workdir, to, "--merge_lora"], "--merge_lora is for adapters; "),
@@ -393,7 +393,7 @@ def test_what_would_be_ignored_is_refused(tmp_path: pathlib.Path, capsys: pytest
         ([folder, "--to=gs://bucket/W"], "Cannot write to gs://bucket/W: "),
     ):
         assert run(*arguments) == 2
-        assert capsys.readouterr().err.startswith(said)
+        assert capsys.readouterr().err.startswith(message)
     assert not (tmp_path / "new").exists()
 
 
@@ -407,9 +407,11 @@ def test_the_base_of_adapters_that_was_moved(
     with Checkpoints(tmp_path / "L", config, about.tokenizer()) as adapters:
         shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0), config.lora))
         leaves = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), split(shapes)[1])
-        found = fingerprint(load_params(tmp_path / "W")[0])
+        base_fingerprint = fingerprint(load_params(tmp_path / "W")[0])
         adapters.save(
-            TrainState(leaves, {"a": jax.numpy.ones(2)}, jax.numpy.int32(3)), 0, Base("gone", found)
+            TrainState(leaves, {"a": jax.numpy.ones(2)}, jax.numpy.int32(3)),
+            0,
+            Base("gone", base_fingerprint),
         )
     carry(tmp_path / "W", tmp_path / "L")
     for also in ([], ["--merge_lora"]):

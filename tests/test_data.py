@@ -75,13 +75,13 @@ def test_records_and_every_kind_of_fault(tmp_path: pathlib.Path) -> None:
     comma = 15 if sys.version_info >= (3, 13) else 17  # where json reports a trailing comma
     places = [(3, 14), (4, comma), (5, None), (6, None), (7, None), (8, None), (9, None)]
     assert [(p.line, p.column) for p in problems] == places
-    said = [str(p) for p in problems]
-    assert said[0] == f"{file} line 3, column 14: byte 0xff is not UTF-8. Save the file as UTF-8."
-    assert "not JSON" in said[1]
-    assert 'missing "prompt" (found: instruction, output). Map the names' in said[3]
-    assert '"prompt" must be a text that is not empty' in said[4]
-    assert 'in "response", line 2, column 5: </async> without <async>' in said[5]
-    assert f'{file} line 9: in "response", line 1, column 43: a promise nested deeper' in said[6]
+    messages = [str(p) for p in problems]
+    assert messages[0] == f"{file} line 3, column 14: byte 0xff is not UTF-8. Save the file as UTF-8."
+    assert "not JSON" in messages[1]
+    assert 'missing "prompt" (found: instruction, output). Map the names' in messages[3]
+    assert '"prompt" must be a text that is not empty' in messages[4]
+    assert 'in "response", line 2, column 5: </async> without <async>' in messages[5]
+    assert f'{file} line 9: in "response", line 1, column 43: a promise nested deeper' in messages[6]
     assert len(records.read_records(file, max_depth=2)[0]) == 3
 
 
@@ -222,17 +222,17 @@ def test_prefetch_gives_all_in_order_and_leaves_no_thread() -> None:
 
 
 def test_prefetch_is_ahead_and_no_further() -> None:
-    made = []
+    computed = []
 
     def make() -> Iterator[int]:
         for i in range(100):
-            made.append(i)
+            computed.append(i)
             yield i
 
     with batches.prefetch(make(), ahead=2) as items:
         assert next(items) == 0
         time.sleep(0.2)
-        assert 2 <= len(made) <= 4
+        assert 2 <= len(computed) <= 4
     assert not running()
 
 

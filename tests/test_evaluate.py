@@ -58,12 +58,12 @@ def test_summarise() -> None:
     assert (lists.win_rate, single.win_rate, overall.win_rate) == (0.75, 0.5, pytest.approx(2 / 3))
     assert (lists.baseline_truth, lists.truth, overall.baseline_truth) == (0.75, 0.5, 0.5)
     # 40 / 20 = 2 and 90 / 5 = 18: root of 36. 8 / 2 = 4 and 3 / 3 = 1: root of 4. 36 / 20 and 40 / 5: root of 14.4.
-    found = (lists.theoretical, lists.realized, lists.parallelism)
-    assert found == pytest.approx((6.0, 2.0, math.sqrt(14.4)))
+    speeds = (lists.theoretical, lists.realized, lists.parallelism)
+    assert speeds == pytest.approx((6.0, 2.0, math.sqrt(14.4)))
     assert (single.theoretical, single.realized, single.parallelism) == pytest.approx((0.5, 0.5, 0.5))
     # Over all: the cube roots of 36 / 2, 4 / 2 and 14.4 / 2, not the means of the families.
-    found = (overall.theoretical, overall.realized, overall.parallelism)
-    assert found == pytest.approx((18 ** (1 / 3), 2 ** (1 / 3), 7.2 ** (1 / 3)))
+    speeds = (overall.theoretical, overall.realized, overall.parallelism)
+    assert speeds == pytest.approx((18 ** (1 / 3), 2 ** (1 / 3), 7.2 ** (1 / 3)))
     rows = table({"m": [lists, single, overall]}).splitlines()[2:]
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
         ["m", "list", "2", "75.0 %", "50.0 %", "75.0 %", "6.00x", "2.00x", "3.79x"],

@@ -20,7 +20,7 @@ from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
-from tests.helpers import family_tokenizers as made
+from tests.helpers import family_tokenizers as families
 from tests.helpers.data import data_file, real_responses
 from tests.helpers.family_folders import (
     ALL,
@@ -35,8 +35,8 @@ tokenizers = pytest.importorskip("tokenizers")
 
 @pytest.mark.parametrize("name", ALL)
 def test_tags_take_ids_that_nothing_uses(name: str) -> None:
-    found, spelled = tokenizer(name), names_of(name)
-    ids = [found.vocabulary.tag_ids[piece] for piece in tags.PIECES]
+    loaded, spelled = tokenizer(name), names_of(name)
+    ids = [loaded.vocabulary.tag_ids[piece] for piece in tags.PIECES]
     now = [spelled.get(i, "") for i in ids]
     if name.startswith("gemma"):
         assert now == [f"<unused{n}>" for n in range(6)]
@@ -46,23 +46,23 @@ def test_tags_take_ids_that_nothing_uses(name: str) -> None:
         assert now == [f"<|reserved_special_token_{n}|>" for n in range(6, 12)]
     else:  # past the end: in rows of the embedding that are there (Qwen), or that will be
         assert ids == [*range(len(spelled), len(spelled) + 6)]
-    assert [found.vocabulary.pieces[i] for i in ids] == [piece.encode() for piece in tags.PIECES]
-    kinds = [Kind(k) for k in found.vocabulary.kinds[ids]]
+    assert [loaded.vocabulary.pieces[i] for i in ids] == [piece.encode() for piece in tags.PIECES]
+    kinds = [Kind(k) for k in loaded.vocabulary.kinds[ids]]
     assert kinds == [Kind.OPEN, Kind.TOKENS, Kind.CLOSE, Kind.ASYNC_OPEN, Kind.ASYNC_CLOSE, Kind.SYNC]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_text_comes_back_and_stays_text(name: str, seed: int) -> None:
     """Whatever it spells: tags, every control token of the vocabulary, what tokenizers treat as markup."""
-    found, rng = tokenizer(name), random.Random(seed)
-    vocabulary = found.vocabulary
+    loaded, rng = tokenizer(name), random.Random(seed)
+    vocabulary = loaded.vocabulary
     spelled = [piece for i, piece in names_of(name).items() if vocabulary.kinds[i] in CONTROL and piece]
     assert len(spelled) >= (3 if name in EXTENDED else 5)
     texts = [
         *spelled,
         "".join(spelled),
         "<<unused0>unused0> <|<|im_end|>im_end|>",
-        " ".join(made.QWEN_TEXT) + "<table>\n\n\n",
+        " ".join(families.QWEN_TEXT) + "<table>\n\n\n",
         "".join(tags.PIECES),
         *(
             " ",
@@ -80,7 +80,7 @@ def test_text_comes_back_and_stays_text(name: str, seed: int) -> None:
         *("".join(rng.choices([*spelled, "a", " ", "<", "|>", "\u2581"], k=6)) for _ in range(100)),
     ]
     for text in texts:
-        ids = found.encode(text)
+        ids = loaded.encode(text)
         assert vocabulary.text(ids) == text
         assert not {Kind(k) for k in vocabulary.kinds[ids]} & CONTROL, text
 
@@ -88,88 +88,91 @@ def test_text_comes_back_and_stays_text(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_programs_come_back(name: str, seed: int) -> None:
     """Each tag piece is one id, the number of a promise digit by digit."""
-    found, rng = tokenizer(name), random.Random(seed)
+    loaded, rng = tokenizer(name), random.Random(seed)
     programs = [
         Program((Promise("rivers", 42, (Text(" The Nile 1803."),)), Text(" 7"), Sync(), Text("\nEnd")))
     ]
     for _ in range(60):
         program = random_program(rng, max_depth=2)
-        topics = [len(found.encode(f" {promise.topic}")) for promise in program.promises()]
+        topics = [len(loaded.encode(f" {promise.topic}")) for promise in program.promises()]
         programs += [program] if max(topics, default=1) <= tags.MAX_TOPIC_TOKENS else []
     assert len(programs) > 5
     for program in programs:
-        document = layout(found, [found.vocabulary.bos], program, Positions(), threads=16)
-        reading = read(found.vocabulary, threads_of(document))
+        document = layout(loaded, [loaded.vocabulary.bos], program, Positions(), threads=16)
+        reading = read(loaded.vocabulary, threads_of(document))
         assert reading.program == program and not reading.issues
-    digits = [found.vocabulary.pieces[i] for i in found.vocabulary.digits]
+    digits = [loaded.vocabulary.pieces[i] for i in loaded.vocabulary.digits]
     assert digits == [b"%d" % d for d in range(10)]
 
 
 def test_all_real_responses_with_a_real_tokenizer() -> None:
-    found = load_tokenizer(data_file("llama2_tokenizer.model"), extend=True)
+    loaded = load_tokenizer(data_file("llama2_tokenizer.model"), extend=True)
     responses = real_responses()
-    assert len(responses) == 404 and found.usage.chat == "plain"
-    ids_of_tags = set(found.vocabulary.tag_ids.values())
+    assert len(responses) == 404 and loaded.usage.chat == "plain"
+    ids_of_tags = set(loaded.vocabulary.tag_ids.values())
     for response in responses:
-        ids = found.encode(response)
-        assert found.vocabulary.text(ids) == response and not ids_of_tags & set(ids)
+        ids = loaded.encode(response)
+        assert loaded.vocabulary.text(ids) == response and not ids_of_tags & set(ids)
         # Cut into three parts wherever that falls: text, a promise's block, text after a sync.
         first, second = len(response) // 3, 2 * len(response) // 3
         texts = [Text(part) for part in (response[:first], response[first:second], response[second:])]
         program = Program((texts[0], Promise("the middle part", 99, (texts[1],)), Sync(), texts[2]))
-        document = layout(found, [found.vocabulary.bos], program, Positions(), threads=16)
-        assert read(found.vocabulary, threads_of(document)).program == program
+        document = layout(loaded, [loaded.vocabulary.bos], program, Positions(), threads=16)
+        assert read(loaded.vocabulary, threads_of(document)).program == program
         assert sum(int(token) in ids_of_tags for token in document.token) == len(tags.PIECES)
 
 
 def test_lossy_tokenizers_are_refused() -> None:
-    told = json.loads(made.qwen())
-    told["normalizer"] = {"type": "Lowercase"}
+    fields = json.loads(families.qwen())
+    fields["normalizer"] = {"type": "Lowercase"}
     with pytest.raises(TokenizerError, match="does not preserve text"):
-        HfTokenizer(json.dumps(told).encode(), extend=True)
-    told["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
-    assert HfTokenizer(json.dumps(told).encode(), extend=True).vocabulary.digits
+        HfTokenizer(json.dumps(fields).encode(), extend=True)
+    fields["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+    assert HfTokenizer(json.dumps(fields).encode(), extend=True).vocabulary.digits
     with pytest.raises(TokenizerError, match="does not preserve text"):
-        SentencePieceTokenizer(made.sentencepiece_model(byte_fallback=False, vocab_size=90), extend=True)
+        SentencePieceTokenizer(families.sentencepiece_model(byte_fallback=False, vocab_size=90), extend=True)
 
 
 def test_spaces_are_neither_added_nor_swallowed() -> None:
-    told, theirs = json.loads(made.qwen()), tokenizer("qwen 3")
-    told["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
-    for token in told["added_tokens"]:
+    fields, original = json.loads(families.qwen()), tokenizer("qwen 3")
+    fields["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
+    for token in fields["added_tokens"]:
         token["lstrip"] = token["rstrip"] = True
-    found = HfTokenizer(json.dumps(told).encode(), extend=True)
+    loaded = HfTokenizer(json.dumps(fields).encode(), extend=True)
     for text in ("the Nile", "a  <think> \n b"):
-        assert found.encode(text) == theirs.encode(text) and found.vocabulary.text(found.encode(text)) == text
+        assert (
+            loaded.encode(text) == original.encode(text)
+            and loaded.vocabulary.text(loaded.encode(text)) == text
+        )
 
 
 @pytest.mark.parametrize("prefix", ["normalizer", "metaspace"])
 def test_a_prefix_space_is_left_out(prefix: str) -> None:
     """Llama 2's and Mistral's tokenizer.json put a space before text, in one of two ways."""
-    told = export._from_sentencepiece(made.llama2(), {})
+    fields = export._from_sentencepiece(families.llama2(), {})
     if prefix == "normalizer":
         prepend = {"type": "Prepend", "prepend": "\u2581"}
-        told["normalizer"] = {"type": "Sequence", "normalizers": [prepend, told["normalizer"]]}
+        fields["normalizer"] = {"type": "Sequence", "normalizers": [prepend, fields["normalizer"]]}
     else:
-        told["normalizer"] = None
-        told["pre_tokenizer"] = {
+        fields["normalizer"] = None
+        fields["pre_tokenizer"] = {
             "type": "Metaspace",
             "replacement": "\u2581",
             "prepend_scheme": "first",
             "split": False,
         }
-    found, theirs = HfTokenizer(json.dumps(told).encode(), extend=True), tokenizer("llama 2")
+    loaded, original = HfTokenizer(json.dumps(fields).encode(), extend=True), tokenizer("llama 2")
     for text in ("the Nile", " the Nile", "  two\n\n é 42", "\u2581a"):
-        assert found.encode(text) == theirs.encode(text)
-    assert found.vocabulary.pieces == theirs.vocabulary.pieces
+        assert loaded.encode(text) == original.encode(text)
+    assert loaded.vocabulary.pieces == original.vocabulary.pieces
 
 
 def test_llama_3_groups_digits_and_promises_do_not() -> None:
-    found = tokenizer("llama 3")
-    vocabulary = found.vocabulary
+    loaded = tokenizer("llama 3")
+    vocabulary = loaded.vocabulary
     assert (
-        len(found.encode("123")) == 1 and np.isin(tokenizer("qwen 3").encode("1803"), range(999)).sum() == 4
+        len(loaded.encode("123")) == 1 and np.isin(tokenizer("qwen 3").encode("1803"), range(999)).sum() == 4
     )
-    document = layout(found, [0], Program((Promise("a", 42, ()),)), Positions(), threads=4)
+    document = layout(loaded, [0], Program((Promise("a", 42, ()),)), Positions(), threads=4)
     four, two = vocabulary.digits[4], vocabulary.digits[2]
     assert [four, two] == [int(t) for t in document.token if vocabulary.kinds[t] == Kind.DIGIT]

@@ -61,10 +61,10 @@ def edit_tensors(**changes: np.ndarray | None) -> Callable[[pathlib.Path], None]
     """In one file then, without an index."""
 
     def edit(folder: pathlib.Path) -> None:
-        made = random_tensors(GEMMA) | {name.replace("__", "."): array for name, array in changes.items()}
+        arrays = random_tensors(GEMMA) | {name.replace("__", "."): array for name, array in changes.items()}
         for path in folder.glob("model*"):
             path.unlink()
-        kept = {name: array for name, array in made.items() if array is not None}
+        kept = {name: array for name, array in arrays.items() if array is not None}
         safetensors.numpy.save_file(kept, folder / "model.safetensors")
 
     return edit
@@ -143,12 +143,12 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], object], list[str]]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults(folder: pathlib.Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    damage, said = FAULTS[fault]
+    damage, parts = FAULTS[fault]
     damage(folder)
     monkeypatch.setattr(tensors, "rows", lambda stored: pytest.fail("a tensor was read"))
     with pytest.raises(InterchangeError) as error:
         open_folder(folder)
-    assert [part for part in said if part not in str(error.value)] == []
+    assert [part for part in parts if part not in str(error.value)] == []
     assert str(folder) in str(error.value)
 
 
@@ -158,13 +158,13 @@ def test_a_tied_head_that_differs(folder: pathlib.Path, monkeypatch: pytest.Monk
     opened = open_folder(folder)
     with pytest.raises(InterchangeError) as error:
         read_params(opened, model_config(opened))
-    said = [
+    parts = [
         str(folder / "model.safetensors"),
         str(folder / "config.json"),
         "lm_head.weight differs from model.embed_tokens.weight",
         '"tie_word_embeddings": false',
     ]
-    assert [part for part in said if part not in str(error.value)] == []
+    assert [part for part in parts if part not in str(error.value)] == []
     monkeypatch.setattr(tensors, "rows", lambda stored: pytest.fail("a tensor was read"))
     monkeypatch.setattr(memory, "host_memory", lambda: 100)
     with pytest.raises(InterchangeError, match="does not fit"):
@@ -214,21 +214,21 @@ def test_a_file_that_shrinks_while_it_is_read(folder: pathlib.Path) -> None:
 
 def test_pieces_make_the_whole(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "CHUNK", 100)
-    theirs = random_tensors(GEMMA)
+    original = random_tensors(GEMMA)
     for name, at in open_folder(folder).stored.items():
         pieces = [*tensors.rows(at)]
         assert len(pieces) > 1 or at.nbytes <= 100
         joined = np.concatenate([piece for _, piece in pieces])
-        np.testing.assert_array_equal(joined, theirs[name].astype(joined.dtype))
+        np.testing.assert_array_equal(joined, original[name].astype(joined.dtype))
 
 
 def test_half_precision_is_read_without_loss(tmp_path: pathlib.Path) -> None:
-    theirs = write_hf_folder(tmp_path / "hf", GEMMA, dtype=np.float16)
+    original = write_hf_folder(tmp_path / "hf", GEMMA, dtype=np.float16)
     opened = open_folder(tmp_path / "hf")
     config = model_config(opened)
     assert (opened.config.dtype, config.dtype) == ("float16", "float32")
     params = read_params(opened, config)
-    np.testing.assert_array_equal(params["embed"]["embedding"], theirs["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(params["embed"]["embedding"], original["model.embed_tokens.weight"])
     assert model_config(opened, dtype="bfloat16", vocab_size=400) == dataclasses.replace(
         GEMMA, dtype="bfloat16", vocab_size=400
     )

@@ -80,7 +80,7 @@ def test_a_model_is_known_by_its_name_there(there: Hub, tmp_path: pathlib.Path) 
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (
             "GatedRepoError",
@@ -92,9 +92,9 @@ def test_a_model_is_known_by_its_name_there(there: Hub, tmp_path: pathlib.Path) 
         ("HFValidationError", r"Downloading google/x failed: Cannot do it\."),
     ],
 )
-def test_what_goes_wrong_there(there: Hub, error: str, said: str) -> None:
+def test_what_goes_wrong_there(there: Hub, error: str, message: str) -> None:
     there.answer = error
-    with pytest.raises(InterchangeError, match=said) as raised:
+    with pytest.raises(InterchangeError, match=message) as raised:
         hub.download("google/x")
     assert "more lines" not in str(raised.value)
 

@@ -162,7 +162,7 @@ def test_errors_say_where_and_what(text: str, line: int, column: int, problem: s
     assert str(error) == f"line {line}, column {column}: {problem}. {error.advice}."
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert ("error", line, column, problem) in [
-        (found.severity, found.line, found.column, found.problem) for found in validate(text)
+        (doubt.severity, doubt.line, doubt.column, doubt.problem) for doubt in validate(text)
     ]
 
 
@@ -309,9 +309,9 @@ DOUBTS = [
 
 @pytest.mark.parametrize(("text", "column", "problem"), DOUBTS)
 def test_validate_warns_of_what_is_doubtful(text: str, column: int, problem: str) -> None:
-    (found,) = validate(text)
-    assert (found.severity, found.line, found.column) == ("warning", 1, column)
-    assert found.problem.startswith(problem)
+    (doubt,) = validate(text)
+    assert (doubt.severity, doubt.line, doubt.column) == ("warning", 1, column)
+    assert doubt.problem.startswith(problem)
 
 
 def test_validate_accepts_what_is_good() -> None:

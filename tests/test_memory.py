@@ -153,8 +153,8 @@ def test_importing_takes_little_more_than_the_model(tmp_path: pathlib.Path) -> N
     def weights(shape: tuple[int, ...]) -> np.ndarray:
         return bits.integers(2**16, size=shape, dtype=np.uint16).view(ml_dtypes.bfloat16)
 
-    each = {tensor.name: weights(tensor.shape) for tensor in hf_tensors(config)}
-    write_hf_folder(tmp_path / "hf", config, tensors=each)
+    arrays = {tensor.name: weights(tensor.shape) for tensor in hf_tensors(config)}
+    write_hf_folder(tmp_path / "hf", config, tensors=arrays)
     line = [sys.executable, "-c", MEASURE, str(tmp_path / "hf"), str(tmp_path / "W")]
     done = subprocess.run(
         line, capture_output=True, text=True, check=False, timeout=300, cwd=pathlib.Path(__file__).parents[1]

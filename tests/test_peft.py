@@ -129,13 +129,13 @@ def test_peft_loads_them_and_says_the_same(family: str, tmp_path: pathlib.Path) 
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, config.model.vocab_size, (1, 24))
     tokens[0, ::4] = config.lora.rows[:6]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "peft")).eval()
+    base_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base_model, str(tmp_path / "peft")).eval()
     with torch.no_grad():
         expected = adapted(torch.tensor(tokens)).logits.numpy()
         merged = adapted.merge_and_unload()(torch.tensor(tokens)).logits.numpy()
-    found = logits_here(config.model, config.lora, join(base, adapters), tokens)
+    logits_of_adapters = logits_here(config.model, config.lora, join(base, adapters), tokens)
     plain = logits_here(config.model, Lora(), base, tokens)
-    assert np.abs(found - plain).max() > 0.1, "the adapters do something"
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    np.testing.assert_allclose(found, merged, atol=1e-4)
+    assert np.abs(logits_of_adapters - plain).max() > 0.1, "the adapters do something"
+    np.testing.assert_allclose(logits_of_adapters, expected, atol=1e-4)
+    np.testing.assert_allclose(logits_of_adapters, merged, atol=1e-4)

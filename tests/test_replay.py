@@ -64,10 +64,10 @@ def test_what_is_scripted_is_said_exactly(rng: random.Random) -> None:
             next(p for p in iter(lambda: random_program(rng, max_depth=2, max_nodes=8), None) if fits(p)),
         ]
         scripts = [script_of(tree, WORDS) for tree in trees]
-        wishes = [
+        sampling = [
             SamplingParams(1000, 1000, temperature=1.0, script=script.padded(SIZE)) for script in scripts
         ]
-        traces, _ = decoder().decode([prompt] * 2, wishes)
+        traces, _ = decoder().decode([prompt] * 2, sampling)
         for tree, script, trace in zip(trees, scripts, traces):
             assert trace.stop == Stop.EOS
             assert in_document_order(trace.threads) == threads_in(tree, WORDS) == script.threads
@@ -76,7 +76,7 @@ def test_what_is_scripted_is_said_exactly(rng: random.Random) -> None:
             assert np.all(trace.logprob[trace.prompt_length :] <= 0) and trace.logprob.min() < -1
         again, _ = decoder().decode(
             [prompt],
-            [dataclasses.replace(wishes[0], script=script_of(traces[0], WORDS).padded(SIZE))],
+            [dataclasses.replace(sampling[0], script=script_of(traces[0], WORDS).padded(SIZE))],
         )
         np.testing.assert_array_equal(again[0].tokens.token, traces[0].tokens.token)
         np.testing.assert_array_equal(again[0].step, traces[0].step)
@@ -101,8 +101,8 @@ def test_a_script_leaves_its_neighbour_and_what_follows_it_free() -> None:
     (alone,), _ = decoder().decode([prompt], [dataclasses.replace(free, script=said_by_none)])
     (beside, scripted), _ = decoder().decode([prompt] * 2, [free, dataclasses.replace(free, script=short)])
     np.testing.assert_array_equal(alone.tokens.token, beside.tokens.token)
-    said = scripted.threads.tokens[0]
-    assert WORDS.vocabulary.text(said[:2]) == " cities of" and len(said) == 8
+    script_tokens = scripted.threads.tokens[0]
+    assert WORDS.vocabulary.text(script_tokens[:2]) == " cities of" and len(script_tokens) == 8
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -135,7 +135,7 @@ def test_random_trees_are_as_asked(
 
 
 def walk(nodes: tuple) -> list:
-    return [each for node in nodes for each in (node, *walk(getattr(node, "block", ())))]
+    return [item for node in nodes for item in (node, *walk(getattr(node, "block", ())))]
 
 
 def test_answers_that_a_rule_annotated_get_topics() -> None:
@@ -212,7 +212,7 @@ def test_efficiency_by_hand() -> None:
     )
     other = dataclasses.replace(half, shape="b")
     a, b, all_ = summaries([one, half, other])
-    assert [(each.shape, each.answers) for each in (a, b, all_)] == [("a", 2), ("b", 1), ("overall", 3)]
+    assert [(item.shape, item.answers) for item in (a, b, all_)] == [("a", 2), ("b", 1), ("overall", 3)]
     assert a.theoretical == pytest.approx(8**0.5)
     assert a.speedups == pytest.approx((6**0.5, 24**0.5, 2.0)) and a.realized == pytest.approx(6**0.5)
     assert a.efficiencies[0] == pytest.approx((6 / 8) ** 0.5)

@@ -128,8 +128,8 @@ def test_efficiency_terms_are_compared_after_equally_many_rounds() -> None:
 def test_positions_are_labelled() -> None:
     (axes,) = plots.positions(RESULTS).axes
     labels: list[Any] = list(axes.texts)
-    found = {(label.get_text(), *label.xy) for label in labels}
-    assert found == {
+    drawn = {(label.get_text(), *label.xy) for label in labels}
+    assert drawn == {
         (r.positions, r.theoretical.mean, 100 * r.win_rate.mean) for r in (SFT, *OTHER_POSITIONS)
     }
 
@@ -306,19 +306,21 @@ def test_pages_hold_everything(report):
     text = (report / "report.md").read_text(encoding="utf-8")
     web = (report / "report.html").read_text(encoding="utf-8")
     reader = Reader(web)
-    for said in (text, reader.text):
-        assert all(method in said for method in METHODS)
+    for page_text in (text, reader.text):
+        assert all(method in page_text for method in METHODS)
         for shown in (SFT, *SECOND, APAR, SOT):
-            assert shown.name in said
+            assert shown.name in page_text
         for shown in RESULTS:
             mean, low, high = (100 * getattr(shown.win_rate, side) for side in ("mean", "low", "high"))
-            assert f"{mean:.1f} [{low:.1f}, {high:.1f}]" in said, "every model is in some table"
-        assert all(label in said for label in ("Pred-1X", "Const-40", "Shared", "harmonic, λ=4, round 1"))
-        assert "λ=4, round 2" in said
-        assert page.NOT_COMPARABLE in said
-        assert all(model.name in said for model in paper.COMPARISON)
-        assert "Of 3: holds 1, does not hold 1, not measured 1." in said
-        assert "python 3.11, jax 0.10.2" in said and "0, 1, 2" in said
+            assert f"{mean:.1f} [{low:.1f}, {high:.1f}]" in page_text, "every model is in some table"
+        assert all(
+            label in page_text for label in ("Pred-1X", "Const-40", "Shared", "harmonic, λ=4, round 1")
+        )
+        assert "λ=4, round 2" in page_text
+        assert page.NOT_COMPARABLE in page_text
+        assert all(model.name in page_text for model in paper.COMPARISON)
+        assert "Of 3: holds 1, does not hold 1, not measured 1." in page_text
+        assert "python 3.11, jax 0.10.2" in page_text and "0, 1, 2" in page_text
     for claim in CLAIMS:
         assert claim.text in reader.text and claim.evidence in reader.text
     assert "| SFT   " in text and "| 1.00 [0.95, 1.05] |" in text

@@ -173,13 +173,13 @@ def made_up(workdir: pathlib.Path, plan: Plan) -> None:
 
 
 @pytest.fixture
-def found(tmp_path: pathlib.Path) -> list[Any]:
+def measured_rows(tmp_path: pathlib.Path) -> list[Any]:
     made_up(tmp_path, PLAN)
     return measures.results(PLAN, str(tmp_path))
 
 
-def test_results_by_hand(found: list[Any]) -> None:
-    by_name = {result.name: result for result in found}
+def test_results_by_hand(measured_rows: list[Any]) -> None:
+    by_name = {result.name: result for result in measured_rows}
     bon = by_name["PASTA-BoN-inf"]
     assert bon.weight == math.inf and bon.round == 2
     assert bon.realized.mean == pytest.approx(2.0)
@@ -207,9 +207,9 @@ def test_answers_that_are_missing_are_not_passed_over(tmp_path: pathlib.Path) ->
         measures.results(PLAN, str(tmp_path))
 
 
-def test_claims_follow_the_numbers(found: list[Any]) -> None:
-    made = {claim.text: claim for claim in claims(found)}
-    holds = {text: claim.holds for text, claim in made.items()}
+def test_claims_follow_the_numbers(measured_rows: list[Any]) -> None:
+    by_text = {claim.text: claim for claim in claims(measured_rows)}
+    holds = {text: claim.holds for text, claim in by_text.items()}
     assert holds.pop("APAR misses the independent parts of prose") is True
     assert holds.pop("APAR harms chain (by more than 3 points of truth)") is True
     for text in [text for text in holds if text.startswith("Win rate rises")]:
@@ -221,54 +221,56 @@ def test_claims_follow_the_numbers(found: list[Any]) -> None:
             return result
         return dataclasses.replace(result, realized=dataclasses.replace(result.realized, mean=1.1))
 
-    made = {claim.text: claim for claim in claims([slower(result) for result in found])}
+    by_text = {claim.text: claim for claim in claims([slower(result) for result in measured_rows])}
     assert (
-        made["A PASTA-BoN point is better than APAR in win rate, truth and realized speedup at once"].holds
+        by_text["A PASTA-BoN point is better than APAR in win rate, truth and realized speedup at once"].holds
         is False
     )
     assert (
-        made["A PASTA-BoN point is better than SoT in win rate, truth and realized speedup at once"].holds
+        by_text["A PASTA-BoN point is better than SoT in win rate, truth and realized speedup at once"].holds
         is True
     )
-    assert "1.10x" in made["The speed end reaches the paper's 1.93x realized"].evidence
-    assert made["The speed end reaches the paper's 1.93x realized"].holds is False
-    assert made["The PASTA frontier lies above the segment from Baseline-SFT to APAR"].holds is False
+    assert "1.10x" in by_text["The speed end reaches the paper's 1.93x realized"].evidence
+    assert by_text["The speed end reaches the paper's 1.93x realized"].holds is False
+    assert by_text["The PASTA frontier lies above the segment from Baseline-SFT to APAR"].holds is False
 
 
-def test_claims_say_where_and_why_they_fail(found: list[Any]) -> None:
-    made = {claim.text: claim for claim in claims(found, exact=1.53)}
-    waits = made["After the second stage every compare answer waits for its branches before the conclusion"]
+def test_claims_say_where_and_why_they_fail(measured_rows: list[Any]) -> None:
+    by_text = {claim.text: claim for claim in claims(measured_rows, exact=1.53)}
+    waits = by_text[
+        "After the second stage every compare answer waits for its branches before the conclusion"
+    ]
     assert waits.holds is True
     unsaid = [
         dataclasses.replace(
             r, families={**r.families, "compare": {**r.families["compare"], "concludes_last": 0.5}}
         )
-        for r in found
+        for r in measured_rows
     ]
-    made = {claim.text: claim for claim in claims(unsaid)}
-    assert made[waits.text].holds is False and "50.0 %" in made[waits.text].evidence
+    by_text = {claim.text: claim for claim in claims(unsaid)}
+    assert by_text[waits.text].holds is False and "50.0 %" in by_text[waits.text].evidence
     slow = [
         dataclasses.replace(r, realized=r.realized and dataclasses.replace(r.realized, mean=1.2))
-        for r in found
+        for r in measured_rows
     ]
     text = "The speed end reaches the paper's 1.93x realized"
     evidence = {claim.text: claim for claim in claims(slow, exact=1.53)}[text].evidence
     assert "1.20" in evidence and "1.53x theoretical" in evidence
 
 
-def test_a_win_rate_that_fails_names_its_families(found: list[Any]) -> None:
+def test_a_win_rate_that_fails_names_its_families(measured_rows: list[Any]) -> None:
     def loses(r: Any) -> Any:
         if r.method != "PASTA-BoN":
             return r
         families = {**r.families, "report": {**r.families["report"], "win_rate": 0.4}}
         return dataclasses.replace(r, families=families, win_rate=dataclasses.replace(r.win_rate, mean=0.45))
 
-    made = {claim.text: claim for claim in claims([loses(r) for r in found])}
-    claim = made["At no loss of quality (win rate at least 50 %) realized speedup is at least 1.5x"]
+    by_text = {claim.text: claim for claim in claims([loses(r) for r in measured_rows])}
+    claim = by_text["At no loss of quality (win rate at least 50 %) realized speedup is at least 1.5x"]
     assert claim.holds is False and "against Baseline-SFT: report -10.0" in claim.evidence
 
 
-def test_the_frontier_is_compared_where_apar_is(found: list[Any]) -> None:
+def test_the_frontier_is_compared_where_apar_is(measured_rows: list[Any]) -> None:
     text = "The PASTA frontier lies above the segment from Baseline-SFT to APAR"
 
     def judged(apar: tuple[float, float], *bon: tuple[float, float]) -> Any:
@@ -284,7 +286,7 @@ def test_the_frontier_is_compared_where_apar_is(found: list[Any]) -> None:
                 win_rate=dataclasses.replace(r.win_rate, mean=win),
             )
 
-        return {claim.text: claim for claim in claims([moved(r) for r in found])}[text]
+        return {claim.text: claim for claim in claims([moved(r) for r in measured_rows])}[text]
 
     # From (1, 50 %) to (2, 46 %): 48 % at 1.5x.
     assert judged((1.5, 0.47), (2.0, 0.46), (1.8, 0.40)).holds is True

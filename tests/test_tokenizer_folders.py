@@ -17,7 +17,7 @@ from pasta_jax.tokens.hf import HfTokenizer
 from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_bytes, tokenizer_from_files
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
-from tests.helpers import family_tokenizers as made
+from tests.helpers import family_tokenizers as families
 from tests.helpers.family_folders import (
     ALL,
     CONVERSATIONS,
@@ -34,23 +34,23 @@ tokenizers = pytest.importorskip("tokenizers")
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_checkpoint_has_the_whole_tokenizer(name: str) -> None:
-    found = tokenizer(name)
-    again = tokenizer_from_bytes(found.to_bytes())
-    assert again.vocabulary == found.vocabulary and again.usage == found.usage
-    assert again.to_bytes() == found.to_bytes()
+    loaded = tokenizer(name)
+    again = tokenizer_from_bytes(loaded.to_bytes())
+    assert again.vocabulary == loaded.vocabulary and again.usage == loaded.usage
+    assert again.to_bytes() == loaded.to_bytes()
     for messages in CONVERSATIONS:
-        assert again.encode_chat(messages) == found.encode_chat(messages)
+        assert again.encode_chat(messages) == loaded.encode_chat(messages)
     config = Config(data=DataConfig(dialect="apar"), checkpoint=CheckpointConfig(keep=1))
-    about = About("there", 1, 0, config, found.to_bytes(), dict(found.vocabulary.tag_ids), {})
-    assert about.is_of(found) and about.tokenizer().vocabulary == found.vocabulary.with_dialect("apar")
+    about = About("there", 1, 0, config, loaded.to_bytes(), dict(loaded.vocabulary.tag_ids), {})
+    assert about.is_of(loaded) and about.tokenizer().vocabulary == loaded.vocabulary.with_dialect("apar")
 
 
 def test_damaged_and_missing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = tokenizer("llama 3")
+    loaded = tokenizer("llama 3")
     with pytest.raises(TokenizerError, match="saved tokenizer is damaged"):
-        tokenizer_from_bytes(found.to_bytes()[:-100])
+        tokenizer_from_bytes(loaded.to_bytes()[:-100])
     with pytest.raises(TokenizerError, match="kind 'other'"):
-        tokenizer_from_bytes(found.to_bytes().replace(b'"tokenizers"', b'"other"', 1))
+        tokenizer_from_bytes(loaded.to_bytes().replace(b'"tokenizers"', b'"other"', 1))
     with pytest.raises(TokenizerError, match=f"Cannot read the tokenizer {tmp_path / 'none.model'}: No such"):
         load_tokenizer(tmp_path / "none.model")
     with pytest.raises(TokenizerError, match=f"{tmp_path}: There is neither a tokenizer.model nor"):
@@ -58,10 +58,10 @@ def test_damaged_and_missing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match=f"{tmp_path}: tokenizer.json: Not a tokenizer.json"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(made.llama3()[:-10])
+    (tmp_path / "tokenizer.json").write_bytes(families.llama3()[:-10])
     with pytest.raises(TokenizerError, match=f"{tmp_path / 'tokenizer.json'}: Not a tokenizer.json"):
         load_tokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer.json").write_bytes(made.llama3())
+    (tmp_path / "tokenizer.json").write_bytes(families.llama3())
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # tiktoken's, under the same name
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(TokenizerError, match="tokenizer_config.json is no JSON"):
@@ -71,7 +71,7 @@ def test_damaged_and_missing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(TokenizerError, match=r'pip install -e "\.\[hf\]"'):
         load_tokenizer(tmp_path)
-    about = About("there", 1, 0, Config(), found.to_bytes(), dict(found.vocabulary.tag_ids), {})
+    about = About("there", 1, 0, Config(), loaded.to_bytes(), dict(loaded.vocabulary.tag_ids), {})
     with pytest.raises(CheckpointError, match=r'^there: Reading tokenizer\.json needs.* -e "\.\[hf\]"'):
         about.tokenizer()
 
@@ -98,61 +98,67 @@ def test_tag_ids_that_a_folder_names() -> None:
 
 def test_no_room_for_tags(tmp_path: pathlib.Path) -> None:
     """An error that names the file and both ways out; with `extend`, ids after the end."""
-    (tmp_path / "tokenizer.json").write_bytes(made.qwen())
-    size = rows(made.qwen()) - ROOM
-    for given, said in ((None, "is not known"), (size + 5, f"has {size + 5} rows for its {size} ids")):
-        with pytest.raises(TokenizerError, match=f"{tmp_path}.*no id for 6 of the 6.*{said}") as error:
+    (tmp_path / "tokenizer.json").write_bytes(families.qwen())
+    size = rows(families.qwen()) - ROOM
+    for given, message in ((None, "is not known"), (size + 5, f"has {size + 5} rows for its {size} ids")):
+        with pytest.raises(TokenizerError, match=f"{tmp_path}.*no id for 6 of the 6.*{message}") as error:
             load_tokenizer(tmp_path / "tokenizer.json", vocab_size=given)
         assert "extend_tokenizer=true" in str(error.value) and "--extend_tokenizer" in str(error.value)
     for options in ({"vocab_size": size + 6}, {"extend": True}):
-        found = load_tokenizer(tmp_path / "tokenizer.json", **options)
-        assert sorted(found.vocabulary.tag_ids.values()) == [*range(size, size + 6)]
+        loaded = load_tokenizer(tmp_path / "tokenizer.json", **options)
+        assert sorted(loaded.vocabulary.tag_ids.values()) == [*range(size, size + 6)]
     # What the template names is not free.
-    files = {"tokenizer.model": made.gemma(), **made.folder(made.GEMMA3 + "{# <unused0> <unused4> #}")}
-    found = tokenizer_from_files(files)
+    files = {
+        "tokenizer.model": families.gemma(),
+        **families.folder(families.GEMMA3 + "{# <unused0> <unused4> #}"),
+    }
+    loaded = tokenizer_from_files(files)
     expected = {f"<unused{n}>" for n in (1, 2, 3, 5, 6, 7)}
-    assert {names_of("gemma")[i] for i in found.vocabulary.tag_ids.values()} == expected
+    assert {names_of("gemma")[i] for i in loaded.vocabulary.tag_ids.values()} == expected
     # Reserved ids come first: nothing is resized that need not be.
-    assert SentencePieceTokenizer(made.gemma(), extend=True).vocabulary == (
-        SentencePieceTokenizer(made.gemma()).vocabulary
+    assert SentencePieceTokenizer(families.gemma(), extend=True).vocabulary == (
+        SentencePieceTokenizer(families.gemma()).vocabulary
     )
 
 
 def test_tokens_declared_beside_the_file() -> None:
     """A Llama 2 that was taught ChatML: its markers are ids after the SentencePiece model's."""
-    sp = made.sentencepiece.SentencePieceProcessor(model_proto=made.llama2())
+    sp = families.sentencepiece.SentencePieceProcessor(model_proto=families.llama2())
     size = sp.GetPieceSize()
     added = {str(size): {"content": "<|im_start|>"}, str(size + 1): {"content": "<|im_end|>"}}
-    files = {"tokenizer.model": made.llama2(), **made.folder(made.QWEN3, added_tokens_decoder=added)}
+    files = {
+        "tokenizer.model": families.llama2(),
+        **families.folder(families.QWEN3, added_tokens_decoder=added),
+    }
     with pytest.raises(TokenizerError, match="format qwen3 needs <think>, </think>"):
         tokenizer_from_files(files, extend=True)
-    found = tokenizer_from_files(files, extend=True, chat="chatml")
-    assert found.vocabulary.eos == size + 1 and found.vocabulary.ends == {2}
-    assert min(found.vocabulary.tag_ids.values()) == size + 2
-    assert found.encode_prompt("a")[0] == size
-    assert tokenizer_from_bytes(found.to_bytes()).vocabulary == found.vocabulary
+    loaded = tokenizer_from_files(files, extend=True, chat="chatml")
+    assert loaded.vocabulary.eos == size + 1 and loaded.vocabulary.ends == {2}
+    assert min(loaded.vocabulary.tag_ids.values()) == size + 2
+    assert loaded.encode_prompt("a")[0] == size
+    assert tokenizer_from_bytes(loaded.to_bytes()).vocabulary == loaded.vocabulary
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_exported_files_name_the_tags(name: str) -> None:
     """They load again as the same tokenizer, even without pasta_tags.json."""
-    found, files = tokenizer(name), (FOLDERS | EXTENDED)[name]()
+    loaded, files = tokenizer(name), (FOLDERS | EXTENDED)[name]()
     template = json.loads(files["tokenizer_config.json"]).get("chat_template")
-    for out in (export.with_named_tags(files, found.vocabulary), export.minimal_files(found)):
-        assert json.loads(out[load.TAGS_FILE]) == found.vocabulary.tag_ids
+    for out in (export.with_named_tags(files, loaded.vocabulary), export.minimal_files(loaded)):
+        assert json.loads(out[load.TAGS_FILE]) == loaded.vocabulary.tag_ids
         if "tokenizer.json" in out:
             whole = tokenizers.Tokenizer.from_str(out["tokenizer.json"].decode())
-            for piece, i in found.vocabulary.tag_ids.items():
+            for piece, i in loaded.vocabulary.tag_ids.items():
                 assert whole.token_to_id(piece) == i
                 assert whole.encode(f"a{piece}b", add_special_tokens=False).ids.count(i) == 1
         for left in (out, {k: v for k, v in out.items() if k != load.TAGS_FILE}):
             again = tokenizer_from_files(left)
-            assert again.vocabulary.tag_ids == found.vocabulary.tag_ids
-            assert again.usage.chat == found.usage.chat or not template
+            assert again.vocabulary.tag_ids == loaded.vocabulary.tag_ids
+            assert again.usage.chat == loaded.usage.chat or not template
             for messages in CONVERSATIONS:
-                assert again.encode_chat(messages) == found.encode_chat(messages)
-            assert again.encode("".join(tags.PIECES)) == found.encode("".join(tags.PIECES))
-    config = json.loads(export.with_named_tags(files, found.vocabulary)["tokenizer_config.json"])
+                assert again.encode_chat(messages) == loaded.encode_chat(messages)
+            assert again.encode("".join(tags.PIECES)) == loaded.encode("".join(tags.PIECES))
+    config = json.loads(export.with_named_tags(files, loaded.vocabulary)["tokenizer_config.json"])
     assert config["additional_special_tokens"] == list(tags.PIECES)
     assert config.get("chat_template") == template
 
@@ -160,30 +166,30 @@ def test_exported_files_name_the_tags(name: str) -> None:
 @pytest.mark.parametrize("name", [*ALL, "almanac"])
 def test_transformers_reads_what_is_written(name: str, tmp_path: pathlib.Path) -> None:
     transformers = pytest.importorskip("transformers")
-    found = almanac.load_tokenizer() if name == "almanac" else tokenizer(name)
-    for file, data in export.minimal_files(found).items():
+    loaded = almanac.load_tokenizer() if name == "almanac" else tokenizer(name)
+    for file, data in export.minimal_files(loaded).items():
         (tmp_path / file).write_bytes(data)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    original = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in ("Paris is the capital.\n\nThe Nile ", "  two  x", "naïve 北京 1803 🌍"):
-        assert theirs.encode(text, add_special_tokens=False) == found.encode(text)
-        assert theirs.decode(found.encode(text)) == text
-    for piece, i in found.vocabulary.tag_ids.items():
-        assert theirs.convert_ids_to_tokens(i) == piece and i in theirs.all_special_ids
-        assert theirs.encode(f"x{piece}y", add_special_tokens=False).count(i) == 1
-    assert theirs.eos_token_id == found.vocabulary.eos and theirs.bos_token_id == found.vocabulary.bos
-    for messages in CONVERSATIONS if found.usage.chat != "plain" else ():
-        ids = theirs.apply_chat_template(
+        assert original.encode(text, add_special_tokens=False) == loaded.encode(text)
+        assert original.decode(loaded.encode(text)) == text
+    for piece, i in loaded.vocabulary.tag_ids.items():
+        assert original.convert_ids_to_tokens(i) == piece and i in original.all_special_ids
+        assert original.encode(f"x{piece}y", add_special_tokens=False).count(i) == 1
+    assert original.eos_token_id == loaded.vocabulary.eos and original.bos_token_id == loaded.vocabulary.bos
+    for messages in CONVERSATIONS if loaded.usage.chat != "plain" else ():
+        ids = original.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        assert ids == found.encode_chat(messages)
+        assert ids == loaded.encode_chat(messages)
 
 
 def test_declared_ids_without_a_row_are_left_out() -> None:
     """Gemma 3 1B: a text model whose files name an image token that its embedding lacks."""
-    plain = tokenizer_from_files({"tokenizer.model": made.gemma()})
+    plain = tokenizer_from_files({"tokenizer.model": families.gemma()})
     size = len(plain.vocabulary)
     files = {
-        "tokenizer.model": made.gemma(),
+        "tokenizer.model": families.gemma(),
         "added_tokens.json": json.dumps({"<image_soft_token>": size}).encode(),
     }
     assert len(tokenizer_from_files(files, vocab_size=size).vocabulary) == size
