@@ -107,6 +107,13 @@ def place(axes: Axes, labels: Sequence[Label], size: float = 9) -> list[Annotati
     """
     if not labels:
         return []
+    from matplotlib import patheffects
+
+    style: dict[str, Any] = dict(
+        textcoords="offset points", ha="center", va="center", fontsize=size, zorder=5
+    )
+    style["arrowprops"] = dict(arrowstyle="-", color="#777777", linewidth=0.7, shrinkA=0, shrinkB=1)
+    style["path_effects"] = [patheffects.withStroke(linewidth=2.5, foreground="white")]
     figure = cast("Figure", axes.figure)
     figure.draw_without_rendering()  # the layout decides which pixel a point in data coordinates has
     pixel = figure.dpi / 72
@@ -114,7 +121,8 @@ def place(axes: Axes, labels: Sequence[Label], size: float = 9) -> list[Annotati
     annotations: list[Annotation] = []
     taken: list[Bbox] = []
     for label in labels:
-        text = _annotate(axes, label, size)
+        text = axes.annotate(label.text, (label.x, label.y), xytext=(0, 0), color=label.color, **style)
+        text.set_in_layout(False)
         start = text.get_window_extent()  # its line has no length yet
         half = np.array([start.width, start.height]) / 2
         shifts = [pixel * o + np.clip(1.5 * o / np.linalg.norm(o), -1, 1) * half for o in np.array(_OFFSETS)]
@@ -132,27 +140,6 @@ def place(axes: Axes, labels: Sequence[Label], size: float = 9) -> list[Annotati
         taken.append(start.translated(*shifts[best]).padded(pixel))
         annotations.append(text)
     return annotations
-
-
-def _annotate(axes: Axes, label: Label, size: float) -> Annotation:
-    """The label with its line, centred on its point."""
-    from matplotlib import patheffects
-
-    text = axes.annotate(
-        label.text,
-        (label.x, label.y),
-        xytext=(0, 0),
-        textcoords="offset points",
-        ha="center",
-        va="center",
-        fontsize=size,
-        color=label.color,
-        arrowprops=dict(arrowstyle="-", color="#777777", linewidth=0.7, shrinkA=0, shrinkB=1),
-        path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],
-        zorder=5,
-    )
-    text.set_in_layout(False)
-    return text
 
 
 def _contents(axes: Axes) -> tuple[np.ndarray, list[Path]]:

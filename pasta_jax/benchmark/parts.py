@@ -21,13 +21,14 @@ import numpy as np
 from pasta_jax.baselines import apar
 from pasta_jax.benchmark.measure import Point, Spread, in_turn, ratio
 from pasta_jax.benchmark.replay import PROMPT, UNLIMITED, ReplayError, Run, limits_for, replay, summaries
-from pasta_jax.benchmark.trees import random_tree, sequential, some_words, text_of, with_topics
+from pasta_jax.benchmark.trees import random_tree, some_words, text_of, with_topics
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import script_of
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
+from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.program import Program, Promise, Text
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -269,20 +270,12 @@ def real_shapes(
       ValueError: there is none.
     """
     annotated = [program for text in responses if [*(program := apar.annotate(text)).promises()]]
-    usable = []
-    for program in annotated:
-        text = "".join(node.text for node in _texts(program))
-        if len(tokenizer.encode(text)) <= LONGEST_REAL:
-            usable.append(with_topics(program, tokenizer))
-    if not usable:
+    short = [program for program in annotated if len(tokenizer.encode(assemble(program))) <= LONGEST_REAL]
+    if not short:
         raise ValueError(
             f"None of {len(responses)} responses is a list or has paragraphs with something to promise."
         )
-    return rng.sample(usable, min(count, len(usable)))
-
-
-def _texts(program: Program) -> list[Text]:
-    return [node for node in sequential(program).nodes if isinstance(node, Text)]
+    return [with_topics(program, tokenizer) for program in rng.sample(short, min(count, len(short)))]
 
 
 def read_responses(path: str | os.PathLike[str]) -> list[str]:

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
+from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined
 from pasta_jax.lang.tags import MAX_TOPIC_TOKENS
@@ -125,7 +126,7 @@ def with_topics(program: Program, tokenizer: Tokenizer) -> Program:
         block = tuple(map(named, node.block))
         if not node.is_bare:
             return dataclasses.replace(node, block=block)
-        text = "".join(n.text for n in sequential(Program(block)).nodes if isinstance(n, Text))
+        text = assemble(Program(block))
         topic = " ".join(re.findall(r"[^\W\d_]+", text)[:2])
         if not topic or len(tokenizer.encode(TOPIC_PREFIX + topic)) > MAX_TOPIC_TOKENS:
             topic = "part"
