@@ -55,13 +55,13 @@ def place_params(
     Raises:
       InterchangeError: it does not fit, with the arithmetic, before anything is read.
     """
-    places = target_shapes(config, mesh, quantized=transform is not None)
-    sizes = {path: max(leaf.size for leaf in jax.tree.leaves(places[path])) for path in readers}
-    devices = {device for leaf in jax.tree.leaves(places) for device in leaf.sharding.addressable_devices}
+    targets = target_shapes(config, mesh, quantized=transform is not None)
+    sizes = {path: max(leaf.size for leaf in jax.tree.leaves(targets[path])) for path in readers}
+    devices = {device for leaf in jax.tree.leaves(targets) for device in leaf.sharding.addressable_devices}
     # On a CPU the array that was read becomes the parameter itself, unless it is split or transformed.
     is_taken = transform is None and len(devices) == 1 and all(d.platform == "cpu" for d in devices)
     largest = max(sizes.values()) * np.dtype(config.dtype).itemsize
-    check_fits(places, staging=piece + (0 if is_taken else largest), what=what)
+    check_fits(targets, staging=piece + (0 if is_taken else largest), what=what)
     if check is not None:
         check()
     leaves: dict[Path, Any] = {}
@@ -69,12 +69,12 @@ def place_params(
         array = readers[path]()
         leaf = array if transform is None else transform(path, array)
         del array
-        leaves[path] = jax.tree.map(_place, leaf, places[path])
+        leaves[path] = jax.tree.map(_place, leaf, targets[path])
         del leaf
-    if leaves.keys() != places.keys():
-        wrong = sorted("/".join(path) for path in leaves.keys() ^ places.keys())
+    if leaves.keys() != targets.keys():
+        wrong = sorted("/".join(path) for path in leaves.keys() ^ targets.keys())
         raise ValueError(f"These parameters are not those of the model: {wrong}.")
-    return unflatten_dict({path: leaves[path] for path in places})
+    return unflatten_dict({path: leaves[path] for path in targets})
 
 
 def target_shapes(
@@ -88,8 +88,8 @@ def target_shapes(
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     shapes = jax.eval_shape(quantize, shapes) if quantized else shapes
     if mesh is None:
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings: Any = jax.tree.map(lambda _: here, shapes)
+        one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings: Any = jax.tree.map(lambda _: one_device, shapes)
     else:
         try:
             shardings = sharding.param_shardings(shapes, mesh)
@@ -106,12 +106,12 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[skip : skip + size].view(dtype).reshape(shape)
 
 
-def _place(array: np.ndarray, place: jax.ShapeDtypeStruct) -> jax.Array:
-    if array.shape != place.shape or array.dtype != place.dtype:
+def _place(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
+    if array.shape != target.shape or array.dtype != target.dtype:
         raise ValueError(
-            f"A parameter is {array.dtype}{list(array.shape)}, not {place.dtype}{list(place.shape)}."
+            f"A parameter is {array.dtype}{list(array.shape)}, not {target.dtype}{list(target.shape)}."
         )
-    if len(place.sharding.device_set) == 1:
-        return jax.block_until_ready(jax.device_put(array, place.sharding))
-    placed = jax.make_array_from_callback(place.shape, place.sharding, lambda index: array[index])
+    if len(target.sharding.device_set) == 1:
+        return jax.block_until_ready(jax.device_put(array, target.sharding))
+    placed = jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
     return jax.block_until_ready(placed)

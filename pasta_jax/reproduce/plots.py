@@ -152,8 +152,8 @@ def families(results: Sequence[Result]) -> Figure:
         for i, result in enumerate(shown):
             label = result.method if result.weight is None else f"PASTA-BoN {weight_label(result.weight)}"
             heights = [factor * result.families.get(name, {}).get(measure, math.nan) for name in names]
-            places = [j + (i - (len(shown) - 1) / 2) * width for j in range(len(names))]
-            axes.bar(places, heights, width * 0.92, color=METHODS[result.method].color, label=label, zorder=2)
+            x = [j + (i - (len(shown) - 1) / 2) * width for j in range(len(names))]
+            axes.bar(x, heights, width * 0.92, color=METHODS[result.method].color, label=label, zorder=2)
         if measure == "truth":
             axes.set_ylim(0, 100)
         else:
@@ -246,5 +246,5 @@ def _measured_on(shown: Sequence[Result], intervals: bool = True) -> str:
 
 
 def _count(numbers: Sequence[int], noun: str) -> str:
-    few, many = min(numbers), max(numbers)
-    return f"{few if few == many else f'{few} to {many}'} {noun}{'' if many == 1 else 's'}"
+    low, high = min(numbers), max(numbers)
+    return f"{low if low == high else f'{low} to {high}'} {noun}{'' if high == 1 else 's'}"
