@@ -178,7 +178,9 @@ def main(argv: Sequence[str]) -> None:
 
     try:
         plan = QUICK if values.quick else Plan()
-        given = {name: values[name].value for name in PLAN_FLAGS if values[name].value is not None}
+        given: dict[str, Any] = {
+            name: values[name].value for name in PLAN_FLAGS if values[name].value is not None
+        }
         plan = dataclasses.replace(plan, **given)
         what = PARTS if "all" in values.what else tuple(values.what)
         options = dict(dtype=values.dtype, responses_file=values.responses, seed=values.seed)

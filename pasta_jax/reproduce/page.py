@@ -147,7 +147,7 @@ def _measured(result: Result) -> list[str]:
         realized.text(2) if realized else MISSING,
         result.theoretical.text(2),
         result.parallelism.text(2),
-        _plain(realized and realized.mean / result.theoretical.mean),
+        _plain(realized.mean / result.theoretical.mean if realized else None),
         str(result.seeds),
         str(result.prompts),
     ]
