@@ -1,25 +1,18 @@
 """Skeleton-of-Thought: two rounds, the second all at once."""
 
-import dataclasses
-
 from pasta_jax.baselines import sot
-
-
-@dataclasses.dataclass(frozen=True)
-class Said:
-    text: str
-    steps: int
+from pasta_jax.baselines.sot import Reply
 
 
 def test_points_are_asked_together_and_joined_in_order() -> None:
     calls: list[list[str]] = []
     replies = {
-        "Why?\nGive only the points.": Said("1. cost\n2. time\n", 7),
-        "Why?\n1. cost\n2. time\nWrite only 1. cost": Said("It is cheap. ", 4),
-        "Why?\n1. cost\n2. time\nWrite only 2. time": Said("It is quick.", 9),
+        "Why?\nGive only the points.": Reply("1. cost\n2. time\n", 7),
+        "Why?\n1. cost\n2. time\nWrite only 1. cost": Reply("It is cheap. ", 4),
+        "Why?\n1. cost\n2. time\nWrite only 2. time": Reply("It is quick.", 9),
     }
 
-    def ask(prompts: list[str]) -> list[Said]:
+    def ask(prompts: list[str]) -> list[Reply]:
         calls.append(prompts)
         return [replies[prompt] for prompt in prompts]
 
@@ -31,7 +24,7 @@ def test_points_are_asked_together_and_joined_in_order() -> None:
 
 
 def test_a_skeleton_without_points_is_the_answer() -> None:
-    assert sot.answer(lambda prompts: [Said("No idea.", 3)], "Why?") == sot.SkeletonAnswer(
+    assert sot.answer(lambda prompts: [Reply("No idea.", 3)], "Why?") == sot.SkeletonAnswer(
         "No idea.", (), 3, 3
     )
 

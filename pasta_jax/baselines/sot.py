@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 MAX_POINTS = 8
 """More points are not expanded: the engine decodes this many at once."""
@@ -30,14 +29,12 @@ MAX_POINTS = 8
 _LINE = re.compile(r"\d+\. (.+)")
 
 
-class Reply(Protocol):
-    """A model's answer to one prompt."""
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A model's answer to one prompt, and its decode steps."""
 
-    @property
-    def text(self) -> str: ...
-    @property
-    def steps(self) -> int:
-        """Decode steps of the reply."""
+    text: str
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,14 +122,14 @@ def skeleton_of_thought(model: Model) -> System:
         wall_s: list[float] = []
         stops: list[str] = []
 
-        def ask(prompts: list[str]) -> list[_Reply]:
+        def ask(prompts: list[str]) -> list[sot.Reply]:
             rows = next_power_of_two(len(prompts))
             ids = [model.tokenizer.encode_prompt(prompt) for prompt in prompts]
             traces, timing = decoder(rows).decode(ids, [sequential] * len(ids))
             wall_s.append(timing.wall_s)
             results = [result(model.tokenizer, trace) for trace in traces]
             stops.extend(decoded.stop_reason for decoded in results)
-            return [_Reply(decoded.text, decoded.stats.output_tokens) for decoded in results]
+            return [sot.Reply(decoded.text, decoded.stats.output_tokens) for decoded in results]
 
         reply = sot.answer(ask, task.prompt)
         return reply, sum(wall_s), next((stop for stop in stops if stop != "eos"), "eos")
@@ -154,12 +154,6 @@ def skeleton_of_thought(model: Model) -> System:
         )
 
     return answer
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reply:
-    text: str
-    steps: int
 
 
 def answer_at_once(
