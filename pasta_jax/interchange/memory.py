@@ -79,7 +79,7 @@ def _refusal(what: str, leaves: list[Any], need: int, free: int, place: str) -> 
         ways.insert(0, "dtype bfloat16")
     return (
         f"{what} does not fit: {count:,} parameters x {sizes} bytes = {gib(total)} GiB over {len(devices)} "
-        f"device{'s' * (len(devices) > 1)}; {gib(need)} GiB are needed {place}, with what reading takes, and "
+        f"device{'s' * (len(devices) > 1)}; {gib(need)} GiB are needed {place}, what reading takes included, and "
         f"{gib(free)} GiB are free. Nothing was read. Try {', '.join(ways[:-1])}, or {ways[-1]}."
     )
 
