@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from pasta_jax.benchmark import __main__ as benchmark
-from pasta_jax.benchmark import measure, models, parts, peers, startup
+from pasta_jax.benchmark import measure, measurements, models, peers, startup
 from pasta_jax.benchmark.figures import FIGURES, draw
-from pasta_jax.benchmark.measure import Spread
+from pasta_jax.benchmark.measure import Quartiles
 from pasta_jax.benchmark.models import NAMED, silent
 from pasta_jax.decoding.script import threads_in
 from pasta_jax.lang.assemble import assemble
@@ -34,7 +34,7 @@ ANSWER = """Two rivers are long:
 - Amazon: it flows through rather few of them, 7 or 8."""
 
 SMALL = ModelConfig(vocab_size=512, num_layers=1, model_dim=16, num_heads=2, head_dim=8, mlp_dim=16)
-PLAN = dataclasses.replace(parts.QUICK, widths=(1, 2), lanes=2, repeats=2, steps=4)
+PLAN = dataclasses.replace(measurements.QUICK, branches_at_once=(1, 2), lanes=2, repeats=2, steps=4)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
     benchmark.benchmark(("replay",), "tiny", str(out), PLAN, responses_file=str(responses), seed=3)
     written = json.loads((out / "results.json").read_text())
     points = written["parts"]["replay"]["points"]
-    assert [p["shape"] for p in points] == [
+    assert [p["kind"] for p in points] == [
         *("4 branches", "4 unbalanced", "4 with syncs", "4 nested", "real", "overall")
     ]
     for p in points:
@@ -64,9 +64,9 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
         assert sum(p["steps of width 1, 2, ..."]) == pytest.approx(p["steps"] * p["answers"])
     assert (out / "replay.png").read_bytes().startswith(PNG)
     shown = capsys.readouterr().out
-    assert shown.startswith("replay\n| shape") and "| overall" in shown
+    assert shown.startswith("replay\n| kind") and "| overall" in shown
     assert benchmark.for_json(
-        {"a": math.nan, "b": 1.0, "c": Spread(1.0, 1.0, 2.0, (math.inf, math.nan))}
+        {"a": math.nan, "b": 1.0, "c": Quartiles(1.0, 1.0, 2.0, (math.inf, math.nan))}
     ) == {
         "a": None,
         "b": 1.0,
@@ -102,19 +102,32 @@ def answered(*widths: int) -> Any:
     return types.SimpleNamespace(answer=lambda: (trace, 0.001 * len(widths)))
 
 
+def test_impossible_plans_name_the_flag() -> None:
+    with pytest.raises(ValueError, match="--steps=1 must be at least 2"):
+        dataclasses.replace(PLAN, steps=1)
+    with pytest.raises(ValueError, match="--pool=2 must be more than the 2 lanes"):
+        dataclasses.replace(PLAN, entries=2)
+    with pytest.raises(ValueError, match="8 branches at once need as many lanes, but lanes=2"):
+        dataclasses.replace(PLAN, branches_at_once=(8,))
+
+
 def test_only_steps_of_the_width_asked_for_are_measured() -> None:
     short, long = answered(1, 2, 3, 1), answered(1, 2, 3, 3, 3, 1)
-    assert parts.checked_pool(3, 2, short, long) == 10
-    assert parts.slope(short, long, 2)() == pytest.approx(1.0)
+    assert measurements.checked_pool_use(3, 2, short, long) == 10
+    assert measurements.step_timer(short, long, 2)() == pytest.approx(1.0)
     for wrong in (answered(1, 2, 3, 3, 1), answered(1, 2, 2, 3, 3, 3, 1), answered(1, 2, 3, 3, 4, 1)):
-        with pytest.raises(parts.ReplayError, match="Asked for 2 more steps of width 3, the engine took"):
-            parts.checked_pool(3, 2, short, wrong)
+        with pytest.raises(
+            measurements.ReplayError, match="Expected 2 additional steps of width 3, but by width"
+        ):
+            measurements.checked_pool_use(3, 2, short, wrong)
 
 
 def test_branches_beside_each_other_differ_in_nothing_but_their_length() -> None:
     tokenizer = WordTokenizer(vocab_size=512)
     for length in (9, 31):
-        threads = threads_in(parts.beside(random.Random(0), tokenizer, 3, length), tokenizer)
+        threads = threads_in(
+            measurements.concurrent_branches(random.Random(0), tokenizer, 3, length), tokenizer
+        )
         assert [len(line) - 2 for line in threads.tokens[1:]] == [length] * 3
         assert len(threads.tokens[0]) == 3 * 5 + 1
 
@@ -145,18 +158,21 @@ def test_the_tokenizer_spells_all_texts_with_all_ids(seed: int) -> None:
 
 def test_real_responses_become_programs() -> None:
     tokenizer = WordTokenizer(ANSWER, vocab_size=600)
-    (program,) = parts.real_shapes(tokenizer, [ANSWER, "No list."], 5, random.Random(0))
+    (program,) = measurements.real_programs(tokenizer, [ANSWER, "No list."], 5, random.Random(0))
     assert assemble(program) == ANSWER
     assert [promise.topic for promise in program.promises()] == ["it flows", "it flows"]
     layout_example(tokenizer, "Rivers?", program)
     with pytest.raises(ValueError, match="None of 1 responses"):
-        parts.real_shapes(tokenizer, ["No list."], 5, random.Random(0))
+        measurements.real_programs(tokenizer, ["No list."], 5, random.Random(0))
+    long = ANSWER + " a" * measurements.MAX_REAL_TOKENS
+    with pytest.raises(ValueError, match="1 of 2 responses .* all of those have more than 640 tokens"):
+        measurements.real_programs(tokenizer, [long, "No list."], 5, random.Random(0))
 
 
 def test_responses_without_a_response(tmp_path: pathlib.Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"response": "a"}\n{"answer": "b"}\n')
     with pytest.raises(ValueError, match="r.jsonl, line 2: no JSON object with a response"):
-        parts.read_responses(tmp_path / "r.jsonl")
+        measurements.read_responses(tmp_path / "r.jsonl")
 
 
 def test_all_that_is_compared_is_measured_in_turn() -> None:
@@ -166,7 +182,7 @@ def test_all_that_is_compared_is_measured_in_turn() -> None:
         called.append(name)
         return float(len(called))
 
-    samples = measure.in_turn("", {"a": lambda: call("a"), "b": lambda: call("b")}, 2)
+    samples = measure.interleaved("", {"a": lambda: call("a"), "b": lambda: call("b")}, 2)
     assert called == ["a", "b"] * 3 and samples == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
 
 
@@ -176,20 +192,20 @@ def test_peers_are_compared_by_what_a_token_and_a_prompt_take() -> None:
     samples = {"pasta_jax, 1": [3.0], "pasta_jax, n": [13.0], "them, 1": [4.0], "them, n": [24.0]}
     tokens_of = {"pasta_jax": np.arange(11)[None], "them": np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]])}
     ours, peer = peers.compared(1, plan, samples, tokens_of)
-    assert (ours["prefill, s"], peer["prefill, s"]) == (Spread.of([2.0]), Spread.of([4.0]))
-    assert (ours["step, ms"], peer["step, ms"]) == (Spread.of([1000.0]), Spread.of([2000.0]))
+    assert (ours["prefill, s"], peer["prefill, s"]) == (Quartiles.of([2.0]), Quartiles.of([4.0]))
+    assert (ours["step, ms"], peer["step, ms"]) == (Quartiles.of([1000.0]), Quartiles.of([2000.0]))
     assert peer["step, ours is x as fast"] == 2 == peer["prefill, ours is x as fast"]
     assert peer["same tokens"] == "10 of 11"
 
 
 def test_every_part_has_a_figure(tmp_path: pathlib.Path) -> None:
     assert {*FIGURES} == {*benchmark.PARTS}
-    spread = dataclasses.asdict(Spread.of([1.0, 2.0, 4.0]))
+    spread = dataclasses.asdict(Quartiles.of([1.0, 2.0, 4.0]))
     points: dict[str, list[dict[str, Any]]] = {
-        "width": [{"lanes used": n, "step, ms": spread} for n in (1, 8)],
+        "width": [{"width": n, "step, ms": spread} for n in (1, 8)],
         "pool": [{"pool used": n, "pool": 99, "step, ms": spread} for n in (1, 8)],
         "batch": [{"answers": kind, "rows": n, "tokens/s": spread} for kind in "ab" for n in (1, 8)],
-        "replay": [{"shape": "4", "theoretical, x": 3.0, "realized, x": 2.0, "efficiency": spread}],
+        "replay": [{"kind": "4", "theoretical, x": 3.0, "realized, x": 2.0, "efficiency": spread}],
         "peers": [
             {"batch": n, "who": who, "prefill, s": spread, "step, ms": spread} for n in (1, 8) for who in "ab"
         ],

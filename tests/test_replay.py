@@ -15,7 +15,7 @@ from pasta_jax.baselines import apar
 from pasta_jax.benchmark import replay as replaying
 from pasta_jax.benchmark import trees as answers
 from pasta_jax.benchmark.replay import Replayed, limits_for, replay, summaries
-from pasta_jax.benchmark.trees import random_tree, sequential
+from pasta_jax.benchmark.trees import random_tree, without_tags
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
@@ -129,7 +129,7 @@ def test_random_trees_are_as_asked(
     else:
         assert abs(sum(own) - 20 * branches) <= branches
         assert len({*own}) > 1 or branches == 2  # two may happen to be as long
-    text = sequential(tree)
+    text = without_tags(tree)
     assert assemble(text) == assemble(tree) and not [*text.promises()]
     assert len(threads_in(text, WORDS).tokens[0]) - 1 == read(WORDS.vocabulary, threads).text_tokens
 
@@ -140,7 +140,7 @@ def walk(nodes: tuple) -> list:
 
 def test_answers_that_a_rule_annotated_get_topics() -> None:
     text = "- The river: 1234567890 1234567890 42.\n- 1: And so it is.\nThe end. And a river."
-    tree = answers.with_topics(apar.annotate(text), WORDS)
+    tree = answers.complete_promises(apar.annotate(text), WORDS)
     assert assemble(tree) == text
     assert [promise.topic for promise in tree.promises()] == ["part", "And so", "And a"]
     assert threads_in(tree, WORDS)
@@ -153,18 +153,22 @@ def test_replay_measures_both_ways(rng: random.Random) -> None:
         Program((Text(" the river"),)),
     ]
     wide, plain = replay(decoder(), {"wide": trees[:1], "plain": trees[1:]}, repeats=3)
-    assert (wide.shape, wide.branches, plain.shape, plain.branches) == ("wide", 8, "plain", 0)
+    assert (wide.kind, wide.branches, plain.kind, plain.branches) == ("wide", 8, "plain", 0)
     assert wide.steps == wide.critical_path < wide.text_tokens  # there are as many lanes as threads
     assert plain.steps == plain.critical_path == plain.text_tokens == 2 == plain.theoretical * 2
-    assert sum(wide.widths) == wide.steps and len(wide.widths) > 3 and plain.widths == (2,)
-    tokens = sum(width * count for width, count in enumerate(wide.widths, 1))
+    assert (
+        sum(wide.steps_by_width) == wide.steps
+        and len(wide.steps_by_width) > 3
+        and plain.steps_by_width == (2,)
+    )
+    tokens = sum(width * count for width, count in enumerate(wide.steps_by_width, 1))
     assert tokens == sum(map(len, threads_in(trees[0], WORDS).tokens)) - 1  # but for the end
     assert len(wide.parallel_s) == len(wide.sequential_s) == len(wide.start_s) == 3
     assert min(wide.parallel_s + wide.sequential_s + wide.start_s) > 0
     prompt = WORDS.encode_prompt("the river")
     (trace,), _ = decoder().decode([prompt], [SamplingParams(1000, 1000, script=script_of(trees[0], WORDS))])
     (again,) = replay(decoder(), {"a trace": [trace]}, repeats=1)
-    assert (again.critical_path, again.widths) == (wide.critical_path, wide.widths)
+    assert (again.critical_path, again.steps_by_width) == (wide.critical_path, wide.steps_by_width)
     assert again.text_tokens == wide.text_tokens
     (cut,), _ = decoder().decode([prompt], [SamplingParams(9, 9)])
     with pytest.raises(ValueError, match="stopped with 'length' has no end to replay"):
@@ -211,9 +215,9 @@ def test_efficiency_by_hand() -> None:
     half = dataclasses.replace(
         one, critical_path=50, parallel_s=(6.0, 6.0, 6.0), sequential_s=(12.0, 12.0, 12.0)
     )
-    other = dataclasses.replace(half, shape="b")
+    other = dataclasses.replace(half, kind="b")
     a, b, all_ = summaries([one, half, other])
-    assert [(item.shape, item.answers) for item in (a, b, all_)] == [("a", 2), ("b", 1), ("overall", 3)]
+    assert [(item.kind, item.answers) for item in (a, b, all_)] == [("a", 2), ("b", 1), ("overall", 3)]
     assert a.theoretical == pytest.approx(8**0.5)
     assert a.speedups == pytest.approx((6**0.5, 24**0.5, 2.0)) and a.realized == pytest.approx(6**0.5)
     assert a.efficiencies[0] == pytest.approx((6 / 8) ** 0.5)

@@ -1,7 +1,7 @@
 """Measures the engine's speed on this machine: `python -m pasta_jax.benchmark --model=300m --out=runs/benchmark`.
 
-    width     time of a decode step against lanes used
-    replay    realized by theoretical speedup against the shape of answers
+    width     time of a decode step against its width, the number of lanes used
+    replay    realized by theoretical speedup for each kind of tree
     batch     tokens per second against concurrent requests
     pool      time of a decode step against the used part of the pool
     peers     sequential decode and prefill, compared with Hugging Face transformers on the same weights
@@ -28,8 +28,8 @@ from pasta_jax.files import write_json
 from pasta_jax.verbs import refuse, show_log
 
 if TYPE_CHECKING:
-    from pasta_jax.benchmark.measure import Point
-    from pasta_jax.benchmark.parts import Plan
+    from pasta_jax.benchmark.measure import TableRow
+    from pasta_jax.benchmark.measurements import Plan
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -39,15 +39,15 @@ PARTS = ("startup", "width", "replay", "batch", "pool", "peers")
 RESULTS = "results.json"
 
 PLAN_FLAGS = {
-    "repeats": "Repeats of each measurement.",
-    "tokens": "Mean length of a branch.",
-    "answers": "Answers to replay of each shape.",
-    "real": "Number of given responses to replay.",
-    "steps": "Steps over which the time of a step is averaged.",
-    "pool": "Entries of the pool; some parts need more.",
-    "prompt": "Length of the prompts in the comparison with peers.",
+    "repeats": ("repeats", "Repeats of each measurement."),
+    "tokens": ("branch_tokens", "Mean length of a branch."),
+    "answers": ("answers_per_kind", "Answers to replay of each kind of tree."),
+    "real": ("real_responses", "Number of given responses to replay."),
+    "steps": ("steps", "Steps over which the time of a step is averaged."),
+    "pool": ("entries", "Entries of the pool, with those that idle lanes write; replay may need more."),
+    "prompt": ("prompt_tokens", "Length of the prompts in the comparison with peers."),
 }
-"""Flags that change the plan, by the names of its fields."""
+"""Flags that change the plan: the field, and the help."""
 
 
 def benchmark(
@@ -73,18 +73,18 @@ def benchmark(
     Returns:
       The contents of results.json.
     """
-    from pasta_jax.benchmark import measure, parts, peers, startup
+    from pasta_jax.benchmark import measure, measurements, peers, startup
     from pasta_jax.benchmark.models import model_of
     from pasta_jax.model import param_count
 
     loads = measure.load_average()
-    responses = parts.read_responses(responses_file) if responses_file else []
+    responses = measurements.read_responses(responses_file) if responses_file else []
     os.makedirs(out, exist_ok=True)
     plan_fields = dataclasses.asdict(plan) | {"seed": seed}
     results: dict[str, Any] = {"model": {"name": model_name}, "plan": plan_fields, "parts": {}}
     if "startup" in what:
         LOG.info("startup: %d times two starts", plan.repeats)
-        starts = startup.startup(model_name, dtype, plan.repeats, pool=plan.pool)
+        starts = startup.startup(model_name, dtype, plan.repeats, entries=plan.entries)
     results["machine"] = {"load_average": loads, **measure.machine()}
     model = model_of(model_name, dtype, responses)
     results["model"] |= {
@@ -96,12 +96,12 @@ def benchmark(
     def rng() -> random.Random:
         return random.Random(seed)
 
-    measures: dict[str, Callable[[], list[Point]]] = {
+    measures: dict[str, Callable[[], list[TableRow]]] = {
         "startup": lambda: starts,
-        "width": lambda: parts.width(model, plan, rng()),
-        "replay": lambda: parts.replayed(model, plan, rng(), responses),
-        "batch": lambda: parts.batch(model, plan, rng()),
-        "pool": lambda: parts.pool_used(model, plan, rng()),
+        "width": lambda: measurements.measure_width(model, plan, rng()),
+        "replay": lambda: measurements.measure_replay(model, plan, rng(), responses),
+        "batch": lambda: measurements.measure_batch(model, plan, rng()),
+        "pool": lambda: measurements.measure_pool_fill(model, plan, rng()),
         "peers": lambda: peers.peers(model, plan, rng()),
     }
     for part in (part for part in PARTS if part in what):
@@ -117,7 +117,7 @@ def benchmark(
     return results
 
 
-def table(points: Sequence[Point]) -> str:
+def table(points: Sequence[TableRow]) -> str:
     """A Markdown table with a column for each number."""
     from pasta_jax.benchmark.measure import number
     from pasta_jax.terminal import markdown_table
@@ -132,7 +132,7 @@ def table(points: Sequence[Point]) -> str:
     return markdown_table([*points[0]], [[cell(value) for value in point.values()] for point in points])
 
 
-def for_json(point: Point) -> dict[str, Any]:
+def for_json(point: TableRow) -> dict[str, Any]:
     """A point for JSON, which has neither NaN nor infinity."""
 
     def plain(value: Any) -> Any:
@@ -174,12 +174,14 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1 or unknown:
         refuse(f"--what must be all, or a comma-separated list of {', '.join(PARTS)}.")
     show_log()
-    from pasta_jax.benchmark.parts import QUICK, Plan
+    from pasta_jax.benchmark.measurements import QUICK, Plan
 
     try:
         plan = QUICK if values.quick else Plan()
         given: dict[str, Any] = {
-            name: values[name].value for name in PLAN_FLAGS if values[name].value is not None
+            field: values[flag].value
+            for flag, (field, _) in PLAN_FLAGS.items()
+            if values[flag].value is not None
         }
         plan = dataclasses.replace(plan, **given)
         what = PARTS if "all" in values.what else tuple(values.what)
@@ -198,7 +200,7 @@ def command() -> None:
     flags.DEFINE_string("responses", None, "JSONL file of real responses to replay, in the field `response`.")
     flags.DEFINE_bool("quick", False, "Less of everything: a check that it works, in seconds.")
     flags.DEFINE_integer("seed", 0, "Of texts, shapes and prompts.")
-    for name, help in PLAN_FLAGS.items():
+    for name, (_, help) in PLAN_FLAGS.items():
         flags.DEFINE_integer(name, None, help, lower_bound=1)
     app.run(main)
 

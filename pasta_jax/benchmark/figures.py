@@ -31,12 +31,12 @@ def draw(part: str, points: Points, path: str | os.PathLike[str], subtitle: str 
 
 
 def draw_width(points: Points) -> Figure:
-    """Step time against lanes used."""
-    return _one_line(points, "lanes used", "Lanes used", doubling=True)
+    """Step time against the width."""
+    return _one_line(points, "width", "Width: lanes used in a step", doubling=True)
 
 
 def draw_pool(points: Points) -> Figure:
-    """Step time against entries used."""
+    """Step time against pool entries used."""
     return _one_line(points, "pool used", f"Pool entries used, of {points[0]['pool']}")
 
 
@@ -52,13 +52,13 @@ def _one_line(points: Points, x: str, x_label: str, doubling: bool = False) -> F
 
 
 def draw_batch(points: Points) -> Figure:
-    """Tokens per second against rows, a line for each kind of answers."""
+    """Tokens fed per second against rows, a line for each kind of answers."""
     figure = new_figure(6.5, 4.2)
     axes = figure.subplots()
     for look, kind in zip(SERIES, dict.fromkeys(p["answers"] for p in points)):
         group = [p for p in points if p["answers"] == kind]
         _line(axes, [p["rows"] for p in group], [p["tokens/s"] for p in group], look, kind)
-    dress(axes, "Concurrent requests", "Tokens per second")
+    dress(axes, "Concurrent requests", "Tokens fed per second")
     axes.set_ylim(bottom=0)
     _double(axes, sorted({p["rows"] for p in points}))
     axes.legend(frameon=False)
@@ -66,7 +66,7 @@ def draw_batch(points: Points) -> Figure:
 
 
 def draw_replay(points: Points) -> Figure:
-    """Theoretical and realized speedup of each shape class, and their ratio."""
+    """Theoretical and realized speedup of each kind of tree, and their ratio."""
     figure = new_figure(10, 1.6 + 0.34 * len(points))
     speeds, efficiency = figure.subplots(1, 2, sharey=True)
     rows = range(len(points))
@@ -80,7 +80,7 @@ def draw_replay(points: Points) -> Figure:
     efficiency.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=9)
     efficiency.errorbar(middle, rows, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
     dress(efficiency, "Efficiency: realized / theoretical", "")
-    speeds.set_yticks(rows, [p["shape"] for p in points])
+    speeds.set_yticks(rows, [p["kind"] for p in points])
     speeds.invert_yaxis()
     return figure
 
@@ -137,8 +137,8 @@ FIGURES: dict[str, Callable[[Points], Figure]] = {
 """By the names of the parts."""
 
 
-def _line(axes: Axes, x: Sequence[float], spreads: Sequence[Any], look: Look, label: str = "") -> None:
-    middle, errors = _errors(spreads)
+def _line(axes: Axes, x: Sequence[float], quartiles: Sequence[Any], look: Look, label: str = "") -> None:
+    middle, errors = _errors(quartiles)
     axes.errorbar(
         x,
         middle,
@@ -151,10 +151,10 @@ def _line(axes: Axes, x: Sequence[float], spreads: Sequence[Any], look: Look, la
     )
 
 
-def _errors(spreads: Sequence[Mapping[str, float]]) -> tuple[list[float], list[list[float]]]:
+def _errors(quartiles: Sequence[Mapping[str, float]]) -> tuple[list[float], list[list[float]]]:
     """Medians, and the distances of the quartiles below and above them."""
-    below = [s["median"] - s["low"] for s in spreads]
-    return [s["median"] for s in spreads], [below, [s["high"] - s["median"] for s in spreads]]
+    below = [s["median"] - s["low"] for s in quartiles]
+    return [s["median"] for s in quartiles], [below, [s["high"] - s["median"] for s in quartiles]]
 
 
 def _double(axes: Axes, values: Sequence[int]) -> None:

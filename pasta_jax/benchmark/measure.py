@@ -1,4 +1,4 @@
-"""Measuring: in turn and repeatedly, as medians with quartiles, with a description of the machine."""
+"""Interleaved, repeated measurements as medians with quartiles; a description of the machine."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "transformers", "torch")
 
-Cell: TypeAlias = "str | int | float | bool | Spread | tuple[int, ...]"
-Point: TypeAlias = dict[str, Cell]
-"""One line of a table: numbers by name; a name ends with the unit."""
+Cell: TypeAlias = "str | int | float | bool | Quartiles | tuple[int, ...]"
+TableRow: TypeAlias = dict[str, Cell]
+"""One row of a table: cells by the name of their column, which ends with the unit."""
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
-    """Repeated measurements of one quantity.
+class Quartiles:
+    """Median and quartiles of repeated measurements of one quantity.
 
     Attributes:
-      low, high: the quartiles.
+      low, high: the lower and the upper quartile.
       samples: all measurements.
     """
 
@@ -36,17 +38,17 @@ class Spread:
     samples: tuple[float, ...]
 
     @staticmethod
-    def of(samples: Sequence[float]) -> Spread:
-        """The spread of some measurements.
+    def of(samples: Sequence[float]) -> Quartiles:
+        """The median and quartiles of some measurements.
 
-        >>> Spread.of([3.0, 1.0, 2.0, 4.0, 5.0])
-        Spread(median=3.0, low=2.0, high=4.0, samples=(3.0, 1.0, 2.0, 4.0, 5.0))
+        >>> Quartiles.of([3.0, 1.0, 2.0, 4.0, 5.0])
+        Quartiles(median=3.0, low=2.0, high=4.0, samples=(3.0, 1.0, 2.0, 4.0, 5.0))
         """
         if len(samples) == 1:
             low = high = samples[0]
         else:
             low, _, high = statistics.quantiles(samples, method="inclusive")
-        return Spread(statistics.median(samples), low, high, tuple(samples))
+        return Quartiles(statistics.median(samples), low, high, tuple(samples))
 
     def __str__(self) -> str:
         return f"{number(self.median)} [{number(self.low)}, {number(self.high)}]"
@@ -61,23 +63,31 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def ratio(one: Sequence[float], other: Sequence[float]) -> float:
+def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     """The ratio of the medians; NaN if the denominator is not positive, which noise in a difference can cause."""
-    below = statistics.median(other)
-    return statistics.median(one) / below if below > 0 else math.nan
+    divisor = statistics.median(denominator)
+    return statistics.median(numerator) / divisor if divisor > 0 else math.nan
 
 
-def in_turn(what: str, measured: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Calls every function once to warm up, then all of them in turn; the values by name.
+def interleaved(
+    what: str, measured: Mapping[Key, Callable[[], float]], repeats: int
+) -> dict[Key, list[float]]:
+    """Calls every function once to warm up, then all of them in turn, so that other load affects them alike.
 
-    They take turns so that other load on the machine affects them alike.
+    Args:
+      what: names the progress bar.
+      measured: the functions, each of which returns one measurement.
+      repeats: how often each is called after the first time.
+
+    Returns:
+      The measurements of each function.
     """
     for call in measured.values():
         call()
-    samples: dict[str, list[float]] = {name: [] for name in measured}
+    samples: dict[Key, list[float]] = {key: [] for key in measured}
     for _ in tqdm(range(repeats), desc=what, unit="repeat", disable=not sys.stderr.isatty()):
-        for name, call in measured.items():
-            samples[name].append(call())
+        for key, call in measured.items():
+            samples[key].append(call())
     return samples
 
 

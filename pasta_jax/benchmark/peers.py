@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from pasta_jax.benchmark.measure import Point, Spread, in_turn, ratio
-from pasta_jax.benchmark.parts import SEQUENTIAL, Plan
+from pasta_jax.benchmark.measure import Quartiles, TableRow, interleaved, median_ratio
+from pasta_jax.benchmark.measurements import SEQUENTIAL, Plan
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.state import Limits
@@ -43,7 +43,7 @@ def missing() -> str | None:
     return None
 
 
-def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...] = BATCHES) -> list[Point]:
+def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...] = BATCHES) -> list[TableRow]:
     """Seconds to prefill and milliseconds of a decode step, of our decoder and of transformers, by batch size.
 
     A step is the slope between a call for one token and a call for `plan.steps` tokens. Prefill is the time of a
@@ -53,9 +53,9 @@ def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...]
       FamilyError: no architecture of transformers has this configuration.
     """
     peers, words = _hf_generates(model), _words(model)
-    points: list[Point] = []
+    points: list[TableRow] = []
     for rows in batches:
-        prompts = np.array([rng.choices(words, k=plan.prompt) for _ in range(rows)], np.int32)
+        prompts = np.array([rng.choices(words, k=plan.prompt_tokens) for _ in range(rows)], np.int32)
         generates = {"pasta_jax": _ours(model, plan, rows), **peers}
         tokens: dict[str, np.ndarray] = {}
         calls: dict[str, Callable[[], float]] = {}
@@ -73,14 +73,14 @@ def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...]
             LOG.info("batch %d, %s: first call took %.0f s", rows, name, time.monotonic() - started)
             calls[f"{name}, 1"] = _seconds(generate, prompts, 1)
             calls[f"{name}, n"] = _seconds(generate, prompts, plan.steps)
-        samples = in_turn(f"peers, batch {rows}", calls, plan.repeats)
+        samples = interleaved(f"peers, batch {rows}", calls, plan.repeats)
         points += compared(rows, plan, samples, tokens)
     return points
 
 
 def compared(
     rows: int, plan: Plan, samples: dict[str, list[float]], tokens: dict[str, np.ndarray]
-) -> list[Point]:
+) -> list[TableRow]:
     timed = {}
     for name in tokens:
         one, many = samples[f"{name}, 1"], samples[f"{name}, n"]
@@ -88,18 +88,18 @@ def compared(
         own = 1 if name == "pasta_jax" else 0
         timed[name] = [before - own * s for before, s in zip(one, step)], step, many
     ours = timed["pasta_jax"]
-    points: list[Point] = []
+    points: list[TableRow] = []
     for name, (prefill, step, whole) in timed.items():
         agree = tokens[name] == tokens["pasta_jax"]
         points.append(
             {
                 "batch": rows,
                 "who": name,
-                "prefill, s": Spread.of(prefill),
-                "step, ms": Spread.of([1000 * s for s in step]),
-                "whole, s": Spread.of(whole),
-                "prefill, ours is x as fast": ratio(prefill, ours[0]),
-                "step, ours is x as fast": ratio(step, ours[1]),
+                "prefill, s": Quartiles.of(prefill),
+                "step, ms": Quartiles.of([1000 * s for s in step]),
+                "whole, s": Quartiles.of(whole),
+                "prefill, ours is x as fast": median_ratio(prefill, ours[0]),
+                "step, ours is x as fast": median_ratio(step, ours[1]),
                 "same tokens": f"{int(agree.sum())} of {agree.size}",
             }
         )
@@ -125,9 +125,9 @@ def _words(model: Model) -> list[int]:
 def _ours(model: Model, plan: Plan, rows: int) -> Generate:
     """Our decoder, with promises forbidden."""
     lanes = min(8, plan.lanes)
-    pool = round_up(plan.prompt + plan.steps + lanes, 128) - lanes
+    pool = round_up(plan.prompt_tokens + plan.steps + lanes, 128) - lanes
     limits = Limits(lanes, 16, pool)
-    decoder = Decoder(model, limits=limits, rows=rows, prompt_buckets=(plan.prompt,))
+    decoder = Decoder(model, limits=limits, rows=rows, prompt_buckets=(plan.prompt_tokens,))
 
     def generate(prompts: np.ndarray, tokens: int) -> np.ndarray:
         sampling = dataclasses.replace(SEQUENTIAL, max_new_tokens=tokens)

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from pasta_jax.benchmark.trees import sequential
+from pasta_jax.benchmark.trees import without_tags
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import FREE, Script, depth_of, in_document_order, script_of, threads_in
@@ -33,6 +33,9 @@ from pasta_jax.tokens.tokenizer import Tokenizer
 
 PROMPT = "Go on."
 """A short prompt, so that it takes little time."""
+
+OVERALL = "overall"
+"""The kind in the summary of all answers."""
 
 UNLIMITED = 2**30
 """A token limit for answers that must not be cut."""
@@ -58,21 +61,21 @@ class Replayed:
     """One answer, measured.
 
     Attributes:
-      shape: its shape class.
+      kind: of its tree, such as "8 unbalanced".
       branches: number of threads besides main.
       text_tokens, critical_path: as in `Stats`.
       steps: decode steps taken.
-      widths: number of steps that used 1, 2, ... lanes.
+      steps_by_width: number of steps that used 1, 2, ... lanes.
       parallel_s, sequential_s: seconds of each repeat, including prompt and host, without compiling.
       start_s: the same, of a request that ends after its first decode step.
     """
 
-    shape: str
+    kind: str
     branches: int
     text_tokens: int
     critical_path: int
     steps: int
-    widths: tuple[int, ...]
+    steps_by_width: tuple[int, ...]
     parallel_s: tuple[float, ...]
     sequential_s: tuple[float, ...]
     start_s: tuple[float, ...]
@@ -84,7 +87,9 @@ class Replayed:
     @property
     def speedups(self) -> tuple[float, ...]:
         """Sequential seconds / parallel seconds of each repeat, whose two decodes follow each other directly."""
-        return tuple(plain / parallel for plain, parallel in zip(self.sequential_s, self.parallel_s))
+        return tuple(
+            sequential / parallel for sequential, parallel in zip(self.sequential_s, self.parallel_s)
+        )
 
     @property
     def step_s(self) -> tuple[float, float]:
@@ -119,7 +124,7 @@ def replay(
 
     Args:
       decoder: with limits that hold all answers (`limits_for`).
-      programs: the answers by shape class: annotated ones, or traces of decodes.
+      programs: the answers by kind of tree: annotated ones, or traces of decodes.
       repeats: of each measurement. Parallel and sequential decodes of all answers take turns, so that other load on
         the machine affects them alike.
       prompt: of every request; short, so that it takes little time.
@@ -130,28 +135,28 @@ def replay(
     """
     tokenizer, limits = decoder.model.tokenizer, decoder.limits
     ids = tokenizer.encode_prompt(prompt)
-    shapes = [(shape, program) for shape, several in programs.items() for program in several]
-    pairs = [(script_of(program, tokenizer), _plain(program, tokenizer)) for _, program in shapes]
+    answers = [(kind, program) for kind, of_kind in programs.items() for program in of_kind]
+    pairs = [(script_of(program, tokenizer), _sequential(program, tokenizer)) for _, program in answers]
     every = [script for pair in pairs for script in pair]
     for script in every:
         check_room(script, limits, len(ids))
     size = max(script.size[0] for script in every), max(script.size[1] for script in every)
     runs = [[Run(decoder, ids, script.padded(size)) for script in pair] for pair in pairs]
-    warm = [(parallel.start(), parallel.answer(), plain.answer()) for parallel, plain in runs]
+    warm = [(parallel.start(), parallel.answer(), sequential.answer()) for parallel, sequential in runs]
     seconds: list[list[tuple[float, float, float]]] = [[] for _ in runs]
     for _ in tqdm(range(repeats), desc="replay", unit="repeat", disable=not sys.stderr.isatty()):
-        for taken, (parallel, plain) in zip(seconds, runs):
-            taken.append((parallel.start()[1], parallel.answer()[1], plain.answer()[1]))
+        for taken, (parallel, sequential) in zip(seconds, runs):
+            taken.append((parallel.start()[1], parallel.answer()[1], sequential.answer()[1]))
     return [
-        _measured(shape, tokenizer, parallel, plain, taken)
-        for (shape, _), (_, (parallel, _), (plain, _)), taken in zip(shapes, warm, seconds)
+        _measured(kind, tokenizer, parallel, sequential, taken)
+        for (kind, _), (_, (parallel, _), (sequential, _)), taken in zip(answers, warm, seconds)
     ]
 
 
-def _plain(answer: Program | Trace, tokenizer: Tokenizer) -> Script:
+def _sequential(answer: Program | Trace, tokenizer: Tokenizer) -> Script:
     """The answer's text alone, token by token."""
     if isinstance(answer, Program):
-        return script_of(sequential(answer), tokenizer)
+        return script_of(without_tags(answer), tokenizer)
     if answer.stop != Stop.EOS:
         raise ValueError(
             f"A trace that stopped with {answer.stop.reason!r} has no end to replay. Give it more room, or decode "
@@ -195,7 +200,7 @@ class Run:
         threads, script = in_document_order(trace.threads), self.script.threads
         if trace.stop != Stop.EOS or threads != script:
             pairs = itertools.zip_longest(threads.tokens, script.tokens)
-            differ = [thread for thread, (one, other) in enumerate(pairs) if one != other]
+            differ = [thread for thread, (written, wanted) in enumerate(pairs) if written != wanted]
             raise ReplayError(
                 f"The engine stopped with {trace.stop.reason!r} and differs from the script in the threads "
                 f"{differ[:8]}, in document order: this is a fault of the engine."
@@ -213,43 +218,43 @@ class Run:
 
 
 def _measured(
-    shape: str,
+    kind: str,
     tokenizer: Tokenizer,
     parallel: Trace,
-    plain: Trace,
+    sequential: Trace,
     seconds: Sequence[tuple[float, float, float]],
 ) -> Replayed:
     start_s, parallel_s, sequential_s = zip(*seconds)
-    widths = np.bincount(parallel.widths)[1:]
+    steps_by_width = np.bincount(parallel.widths)[1:]
     return Replayed(
-        shape=shape,
+        kind=kind,
         branches=len(parallel.parent) - 1,
-        text_tokens=plain.steps,
+        text_tokens=sequential.steps,
         critical_path=critical_path(parallel.threads, tokenizer.vocabulary),
         steps=parallel.steps,
-        widths=tuple(int(count) for count in widths),
+        steps_by_width=tuple(steps_by_width.tolist()),
         parallel_s=parallel_s,
         sequential_s=sequential_s,
         start_s=start_s,
     )
 
 
-# ------------------------------------------------------------------------------------------------ shape classes
+# ---------------------------------------------------------------------------------------------- kinds of trees
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A shape class, or all of them. Speeds are geometric means over its answers.
+    """All answers of one kind of tree, or of all kinds. Speeds are geometric means over its answers.
 
     Attributes:
-      shape: its name, or `overall`.
+      kind: of the trees, or OVERALL.
       answers: number of answers.
       theoretical: speedup.
       speedups: realized, of each repeat.
       decode_efficiency: as in `Replayed`; NaN if it is NaN for any answer.
     """
 
-    shape: str
+    kind: str
     answers: int
     theoretical: float
     speedups: tuple[float, ...]
@@ -267,14 +272,14 @@ class Summary:
 
 
 def summaries(replayed: Sequence[Replayed]) -> list[Summary]:
-    """A summary of each shape class, and one of all answers, called overall."""
+    """A summary for each kind of tree, and one for all answers (OVERALL)."""
     mean = statistics.geometric_mean
     rows = []
-    for shape in (*dict.fromkeys(answer.shape for answer in replayed), "overall"):
-        group = [answer for answer in replayed if shape in (answer.shape, "overall")]
+    for kind in (*dict.fromkeys(answer.kind for answer in replayed), OVERALL):
+        group = [answer for answer in replayed if kind in (answer.kind, OVERALL)]
         rows.append(
             Summary(
-                shape=shape,
+                kind=kind,
                 answers=len(group),
                 theoretical=mean([answer.theoretical for answer in group]),
                 speedups=tuple(map(mean, zip(*(answer.speedups for answer in group)))),

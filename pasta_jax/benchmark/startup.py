@@ -14,7 +14,7 @@ import tempfile
 import time
 from typing import Any
 
-from pasta_jax.benchmark.measure import Point, Spread
+from pasta_jax.benchmark.measure import Quartiles, TableRow
 
 PHASES = ("import, s", "model, s", "compile, s", "first token, s", "all, s")
 
@@ -25,29 +25,29 @@ IMPORT = "import time; t = time.perf_counter(); import pasta_jax; print(time.per
 RUN = "import sys; from pasta_jax.benchmark.startup import report; report(*sys.argv[1:])"
 
 
-def startup(name: str, dtype: str | None, repeats: int, *, pool: int) -> list[Point]:
+def startup(name: str, dtype: str | None, repeats: int, *, entries: int) -> list[TableRow]:
     """Seconds of each phase of a start, with an empty and with a full cache.
 
     Args:
       name, dtype: of the model, as `models.model_of` takes them.
       repeats: number of starts with each cache.
-      pool: P plus the lanes.
+      entries: P + S, the pool with the entries that idle lanes write.
     """
     cold, warm = [], []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
-            cold.append(_start(cache, name, dtype, pool))
-            warm.append(_start(cache, name, dtype, pool))
+            cold.append(_start(cache, name, dtype, entries))
+            warm.append(_start(cache, name, dtype, entries))
     return [
         {
             "cache": label,
-            **{name: Spread.of([start[name] for start in starts]) for name in (*PHASES, PACKAGE)},
+            **{name: Quartiles.of([start[name] for start in starts]) for name in (*PHASES, PACKAGE)},
         }
         for label, starts in (("empty", cold), ("full", warm))
     ]
 
 
-def _start(cache: str, name: str, dtype: str | None, pool: int) -> dict[str, float]:
+def _start(cache: str, name: str, dtype: str | None, entries: int) -> dict[str, float]:
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -55,7 +55,7 @@ def _start(cache: str, name: str, dtype: str | None, pool: int) -> dict[str, flo
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # another process may hold memory of the same accelerator
         "PYTHONPATH": os.pathsep.join(filter(None, [_package_home(), os.environ.get("PYTHONPATH")])),
     }
-    arguments = [name, dtype or "", str(pool), repr(time.time())]
+    arguments = [name, dtype or "", str(entries), repr(time.time())]
     phases = json.loads(_python(env, RUN, *arguments))
     return {**phases, PACKAGE: float(_python(env, IMPORT))}
 
@@ -76,7 +76,7 @@ def _package_home() -> str:
     return os.path.dirname(os.path.dirname(os.path.abspath(pasta_jax.__file__)))
 
 
-def report(name: str, dtype: str, pool: str, started: str) -> None:
+def report(name: str, dtype: str, entries: str, started: str) -> None:
     """Runs in the started process: answers one request with one token, and prints its seconds as JSON.
 
     `started` is the time at which the process was started, in seconds since 1970.
@@ -98,7 +98,7 @@ def report(name: str, dtype: str, pool: str, started: str) -> None:
     model: Any = model_of(name, dtype or None)
     jax.block_until_ready(model.params)
     mark()
-    decoder = Decoder(model, limits=Limits(lanes=8, threads=16, pool=int(pool) - 8))
+    decoder = Decoder(model, limits=Limits(lanes=8, threads=16, pool=int(entries) - 8))
     prompt = model.tokenizer.encode_prompt(PROMPT)
     _, timing = decoder.decode([prompt], [SamplingParams(max_new_tokens=1)])
     mark()

@@ -1,4 +1,4 @@
-"""Answers to replay: random trees of a given shape, annotated real answers, and their text without tags."""
+"""Answers to replay: random trees of given properties, annotated real answers, and their text without tags."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def random_tree(
     """
     if branches < 1 or tokens < 1 or depth < 1:
         raise ValueError(f"branches={branches}, tokens={tokens} and depth={depth} must be at least 1.")
-    words = some_words(tokenizer)
+    words = one_token_words(tokenizer)
 
     def text(count: int) -> Text:
-        return Text(text_of(rng, tokenizer, words, count))
+        return Text(random_text(rng, tokenizer, words, count))
 
     def nodes(lengths: Sequence[int], depth: int) -> Iterator[Node]:
         own = len(lengths) if depth == 1 else math.ceil(len(lengths) / 3)
@@ -63,8 +63,8 @@ def random_tree(
         block: list[Node] = [text(length)]
         if nested:
             block = [text(math.ceil(length / 2)), *nodes(nested, depth - 1), text(max(1, length // 2))]
-        tens = min(max(math.ceil((length + sum(nested)) / 10), MIN_TOKENS), MAX_TOKENS)
-        return Promise(rng.choice(words).strip(), tens, joined(block))
+        topic = rng.choice(words).strip()
+        return Promise(topic, promised_tens(length + sum(nested)), joined(block))
 
     return Program(joined(nodes(_lengths(rng, branches, tokens, balanced), depth)))
 
@@ -76,7 +76,12 @@ def _lengths(rng: random.Random, branches: int, tokens: int, balanced: bool) -> 
     return [max(1, round(branches * tokens * weight / sum(weights))) for weight in weights]
 
 
-def some_words(tokenizer: Tokenizer, count: int = 200) -> list[str]:
+def promised_tens(tokens: int) -> int:
+    """The number of tens in the promise of a block: rounded up, and within what a tag can say (1 to 99)."""
+    return min(max(math.ceil(tokens / 10), MIN_TOKENS), MAX_TOKENS)
+
+
+def one_token_words(tokenizer: Tokenizer, count: int = 200) -> list[str]:
     """Words that are one token each with the space before them; a letter if the vocabulary has none."""
     words: list[str] = []
     for i, piece in enumerate(tokenizer.vocabulary.pieces):
@@ -87,8 +92,8 @@ def some_words(tokenizer: Tokenizer, count: int = 200) -> list[str]:
     return words or ["a"]
 
 
-def text_of(rng: random.Random, tokenizer: Tokenizer, words: Sequence[str], tokens: int) -> str:
-    """A text of words with this number of tokens."""
+def random_text(rng: random.Random, tokenizer: Tokenizer, words: Sequence[str], tokens: int) -> str:
+    """A random text of words with this number of tokens. Raises ValueError if it finds none."""
     chosen: list[str] = []
     for _ in range(100 + 10 * tokens):
         have = len(tokenizer.encode("".join(chosen)))
@@ -101,7 +106,7 @@ def text_of(rng: random.Random, tokenizer: Tokenizer, words: Sequence[str], toke
     raise ValueError(f"Found no text of {tokens} tokens in words such as {words[0]!r}.")
 
 
-def sequential(program: Program) -> Program:
+def without_tags(program: Program) -> Program:
     """The same tokens of text in document order, without tags. The texts stay separate, so no tokens merge."""
 
     def texts(nodes: tuple[Node, ...]) -> Iterator[Node]:
@@ -114,23 +119,22 @@ def sequential(program: Program) -> Program:
     return Program(tuple(texts(program.nodes)))
 
 
-def with_topics(program: Program, tokenizer: Tokenizer) -> Program:
+def complete_promises(program: Program, tokenizer: Tokenizer) -> Program:
     """Gives topic and length to the bare promises that a rule finds (`baselines.apar`).
 
     The topic is the block's first word or two, or "part" if those cannot be a topic.
     """
 
-    def named(node: Node) -> Node:
+    def complete(node: Node) -> Node:
         if not isinstance(node, Promise):
             return node
-        block = tuple(map(named, node.block))
+        block = tuple(map(complete, node.block))
         if not node.is_bare:
             return dataclasses.replace(node, block=block)
         text = assemble(Program(block))
         topic = " ".join(re.findall(r"[^\W\d_]+", text)[:2])
         if not topic or len(tokenizer.encode(TOPIC_PREFIX + topic)) > MAX_TOPIC_TOKENS:
             topic = "part"
-        tens = math.ceil(len(tokenizer.encode(text)) / 10)
-        return Promise(topic, min(max(tens, MIN_TOKENS), MAX_TOKENS), block)
+        return Promise(topic, promised_tens(len(tokenizer.encode(text))), block)
 
-    return Program(tuple(map(named, program.nodes)))
+    return Program(tuple(map(complete, program.nodes)))
