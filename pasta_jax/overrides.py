@@ -17,12 +17,10 @@ import re
 import runpy
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.files import changes
-
-T = TypeVar("T")
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
@@ -127,6 +125,8 @@ def _walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 # ---------------------------------------------------------------------------------------------------- types
 
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
 
 def convert(value: Any, kind: Any, path: str) -> Any:
     """`value`, from JSON or the command line, as the type `kind`.
@@ -138,45 +138,34 @@ def convert(value: Any, kind: Any, path: str) -> Any:
       ConfigError: naming the field by `path`.
     """
     wrong = ConfigError(f"config.{path} must be {_in_words(kind)}, got {json.dumps(value, default=repr)}.")
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, Mapping):
-            raise wrong
-        return _convert_section(value, kind, path)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value not in parts:
-            raise wrong
-        return value
-    if origin is tuple:
-        return _convert_tuple(value, parts, path, wrong)
-    if kind is bool:
-        if isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
-            return value.lower() in ("true", "1")
-        if not isinstance(value, bool):
-            raise wrong
-        return value
-    if kind is str:
-        if not isinstance(value, str):
-            raise wrong
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise wrong
     try:
-        number = float(value)
-        if kind is float:
-            return number
-        return int(value) if isinstance(value, int) or str(value).lstrip("-").isdigit() else _whole(number)
-    except (ValueError, OverflowError):
-        raise wrong from None
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+            return _section(value, kind, path)
+        if origin is Literal and value in parts:
+            return value
+        if origin is tuple and isinstance(value, str | list | tuple):
+            items = _items(value, parts) if isinstance(value, str) else value
+            kinds = parts[:1] * len(items) if parts[1:] == (Ellipsis,) else parts
+            return tuple(convert(item, part, path) for item, part in zip(items, kinds, strict=True))
+        if kind is bool and isinstance(value, str):
+            value = _BOOLS[value.lower()]
+        if kind in (int, float) and isinstance(value, str):
+            value = int(value) if value.lstrip("-").isdigit() else float(value)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if type(value) is kind:
+            return value
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError, OverflowError):
+        pass
+    raise wrong
 
 
-def _whole(number: float) -> int:
-    if number != int(number):
-        raise ValueError
-    return int(number)
-
-
-def _convert_section(tree: Mapping[str, Any], cls: type[T], path: str) -> T:
+def _section(tree: Mapping[str, Any], cls: Any, path: str) -> Any:
     prefix = path + "." if path else ""
     values = {key: convert(value, field_type(cls, key, prefix), prefix + key) for key, value in tree.items()}
     try:
@@ -187,20 +176,15 @@ def _convert_section(tree: Mapping[str, Any], cls: type[T], path: str) -> T:
         raise ConfigError(f"config.{path}: {error}") from error
 
 
-def _convert_tuple(value: Any, parts: tuple[Any, ...], path: str, wrong: ConfigError) -> tuple[Any, ...]:
-    repeated = len(parts) == 2 and parts[1] is Ellipsis
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            value = [item.strip() for item in value.split(",") if item]
-            if typing.get_origin(parts[0]) is tuple:
-                value = [tuple(item.rsplit("=", 1)) if "=" in item else (item, 1.0) for item in value]
-        if repeated and isinstance(value, int | float | str):  # a list of one
-            value = [value]
-    if not isinstance(value, list | tuple) or not (repeated or len(value) == len(parts)):
-        raise wrong
-    return tuple(convert(v, parts[0] if repeated else parts[i], path) for i, v in enumerate(value))
+def _items(text: str, parts: tuple[Any, ...]) -> Any:
+    """The items of a tuple as the command line spells it: in Python's way, or as in "a,b" or "a=1,b=2"."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = [item.strip() for item in text.split(",") if item]
+        if typing.get_origin(parts[0]) is tuple:
+            value = [tuple(item.rsplit("=", 1)) if "=" in item else (item, 1.0) for item in value]
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _in_words(kind: Any) -> str:
@@ -217,37 +201,16 @@ def _in_words(kind: Any) -> str:
 # -------------------------------------------------------------------------------------------- unknown fields
 
 _SYNONYMS = {
-    "lambda": "quality_weight",
-    "weight": "quality_weight",
-    "learning_rate": "lr",
-    "peak_lr": "lr",
-    "wd": "weight_decay",
-    "beta1": "b1",
-    "beta2": "b2",
-    "grad_clip": "clip_norm",
-    "max_grad_norm": "clip_norm",
-    "warmup": "warmup_steps",
-    "batch_size": "data.rows",
-    "global_batch": "data.rows",
-    "batch": "data.rows",
-    "seq_len": "length",
-    "sequence_length": "length",
-    "max_length": "length",
-    "context_length": "length",
-    "num_steps": "steps",
-    "max_steps": "steps",
-    "total_steps": "steps",
-    "dataset": "sources",
-    "tp": "tensor",
-    "dp": "data",
-    "hidden_size": "model_dim",
-    "d_model": "model_dim",
-    "layers": "num_layers",
-    "num_hidden_layers": "num_layers",
-    "save_every": "every_steps",
-    "log_every": "every",
+    "lambda": "quality_weight", "weight": "quality_weight", "learning_rate": "lr", "peak_lr": "lr",
+    "wd": "weight_decay", "beta1": "b1", "beta2": "b2", "grad_clip": "clip_norm", "max_grad_norm": "clip_norm",
+    "warmup": "warmup_steps", "num_steps": "steps", "max_steps": "steps", "total_steps": "steps",
+    "batch": "data.rows", "batch_size": "data.rows", "global_batch": "data.rows",
+    "seq_len": "length", "sequence_length": "length", "max_length": "length", "context_length": "length",
+    "dataset": "sources", "tp": "tensor", "dp": "data", "hidden_size": "model_dim", "d_model": "model_dim",
+    "layers": "num_layers", "num_hidden_layers": "num_layers", "save_every": "every_steps", "log_every": "every",
     "max_to_keep": "keep",
-}
+}  # fmt: skip
+"""Other names that people may try for our fields."""
 
 
 def field_type(cls: type, path: str, prefix: str = "") -> Any:

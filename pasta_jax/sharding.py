@@ -181,11 +181,13 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
     Args:
       tree: arrays or `jax.ShapeDtypeStruct`s, as from `jax.eval_shape`.
-      shardings: the same tree of shardings, or one for all leaves.
+      shardings: the same tree of shardings, or a prefix of it: one for all leaves of a part.
     """
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _, one=shardings: one, tree)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    def place(sharding: Any, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+
+    return jax.tree.map(place, shardings, tree)
 
 
 def _axes(letter: str, size: int, mesh: AnyMesh) -> tuple[str, ...]:

@@ -34,13 +34,14 @@ from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined, render
 from pasta_jax.model import init_params
 from pasta_jax.overrides import differences, load_config
-from pasta_jax.testing import WordTokenizer, random_program
+from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.layout import LayoutError, layout, layout_example
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.training.state import TrainState, new_state
 from pasta_jax.visibility import visible
 from tests.helpers import scripted
+from tests.helpers.programs import random_program
 from tests.helpers.scripted import ScriptTokenizer, lines_of
 
 SHARED = Positions("shared")

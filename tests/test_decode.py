@@ -28,10 +28,10 @@ LIMITS = Limits(lanes=8, threads=16, pool=300)
 
 
 def ask(seed: int, **changes: Any) -> SamplingParams:
-    wishes = SamplingParams(
+    sampling = SamplingParams(
         max_new_tokens=200, max_branch_tokens=30, temperature=1.0, seed=seed, open_bias=3.5
     )
-    return dataclasses.replace(wishes, **changes)
+    return dataclasses.replace(sampling, **changes)
 
 
 @functools.cache
@@ -52,8 +52,8 @@ def prompt_of(seed: int) -> str:
 
 def decode(seeds: Sequence[int], *, greedy: bool = False, **options: Any) -> list[Trace]:
     prompts = [ids(prompt_of(seed)) for seed in seeds]
-    wishes = [ask(seed, temperature=0.0 if greedy else 1.0) for seed in seeds]
-    traces, _ = decoder(**options).decode(prompts, wishes)
+    sampling = [ask(seed, temperature=0.0 if greedy else 1.0) for seed in seeds]
+    traces, _ = decoder(**options).decode(prompts, sampling)
     return traces
 
 
@@ -116,8 +116,8 @@ def test_parity(lanes, max_depth, seed, monkeypatch):
     sizes: dict[str, Any] = dict(rows=len(seeds), prompt_buckets=(16,), widths=(1, 2) if lanes == 3 else ())
     made = Decoder(chatty_model(), limits=limits, **sizes, **settings)
     assert made.compiled.form == form
-    wishes = [ask(seed, open_bias=3.5 if i < 3 else 6.0) for i, seed in enumerate(seeds)]
-    traces, _ = made.decode([ids(prompt_of(seed)) for seed in seeds], wishes)
+    sampling = [ask(seed, open_bias=3.5 if i < 3 else 6.0) for i, seed in enumerate(seeds)]
+    traces, _ = made.decode([ids(prompt_of(seed)) for seed in seeds], sampling)
     jax.effects_barrier()
     assert not SEEDS_ARE_FIXED or max(depth(trace) for trace in traces) == max_depth
     checked = 0
@@ -254,8 +254,8 @@ def test_mesh(greedy):
         dataclasses.replace(model, params=params), limits=LIMITS, rows=4, prompt_buckets=(16,), widths=()
     )
     assert spread.compiled.mesh == mesh and not decoder().fits(spread.model)
-    wishes = [ask(seed, temperature=0.0 if greedy else 1.0) for seed in SEEDS]
-    traces, _ = spread.decode([ids(prompt_of(seed)) for seed in SEEDS], wishes)
+    sampling = [ask(seed, temperature=0.0 if greedy else 1.0) for seed in SEEDS]
+    traces, _ = spread.decode([ids(prompt_of(seed)) for seed in SEEDS], sampling)
     pool = spread.compiled.empty_batch().pool
     assert len(pool.k[0].sharding.device_set) == 8 and not pool.k[0].sharding.is_fully_replicated
     assert [text(t) for t in traces] == expected
@@ -274,8 +274,8 @@ def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
 def test_with_the_grammar_nothing_is_malformed(max_depth, threads, bias):
     """Not even where several threads want the last free one in the same step, as nearly always with 3 threads."""
     limits = Limits(min(4, threads), threads, 300, max_depth)
-    prompts, wishes = zip(*((ids(prompt_of(seed)), ask(seed, open_bias=bias)) for seed in range(24)))
-    traces, _ = decoder(limits).decode(prompts, wishes)
+    prompts, sampling = zip(*((ids(prompt_of(seed)), ask(seed, open_bias=bias)) for seed in range(24)))
+    traces, _ = decoder(limits).decode(prompts, sampling)
     ended = 0
     for trace in traces:
         reading = read(WORDS.vocabulary, trace.threads)
@@ -302,8 +302,8 @@ def test_without_the_grammar_nothing_crashes():
 
 def test_open_bias_and_limits_of_one_request_leave_the_others_alone():
     expected = [text(t) for t in (*decode([0, 1, 2]), *decode([3], greedy=True))]
-    wishes = [ask(0), ask(1, open_bias=-np.inf), ask(2, max_new_tokens=9), ask(3, temperature=0)]
-    traces, _ = decoder().decode([ids(prompt_of(s)) for s in range(4)], wishes)
+    sampling = [ask(0), ask(1, open_bias=-np.inf), ask(2, max_new_tokens=9), ask(3, temperature=0)]
+    traces, _ = decoder().decode([ids(prompt_of(s)) for s in range(4)], sampling)
     assert [text(traces[i]) for i in (0, 3)] == [expected[i] for i in (0, 3)]
     assert len(traces[1].parent) == 1
     assert traces[2].stop == Stop.LENGTH and np.sum(traces[2].step > 0) == 9
@@ -313,8 +313,8 @@ def test_open_bias_is_a_knob():
     """None at -inf, and the more the higher it is, by one program."""
     promises = []
     for bias in (-np.inf, 2.0, 3.5, 5.0):
-        wishes = [ask(seed, open_bias=bias) for seed in SEEDS]
-        traces, timing = decoder().decode([ids(prompt_of(seed)) for seed in SEEDS], wishes)
+        sampling = [ask(seed, open_bias=bias) for seed in SEEDS]
+        traces, timing = decoder().decode([ids(prompt_of(seed)) for seed in SEEDS], sampling)
         promises.append(sum(len(trace.parent) - 1 for trace in traces))
         assert timing.compile_s == 0 or len(promises) == 1
     assert promises[0] == 0 and promises == sorted(set(promises)), promises
@@ -328,15 +328,15 @@ def test_a_mixed_batch_draws_as_each_row_does_alone():
         {"min_p": 0.3},
         {"top_p": 0.4, "top_k": 9, "temperature": 1.5},
     ]
-    prompts, wishes = (
+    prompts, sampling = (
         [ids(prompt_of(i)) for i in range(4)],
         [ask(i, **wish) for i, wish in enumerate(narrowed)],
     )
     plain = [text(t) for t in decode(range(4))]
-    together, _ = decoder().decode(prompts, wishes)
-    decoder().decode(prompts[:1], wishes[:1])  # compiles what admits one prompt
+    together, _ = decoder().decode(prompts, sampling)
+    decoder().decode(prompts[:1], sampling[:1])  # compiles what admits one prompt
     for i, trace in enumerate(together):
-        (alone,), timing = decoder().decode([prompts[i]], [wishes[i]])
+        (alone,), timing = decoder().decode([prompts[i]], [sampling[i]])
         assert schedule(alone) == schedule(trace) and timing.compile_s == 0
         assert text(trace) != plain[i]
 
@@ -363,18 +363,18 @@ def test_prompts_that_cannot_be_answered():
 @pytest.mark.slow
 def test_models_alike_in_all_but_their_parameters_share_what_is_compiled():
     mine = chatty_model()
-    prompt, wishes = [ids("rivers")], [ask(3, temperature=0)]
-    (expected,), _ = decoder().decode(prompt, wishes)
+    prompt, sampling = [ids("rivers")], [ask(3, temperature=0)]
+    (expected,), _ = decoder().decode(prompt, sampling)
     head = jnp.roll(mine.params["head"], 1, axis=1)
     other = dataclasses.replace(mine, params={**mine.params, "head": head})
     twin = decoder().for_model(other)
-    (trace,), timing = twin.decode(prompt, wishes)
+    (trace,), timing = twin.decode(prompt, sampling)
     assert timing.compile_s == 0
-    alone = Decoder(other, limits=LIMITS, rows=4, prompt_buckets=(16,), widths=()).decode(prompt, wishes)[0][
+    alone = Decoder(other, limits=LIMITS, rows=4, prompt_buckets=(16,), widths=()).decode(prompt, sampling)[
         0
-    ]
+    ][0]
     assert text(trace) == text(alone) != text(expected)
-    assert text(decoder().decode(prompt, wishes)[0][0]) == text(expected)
+    assert text(decoder().decode(prompt, sampling)[0][0]) == text(expected)
     shared = dataclasses.replace(mine, positions=Positions("shared"))
     elsewhere = dataclasses.replace(mine, params=jax.device_put(mine.params, jax.devices()[1]))
     assert not decoder().fits(shared) and not decoder().fits(elsewhere)

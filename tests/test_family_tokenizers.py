@@ -11,7 +11,6 @@ import pytest
 from pasta_jax.lang import tags
 from pasta_jax.lang.grammar import Kind
 from pasta_jax.lang.program import Program, Promise, Sync, Text
-from pasta_jax.testing import random_program, random_text
 from pasta_jax.tokens import export
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.hf import HfTokenizer
@@ -29,6 +28,7 @@ from tests.helpers.family_folders import (
     names_of,
     tokenizer,
 )
+from tests.helpers.programs import random_program, random_text
 
 tokenizers = pytest.importorskip("tokenizers")
 

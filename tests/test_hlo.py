@@ -17,7 +17,7 @@ from pasta_jax import sharding
 from pasta_jax.compile import __main__ as ahead
 from pasta_jax.compile import hlo
 from pasta_jax.config import Config
-from pasta_jax.decoding.compiled import Program
+from pasta_jax.decoding.compiled import ProgramKey
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.state import Limits
@@ -25,6 +25,7 @@ from pasta_jax.model import ModelConfig, empty_pool, init_params
 from pasta_jax.model.presets import presets
 from pasta_jax.testing import WordTokenizer
 from tests.helpers import FULL, optimized
+from tests.helpers.hlo import written
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +45,7 @@ def loop(change: Any, pool: Any, new: Any) -> Any:
     return jax.lax.fori_loop(0, STEPS, step, pool)
 
 
-def program_of(change: Any, *, donate: bool = True) -> hlo.Program:
+def program_of(change: Any, *, donate: bool = True) -> hlo.HloModule:
     pool, new = (jax.ShapeDtypeStruct((rows, 16), "float32") for rows in (100, WRITTEN))
     jitted = jax.jit(functools.partial(loop, change), donate_argnums=(0,) if donate else ())
     return hlo.read(jitted.lower(pool, new).compile())
@@ -52,7 +53,7 @@ def program_of(change: Any, *, donate: bool = True) -> hlo.Program:
 
 def test_what_is_changed_in_place_is_not_written_anew() -> None:
     program = program_of(lambda pool: pool)
-    assert hlo.written(program, 1600, 1600) == []
+    assert written(program, 1600, 1600) == []
     assert program.aliases == {0}
     assert WRITTEN * 16 * 4 <= hlo.moved(program, program.loop) < 4 * WRITTEN * 16 * 4
 
@@ -68,7 +69,7 @@ def test_what_is_changed_in_place_is_not_written_anew() -> None:
 )
 def test_a_copy_is_found(change: Any) -> None:
     program = program_of(change)
-    assert any(line.startswith(program.loop) for line in hlo.written(program, 1600, 1600))
+    assert any(line.startswith(program.loop) for line in written(program, 1600, 1600))
     assert hlo.moved(program, program.loop) >= 2 * 1600 * 4
 
 
@@ -76,7 +77,7 @@ def test_a_copy_around_the_loop_is_found() -> None:
     """What is not donated has to be copied once, before the loop changes it."""
     program = program_of(lambda pool: pool, donate=False)
     assert program.aliases == frozenset()
-    copies = hlo.written(program, 1600, 1600)
+    copies = written(program, 1600, 1600)
     assert len(copies) == 1 and copies[0].startswith(program.entry)
 
 
@@ -114,9 +115,9 @@ ENTRY %main (w: bf16[1024,2], x: bf16[8,1024]) -> (bf16[8,2], bf16[8,1024]) {
     program = hlo.parse(text)
     assert program.aliases == {1}
     assert hlo.moved(program, "main") == 4096 + 8 * 1024 * 2 + 8 * 2 * 2
-    assert hlo.written(program, 2048, 2048) == []
+    assert written(program, 2048, 2048) == []
     within = text.replace("(2,1)S(1)}, bf16", "(2,1)}, bf16")  # from main memory to main memory
-    assert hlo.written(hlo.parse(within), 2048, 2048) == ["main: copy-start = copy-start [1024, 2]"]
+    assert written(hlo.parse(within), 2048, 2048) == ["main: copy-start = copy-start [1024, 2]"]
 
 
 # -------------------------------------------------------------------------------------------- the decode loop
@@ -153,7 +154,7 @@ def on_cpu(rows: int, cached: int) -> tuple[Any, int]:
     careful: dict[str, Any] = {}
     decoder = Decoder(model, pool_buckets=(), cached_bytes=cached, xla_options=careful, **sizes)
     assert decoder.compiled.form == ("plain" if cached else "outputs_first")
-    return decoder.compiled.executable(Program("decode", length=2002)), rows * 2 * 2002 * 64
+    return decoder.compiled.executable(ProgramKey("decode", length=2002)), rows * 2 * 2002 * 64
 
 
 LAYERS = 28 if FULL else 2
@@ -208,7 +209,7 @@ def test_nothing_copies_the_pool(decoding: tuple[Any, int]) -> None:
     """Neither in a step nor around the loop: nothing that is half as large as a layer's keys is written."""
     compiled, keys = decoding
     program = hlo.read(compiled)
-    assert hlo.written(program, keys // 2, keys) == []
+    assert written(program, keys // 2, keys) == []
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

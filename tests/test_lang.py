@@ -16,8 +16,8 @@ from pasta_jax.lang.parse import ParseError, parse, parse_lenient
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import escape, render
 from pasta_jax.lang.validate import validate
-from pasta_jax.testing import random_program, random_text
 from tests.helpers.data import real_responses
+from tests.helpers.programs import random_program, random_text
 
 ROUNDS = 3000
 A = '<promise topic="a" tokens=1 />'

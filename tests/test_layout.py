@@ -15,7 +15,7 @@ from pasta_jax.lang import tags
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Program, Promise, Sync, Text
 from pasta_jax.lang.render import render
-from pasta_jax.testing import WordTokenizer, random_program
+from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.layout import LayoutError, layout, layout_example, layout_text
 from pasta_jax.tokens.load import load_tokenizer
@@ -23,6 +23,7 @@ from pasta_jax.tokens.positions import Positions
 from pasta_jax.visibility import visible
 from tests.helpers import FULL, scripted
 from tests.helpers.data import data_file, real_responses
+from tests.helpers.programs import random_program
 from tests.helpers.scripted import ScriptTokenizer, lines_of
 
 WORDS = WordTokenizer(" The rivers two words moons tokens and it's é 東京 the Nile is long a b c d e f")

@@ -27,9 +27,10 @@ from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Program, Promise, Sync, Text
 from pasta_jax.lang.render import render
 from pasta_jax.model import ModelConfig, init_params
-from pasta_jax.testing import WordTokenizer, random_program
+from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.layout import LayoutError
+from tests.helpers.programs import random_program
 
 WORDS = WordTokenizer("A the river and the cities of a world")
 LIMITS = Limits(lanes=9, threads=9, pool=320, max_depth=2)

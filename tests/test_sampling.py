@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pasta_jax.decoding import sampling
+from pasta_jax.decoding.sampling import Draw
 
 SIZES = (7, 512, 1_000)
 """V: searched in blocks of 1, of 256 and of 8."""
 
-WISHES = [
+NARROWING = [
     # top_k, top_p, min_p
     (0, 1.0, 0.0),
     (1, 1.0, 0.0),
@@ -43,31 +46,39 @@ def specification(p: np.ndarray, top_k: int, top_p: float, min_p: float) -> tupl
     return p / p.sum(), at_the_edge
 
 
-def wishes(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    k, p, m = zip(*(WISHES[i % len(WISHES)] for i in range(n)))
-    return np.array(k, np.int32), np.array(p, np.float32), np.array(m, np.float32)
+def draw(
+    temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float], min_p: Sequence[float]
+) -> Draw:
+    """The options of each row."""
+    return Draw(
+        np.array(temperature, np.float32),
+        np.array(top_k, np.int32),
+        np.array(top_p, np.float32),
+        np.array(min_p, np.float32),
+    )
 
 
 @pytest.mark.parametrize("V", SIZES)
 def test_top_k_then_top_p_then_min_p(V, seed):
-    """Every row as its own wish has it, all of them in one call."""
+    """Every row by options of its own, all of them in one call."""
     rng = np.random.default_rng(seed)
-    n = 20 * len(WISHES)
+    n = 20 * len(NARROWING)
     logits = rng.normal(scale=rng.choice([0.5, 2.0, 5.0], (n, 1)), size=(n, V)).astype(np.float32)
     weight = np.exp(logits - logits.max(axis=1, keepdims=True))
-    kept = np.asarray(jax.jit(sampling.keep_likely)(weight, *wishes(n)))
+    kept = np.asarray(jax.jit(sampling.keep_likely)(weight, draw([1.0] * n, *zip(*(NARROWING * 20)))))
     for i in range(n):
         p = np.exp(logits[i].astype(np.float64))
-        expected, at_the_edge = specification(p, *WISHES[i % len(WISHES)])
+        options = NARROWING[i % len(NARROWING)]
+        expected, at_the_edge = specification(p, *options)
         same = (kept[i] > 0) == (expected > 0)
-        assert np.all(same | at_the_edge) and at_the_edge.sum() <= 2, (i, WISHES[i % len(WISHES)])
+        assert np.all(same | at_the_edge) and at_the_edge.sum() <= 2, (i, options)
         np.testing.assert_array_equal(kept[i][kept[i] > 0], weight[i][kept[i] > 0])
 
 
 def test_what_is_as_likely_as_the_last_one_kept_stays():
     weight = np.array([[0.5, 1.0, 0.25, 0.5, 0.25]] * 4, np.float32)
     k, p, m = [2, 4, 0, 0], [1.0, 1.0, 0.5, 1.0], [0.0, 0.0, 0.0, 0.5]
-    kept = jax.jit(sampling.keep_likely)(weight, jnp.array(k), jnp.array(p), jnp.array(m))
+    kept = jax.jit(sampling.keep_likely)(weight, draw([1.0] * 4, k, p, m))
     np.testing.assert_array_equal(
         np.asarray(kept) > 0, np.array([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1], [1, 1, 0, 1, 0], [1, 1, 0, 1, 0]])
     )
@@ -84,15 +95,14 @@ def test_draws_follow_the_distribution(V, seed):
     logits[forbidden] = sampling.NEVER
     key = sampling.branch_key(sampling.main_key(jnp.array([0, seed], jnp.uint32)), jnp.int32(3))
     keys = jax.vmap(sampling.draw_key, (None, 0))(key, jnp.arange(n))
-    sample = jax.jit(lambda logits, keys, *narrowing: sampling.sample(logits, lambda: keys, *narrowing))
+    sample = jax.jit(lambda logits, keys, how: sampling.sample(logits, lambda: keys, how))
     rows = np.broadcast_to(logits, (n, V))
-    for temperature, top_k, top_p, min_p in [(0.7, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.05), (1e30, 0, 1.0, 0.0)]:
-        floats = [np.full(n, x, np.float32) for x in (temperature, top_p, min_p)]
-        floats[0][-1] = 0.0
-        *drawn, greedy = sample(rows, keys, floats[0], np.full(n, top_k, np.int32), *floats[1:])
+    for temperature, *narrowing in [(0.7, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.05), (1e30, 0, 1.0, 0.0)]:
+        how = draw([temperature] * (n - 1) + [0.0], *([option] * n for option in narrowing))
+        *drawn, greedy = sample(rows, keys, how)
         assert greedy == np.argmax(logits)
         p = np.where(forbidden, 0.0, np.exp((logits.astype(np.float64) - logits.max()) / temperature))
-        expected, at_the_edge = specification(p, top_k, top_p, min_p)
+        expected, at_the_edge = specification(p, *narrowing)
         found = np.bincount(drawn, minlength=V) / (n - 1)
         assert not found[forbidden].any()
         if at_the_edge[expected > 0].any():

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from pasta_jax import sharding
 from pasta_jax.checkpoints.about import About, Base, CheckpointError, absolute, damaged, find, read_about
 from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.model import init_params, lora
@@ -147,8 +148,7 @@ def _finished(names: Any, part: Callable[[str], Params], finish: Callable[[Param
 def _placed(shapes: Params, shardings: Callable[[Params], Any] | None) -> Params:
     """Shapes with shardings; by default those of the first device."""
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = jax.tree.map(lambda _: first, shapes) if shardings is None else shardings(shapes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+    return sharding.abstract(shapes, first if shardings is None else shardings(shapes))
 
 
 def saved_shapes(path: epath.Path, item: str) -> Any:

@@ -121,8 +121,8 @@ def decoder_programs(
 
     params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
     params = jax.eval_shape(forms.quantize, params) if int8 else params
-    one: Any = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
-    places = jax.tree.map(lambda _: one, params) if mesh.size == 1 else sharding.param_shardings(params, mesh)
+    one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+    places = one if mesh.size == 1 else sharding.param_shardings(params, mesh)
     params = sharding.abstract(params, places)
     vocabulary = (tokenizer or make_tokenizer(config.data)).vocabulary
     return Compiled(params, config.model, vocabulary, config.data.positions, **sizes)

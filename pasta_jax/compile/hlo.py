@@ -70,7 +70,7 @@ Computation: TypeAlias = dict[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class HloModule:
     """A parsed program.
 
     Attributes:
@@ -100,12 +100,12 @@ class Program:
         return max(loops, key=lambda i: len(i.shapes)).calls[1] if loops else ""
 
 
-def read(compiled: Any) -> Program:
+def read(compiled: Any) -> HloModule:
     """The program of a compiled function, as of `jax.jit(f).lower(...).compile()`."""
     return parse(compiled.as_text())
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> HloModule:
     """The program in a compiled function's text."""
     computations: dict[str, Computation] = {}
     entry, body = "", {}
@@ -120,7 +120,7 @@ def parse(text: str) -> Program:
     header = text[: text.index("\n")]
     aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", header)
     aliases = re.findall(r": \((\d+), \{\}", aliased[1]) if aliased else []
-    return Program(computations, entry, frozenset(map(int, aliases)))
+    return HloModule(computations, entry, frozenset(map(int, aliases)))
 
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction:
@@ -156,31 +156,10 @@ def _shapes(text: str) -> Iterator[Shape]:
         yield Shape(dims, math.prod(dims) * bits // 8, not re.search(r"S\([1-9]\)", layout))
 
 
-# ------------------------------------------------------------------------------------------------- copies
+# -------------------------------------------------------------------------------------------------- bytes
 
 
-def written(program: Program, smallest: int, largest: int) -> list[str]:
-    """What makes an array of `smallest` to `largest` numbers anew in main memory, instead of changing one in place.
-
-    Copies, transposes, conversions, selections, gathers: whatever writes all of it. So does a copy within the
-    chip, if it is there to change the order in which an array lies; fetching ahead and writing back are not.
-    """
-    copies = []
-    for name, computation in program.reached.items():
-        for i in computation.values():
-            if i.op in FREE | CALLS or i.op.endswith("-done"):
-                continue
-            if i.op == "copy-start" and not all(shape.main for shape in i.shapes[:2]):
-                continue
-            changed = _updates(program, i)
-            for place, shape in enumerate(_results(program, name, i)):
-                new = place not in changed and (shape.main or i.op == "copy")
-                if new and smallest <= math.prod(shape.dims) <= largest:
-                    copies.append(f"{name}: {i.name} = {i.op} {list(shape.dims)}")
-    return copies
-
-
-def _results(program: Program, computation: str, i: Instruction) -> tuple[Shape, ...]:
+def results(program: HloModule, computation: str, i: Instruction) -> tuple[Shape, ...]:
     """The arrays that an instruction writes: what starts a move also names what it reads."""
     if i.op == "copy-start":
         return i.shapes[:1]
@@ -191,7 +170,7 @@ def _results(program: Program, computation: str, i: Instruction) -> tuple[Shape,
     return i.shapes
 
 
-def _updates(program: Program, i: Instruction) -> dict[int, int]:
+def updates(program: HloModule, i: Instruction) -> dict[int, int]:
     """Which arrays of the result are an operand changed in place; for a fusion, with the bytes of the change."""
     if i.op in UPDATES:
         return {0: 0}
@@ -206,15 +185,12 @@ def _updates(program: Program, i: Instruction) -> dict[int, int]:
         if member.op in UPDATES:
             update = body[member.operands[UPDATES[member.op]]]
             changed[place] = sum(shape.bytes for shape in update.shapes)
-        elif member.op == "fusion" and 0 in _updates(program, member):
-            changed[place] = _updates(program, member)[0]
+        elif member.op == "fusion" and 0 in updates(program, member):
+            changed[place] = updates(program, member)[0]
     return changed
 
 
-# -------------------------------------------------------------------------------------------------- bytes
-
-
-def moved(program: Program, name: str) -> int:
+def moved(program: HloModule, name: str) -> int:
     """Bytes that one run of a computation reads from main memory and writes to it.
 
     The compiler's own count (`cost_analysis()["bytes accessed"]`) also has what moves within the chip: a matrix
@@ -231,23 +207,23 @@ def moved(program: Program, name: str) -> int:
             total += max(inner) if i.op == "conditional" else sum(inner)
             continue
         operands = [body[operand] for operand in i.operands]
-        results = _results(program, name, i)
+        arrays = results(program, name, i)
         if i.op in UPDATES:
             update = operands[UPDATES[i.op]].shapes[0]
-            total += update.bytes * (update.main + results[0].main)
+            total += update.bytes * (update.main + arrays[0].main)
         elif i.op in SLICES or i.op.endswith("slice-start"):
-            total += results[0].bytes * (operands[0].shapes[0].main + results[0].main)
+            total += arrays[0].bytes * (operands[0].shapes[0].main + arrays[0].main)
         else:
-            changed = _updates(program, i)
+            changed = updates(program, i)
             for number, operand in enumerate(operands):
                 if any(shape.main for shape in operand.shapes):
                     total += _read(program, i, number, sum(shape.bytes for shape in operand.shapes))
-            for place, shape in enumerate(results):
+            for place, shape in enumerate(arrays):
                 total += changed.get(place, shape.bytes) * shape.main
     return total
 
 
-def _read(program: Program, i: Instruction, number: int, whole: int) -> int:
+def _read(program: HloModule, i: Instruction, number: int, whole: int) -> int:
     """Bytes that an instruction reads of its operand with this number, whose size is `whole`."""
     if i.op != "fusion":
         return whole
@@ -256,7 +232,7 @@ def _read(program: Program, i: Instruction, number: int, whole: int) -> int:
     return min(whole, _used(program, body, parameter, whole))
 
 
-def _used(program: Program, body: Computation, source: Instruction, whole: int) -> int:
+def _used(program: HloModule, body: Computation, source: Instruction, whole: int) -> int:
     """Bytes of an array that those instructions read that use it."""
     if source.root:
         return whole

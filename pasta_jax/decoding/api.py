@@ -23,7 +23,6 @@ from pasta_jax.decoding.session import PendingAnswer, PromptTooLong
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.streaming import Consumed, Event, new_events
 from pasta_jax.rounding import next_power_of_two, round_up
-from pasta_jax.tokens.tokenizer import Tokenizer
 
 MODES = ("parallel", "sequential", "both")
 
@@ -154,7 +153,8 @@ def decode(
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
     sampling = SamplingParams(**given)  # type: ignore[arg-type]
-    ids = [_encode(model.tokenizer, prompt) for prompt in prompts]
+    tokenizer = model.tokenizer
+    ids = [tokenizer.encode_prompt(p) if isinstance(p, str) else tokenizer.encode_chat(p) for p in prompts]
     if cache_len is None:
         cache_len = round_up(max(map(len, ids)) + sampling.max_new_tokens, 128)
     limits = Limits(
@@ -221,10 +221,6 @@ def decoder_for(model: Model, limits: Limits, rows: int) -> Decoder:
 
 
 # -------------------------------------------------------------------------------------------------- decoding
-
-
-def _encode(tokenizer: Tokenizer, prompt: str | Conversation) -> list[int]:
-    return tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
 
 def _decode(

@@ -42,7 +42,7 @@ CHANGES: dict[Form, Callable[[Any], Any]] = {"fused": fuse, "outputs_first": out
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class ProgramKey:
     """Which program: a verb, and the sizes that differ from one program of a `Compiled` to another.
 
     Attributes:
@@ -132,7 +132,7 @@ class Compiled:
         self._by_row: Any = sharding.batch_sharding(self.mesh, self.rows) if self.mesh else self._everywhere
         self._rules = rules_for(vocabulary, limits, positions, config.vocab_size)
         self.compile_s = 0.0
-        self._executables: dict[Program, jax.stages.Compiled] = {}
+        self._executables: dict[ProgramKey, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
 
     def _form(self, on_cpu: bool, cached: bool) -> Form:
@@ -155,27 +155,27 @@ class Compiled:
     # ------------------------------------------------------------------------------------------- description
 
     @property
-    def programs(self) -> tuple[Program, ...]:
+    def programs(self) -> tuple[ProgramKey, ...]:
         """All that a decoder of requests without scripts may run."""
         sizes = sorted({self.rows} if self.mesh else {1, self.rows})
         return (
-            Program("new"),
-            *(Program("admit", rows, length) for rows in sizes for length in self.prompt_buckets),
-            *(Program("decode", length=length) for length in self.pool_buckets),
-            Program("release"),
-            Program("read"),
+            ProgramKey("new"),
+            *(ProgramKey("admit", rows, length) for rows in sizes for length in self.prompt_buckets),
+            *(ProgramKey("decode", length=length) for length in self.pool_buckets),
+            ProgramKey("release"),
+            ProgramKey("read"),
         )
 
-    def lower(self, program: Program) -> jax.stages.Lowered:
+    def lower(self, program: ProgramKey) -> jax.stages.Lowered:
         """One of the programs, lowered."""
         everywhere, by_row = self._everywhere, self._by_row
         request = SamplingParams().request(program.script)
         batch = jax.eval_shape(functools.partial(self._new_batch, request))
         pool: Any = sharding.pool_shardings(batch.pool, self.mesh) if self.mesh else everywhere
         places = Batch(by_row, by_row, pool)
-        batch = _placed(batch, places)
+        batch = sharding.abstract(batch, places)
         model = Transformer(self.config)
-        params, rules = self._step_shapes, _placed(self._rules, everywhere)
+        params, rules = self._step_shapes, sharding.abstract(self._rules, everywhere)
 
         def array(dtype: Any, *shape: int, place: Any = everywhere) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -184,7 +184,7 @@ class Compiled:
         in_place = functools.partial(jax.jit, out_shardings=places)
         match program.verb:
             case "new":
-                return in_place(self._new_batch).lower(_placed(request, everywhere))
+                return in_place(self._new_batch).lower(sharding.abstract(request, everywhere))
             case "admit":
                 n, place = program.rows, by_row if program.rows == self.rows else everywhere
                 rows = functools.partial(array, place=place)
@@ -210,14 +210,14 @@ class Compiled:
         """Shapes of the parameters in their form."""
         if self.form == "plain":
             return self.shapes
-        return _placed(jax.eval_shape(CHANGES[self.form], self.shapes), self._everywhere)
+        return sharding.abstract(jax.eval_shape(CHANGES[self.form], self.shapes), self._everywhere)
 
     # ------------------------------------------------------------------------------------------------ running
 
     def empty_batch(self, script_size: tuple[int, int] = NOTHING) -> Batch:
         """B idle rows and an empty pool, for requests with scripts of this size."""
         request = SamplingParams().request(script_size)
-        return self._run(Program("new", script=script_size), request)
+        return self._run(ProgramKey("new", script=script_size), request)
 
     def admit(self, params: Any, batch: Batch, new: Mapping[int, tuple[Sequence[int], Request]]) -> Batch:
         """Prompts into rows: one by one, or all in one call if most rows are new or a mesh divides them.
@@ -249,25 +249,25 @@ class Compiled:
         for row, (prompt, request) in new.items():
             prompts[row, : len(prompt)], lengths[row], requests[row] = prompt, len(prompt), request
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *requests)
-        program = Program("admit", n, bucket, script)
+        program = ProgramKey("admit", n, bucket, script)
         return self._run(program, params, self._placed_rules, batch, stacked, prompts, lengths, *slot)
 
     def decode_chunk(self, params: Any, batch: Batch, steps: int, refill: bool, cursor: int) -> Batch:
         """At most `steps` steps, reading the smallest bucket of the pool with room after `cursor` entries."""
         room = min(cursor + 4 * self.limits.lanes, self.entries)
         used = next(bucket for bucket in self.pool_buckets if bucket >= room)
-        program = Program("decode", length=used, script=_script_size(batch))
+        program = ProgramKey("decode", length=used, script=_script_size(batch))
         return self._run(program, params, self._placed_rules, batch, np.int32(steps), np.bool_(refill))
 
     def release(self, batch: Batch, stop: np.ndarray) -> Batch:
         """Stops rows: `stop` is int32 [B], a `Stop` each, RUNNING for rows that go on."""
-        return self._run(Program("release", script=_script_size(batch)), batch, stop)
+        return self._run(ProgramKey("release", script=_script_size(batch)), batch, stop)
 
     def read(self, batch: Batch, row: int) -> RowState:
         """One row, on the host."""
-        return jax.device_get(self._run(Program("read"), batch.rows, np.int32(row)))
+        return jax.device_get(self._run(ProgramKey("read"), batch.rows, np.int32(row)))
 
-    def executable(self, program: Program) -> jax.stages.Compiled:
+    def executable(self, program: ProgramKey) -> jax.stages.Compiled:
         """The program, compiled now or before."""
         with self._lock:
             if program not in self._executables:
@@ -276,7 +276,7 @@ class Compiled:
                 self.compile_s += time.perf_counter() - start
             return self._executables[program]
 
-    def _run(self, program: Program, *args: Any) -> Any:
+    def _run(self, program: ProgramKey, *args: Any) -> Any:
         return self.executable(program)(*args)
 
     @functools.cached_property
@@ -298,15 +298,6 @@ def _shapes(params: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     return jax.tree.map(shape, params)
-
-
-def _placed(tree: Any, places: Any) -> Any:
-    """Shapes of arrays, with their shardings. `places` is a prefix of the tree."""
-
-    def place(sharding: Any, part: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
-
-    return jax.tree.map(place, places, tree)
 
 
 def _up_to(largest: int, sizes: Iterable[int]) -> tuple[int, ...]:

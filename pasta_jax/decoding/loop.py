@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -187,18 +187,15 @@ def decode_chunk(
         functools.partial(_steps_of_width, model, params, _with_lanes(rules, lanes), until, fewer)
         for fewer, lanes in zip((-1, *widths), widths)
     ]
+
+    def each_width(carry: Carry) -> Carry:
+        for loop in loops:
+            carry = loop(carry)
+        return carry
+
     carry = jnp.int32(0), _with_pool(batch, cpu.without_B)
-    if len(loops) > 1:
-        carry = jax.lax.while_loop(until.goes_on, functools.partial(_each_width, loops), carry)
-    else:
-        carry = loops[0](carry)
+    carry = jax.lax.while_loop(until.goes_on, each_width, carry) if len(loops) > 1 else loops[0](carry)
     return _with_pool(carry[1], cpu.with_B)
-
-
-def _each_width(loops: Sequence[Callable[[Carry], Carry]], carry: Carry) -> Carry:
-    for loop in loops:
-        carry = loop(carry)
-    return carry
 
 
 def _steps_of_width(
@@ -255,20 +252,13 @@ def run_model(
     pool: Pool | None = None,
     start: Array | None = None,
 ) -> tuple[Array, Pool]:
-    """The model over the pool, or without one over the queries' own keys.
+    """The model over the pool, whose entries are the keys; without a pool the queries ([B, Q]) are their own keys.
 
-    Args:
-      model, params: the model.
-      queries: what is fed: token, position and the fields that `visible` reads, [B, Q].
-      keys: position and the fields that `visible` reads, [B, P]: of the pool's entries, or the queries themselves.
-      pool, start: where the queries' keys and values are written; start is int32 [B].
-
-    Returns:
-      Hidden states [B, Q, D]; and the pool, or without one the queries' keys and values.
+    The queries' keys and values are written to the pool from start (int32 [B]) on. The results are those of
+    `Transformer.__call__`.
     """
     may_attend = visible(queries, keys)
-    fields = queries.token, queries.position, may_attend, pool, start, keys.position
-    return forward(model, params, *fields)
+    return forward(model, params, queries.token, queries.position, may_attend, pool, start, keys.position)
 
 
 def _sample_and_advance(
@@ -309,17 +299,8 @@ def choose(
         of_row = functools.partial(_draw_keys, max_depth=limits.max_depth)
         return jax.vmap(of_row)(requests, table, thread, order).reshape(B * S)
 
-    def each_lane(per_row: Array) -> Array:
-        return jnp.repeat(per_row, S)
-
-    sampled = sampling.sample(
-        biased.reshape(B * S, V),
-        keys,
-        each_lane(requests.temperature),
-        each_lane(requests.top_k),
-        each_lane(requests.top_p),
-        each_lane(requests.min_p),
-    ).reshape(B, S)
+    how = jax.tree.map(lambda per_row: jnp.repeat(per_row, S), requests.draw)
+    sampled = sampling.sample(biased.reshape(B * S, V), keys, how).reshape(B, S)
     if requests.script.shape[-1]:
         scripted = jax.vmap(functools.partial(_as_scripted, max_depth=limits.max_depth))
         sampled = scripted(requests, table, thread, order, sampled)

@@ -41,18 +41,10 @@ class Model:
 
     def params_as(self, form: Form) -> Any:
         """The parameters as decode steps read them. A second copy of some of them is made once and kept."""
-        match form:
-            case "plain":
-                return self.params
-            case "fused":
-                return self._fused
-            case "outputs_first":
-                return self._outputs_first
+        if form not in self._forms:
+            self._forms[form] = CHANGES[form](self.params)
+        return self._forms[form]
 
     @functools.cached_property
-    def _fused(self) -> Any:
-        return CHANGES["fused"](self.params)
-
-    @functools.cached_property
-    def _outputs_first(self) -> Any:
-        return CHANGES["outputs_first"](self.params)
+    def _forms(self) -> dict[Form, Any]:
+        return {"plain": self.params}

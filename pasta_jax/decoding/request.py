@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pasta_jax.decoding.sampling import Draw
 from pasta_jax.decoding.script import NOTHING, Script, no_script
 from pasta_jax.decoding.state import Request
 from pasta_jax.decoding.stops import check_stops
@@ -64,10 +65,12 @@ class SamplingParams:
             max_new_tokens=np.int32(self.max_new_tokens),
             max_branch_tokens=np.int32(self.max_branch_tokens),
             open_bias=np.float32(self.open_bias),
-            temperature=np.float32(self.temperature),
-            top_k=np.int32(self.top_k),
-            top_p=np.float32(self.top_p),
-            min_p=np.float32(self.min_p),
+            draw=Draw(
+                temperature=np.float32(self.temperature),
+                top_k=np.int32(self.top_k),
+                top_p=np.float32(self.top_p),
+                min_p=np.float32(self.min_p),
+            ),
             key=np.array([0, self.seed % 2**32], np.uint32),
             script=script.tokens,
             script_branches=script.branches,

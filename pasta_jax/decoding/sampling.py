@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from pasta_jax.arrays import Array
 
@@ -22,6 +23,16 @@ NEVER = -1e30
 
 BLOCK = 256
 """Searches over V first look at blocks of this many ids: a search of one level is not vectorised on CPU."""
+
+
+@struct.dataclass
+class Draw:
+    """How tokens are drawn: fields of one request, or [B] of many."""
+
+    temperature: Array  # float32  0 takes the most likely token
+    top_k: Array  # int32    draw among this many most likely tokens; 0 is all
+    top_p: Array  # float32  draw among the fewest most likely tokens with this share of the probability; 1 is all
+    min_p: Array  # float32  draw among tokens at least this many times as likely as the most likely one; 0 is all
 
 
 def main_key(request_key: Array) -> Array:
@@ -42,23 +53,13 @@ def draw_key(key: Array, index: Array) -> Array:
     return jax.random.fold_in(key, 2 * index)
 
 
-def sample(
-    logits: Array,
-    keys: Callable[[], Array],
-    temperature: Array,
-    top_k: Array,
-    top_p: Array,
-    min_p: Array,
-) -> Array:
+def sample(logits: Array, keys: Callable[[], Array], how: Draw) -> Array:
     """One token per row.
 
     Args:
       logits: float32 [B, V].
       keys: returns typed keys [B]. Only called if tokens are drawn, so greedy steps compute none.
-      temperature: float32 [B]; 0 takes the most likely token.
-      top_k: int32 [B]; draw among this many most likely tokens; 0 is all.
-      top_p: float32 [B]; draw among the fewest most likely tokens with this share of the probability; 1 is all.
-      min_p: float32 [B]; draw among tokens at least this many times as likely as the most likely one; 0 is all.
+      how: [B] fields.
 
     Returns:
       int32 [B].
@@ -66,30 +67,28 @@ def sample(
     greedy = argmax(logits)
 
     def draw() -> Array:
-        scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
+        scaled = logits / jnp.maximum(how.temperature, 1e-6)[:, None]
         weight = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
         weight = jnp.where(logits > NEVER, weight, 0.0)  # whatever the temperature
-        narrowed = (top_k > 0) | (top_p < 1) | (min_p > 0)
-        weight = jax.lax.cond(
-            jnp.any(narrowed), lambda: keep_likely(weight, top_k, top_p, min_p), lambda: weight
-        )
+        narrowed = (how.top_k > 0) | (how.top_p < 1) | (how.min_p > 0)
+        weight = jax.lax.cond(jnp.any(narrowed), lambda: keep_likely(weight, how), lambda: weight)
         # One random number a token, by the inverse of the distribution: noise for every logit costs more.
         drawn = _draw(weight, jax.vmap(jax.random.uniform)(keys()), greedy)
-        return jnp.where(temperature > 0, drawn, greedy)
+        return jnp.where(how.temperature > 0, drawn, greedy)
 
-    return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+    return jax.lax.cond(jnp.any(how.temperature > 0), draw, lambda: greedy)
 
 
-def keep_likely(weight: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+def keep_likely(weight: Array, how: Draw) -> Array:
     """The weights with 0 for all but the top-k, then top-p, then min-p tokens.
 
     The most likely token always stays, and so do tokens exactly as likely as the last one kept.
 
     Args:
       weight: float32 [B, V], of each token; the greatest of a row is 1.
-      top_k, top_p, min_p: as `sample` has them.
+      how: [B] fields; the temperature is not read.
     """
-    V = weight.shape[-1]
+    V, top_k, top_p = weight.shape[-1], how.top_k, how.top_p
     k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
     kth = jax.lax.cond(
         jnp.any(top_k > 0),
@@ -106,7 +105,9 @@ def keep_likely(weight: Array, top_k: Array, top_p: Array, min_p: Array) -> Arra
         ),
         lambda: jnp.zeros(k.shape, jnp.float32),
     )
-    low = jnp.maximum(jnp.where(top_p < 1, pth, 0.0), min_p)  # min-p is relative to 1, the greatest weight
+    low = jnp.maximum(
+        jnp.where(top_p < 1, pth, 0.0), how.min_p
+    )  # min-p is relative to 1, the greatest weight
     return jnp.where(weight >= jnp.minimum(low, 1.0)[:, None], weight, 0.0)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from pasta_jax.arrays import NO_DOC, Array, Tokens
+from pasta_jax.decoding.sampling import Draw
 from pasta_jax.visibility import max_segments, words_for
 
 
@@ -80,10 +81,7 @@ class Request:
     max_new_tokens: Array  # int32 []   tokens written to the pool after the prompt
     max_branch_tokens: Array  # int32 []   content tokens of one branch; then `</async>` is forced
     open_bias: Array  # float32 [] added to the logit that opens a promise; -inf forbids promises
-    temperature: Array  # float32 [] 0 is greedy
-    top_k: Array  # int32 []   0 is all
-    top_p: Array  # float32 [] 1 is all
-    min_p: Array  # float32 [] 0 is all
+    draw: Draw
     key: Array  # uint32 [2]    data of the request's random key
     script: Array  # int32 [R, C]  a thread's tokens in each line (`script.Script`); C = 0 without a script
     script_branches: Array  # int32 [R, C]  the line of the branch that each ` />` starts, or FREE

@@ -25,12 +25,10 @@ from pasta_jax.training.update import scores_of
 
 
 class Choice(NamedTuple):
-    """The best and the worst sample of a prompt, by number, and their scores."""
+    """The best and the worst sample of a prompt, by number."""
 
     better: int
     worse: int
-    best_score: float
-    worst_score: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +43,14 @@ def choose(values: Sequence[float]) -> Choice | None:
     """Best and worst, the first of equals; None if all are equal: there is nothing to learn from them.
 
     >>> choose([1.0, 3.0, 0.5, 3.0])
-    Choice(better=1, worse=2, best_score=3.0, worst_score=0.5)
+    Choice(better=1, worse=2)
     >>> choose([2.0, 2.0]) is None
     True
     """
     better, worse = int(np.argmax(values)), int(np.argmin(values))
     if values[better] - values[worse] < 1e-9:
         return None
-    return Choice(better, worse, values[better], values[worse])
+    return Choice(better, worse)
 
 
 def choose_all(
@@ -62,7 +60,7 @@ def choose_all(
     choices = [choose(values) for values in scores]
 
     def fits(record: Record, choice: Choice) -> bool:
-        return all(len(record.samples[i].document) <= length for i in choice[:2])
+        return all(len(record.samples[i].document) <= length for i in choice)
 
     return [
         choice if choice and fits(record, choice) else None
@@ -93,7 +91,7 @@ def make_pairs(
         record.samples[i].document
         for record, choice in zip(records, choices, strict=True)
         if choice
-        for i in choice[:2]
+        for i in choice
     ]
     if not documents:
         return []

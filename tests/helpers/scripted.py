@@ -15,6 +15,7 @@ import numpy as np
 
 from pasta_jax.arrays import Array, Tokens
 from pasta_jax.decoding import interpreter, reference
+from pasta_jax.decoding.sampling import Draw
 from pasta_jax.decoding.state import DecodedTokens, Limits, Request, RowState, Stop, ThreadTable
 from pasta_jax.lang import tags
 from pasta_jax.testing import WordTokenizer
@@ -56,10 +57,7 @@ def request(max_new_tokens: int = 200, max_branch_tokens: int = 30) -> Request:
         max_new_tokens=jnp.int32(max_new_tokens),
         max_branch_tokens=jnp.int32(max_branch_tokens),
         open_bias=jnp.float32(0),
-        temperature=jnp.float32(0),
-        top_k=jnp.int32(0),
-        top_p=jnp.float32(1),
-        min_p=jnp.float32(0),
+        draw=Draw(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.float32(0)),
         key=jnp.zeros(2, jnp.uint32),
         script=jnp.zeros((1, 0), jnp.int32),
         script_branches=jnp.zeros((1, 0), jnp.int32),
