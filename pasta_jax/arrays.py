@@ -81,6 +81,6 @@ class PairedTokens(ThreadedTokens):
     """Answers to learn from in pairs, a better and a worse one to the same prompt; both are in the same batch."""
 
     pair: (
-        Array  # int32 [..., L]     +i in the better answer of the batch's pair i = 1, 2, ...; -i in the worse
+        Array  # int32 [..., L]     +i in the better answer of the batch's pair i = 1, 2, ..., -i in the worse
     )
     reference: Array  # float32 [..., L]  log-probability of `target` under the reference; 0 without one

@@ -30,12 +30,8 @@ class DataConfig:
     )
     columns: tuple[tuple[str, str], ...] = field((), "JSONL keys, as in prompt=instruction,response=output")
     tokenizer: str = field("almanac", "almanac, tokenizer.model, tokenizer.json, or a folder with one")
-    extend_tokenizer: bool = field(
-        False, "give tags new ids after the tokenizer's own where it has none to spare"
-    )
-    chat: Chat = field(
-        "auto", "format of prompts; auto follows the folder's chat template or the control tokens"
-    )
+    extend_tokenizer: bool = field(False, "give tags new ids if the tokenizer has none to spare")
+    chat: Chat = field("auto", "format of prompts; auto follows the chat template or the control tokens")
     rows: int = field(8, "B, rows of a batch")
     length: int = field(512, "L, tokens of a row; no document may be longer")
     threads: int = field(16, "T, the maximum number of threads of an answer, main included")
@@ -50,9 +46,7 @@ class OptimizerConfig:
 
     lr: float = field(1e-3, "peak learning rate")
     warmup_steps: int = field(50, "of a linear warm-up from zero to lr")
-    schedule: Literal["constant", "linear", "cosine"] = field(
-        "cosine", "of the decay from lr to lr * final_lr"
-    )
+    schedule: Literal["constant", "linear", "cosine"] = field("cosine", "of the decay to lr * final_lr")
     final_lr: float = field(0.1, "at the last step, as a fraction of lr")
     weight_decay: float = field(0.01, "of matrices only, never of norms")
     b1: float = field(0.9, "decay of the mean of gradients")
@@ -92,9 +86,7 @@ class PreferenceConfig:
     """The second stage, in rounds: sample, score, pair, train (paper section 4)."""
 
     baseline: str = field("", "workdir of a sequential model, the opponent; empty: that of init_from")
-    prompts: str = field(
-        "almanac", "almanac (new prompts each round), or a JSONL file of prompts and responses"
-    )
+    prompts: str = field("almanac", "almanac (new prompts each round), or JSONL of prompts and responses")
     prompts_per_round: int = field(256, "prompts sampled and judged in a round")
     rounds: int = field(2, "of sampling and training")
     samples: int = field(8, "N, answers to each prompt")
@@ -115,14 +107,9 @@ class PreferenceConfig:
 
 
 _COUNTS = (
-    *("steps", "microbatches", "data.rows", "data.length", "data.threads", "data.max_depth", "log.every"),
-    *(
-        "preference.prompts_per_round",
-        "preference.rounds",
-        "preference.sampling_rows",
-        "preference.sampling_lanes",
-    ),
-)
+    "steps", "microbatches", "data.rows", "data.length", "data.threads", "data.max_depth", "log.every",
+    "preference.prompts_per_round", "preference.rounds", "preference.sampling_rows", "preference.sampling_lanes",
+)  # fmt: skip
 """Fields that must be at least 1."""
 
 
@@ -130,26 +117,20 @@ _COUNTS = (
 class Config:
     """One experiment."""
 
-    stage: Literal["sft", "preference", "both"] = field(
-        "sft", "both: supervised finetuning, then preference optimisation"
-    )
+    stage: Literal["sft", "preference", "both"] = field("sft", "both: first sft, then preference")
     seed: int = field(0, "of new weights and of the order of the data")
     steps: int = field(1000, "optimiser steps")
     epochs: float = field(0.0, "passes over the data; if above 0, steps follows from it")
     init_from: str = field(
-        "", "workdir or checkpoint to start from, with its model and tokenizer; empty: from scratch"
+        "", "workdir or checkpoint whose model and tokenizer to start from; empty: from scratch"
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: Lora = Lora()
-    param_dtype: Literal["", "float32", "bfloat16"] = field(
-        "", 'of trained parameters and optimiser; "" is model.dtype'
-    )
+    param_dtype: Literal["", "float32", "bfloat16"] = field("", "of what is trained; empty: model.dtype")
     microbatches: int = field(1, "parts of a batch computed in turn, to save memory; divides data.rows")
-    remat: bool = field(
-        False, "recompute layers in the backward pass: a third more time, memory for one layer"
-    )
+    remat: bool = field(False, "recompute layers backward: a third more time, memory for one layer")
     preference: PreferenceConfig = PreferenceConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -159,10 +140,9 @@ class Config:
         for name in _COUNTS:
             if (value := operator.attrgetter(name)(self)) < 1:
                 raise ConfigError(f"config.{name} must be at least 1, got {value}.")
-        if self.epochs < 0:
-            raise ConfigError(f"config.epochs must be at least 0, got {self.epochs}.")
-        if self.seed < 0:
-            raise ConfigError(f"config.seed must be at least 0, got {self.seed}.")
+        for name in ("epochs", "seed"):
+            if (value := getattr(self, name)) < 0:
+                raise ConfigError(f"config.{name} must be at least 0, got {value}.")
         if self.preference.samples < 2:
             raise ConfigError(
                 f"config.preference.samples must be at least 2, to have a better and a worse answer, "

@@ -42,17 +42,11 @@ def show_log() -> None:
 
 def define_loading() -> None:
     """Defines the flags for loading a model to decode: the arguments of `pasta_jax.load`."""
-    flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16"], "Type of the weights; by default as in training."
-    )
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights; by default as in training.")
     flags.DEFINE_enum("quantize", None, ["int8"], "Load matrices in int8.")
     flags.DEFINE_string("base", None, "For adapters: their base weights, if these have moved.")
-    flags.DEFINE_string(
-        "tokenizer", None, "For published weights: tokenizer file or folder, if not their own."
-    )
-    flags.DEFINE_bool(
-        "extend_tokenizer", False, "For published weights: add ids and rows for tags that have none."
-    )
+    flags.DEFINE_string("tokenizer", None, "Of published weights: a file or folder, if not their own.")
+    flags.DEFINE_bool("extend_tokenizer", False, "For published weights: new ids and rows for the tags.")
     flags.DEFINE_string("chat", "auto", "Format of prompts; auto uses the model's chat template.")
 
 

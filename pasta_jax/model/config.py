@@ -17,9 +17,7 @@ class RopeScaling:
     kind: Literal["none", "linear", "llama3", "yarn"] = field("none", "how frequencies are scaled")
     factor: float = field(1.0, "by which texts are longer than in pretraining")
     original_length: int = field(8192, "of texts in pretraining (llama3, yarn)")
-    low_freq_factor: float = field(
-        1.0, "llama3: waves longer than original_length / this are divided by factor"
-    )
+    low_freq_factor: float = field(1.0, "llama3: waves longer than original_length / this are stretched")
     high_freq_factor: float = field(4.0, "llama3: waves shorter than original_length / this stay")
     beta_fast: float = field(32.0, "yarn: frequencies with more turns in original_length stay")
     beta_slow: float = field(1.0, "yarn: frequencies with fewer turns are divided by factor")
