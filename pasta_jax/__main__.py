@@ -13,6 +13,8 @@ from absl import app, flags
 from pasta_jax import verbs
 from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
 
+MODES = ["parallel", "sequential", "both"]
+
 
 def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
     """The command; `decoding` are the flags that `decode` takes. Usage errors end in one line and status 2."""
@@ -59,24 +61,16 @@ def command() -> None:
     define_loading()
     flags.adopt_module_key_flags(verbs)  # so that --help shows them
     decoding = [
-        flags.DEFINE_enum(
-            "mode", "parallel", ["parallel", "sequential", "both"], "Both compares their times."
-        ),
-        flags.DEFINE_integer(
-            "max_new_tokens", 512, "Maximum tokens of the answer with its tags.", lower_bound=1
-        ),
+        flags.DEFINE_enum("mode", "parallel", MODES, "How to decode; both compares their times."),
+        flags.DEFINE_integer("max_new_tokens", 512, "Maximum tokens of answer and tags.", lower_bound=1),
         flags.DEFINE_integer("max_branches", 15, "Maximum promises in the answer.", lower_bound=0),
         flags.DEFINE_integer("lanes", 8, "Maximum threads that decode in one step.", lower_bound=1),
         flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0),
-        flags.DEFINE_integer(
-            "top_k", 0, "Sample among this many of the likeliest tokens; 0: all.", lower_bound=0
-        ),
+        flags.DEFINE_integer("top_k", 0, "Sample among this many likeliest tokens; 0: all.", lower_bound=0),
         flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest tokens of this probability; 1: all."),
         flags.DEFINE_float("min_p", 0.0, "Leave out tokens below this share of the likeliest one; 0: none."),
         flags.DEFINE_integer("seed", 0, "Seed of the sampling."),
-        flags.DEFINE_float(
-            "open_bias", 0.0, "Added to the logit that opens a promise; above 0: more parallel."
-        ),
+        flags.DEFINE_float("open_bias", 0.0, "Added to the logit that opens a promise; above 0 opens more."),
         flags.DEFINE_multi_string("stop", [], "End the answer before this text. May be repeated."),
         flags.DEFINE_bool("grammar", True, "Allow only well-formed tags; else malformed ones become text."),
         flags.DEFINE_integer("cache_len", None, "Maximum tokens of prompt and answer; by default both fit."),

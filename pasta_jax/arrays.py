@@ -41,9 +41,7 @@ class Tokens:
     position: Array  # int32 [..., L]     rotary position; visibility never reads it
     doc: Array  # int32 [..., L]     document in the row, from 1; NO_DOC is padding
     segment: Array  # int32 [..., L]     the run of one thread between visibility changes that the token is in
-    order: (
-        Array  # int32 [..., L]     index of the token in its thread; main's first one after the prompt is 0
-    )
+    order: Array  # int32 [..., L]     index of the token in its thread; main's first after the prompt is 0
     sees: Array  # uint32 [..., L, W]  the set of segments that the token may read in full
     thread: Array  # int32 [..., L]     0 = main; 1, 2, ... = branches in order of promise
 
@@ -80,7 +78,5 @@ class ThreadedTokens(Tokens):
 class PairedTokens(ThreadedTokens):
     """Answers to learn from in pairs, a better and a worse one to the same prompt; both are in the same batch."""
 
-    pair: (
-        Array  # int32 [..., L]     +i in the better answer of the batch's pair i = 1, 2, ..., -i in the worse
-    )
+    pair: Array  # int32 [..., L]     +i in the better answer of the batch's pair i, from 1; -i in the worse
     reference: Array  # float32 [..., L]  log-probability of `target` under the reference; 0 without one

@@ -25,9 +25,7 @@ class ConfigError(ValueError):
 class DataConfig:
     """The training data, and how it is cut into batches."""
 
-    sources: tuple[tuple[str, float], ...] = field(
-        (("almanac:annotated", 1.0),), "almanac:NAME or JSONL, weight"
-    )
+    sources: tuple[tuple[str, float], ...] = field((("almanac:annotated", 1.0),), "almanac:NAME or JSONL")
     columns: tuple[tuple[str, str], ...] = field((), "JSONL keys, as in prompt=instruction,response=output")
     tokenizer: str = field("almanac", "almanac, tokenizer.model, tokenizer.json, or a folder with one")
     extend_tokenizer: bool = field(False, "give tags new ids if the tokenizer has none to spare")
@@ -121,9 +119,7 @@ class Config:
     seed: int = field(0, "of new weights and of the order of the data")
     steps: int = field(1000, "optimiser steps")
     epochs: float = field(0.0, "passes over the data; if above 0, steps follows from it")
-    init_from: str = field(
-        "", "workdir or checkpoint whose model and tokenizer to start from; empty: from scratch"
-    )
+    init_from: str = field("", "workdir or checkpoint to start from, model and tokenizer; empty: scratch")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

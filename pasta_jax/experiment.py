@@ -47,9 +47,8 @@ def resolve(
       TokenizerError: the tokenizer of an experiment from scratch cannot be loaded.
     """
     if config.init_from and not (ahead and not is_started(config.init_from)):
-        resolved, tokenizer = _inherited(
-            config, workdir if workdir and is_started(workdir) else config.init_from
-        )
+        start = workdir if workdir and is_started(workdir) else config.init_from
+        resolved, tokenizer = _inherited(config, start)
         for text in overrides:
             path = text.partition("=")[0]
             wanted, there = (operator.attrgetter(path)(c) for c in (config, resolved))
@@ -109,7 +108,6 @@ def stages(config: Config) -> list[Config]:
 
 def round_of(config: Config, policy: str, steps: int) -> Config:
     """What a round of preference optimisation trains with: from the policy, at the stage's own learning rate."""
-    optimizer = dataclasses.replace(
-        config.optimizer, lr=config.preference.lr, warmup_steps=max(1, steps // 10)
-    )
+    lr, warmup = config.preference.lr, max(1, steps // 10)
+    optimizer = dataclasses.replace(config.optimizer, lr=lr, warmup_steps=warmup)
     return dataclasses.replace(config, init_from=policy, steps=steps, optimizer=optimizer)

@@ -79,9 +79,8 @@ def load(
         finish=functools.partial(forms.quantize, donate=True) if quantize else None,
     )
     data, own = about.config.data, about.tokenizer()
-    return Model(
-        params, config, own if chat == "auto" else own.with_chat(chat), data.positions, data.max_depth
-    )
+    own = own if chat == "auto" else own.with_chat(chat)
+    return Model(params, config, own, data.positions, data.max_depth)
 
 
 def in_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:

@@ -16,14 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from pasta_jax.rounding import round_up
 
-AXES: dict[str, str | tuple[str, ...]] = {
-    "B": ("data", "fsdp"),
-    "D": "fsdp",
-    "N": "tensor",
-    "K": "tensor",
-    "F": "tensor",
-    "V": "tensor",
-}
+AXES = {"B": ("data", "fsdp"), "D": ("fsdp",)} | dict.fromkeys("NKFV", ("tensor",))
 """Letter to mesh axis or axes. Other letters (H, L, P, Q, R; J, all of q, k and v) are never split."""
 
 MATRICES = {
@@ -37,24 +30,16 @@ MATRICES = {
 }
 """Name of a layer's matrix to its input dimensions, which its product sums over, and its output dimensions."""
 
-OUTPUTS = {"embedding": "V", "head": "V", "qkv_proj": "J"} | {
-    name: columns for name, (_, columns) in MATRICES.items()
-}
+OUTPUTS = {name: columns for name, (_, columns) in MATRICES.items()}
+OUTPUTS |= {"embedding": "V", "head": "V", "qkv_proj": "J"}
 """Name of a weight that multiplies hidden states to its output dimensions: those that int8 has scales for."""
 
 PARAMETERS = {
-    "embedding": "VD",
-    "embedding_rows": "RD",
-    "head": "DV",
-    "head_rows": "DR",
-    "scale": "D",
-    "q_norm": "H",
-    "k_norm": "H",
-    "qkv_proj": "DJ",
-    "q_proj_bias": "NH",
-    "k_proj_bias": "KH",
-    "v_proj_bias": "KH",
-} | {
+    "embedding": "VD", "embedding_rows": "RD", "head": "DV", "head_rows": "DR", "scale": "D",
+    "q_norm": "H", "k_norm": "H", "qkv_proj": "DJ",
+    "q_proj_bias": "NH", "k_proj_bias": "KH", "v_proj_bias": "KH",
+}  # fmt: skip
+PARAMETERS |= {
     name + suffix: dims
     for name, (rows, columns) in MATRICES.items()
     for suffix, dims in {"": rows + columns, "_lora_a": rows + "R", "_lora_b": "R" + columns}.items()
@@ -63,14 +48,7 @@ PARAMETERS = {
 
 POOL = "BKPH"
 
-NAMES = {
-    "B": "rows",
-    "D": "model_dim",
-    "N": "num_heads",
-    "K": "num_kv_heads",
-    "F": "mlp_dim",
-    "V": "vocab_size",
-}
+NAMES = dict(B="rows", D="model_dim", N="num_heads", K="num_kv_heads", F="mlp_dim", V="vocab_size")
 """The letters' names in error messages."""
 
 AnyMesh = Mesh | AbstractMesh
@@ -193,7 +171,6 @@ def abstract(tree: Any, shardings: Any) -> Any:
 def _axes(letter: str, size: int, mesh: AnyMesh) -> tuple[str, ...]:
     """The mesh axes of one dimension, none if it is not split."""
     axes = AXES.get(letter, ())
-    axes = (axes,) if isinstance(axes, str) else axes
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if size % parts == 0:
         return axes

@@ -86,7 +86,8 @@ def timeline(result: DecodeResult, width: int = 80) -> str:
         if thread == 0:
             active = range(len(fed))
         cells = [FED if fed[c] else HELD if c in active else " " for c in range(len(fed))]
-        lines.append(f"{_shorten(label):<{_LABEL}} {''.join(cells).rstrip()}")
+        label = label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
+        lines.append(f"{label:<{_LABEL}} {''.join(cells).rstrip()}")
     return "\n".join(lines)
 
 
@@ -96,10 +97,6 @@ def _ruler(steps: int, per_column: int) -> str:
     for column in range(0, ceil_div(steps, per_column), 10):
         ruler = ruler.ljust(column) + str(column * per_column + 1)
     return ruler
-
-
-def _shorten(label: str) -> str:
-    return label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -151,7 +151,8 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
       CheckpointError: there is none.
     """
     text, root = os.fspath(path), absolute(path)
-    if text.startswith("hf:") or (root / "model.safetensors").exists() or _is_sharded(root):
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if text.startswith("hf:") or any((root / name).exists() for name in weights):
         source = text if text.startswith("hf:") else f"hf:{text}"
         raise CheckpointError(
             f"{text} is no checkpoint of pasta_jax but published weights. Bring them in first: "
@@ -167,16 +168,13 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
         raise CheckpointError(f"{root} is a file. Give a workdir, or a checkpoint within it.")
     if (root / "pasta" / "pasta.json").exists() and (root / "params").exists():
         return root
-    for directory in (root / "checkpoints", root):
-        if steps := _steps(directory):
-            return max(steps, key=lambda step: int(step.name))
     children = sorted(root.iterdir(), key=lambda child: child.name)
     rounds = [child for child in children if re.fullmatch(r"round-\d+", child.name)]
-    if rounds:  # of preference optimisation: the last that holds a model
-        rounds.sort(key=lambda child: int(child.name.removeprefix("round-")), reverse=True)
-        if trained := next(filter(None, (_steps(child / "checkpoints") for child in rounds)), None):
-            return max(trained, key=lambda step: int(step.name))
-    if models := [child.name for child in children if _steps(child / "checkpoints")]:
+    rounds.sort(key=lambda child: int(child.name.removeprefix("round-")), reverse=True)
+    for directory in (root / "checkpoints", root, *(child / "checkpoints" for child in rounds)):
+        if newest := _newest(directory):
+            return newest
+    if models := [child.name for child in children if _newest(child / "checkpoints")]:
         raise CheckpointError(f"{root} holds models: {', '.join(models)}. Give one of them.")
     names = ", ".join(child.name for child in children[:8]) or "nothing"
     raise CheckpointError(f"{root} holds no finished checkpoint of pasta_jax (found: {names}).")
@@ -200,14 +198,10 @@ def is_started(workdir: str | os.PathLike[str]) -> bool:
     return True
 
 
-def _is_sharded(directory: epath.Path) -> bool:
-    """Whether a folder holds Hugging Face weights in several files."""
-    return (directory / "model.safetensors.index.json").exists()
-
-
-def _steps(directory: epath.Path) -> list[epath.Path]:
-    """The checkpoints in a directory, which need not exist."""
-    return [child for child in directory.iterdir() if child.name.isdigit()] if directory.is_dir() else []
+def _newest(directory: epath.Path) -> epath.Path | None:
+    """The checkpoint with the greatest step in a directory, which need not exist."""
+    steps = [c for c in directory.iterdir() if c.name.isdigit()] if directory.is_dir() else []
+    return max(steps, key=lambda step: int(step.name), default=None)
 
 
 # -------------------------------------------------------------------------------------- for the reader

@@ -121,9 +121,7 @@ class Checkpoints:
             name
             for name in overrides.differences(about.config, self._config)
             if not name.startswith(MAY_CHANGE)
-            and not (
-                about.base and name == "init_from"
-            )  # the base may have moved: its fingerprint is compared
+            and not (about.base and name == "init_from")  # a base may move: its fingerprint is compared
         ]
         if changed:
             raise CheckpointError(

@@ -33,9 +33,7 @@ HOST_CALLS = ("callback", "outfeed", "infeed", "send-to-host", "SendToHost", "is
 def topology_devices(topology: str) -> Any:
     """The devices of a TPU slice such as v5e:2x4, as libtpu describes them. No machine is looked for."""
     kind = topology.partition(":")[0]
-    os.environ.setdefault(
-        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-    )  # no chip is opened, so nobody has to wait for it
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened: nobody needs to wait
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", {"v5e": "v5litepod-8"}.get(kind, f"{kind}-8"))

@@ -197,9 +197,7 @@ class _Cache:
 
     def __init__(self) -> None:
         self.compiled: dict[tuple[Limits, int], Compiled] = {}
-        self.decoders: weakref.WeakValueDictionary[tuple[Limits, int], Decoder] = (
-            weakref.WeakValueDictionary()
-        )
+        self.decoders = weakref.WeakValueDictionary[tuple[Limits, int], Decoder]()
 
 
 _CACHES: weakref.WeakKeyDictionary[Model, _Cache] = weakref.WeakKeyDictionary()

@@ -55,9 +55,7 @@ class Decoder:
         if compiled is None:
             compiled = Compiled(*described, **sizes)
         elif sizes or not compiled.fits(*described):
-            raise ValueError(
-                "Only models alike in all but their parameters share compiled programs, and those have their sizes."
-            )
+            raise ValueError("Compiled programs serve models alike in all but their parameters, in one size.")
         self.model, self.compiled, self.chunk = model, compiled, chunk
         self.session = Session(model, compiled, chunk)
         self._scripted: dict[tuple[int, int], Session] = {}

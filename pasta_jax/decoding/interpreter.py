@@ -373,9 +373,8 @@ def _stop_when_full(state: RowState, request: Request, limits: Limits) -> RowSta
     """A row that may write no more tokens stops (decision 6)."""
     full = (state.stop == Stop.RUNNING) & (room(state, request, limits) <= 0)
     as_asked = state.cursor - state.prompt_length >= request.max_new_tokens
-    return dataclasses.replace(
-        state, stop=jnp.where(full, jnp.where(as_asked, Stop.LENGTH, Stop.CACHE_FULL), state.stop)
-    )
+    why = jnp.where(as_asked, Stop.LENGTH, Stop.CACHE_FULL)
+    return dataclasses.replace(state, stop=jnp.where(full, why, state.stop))
 
 
 def _child_of(t: ThreadTable) -> Array:

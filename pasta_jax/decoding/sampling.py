@@ -98,12 +98,12 @@ def keep_likely(weight: Array, how: Draw) -> Array:
     )
     weight = jnp.where(weight >= kth[:, None], weight, 0.0)
     share = top_p * jnp.sum(weight, axis=-1)
+
+    def has_share(low: Array) -> Array:
+        return jnp.sum(jnp.where(weight >= low, weight, 0.0), axis=-1) >= share
+
     pth = jax.lax.cond(
-        jnp.any(top_p < 1),
-        lambda: _greatest(
-            lambda low: jnp.sum(jnp.where(weight >= low, weight, 0.0), axis=-1) >= share, k.shape
-        ),
-        lambda: jnp.zeros(k.shape, jnp.float32),
+        jnp.any(top_p < 1), lambda: _greatest(has_share, k.shape), lambda: jnp.zeros(k.shape, jnp.float32)
     )
     low = jnp.maximum(
         jnp.where(top_p < 1, pth, 0.0), how.min_p

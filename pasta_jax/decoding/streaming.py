@@ -81,12 +81,9 @@ class Event:
 
     def __repr__(self) -> str:
         """Only attributes that differ from their defaults: Event('text', branch=1, text='The Nile')."""
-        names = [
-            field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default
-        ]
-        shown = [
-            f"{name}={getattr(self, name)!r}" for name in names if name not in ("kind", "result", "stop")
-        ]
+        names = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        hidden = ("kind", "result", "stop")
+        shown = [f"{name}={getattr(self, name)!r}" for name in names if name not in hidden]
         return f"Event({', '.join([repr(self.kind), *shown])})"
 
 
@@ -161,9 +158,8 @@ def new_events(
             events.append(event("text", branch=number, text=text))
         if branch:
             topic, tens = promise_of(vocabulary, pieces[-1].tokens)
-            events.append(
-                event("promise", branch=branch, parent=number, topic=topic, promised_tokens=10 * tens)
-            )
+            promised = dict(topic=topic, promised_tokens=10 * tens)
+            events.append(event("promise", branch=branch, parent=number, **promised))
         if closed:
             events.append(event("closed", branch=number))
         threads[number] = _Thread(progress, speller.pending, closed)
@@ -203,9 +199,8 @@ class Draft:
         self._request: int | None = None
         self._stop: tuple[str, ...] = ()
         self._finished = ""  # text before the first gap
-        self._parts: dict[int, list[str | int]] = {
-            MAIN: []
-        }  # of each thread: pieces of text, and branches where their text belongs
+        # Of each thread: pieces of text, and branches where their text belongs.
+        self._parts: dict[int, list[str | int]] = {MAIN: []}
         self._topics: dict[int, str] = {MAIN: ""}
         self._closed: set[int] = set()
         self._gap = [(MAIN, 0)]  # the first gap: thread and index of its part, after those of its parents

@@ -66,11 +66,8 @@ class Trace:
     def branches(self) -> list[dict[int, int]]:
         """For each thread, the branch that each ` />` of it started: {index in the thread's answer: branch}."""
         branches: list[dict[int, int]] = [{} for _ in self.parent]
-        for branch, (parent, order) in enumerate(
-            zip(self.parent.tolist(), self.forked_at.tolist(), strict=True)
-        ):
-            if branch:
-                branches[parent][order] = branch
+        for branch in range(1, len(self.parent)):
+            branches[int(self.parent[branch])][int(self.forked_at[branch])] = branch
         return branches
 
     @property
@@ -86,10 +83,8 @@ def read_trace(row: RowState) -> Trace:
     last = [k for k in range(count) if row.stop == Stop.EOS and t.phase[k] == Phase.READY]
     last.sort(key=lambda k: (k == 0, k))  # the answer's end after the branches that it waited for
     columns = {
-        name: np.concatenate([entries[:n], following[last]])
-        for (name, entries), following in zip(
-            row.entries.fields().items(), t.next.fields().values(), strict=True
-        )
+        name: np.concatenate([entries[:n], getattr(t.next, name)[last]])
+        for name, entries in row.entries.fields().items()
     }
     step, logprob = columns.pop("step"), columns.pop("logprob")
     tokens = Tokens(**columns)

@@ -99,22 +99,13 @@ class Attention(nn.Module):
         q_BxQxNxH = rotate(q_BxQxNxH, rotary)
         k_BxKxPxH = rotate(k_BxQxKxH, rotary).swapaxes(1, 2)
         v_BxKxPxH = v_BxQxKxH.swapaxes(1, 2)
-        if pool_kv is None:
-            out_BxQxNxH = attend_to_earlier(
-                q_BxQxNxH, k_BxKxPxH, v_BxKxPxH, may_attend_BxQxP, c.query_scale, c.attn_softcap
-            )
-        else:
+        attention, keys, values = attend_to_earlier, k_BxKxPxH, v_BxKxPxH
+        if pool_kv is not None:
             k_BxKxPxH = write(pool_kv[0], k_BxKxPxH, start_B)
             v_BxKxPxH = write(pool_kv[1], v_BxKxPxH, start_B)
             used = may_attend_BxQxP.shape[-1]
-            out_BxQxNxH = attend(
-                q_BxQxNxH,
-                k_BxKxPxH[:, :, :used],
-                v_BxKxPxH[:, :, :used],
-                may_attend_BxQxP,
-                c.query_scale,
-                c.attn_softcap,
-            )
+            attention, keys, values = attend, k_BxKxPxH[:, :, :used], v_BxKxPxH[:, :, :used]
+        out_BxQxNxH = attention(q_BxQxNxH, keys, values, may_attend_BxQxP, c.query_scale, c.attn_softcap)
         return dense(self, "o_proj", out_BxQxNxH, (N, H, D), inner=2), (k_BxKxPxH, v_BxKxPxH)
 
     def _heads(self, x_BxQxD: Array) -> tuple[Array, Array, Array]:
@@ -125,22 +116,16 @@ class Attention(nn.Module):
         if fused is not None:
             q, k, v = project_fused(x_BxQxD, fused, (N, K, K))
         else:
-            q, k, v = (
-                dense(self, f"{letter}_proj", x_BxQxD, (D, n, H)) for letter, n in zip("qkv", (N, K, K))
-            )
-        return (
-            self._biased_and_normed("q", q),
-            self._biased_and_normed("k", k),
-            self._biased_and_normed("v", v),
-        )
+            heads = zip("qkv", (N, K, K))
+            q, k, v = (dense(self, f"{letter}_proj", x_BxQxD, (D, n, H)) for letter, n in heads)
+        return self._bias_and_norm("q", q), self._bias_and_norm("k", k), self._bias_and_norm("v", v)
 
-    def _biased_and_normed(self, letter: str, y_BxQxNxH: Array) -> Array:
+    def _bias_and_norm(self, letter: str, y_BxQxNxH: Array) -> Array:
         """Queries, keys or values ("q", "k", "v") with the bias and the norm that some models have."""
         c = self.config
         if c.qkv_bias:
-            y_BxQxNxH += self.param(
-                f"{letter}_proj_bias", nn.initializers.zeros, y_BxQxNxH.shape[2:], c.dtype
-            ).astype(y_BxQxNxH.dtype)
+            bias = self.param(f"{letter}_proj_bias", nn.initializers.zeros, y_BxQxNxH.shape[2:], c.dtype)
+            y_BxQxNxH += bias.astype(y_BxQxNxH.dtype)
         if c.qk_norm and letter != "v":
             scale_H = self.param(f"{letter}_norm", unit_scale(c), (c.head_dim,), c.dtype)
             y_BxQxNxH = rms_norm(y_BxQxNxH, scale_H, c)

@@ -21,14 +21,10 @@ def rotary_of(config: ModelConfig, positions_BxQ: Array) -> dict[str, Rotary]:
     rotary = {}
     if "global" in kinds:
         rotary["global"] = rotary_angles(positions_BxQ, H, config.rope_base, config.rope_scaling)
-    if (
-        "local" in kinds
-    ):  # Gemma 3's have their own base and no scaling; in other families all layers are alike
-        base, scaling = (
-            (config.local_rope_base, RopeScaling())
-            if config.local_rope_base
-            else (config.rope_base, config.rope_scaling)
-        )
+    if "local" in kinds:
+        base, scaling = config.rope_base, config.rope_scaling
+        if config.local_rope_base:  # Gemma 3's have their own, and no scaling
+            base, scaling = config.local_rope_base, RopeScaling()
         rotary["local"] = rotary_angles(positions_BxQ, H, base, scaling)
     return rotary
 

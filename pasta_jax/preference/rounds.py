@@ -145,18 +145,11 @@ def stage_of(config: Config, seed: int = 0) -> Stage:
 
 def draw(config: Config, number: int, policy: Model, baseline: Model, folder: str) -> list[Record]:
     """The samples of one round, in FOLDER/samples.jsonl; those that are there already are kept."""
-    prompts = prompts_of(config.preference, _seed(config, number))
+    data, seed = config.data, _seed(config, number)
+    prompts, path = prompts_of(config.preference, seed), os.path.join(folder, "samples.jsonl")
     LOG.info("Round %d: sampling.", number)
-    return sample(
-        policy,
-        baseline,
-        prompts,
-        config.preference,
-        length=config.data.length,
-        threads=config.data.threads,
-        seed=_seed(config, number),
-        path=os.path.join(folder, "samples.jsonl"),
-    )
+    sizes = {"length": data.length, "threads": data.threads}
+    return sample(policy, baseline, prompts, config.preference, **sizes, seed=seed, path=path)
 
 
 def _seed(config: Config, number: int) -> int:
@@ -168,10 +161,8 @@ def prompts_of(config: PreferenceConfig, seed: int) -> list[Prompt]:
     """The prompts of a round: new training prompts of the almanac, its families in turn, or those of a file."""
     count = config.prompts_per_round
     if config.prompts == "almanac":
-        families = itertools.cycle(almanac.FAMILIES)
-        tasks = [
-            almanac.training_task(np.random.default_rng([seed, i]), next(families)) for i in range(count)
-        ]
+        families = enumerate(itertools.islice(itertools.cycle(almanac.FAMILIES), count))
+        tasks = [almanac.training_task(np.random.default_rng([seed, i]), name) for i, name in families]
         return [Prompt(task.prompt, almanac.plain(task)) for task in tasks]
     try:
         examples, problems = read_records(config.prompts)
@@ -186,19 +177,13 @@ def prompts_of(config: PreferenceConfig, seed: int) -> list[Prompt]:
         )
     chosen = [examples[permuted(i, len(examples), seed)] for i in range(min(count, len(examples)))]
     prompts = [Prompt(example.prompt, assemble(example.program)) for example in chosen]
-    if config.judge == "almanac":
-        for prompt in prompts:
-            _check_almanac(prompt)
-    return prompts
-
-
-def _check_almanac(prompt: Prompt) -> None:
     try:
-        almanac.task_of(prompt.text)
+        for prompt in prompts if config.judge == "almanac" else ():
+            almanac.task_of(prompt.text)
     except ValueError as error:
-        raise ConfigError(
-            f"config.preference.judge: the almanac judges its own prompts only. {error}"
-        ) from None
+        message = f"config.preference.judge: the almanac judges its own prompts only. {error}"
+        raise ConfigError(message) from None
+    return prompts
 
 
 def _check_stamp(folder: str, config: Config, policy: str) -> None:

@@ -24,9 +24,8 @@ from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import Stats, result
 from pasta_jax.decoding.state import Limits
-from pasta_jax.decoding.trace import Trace, as_document, document_order
+from pasta_jax.decoding.trace import as_document, document_order
 from pasta_jax.files import appending, json_line, read_jsonl, write_jsonl
-from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training.signals import Stopped, stop_requests
 
 LOG = logging.getLogger("pasta_jax")
@@ -101,21 +100,16 @@ def sample(
     if {record.prompt for record in records} - {*prompts}:
         records = []
     write_records(path, records)  # without a broken last line
-    LOG.info(
-        "%d answers to each of %d prompts; %d prompts are done.", config.samples, len(prompts), len(records)
-    )
+    LOG.info("%d samples of each of %d prompts; %d are done.", config.samples, len(prompts), len(records))
     if len(records) == len(prompts):
         return records
 
     def decoder(model: Model, lanes: int) -> Decoder:
-        return Decoder(
-            model,
-            limits=Limits(lanes, threads, length, model.max_depth),
-            rows=config.sampling_rows,
-            chunk=64,
-        )
+        limits = Limits(lanes, threads, length, model.max_depth)
+        return Decoder(model, limits=limits, rows=config.sampling_rows)
 
-    baselines = _answers(decoder(baseline, lanes=1), prompts, [_greedy(length)] * len(prompts))
+    greedy = SamplingParams(max_new_tokens=length, max_branch_tokens=length, open_bias=float("-inf"))
+    baselines = _answers(decoder(baseline, lanes=1), prompts, [greedy] * len(prompts))
     # Rows of a batch wait for the longest: prompts with answers of similar length go together.
     order = sorted(range(len(prompts)), key=lambda i: (baselines[i].stats.output_tokens, i))
     if [record.prompt for record in records] != [prompts[i] for i in order[: len(records)]]:
@@ -128,57 +122,35 @@ def sample(
     with appending(path) as file, stop_requests() as request:
         for start in tqdm(todo, unit="group", desc="sampling", disable=not interactive):
             members = order[start : start + group]
-            sampling = [
-                _drawn(length, config.temperature, np.random.SeedSequence([seed, i, j]))
-                for i in members
-                for j in range(config.samples)
-            ]
-            drawn = iter(
-                _answers(engine, [prompts[i] for i in members for _ in range(config.samples)], sampling)
-            )
+            asked = [(i, j) for i in members for j in range(config.samples)]
+            sampling = [_drawn(length, config.temperature, seed, i, j) for i, j in asked]
+            drawn = iter(_answers(engine, [prompts[i] for i, _ in asked], sampling))
             for i in members:
                 samples = tuple(itertools.islice(drawn, config.samples))
                 records.append(Record(prompts[i], baselines[i], samples))
                 file.write(json_line(dataclasses.asdict(records[-1])))
+            progress = f"{len(records)} of {len(prompts)} prompts are sampled."
             if request.signal:
-                LOG.warning(
-                    "%d of %d prompts are sampled. Run the same command again to go on.",
-                    len(records),
-                    len(prompts),
-                )
+                LOG.warning("%s Run the same command again to go on.", progress)
                 raise Stopped(request.signal)
             if not interactive and time.monotonic() - logged_at > LOG_EVERY_S:
-                LOG.info("%d of %d prompts are sampled.", len(records), len(prompts))
+                LOG.info(progress)
                 logged_at = time.monotonic()
     return records
 
 
-def _greedy(length: int) -> SamplingParams:
-    return SamplingParams(max_new_tokens=length, max_branch_tokens=length, open_bias=float("-inf"))
-
-
-def _drawn(length: int, temperature: float, seed: np.random.SeedSequence) -> SamplingParams:
-    number = int(seed.generate_state(1)[0])
-    return SamplingParams(
-        max_new_tokens=length, max_branch_tokens=length, temperature=temperature, seed=number
-    )
+def _drawn(length: int, temperature: float, *seed: int) -> SamplingParams:
+    number = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return SamplingParams(length, length, temperature, seed=number)
 
 
 def _answers(decoder: Decoder, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[Sample]:
     tokenizer = decoder.model.tokenizer
     traces, _ = decoder.decode([tokenizer.encode_prompt(prompt.text) for prompt in prompts], sampling)
-    return [_sample_from(tokenizer, trace) for trace in traces]
-
-
-def _sample_from(tokenizer: Tokenizer, trace: Trace) -> Sample:
-    decoded = result(tokenizer, trace)
-    return Sample(
-        text=decoded.text,
-        annotated=decoded.annotated,
-        stats=decoded.stats,
-        document=as_document(trace),
-        step=trace.step[document_order(trace)],
-    )
+    return [
+        Sample(r.text, r.annotated, r.stats, as_document(r.trace), r.trace.step[document_order(r.trace)])
+        for r in (result(tokenizer, trace) for trace in traces)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- on disk
@@ -196,14 +168,7 @@ def record_of(tree: dict[str, Any]) -> Record:
 
 
 def _sample_of(tree: dict[str, Any]) -> Sample:
-    fields = {
-        name: np.array(values, np.uint32 if name == "sees" else np.int32)
-        for name, values in tree["document"].items()
-    }
-    return Sample(
-        text=tree["text"],
-        annotated=tree["annotated"],
-        stats=Stats(**tree["stats"]),
-        document=ThreadedTokens(**fields),
-        step=np.array(tree["step"], np.int32),
-    )
+    dtypes = {"sees": np.uint32}
+    fields = {name: np.array(x, dtypes.get(name, np.int32)) for name, x in tree["document"].items()}
+    step = np.array(tree["step"], np.int32)
+    return Sample(tree["text"], tree["annotated"], Stats(**tree["stats"]), ThreadedTokens(**fields), step)

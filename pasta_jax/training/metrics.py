@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -26,7 +26,9 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str, *, first_step: int, steps: int, tb: bool = False):
-        self._file = _open_at(os.path.join(workdir, "metrics.jsonl"), first_step)
+        path = os.path.join(workdir, "metrics.jsonl")
+        write_jsonl(path, [line for line in read_metrics(path) if line["step"] <= first_step])
+        self._file = appending(path)
         self._tb = _tensorboard(workdir) if tb and is_writer() else None
         self._bar = tqdm(initial=first_step, total=steps, unit="step", disable=not sys.stderr.isatty())
 
@@ -59,11 +61,6 @@ class MetricsWriter:
 def read_metrics(path: str) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, up to one that a crash cut short."""
     return read_jsonl(path, dict)
-
-
-def _open_at(path: str, first_step: int) -> IO[str]:
-    write_jsonl(path, [line for line in read_metrics(path) if line["step"] <= first_step])
-    return appending(path)
 
 
 def _tensorboard(workdir: str) -> Any:

@@ -27,10 +27,8 @@ def rows_sharding(mesh: Any, rows: int, parts: int) -> jax.sharding.NamedShardin
     except ValueError as error:
         if parts == 1:
             raise
-        message = (
-            f"each of {parts} microbatches has {rows // parts} of {rows} rows, over all devices: {error}"
-        )
-        raise ValueError(message) from error
+        share = f"each of {parts} microbatches has {rows // parts} of {rows} rows"
+        raise ValueError(f"{share}, over all devices: {error}") from error
 
 
 def split_rows(fields: Fields, parts: int, mesh: Any) -> Fields:
