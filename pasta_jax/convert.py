@@ -95,15 +95,13 @@ def import_model(kind: SourceKind, path: str, values: Any) -> None:
 
 def export_model(workdir: str, values: Any) -> None:
     """Writes a workdir's model to a Hugging Face folder, whole or not at all."""
-    import jax
-
     from pasta_jax import sharding
     from pasta_jax.checkpoints.about import find, read_about
     from pasta_jax.checkpoints.load import load_params
     from pasta_jax.interchange.origin import read_origin
     from pasta_jax.interchange.parity import parity_line
     from pasta_jax.interchange.writing import Exported, write_folder
-    from pasta_jax.model import init_params, param_count
+    from pasta_jax.model import param_count, param_shapes
 
     for name in ("tokenizer", "extend_tokenizer", "chat", "preset"):
         if values[name].present:
@@ -122,7 +120,7 @@ def export_model(workdir: str, values: Any) -> None:
     params, about = load_params(
         workdir,
         shardings=None if mesh is None else lambda shapes: sharding.param_shardings(shapes, mesh),
-        expected=jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)),
+        expected=param_shapes(config),
         base=values.base,
     )
     model = Exported(params, about.config.model, about.tokenizer(), origin, is_trained=about.step > 0)

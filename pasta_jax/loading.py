@@ -12,7 +12,7 @@ from pasta_jax.checkpoints.about import find, read_about
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.decoding.model import Model
 from pasta_jax.interchange.importing import ImportOptions, kind_of, open_published
-from pasta_jax.model import ModelConfig, forms, init_params
+from pasta_jax.model import ModelConfig, forms, param_shapes
 from pasta_jax.sharding import param_shardings
 
 DTYPES = ("float32", "bfloat16")
@@ -69,12 +69,10 @@ def load(
             f"{path} has its own tokenizer; tokenizer and extend_tokenizer are for other weights."
         )
     config = in_dtype(read_about(find(path)).config.model, dtype)
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-
     params, about = load_params(
         path,
         shardings=None if mesh is None else functools.partial(param_shardings, mesh=mesh),
-        expected=shapes,
+        expected=param_shapes(config),
         base=base,
         finish=functools.partial(forms.quantize, donate=True) if quantize else None,
     )

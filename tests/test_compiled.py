@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import weakref
 from typing import Any
@@ -14,7 +13,6 @@ import pasta_jax
 from pasta_jax import sharding
 from pasta_jax.compile.__main__ import decoder_programs
 from pasta_jax.config import Config
-from pasta_jax.data.sources import make_tokenizer
 from pasta_jax.decoding.api import decoder_for
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
@@ -22,16 +20,17 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.model.forms import quantize
+from pasta_jax.testing import WordTokenizer
 
 pytestmark = pytest.mark.slow
 
+WORDS = WordTokenizer("the river", vocab_size=320)
 CONFIG = Config(
     model=ModelConfig(
-        vocab_size=1408, num_layers=1, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16
+        vocab_size=320, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8
     )
 )
 LIMITS = Limits(lanes=2, threads=4, pool=62)
-BUCKETS: dict[str, Any] = dict(prompt_buckets=(), pool_buckets=(20,))
 
 
 def model_of(config: Config, *, int8: bool, mesh: Any) -> Model:
@@ -41,15 +40,15 @@ def model_of(config: Config, *, int8: bool, mesh: Any) -> Model:
         params = quantize(params)
     if mesh is not None:
         params = jax.device_put(params, sharding.param_shardings(params, mesh))
-    return Model(params, config.model, make_tokenizer(config.data), config.data.positions)
+    return Model(params, config.model, WORDS, config.data.positions)
 
 
 @pytest.mark.parametrize(
     ("rows", "form", "int8", "spread", "settings"),
     [
-        (3, "outputs_first", False, False, {"cached_bytes": 0}),
-        (1, "fused", True, False, {"platform": "gpu"}),
-        (3, "plain", True, True, {}),
+        (3, "outputs_first", False, False, {"cached_bytes": 0, "pool_buckets": (20,)}),
+        (1, "fused", True, False, {"platform": "gpu", "pool_buckets": ()}),
+        (3, "plain", True, True, {"widths": (), "pool_buckets": ()}),
     ],
 )
 def test_a_decoder_runs_what_is_compiled_ahead_of_time(
@@ -58,8 +57,8 @@ def test_a_decoder_runs_what_is_compiled_ahead_of_time(
     mesh = sharding.make_mesh(2, 2, 2) if spread else None
     model = model_of(CONFIG, int8=int8, mesh=mesh)
     one_device = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    sizes: dict[str, Any] = dict(limits=LIMITS, rows=rows, **BUCKETS, **settings)
-    ahead = decoder_programs(CONFIG, mesh or one_device, int8=int8, **sizes)
+    sizes: dict[str, Any] = dict(limits=LIMITS, rows=rows, prompt_buckets=(), **settings)
+    ahead = decoder_programs(CONFIG, mesh or one_device, WORDS, int8=int8, **sizes)
     lowered = {program: ahead.lower(program).as_text() for program in ahead.programs}
     assert ahead.form == form and len({*lowered.values()}) == len(lowered)
 
@@ -72,12 +71,12 @@ def test_a_decoder_runs_what_is_compiled_ahead_of_time(
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", record)
     decoder = Decoder(model, chunk=8, **sizes)
-    prompts = [model.tokenizer.encode_prompt(text) for text in ("Iron", "Peru", "Ohio")]
-    params = SamplingParams(max_new_tokens=20, temperature=1.0)
-    cancelled = decoder.submit(prompts[0], params)
+    prompts = [WORDS.encode_prompt(text) for text in ("Iron", "Peru", "Ohio")]
+    cancelled = decoder.submit(prompts[0], SamplingParams(max_new_tokens=20))
     cancelled.step()
     cancelled.cancel()
-    decoder.decode(prompts, [dataclasses.replace(params, max_new_tokens=40)] * 3)
+    enough = SamplingParams(max_new_tokens=40 if settings["pool_buckets"] else 4, temperature=1.0)
+    decoder.decode(prompts, [enough] * 3)
 
     names = {text: program for program, text in lowered.items()}
     assert {names.get(text, "something else") for text in ran} == {*lowered}, "all of them, and no other"

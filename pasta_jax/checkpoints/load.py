@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from etils import epath
 from pasta_jax import sharding
 from pasta_jax.checkpoints.about import About, Base, CheckpointError, absolute, damaged, find, read_about
 from pasta_jax.checkpoints.fingerprint import fingerprint
-from pasta_jax.model import init_params, lora
+from pasta_jax.model import lora, param_shapes
 from pasta_jax.model.lora import Params
 
 
@@ -83,8 +82,8 @@ def load_parts(
     """
     checkpoint, saved, about = _read_adapters(path)
     base_path = os.fspath(base) if base else find_base(checkpoint, saved.path)
-    shapes = jax.eval_shape(functools.partial(init_params, about.config.model), jax.random.key(0))
-    params, about_base = load_params(base_path, shardings=shardings, expected=shapes)
+    expected = param_shapes(about.config.model)
+    params, about_base = load_params(base_path, shardings=shardings, expected=expected)
     check_base(checkpoint, saved, Base(base_path, about_base.merged or fingerprint(params)))
     target = _placed(saved_shapes(checkpoint, "params"), shardings)
     return params, restore_arrays(checkpoint, "params", target), about

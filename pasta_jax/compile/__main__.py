@@ -71,15 +71,13 @@ def lower_stages(config: Config, mesh: Any) -> dict[str, Any]:
 
 def lower_reference(config: Config, mesh: Any) -> Any:
     """The second stage's pass over the reference model for log-probabilities, lowered for a mesh."""
-    import jax
-
     from pasta_jax import sharding
     from pasta_jax.arrays import ThreadedTokens
-    from pasta_jax.model import init_params
+    from pasta_jax.model import param_shapes
     from pasta_jax.preference.pairs import reference_pass
     from pasta_jax.training.microbatches import rows_sharding
 
-    params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
+    params = param_shapes(config.model)
     params = sharding.abstract(params, sharding.param_shardings(params, mesh))
     rows = rows_sharding(mesh, config.data.rows, config.microbatches)
     fields = sharding.abstract(_batch(config, ThreadedTokens), rows)
@@ -115,9 +113,9 @@ def decoder_programs(
     from pasta_jax import sharding
     from pasta_jax.data.sources import make_tokenizer
     from pasta_jax.decoding.compiled import Compiled
-    from pasta_jax.model import forms, init_params
+    from pasta_jax.model import forms, param_shapes
 
-    params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
+    params = param_shapes(config.model)
     params = jax.eval_shape(forms.quantize, params) if int8 else params
     one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
     places = one if mesh.size == 1 else sharding.param_shardings(params, mesh)

@@ -2,7 +2,7 @@
 
 from pasta_jax.model.config import Lora, ModelConfig, RopeScaling
 from pasta_jax.model.pool import Pool, empty_pool, pool_bytes
-from pasta_jax.model.transformer import Transformer, forward, init_params, logits, param_count
+from pasta_jax.model.transformer import Transformer, forward, init_params, logits, param_count, param_shapes
 
 __all__ = [
     "Lora",
@@ -15,5 +15,6 @@ __all__ = [
     "init_params",
     "logits",
     "param_count",
+    "param_shapes",
     "pool_bytes",
 ]

@@ -42,10 +42,8 @@ class Family:
 
 
 def _fixed(offset: float, embed_scale: bool, *switched_on: str) -> dict[str, Any]:
-    switches = ("post_norms", "qk_norm", "qkv_bias")
-    return {"norm_offset": offset, "embed_scale": embed_scale} | {
-        name: name in switched_on for name in switches
-    }
+    switches = {name: name in switched_on for name in ("post_norms", "qk_norm", "qkv_bias")}
+    return {"norm_offset": offset, "embed_scale": embed_scale} | switches
 
 
 _COMMON = {
@@ -311,10 +309,8 @@ def _family_name(tree: Mapping[str, Any], path: str) -> str:
             f"{path}: model_type={name!r}: unknown architecture. We have {', '.join([*FAMILIES, 'gemma3'])}.{hint}"
         )
     architectures = tree.get("architectures")
-    if architectures and architectures[0] not in (
-        FAMILIES[name].architecture,
-        "Gemma3ForConditionalGeneration",
-    ):
+    known = (FAMILIES[name].architecture, "Gemma3ForConditionalGeneration")
+    if architectures and architectures[0] not in known:
         raise FamilyError(
             f"{path}: architectures={architectures}: model_type {name!r} goes with {FAMILIES[name].architecture}; "
             "models of other tasks have no head over the vocabulary."
@@ -362,11 +358,8 @@ def _dtype(fields: Fields) -> str:
 
 def _layers_from_hf(name: str, fields: Fields, Z: int) -> tuple[tuple[LayerKind, ...], int]:
     """The kind of each layer, and the window of local layers, 0 if there are none."""
-    has_window = (
-        name != "gemma"
-        and name != "llama"
-        and (not name.startswith("qwen") or fields.flag("use_sliding_window"))
-    )
+    has_window = name not in ("gemma", "llama")
+    has_window &= not name.startswith("qwen") or fields.flag("use_sliding_window")
     window = fields.size("sliding_window", default=0) if has_window else 0
     local = [False] * Z
     if name == "mistral":

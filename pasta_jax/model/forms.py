@@ -158,8 +158,7 @@ def quantize(params: Any, *, donate: bool = False) -> Any:
 
     Args:
       params: plain weights, adapters merged.
-      donate: free each array of `params` as soon as it is quantised; they may not be used again. So never more
-        than the model and one leaf is held.
+      donate: use up the arrays of `params`, each as soon as it is quantised: never more than one is held twice.
     """
 
     def quantize_one(path: tuple[Any, ...], leaf: Any) -> Any:

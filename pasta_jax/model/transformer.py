@@ -19,6 +19,7 @@ form (`model.forms`).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -167,9 +168,14 @@ def logits(model: Transformer, params: Params, hidden: Array) -> Array:
 
 
 def init_params(config: ModelConfig, key: Array, lora: Lora = Lora()) -> dict[str, Any]:
-    """Parameters of a new model, all plain. `jax.eval_shape` of it gives their shapes and costs nothing."""
+    """Parameters of a new model, all plain."""
     token = jnp.zeros((1, 1), jnp.int32)
     return Transformer(config, lora).init(key, token, token, jnp.ones((1, 1, 1), bool))["params"]
+
+
+def param_shapes(config: ModelConfig) -> dict[str, Any]:
+    """Shapes and dtypes of `init_params`; nothing is computed."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
 def param_count(params: Any) -> int:

@@ -31,12 +31,8 @@ PREFIX = "model."
 MULTIMODAL_PREFIXES = ("language_model.model.", "model.language_model.")
 """Prefixes of Gemma 3's text model beside a vision model: as published, and as transformers 5 writes it."""
 
-NOT_TEXT = (
-    "vision_tower.",
-    "multi_modal_projector.",
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-)
+_VISION = ("vision_tower.", "multi_modal_projector.")
+NOT_TEXT = (*_VISION, *(PREFIX + name for name in _VISION))
 """Prefixes of tensors that do not belong to the text model of a multi-modal folder; they are never read."""
 
 HEAD = "lm_head.weight"

@@ -23,7 +23,7 @@ from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data.batches import batches, prefetch
 from pasta_jax.data.packing import real_fraction
-from pasta_jax.model import init_params
+from pasta_jax.model import param_shapes
 from pasta_jax.model.lora import Params
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
@@ -231,8 +231,7 @@ def training_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -
     try:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         rows_sharding(mesh, config.data.rows, config.microbatches)
-        shapes = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
-        sharding.param_shardings(shapes, mesh)
+        sharding.param_shardings(param_shapes(config.model), mesh)
     except ValueError as error:
         raise ConfigError(f"config.mesh: {error}") from error
     return mesh
