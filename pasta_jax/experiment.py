@@ -76,10 +76,8 @@ def _inherited(config: Config, path: str) -> tuple[Config, Tokenizer]:
     if config.data.chat != "auto":
         tokenizer = tokenizer.with_chat(config.data.chat)
     model = dataclasses.replace(about.config.model, dtype=config.model.dtype)
-    source = about.config.data
-    data = dataclasses.replace(
-        config.data, tokenizer=source.tokenizer, extend_tokenizer=source.extend_tokenizer
-    )
+    inherited = {name: getattr(about.config.data, name) for name in ("tokenizer", "extend_tokenizer")}
+    data = dataclasses.replace(config.data, **inherited)
     return dataclasses.replace(config, model=model, data=data), tokenizer.with_dialect(config.data.dialect)
 
 

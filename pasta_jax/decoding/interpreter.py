@@ -327,11 +327,10 @@ def _hold_or_end(state: RowState, event: Array) -> RowState:
     waits = (event == Effect.SYNC) | (event == Effect.FINISH) | (event == Effect.END)
     has_branches = jnp.any(_child_of(t) & ~t.joined, axis=-1)
     ends = ~has_branches & (event == Effect.FINISH)
+    phase = jnp.where(waits & has_branches, Phase.HELD, t.phase)
     return dataclasses.replace(
         state,
-        threads=dataclasses.replace(
-            t, phase=jnp.where(waits & has_branches, Phase.HELD, t.phase), closing=t.closing | ends
-        ),
+        threads=dataclasses.replace(t, phase=phase, closing=t.closing | ends),
         stop=jnp.where(jnp.any((event == Effect.END) & ~has_branches), Stop.EOS, state.stop),
     )
 
@@ -435,9 +434,7 @@ def begin(limits: Limits, entries: int, prompt: Array, length: Array) -> RowStat
     return dataclasses.replace(
         row,
         threads=t,
-        entries=jax.tree.map(
-            lambda field, written: field.at[: len(written)].set(written), row.entries, tokens
-        ),
+        entries=jax.tree.map(lambda field, new: field.at[: len(new)].set(new), row.entries, tokens),
         cursor=length,
         prompt_length=length,
         stop=jnp.where(length > 0, Stop.RUNNING, Stop.EOS),

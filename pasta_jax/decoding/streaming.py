@@ -145,13 +145,12 @@ def new_events(
         if thread.closed or (branch and end <= read[number]):
             continue
         tokens = trace.tokens.token[indices[number][thread.progress.index : end]].tolist()
-        pieces, progress = scan(
-            vocabulary, number, tokens, branches[number], thread.progress, ended=ended and not branch
-        )
+        is_last = ended and not branch
+        pieces, progress = scan(vocabulary, number, tokens, branches[number], thread.progress, ended=is_last)
         speller, text = Speller(vocabulary, thread.pending), ""
         for piece in pieces:
             text += speller.feed(piece.tokens) if piece.role == Role.TEXT else speller.end_run()
-        closed = not branch and (progress.finished or ended)
+        closed = is_last or (not branch and progress.finished)
         if closed:
             text += speller.end_run()
         if text:

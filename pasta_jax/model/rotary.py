@@ -18,11 +18,10 @@ Rotary = tuple[Array, Array]
 def rotary_of(config: ModelConfig, positions_BxQ: Array) -> dict[str, Rotary]:
     """The angles for each kind of layer in the model."""
     H, kinds = config.head_dim, set(config.kinds)
-    by_kind = {"global": (config.rope_base, config.rope_scaling)}
-    by_kind["local"] = (
-        (config.local_rope_base, RopeScaling()) if config.local_rope_base else by_kind["global"]
-    )
-    return {k: rotary_angles(positions_BxQ, H, *by_kind[k]) for k in ("global", "local") if k in kinds}
+    bases = dict.fromkeys(("global", "local"), (config.rope_base, config.rope_scaling))
+    if config.local_rope_base:  # Gemma 3's have their own, and no scaling
+        bases["local"] = config.local_rope_base, RopeScaling()
+    return {kind: rotary_angles(positions_BxQ, H, *base) for kind, base in bases.items() if kind in kinds}
 
 
 def rotary_angles(

@@ -58,14 +58,10 @@ def choose_all(
 ) -> list[Choice | None]:
     """The choice of each record by its samples' scores; None if an answer of the pair is longer than `length`."""
     choices = [choose(values) for values in scores]
-
-    def fits(record: Record, choice: Choice) -> bool:
-        return all(len(record.samples[i].document) <= length for i in choice)
-
-    return [
-        choice if choice and fits(record, choice) else None
-        for record, choice in zip(records, choices, strict=True)
-    ]
+    for i, (record, choice) in enumerate(zip(records, choices, strict=True)):
+        if choice and any(len(record.samples[j].document) > length for j in choice):
+            choices[i] = None
+    return choices
 
 
 def make_pairs(
@@ -87,12 +83,8 @@ def make_pairs(
       rows, length, parts: of the batches of the forward pass, and their number of microbatches.
       path: read if it exists and has the same tokens, else written.
     """
-    documents = [
-        record.samples[i].document
-        for record, choice in zip(records, choices, strict=True)
-        if choice
-        for i in choice
-    ]
+    chosen = zip(records, choices, strict=True)
+    documents = [record.samples[i].document for record, choice in chosen for i in choice or ()]
     if not documents:
         return []
     token = np.concatenate([document.token for document in documents])
@@ -202,7 +194,5 @@ def _numbered(document: PairedTokens, number: int) -> PairedTokens:
 
 def steps_for(pairs: Sequence[Pair], epochs: float, rows: int, length: int, seed: int, parts: int = 1) -> int:
     """The number of batches that hold `epochs` passes over the pairs."""
-    steps, _ = steps_until(
-        pair_batches(pairs, 0, rows, length, seed=seed, parts=parts), math.ceil(epochs * len(pairs))
-    )
-    return steps
+    batches = pair_batches(pairs, 0, rows, length, seed=seed, parts=parts)
+    return steps_until(batches, math.ceil(epochs * len(pairs)))[0]

@@ -114,9 +114,8 @@ def make_update(
     optimizer = make_optimizer(config.optimizer, config.steps)
     schedule = make_schedule(config.optimizer, config.steps)
     key, dtype = jax.random.key(config.seed), jnp.dtype(config.trained_dtype)
-    new_params = functools.partial(
-        init_params, dataclasses.replace(config.model, dtype=config.trained_dtype), key
-    )
+    masters = dataclasses.replace(config.model, dtype=config.trained_dtype)
+    new_params = functools.partial(init_params, masters, key)
     new_adapters = functools.partial(adapters.start, lora=config.lora, key=key, dtype=dtype)
     base_shapes: Params = {}
     if config.lora.rank:
