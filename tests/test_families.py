@@ -238,7 +238,7 @@ def test_yarn() -> None:
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_round_trip(name: str) -> None:
     known = preset(name)
-    tree = config_to_hf(known.config, max_position_embeddings=known.max_positions)
+    tree = config_to_hf(known.config) | {"max_position_embeddings": known.max_positions}
     assert json.loads(json.dumps(tree)) == tree
     assert config_from_hf(tree) == known.config
     assert tree["max_position_embeddings"] == known.max_positions
@@ -434,7 +434,7 @@ def test_transformers_reads_what_we_write(name: str, tmp_path: pathlib.Path) -> 
     transformers = pytest.importorskip("transformers")
     known = preset(name)
     (tmp_path / "config.json").write_text(
-        json.dumps(config_to_hf(known.config, max_position_embeddings=known.max_positions))
+        json.dumps(config_to_hf(known.config) | {"max_position_embeddings": known.max_positions})
     )
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.architectures == [FAMILIES[theirs.model_type].architecture]

@@ -189,16 +189,16 @@ def config_from_hf(tree: Mapping[str, Any], path: str = "config.json") -> ModelC
         raise FamilyError(f"{path}: {error}") from error
 
 
-def config_to_hf(
-    config: ModelConfig, *, family: str | None = None, max_position_embeddings: int | None = None
-) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig, *, family: str | None = None) -> dict[str, Any]:
     """The `config.json` of a model, for transformers 4.4x and 5.x; without the ids of special tokens.
 
     Args:
       config: of the model.
       family: one of `FAMILIES`, if several can express the model (a Mistral 0.3 is a Llama, too).
-      max_position_embeddings: the longest text it was trained for, in tokens; by default that of the published
-        model with this configuration, else transformers' own or the reach of scaled positions.
+
+    Returns:
+      its fields. The longest text it was trained for, in tokens, is that of the published model with this
+      configuration, else transformers' own or the reach of scaled positions.
 
     Raises:
       FamilyError: the family, or any, cannot express the model.
@@ -208,7 +208,7 @@ def config_to_hf(
         raise FamilyError(f"{FAMILIES[name].architecture} cannot express {_listed(config, different)}.")
     chosen = FAMILIES[name]
     activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
-    length = max_position_embeddings or published_length(config)
+    length = published_length(config)
     if length is None:
         scaling = config.rope_scaling
         reach = int(scaling.factor * scaling.original_length) if scaling.kind in ("llama3", "yarn") else 0
