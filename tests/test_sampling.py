@@ -47,7 +47,7 @@ def specification(p: np.ndarray, top_k: int, top_p: float, min_p: float) -> tupl
 
 
 def draw(
-    temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float], min_p: Sequence[float]
+    temperature: Sequence[float], top_k: Sequence[float], top_p: Sequence[float], min_p: Sequence[float]
 ) -> Draw:
     """The options of each row."""
     return Draw(
@@ -97,7 +97,8 @@ def test_draws_follow_the_distribution(V, seed):
     keys = jax.vmap(sampling.draw_key, (None, 0))(key, jnp.arange(n))
     sample = jax.jit(lambda logits, keys, how: sampling.sample(logits, lambda: keys, how))
     rows = np.broadcast_to(logits, (n, V))
-    for temperature, *narrowing in [(0.7, 0, 1.0, 0.0), (0.7, 5, 0.9, 0.05), (1e30, 0, 1.0, 0.0)]:
+    cases = [(0.7, (0, 1.0, 0.0)), (0.7, (5, 0.9, 0.05)), (1e30, (0, 1.0, 0.0))]
+    for temperature, narrowing in cases:
         how = draw([temperature] * (n - 1) + [0.0], *([option] * n for option in narrowing))
         *drawn, greedy = sample(rows, keys, how)
         assert greedy == np.argmax(logits)

@@ -299,8 +299,9 @@ def choose(
         of_row = functools.partial(_draw_keys, max_depth=limits.max_depth)
         return jax.vmap(of_row)(requests, table, thread, order).reshape(B * S)
 
+    biased = biased.reshape(B * S, V)
     how = jax.tree.map(lambda per_row: jnp.repeat(per_row, S), requests.draw)
-    sampled = sampling.sample(biased.reshape(B * S, V), keys, how).reshape(B, S)
+    sampled = sampling.sample(biased, keys, how).reshape(B, S)
     if requests.script.shape[-1]:
         scripted = jax.vmap(functools.partial(_as_scripted, max_depth=limits.max_depth))
         sampled = scripted(requests, table, thread, order, sampled)

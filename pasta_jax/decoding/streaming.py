@@ -157,8 +157,9 @@ def new_events(
             events.append(event("text", branch=number, text=text))
         if branch:
             topic, tens = promise_of(vocabulary, pieces[-1].tokens)
-            promised = dict(topic=topic, promised_tokens=10 * tens)
-            events.append(event("promise", branch=branch, parent=number, **promised))
+            events.append(
+                event("promise", branch=branch, parent=number, topic=topic, promised_tokens=10 * tens)
+            )
         if closed:
             events.append(event("closed", branch=number))
         threads[number] = _Thread(progress, speller.pending, closed)

@@ -6,6 +6,7 @@ Suffixes give shapes in the project's letters (`q_BxQxNxH`); P counts keys: the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -99,7 +100,8 @@ class Attention(nn.Module):
         q_BxQxNxH = rotate(q_BxQxNxH, rotary)
         k_BxKxPxH = rotate(k_BxQxKxH, rotary).swapaxes(1, 2)
         v_BxKxPxH = v_BxQxKxH.swapaxes(1, 2)
-        attention, keys, values = attend_to_earlier, k_BxKxPxH, v_BxKxPxH
+        attention: Callable[..., Array] = attend_to_earlier
+        keys, values = k_BxKxPxH, v_BxKxPxH
         if pool_kv is not None:
             k_BxKxPxH = write(pool_kv[0], k_BxKxPxH, start_B)
             v_BxKxPxH = write(pool_kv[1], v_BxKxPxH, start_B)
