@@ -240,16 +240,8 @@ def _by_sizes(shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelConfig:
 
 
 def _sizes(c: ModelConfig) -> tuple[Any, ...]:
-    return (
-        c.num_layers,
-        c.model_dim,
-        c.num_heads,
-        c.num_kv_heads,
-        c.head_dim,
-        c.mlp_dim,
-        c.post_norms,
-        c.qk_norm,
-    )
+    D, N, K, H, F = c.model_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
+    return c.num_layers, D, N, K, H, F, c.post_norms, c.qk_norm
 
 
 def _restore(checkpoint: GemmaCheckpoint, name: str) -> np.ndarray:

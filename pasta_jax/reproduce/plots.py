@@ -70,9 +70,8 @@ def _frontier_panel(axes: Axes, shown: Sequence[Result], speed: Callable[[Result
             axes.plot(*segment, "--", color=PALE, linewidth=1.2, zorder=1, label="Baseline-SFT to APAR")
     trained = [(x.mean, 100 * r.win_rate.mean) for r, x in others if r.method == "PASTA-BoN"]
     hull = pick.upper_hull([BASELINE, *trained])
-    axes.plot(
-        *zip(*hull), color=METHODS["PASTA-BoN"].color, linewidth=1.5, zorder=2, label="PASTA's frontier"
-    )
+    color = METHODS["PASTA-BoN"].color
+    axes.plot(*zip(*hull), color=color, linewidth=1.5, zorder=2, label="PASTA's frontier")
     for result, x in others:
         _estimate(axes, x, result.win_rate.scaled(100), METHODS[result.method], result.method)
     _limit(axes, [speed_1, *(x for _, x in others)], [win_50, *(r.win_rate.scaled(100) for r in shown)])
