@@ -274,7 +274,7 @@ def test_trace_laid_out_again_has_the_same_fields(positions, seed):
             lines[None],
             jax.tree.map(lambda x: np.asarray(x)[None], scripted.request(900, 900)),
         )
-        trace = read_trace(jax.tree.map(lambda x: np.asarray(x)[0], rows))
+        trace = trace_of_row(jax.tree.map(lambda x: np.asarray(x)[0], rows))
         assert trace.stop == Stop.EOS
         again = as_document(trace)
         for name, expected in document.fields().items():

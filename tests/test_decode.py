@@ -137,7 +137,10 @@ def test_parity(lanes, max_depth, seed, monkeypatch):
         recorded = trace.logprob[[_in_trace(trace, document, i) for i in range(len(document))]]
         for i, target in enumerate(targets):
             after = place.get((int(document.thread[i]), int(document.order[i]) + 1))
-            forced = trace.forced[document.thread[i]] and target == WORDS.vocabulary.tag_ids[tags.ASYNC_CLOSE]
+            forced = (
+                trace.force_closed[document.thread[i]]
+                and target == WORDS.vocabulary.tag_ids[tags.ASYNC_CLOSE]
+            )
             if target == NO_TARGET or after is None or forced:
                 continue
             assert document.token[after] == target
@@ -286,7 +289,7 @@ def test_with_the_grammar_nothing_is_malformed(max_depth, threads, bias):
         if trace.stop == Stop.EOS:
             ended += 1
             assert not [issue for issue in reading.issues if "incomplete" not in issue]
-            assert trace.forced.any() or not reading.issues
+            assert trace.force_closed.any() or not reading.issues
             assert read(WORDS.vocabulary, threads_of(as_document(trace))) == reading
     assert ended > 3
 

@@ -87,7 +87,7 @@ def views_by_name(answer: reference.Decoded, views: scripted.Views) -> dict[tupl
     """Token, position and what it sees, of each entry that led to another; named by its promises and its order."""
 
     def name_of(thread: reference.Thread) -> tuple[int, ...]:
-        return (*name_of(thread.parent), thread.forked_at) if thread.parent else ()
+        return (*name_of(thread.parent), thread.fork_order) if thread.parent else ()
 
     def name(entry: reference.Entry) -> tuple:
         return name_of(answer.threads[entry.thread]), entry.order

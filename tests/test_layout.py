@@ -10,7 +10,7 @@ import pytest
 
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.decoding.state import Limits, Stop
-from pasta_jax.decoding.trace import as_document, critical_path, document_order, read_trace
+from pasta_jax.decoding.trace import as_document, critical_path, document_order, trace_of_row
 from pasta_jax.lang import tags
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Program, Promise, Sync, Text
@@ -64,7 +64,7 @@ def test_trace_laid_out_again_has_the_same_fields(seed):
             lines[None],
             jax.tree.map(lambda x: np.asarray(x)[None], ask),
         )
-        trace = read_trace(jax.tree.map(lambda x: np.asarray(x)[0], rows))
+        trace = trace_of_row(jax.tree.map(lambda x: np.asarray(x)[0], rows))
         assert trace.stop == Stop.EOS
         again = as_document(trace)
         for name, expected in document.fields().items():
@@ -97,7 +97,7 @@ def test_nested_trace_laid_out_again_is_the_same_but_for_names(seed):
             lines[None],
             jax.tree.map(lambda x: np.asarray(x)[None], scripted.request(900, 900)),
         )
-        trace = read_trace(jax.tree.map(lambda x: np.asarray(x)[0], rows))
+        trace = trace_of_row(jax.tree.map(lambda x: np.asarray(x)[0], rows))
         again = as_document(trace)
         for name in ("token", "position", "doc", "order", "target"):
             np.testing.assert_array_equal(getattr(again, name), getattr(document, name), err_msg=name)

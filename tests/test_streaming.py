@@ -18,7 +18,7 @@ from pasta_jax.decoding.script import depth_of
 from pasta_jax.decoding.state import UNFED, Limits, RowState, Stop
 from pasta_jax.decoding.stops import check_stops, cut, find_stop, held_back
 from pasta_jax.decoding.streaming import Consumed, Draft, Event, new_events, settled_text
-from pasta_jax.decoding.trace import Trace, document_order, read_trace
+from pasta_jax.decoding.trace import Trace, document_order, trace_of_row
 from pasta_jax.lang.assemble import assemble, shortened
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.detokenize import read
@@ -68,8 +68,8 @@ def trace_of(answer: reference.Decoded) -> Trace:
         stop=answer.stop,
         steps=answer.steps,
         parent=np.array([t.parent.number if t.parent else -1 for t in answer.threads], np.int32),
-        forked_at=np.array([t.forked_at for t in answer.threads], np.int32),
-        forced=np.array([t.forced for t in answer.threads]),
+        fork_order=np.array([t.fork_order for t in answer.threads], np.int32),
+        force_closed=np.array([t.force_closed for t in answer.threads]),
         finished=np.array(fed),
     )
 
@@ -100,7 +100,7 @@ def at_step(trace: Trace, step: int, stop: Stop = Stop.RUNNING) -> Trace:
         logprob=trace.logprob[keep],
         stop=stop,
         steps=step,
-        forced=trace.forced & (fed == whole),
+        force_closed=trace.force_closed & (fed == whole),
         finished=trace.finished & (fed == whole),
     )
 
@@ -221,7 +221,7 @@ def test_raw_tokens_are_the_trace(seed):
 
 
 def test_a_running_row_has_the_beginning_of_its_trace(seed):
-    """What `read_trace` makes of the compiled interpreter's states is what the other tests take for it."""
+    """What `trace_of_row` makes of the compiled interpreter's states is what the other tests take for it."""
     limits = Limits(lanes=2, threads=4, pool=60, constrained=False)
     rng = np.random.default_rng(seed)
     lines = jnp.asarray(np.stack([random_script(rng).lines for _ in range(6)]))
@@ -247,7 +247,7 @@ def test_a_running_row_has_the_beginning_of_its_trace(seed):
 
     rows = jax.tree.map(np.asarray, jax.jit(jax.vmap(run))(lines))
     for i in range(len(lines)):
-        states = [read_trace(jax.tree.map(lambda x, i=i, t=t: x[i, t], rows)) for t in range(51)]
+        states = [trace_of_row(jax.tree.map(lambda x, i=i, t=t: x[i, t], rows)) for t in range(51)]
         final = states[-1]
         assert final.stop != Stop.RUNNING
         seen, draft = Consumed(), Draft()
@@ -280,8 +280,8 @@ def test_promises_may_nest_deeper_than_python_does():
         trace,
         tokens=dataclasses.replace(trace.tokens, thread=thread, order=order),
         parent=np.arange(-1, depth, dtype=np.int32),
-        forked_at=np.array([-1, len(tag) - 1, *[len(head) - 1] * (depth - 1)], np.int32),
-        forced=np.zeros(depth + 1, bool),
+        fork_order=np.array([-1, len(tag) - 1, *[len(head) - 1] * (depth - 1)], np.int32),
+        force_closed=np.zeros(depth + 1, bool),
         finished=np.ones(depth + 1, bool),
     )
     text = "a" * (depth - 1) + "c" + "b" * (depth - 1)

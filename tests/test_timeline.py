@@ -38,8 +38,8 @@ def decoded(steps: int, fed: list[list[int]], topics: list[str]) -> DecodeResult
         stop=Stop.EOS,
         steps=steps,
         parent=np.array([-1] + [0] * len(topics)),
-        forked_at=np.array([-1] + [0] * len(topics)),
-        forced=np.zeros(len(fed), bool),
+        fork_order=np.array([-1] + [0] * len(topics)),
+        force_closed=np.zeros(len(fed), bool),
         finished=np.ones(len(fed), bool),
     )
     branches = tuple(

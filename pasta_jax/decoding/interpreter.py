@@ -25,6 +25,7 @@ from flax import struct
 from pasta_jax.arrays import NO_DOC, Array
 from pasta_jax.decoding.state import (
     DOC,
+    MAIN,
     UNFED,
     DecodedTokens,
     Limits,
@@ -41,8 +42,6 @@ from pasta_jax.lang.grammar import Effect, Kind
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
 from pasta_jax.visibility import reach
-
-MAIN = 0
 
 assert len(Kind) < 32, "a set of kinds is the bits of an int32"
 
@@ -262,7 +261,7 @@ def _take(
         tag_state=jnp.where(continues, rules.next_state[t.tag_state, kind], t.tag_state),
         number=jnp.where(continues, number, t.number),
         budget=t.budget - continues,
-        forced=t.forced | force,
+        force_closed=t.force_closed | force,
     )
     return table, event
 
@@ -306,7 +305,7 @@ def _fork(state: RowState, promised: Array, request: Request, rules: Rules) -> R
         segment_after=segment,
         budget=request.max_branch_tokens,
         parent=parent,
-        forked_at=t.next.order[parent],
+        fork_order=t.next.order[parent],
         depth=t.depth[parent] + 1,
     )
 
@@ -394,7 +393,7 @@ def down_the_tree(
     """
     values = main
     for _ in range(max_depth):
-        values = jnp.where(t.parent < 0, main, branch(values[t.parent], t.forked_at))
+        values = jnp.where(t.parent < 0, main, branch(values[t.parent], t.fork_order))
     return values
 
 

@@ -38,7 +38,7 @@ class Thread:
     position: int
     budget: int
     order: int = 0
-    forked_at: int = -1
+    fork_order: int = -1
     parent: Thread | None = None
     pending: Entry | None = None
     tag_state: int = grammar.TEXT
@@ -47,7 +47,7 @@ class Thread:
     waiting_for: list[Thread] = dataclasses.field(default_factory=list)
     held: bool = False
     closing: bool = False
-    forced: bool = False
+    force_closed: bool = False
 
     @property
     def ready(self) -> bool:
@@ -85,7 +85,7 @@ class Decoded:
             if self.stop == Stop.EOS and thread.pending is not None:
                 tokens[thread.number].append(thread.pending.token)
             if thread.parent is not None:
-                branches[thread.parent.number][thread.forked_at] = thread.number
+                branches[thread.parent.number][thread.fork_order] = thread.number
         return Threads(tokens, branches)
 
 
@@ -175,7 +175,7 @@ class _Run:
         if thread.depth and (
             kinds[token] == Kind.END or (thread.budget <= 0 and kinds[token] != Kind.ASYNC_CLOSE)
         ):
-            token, thread.forced = self.vocabulary.tag_ids[tags.ASYNC_CLOSE], True
+            token, thread.force_closed = self.vocabulary.tag_ids[tags.ASYNC_CLOSE], True
         thread.budget -= 1
         kind = Kind(kinds[token])
         event = Effect(grammar.EFFECT[thread.tag_state][kind])
@@ -213,7 +213,7 @@ class _Run:
             position=parent.position + 1,
             budget=self.max_branch_tokens,
             order=1,
-            forked_at=parent.order - 1,
+            fork_order=parent.order - 1,
             parent=parent,
         )
         opening = self.vocabulary.tag_ids[tags.ASYNC_OPEN]

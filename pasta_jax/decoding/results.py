@@ -125,7 +125,9 @@ def result(
         kept = cut(trace, vocabulary, end)
         threads = kept.threads
         reading = read(vocabulary, threads)
-    forced = [f"branch {k}: over its budget, its </async> was forced." for k in np.flatnonzero(kept.forced)]
+    forced = [
+        f"branch {k}: over its budget, its </async> was forced." for k in np.flatnonzero(kept.force_closed)
+    ]
     answer = document_order(kept)[trace.prompt_length :]
     tokens = kept.tokens.token[answer]
     output, widths = int(np.sum(~np.isin(tokens, list(vocabulary.stops)))), trace.widths
@@ -170,5 +172,5 @@ def _branch(trace: Trace, thread: int, promise: Promise) -> Branch:
         text=assemble(Program(promise.block)),
         start_step=start,
         end_step=int(fed.max(initial=start)),
-        stop_reason="budget" if trace.forced[thread] else "done" if finished else "cut",
+        stop_reason="budget" if trace.force_closed[thread] else "done" if finished else "cut",
     )

@@ -43,9 +43,9 @@ def main_key(request_key: Array) -> Array:
     return jax.random.wrap_key_data(request_key, impl="threefry2x32")
 
 
-def branch_key(key: Array, forked_at: Array) -> Array:
-    """The key of the branch that a thread starts with the promise that ends at its index `forked_at`."""
-    return jax.random.fold_in(key, 2 * forked_at + 1)
+def branch_key(key: Array, fork_order: Array) -> Array:
+    """The key of the branch that a thread starts with the promise whose ` />` has the order `fork_order`."""
+    return jax.random.fold_in(key, 2 * fork_order + 1)
 
 
 def draw_key(key: Array, index: Array) -> Array:

@@ -23,7 +23,7 @@ from pasta_jax.decoding.results import DecodeResult, result
 from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.state import Request, Stop
 from pasta_jax.decoding.streaming import Consumed, Draft, new_events
-from pasta_jax.decoding.trace import Trace, prompt_alone, read_trace
+from pasta_jax.decoding.trace import Trace, trace_of_row, trace_of_unstarted
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 WATCHED_STEPS = 8
@@ -209,7 +209,7 @@ class Session:
     def _end_cancelled(self) -> None:
         for answer in [answer for answer in self._waiting.copy() if answer.cancelled]:
             self._waiting.remove(answer)
-            answer.trace = prompt_alone(answer.prompt, self.compiled.limits, Stop.CANCELLED)
+            answer.trace = trace_of_unstarted(answer.prompt, self.compiled.limits, Stop.CANCELLED)
         self._stop({i: Stop.CANCELLED for i, answer in enumerate(self._rows) if answer and answer.cancelled})
 
     def _stop(self, rows: dict[int, Stop]) -> None:
@@ -258,7 +258,9 @@ class Session:
                 continue
             if stops[i] != Stop.RUNNING:
                 self._leave(i)
-            elif answer.looked_at and answer.look(read_trace(self.compiled.read(self._batch, i)), vocabulary):
+            elif answer.looked_at and answer.look(
+                trace_of_row(self.compiled.read(self._batch, i)), vocabulary
+            ):
                 stopped[i] = Stop.STOP
         self._stop(stopped)
 
@@ -266,7 +268,7 @@ class Session:
         """Takes the final trace of a request out of its row."""
         answer = self._rows[row]
         assert answer is not None and self._batch is not None
-        trace = read_trace(self.compiled.read(self._batch, row))
+        trace = trace_of_row(self.compiled.read(self._batch, row))
         worked, compiling = (now - then for now, then in zip(self._clock(), answer.started))
         answer.compile_s, answer.wall_s = compiling, worked - compiling
         answer.trace = trace

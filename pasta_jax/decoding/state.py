@@ -112,9 +112,9 @@ class ThreadTable:
     budget: Array  # int32 [T]     content tokens that a branch may still sample
     closing: Array  # bool [T]      its last token has been sampled
     joining: Array  # bool [T]      its next token waits until the branches it has just joined are fed
-    forced: Array  # bool [T]      the interpreter wrote its `</async>`, not the model
+    force_closed: Array  # bool [T]      the interpreter wrote its `</async>`, not the model
     parent: Array  # int32 [T]     thread that made the promise; -1 for main
-    forked_at: Array  # int32 [T]     order of the promise's ` />` in the parent; -1 for main
+    fork_order: Array  # int32 [T]     order of the promise's ` />` in the parent; -1 for main
     joined: Array  # bool [T]      the parent already sees it
     depth: Array  # int32 [T]     0 for main
 
@@ -135,6 +135,9 @@ class RowState:
 
 DOC = 1
 """A row holds one document."""
+
+MAIN = 0
+"""The number of the main thread."""
 
 
 def empty_tokens(count: int, words: int) -> DecodedTokens:
@@ -158,7 +161,7 @@ def empty_row(limits: Limits, entries: int) -> RowState:
     )
     threads = ThreadTable(
         next=following, phase=zeros, position_after=zeros, segment_after=zeros, tag_state=zeros, number=zeros,
-        budget=zeros, closing=no, joining=no, forced=no, parent=zeros - 1, forked_at=zeros - 1, joined=no,
+        budget=zeros, closing=no, joining=no, force_closed=no, parent=zeros - 1, fork_order=zeros - 1, joined=no,
         depth=zeros,
     )  # fmt: skip
     zero = jnp.int32(0)

@@ -79,14 +79,14 @@ def cut(trace: Trace, vocabulary: Vocabulary, characters: int) -> Trace:
         step=trace.step[keep],
         logprob=trace.logprob[keep],
         stop=Stop.STOP,
-        forced=trace.forced & finished,
+        force_closed=trace.force_closed & finished,
         finished=finished,
     )
 
 
 def _characters_before(trace: Trace, vocabulary: Vocabulary) -> Iterator[tuple[int, Role, int]]:
     """The answer's tokens in document order: index in the trace, role, and characters of text before the token."""
-    indices = trace.indices
+    indices = trace.answer_indices
     before = 0
     for (thread, start, stop, _), pieces, _ in scan_all(vocabulary, trace.threads):
         speller, rest = Speller(vocabulary), iter(indices[thread][start:stop].tolist())

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pasta_jax.decoding.state import Stop
+from pasta_jax.decoding.state import MAIN, Stop
 from pasta_jax.decoding.stops import find_stop, held_back
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.tokens.detokenize import Progress, Role, Speller, promise_of, scan, walk
@@ -38,8 +38,6 @@ from pasta_jax.tokens.tokenizer import Vocabulary
 
 if TYPE_CHECKING:
     from pasta_jax.decoding.results import DecodeResult
-
-MAIN = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +130,7 @@ def new_events(
       follows it.
     """
     ended = trace.stop != Stop.RUNNING
-    indices = trace.indices
+    indices = trace.answer_indices
     read = [seen.threads.get(k, _Thread()).progress.index for k in range(len(indices))]
     new = np.concatenate([known[index:] for known, index in zip(indices, read, strict=True)])
     if seen.threads[MAIN].closed or not (new.size or ended):

@@ -1,6 +1,6 @@
-"""The trace of a decode on the host: its threads, its tokens as a training document, its critical path.
+"""Host-side traces of decoded requests: threads, conversion to a training document, critical path.
 
-One row at a time, and NumPy arrays only. A running row has a trace too, the beginning of the final one.
+A trace is of one row and holds NumPy arrays. While a row runs, it has a prefix of its final trace.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pasta_jax.arrays import ThreadedTokens, Tokens
-from pasta_jax.decoding.state import DOC, Limits, Phase, RowState, Stop
+from pasta_jax.decoding.state import DOC, MAIN, Limits, Phase, RowState, Stop
 from pasta_jax.lang.grammar import Kind
 from pasta_jax.tokens.detokenize import Threads, walk
 from pasta_jax.tokens.layout import next_of_thread
@@ -20,20 +20,24 @@ from pasta_jax.tokens.tokenizer import Vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """One answered request.
+    """The record of how one request was decoded: n tokens, prompt included, in decode order.
+
+    If the answer ended by itself (`stop` is EOS), its last tokens were sampled but never fed to the model: the end
+    of the answer, and the `</async>` of each branch that ended together with it. They come last.
+
+    For one pass of the model over all tokens use document order (`as_document`): no token sees a later one there.
 
     Attributes:
-      tokens: prompt and answer in decode order: [n] fields. The end of the answer, and the `</async>` of branches
-        that ended with it, come last: they were sampled and never fed. For one pass of the model over all tokens
-        use document order (`as_document`), in which no token sees a later one.
-      step: int32 [n], the decode step that fed the token, from 1; 0 for the prompt, UNFED for the last ones.
-      logprob: float32 [n], log-probability of the token when it was sampled; 0 for prompt and inserted tokens.
-      stop: why the row stopped, or RUNNING.
-      steps: decode steps in which the row was running.
-      parent, forked_at: int32 [threads], the thread that promised a branch, and the order of the promise's ` />` in
-        it; -1 for main.
-      forced: bool [threads], the interpreter ended the branch.
-      finished: bool [threads], the thread's last token is in `tokens`.
+      tokens: prompt and answer, [n] fields.
+      step: int32 [n], the decode step that fed the token, from 1; 0 for the prompt, UNFED if it never was.
+      logprob: float32 [n], the model's own log-probability of the token, before grammar, bias and temperature; 0
+        for the prompt and for tokens that the interpreter inserted.
+      stop: why the row stopped; RUNNING if it has not.
+      steps: number of decode steps the row ran for.
+      parent: int32 [threads], the thread whose promise started a branch; -1 for main.
+      fork_order: int32 [threads], the order of that promise's ` />` in the parent; -1 for main.
+      force_closed: bool [threads], the interpreter wrote the branch's `</async>`, not the model.
+      finished: bool [threads], the token that ends the thread is in `tokens`.
     """
 
     tokens: ThreadedTokens
@@ -42,8 +46,8 @@ class Trace:
     stop: Stop
     steps: int
     parent: np.ndarray
-    forked_at: np.ndarray
-    forced: np.ndarray
+    fork_order: np.ndarray
+    force_closed: np.ndarray
     finished: np.ndarray
 
     @property
@@ -52,40 +56,40 @@ class Trace:
         return int(np.sum(self.tokens.order < 0))
 
     @property
-    def indices(self) -> list[np.ndarray]:
-        """For each thread, the indices of its answer's tokens in the trace."""
-        answer, thread = self.tokens.in_answer, self.tokens.thread
-        return [np.flatnonzero(answer & (thread == k)) for k in range(len(self.parent))]
+    def answer_indices(self) -> list[np.ndarray]:
+        """For each thread, the indices of its tokens in the trace, prompt excluded."""
+        in_answer, thread_of = self.tokens.in_answer, self.tokens.thread
+        return [np.flatnonzero(in_answer & (thread_of == thread)) for thread in range(len(self.parent))]
 
     @property
     def threads(self) -> Threads:
-        """The answer's tokens by thread."""
-        return Threads([self.tokens.token[indices].tolist() for indices in self.indices], self.branches)
+        """The answer's tokens by thread, and the branches that each thread started."""
+        tokens = [self.tokens.token[indices].tolist() for indices in self.answer_indices]
+        return Threads(tokens=tokens, branches=self.branches)
 
     @property
     def branches(self) -> list[dict[int, int]]:
-        """For each thread, the branch that each ` />` of it started: {index in the thread's answer: branch}."""
+        """For each thread, a map from the order of a promise's ` />` to the branch it started."""
         branches: list[dict[int, int]] = [{} for _ in self.parent]
         for branch in range(1, len(self.parent)):
-            branches[int(self.parent[branch])][int(self.forked_at[branch])] = branch
+            branches[int(self.parent[branch])][int(self.fork_order[branch])] = branch
         return branches
 
     @property
     def widths(self) -> np.ndarray:
-        """Lanes that each step used: int [steps]."""
+        """The number of lanes used in each step: int [steps]."""
         return np.bincount(self.step[self.step > 0], minlength=self.steps + 1)[1:]
 
 
-def read_trace(row: RowState) -> Trace:
-    """The trace of one row, from its state on the host (NumPy leaves without B)."""
-    n, count = int(row.cursor), int(row.used_threads)
-    t = row.threads
-    last = [k for k in range(count) if row.stop == Stop.EOS and t.phase[k] == Phase.READY]
-    last.sort(key=lambda k: (k == 0, k))  # the answer's end after the branches that it waited for
-    columns = {
-        name: np.concatenate([entries[:n], getattr(t.next, name)[last]])
-        for name, entries in row.entries.fields().items()
-    }
+def trace_of_row(row: RowState) -> Trace:
+    """The trace of one row, from its state on the host (NumPy arrays without the dimension B)."""
+    written, threads = int(row.cursor), int(row.used_threads)
+    table = row.threads
+    # The end of the answer comes last: it waited for the branches.
+    candidates = (*range(1, threads), MAIN) if row.stop == Stop.EOS else ()
+    unfed = [thread for thread in candidates if table.phase[thread] == Phase.READY]
+    entries, following = row.entries.fields(), table.next.fields()
+    columns = {name: np.concatenate([entries[name][:written], following[name][unfed]]) for name in entries}
     step, logprob = columns.pop("step"), columns.pop("logprob")
     tokens = Tokens(**columns)
     return Trace(
@@ -94,60 +98,75 @@ def read_trace(row: RowState) -> Trace:
         logprob=logprob,
         stop=Stop(int(row.stop)),
         steps=int(row.step),
-        parent=t.parent[:count],
-        forked_at=t.forked_at[:count],
-        forced=t.forced[:count],
-        finished=(t.phase[:count] == Phase.DONE) | np.isin(np.arange(count), last),
+        parent=table.parent[:threads],
+        fork_order=table.fork_order[:threads],
+        force_closed=table.force_closed[:threads],
+        finished=(table.phase[:threads] == Phase.DONE) | np.isin(np.arange(threads), unfed),
     )
 
 
-def prompt_alone(prompt: Sequence[int], limits: Limits, stop: Stop) -> Trace:
-    """The trace of a request that ended before it had a row."""
+def trace_of_unstarted(prompt: Sequence[int], limits: Limits, stop: Stop) -> Trace:
+    """The trace of a request that ended before it had a row: its prompt alone."""
     n = len(prompt)
-    zeros, none = np.zeros(n, np.int32), np.zeros(1, bool)
-    index, root = np.arange(n, dtype=np.int32), np.array([-1], np.int32)
+    zeros, index = np.zeros(n, np.int32), np.arange(n, dtype=np.int32)
     tokens = Tokens(
         token=np.asarray(prompt, np.int32), position=index, doc=zeros + DOC, segment=zeros, order=index - n,
         sees=np.zeros((n, limits.words), np.uint32), thread=zeros,
     )  # fmt: skip
-    document = ThreadedTokens(**tokens.fields(), target=next_of_thread(tokens))
-    return Trace(document, zeros, np.zeros(n, np.float32), stop, 0, root, root, none, none)
+    return Trace(
+        tokens=ThreadedTokens(**tokens.fields(), target=next_of_thread(tokens)),
+        step=zeros,
+        logprob=np.zeros(n, np.float32),
+        stop=stop,
+        steps=0,
+        parent=np.array([-1], np.int32),
+        fork_order=np.array([-1], np.int32),
+        force_closed=np.zeros(1, bool),
+        finished=np.zeros(1, bool),
+    )
 
 
 def document_order(trace: Trace) -> np.ndarray:
-    """The indices in the trace in the order of a layout, each block right after its promise: int [n]."""
-    answer = trace.indices
-    spans = walk([*map(len, answer)], trace.branches)
+    """The trace's indices in document order, each block right after its promise: int [n]."""
+    indices = trace.answer_indices
+    spans = walk([len(of_thread) for of_thread in indices], trace.branches)
     prompt = np.arange(trace.prompt_length)
-    return np.concatenate([prompt, *(answer[span.thread][span.start : span.stop] for span in spans)])
+    return np.concatenate([prompt, *(indices[span.thread][span.start : span.stop] for span in spans)])
 
 
 def as_document(trace: Trace) -> ThreadedTokens:
-    """The trace's tokens in layout order: [n] fields, equal to the layout of the same answer.
+    """The trace's tokens in document order: [n] fields, equal to the layout of the same answer.
 
-    Except that with nested promises, threads and segments are numbered in decode order, those of a layout in
-    document order.
+    Only the numbers of threads and segments may differ where promises nest: a trace numbers them in decode order, a
+    layout in document order.
     """
     return trace.tokens[document_order(trace)]
 
 
 def critical_path(threads: Threads, vocabulary: Vocabulary) -> int:
-    """Decode steps that an answer needs with unlimited lanes.
+    """The number of decode steps that an answer needs with unlimited lanes.
 
-    A token is fed one step after the one before it in its thread; `<async>` together with its promise's ` />`;
-    a sync, and every other end of waiting, together with the last `</async>` that it waits for. The end of the
-    answer is sampled, not fed. For an answer without promises this is its number of tokens.
+    - A token is fed one step after the one before it in its thread.
+    - `<async>` is fed in the same step as its promise's ` />`.
+    - A token that waits for branches (a sync, the `</async>` of a branch, the end of the answer) is not fed before
+      the step that feeds the last `</async>` it waits for.
+    - The end of the answer is not counted: it is sampled, but never fed.
+
+    For an answer without promises this is its number of tokens, without the end.
     """
-    steps = [0] * len(threads.tokens)  # from a thread's first token until it and its branches are done
-    for thread in reversed(range(len(steps))):  # a branch before the thread that promised it
-        step = open_until = 0
-        ends = Kind.ASYNC_CLOSE if thread else Kind.END
+    # For each thread, the steps from its first token until it and all its branches have ended.
+    duration = [0] * len(threads.tokens)
+    for thread in reversed(range(len(duration))):  # a branch has a greater number than its parent
+        step = awaited = 0  # the step of the token; the step in which the last branch it may wait for ends
+        closing = Kind.END if thread == MAIN else Kind.ASYNC_CLOSE
         for index, token in enumerate(threads.tokens[thread]):
             step += 1
-            if vocabulary.kinds[token] in (Kind.SYNC, ends):
-                step, open_until = max(step, open_until), 0
+            if vocabulary.kinds[token] in (Kind.SYNC, closing):
+                step, awaited = max(step, awaited), 0
             if branch := threads.branches[thread].get(index):
-                open_until = max(open_until, step - 1 + steps[branch])
-        steps[thread] = max(step, open_until)
-    main = threads.tokens[0]
-    return steps[0] - (bool(main) and main[-1] in vocabulary.stops)
+                # -1: the branch's first step is the one that feeds ` />`.
+                awaited = max(awaited, step - 1 + duration[branch])
+        duration[thread] = max(step, awaited)
+    main = threads.tokens[MAIN]
+    ended = bool(main) and main[-1] in vocabulary.stops
+    return duration[MAIN] - 1 if ended else duration[MAIN]

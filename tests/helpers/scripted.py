@@ -77,12 +77,12 @@ class Script:
 
 def line_of(thread: reference.Thread, lines: int) -> int:
     """The line of a thread, made up from where its ancestors were promised, whatever the schedule."""
-    return 0 if thread.parent is None else line_after(line_of(thread.parent, lines), thread.forked_at, lines)
+    return 0 if thread.parent is None else line_after(line_of(thread.parent, lines), thread.fork_order, lines)
 
 
-def line_after(parent: Any, forked_at: Any, lines: int) -> Any:
+def line_after(parent: Any, fork_order: Any, lines: int) -> Any:
     """The line of a branch; integers or integer arrays."""
-    return (31 * parent + forked_at + 1) % lines
+    return (31 * parent + fork_order + 1) % lines
 
 
 def lines_of_table(table: ThreadTable, lines: int, max_depth: int) -> Array:
@@ -210,9 +210,9 @@ def compare(row: RowState, answer: reference.Decoded) -> None:
                 pending.order,
                 pending.position,
             )
-        assert bool(t.closing[k]) == thread.closing and bool(t.forced[k]) == thread.forced
+        assert bool(t.closing[k]) == thread.closing and bool(t.force_closed[k]) == thread.force_closed
         if thread.parent is not None:
-            assert (int(t.parent[k]), int(t.forked_at[k])) == (thread.parent.number, thread.forked_at)
+            assert (int(t.parent[k]), int(t.fork_order[k])) == (thread.parent.number, thread.fork_order)
 
 
 def compare_views(row: RowState, answer: reference.Decoded, views: Views) -> None:
