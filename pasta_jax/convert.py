@@ -96,7 +96,7 @@ def import_model(kind: SourceKind, path: str, values: Any) -> None:
 def export_model(workdir: str, values: Any) -> None:
     """Writes a workdir's model to a Hugging Face folder, whole or not at all."""
     from pasta_jax import sharding
-    from pasta_jax.checkpoints.about import find, read_about
+    from pasta_jax.checkpoints.about import find_checkpoint, read_metadata
     from pasta_jax.checkpoints.load import load_params
     from pasta_jax.interchange.origin import read_origin
     from pasta_jax.interchange.parity import parity_line
@@ -106,7 +106,7 @@ def export_model(workdir: str, values: Any) -> None:
     for name in ("tokenizer", "extend_tokenizer", "chat", "preset"):
         if values[name].present:
             raise ValueError(f"--{name} is for imports.")
-    saved = read_about(find(workdir))
+    saved = read_metadata(find_checkpoint(workdir))
     if saved.base is None and values.base:
         raise ValueError(f"--base is for adapters; {workdir} holds a whole model.")
     if saved.base is None and values.merge_lora:
@@ -117,22 +117,24 @@ def export_model(workdir: str, values: Any) -> None:
     origin, mesh = read_origin(workdir), _mesh(values)
     # Loaded in the dtype of the export, so that parity is that of the folder, not of float32 masters.
     config = dataclasses.replace(saved.config.model, dtype=values.dtype or saved.config.model.dtype)
-    params, about = load_params(
+    params, metadata = load_params(
         workdir,
         shardings=None if mesh is None else lambda shapes: sharding.param_shardings(shapes, mesh),
         expected=param_shapes(config),
         base=values.base,
     )
-    model = Exported(params, about.config.model, about.tokenizer(), origin, is_trained=about.step > 0)
+    model = Exported(
+        params, metadata.config.model, metadata.load_tokenizer(), origin, is_trained=metadata.step > 0
+    )
     write_folder(values.to, model, dtype=values.dtype, name_tags=values.name_tags)
-    print(f"{about.path}: {param_count(params):,} parameters. Wrote {values.to}.")
+    print(f"{metadata.path}: {param_count(params):,} parameters. Wrote {values.to}.")
     if values.parity:
-        print(parity_line(params, about.config.model, values.to))
+        print(parity_line(params, metadata.config.model, values.to))
 
 
 def export_adapters(workdir: str, values: Any) -> None:
     """Writes a workdir's adapters in PEFT's layout, whole or not at all."""
-    from pasta_jax.checkpoints.about import find, read_about
+    from pasta_jax.checkpoints.about import find_checkpoint, read_metadata
     from pasta_jax.checkpoints.load import find_base, load_adapters
     from pasta_jax.interchange.origin import read_origin
     from pasta_jax.interchange.peft import write_adapters
@@ -141,13 +143,17 @@ def export_adapters(workdir: str, values: Any) -> None:
     for name in ("dtype", "name_tags"):
         if values[name].present:
             raise ValueError(f"--{name} is for whole models; {workdir} holds adapters. Add --merge_lora.")
-    adapters, about = load_adapters(workdir)
-    assert about.base is not None
-    base = read_about(find(values.base or find_base(find(workdir), about.base.path)))
+    adapters, metadata = load_adapters(workdir)
+    assert metadata.base is not None
+    base = read_metadata(
+        find_checkpoint(values.base or find_base(find_checkpoint(workdir), metadata.base.path))
+    )
     origin = read_origin(workdir)
-    write_adapters(values.to, adapters, about.config, about.tokenizer(), origin, base_step=base.step)
+    write_adapters(
+        values.to, adapters, metadata.config, metadata.load_tokenizer(), origin, base_step=base.step
+    )
     print(
-        f"{about.path}: {param_count(adapters):,} parameters of adapters, for {origin and origin.source}. Wrote "
+        f"{metadata.path}: {param_count(adapters):,} parameters of adapters, for {origin and origin.source}. Wrote "
         f"{values.to}, in PEFT's layout."
     )
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from absl import logging
 
-from pasta_jax.checkpoints.about import find, is_started, read_about
+from pasta_jax.checkpoints.about import find_checkpoint, has_checkpoint, read_metadata
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data.batches import Stream
 from pasta_jax.data.sources import make_tokenizer, steps_of_epochs
@@ -46,8 +46,8 @@ def resolve(
       CheckpointError: `init_from` holds no checkpoint.
       TokenizerError: the tokenizer of an experiment from scratch cannot be loaded.
     """
-    if config.init_from and not (ahead and not is_started(config.init_from)):
-        start = workdir if workdir and is_started(workdir) else config.init_from
+    if config.init_from and not (ahead and not has_checkpoint(config.init_from)):
+        start = workdir if workdir and has_checkpoint(workdir) else config.init_from
         resolved, tokenizer = _inherited(config, start)
         for text in overrides:
             path = text.partition("=")[0]
@@ -71,12 +71,12 @@ def resolve(
 
 
 def _inherited(config: Config, path: str) -> tuple[Config, Tokenizer]:
-    about = read_about(find(path))
-    tokenizer = about.tokenizer()
+    metadata = read_metadata(find_checkpoint(path))
+    tokenizer = metadata.load_tokenizer()
     if config.data.chat != "auto":
         tokenizer = tokenizer.with_chat(config.data.chat)
-    model = dataclasses.replace(about.config.model, dtype=config.model.dtype)
-    inherited = {name: getattr(about.config.data, name) for name in ("tokenizer", "extend_tokenizer")}
+    model = dataclasses.replace(metadata.config.model, dtype=config.model.dtype)
+    inherited = {name: getattr(metadata.config.data, name) for name in ("tokenizer", "extend_tokenizer")}
     data = dataclasses.replace(config.data, **inherited)
     return dataclasses.replace(config, model=model, data=data), tokenizer.with_dialect(config.data.dialect)
 

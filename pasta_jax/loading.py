@@ -8,7 +8,7 @@ import os
 
 import jax
 
-from pasta_jax.checkpoints.about import find, read_about
+from pasta_jax.checkpoints.about import find_checkpoint, read_metadata
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.decoding.model import Model
 from pasta_jax.interchange.importing import ImportOptions, kind_of, open_published
@@ -68,15 +68,15 @@ def load(
         raise ValueError(
             f"{path} has its own tokenizer; tokenizer and extend_tokenizer are for other weights."
         )
-    config = in_dtype(read_about(find(path)).config.model, dtype)
-    params, about = load_params(
+    config = in_dtype(read_metadata(find_checkpoint(path)).config.model, dtype)
+    params, metadata = load_params(
         path,
         shardings=None if mesh is None else functools.partial(param_shardings, mesh=mesh),
         expected=param_shapes(config),
         base=base,
         finish=functools.partial(forms.quantize, donate=True) if quantize else None,
     )
-    data, own = about.config.data, about.tokenizer()
+    data, own = metadata.config.data, metadata.load_tokenizer()
     own = own if chat == "auto" else own.with_chat(chat)
     return Model(params, config, own, data.positions, data.max_depth)
 

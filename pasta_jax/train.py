@@ -50,7 +50,7 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
       the workdir of the trained model: this one, or that of the last round of preference optimisation.
     """
     # These load jax: the refusals above, and --print_config, come at once.
-    from pasta_jax.checkpoints.about import CheckpointError, is_started
+    from pasta_jax.checkpoints.about import CheckpointError, has_checkpoint
     from pasta_jax.data.records import RecordError
     from pasta_jax.data.sources import make_source
     from pasta_jax.experiment import resolve, stages, with_steps
@@ -72,7 +72,7 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
             return rounds.run(config, workdir)
         invalid = os.path.join(workdir, "invalid.jsonl")
         source = make_source(config.data, tokenizer, config.seed, invalid=invalid)
-        if config.init_from and not is_started(workdir):
+        if config.init_from and not has_checkpoint(workdir):
             carry(config.init_from, workdir)
         train(with_steps(config, source), source=source, tokenizer=tokenizer, workdir=workdir)
         return workdir

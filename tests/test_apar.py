@@ -25,7 +25,7 @@ from pasta_jax.data.almanac import Section
 from pasta_jax.data.almanac.facts import KIND_OF
 from pasta_jax.data.sources import make_source, make_tokenizer
 from pasta_jax.decoding.state import Limits, Stop
-from pasta_jax.decoding.trace import as_document, critical_path, read_trace
+from pasta_jax.decoding.trace import as_document, critical_path, trace_of_row
 from pasta_jax.lang import tags
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.grammar import Kind
@@ -328,6 +328,8 @@ def test_a_checkpoint_keeps_its_dialect(tmp_path: Path) -> None:
     pasta = make_tokenizer(DataConfig())
     assert pasta.vocabulary.dialect == "pasta"
     retrained: Any = types.SimpleNamespace(vocabulary=pasta.vocabulary, to_bytes=lambda: b"other bytes")
-    assert about.is_of(pasta) and about.is_of(retrained), "a dialect is no other tokenizer"
+    assert about.matches_tokenizer(pasta) and about.matches_tokenizer(retrained), (
+        "a dialect is no other tokenizer"
+    )
     retrained.vocabulary = WORDS.vocabulary
-    assert not about.is_of(retrained)
+    assert not about.matches_tokenizer(retrained)

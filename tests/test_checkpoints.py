@@ -60,8 +60,8 @@ def test_a_checkpoint_suffices(written: pathlib.Path, path: str) -> None:
     assert (about.step, about.data_index, about.config) == (30, 210, CONFIG)
     assert about.versions["jax"] == jax.__version__
     tokenizer = make_tokenizer(CONFIG.data)
-    assert about.is_of(tokenizer)
-    assert about.tokenizer().encode("Paris is the capital.") == tokenizer.encode("Paris is the capital.")
+    assert about.matches_tokenizer(tokenizer)
+    assert about.load_tokenizer().encode("Paris is the capital.") == tokenizer.encode("Paris is the capital.")
 
 
 def test_an_older_one_and_where_it_lies(written: pathlib.Path) -> None:
@@ -87,12 +87,12 @@ def test_nothing_there(tmp_path: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         load_params(tmp_path / "nowhere")
     with pytest.raises(
-        CheckpointError, match=r"holds no finished checkpoint of pasta_jax \(found: nothing\)"
+        CheckpointError, match=r"has no complete checkpoint of pasta_jax \(it contains: nothing\)"
     ):
         load_params(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(
-        CheckpointError, match=r"published weights. Bring them in first: .*convert --from=hf:"
+        CheckpointError, match=r"published weights.* Convert them first: .*convert --from=hf:"
     ):
         load_params(tmp_path)
     with pytest.raises(CheckpointError, match="is a file"):
@@ -104,7 +104,9 @@ def test_a_folder_of_models_is_no_checkpoint(written: pathlib.Path, tmp_path: pa
     for name in ("base", "pasta"):
         (tmp_path / name).symlink_to(written)
     (tmp_path / "evaluation").mkdir()
-    with pytest.raises(CheckpointError, match=f"{tmp_path} holds models: base, pasta. Give one of them."):
+    with pytest.raises(
+        CheckpointError, match=r"these directories in it have: base, pasta\. Give one of them\."
+    ):
         load_params(tmp_path)
     assert load_params(tmp_path / "pasta")[1].step == 30
 
@@ -116,7 +118,12 @@ def test_foreign(workdir: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint of pasta_jax but of 'other'"):
         load_params(workdir)
     about.write_text(json.dumps(tree | {"format_version": 99}))
-    with pytest.raises(CheckpointError, match="has format 99, this pasta_jax knows 2. Upgrade"):
+    with pytest.raises(
+        CheckpointError, match="has format 99, this version of pasta_jax reads format 2. Upgrade"
+    ):
+        load_params(workdir)
+    about.write_text(json.dumps(tree | {"format_version": 1}))
+    with pytest.raises(CheckpointError, match="has format 1, .* Use the older version that wrote it"):
         load_params(workdir)
     about.write_text(json.dumps(tree | {"config": {"stage": "sft", "colour": 1}}))
     with pytest.raises(CheckpointError, match='No config field "colour"'):
@@ -145,7 +152,21 @@ def test_damaged_description(workdir: pathlib.Path) -> None:
             load_params(workdir)
     about.write_text(json.dumps(tree | {"tokenizer": "AAAA"}))
     with pytest.raises(CheckpointError, match="is damaged: its tokenizer"):
-        load_params(workdir)[1].tokenizer()
+        load_params(workdir)[1].load_tokenizer()
+
+
+def test_what_cannot_be_read_is_not_called_damaged(workdir: pathlib.Path) -> None:
+    about = workdir / "checkpoints" / "30" / "pasta" / "pasta.json"
+    about.unlink()
+    about.mkdir()
+    with pytest.raises(CheckpointError, match=r"pasta\.json could not be read: .*directory"):
+        load_params(workdir)
+
+
+def test_a_damaged_checkpoint_is_not_replaced_by_a_newer_one(workdir: pathlib.Path) -> None:
+    (workdir / "checkpoints" / "20" / "pasta" / "pasta.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"20 is damaged\. Use another step: 30\."):
+        load_params(workdir / "checkpoints" / "20")
 
 
 def test_damaged_arrays(workdir: pathlib.Path) -> None:

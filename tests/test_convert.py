@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from pasta_jax import sharding
-from pasta_jax.checkpoints.about import Base, CheckpointError, read_about
+from pasta_jax.checkpoints.about import BaseWeights, CheckpointError, read_metadata
 from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.checkpoints.save import Checkpoints
@@ -72,9 +72,9 @@ def test_a_folder_comes_back_byte_for_byte(family: str, tmp_path: pathlib.Path) 
 def test_a_workdir_says_all_that_was_known(tmp_path: pathlib.Path) -> None:
     write_hf_folder(tmp_path / "hf", GEMMA)
     bring_in(tmp_path / "hf", tmp_path / "W")
-    about = read_about(tmp_path / "W" / "checkpoints" / "0")
+    about = read_metadata(tmp_path / "W" / "checkpoints" / "0")
     assert (about.step, about.config.model) == (0, dataclasses.replace(GEMMA, dtype="bfloat16"))
-    assert about.tokenizer().vocabulary == load_tokenizer(tmp_path / "hf").vocabulary
+    assert about.load_tokenizer().vocabulary == load_tokenizer(tmp_path / "hf").vocabulary
     origin = read_origin(tmp_path / "W")
     assert origin is not None and origin.source == str(tmp_path / "hf") and not origin.ignored
     carry(tmp_path / "W", tmp_path / "W2")  # as training from it does
@@ -87,7 +87,7 @@ def test_what_another_start_left_does_not_stay(tmp_path: pathlib.Path) -> None:
     bring_in(tmp_path / "hf", tmp_path / "W")
     carry(tmp_path / "W", tmp_path / "T")
     _, about = load_params(tmp_path / "W")
-    with Checkpoints(tmp_path / "own", about.config, about.tokenizer()) as run:
+    with Checkpoints(tmp_path / "own", about.config, about.load_tokenizer()) as run:
         run.save_weights({"a": np.ones(2)})
     assert read_origin(tmp_path / "W") is not None
     carry(tmp_path / "own", tmp_path / "T")
@@ -98,14 +98,14 @@ def test_training_takes_model_and_tokenizer_of_the_start(tmp_path: pathlib.Path)
     """Those of what it starts from, in another dtype or chat format if asked; of its own checkpoint later."""
     write_hf_folder(tmp_path / "hf", GEMMA, tokenizer=family_tokenizers.gemma())
     bring_in(tmp_path / "hf", tmp_path / "W")
-    about = read_about(tmp_path / "W" / "checkpoints" / "0")
-    assert about.tokenizer().usage.chat == "plain"
+    about = read_metadata(tmp_path / "W" / "checkpoints" / "0")
+    assert about.load_tokenizer().usage.chat == "plain"
     config = Config(init_from=str(tmp_path / "W"))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat="gemma"))
     resolved, tokenizer = resolve(config, workdir=str(tmp_path / "T"))
     assert resolved.model == GEMMA and about.config.model.dtype == "bfloat16"
-    assert tokenizer.vocabulary.eos != about.tokenizer().vocabulary.eos
-    assert about.is_of(tokenizer), "its ids mean the same"
+    assert tokenizer.vocabulary.eos != about.load_tokenizer().vocabulary.eos
+    assert about.matches_tokenizer(tokenizer), "its ids mean the same"
     with Checkpoints(tmp_path / "T", resolved, tokenizer) as run:
         run.save_weights({"a": np.ones(2)})
     again = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
@@ -116,7 +116,7 @@ def test_training_does_not_go_on_in_an_imported_workdir(tmp_path: pathlib.Path) 
     write_hf_folder(tmp_path / "hf", GEMMA)
     bring_in(tmp_path / "hf", tmp_path / "W")
     params, about = load_params(tmp_path / "W")
-    with Checkpoints(tmp_path / "W", about.config, about.tokenizer()) as run:
+    with Checkpoints(tmp_path / "W", about.config, about.load_tokenizer()) as run:
         state = TrainState(params, (), jax.numpy.int32(0))
         with pytest.raises(CheckpointError, match=r"holds weights alone.*--config.init_from="):
             run.restore(state)
@@ -404,14 +404,14 @@ def test_the_base_of_adapters_that_was_moved(
     bring_in(tmp_path / "hf", tmp_path / "W")
     _, about = load_params(tmp_path / "W")
     config = dataclasses.replace(about.config, lora=Lora(rank=2), init_from="gone")
-    with Checkpoints(tmp_path / "L", config, about.tokenizer()) as adapters:
+    with Checkpoints(tmp_path / "L", config, about.load_tokenizer()) as adapters:
         shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0), config.lora))
         leaves = jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), split(shapes)[1])
         base_fingerprint = fingerprint(load_params(tmp_path / "W")[0])
         adapters.save(
             TrainState(leaves, {"a": jax.numpy.ones(2)}, jax.numpy.int32(3)),
             0,
-            Base("gone", base_fingerprint),
+            BaseWeights("gone", base_fingerprint),
         )
     carry(tmp_path / "W", tmp_path / "L")
     for also in ([], ["--merge_lora"]):

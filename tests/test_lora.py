@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pasta_jax import sharding
-from pasta_jax.checkpoints.about import Base, CheckpointError, find
+from pasta_jax.checkpoints.about import BaseWeights, CheckpointError, find_checkpoint
 from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.checkpoints.load import load_params, load_parts
 from pasta_jax.checkpoints.save import Checkpoints
@@ -188,7 +188,7 @@ def test_adapters_are_trained_and_nothing_else(adapted: pathlib.Path, base: path
     assert float(jnp.abs(b).max()) > 0
     own = frozen["embed"]["embedding"][jnp.array(rows)].astype(jnp.float32)
     assert (np.abs(trained["embed"]["embedding_rows"] - own).max(axis=1) > 1e-3).all()
-    saved = json.loads((find(adapted) / "params" / "_METADATA").read_text())
+    saved = json.loads((find_checkpoint(adapted) / "params" / "_METADATA").read_text())
     assert "'up_proj'" not in str(saved) and "down_proj_lora_a" in str(saved)
     losses = [line["loss"] for line in read_metrics(str(adapted / "metrics.jsonl"))]
     assert losses[-1] < losses[0]
@@ -222,7 +222,7 @@ def test_the_base_is_found_by_a_relative_path_and_told_by_what_it_is(
 ) -> None:
     runs = tmp_path / "elsewhere" / "runs"
     shutil.copytree(adapted, runs / "adapted")
-    file = find(runs / "adapted") / "pasta" / "pasta.json"
+    file = find_checkpoint(runs / "adapted") / "pasta" / "pasta.json"
     about = json.loads(file.read_text())
     file.write_text(json.dumps(about | {"base": about["base"] | {"path": "runs/base"}}))
     message = r"adapters for the weights in runs/base, which is not there.*base=DIRECTORY"
@@ -244,7 +244,7 @@ def test_the_base_is_found_by_a_relative_path_and_told_by_what_it_is(
         train(adapted, lora_config(other))
 
 
-def starting(config: Config) -> tuple[Any, Any, Base | None]:
+def starting(config: Config) -> tuple[Any, Any, BaseWeights | None]:
     """What training with a configuration begins with; nothing is trained."""
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     config = with_lora_rows(config, TOKENIZER)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pasta_jax.checkpoints.about import Base
+from pasta_jax.checkpoints.about import BaseWeights
 from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config
@@ -83,7 +83,7 @@ def test_the_verb_writes_adapters_or_adds_them(
     config, tokenizer, base, adapters = imported("gemma", tmp_path)
     with Checkpoints(tmp_path / "L", config, tokenizer) as checkpoints:
         state = TrainState(adapters, {"count": jnp.zeros(())}, jnp.int32(3))
-        checkpoints.save(state, 0, Base(str(tmp_path / "W"), fingerprint(base)))
+        checkpoints.save(state, 0, BaseWeights(str(tmp_path / "W"), fingerprint(base)))
     carry(tmp_path / "W", tmp_path / "L")
     assert run(f"--from={tmp_path}/L", f"--to={tmp_path}/peft") == 0
     assert "in PEFT's layout" in capsys.readouterr().out

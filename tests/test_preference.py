@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import NO_DOC, NO_TARGET, PairedTokens, ThreadedTokens
-from pasta_jax.checkpoints.about import find
+from pasta_jax.checkpoints.about import find_checkpoint
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.almanac.judge import Preference
@@ -332,7 +332,7 @@ def test_both_stages(trained: pathlib.Path) -> None:
         assert about["pairs"] + about["without_pair"] == about["prompts"] == PREFERENCE.prompts_per_round
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert all(math.isfinite(line["loss"]) and "margin" in line for line in metrics)
-    assert "round-2" in str(find(trained / "preference"))
+    assert "round-2" in str(find_checkpoint(trained / "preference"))
     policy = json.loads((trained / "preference" / "round-2" / "round.json").read_text())["policy"]
     assert policy.endswith("round-1")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasta_jax.checkpoints.about import find, read_about
+from pasta_jax.checkpoints.about import find_checkpoint, read_metadata
 from pasta_jax.checkpoints.load import load_params, load_parts
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import (
@@ -115,7 +115,7 @@ def test_rounds_with_adapters(
         assert json.loads((folder / "round.json").read_text())["pairs"] == 4
         first, *_, end = read_metrics(str(folder / "metrics.jsonl"))
         assert abs(first["margin"]) < 1e-3 < abs(end["margin"])
-        about = read_about(find(folder))
+        about = read_metadata(find_checkpoint(folder))
         assert about.base and about.base.path == str(base)
         frozen, adapters, _ = load_parts(folder)
         jax.tree.map(np.testing.assert_array_equal, frozen, plain)

@@ -111,7 +111,7 @@ def test_samples_of_other_models_are_not_learnt_from(
     folder = pathlib.Path(Folder(str(tmp_path)).model(0, "samples"))
     folder.mkdir(parents=True)
     (folder / "about.json").write_text(json.dumps({"pasta": "as it was"}))
-    monkeypatch.setattr(about, "checkpoint_mark", lambda path: "trained again")
+    monkeypatch.setattr(about, "checkpoint_identity", lambda path: "trained again")
     (cell,) = [cell for cell in cells.cells(PLAN, str(tmp_path)) if cell.name == "seed-0-bon-1"]
     with pytest.raises(ConfigError, match=r"other models.*seed-0-samples\.json"):
         cell.run()

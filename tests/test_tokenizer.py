@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from pasta_jax.checkpoints.about import About
+from pasta_jax.checkpoints.about import CheckpointMetadata
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.sources import make_tokenizer
@@ -77,8 +77,8 @@ def test_a_configuration_says_whether_ids_are_added(tmp_path: pathlib.Path) -> N
         data=DataConfig(tokenizer=str(file), extend_tokenizer=True), checkpoint=CheckpointConfig(keep=1)
     )
     tokenizer = make_tokenizer(config.data)
-    about = About("there", 1, 0, config, tokenizer.to_bytes(), tokenizer.vocabulary.tag_ids, {})
-    assert about.tokenizer().vocabulary == tokenizer.vocabulary  # the checkpoint remembers
+    about = CheckpointMetadata("there", 1, 0, config, tokenizer.to_bytes(), tokenizer.vocabulary.tag_ids, {})
+    assert about.load_tokenizer().vocabulary == tokenizer.vocabulary  # the checkpoint remembers
 
 
 def test_the_almanacs_own_needs_no_new_ids() -> None:

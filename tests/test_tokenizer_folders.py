@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pasta_jax.checkpoints.about import About, CheckpointError
+from pasta_jax.checkpoints.about import CheckpointError, CheckpointMetadata
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.data import almanac
 from pasta_jax.lang import tags
@@ -41,8 +41,10 @@ def test_a_checkpoint_has_the_whole_tokenizer(name: str) -> None:
     for messages in CONVERSATIONS:
         assert again.encode_chat(messages) == loaded.encode_chat(messages)
     config = Config(data=DataConfig(dialect="apar"), checkpoint=CheckpointConfig(keep=1))
-    about = About("there", 1, 0, config, loaded.to_bytes(), dict(loaded.vocabulary.tag_ids), {})
-    assert about.is_of(loaded) and about.tokenizer().vocabulary == loaded.vocabulary.with_dialect("apar")
+    about = CheckpointMetadata("there", 1, 0, config, loaded.to_bytes(), dict(loaded.vocabulary.tag_ids), {})
+    assert about.matches_tokenizer(
+        loaded
+    ) and about.load_tokenizer().vocabulary == loaded.vocabulary.with_dialect("apar")
 
 
 def test_damaged_and_missing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,9 +73,11 @@ def test_damaged_and_missing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(TokenizerError, match=r'pip install -e "\.\[hf\]"'):
         load_tokenizer(tmp_path)
-    about = About("there", 1, 0, Config(), loaded.to_bytes(), dict(loaded.vocabulary.tag_ids), {})
+    about = CheckpointMetadata(
+        "there", 1, 0, Config(), loaded.to_bytes(), dict(loaded.vocabulary.tag_ids), {}
+    )
     with pytest.raises(CheckpointError, match=r'^there: Reading tokenizer\.json needs.* -e "\.\[hf\]"'):
-        about.tokenizer()
+        about.load_tokenizer()
 
 
 def test_tag_ids_that_a_folder_names() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import ThreadedTokens
-from pasta_jax.checkpoints.about import CheckpointError, find
+from pasta_jax.checkpoints.about import CheckpointError, find_checkpoint
 from pasta_jax.config import ConfigError, LogConfig, OptimizerConfig
 from pasta_jax.training import loop
 from pasta_jax.training.losses import Scores
@@ -57,7 +57,7 @@ def test_it_learns_and_writes_down_what_it_did(whole: tuple[TrainState, pathlib.
         assert 0.8 < line["packing"] <= 1
     assert json.loads((workdir / "config.json").read_text())["data"]["rows"] == 8
     assert json.loads((workdir / "env.json").read_text())["versions"]["jax"] == jax.__version__
-    assert find(workdir).name == "8"
+    assert find_checkpoint(workdir).name == "8"
 
 
 def test_resuming_is_bit_identical(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:
@@ -79,7 +79,7 @@ def test_sigterm_saves_and_resumes(whole: tuple[TrainState, pathlib.Path], tmp_p
         train(tmp_path, source=source)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
-    assert 1 <= int(find(tmp_path).name) < 8
+    assert 1 <= int(find_checkpoint(tmp_path).name) < 8
     assert_same(train(tmp_path), whole[0])
 
 
@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None
     config = dataclasses.replace(CONFIG, steps=12, log=LogConfig(every=100))
     with pytest.raises(loop.NonFiniteLoss, match=r"nan at step 8; step 4 in .* is good, and is kept"):
         train(tmp_path, config, source=Poisoned(), stage=loop.Stage(ThreadedTokens, loss_fn))
-    assert find(tmp_path).name == "4"
+    assert find_checkpoint(tmp_path).name == "4"
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: pathlib.Path) -> None:
@@ -149,7 +149,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path
     message = r"norm of the gradient is nan at step 8; step 4 in .* is good, and is kept"
     with pytest.raises(loop.NonFiniteLoss, match=message):
         train(tmp_path, config, source=Poisoned(), stage=loop.Stage(ThreadedTokens, loss_fn))
-    assert find(tmp_path).name == "4"
+    assert find_checkpoint(tmp_path).name == "4"
 
 
 def test_an_error_in_the_data_is_raised(tmp_path: pathlib.Path) -> None:

@@ -1,11 +1,11 @@
-"""What a checkpoint says of itself, and which one a path means.
+"""The metadata of a checkpoint, and how a path is resolved to one.
 
     WORKDIR/checkpoints/500/pasta/pasta.json    format, step, data position, configuration, tokenizer
-                            params/             the weights, a nested dict with stable names, or adapters
-                            optimizer/          the optimiser's state
+                            params/             weights or adapters: a nested dict with stable names
+                            optimizer/          the state of the optimizer
 
-A directory is renamed into place once it is complete, so a directory named by a number is whole. A checkpoint of
-adapters names the weights that they belong to by path and fingerprint.
+A checkpoint's directory gets its number as its name only when it is complete. A checkpoint of adapters names the
+weights that they belong to, by path and fingerprint.
 """
 
 from __future__ import annotations
@@ -38,26 +38,32 @@ class CheckpointError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
-    """The weights that adapters belong to."""
+class BaseWeights:
+    """The weights that adapters belong to.
+
+    Attributes:
+      path: where they were, as the configuration named it.
+      fingerprint: of the weights (`checkpoints.fingerprint`).
+    """
 
     path: str
     fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
-    """Everything in a checkpoint but its arrays.
+class CheckpointMetadata:
+    """What a checkpoint holds besides arrays. `path` and `merged_fingerprint` are not saved, but known on loading.
 
     Attributes:
-      path: of the checkpoint.
-      step: optimiser steps taken.
+      path: the checkpoint's directory.
+      step: optimizer steps taken.
       data_index: the document with which the next batch begins.
-      config: the experiment, as it was resolved.
-      tokenizer_model, tag_ids: the tokenizer, and its ids of the tags.
-      versions: of Python and the packages that wrote it.
-      base: of a checkpoint of adapters: the weights that they belong to.
-      merged: the fingerprint of base and adapters, if they were merged when they were loaded.
+      config: the configuration of the experiment, with everything filled in.
+      tokenizer_model: the tokenizer (`Tokenizer.to_bytes`).
+      tag_ids: the ids of the tags, by name.
+      versions: of Python and of the packages that wrote the checkpoint, by name.
+      base: the weights that the adapters belong to; None if the checkpoint holds a whole model.
+      merged_fingerprint: of base and adapters, if those were merged on loading; "" otherwise.
     """
 
     path: str
@@ -67,22 +73,29 @@ class About:
     tokenizer_model: bytes
     tag_ids: dict[str, int]
     versions: dict[str, str]
-    base: Base | None = None
-    merged: str = ""
+    base: BaseWeights | None = None
+    merged_fingerprint: str = ""
 
-    def is_of(self, tokenizer: Tokenizer) -> bool:
-        """Whether it was trained with this tokenizer, or with one whose ids mean the same.
+    def matches_tokenizer(self, tokenizer: Tokenizer) -> bool:
+        """Whether the model was trained with this tokenizer, or with one whose ids mean the same.
 
-        Dialect and chat format may differ: they say which ids are used, not what they are.
+        Dialect and chat format may differ: they decide which ids are used, not what the ids mean.
+
+        Raises:
+          CheckpointError: as `load_tokenizer`.
         """
         if self.tokenizer_model == tokenizer.to_bytes():
             return True
         other = tokenizer.vocabulary
-        own = self.tokenizer().vocabulary.with_dialect(other.dialect)
+        own = self.load_tokenizer().vocabulary.with_dialect(other.dialect)
         return (own.pieces, own.tag_ids) == (other.pieces, other.tag_ids)
 
-    def tokenizer(self) -> TextTokenizer:
-        """The tokenizer that it was trained with. Raises CheckpointError."""
+    def load_tokenizer(self) -> TextTokenizer:
+        """The tokenizer that the model was trained with.
+
+        Raises:
+          CheckpointError: it is damaged, has other tag ids than were saved, or needs a package that is missing.
+        """
         try:
             tokenizer = tokenizer_from_bytes(self.tokenizer_model)
         except MissingPackage as error:
@@ -94,117 +107,149 @@ class About:
         return tokenizer.with_dialect(self.config.data.dialect)
 
 
-def read_about(path: epath.Path) -> About:
-    """The description in a checkpoint directory, such as `find` returns. Raises CheckpointError."""
+def read_metadata(path: epath.Path) -> CheckpointMetadata:
+    """The metadata of a checkpoint.
+
+    Args:
+      path: the checkpoint's directory, as `find_checkpoint` returns it.
+
+    Raises:
+      CheckpointError: it is not a checkpoint of pasta_jax, has another format or an unknown configuration, is
+        damaged, or cannot be read.
+    """
     file = path / "pasta" / "pasta.json"
     if not file.exists():
         raise CheckpointError(f"{path} is not a checkpoint of pasta_jax: it has no pasta/pasta.json.")
     try:
-        tree = json.loads(file.read_text())
-        if tree["format"] != FORMAT:
-            raise CheckpointError(f"{path} is not a checkpoint of pasta_jax but of {tree['format']!r}.")
-        if tree["format_version"] != FORMAT_VERSION:
+        fields = json.loads(file.read_text())
+        if fields["format"] != FORMAT:
+            raise CheckpointError(f"{path} is not a checkpoint of pasta_jax but of {fields['format']!r}.")
+        version = int(fields["format_version"])
+        if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format {tree['format_version']}, this pasta_jax knows {FORMAT_VERSION}. "
-                "Upgrade pasta_jax."
+                f"{path} has format {version}, this version of pasta_jax reads format {FORMAT_VERSION}. "
+                + (
+                    "Upgrade pasta_jax."
+                    if version > FORMAT_VERSION
+                    else "Use the older version that wrote it."
+                )
             )
-        return About(
+        return CheckpointMetadata(
             path=os.fspath(path),
-            step=int(tree["step"]),
-            data_index=int(tree["data_index"]),
-            config=overrides.from_dict(tree["config"]),
-            tokenizer_model=base64.b64decode(tree["tokenizer"], validate=True),
-            tag_ids=dict(tree["tag_ids"]),
-            versions=dict(tree["versions"]),
-            base=Base(**tree["base"]) if tree.get("base") else None,
+            step=int(fields["step"]),
+            data_index=int(fields["data_index"]),
+            config=overrides.from_dict(fields["config"]),
+            tokenizer_model=base64.b64decode(fields["tokenizer"], validate=True),
+            tag_ids=dict(fields["tag_ids"]),
+            versions=dict(fields["versions"]),
+            base=BaseWeights(**fields["base"]) if fields.get("base") else None,
         )
     except CheckpointError:
         raise
     except ConfigError as error:
-        raise CheckpointError(f"The configuration in {file} is not one of this pasta_jax: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(damaged(path, f"{file.name}: {type(error).__name__}: {error}")) from error
+        raise CheckpointError(
+            f"{file}: this version of pasta_jax cannot use the configuration: {error}"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{file} could not be read: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            damage_message(path, f"{file.name}: {type(error).__name__}: {error}")
+        ) from error
 
 
-def damaged(path: epath.Path, reason: str) -> str:
-    """The message about a damaged checkpoint, and the older one that can be used instead."""
-    older = sorted(int(c.name) for c in path.parent.iterdir() if c.name.isdigit() and c.name != path.name)
-    advice = f"Delete it and step {older[-1]} is used." if older else "It is the only one here."
+def damage_message(path: epath.Path, reason: str) -> str:
+    """The message about a damaged checkpoint: what is wrong, and which other one can be used."""
+    others = sorted(int(other.name) for other in _checkpoints_in(path.parent) if other.name != path.name)
+    if not others:
+        advice = "There is no other one beside it."
+    elif path.name.isdigit() and others[-1] < int(path.name):
+        advice = f"Delete it and step {others[-1]} is used."
+    else:
+        advice = f"Use another step: {', '.join(map(str, others))}."
     return f"{path} is damaged. {advice} ({reason.splitlines()[0][:300]})"
 
 
 # --------------------------------------------------------------------------------------------------- paths
 
 
-def absolute(path: str | os.PathLike[str]) -> epath.Path:
+def absolute_path(path: str | os.PathLike[str]) -> epath.Path:
     """An absolute path, as Orbax needs it; addresses such as gs://bucket/run stay as they are."""
     text = os.fspath(path)
     return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
 
 
-def find(path: str | os.PathLike[str]) -> epath.Path:
-    """The directory of the newest checkpoint in a workdir or its `checkpoints`, or `path` if it is a checkpoint.
+def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
+    """The checkpoint that a path means.
 
-    In a workdir of preference optimisation it is that of the last round.
+    - A checkpoint means itself.
+    - A workdir, or its `checkpoints`, means its checkpoint with the highest step.
+    - A workdir of preference optimization means that of its last round that has a checkpoint.
 
     Raises:
-      CheckpointError: there is none.
+      CheckpointError: the path does not exist, is a file, holds published weights, or holds no checkpoint.
     """
-    text, root = os.fspath(path), absolute(path)
+    text, root = os.fspath(path), absolute_path(path)
     weights = ("model.safetensors", "model.safetensors.index.json")
     if text.startswith("hf:") or any((root / name).exists() for name in weights):
         source = text if text.startswith("hf:") else f"hf:{text}"
         raise CheckpointError(
-            f"{text} is no checkpoint of pasta_jax but published weights. Bring them in first: "
+            f"{text} holds published weights, not a checkpoint of pasta_jax. Convert them first: "
             f"python -m pasta_jax.convert --from={source} --to=WORKDIR."
         )
     if not root.exists():
         hint = f"hf:{text}" if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else "hf:org/name, hf:DIRECTORY"
         raise CheckpointError(
-            f"No checkpoint at {root}: no such directory. Train one there. Published weights are named {hint}, "
-            "or as in gemma-2b-it."
+            f"No checkpoint at {root}: no such directory. Train a model there first. Published weights are named "
+            f"{hint}, or by a short name such as gemma-2b-it."
         )
     if not root.is_dir():
-        raise CheckpointError(f"{root} is a file. Give a workdir, or a checkpoint within it.")
+        raise CheckpointError(f"{root} is a file. Give the directory of a run, or of one of its checkpoints.")
     if (root / "pasta" / "pasta.json").exists() and (root / "params").exists():
         return root
     children = sorted(root.iterdir(), key=lambda child: child.name)
     rounds = [child for child in children if re.fullmatch(r"round-\d+", child.name)]
     rounds.sort(key=lambda child: int(child.name.removeprefix("round-")), reverse=True)
     for directory in (root / "checkpoints", root, *(child / "checkpoints" for child in rounds)):
-        if newest := _newest(directory):
-            return newest
-    if models := [child.name for child in children if _newest(child / "checkpoints")]:
-        raise CheckpointError(f"{root} holds models: {', '.join(models)}. Give one of them.")
+        if checkpoints := _checkpoints_in(directory):
+            return max(checkpoints, key=lambda checkpoint: int(checkpoint.name))
+    if runs := [child.name for child in children if _checkpoints_in(child / "checkpoints")]:
+        raise CheckpointError(
+            f"{root} has no checkpoints of its own, but these directories in it have: {', '.join(runs)}. "
+            "Give one of them."
+        )
     names = ", ".join(child.name for child in children[:8]) or "nothing"
-    raise CheckpointError(f"{root} holds no finished checkpoint of pasta_jax (found: {names}).")
+    raise CheckpointError(f"{root} has no complete checkpoint of pasta_jax (it contains: {names}).")
 
 
-def checkpoint_mark(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Identifies the checkpoint that `find` returns: its path, and when it was written (seconds)."""
-    checkpoint = find(path)
+def checkpoint_identity(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Path and modification time (seconds) of the checkpoint that `find_checkpoint` returns.
+
+    Raises:
+      CheckpointError: as `find_checkpoint`.
+    """
+    checkpoint = find_checkpoint(path)
     return {
         "checkpoint": os.fspath(checkpoint),
         "written": (checkpoint / "pasta" / "pasta.json").stat().mtime,
     }
 
 
-def is_started(workdir: str | os.PathLike[str]) -> bool:
+def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
     """Whether a workdir holds a checkpoint."""
     try:
-        find(workdir)
+        find_checkpoint(workdir)
     except CheckpointError:
         return False
     return True
 
 
-def _newest(directory: epath.Path) -> epath.Path | None:
-    """The checkpoint with the greatest step in a directory, which need not exist."""
-    steps = [c for c in directory.iterdir() if c.name.isdigit()] if directory.is_dir() else []
-    return max(steps, key=lambda step: int(step.name), default=None)
+def _checkpoints_in(directory: epath.Path) -> list[epath.Path]:
+    """The checkpoints in a directory, which need not exist."""
+    return [child for child in directory.iterdir() if child.name.isdigit()] if directory.is_dir() else []
 
 
-# -------------------------------------------------------------------------------------- for the reader
+# ----------------------------------------------------------------------------------------------- versions
 
 
 def versions() -> dict[str, str]:
@@ -213,8 +258,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
 
 
-def write_about(workdir: str, config: Config) -> None:
-    """Writes config.json and env.json, for people: resuming reads the checkpoint's own description."""
+def write_run_info(workdir: str, config: Config) -> None:
+    """Writes config.json and env.json, for human readers only: resuming uses the checkpoint's metadata."""
     os.makedirs(workdir, exist_ok=True)
     device = jax.devices()[0]
     env = {

@@ -13,7 +13,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pasta_jax import sharding
-from pasta_jax.checkpoints.about import About, Base, CheckpointError, absolute, damaged, find, read_about
+from pasta_jax.checkpoints.about import (
+    BaseWeights,
+    CheckpointError,
+    CheckpointMetadata,
+    absolute_path,
+    damage_message,
+    find_checkpoint,
+    read_metadata,
+)
 from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.model import lora, param_shapes
 from pasta_jax.model.lora import Params
@@ -26,7 +34,7 @@ def load_params(
     expected: Params | None = None,
     base: str | os.PathLike[str] | None = None,
     finish: Callable[[Params], Params] | None = None,
-) -> tuple[Params, About]:
+) -> tuple[Params, CheckpointMetadata]:
     """The weights of a checkpoint, with adapters merged into their base.
 
     Args:
@@ -40,30 +48,30 @@ def load_params(
     Raises:
       CheckpointError: missing, foreign, damaged, or not as expected.
     """
-    checkpoint = find(path)
-    about = read_about(checkpoint)
-    if about.base is not None:
+    checkpoint = find_checkpoint(path)
+    metadata = read_metadata(checkpoint)
+    if metadata.base is not None:
         dtype = None if expected is None else jax.tree.leaves(expected)[0].dtype
         params, trained, _ = load_parts(checkpoint, shardings=shardings, base=base)
         if expected is not None:
             check_shapes(checkpoint, params, expected)
         # Not of the merged weights: sums round differently on other machines.
-        merged = fingerprint({"base": {about.base.fingerprint: np.zeros(1)}, "adapters": trained})
-        about = dataclasses.replace(about, merged=merged)
-        params = lora.merge(lora.join(params, trained), about.config.lora, dtype=dtype, donate=True)
-        return params if finish is None else _finished(params, params.pop, finish), about
+        merged = fingerprint({"base": {metadata.base.fingerprint: np.zeros(1)}, "adapters": trained})
+        metadata = dataclasses.replace(metadata, merged_fingerprint=merged)
+        params = lora.merge(lora.join(params, trained), metadata.config.lora, dtype=dtype, donate=True)
+        return params if finish is None else _finished(params, params.pop, finish), metadata
     shapes = saved_shapes(checkpoint, "params")
     if expected is not None:
         check_shapes(checkpoint, shapes, expected)
         shapes = expected
     target = _placed(shapes, shardings)
     if finish is None:
-        return restore_arrays(checkpoint, "params", target), about
+        return restore_arrays(checkpoint, "params", target), metadata
 
     def read(name: str) -> Params:
         return restore_arrays(checkpoint, "params", {name: target[name]}, partial=True)[name]
 
-    return _finished(target, read, finish), about
+    return _finished(target, read, finish), metadata
 
 
 def load_parts(
@@ -71,7 +79,7 @@ def load_parts(
     *,
     shardings: Callable[[Params], Any] | None = None,
     base: str | os.PathLike[str] | None = None,
-) -> tuple[Params, Params, About]:
+) -> tuple[Params, Params, CheckpointMetadata]:
     """The base of a checkpoint of adapters, in the model's dtype, and the adapters.
 
     Args:
@@ -80,27 +88,29 @@ def load_parts(
     Raises:
       CheckpointError: as `load_params`; the base is missing, or its fingerprint differs.
     """
-    checkpoint, saved, about = _read_adapters(path)
+    checkpoint, saved, metadata = _read_adapters(path)
     base_path = os.fspath(base) if base else find_base(checkpoint, saved.path)
-    expected = param_shapes(about.config.model)
-    params, about_base = load_params(base_path, shardings=shardings, expected=expected)
-    check_base(checkpoint, saved, Base(base_path, about_base.merged or fingerprint(params)))
+    expected = param_shapes(metadata.config.model)
+    params, base_metadata = load_params(base_path, shardings=shardings, expected=expected)
+    check_base(
+        checkpoint, saved, BaseWeights(base_path, base_metadata.merged_fingerprint or fingerprint(params))
+    )
     target = _placed(saved_shapes(checkpoint, "params"), shardings)
-    return params, restore_arrays(checkpoint, "params", target), about
+    return params, restore_arrays(checkpoint, "params", target), metadata
 
 
-def load_adapters(path: str | os.PathLike[str]) -> tuple[Params, About]:
+def load_adapters(path: str | os.PathLike[str]) -> tuple[Params, CheckpointMetadata]:
     """The adapters of a checkpoint without their base, on the first device. Raises CheckpointError."""
-    checkpoint, _, about = _read_adapters(path)
-    return restore_arrays(checkpoint, "params", _placed(saved_shapes(checkpoint, "params"), None)), about
+    checkpoint, _, metadata = _read_adapters(path)
+    return restore_arrays(checkpoint, "params", _placed(saved_shapes(checkpoint, "params"), None)), metadata
 
 
-def _read_adapters(path: str | os.PathLike[str]) -> tuple[epath.Path, Base, About]:
-    checkpoint = find(path)
-    about = read_about(checkpoint)
-    if about.base is None:
+def _read_adapters(path: str | os.PathLike[str]) -> tuple[epath.Path, BaseWeights, CheckpointMetadata]:
+    checkpoint = find_checkpoint(path)
+    metadata = read_metadata(checkpoint)
+    if metadata.base is None:
         raise CheckpointError(f"{checkpoint} holds a whole model, not adapters.")
-    return checkpoint, about.base, about
+    return checkpoint, metadata.base, metadata
 
 
 def find_base(checkpoint: epath.Path, path: str) -> str:
@@ -109,13 +119,13 @@ def find_base(checkpoint: epath.Path, path: str) -> str:
     A relative path is looked up from the current directory, then from each folder above the checkpoint.
 
     Args:
-      checkpoint: the directory, as `find` returns it.
+      checkpoint: the directory, as `find_checkpoint` returns it.
       path: of the base, as the checkpoint names it.
 
     Raises:
       CheckpointError: in none of these.
     """
-    candidates = [absolute(path)]
+    candidates = [absolute_path(path)]
     if "://" not in path and not os.path.isabs(os.path.expanduser(path)):
         candidates += [parent / path for parent in checkpoint.parents]
     for candidate in candidates:
@@ -127,7 +137,7 @@ def find_base(checkpoint: epath.Path, path: str) -> str:
     )
 
 
-def check_base(checkpoint: epath.Path, saved: Base, current: Base) -> None:
+def check_base(checkpoint: epath.Path, saved: BaseWeights, current: BaseWeights) -> None:
     """Refuses adapters that were trained beside other weights. Raises CheckpointError."""
     if saved.fingerprint != current.fingerprint:
         raise CheckpointError(
@@ -157,7 +167,7 @@ def saved_shapes(path: epath.Path, item: str) -> Any:
         tree = metadata.tree if hasattr(metadata, "tree") else metadata
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     except Exception as error:  # whatever a damaged file makes Orbax raise
-        raise CheckpointError(damaged(path, f"{item}: {error}")) from error
+        raise CheckpointError(damage_message(path, f"{item}: {error}")) from error
 
 
 def restore_arrays(path: epath.Path, item: str, target: Any, *, partial: bool = False) -> Any:
@@ -168,7 +178,7 @@ def restore_arrays(path: epath.Path, item: str, target: Any, *, partial: bool = 
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path / item, args=arguments)
     except Exception as error:  # whatever a damaged file makes Orbax raise
-        raise CheckpointError(damaged(path, f"{item}: {error}")) from error
+        raise CheckpointError(damage_message(path, f"{item}: {error}")) from error
 
 
 def check_shapes(path: epath.Path, saved: Any, expected: Any) -> None:

@@ -15,11 +15,11 @@ from pasta_jax import overrides
 from pasta_jax.checkpoints.about import (
     FORMAT,
     FORMAT_VERSION,
-    About,
-    Base,
+    BaseWeights,
     CheckpointError,
-    absolute,
-    read_about,
+    CheckpointMetadata,
+    absolute_path,
+    read_metadata,
     versions,
 )
 from pasta_jax.checkpoints.load import check_base, check_shapes, restore_arrays, saved_shapes
@@ -39,7 +39,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike[str], config: Config, tokenizer: Tokenizer):
         self._config, self._tokenizer = config, tokenizer
-        self.directory = absolute(workdir) / "checkpoints"
+        self.directory = absolute_path(workdir) / "checkpoints"
         # Weights compress by less than a tenth, and while they are compressed Orbax holds them twice.
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -61,11 +61,11 @@ class Checkpoints:
         """The newest step, if any."""
         return self._manager.latest_step()
 
-    def save(self, state: State, data_index: int, base: Base | None = None) -> None:
+    def save(self, state: State, data_index: int, base: BaseWeights | None = None) -> None:
         """Saves a state under its step, unless that step is saved already.
 
         Args:
-          state: parameters, optimiser and step.
+          state: parameters, optimizer and step.
           data_index: the document with which the next batch begins.
           base: the weights that the parameters belong to, if those are adapters.
         """
@@ -84,8 +84,8 @@ class Checkpoints:
         """Saves, as step 0, weights that were not trained here, to decode with or to start from."""
         self._save(0, 0, None, params=ocp.args.PyTreeSave(params))
 
-    def _save(self, step: int, data_index: int, base: Base | None, **arrays: Any) -> None:
-        about = {
+    def _save(self, step: int, data_index: int, base: BaseWeights | None, **arrays: Any) -> None:
+        metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -96,11 +96,11 @@ class Checkpoints:
             "tokenizer": base64.b64encode(self._tokenizer.to_bytes()).decode("ascii"),
         }
         if base:
-            about["base"] = dataclasses.asdict(base)
-        items = ocp.args.Composite(pasta=ocp.args.JsonSave(about), **arrays)
+            metadata["base"] = dataclasses.asdict(base)
+        items = ocp.args.Composite(pasta=ocp.args.JsonSave(metadata), **arrays)
         self._manager.save(step, args=items, force=True)
 
-    def restore(self, target: State, base: Base | None = None) -> tuple[State, About]:
+    def restore(self, target: State, base: BaseWeights | None = None) -> tuple[State, CheckpointMetadata]:
         """The newest state.
 
         Args:
@@ -111,7 +111,7 @@ class Checkpoints:
           CheckpointError: damaged, or of another experiment.
         """
         path = self.directory / str(self.latest())
-        about = read_about(path)
+        metadata = read_metadata(path)
         if not (path / "optimizer").exists():
             raise CheckpointError(
                 f"{self.directory.parent} holds weights alone, of a model that was not trained there. "
@@ -119,24 +119,24 @@ class Checkpoints:
             )
         changed = [
             name
-            for name in overrides.differences(about.config, self._config)
+            for name in overrides.differences(metadata.config, self._config)
             if not name.startswith(MAY_CHANGE)
-            and not (about.base and name == "init_from")  # a base may move: its fingerprint is compared
+            and not (metadata.base and name == "init_from")  # a base may move: its fingerprint is compared
         ]
         if changed:
             raise CheckpointError(
-                f"{self.directory.parent} already has step {about.step} of a different config "
+                f"{self.directory.parent} already has step {metadata.step} of a different config "
                 f"({', '.join(changed)}). Use a new --workdir; --config.init_from starts from its weights."
             )
-        if not about.is_of(self._tokenizer):
+        if not metadata.matches_tokenizer(self._tokenizer):
             raise CheckpointError(
                 f"{path} was trained with another tokenizer than {self._config.data.tokenizer!r} is now. "
                 "Use a new --workdir."
             )
-        if about.base and base:
-            check_base(path, about.base, base)
+        if metadata.base and base:
+            check_base(path, metadata.base, base)
         check_shapes(path, saved_shapes(path, "params"), target.params)
         params = restore_arrays(path, "params", target.params)
         opt_state = restore_arrays(path, "optimizer", target.opt_state)
-        step = jax.device_put(jnp.int32(about.step), target.step.sharding)
-        return dataclasses.replace(target, params=params, opt_state=opt_state, step=step), about
+        step = jax.device_put(jnp.int32(metadata.step), target.step.sharding)
+        return dataclasses.replace(target, params=params, opt_state=opt_state, step=step), metadata

@@ -125,17 +125,17 @@ def compare(
       CheckpointError: a model cannot be loaded.
       ValueError: there are fewer prompts.
     """
-    from pasta_jax.checkpoints.about import checkpoint_mark, find
+    from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
     from pasta_jax.decoding.engine import Decoder
     from pasta_jax.loading import load
 
-    checkpoints = {name: find(path) for name, path in {"baseline": baseline, **tests}.items()}
+    checkpoints = {name: find_checkpoint(path) for name, path in {"baseline": baseline, **tests}.items()}
     models = {name: load(path, **options) for name, path in checkpoints.items()}
     engine = Decoder(models["baseline"], limits=LIMITS)
     systems = {name: decoding(model, like=engine) for name, model in models.items()}
     # The base of adapters is identified by its fingerprint, not by its path.
     given = {name: v for name, v in options.items() if name != "base" and v not in (None, False, "auto")}
-    about = {name: checkpoint_mark(path) | given for name, path in checkpoints.items()}
+    about = {name: checkpoint_identity(path) | given for name, path in checkpoints.items()}
     answers = evaluate(systems, prompts, workdir, about)
     rows = {name: summarise(answers["baseline"], answers[name]) for name in tests}
     with replacing(os.path.join(workdir, "table.md")) as file:

@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from pasta_jax.checkpoints.about import absolute
+from pasta_jax.checkpoints.about import absolute_path
 from pasta_jax.interchange.errors import InterchangeError, listed
 from pasta_jax.interchange.placing import Path, Transform, place_params
 from pasta_jax.model import ModelConfig
@@ -73,7 +73,7 @@ def open_gemma(path: str | os.PathLike[str], config: ModelConfig | str | None = 
       InterchangeError: it is not such a checkpoint, no preset has its sizes, or an array is missing, extra or of
         another shape.
     """
-    root = absolute(path)
+    root = absolute_path(path)
     if not root.is_dir():
         raise InterchangeError(f"No checkpoint at {root}: no such directory.")
     try:
@@ -253,7 +253,7 @@ def _restore(checkpoint: GemmaCheckpoint, name: str) -> np.ndarray:
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(
-                absolute(checkpoint.path),
+                absolute_path(checkpoint.path),
                 args=ocp.args.PyTreeRestore(item=item, restore_args=tree, transforms={}),
             )
     except Exception as error:  # Orbax raises many kinds for damaged files

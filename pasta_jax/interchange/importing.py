@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from pasta_jax.checkpoints.about import write_about
+from pasta_jax.checkpoints.about import write_run_info
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.interchange import gemma, hub
@@ -161,7 +161,7 @@ def write_workdir(
         write_origin(published.origin, workdir)
     with Checkpoints(workdir, config, published.tokenizer) as checkpoints:
         checkpoints.save_weights(params)
-    write_about(os.fspath(workdir), config)
+    write_run_info(os.fspath(workdir), config)
 
 
 def quantize_by_parts(path: Path, array: np.ndarray) -> Any:

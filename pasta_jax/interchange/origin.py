@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from pasta_jax.checkpoints.about import CheckpointError, absolute, find
+from pasta_jax.checkpoints.about import CheckpointError, absolute_path, find_checkpoint
 from pasta_jax.files import is_writer, replacing, write_json
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import Folder
@@ -107,7 +107,7 @@ def origin_of(folder: Folder) -> Origin:
 
 def write_origin(origin: Origin, workdir: str | os.PathLike[str]) -> None:
     """Writes WORKDIR/origin."""
-    root = absolute(workdir) / ORIGIN
+    root = absolute_path(workdir) / ORIGIN
     (root / "headers").mkdir(parents=True, exist_ok=True)
     for name, content in origin.files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def carry(init_from: str | os.PathLike[str], workdir: str | os.PathLike[str]) ->
         raise CheckpointError(str(error)) from error
     if not is_writer():
         return
-    old = absolute(workdir) / ORIGIN
+    old = absolute_path(workdir) / ORIGIN
     if old.exists():
         old.rmtree()
     if origin is not None:
@@ -182,7 +182,7 @@ def carry(init_from: str | os.PathLike[str], workdir: str | os.PathLike[str]) ->
 
 def _workdir(path: str | os.PathLike[str]) -> epath.Path:
     """The workdir of a checkpoint."""
-    checkpoint = find(path)
+    checkpoint = find_checkpoint(path)
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pasta_jax.arrays import PairedTokens
-from pasta_jax.checkpoints.about import checkpoint_mark, find
+from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
 from pasta_jax.config import Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import permuted
@@ -113,7 +113,7 @@ def pairs_of_round(
     data = config.data
     model = load(policy, mesh=mesh)
     opponent = config.preference.baseline or config.init_from
-    baseline = model if find(opponent) == find(policy) else load(opponent, mesh=mesh)
+    baseline = model if find_checkpoint(opponent) == find_checkpoint(policy) else load(opponent, mesh=mesh)
     records = draw(config, number, model, baseline, folder)
     del baseline
     all_scores = [scores(record, config.preference) for record in records]
@@ -194,7 +194,7 @@ def _check_stamp(folder: str, config: Config, policy: str) -> None:
     if config.lora.rank:
         about["lora"] = tree["lora"]
     baseline = config.preference.baseline or config.init_from
-    about["policy"], about["opponent"] = checkpoint_mark(policy), checkpoint_mark(baseline)
+    about["policy"], about["opponent"] = checkpoint_identity(policy), checkpoint_identity(baseline)
     stamp = Stamp(os.path.join(folder, "about.json"))
     started = os.path.exists(stamp.path) and os.path.exists(os.path.join(folder, "samples.jsonl"))
     if started and (changed := stamp.check(about)):

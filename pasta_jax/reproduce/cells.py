@@ -214,10 +214,10 @@ def _sample(plan: Plan, folder: Folder, seed: int) -> None:
 
 def _sources(folder: Folder, seed: int) -> tuple[Stamp, dict[str, Any]]:
     """The stamp of a seed's samples, and the models that they must be of."""
-    from pasta_jax.checkpoints.about import checkpoint_mark
+    from pasta_jax.checkpoints.about import checkpoint_identity
 
     stamp = Stamp(os.path.join(folder.model(seed, "samples"), "about.json"))
-    return stamp, {name: checkpoint_mark(folder.model(seed, name)) for name in ("pasta", "baseline")}
+    return stamp, {name: checkpoint_identity(folder.model(seed, name)) for name in ("pasta", "baseline")}
 
 
 def _prefer(
@@ -237,7 +237,7 @@ def _prefer(
 
 def _time(plan: Plan, folder: Folder, seed: int) -> None:
     """All the systems of the main comparison, taking turns at each prompt."""
-    from pasta_jax.checkpoints.about import checkpoint_mark
+    from pasta_jax.checkpoints.about import checkpoint_identity
     from pasta_jax.decoding.engine import Decoder
     from pasta_jax.evaluate.systems import LIMITS, decoding, evaluate, skeleton_of_thought
     from pasta_jax.loading import load
@@ -249,7 +249,7 @@ def _time(plan: Plan, folder: Folder, seed: int) -> None:
         systems[name] = decoding(load(folder.model(seed, name)), like=engine)
     systems["apar"] = decoding(load(folder.model(seed, "apar")))
     systems["sot"] = skeleton_of_thought(load(folder.model(seed, "sot")))
-    about = {name: checkpoint_mark(folder.model(seed, name)) for name in systems}
+    about = {name: checkpoint_identity(folder.model(seed, name)) for name in systems}
     evaluate(systems, plan.timed, folder.timed(seed, plan), about)
 
 

@@ -16,7 +16,14 @@ from jax.sharding import Mesh
 
 from pasta_jax import sharding
 from pasta_jax.arrays import Array, ThreadedTokens
-from pasta_jax.checkpoints.about import About, Base, CheckpointError, find, read_about, write_about
+from pasta_jax.checkpoints.about import (
+    BaseWeights,
+    CheckpointError,
+    CheckpointMetadata,
+    find_checkpoint,
+    read_metadata,
+    write_run_info,
+)
 from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.checkpoints.load import load_params, load_parts
 from pasta_jax.checkpoints.save import Checkpoints
@@ -112,14 +119,14 @@ def train(
         params, base, base_mark = starting_weights(config, tokenizer, update, mesh, only_base=resumes)
         if resumes:
             target = sharding.abstract(update.shapes, update.shardings)
-            state, about = checkpoints.restore(target, base_mark)
-            data_index = about.data_index
-            LOG.info("Going on from step %d of %s.", about.step, workdir)
+            state, metadata = checkpoints.restore(target, base_mark)
+            data_index = metadata.data_index
+            LOG.info("Going on from step %d of %s.", metadata.step, workdir)
         else:
             state = update.start(params)
         del params
         step = int(state.step)
-        write_about(workdir, config)
+        write_run_info(workdir, config)
 
         # ---------------------------------------------------------------------------------------- loop
 
@@ -239,7 +246,7 @@ def training_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -
 
 def starting_weights(
     config: Config, tokenizer: Tokenizer, update: Update, mesh: Mesh, *, only_base: bool = False
-) -> tuple[Params, Params, Base | None]:
+) -> tuple[Params, Params, BaseWeights | None]:
     """The weights that training starts from: the trained ones, and with adapters their base and its identity.
 
     Adapters continue those of `config.init_from` if it has adapters of the same settings, on the same base. Any
@@ -259,32 +266,35 @@ def starting_weights(
         if not config.init_from:
             return update.new_params(), {}, None
         return pretrained_params(config, tokenizer, update.shapes.params, shardings)[0], {}, None
-    about = read_about(find(config.init_from))
-    if about.base is not None and (about.config.lora, about.config.model) == (config.lora, config.model):
-        _check_tokenizer(config, tokenizer, about)
+    metadata = read_metadata(find_checkpoint(config.init_from))
+    if metadata.base is not None and (metadata.config.lora, metadata.config.model) == (
+        config.lora,
+        config.model,
+    ):
+        _check_tokenizer(config, tokenizer, metadata)
         base, trained, _ = load_parts(config.init_from, shardings=shardings)
         trained = jax.tree.map(lambda x, like: x.astype(like.dtype), trained, update.shapes.params)
-        LOG.info("The adapters of %s (step %d) go on.", about.path, about.step)
-        return {} if only_base else trained, base, about.base
-    base, about = pretrained_params(config, tokenizer, update.base_shapes, shardings)
+        LOG.info("The adapters of %s (step %d) go on.", metadata.path, metadata.step)
+        return {} if only_base else trained, base, metadata.base
+    base, metadata = pretrained_params(config, tokenizer, update.base_shapes, shardings)
     trained = {} if only_base else update.new_adapters(base)
-    return trained, base, Base(config.init_from, about.merged or fingerprint(base))
+    return trained, base, BaseWeights(config.init_from, metadata.merged_fingerprint or fingerprint(base))
 
 
 def pretrained_params(
     config: Config, tokenizer: Tokenizer, shapes: Params, shardings: Callable[[Params], Any]
-) -> tuple[Params, About]:
+) -> tuple[Params, CheckpointMetadata]:
     """The weights of `config.init_from` in the dtypes of `shapes`; refused if model or tokenizer differ."""
-    params, about = load_params(config.init_from, shardings=shardings, expected=shapes)
-    _check_tokenizer(config, tokenizer, about)
-    LOG.info("Starting from the weights of %s (step %d).", about.path, about.step)
-    return params, about
+    params, metadata = load_params(config.init_from, shardings=shardings, expected=shapes)
+    _check_tokenizer(config, tokenizer, metadata)
+    LOG.info("Starting from the weights of %s (step %d).", metadata.path, metadata.step)
+    return params, metadata
 
 
-def _check_tokenizer(config: Config, tokenizer: Tokenizer, about: About) -> None:
-    if not about.is_of(tokenizer):
+def _check_tokenizer(config: Config, tokenizer: Tokenizer, metadata: CheckpointMetadata) -> None:
+    if not metadata.matches_tokenizer(tokenizer):
         raise CheckpointError(
-            f"{about.path} was trained with another tokenizer than {config.data.tokenizer!r}. "
+            f"{metadata.path} was trained with another tokenizer than {config.data.tokenizer!r}. "
             "Train with its own, or from scratch."
         )
 

@@ -30,7 +30,7 @@ def bring_in(folder: pathlib.Path, workdir: pathlib.Path, **how: Any) -> tuple[P
 def bring_out(workdir: pathlib.Path, folder: pathlib.Path, **how: Any) -> None:
     params, about = load_params(workdir)
     origin = read_origin(workdir)
-    model = Exported(params, about.config.model, about.tokenizer(), origin, is_trained=about.step > 0)
+    model = Exported(params, about.config.model, about.load_tokenizer(), origin, is_trained=about.step > 0)
     write_folder(folder, model, **how)
 
 
@@ -41,7 +41,7 @@ def trained(workdir: pathlib.Path, target: pathlib.Path) -> Any:
     params, about = load_params(workdir)
     params = jax.tree.map(lambda x: x + np.float32(0.001), params)
     config = dataclasses.replace(about.config, init_from=str(workdir))
-    with Checkpoints(target, config, about.tokenizer()) as run:
+    with Checkpoints(target, config, about.load_tokenizer()) as run:
         state = new_state(params, optax.sgd(0.1))
         run.save(TrainState(state.params, state.opt_state, jax.numpy.int32(5)), 0)
     carry(workdir, target)
