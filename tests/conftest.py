@@ -2,10 +2,12 @@
 
 import atexit
 import os
+import pathlib
 import random
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 # Before jax is imported anywhere: it reads these once. Subprocesses and the workers of xdist inherit them.
@@ -19,7 +21,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pasta_jax_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import jax
 import pytest
+
+from pasta_jax.decoding import cpu
 
 
 @pytest.fixture
@@ -29,6 +34,32 @@ def seed() -> int:
     value = random.SystemRandom().randrange(2**31) if given == "fresh" else int(given)
     print(f"PASTA_SEED={value}")  # shown when a test fails
     return value
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_widths() -> Iterator[None]:
+    """Steps of one lane or of all: each further width takes its time to compile, and none changes an answer.
+
+    (tests/test_decode.py shows that. Tests of widths name them.)
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "widths_for", lambda lanes, *, cached: tuple(sorted({1, lanes})))
+        yield
+
+
+MAPPINGS = pathlib.Path("/proc/self/maps")
+"""Of this process's memory, a line each. Linux allows 65,530; compiled programs take a few each, small ones too."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Frees compiled programs before there are so many that the next one would abort the process."""
+    yield
+    for value in vars(request.module).values():  # what the module keeps with `functools.cache`
+        if getattr(value, "__module__", None) == request.module.__name__ and hasattr(value, "cache_clear"):
+            value.cache_clear()
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
