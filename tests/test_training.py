@@ -21,6 +21,7 @@ from pasta_jax.training.losses import Scores
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.signals import Stopped
 from pasta_jax.training.state import TrainState, decays, make_schedule
+from tests.helpers import optimized
 from tests.helpers.training import CONFIG, TOKENIZER, VOCABULARY, Counting, assert_same, changed, train
 
 pytestmark = pytest.mark.slow
@@ -84,7 +85,8 @@ def test_sigterm_saves_and_resumes(whole: tuple[TrainState, pathlib.Path], tmp_p
 
 
 def test_sharded_is_unsharded(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:
-    sharded = train(tmp_path, changed(mesh={"data": 2, "fsdp": 2, "tensor": 2}))
+    with optimized():  # as users run it
+        sharded = train(tmp_path, changed(mesh={"data": 2, "fsdp": 2, "tensor": 2}))
     q_proj = sharded.params["layer_0"]["attn"]["q_proj"]
     assert len({str(shard.index) for shard in q_proj.addressable_shards}) == 4
     for x, y in zip(jax.tree.leaves(sharded), jax.tree.leaves(whole[0])):
@@ -104,7 +106,8 @@ GOLDEN = {"loss": 5.9306159, "grad_norm": 1.8433651, "params": 1255.67289, "embe
 
 
 def test_golden_step(tmp_path: pathlib.Path) -> None:
-    state = train(tmp_path, stop_after=1)
+    with optimized():  # as users run it
+        state = train(tmp_path, stop_after=1)
     (line,) = read_metrics(str(tmp_path / "metrics.jsonl"))
     found = {name: line[name] for name in ("loss", "grad_norm")}
     found["params"] = sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(state.params))
