@@ -46,6 +46,7 @@ from pasta_jax.training import loop
 from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.signals import Stopped
+from tests.helpers import optimized
 from tests.helpers.samples import made_up
 
 # Small enough to train at once, long enough to answer something.
@@ -443,13 +444,9 @@ def test_golden_step(tmp_path: pathlib.Path) -> None:
 
     config = dataclasses.replace(CONFIG, steps=1)
     loss = functools.partial(preference_loss, kind="bonbon", alpha=0.1, margin=4.0)
-    state = loop.train(
-        config,
-        source=[pair],
-        tokenizer=tokenizer,
-        workdir=tmp_path,
-        stage=loop.Stage(PairedTokens, loss, pair_batches),
-    )
+    stage = loop.Stage(PairedTokens, loss, pair_batches)
+    with optimized():  # as users run it
+        state = loop.train(config, source=[pair], tokenizer=tokenizer, workdir=tmp_path, stage=stage)
     (line,) = read_metrics(str(tmp_path / "metrics.jsonl"))
     found = {name: line[name] for name in ("loss", "grad_norm", "better")}
     found["params"] = sum(float(jax.numpy.abs(x).sum()) for x in jax.tree.leaves(state.params))
