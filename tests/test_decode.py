@@ -21,7 +21,7 @@ from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang import tags
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.positions import Positions
-from tests.helpers import SEEDS_ARE_FIXED, optimized, slow
+from tests.helpers import AS_FOR_USERS, SEEDS_ARE_FIXED, optimized, slow
 from tests.helpers.chatty import PROMPTS, WORDS, chatty_model, ids, once_through
 
 LIMITS = Limits(lanes=8, threads=16, pool=300)
@@ -43,7 +43,7 @@ def decoder(
     careful: bool = False,
 ) -> Decoder:
     sizes: dict[str, Any] = dict(limits=limits, rows=rows, prompt_buckets=(16,), widths=widths)
-    return Decoder(chatty_model(), chunk=chunk, xla_options={} if careful else None, **sizes)
+    return Decoder(chatty_model(), chunk=chunk, xla_options=AS_FOR_USERS if careful else None, **sizes)
 
 
 def prompt_of(seed: int) -> str:

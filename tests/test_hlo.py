@@ -24,7 +24,7 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, empty_pool, init_params
 from pasta_jax.model.presets import presets
 from pasta_jax.testing import WordTokenizer
-from tests.helpers import FULL, optimized
+from tests.helpers import AS_FOR_USERS, FULL, optimized
 from tests.helpers.hlo import written
 
 pytestmark = pytest.mark.slow
@@ -151,8 +151,7 @@ def on_cpu(rows: int, cached: int) -> tuple[Any, int]:
     )  # fmt: skip
     model = Model(init_params(config, jax.random.key(0)), config, WORDS)
     sizes: dict[str, Any] = dict(limits=Limits(lanes=2, threads=4, pool=2000), rows=rows, widths=(1,))
-    careful: dict[str, Any] = {}
-    decoder = Decoder(model, pool_buckets=(), cached_bytes=cached, xla_options=careful, **sizes)
+    decoder = Decoder(model, pool_buckets=(), cached_bytes=cached, xla_options=AS_FOR_USERS, **sizes)
     assert decoder.compiled.form == ("plain" if cached else "outputs_first")
     return decoder.compiled.executable(ProgramKey("decode", length=2002)), rows * 2 * 2002 * 64
 

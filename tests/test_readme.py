@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import ONE_DEVICE
 from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
 pytestmark = pytest.mark.slow
@@ -21,15 +22,24 @@ PAGES = ("README.md", "docs/usage.md")
 TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
 SHORTER = {
+    "pasta_jax": ["--lanes=2"],
+    **{
+        f"configs/tiny.py{which}": ["--config.model.num_layers=1"]
+        for which in ("", ":base", ":baseline", ":pasta")
+    },
     "pasta_jax.train": ["--config.steps=2", "--config.data.rows=2"],
     "configs/tiny.py:preference": [
-        f"--config.preference.{override}"
-        for override in ("prompts_per_round=2", "samples=4", "sampling_rows=8", "rounds=1")
+        "--config.model.num_layers=1",
+        "--config.preference.prompts_per_round=2",
+        "--config.preference.samples=4",
+        "--config.preference.sampling_rows=8",
+        "--config.preference.sampling_lanes=2",
+        "--config.preference.rounds=1",
     ],
     "configs/sft.py": ["--config.epochs=0", "--config.data.length=256"],
     "pasta_jax.evaluate": ["--prompts=2"],
     "pasta_jax.demo": ["--prompts=2"],
-    "pasta_jax.compile": ["--pool=256"],
+    "pasta_jax.compile": ["--pool=256", "--lanes=2"],
 }
 
 
@@ -64,13 +74,31 @@ def run(workspace: Path, arguments: list[str]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_DEVICE}
 
 
-def test_every_command(workspace):
-    """In order: what the first ones write, the later ones read. Installing is what the test run itself did."""
-    ran = 0
-    for command in commands():
+def chains() -> list[list[list[str]]]:
+    """Commands that share folders, in the order of a reader: what the first ones write, the later ones read."""
+    chains: list[tuple[set[str], list[int]]] = []
+    for i, command in enumerate(commands()):
+        folders = {*re.findall(r"\b(?:runs/\w+|my-\w+)", " ".join(command))}
+        linked = [chain for chain in chains if chain[0] & folders]
+        chains = [chain for chain in chains if chain not in linked]
+        numbers = sorted([i, *(earlier for _, numbers in linked for earlier in numbers)])
+        chains.append((folders.union(*(theirs for theirs, _ in linked)), numbers))
+    return [[commands()[i] for i in numbers] for _, numbers in chains]
+
+
+def test_the_pages_have_commands():
+    assert sum(command[:2] == ["python", "-m"] for command in commands()) >= 7, (
+        "the pages lost their commands"
+    )
+
+
+@pytest.mark.parametrize("chain", chains(), ids=lambda chain: " ".join(chain[0][:4]))
+def test_every_command(workspace, chain):
+    """Installing is what the test run itself did."""
+    for command in chain:
         if command[0] == "make":
             done = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, check=False)
             assert done.returncode == 0, command
@@ -79,16 +107,14 @@ def test_every_command(workspace):
             shorter = [
                 sys.executable,
                 *command[1:],
-                *(option for name in named for option in SHORTER.get(name, [])),
+                *(option for name in dict.fromkeys(named) for option in SHORTER.get(name, [])),
             ]
             if any("--ckpt=runs/demo/" in part for part in command):
                 _demo_model(workspace)
             run(workspace, shorter)
-            ran += 1
         else:
             assert command[:2] == ["pip", "install"], f"what is this command? {command}"
             assert all((ROOT / part).exists() for part in command if part.endswith(".txt"))
-    assert ran >= 7, "the pages lost their commands"
 
 
 def _demo_model(workspace: Path) -> None:
@@ -96,7 +122,7 @@ def _demo_model(workspace: Path) -> None:
     if (workspace / "runs/demo/bon").exists():
         return
     train = [sys.executable, "-m", "pasta_jax.train", "--config=configs/tiny.py", "--workdir=runs/demo/bon"]
-    run(workspace, [*train, *SHORTER["pasta_jax.train"]])
+    run(workspace, [*train, *SHORTER["configs/tiny.py"], *SHORTER["pasta_jax.train"]])
 
 
 def test_every_snippet(workspace):

@@ -14,6 +14,7 @@ from pasta_jax.arrays import NO_TARGET
 from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.data.sources import make_source, make_tokenizer, steps_of_epochs
 from pasta_jax.training.metrics import read_metrics
+from tests.helpers import ONE_DEVICE
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ PROMISE = '<promise topic="rivers" tokens=1 /><async>The Nile.</async>'
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "pasta_jax.train", *arguments]
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = os.environ | {"XLA_FLAGS": ONE_DEVICE}
     return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pasta_jax import verbs
+from tests.helpers import ONE_DEVICE
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line, env = [sys.executable, *arguments], os.environ | {"XLA_FLAGS": ""}
+    line, env = [sys.executable, *arguments], os.environ | {"XLA_FLAGS": ONE_DEVICE}
     return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
 
 
