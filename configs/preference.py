@@ -1,4 +1,4 @@
-r"""Preference optimisation of a published model after configs/sft.py: the paper's PASTA-BoN (section 4).
+r"""Preference optimization of a published model after configs/sft.py: the paper's PASTA-BoN (section 4).
 
 The variant is the model, as in configs/sft.py: gemma-2b (the default), gemma-7b (the paper's), ...
 

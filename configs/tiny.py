@@ -3,7 +3,7 @@
     python -m pasta_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
 trains PASTA from scratch in one run, on a mixture of facts and annotated answers. The demo does as the paper does:
-it finetunes a sequential baseline and PASTA from one base, then optimises preferences:
+it finetunes a sequential baseline and PASTA from one base, then optimizes preferences:
 
     T="python -m pasta_jax.train"
     $T --config=configs/tiny.py:base       --workdir=runs/base

@@ -58,7 +58,7 @@ class MeshConfig:
     """The number of devices along each mesh axis; one axis may be -1, which takes the rest."""
 
     data: int = field(1, "splits rows")
-    fsdp: int = field(-1, "splits rows, parameters and optimiser")
+    fsdp: int = field(-1, "splits rows, parameters and optimizer")
     tensor: int = field(1, "splits heads and the inner dimension of the MLP")
 
 
@@ -117,7 +117,7 @@ class Config:
 
     stage: Literal["sft", "preference", "both"] = field("sft", "both: first sft, then preference")
     seed: int = field(0, "of new weights and of the order of the data")
-    steps: int = field(1000, "optimiser steps")
+    steps: int = field(1000, "optimizer steps")
     epochs: float = field(0.0, "passes over the data; if above 0, steps follows from it")
     init_from: str = field("", "workdir or checkpoint to start from, model and tokenizer; empty: scratch")
     model: ModelConfig = ModelConfig()
@@ -148,7 +148,7 @@ class Config:
         self._check_training()
         if self.stage == "preference" and not self.init_from:
             raise ConfigError(
-                "config.init_from is empty: preference optimisation starts from a finetuned model. Add "
+                "config.init_from is empty: preference optimization starts from a finetuned model. Add "
                 "--config.init_from=WORKDIR, or set stage to both."
             )
         if not self.data.sources:
@@ -176,7 +176,7 @@ class Config:
 
     @property
     def trained_dtype(self) -> str:
-        """The dtype of trained parameters and their optimiser state."""
+        """The dtype of trained parameters and their optimizer state."""
         return self.param_dtype or self.model.dtype
 
     def _check_preference(self) -> None:

@@ -1,7 +1,7 @@
 """The whole path on the embedded benchmark: `make demo`, or `python -m pasta_jax.demo --workdir=runs/demo`.
 
 Trains a base model on Almanac, finetunes a sequential baseline and PASTA from it, improves PASTA by one round
-of preference optimisation, evaluates all of them on held-out prompts, and shows one answer's threads over time.
+of preference optimization, evaluates all of them on held-out prompts, and shows one answer's threads over time.
 It needs two CPU cores, no accelerator and no download. The same command resumes. WORKDIR/table.md gets the
 tables of README.md and docs/demo.md, and how they were made.
 """
@@ -34,7 +34,7 @@ STAGES = {
 """The models of the first stage, in order: variants of configs/tiny.py, and how their training is announced."""
 
 PREFERENCE = (
-    "One round of preference optimisation, PASTA-BoN: answers of PASTA-SFT are sampled, scored and paired"
+    "One round of preference optimization, PASTA-BoN: answers of PASTA-SFT are sampled, scored and paired"
 )
 
 LEGEND = """\

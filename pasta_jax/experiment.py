@@ -105,7 +105,7 @@ def stages(config: Config) -> list[Config]:
 
 
 def round_of(config: Config, policy: str, steps: int) -> Config:
-    """What a round of preference optimisation trains with: from the policy, at the stage's own learning rate."""
+    """What a round of preference optimization trains with: from the policy, at the stage's own learning rate."""
     lr, warmup = config.preference.lr, max(1, steps // 10)
     optimizer = dataclasses.replace(config.optimizer, lr=lr, warmup_steps=warmup)
     return dataclasses.replace(config, init_from=policy, steps=steps, optimizer=optimizer)

@@ -1,7 +1,7 @@
 """Which dimension of which array is split over which mesh axis: one table of letters (docs/design.md, section 9).
 
 The mesh has three axes, each of size 1 where it is not used: `data` (rows only), `fsdp` (rows, and parameters and
-optimiser state by D), `tensor` (heads, mlp, vocabulary). This module only places arrays; the compiler inserts the
+optimizer state by D), `tensor` (heads, mlp, vocabulary). This module only places arrays; the compiler inserts the
 communication. Everything works on arrays and on shapes alike, and on meshes of absent devices
 (`jax.experimental.topologies`, `AbstractMesh`), so programs compile ahead of time without devices.
 """
@@ -100,7 +100,7 @@ def sharding(dims: str, shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:
 
 
 def param_shardings(params: Any, mesh: AnyMesh) -> Any:
-    """Shardings of parameters, or of an optimiser state that mirrors their paths; same tree.
+    """Shardings of parameters, or of an optimizer state that mirrors their paths; same tree.
 
     Args:
       params: arrays or `jax.ShapeDtypeStruct`s. Scalars (counters) are replicated, and so is a leaf with a

@@ -47,7 +47,7 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
       overrides: what the command line set, so that a contradiction to the model of `init_from` is refused.
 
     Returns:
-      the workdir of the trained model: this one, or that of the last round of preference optimisation.
+      the workdir of the trained model: this one, or that of the last round of preference optimization.
     """
     # These load jax: the refusals above, and --print_config, come at once.
     from pasta_jax.checkpoints.about import CheckpointError, has_checkpoint

@@ -421,7 +421,7 @@ GOLDEN = {
 
 @pytest.mark.slow
 def test_golden_step(tmp_path: pathlib.Path) -> None:
-    """One step of preference optimisation from made-up pairs: law 7 for the second stage."""
+    """One step of preference optimization from made-up pairs: law 7 for the second stage."""
     tokenizer = almanac.load_tokenizer()
 
     def document(prompt: str, annotated: str, sign: int) -> PairedTokens:

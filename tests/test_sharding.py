@@ -98,10 +98,10 @@ def test_sharded_decode_step_equals_unsharded_and_keeps_the_pool_in_place(
     assert placed_written.k[0].addressable_shards[0].data.shape == (2, heads, entries, config.head_dim)
 
 
-def test_optimiser_state_lies_where_its_parameters_lie() -> None:
+def test_optimizer_state_lies_where_its_parameters_lie() -> None:
     params, mesh = shapes_of(CONFIG), eight(tensor=2)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda step: 1e-3))
-    state = param_shardings(jax.eval_shape(optimiser.init, params), mesh)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda step: 1e-3))
+    state = param_shardings(jax.eval_shape(optimizer.init, params), mesh)
     places = param_shardings(params, mesh)
     adam = state[1][0]
     assert adam.mu == places and adam.nu == places and adam.count == replicated(mesh)

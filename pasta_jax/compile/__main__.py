@@ -43,7 +43,7 @@ def topology_devices(topology: str) -> Any:
 
 
 def lower_train(config: Config, mesh: Any) -> Any:
-    """The update step of `config.stage`, lowered for a mesh: parameters and optimiser over fsdp and tensor."""
+    """The update step of `config.stage`, lowered for a mesh: parameters and optimizer over fsdp and tensor."""
     from pasta_jax import sharding
     from pasta_jax.preference.rounds import stage_of
     from pasta_jax.training.loop import SFT

@@ -1,4 +1,4 @@
-"""What a compiled program does to memory, read from its text (optimised HLO, `compiled.as_text()`).
+"""What a compiled program does to memory, read from its text (optimized HLO, `compiled.as_text()`).
 
 For checks: does a loop keep its arrays in place, what does it copy, how many bytes does a step move? The text is
 the compiler's own account of the program that will run; nothing has to be run, and no device has to be there.
@@ -145,7 +145,7 @@ def _closed(text: str, start: int) -> int:
         depth += {"(": 1, ")": -1}.get(text[place], 0)
         if depth == 0:
             return place + 1
-    raise ValueError(f"An open bracket in {text[:80]!r}: this is no optimised HLO.")
+    raise ValueError(f"An open bracket in {text[:80]!r}: this is no optimized HLO.")
 
 
 def _shapes(text: str) -> Iterator[Shape]:

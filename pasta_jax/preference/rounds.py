@@ -1,4 +1,4 @@
-"""Preference optimisation in rounds: sample, score, pair, train, and again from the trained model.
+"""Preference optimization in rounds: sample, score, pair, train, and again from the trained model.
 
     WORKDIR/round-1/samples.jsonl    the policy's and the baseline's answers
                     pairs.jsonl      scores, and the samples of each pair

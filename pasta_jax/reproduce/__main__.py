@@ -97,7 +97,7 @@ def write(plan: Plan, workdir: str, about: Mapping[str, Any]) -> None:
 
     drawn = [
         ("frontier", plots.frontier, "Quality against speed; the paper's Figure 4."),
-        ("rounds", plots.rounds, "Rounds of preference optimisation; the paper's Figure 5."),
+        ("rounds", plots.rounds, "Rounds of preference optimization; the paper's Figure 5."),
         ("positions", plots.positions, "Position schemes, PASTA-SFT; the paper's Figure 6."),
         ("efficiency", plots.efficiency_terms, "Efficiency terms, one round; the paper's Figure 8."),
         ("families", plots.families, "Families of prompts."),

@@ -38,7 +38,7 @@ class Plan:
     Attributes:
       seeds: of finetuning and sampling; there is one base model.
       weights: the lambdas.
-      rounds: of preference optimisation.
+      rounds: of preference optimization.
       timed: number of prompts whose decodes are timed, all systems taking turns.
       counted: number of prompts of answers that are not timed.
       positions: the position schemes to ablate, names in POSITIONS.
@@ -124,7 +124,7 @@ class Folder:
 
 
 def bon(weight: float, efficiency: str = "speedup") -> str:
-    """The name of a model of preference optimisation.
+    """The name of a model of preference optimization.
 
     >>> bon(4.0), bon(math.inf, "harmonic")
     ('bon-4', 'bon-inf-harmonic')

@@ -36,7 +36,7 @@ class Point:
 
     Attributes:
       label: the round, position scheme or efficiency term.
-      weight: lambda, if preference optimisation took place.
+      weight: lambda, if preference optimization took place.
     """
 
     label: str

@@ -83,7 +83,7 @@ def rounds(results: Sequence[Result]) -> Figure:
         weight_label(weight): [(r, "SFT" if r.method == "PASTA-SFT" else f"R{r.round}") for r in line]
         for weight, line in pick.by_round(results).items()
     }
-    return _draw_lines(lines, "R1, R2, ...: rounds of preference optimisation")
+    return _draw_lines(lines, "R1, R2, ...: rounds of preference optimization")
 
 
 def efficiency_terms(results: Sequence[Result]) -> Figure:

@@ -56,7 +56,7 @@ class Result:
       method: one of METHODS.
       seeds, prompts: their numbers.
       weight: lambda of PASTA-BoN, infinity for quality alone; None for the others.
-      round: of preference optimisation, 0 before the first.
+      round: of preference optimization, 0 before the first.
       win_rate: against Baseline-SFT, a tie counting half.
       truth: the judge's mean score.
       theoretical: the baseline's tokens / critical path.
@@ -64,7 +64,7 @@ class Result:
       realized: the baseline's seconds / seconds; None if it was not timed.
       families: for each family of prompts, means by the names in FAMILY_MEASURES; any may be missing.
       positions: position scheme, as the paper spells it: `Pred-1X`, `Const-40`, `Oracle`, ...
-      efficiency: the efficiency term of preference optimisation: `harmonic`, `arithmetic`, `parallelism`, ...
+      efficiency: the efficiency term of preference optimization: `harmonic`, `arithmetic`, `parallelism`, ...
       against: by name of a rival, paired differences on the same prompts: of win_rate and truth, and the ratio of
         realized speedups.
     """

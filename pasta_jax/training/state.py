@@ -1,4 +1,4 @@
-"""The state of training, and the optimiser that updates it."""
+"""The state of training, and the optimizer that updates it."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def make_update(
     """The update of an experiment, on a mesh of devices or of a topology.
 
     Args:
-      config: sizes and the optimiser.
+      config: sizes and the optimizer.
       mesh: of all arrays.
       loss_fn: the loss.
       record: the class of a batch, as the loss takes it.
@@ -124,7 +124,7 @@ def make_update(
     else:
         trained = jax.eval_shape(new_params)
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trained)
-    shardings = sharding.param_shardings(shapes, mesh)  # the optimiser's moments have their parameters' names
+    shardings = sharding.param_shardings(shapes, mesh)  # the optimizer's moments have their parameters' names
     base_shardings = sharding.param_shardings(base_shapes, mesh)
     batch_sharding = rows_sharding(mesh, config.data.rows, config.microbatches)
 

@@ -2,7 +2,7 @@
 
 It takes the true plan of an answer and adds the errors of an LLM: it misses independent parts, promises parts
 that are not independent, misjudges lengths, and forgets or adds syncs. It never changes the text. Preference
-optimisation can correct these errors later.
+optimization can correct these errors later.
 
 Most of the errors are rare, and greedy decoding of a finetuned model does not show them. One is systematic, as
 errors of LLMs are: it takes every numbered list for a list of independent items. Only that one shows in a finetuned
