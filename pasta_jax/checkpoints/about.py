@@ -30,7 +30,7 @@ from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import tokenizer_from_bytes
 from pasta_jax.tokens.tokenizer import MissingPackage, Tokenizer, TokenizerError
 
-FORMAT, FORMAT_VERSION = "pasta_jax", 2
+FORMAT, FORMAT_VERSION = "pasta_jax", 3
 
 
 class CheckpointError(ValueError):
