@@ -119,7 +119,7 @@ def test_foreign(workdir: pathlib.Path) -> None:
         load_params(workdir)
     about.write_text(json.dumps(tree | {"format_version": 99}))
     with pytest.raises(
-        CheckpointError, match="has format 99, this version of pasta_jax reads format 2. Upgrade"
+        CheckpointError, match="has format 99, this version of pasta_jax reads format 3. Upgrade"
     ):
         load_params(workdir)
     about.write_text(json.dumps(tree | {"format_version": 1}))
