@@ -19,8 +19,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # XLA's older code generator takes less than half the time. Later versions lack it, and refuse the flag.
+os.environ["OLDER_GENERATOR"] = ""
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 10):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["OLDER_GENERATOR"] = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " " + os.environ["OLDER_GENERATOR"]
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pasta_jax_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -29,6 +31,12 @@ import jax
 import pytest
 
 from pasta_jax.decoding import cpu
+
+
+def pytest_configure() -> None:
+    """XLA reads its flags here; libtpu, which is loaded later, would refuse that of the older generator."""
+    jax.devices()
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(os.environ["OLDER_GENERATOR"], "")
 
 
 @pytest.fixture

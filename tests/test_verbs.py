@@ -87,7 +87,7 @@ def test_options_reach_load_of_both_models() -> None:
             seen.append(path)
             if len(seen) == 2:
                 raise ValueError(f"loaded {{seen}}")
-        loading.load, checkpoints.find = load, lambda path: path
+        loading.load, checkpoints.find_checkpoint = load, lambda path: path
         sys.argv = ["evaluate", "--ckpt=W", "--baseline=B", *{flags}]
         evaluate.command()
     """

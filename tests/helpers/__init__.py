@@ -14,12 +14,10 @@ FULL = bool(os.environ.get("PASTA_FULL"))
 SEEDS_ARE_FIXED = os.environ.get("PASTA_SEED", "0") == "0"
 """Only then may a test assert something about the draw itself."""
 
-ONE_DEVICE = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
-"""XLA_FLAGS of a subprocess that sees the devices that a user sees."""
+ONE_DEVICE = os.environ["OLDER_GENERATOR"]
+"""XLA_FLAGS of a subprocess that sees the devices that a user sees. (libtpu refuses them: see conftest.py.)"""
 
-AS_FOR_USERS: dict[str, Any] = (
-    {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in ONE_DEVICE else {}
-)
+AS_FOR_USERS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": True} if ONE_DEVICE else {}
 """Compiler options of what is compiled within `optimized`."""
 
 
