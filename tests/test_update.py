@@ -19,6 +19,7 @@ from pasta_jax.training.loop import sft
 from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.microbatches import rows_sharding
 from pasta_jax.training.update import Update, make_update
+from tests.helpers import optimized
 
 ROWS, LENGTH = 8, 12
 CONFIG = Config(
@@ -116,6 +117,7 @@ def whole(loss: str, parts: int) -> Any:
 
 
 @pytest.mark.parametrize("loss", ["sft", "preference"])
+@optimized()  # jaxlib 0.12 rounds a little more coarsely with less care
 def test_the_gradient_of_parts_is_that_of_the_whole(loss: str) -> None:
     """Though parts have different numbers of targets and of pairs; and with the rows of a part on devices."""
     fields = paired_batch(2).fields()
