@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from sentencepiece import sentencepiece_model_pb2
 
+from pasta_jax.files import json_bytes
 from pasta_jax.lang import tags
 from pasta_jax.tokens.base import SPACE, TextTokenizer
 from pasta_jax.tokens.load import TAGS_FILE
@@ -34,7 +35,7 @@ _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 def tags_json(vocabulary: Vocabulary) -> bytes:
     """`pasta_tags.json`: the id of each tag piece, for `load_tokenizer`."""
-    return _dump({piece: vocabulary.tag_ids[piece] for piece in tags.PIECES})
+    return json_bytes({piece: vocabulary.tag_ids[piece] for piece in tags.PIECES})
 
 
 def with_named_tags(files: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[str, bytes]:
@@ -62,7 +63,7 @@ def with_named_tags(files: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[
     for name, data in files.items():
         try:
             if name in change:
-                out[name] = _dump(change[name](json.loads(data), names, former))
+                out[name] = json_bytes(change[name](json.loads(data), names, former))
             elif name == "tokenizer.model":
                 out[name] = _sentencepiece_model(data, names)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -92,15 +93,11 @@ def minimal_files(tokenizer: TextTokenizer) -> dict[str, bytes]:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    files["tokenizer.json"] = _dump(fields)
-    files["tokenizer_config.json"] = _dump(config)
+    files["tokenizer.json"] = json_bytes(fields)
+    files["tokenizer_config.json"] = json_bytes(config)
     if template := template_of(usage.chat, usage.opening):
         files["chat_template.jinja"] = template.encode()
     return with_named_tags(files, vocabulary)
-
-
-def _dump(fields: Any) -> bytes:
-    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _names(fields: Mapping[str, Any]) -> dict[str, int]:
