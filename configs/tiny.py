@@ -64,7 +64,7 @@ def sft(variant: str) -> Config:
         data = dataclasses.replace(data, dialect="apar", positions=Positions("shared"))
     lr = 3e-3 if variant in ("", "base") else 2.5e-3
     return Config(
-        steps={"": 1800, "base": 1300}.get(variant, 800),
+        steps={"": 1800, "base": 1150}.get(variant, 700),
         model=ModelConfig(vocab_size=1408, num_kv_heads=2),  # the tokenizer has 1332 ids; the rest is padding
         data=data,
         optimizer=OptimizerConfig(lr=lr, warmup_steps=30, final_lr=0.03),
