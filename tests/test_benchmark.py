@@ -34,7 +34,7 @@ ANSWER = """Two rivers are long:
 - Amazon: it flows through rather few of them, 7 or 8."""
 
 SMALL = ModelConfig(vocab_size=512, num_layers=1, model_dim=16, num_heads=2, head_dim=8, mlp_dim=16)
-PLAN = dataclasses.replace(measurements.QUICK, branches_at_once=(1, 2), lanes=2, repeats=2, steps=4)
+EFFORT = dataclasses.replace(measurements.QUICK, branches_at_once=(1, 2), lanes=2, repeats=2, steps=4)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
         json.dumps({"response": ANSWER}) + "\n" + json.dumps({"response": "No list."}) + "\n"
     )
     out = tmp_path / "out"
-    benchmark.benchmark(("replay",), "tiny", str(out), PLAN, responses_file=str(responses), seed=3)
+    benchmark.benchmark(("replay",), "tiny", str(out), EFFORT, responses_file=str(responses), seed=3)
     written = json.loads((out / "results.json").read_text())
     points = written["parts"]["replay"]["points"]
     assert [p["kind"] for p in points] == [
@@ -60,7 +60,7 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
         efficiency = p["efficiency"]
         assert efficiency["median"] == pytest.approx(p["realized, x"] / p["theoretical, x"])
         assert 0 < efficiency["low"] <= efficiency["median"] <= efficiency["high"]
-        assert len(efficiency["samples"]) == PLAN.repeats
+        assert len(efficiency["samples"]) == EFFORT.repeats
         assert sum(p["steps of width 1, 2, ..."]) == pytest.approx(p["steps"] * p["answers"])
     assert (out / "replay.png").read_bytes().startswith(PNG)
     shown = capsys.readouterr().out
@@ -72,7 +72,7 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
         "b": 1.0,
         "c": {"median": 1.0, "low": 1.0, "high": 2.0, "samples": [None, None]},
     }
-    assert written["model"]["parameters"] > 512 * 16 and written["plan"]["seed"] == 3
+    assert written["model"]["parameters"] > 512 * 16 and written["effort"]["seed"] == 3
     machine = written["machine"]
     assert (
         machine["cpu"]
@@ -90,7 +90,7 @@ def test_without_peers_it_says_so(
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(models, "model_of", lambda *_: types.SimpleNamespace(params={}, config=SMALL))
     assert peers.missing() == "Peers not measured: transformers is not installed."
-    results = benchmark.benchmark(("peers",), "tiny", str(tmp_path), PLAN)
+    results = benchmark.benchmark(("peers",), "tiny", str(tmp_path), EFFORT)
     assert results["parts"]["peers"] == {"skipped": peers.missing()}
     assert str(peers.missing()) in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
@@ -104,11 +104,11 @@ def answered(*widths: int) -> Any:
 
 def test_impossible_plans_name_the_flag() -> None:
     with pytest.raises(ValueError, match="--steps=1 must be at least 2"):
-        dataclasses.replace(PLAN, steps=1)
+        dataclasses.replace(EFFORT, steps=1)
     with pytest.raises(ValueError, match="--pool=2 must be more than the 2 lanes"):
-        dataclasses.replace(PLAN, entries=2)
+        dataclasses.replace(EFFORT, entries=2)
     with pytest.raises(ValueError, match="8 branches at once need as many lanes, but lanes=2"):
-        dataclasses.replace(PLAN, branches_at_once=(8,))
+        dataclasses.replace(EFFORT, branches_at_once=(8,))
 
 
 def test_only_steps_of_the_width_asked_for_are_measured() -> None:
@@ -188,10 +188,10 @@ def test_all_that_is_compared_is_measured_in_turn() -> None:
 
 def test_peers_are_compared_by_what_a_token_and_a_prompt_take() -> None:
     """Ours feeds the token that it returns: one step more than theirs in a call for one token."""
-    plan = dataclasses.replace(PLAN, steps=11)
+    effort = dataclasses.replace(EFFORT, steps=11)
     samples = {"pasta_jax, 1": [3.0], "pasta_jax, n": [13.0], "them, 1": [4.0], "them, n": [24.0]}
     tokens_of = {"pasta_jax": np.arange(11)[None], "them": np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]])}
-    ours, peer = peers.compared(1, plan, samples, tokens_of)
+    ours, peer = peers.compared(1, effort, samples, tokens_of)
     assert (ours["prefill, s"], peer["prefill, s"]) == (Quartiles.of([2.0]), Quartiles.of([4.0]))
     assert (ours["step, ms"], peer["step, ms"]) == (Quartiles.of([1000.0]), Quartiles.of([2000.0]))
     assert peer["step, ours is x as fast"] == 2 == peer["prefill, ours is x as fast"]

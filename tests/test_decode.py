@@ -152,7 +152,7 @@ def test_parity(lanes, max_depth, seed, monkeypatch):
 def listen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int, int], np.ndarray]:
     """The logits that decoders compiled from now on choose from, by row, thread and order of the token fed."""
     heard: dict[tuple[int, int, int], np.ndarray] = {}
-    choose = loop.choose
+    next_tokens = loop.next_tokens
 
     def hear(active: np.ndarray, thread: np.ndarray, order: np.ndarray, logits: np.ndarray) -> None:
         for row, lane in zip(*np.nonzero(active)):
@@ -160,9 +160,9 @@ def listen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int, int], np.nda
 
     def choose_aloud(rules: Any, rows: Any, requests: Any, lanes: Any, logits: Any) -> Any:
         jax.debug.callback(hear, lanes.is_real, lanes.thread, lanes.order, logits)
-        return choose(rules, rows, requests, lanes, logits)
+        return next_tokens(rules, rows, requests, lanes, logits)
 
-    monkeypatch.setattr(loop, "choose", choose_aloud)
+    monkeypatch.setattr(loop, "next_tokens", choose_aloud)
     return heard
 
 

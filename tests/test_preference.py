@@ -31,8 +31,8 @@ from pasta_jax.preference import rounds
 from pasta_jax.preference import sample as sample_module
 from pasta_jax.preference.pairs import (
     Pair,
-    choose,
     choose_all,
+    choose_pair,
     make_pairs,
     pair_batches,
     reference_logprobs,
@@ -214,7 +214,7 @@ def test_scores_by_hand_and_what_lambda_does() -> None:
     # Right: two ties in both orders, (1 + 4/4) / (1 + 4/4) = 1. Wrong: four losses for sure, 1 / 5.
     assert scores(record, PreferenceConfig(quality_weight=1.0)) == [2.0 + 1.0, 4.0 + 0.2, 1.0 + 1.0]
     assert scores(record, PreferenceConfig(quality_weight=math.inf)) == [1.0, 0.2, 1.0]
-    fast, safe = (choose(scores(record, PreferenceConfig(quality_weight=w))) for w in (1.0, 4.0))
+    fast, safe = (choose_pair(scores(record, PreferenceConfig(quality_weight=w))) for w in (1.0, 4.0))
     assert fast and safe
     assert (fast.better, fast.worse, safe.better, safe.worse) == (1, 2, 0, 1)
 

@@ -17,7 +17,7 @@ from pasta_jax.evaluate.systems import Measured, concludes_last, write_answers
 from pasta_jax.model import ModelConfig
 from pasta_jax.reproduce import __main__ as reproduce
 from pasta_jax.reproduce import cells, measures
-from pasta_jax.reproduce.cells import FULL, QUICK, Cell, Folder, Plan, bon
+from pasta_jax.reproduce.cells import FULL, QUICK, Cell, Paths, Plan, bon
 from pasta_jax.reproduce.claims import claims
 from tests import helpers
 
@@ -108,7 +108,7 @@ def test_what_another_configuration_left_is_not_mixed_in(
 def test_samples_of_other_models_are_not_learnt_from(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = pathlib.Path(Folder(str(tmp_path)).model(0, "samples"))
+    folder = pathlib.Path(Paths(str(tmp_path)).model(0, "samples"))
     folder.mkdir(parents=True)
     (folder / "about.json").write_text(json.dumps({"pasta": "as it was"}))
     monkeypatch.setattr(about, "checkpoint_identity", lambda path: "trained again")
@@ -141,7 +141,7 @@ def answer(task: almanac.Task, *, right: bool, speed: float, promises: int = 0) 
 
 def made_up(workdir: pathlib.Path, plan: Plan) -> None:
     """Answers of every system: PASTA-BoN right and twice as fast, APAR wrong in compare and chain."""
-    folder = Folder(str(workdir))
+    folder = Paths(str(workdir))
     tasks = almanac.evaluation_tasks(plan.timed)
     systems: dict[str, Any] = {
         "baseline": lambda t: answer(t, right=True, speed=1.0),

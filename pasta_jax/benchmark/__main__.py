@@ -29,7 +29,7 @@ from pasta_jax.verbs import refuse, show_log
 
 if TYPE_CHECKING:
     from pasta_jax.benchmark.measure import TableRow
-    from pasta_jax.benchmark.measurements import Plan
+    from pasta_jax.benchmark.measurements import Effort
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -47,14 +47,14 @@ PLAN_FLAGS = {
     "pool": ("entries", "Entries of the pool, with those that idle lanes write; replay may need more."),
     "prompt": ("prompt_tokens", "Length of the prompts in the comparison with peers."),
 }
-"""Flags that change the plan: the field, and the help."""
+"""Flags that change the effort: the field, and the help."""
 
 
 def benchmark(
     what: Sequence[str],
     model_name: str,
     out: str,
-    plan: Plan,
+    effort: Effort,
     *,
     dtype: str | None = None,
     responses_file: str | None = None,
@@ -66,7 +66,7 @@ def benchmark(
       what: some of PARTS.
       model_name, dtype: as for `models.model_of`.
       out: folder of the results.
-      plan: how much is measured.
+      effort: how much is measured.
       responses_file: real responses to replay.
       seed: of texts, shapes and prompts.
 
@@ -80,11 +80,11 @@ def benchmark(
     loads = measure.load_average()
     responses = measurements.read_responses(responses_file) if responses_file else []
     os.makedirs(out, exist_ok=True)
-    plan_fields = dataclasses.asdict(plan) | {"seed": seed}
-    results: dict[str, Any] = {"model": {"name": model_name}, "plan": plan_fields, "parts": {}}
+    effort_fields = dataclasses.asdict(effort) | {"seed": seed}
+    results: dict[str, Any] = {"model": {"name": model_name}, "effort": effort_fields, "parts": {}}
     if "startup" in what:
-        LOG.info("startup: %d times two starts", plan.repeats)
-        starts = startup.startup(model_name, dtype, plan.repeats, entries=plan.entries)
+        LOG.info("startup: %d times two starts", effort.repeats)
+        starts = startup.startup(model_name, dtype, effort.repeats, entries=effort.entries)
     results["machine"] = {"load_average": loads, **measure.machine()}
     model = model_of(model_name, dtype, responses)
     results["model"] |= {
@@ -98,11 +98,11 @@ def benchmark(
 
     measures: dict[str, Callable[[], list[TableRow]]] = {
         "startup": lambda: starts,
-        "width": lambda: measurements.measure_width(model, plan, rng()),
-        "replay": lambda: measurements.measure_replay(model, plan, rng(), responses),
-        "batch": lambda: measurements.measure_batch(model, plan, rng()),
-        "pool": lambda: measurements.measure_pool_fill(model, plan, rng()),
-        "peers": lambda: peers.peers(model, plan, rng()),
+        "width": lambda: measurements.measure_width(model, effort, rng()),
+        "replay": lambda: measurements.measure_replay(model, effort, rng(), responses),
+        "batch": lambda: measurements.measure_batch(model, effort, rng()),
+        "pool": lambda: measurements.measure_pool_fill(model, effort, rng()),
+        "peers": lambda: peers.peers(model, effort, rng()),
     }
     for part in (part for part in PARTS if part in what):
         if part == "peers" and (reason := peers.missing()):
@@ -174,19 +174,19 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1 or unknown:
         refuse(f"--what must be all, or a comma-separated list of {', '.join(PARTS)}.")
     show_log()
-    from pasta_jax.benchmark.measurements import QUICK, Plan
+    from pasta_jax.benchmark.measurements import QUICK, Effort
 
     try:
-        plan = QUICK if values.quick else Plan()
+        effort = QUICK if values.quick else Effort()
         given: dict[str, Any] = {
             field: values[flag].value
             for flag, (field, _) in PLAN_FLAGS.items()
             if values[flag].value is not None
         }
-        plan = dataclasses.replace(plan, **given)
+        effort = dataclasses.replace(effort, **given)
         what = PARTS if "all" in values.what else tuple(values.what)
         options = dict(dtype=values.dtype, responses_file=values.responses, seed=values.seed)
-        benchmark(what, values.model, values.out, plan, **options)
+        benchmark(what, values.model, values.out, effort, **options)
     except (ValueError, OSError, RuntimeError) as error:
         refuse(str(error))
 

@@ -1,7 +1,7 @@
 """Measurements of the decoder: the time of a step by width and by pool fill, throughput by batch size, replay.
 
-Each function takes a model and a plan, and returns a table. All of them decode with `Decoder`, as requests do. The
-time of a step is (time of a longer answer - time of a shorter one) / additional steps, for answers that are
+Each function takes a model and an effort, and returns a table. All of them decode with `Decoder`, as requests do.
+The time of a step is (time of a longer answer - time of a shorter one) / additional steps, for answers that are
 otherwise alike. So it excludes the fixed cost of a call.
 """
 
@@ -62,7 +62,7 @@ MAX_REAL_TOKENS = 640
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Effort:
     """How much is measured.
 
     Attributes:
@@ -102,7 +102,7 @@ class Plan:
             )
 
 
-QUICK = Plan(
+QUICK = Effort(
     repeats=2, lanes=4, branches_at_once=(1, 4), rows=(1, 4), branches=(4,), branch_tokens=8, steps=8, entries=128,
     prompt_tokens=32, real_responses=1,
 )  # fmt: skip
@@ -112,19 +112,21 @@ QUICK = Plan(
 # -------------------------------------------------------------------------------------------------------- width
 
 
-def measure_width(model: Model, plan: Plan, rng: random.Random) -> list[TableRow]:
+def measure_width(model: Model, effort: Effort, rng: random.Random) -> list[TableRow]:
     """Measures the time of a decode step of one request; one table row per number of concurrent branches."""
-    promising = PROMISE_STEPS * max(plan.branches_at_once)  # steps in which main may still write its promises
+    promising = PROMISE_STEPS * max(
+        effort.branches_at_once
+    )  # steps in which main may still write its promises
     programs = [
         concurrent_branches(rng, model.tokenizer, branches, promising + additional)
-        for branches in plan.branches_at_once
-        for additional in (0, plan.steps)
+        for branches in effort.branches_at_once
+        for additional in (0, effort.steps)
     ]
-    decoder = Decoder(model, limits=limits_for(programs, model.tokenizer, lanes=plan.lanes))
+    decoder = Decoder(model, limits=limits_for(programs, model.tokenizer, lanes=effort.lanes))
     runs = [scripted_run(decoder, program) for program in programs]
-    pairs = dict(zip(plan.branches_at_once, zip(runs[::2], runs[1::2])))
-    pool_used = {width: checked_pool_use(width, plan.steps, *pair) for width, pair in pairs.items()}
-    times = step_times("width", pairs, plan)
+    pairs = dict(zip(effort.branches_at_once, zip(runs[::2], runs[1::2])))
+    pool_used = {width: checked_pool_use(width, effort.steps, *pair) for width, pair in pairs.items()}
+    times = step_times("width", pairs, effort)
     return [{"width": width, "pool used": pool_used[width], **times[width]} for width in pairs]
 
 
@@ -164,10 +166,10 @@ def checked_pool_use(width: int, steps: int, short: Run, long: Run) -> int:
     return (len(short_trace.tokens) + len(long_trace.tokens)) // 2
 
 
-def step_times(part: str, pairs: Mapping[Key, tuple[Run, Run]], plan: Plan) -> dict[Key, TableRow]:
+def step_times(part: str, pairs: Mapping[Key, tuple[Run, Run]], effort: Effort) -> dict[Key, TableRow]:
     """The time of a step for each pair of a short and a long answer, also relative to the first pair's."""
-    timers = {key: step_timer(short, long, plan.steps) for key, (short, long) in pairs.items()}
-    samples = interleaved(part, timers, plan.repeats)
+    timers = {key: step_timer(short, long, effort.steps) for key, (short, long) in pairs.items()}
+    samples = interleaved(part, timers, effort.repeats)
     first = next(iter(samples.values()))
     return {
         key: {"step, ms": Quartiles.of(times), "relative to the first row": median_ratio(times, first)}
@@ -188,14 +190,14 @@ def step_timer(short: Run, long: Run, steps: int) -> Callable[[], float]:
 # --------------------------------------------------------------------------------------------------------- pool
 
 
-def measure_pool_fill(model: Model, plan: Plan, rng: random.Random) -> list[TableRow]:
+def measure_pool_fill(model: Model, effort: Effort, rng: random.Random) -> list[TableRow]:
     """Measures the time of a decode step of one thread; one table row per number of pool entries in use."""
     tokenizer = model.tokenizer
     words = one_token_words(tokenizer)
-    pool = plan.entries - plan.lanes
-    longest = pool - plan.steps - 2  # the longer answer has 1 + steps tokens and its end
+    pool = effort.entries - effort.lanes
+    longest = pool - effort.steps - 2  # the longer answer has 1 + steps tokens and its end
     lengths = sorted({max(MIN_PROMPT_TOKENS, int(longest * share)) for share in (0, 1 / 8, 1 / 4, 1 / 2, 1)})
-    limits = Limits(lanes=plan.lanes, threads=plan.lanes, pool=pool, max_depth=model.max_depth)
+    limits = Limits(lanes=effort.lanes, threads=effort.lanes, pool=pool, max_depth=model.max_depth)
     decoder = Decoder(model, limits=limits)
     pairs = {}
     for length in lengths:
@@ -203,31 +205,31 @@ def measure_pool_fill(model: Model, plan: Plan, rng: random.Random) -> list[Tabl
         prompt = [tokenizer.vocabulary.bos, *tokenizer.encode(text)]
         short, long = (
             scripted_run(decoder, Program((Text(random_text(rng, tokenizer, words, tokens)),)), prompt)
-            for tokens in (1, 1 + plan.steps)
+            for tokens in (1, 1 + effort.steps)
         )
         pairs[length] = short, long
-    times = step_times("pool", pairs, plan)
-    return [{"pool used": length + plan.steps // 2, "pool": pool, **times[length]} for length in lengths]
+    times = step_times("pool", pairs, effort)
+    return [{"pool used": length + effort.steps // 2, "pool": pool, **times[length]} for length in lengths]
 
 
 # -------------------------------------------------------------------------------------------------------- batch
 
 
-def measure_batch(model: Model, plan: Plan, rng: random.Random) -> list[TableRow]:
+def measure_batch(model: Model, effort: Effort, rng: random.Random) -> list[TableRow]:
     """Measures throughput for the same requests in batches; one table row per kind of answer and batch size.
 
     Tokens per second counts all tokens fed, those of tags included. `sequential` answers are the model's own, with
     promises forbidden: their text must not depend on the batch. `trees` are replayed.
     """
-    tokenizer, count = model.tokenizer, max(plan.rows)
+    tokenizer, count = model.tokenizer, max(effort.rows)
     words = one_token_words(tokenizer)
     prompts = [
         tokenizer.encode_prompt(random_text(rng, tokenizer, words, rng.randint(4, 24))) for _ in range(count)
     ]
-    trees = [random_tree(rng, tokenizer, branches=4, tokens=plan.branch_tokens) for _ in range(count)]
+    trees = [random_tree(rng, tokenizer, branches=4, tokens=effort.branch_tokens) for _ in range(count)]
     longest_prompt = " ".join(["word"] * 40)  # longer than any of them
-    limits = limits_for(trees, tokenizer, lanes=plan.lanes, prompt=longest_prompt)
-    own = dataclasses.replace(SEQUENTIAL, max_new_tokens=3 * plan.branch_tokens)
+    limits = limits_for(trees, tokenizer, lanes=effort.lanes, prompt=longest_prompt)
+    own = dataclasses.replace(SEQUENTIAL, max_new_tokens=3 * effort.branch_tokens)
     sampling = {
         "sequential": [own] * count,
         "trees": [
@@ -236,23 +238,23 @@ def measure_batch(model: Model, plan: Plan, rng: random.Random) -> list[TableRow
         ],
     }
     texts, meters = {}, {}
-    for rows in plan.rows:
+    for rows in effort.rows:
         decoder = Decoder(model, limits=limits, rows=rows)
         for kind in sampling:
             traces, _ = decoder.decode(prompts, sampling[kind])
             texts[kind, rows] = _thread_tokens(traces)
             meters[kind, rows] = throughput_meter(decoder, prompts, sampling[kind])
-    samples = interleaved("batch", meters, plan.repeats)
+    samples = interleaved("batch", meters, effort.repeats)
     return [
         {
             "answers": kind,
             "rows": rows,
             "tokens/s": Quartiles.of(samples[kind, rows]),
-            "relative to the first row": median_ratio(samples[kind, rows], samples[kind, plan.rows[0]]),
-            "same text": texts[kind, rows] == texts[kind, plan.rows[0]],
+            "relative to the first row": median_ratio(samples[kind, rows], samples[kind, effort.rows[0]]),
+            "same text": texts[kind, rows] == texts[kind, effort.rows[0]],
         }
         for kind in sampling
-        for rows in plan.rows
+        for rows in effort.rows
     ]
 
 
@@ -276,13 +278,13 @@ def _thread_tokens(traces: Sequence[Trace]) -> list[list[list[int]]]:
 
 
 def measure_replay(
-    model: Model, plan: Plan, rng: random.Random, responses: Sequence[str] = ()
+    model: Model, effort: Effort, rng: random.Random, responses: Sequence[str] = ()
 ) -> list[TableRow]:
     """Measures speedups and efficiency of replayed answers; one table row per kind of tree, and one for all."""
-    programs = programs_by_kind(model.tokenizer, plan, rng, responses)
+    programs = programs_by_kind(model.tokenizer, effort, rng, responses)
     all_programs = [program for of_kind in programs.values() for program in of_kind]
-    decoder = Decoder(model, limits=limits_for(all_programs, model.tokenizer, lanes=plan.lanes))
-    measured = replay(decoder, programs, plan.repeats)
+    decoder = Decoder(model, limits=limits_for(all_programs, model.tokenizer, lanes=effort.lanes))
+    measured = replay(decoder, programs, effort.repeats)
     table: list[TableRow] = []
     for summary in summaries(measured):
         group = [answer for answer in measured if summary.kind in (answer.kind, OVERALL)]
@@ -304,25 +306,25 @@ def measure_replay(
 
 
 def programs_by_kind(
-    tokenizer: Tokenizer, plan: Plan, rng: random.Random, responses: Sequence[str] = ()
+    tokenizer: Tokenizer, effort: Effort, rng: random.Random, responses: Sequence[str] = ()
 ) -> dict[str, list[Program]]:
     """The answers to replay, by kind of tree: number of branches, their lengths, syncs, nesting; real responses."""
-    middle = plan.branches[len(plan.branches) // 2]
+    middle = effort.branches[len(effort.branches) // 2]
     options: dict[str, dict[str, Any]] = {}  # of `random_tree`, by kind
-    for branches in plan.branches:
+    for branches in effort.branches:
         options[f"{branches} branches"] = dict(branches=branches)
         options[f"{branches} unbalanced"] = dict(branches=branches, balanced=False)
     options[f"{middle} with syncs"] = dict(branches=middle, syncs=True)
     options[f"{middle} nested"] = dict(branches=middle, balanced=False, depth=2)
     programs = {
         kind: [
-            random_tree(rng, tokenizer, tokens=plan.branch_tokens, **of_kind)
-            for _ in range(plan.answers_per_kind)
+            random_tree(rng, tokenizer, tokens=effort.branch_tokens, **of_kind)
+            for _ in range(effort.answers_per_kind)
         ]
         for kind, of_kind in options.items()
     }
     if responses:
-        programs["real"] = real_programs(tokenizer, responses, plan.real_responses, rng)
+        programs["real"] = real_programs(tokenizer, responses, effort.real_responses, rng)
     return programs
 
 

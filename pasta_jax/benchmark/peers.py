@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pasta_jax.benchmark.measure import Quartiles, TableRow, interleaved, median_ratio
-from pasta_jax.benchmark.measurements import SEQUENTIAL, Plan
+from pasta_jax.benchmark.measurements import SEQUENTIAL, Effort
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.state import Limits
@@ -43,10 +43,12 @@ def missing() -> str | None:
     return None
 
 
-def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...] = BATCHES) -> list[TableRow]:
+def peers(
+    model: Model, effort: Effort, rng: random.Random, batches: tuple[int, ...] = BATCHES
+) -> list[TableRow]:
     """Seconds to prefill and milliseconds of a decode step, of our decoder and of transformers, by batch size.
 
-    A step is the slope between a call for one token and a call for `plan.steps` tokens. Prefill is the time of a
+    A step is the slope between a call for one token and a call for `effort.steps` tokens. Prefill is the time of a
     call for one token; for ours less one step, because our decoder feeds the token that it returns.
 
     Raises:
@@ -55,14 +57,14 @@ def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...]
     peers, words = _hf_generates(model), _words(model)
     points: list[TableRow] = []
     for rows in batches:
-        prompts = np.array([rng.choices(words, k=plan.prompt_tokens) for _ in range(rows)], np.int32)
-        generates = {"pasta_jax": _ours(model, plan, rows), **peers}
+        prompts = np.array([rng.choices(words, k=effort.prompt_tokens) for _ in range(rows)], np.int32)
+        generates = {"pasta_jax": _ours(model, effort, rows), **peers}
         tokens: dict[str, np.ndarray] = {}
         calls: dict[str, Callable[[], float]] = {}
         for name, generate in list(generates.items()):
             started = time.monotonic()
             try:
-                tokens[name] = generate(prompts, plan.steps)
+                tokens[name] = generate(prompts, effort.steps)
             except Exception as error:  # a peer that fails on this machine is left out
                 if name == "pasta_jax":
                     raise
@@ -72,19 +74,19 @@ def peers(model: Model, plan: Plan, rng: random.Random, batches: tuple[int, ...]
                 continue
             LOG.info("batch %d, %s: first call took %.0f s", rows, name, time.monotonic() - started)
             calls[f"{name}, 1"] = _seconds(generate, prompts, 1)
-            calls[f"{name}, n"] = _seconds(generate, prompts, plan.steps)
-        samples = interleaved(f"peers, batch {rows}", calls, plan.repeats)
-        points += compared(rows, plan, samples, tokens)
+            calls[f"{name}, n"] = _seconds(generate, prompts, effort.steps)
+        samples = interleaved(f"peers, batch {rows}", calls, effort.repeats)
+        points += compared(rows, effort, samples, tokens)
     return points
 
 
 def compared(
-    rows: int, plan: Plan, samples: dict[str, list[float]], tokens: dict[str, np.ndarray]
+    rows: int, effort: Effort, samples: dict[str, list[float]], tokens: dict[str, np.ndarray]
 ) -> list[TableRow]:
     timed = {}
     for name in tokens:
         one, many = samples[f"{name}, 1"], samples[f"{name}, n"]
-        step = [(after - before) / (plan.steps - 1) for before, after in zip(one, many)]
+        step = [(after - before) / (effort.steps - 1) for before, after in zip(one, many)]
         own = 1 if name == "pasta_jax" else 0
         timed[name] = [before - own * s for before, s in zip(one, step)], step, many
     ours = timed["pasta_jax"]
@@ -122,12 +124,12 @@ def _words(model: Model) -> list[int]:
     return [i for i in range(len(vocabulary)) if i not in special]
 
 
-def _ours(model: Model, plan: Plan, rows: int) -> Generate:
+def _ours(model: Model, effort: Effort, rows: int) -> Generate:
     """Our decoder, with promises forbidden."""
-    lanes = min(8, plan.lanes)
-    pool = round_up(plan.prompt_tokens + plan.steps + lanes, 128) - lanes
+    lanes = min(8, effort.lanes)
+    pool = round_up(effort.prompt_tokens + effort.steps + lanes, 128) - lanes
     limits = Limits(lanes, 16, pool)
-    decoder = Decoder(model, limits=limits, rows=rows, prompt_buckets=(plan.prompt_tokens,))
+    decoder = Decoder(model, limits=limits, rows=rows, prompt_buckets=(effort.prompt_tokens,))
 
     def generate(prompts: np.ndarray, tokens: int) -> np.ndarray:
         sampling = dataclasses.replace(SEQUENTIAL, max_new_tokens=tokens)

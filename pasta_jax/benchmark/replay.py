@@ -243,7 +243,7 @@ def _measured(
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class KindSummary:
     """All answers of one kind of tree, or of all kinds. Speeds are geometric means over its answers.
 
     Attributes:
@@ -271,14 +271,14 @@ class Summary:
         return tuple(speedup / self.theoretical for speedup in self.speedups)
 
 
-def summaries(replayed: Sequence[Replayed]) -> list[Summary]:
+def summaries(replayed: Sequence[Replayed]) -> list[KindSummary]:
     """A summary for each kind of tree, and one for all answers (OVERALL)."""
     mean = statistics.geometric_mean
     rows = []
     for kind in (*dict.fromkeys(answer.kind for answer in replayed), OVERALL):
         group = [answer for answer in replayed if kind in (answer.kind, OVERALL)]
         rows.append(
-            Summary(
+            KindSummary(
                 kind=kind,
                 answers=len(group),
                 theoretical=mean([answer.theoretical for answer in group]),

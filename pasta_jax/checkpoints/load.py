@@ -24,7 +24,7 @@ from pasta_jax.checkpoints.about import (
 )
 from pasta_jax.checkpoints.fingerprint import fingerprint
 from pasta_jax.model import lora, param_shapes
-from pasta_jax.model.lora import Params
+from pasta_jax.model.forms import Params
 
 
 def load_params(

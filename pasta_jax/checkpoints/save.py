@@ -24,7 +24,7 @@ from pasta_jax.checkpoints.about import (
 )
 from pasta_jax.checkpoints.load import check_base, check_shapes, restore_arrays, saved_shapes
 from pasta_jax.config import Config
-from pasta_jax.model.lora import Params
+from pasta_jax.model.forms import Params
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 State = TypeVar("State", bound=Any)

@@ -272,13 +272,13 @@ def _sample_and_advance(
 ) -> RowState:
     """The next state of every row, from the hidden states [B, S, D] of what the lanes fed."""
     with jax.named_scope("sample"):
-        sampled, logprob = choose(rules, rows, requests, lanes, logits(model, params, hidden))
+        sampled, logprob = next_tokens(rules, rows, requests, lanes, logits(model, params, hidden))
     with jax.named_scope("advance"):
         advance = functools.partial(interpreter.advance, rules=rules)
         return jax.vmap(advance)(rows, requests, lanes, sampled, logprob)
 
 
-def choose(
+def next_tokens(
     rules: Rules, rows: RowState, requests: Request, lanes: DecodedTokens, logits: Array
 ) -> tuple[Array, Array]:
     """The next token of each lane, int32 [B, S], and the log-probability the model gave it, float32 [B, S].

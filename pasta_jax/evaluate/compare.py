@@ -26,7 +26,7 @@ HEADER = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class FamilySummary:
     """One row of the table. Speeds are geometric means over prompts (paper section 5.1).
 
     Attributes:
@@ -48,14 +48,14 @@ class Summary:
     parallelism: float
 
 
-def summarise(baseline: Sequence[Measured], test: Sequence[Measured]) -> list[Summary]:
+def summarise(baseline: Sequence[Measured], test: Sequence[Measured]) -> list[FamilySummary]:
     """A row for each family, and one for all of them together."""
     families = [*dict.fromkeys(answer.family for answer in test)]
     rows = []
     for name in (*families, "overall"):
         pairs = [(b, t) for b, t in zip(baseline, test, strict=True) if name in (t.family, "overall")]
         rows.append(
-            Summary(
+            FamilySummary(
                 name=name,
                 prompts=len(pairs),
                 truth=sum(t.truth for _, t in pairs) / len(pairs),
@@ -69,7 +69,7 @@ def summarise(baseline: Sequence[Measured], test: Sequence[Measured]) -> list[Su
     return rows
 
 
-def table(rows: Mapping[str, Sequence[Summary]]) -> str:
+def table(rows: Mapping[str, Sequence[FamilySummary]]) -> str:
     """A Markdown table of the models' rows, by name of the model."""
     return markdown_table(
         HEADER,
@@ -91,7 +91,7 @@ def table(rows: Mapping[str, Sequence[Summary]]) -> str:
     )
 
 
-def overview(rows: Mapping[str, Sequence[Summary]]) -> str:
+def overview(rows: Mapping[str, Sequence[FamilySummary]]) -> str:
     """A Markdown table of the baseline and of every model over all prompts."""
     overall = {model: summaries[-1] for model, summaries in rows.items()}
     baseline_truth = next(iter(overall.values())).baseline_truth
@@ -111,7 +111,7 @@ def overview(rows: Mapping[str, Sequence[Summary]]) -> str:
 
 def compare(
     baseline: str, tests: Mapping[str, str], prompts: int, workdir: str, **options: Any
-) -> dict[str, list[Summary]]:
+) -> dict[str, list[FamilySummary]]:
     """Evaluates models against a baseline, writes answers and table.md to `workdir`, returns the rows of the table.
 
     Args:

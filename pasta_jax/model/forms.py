@@ -54,6 +54,9 @@ class OutputsFirst:
 Weight = Array | Int8 | OutputsFirst
 """A matrix, an embedding or a head in any of its forms."""
 
+Params = Any
+"""A nested dict of weights and other arrays; `transformer` names them."""
+
 
 # ------------------------------------------------------------------------------------------------------ products
 

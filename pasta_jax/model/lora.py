@@ -18,10 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pasta_jax.arrays import Array
 from pasta_jax.model.config import Lora
+from pasta_jax.model.forms import Params
 from pasta_jax.sharding import MATRICES
-
-Params = Any
-"""A nested dict of arrays."""
 
 SUFFIXES = ("_lora_a", "_lora_b", "_rows")
 """The ends of adapters' names, and of no other parameter's."""

@@ -29,13 +29,10 @@ import jax.numpy as jnp
 
 from pasta_jax.arrays import Array
 from pasta_jax.model.config import Lora, ModelConfig
-from pasta_jax.model.forms import look_up, unembed
+from pasta_jax.model.forms import Params, look_up, unembed
 from pasta_jax.model.layers import Layer, RMSNorm, weight
 from pasta_jax.model.pool import Pool
 from pasta_jax.model.rotary import rotary_of
-
-Params = Any
-"""A nested dict of arrays, or of weights in other forms (`model.forms`)."""
 
 
 class Embed(nn.Module):

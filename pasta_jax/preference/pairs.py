@@ -39,12 +39,12 @@ class Pair:
     worse: PairedTokens
 
 
-def choose(values: Sequence[float]) -> Choice | None:
+def choose_pair(values: Sequence[float]) -> Choice | None:
     """Best and worst, the first of equals; None if all are equal: there is nothing to learn from them.
 
-    >>> choose([1.0, 3.0, 0.5, 3.0])
+    >>> choose_pair([1.0, 3.0, 0.5, 3.0])
     Choice(better=1, worse=2)
-    >>> choose([2.0, 2.0]) is None
+    >>> choose_pair([2.0, 2.0]) is None
     True
     """
     better, worse = int(np.argmax(values)), int(np.argmin(values))
@@ -57,7 +57,7 @@ def choose_all(
     records: Sequence[Record], scores: Sequence[Sequence[float]], length: int
 ) -> list[Choice | None]:
     """The choice of each record by its samples' scores; None if an answer of the pair is longer than `length`."""
-    choices = [choose(values) for values in scores]
+    choices = [choose_pair(values) for values in scores]
     for i, (record, choice) in enumerate(zip(records, choices, strict=True)):
         if choice and any(len(record.samples[j].document) > length for j in choice):
             choices[i] = None

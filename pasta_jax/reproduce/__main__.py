@@ -29,7 +29,7 @@ from pasta_jax.config import ConfigError
 from pasta_jax.figures import save
 from pasta_jax.files import Stamp, write_json
 from pasta_jax.overrides import to_dict
-from pasta_jax.reproduce.cells import FULL, QUICK, Cell, Folder, Plan, cells, seconds
+from pasta_jax.reproduce.cells import FULL, QUICK, Cell, Paths, Plan, cells, seconds
 from pasta_jax.reproduce.claims import claims
 from pasta_jax.reproduce.measures import exact_speedup, results
 from pasta_jax.verbs import refuse, show_log
@@ -49,7 +49,7 @@ def run(plan: Plan, workdir: str) -> None:
 
 def run_cells(todo: Sequence[Cell], workdir: str) -> None:
     """Runs those that are not finished, and records that they are."""
-    folder = Folder(workdir)
+    folder = Paths(workdir)
     os.makedirs(os.path.join(workdir, "cells"), exist_ok=True)
     waiting = [cell for cell in todo if seconds(folder, cell) is None]
     left = sum(cell.seconds for cell in waiting)
@@ -119,7 +119,7 @@ def about_this(plan: Plan, workdir: str) -> dict[str, Any]:
     from pasta_jax.checkpoints.about import versions
     from pasta_jax.evaluate.systems import LIMITS
 
-    took = [seconds(Folder(workdir), cell) for cell in cells(plan, workdir)]
+    took = [seconds(Paths(workdir), cell) for cell in cells(plan, workdir)]
     stage = plan.config("preference").preference
     return {
         "command": "python -m pasta_jax.reproduce " + " ".join(sys.argv[1:]),
@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
 def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_bool("quick", False, "One seed, three lambdas, fewer prompts, no ablations.")
-    flags.DEFINE_string("workdir", None, "Folder of all output; the same one resumes.")
+    flags.DEFINE_string("workdir", None, "Paths of all output; the same one resumes.")
     app.run(main)
 
 

@@ -95,7 +95,7 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
+class Paths:
     """The paths of a reproduction."""
 
     root: str
@@ -132,7 +132,7 @@ def bon(weight: float, efficiency: str = "speedup") -> str:
     return f"bon-{weight:g}" + ("" if efficiency == "speedup" else f"-{efficiency}")
 
 
-def seconds(folder: Folder, cell: Cell) -> float | None:
+def seconds(folder: Paths, cell: Cell) -> float | None:
     """The seconds that a finished cell took; None if it is not finished."""
     with contextlib.suppress(FileNotFoundError), open(folder.record(cell.name), encoding="utf-8") as file:
         return float(json.load(file)["seconds"])
@@ -141,7 +141,7 @@ def seconds(folder: Folder, cell: Cell) -> float | None:
 
 def cells(plan: Plan, workdir: str) -> Iterator[Cell]:
     """All the work, in order."""
-    folder = Folder(workdir)
+    folder = Paths(workdir)
     yield Cell("base", 240, lambda: _train(plan.config("base"), folder.base))
     for seed in plan.seeds:
         yield from _seed_cells(plan, folder, seed)
@@ -155,7 +155,7 @@ def cells(plan: Plan, workdir: str) -> Iterator[Cell]:
             yield Cell(f"efficiency-{bon(weight, efficiency)}", 30, run)
 
 
-def _seed_cells(plan: Plan, folder: Folder, seed: int) -> Iterator[Cell]:
+def _seed_cells(plan: Plan, folder: Paths, seed: int) -> Iterator[Cell]:
     def cell(name: str, seconds: int, function: Callable[..., None], *arguments: Any) -> Cell:
         run = functools.partial(function, plan, folder, seed, *arguments)
         return Cell(f"seed-{seed}-{name}", seconds, run)
@@ -178,12 +178,12 @@ def _train(config: Config, workdir: str) -> None:
     train.run(config, workdir)
 
 
-def _finetune(plan: Plan, folder: Folder, seed: int, name: str) -> None:
+def _finetune(plan: Plan, folder: Paths, seed: int, name: str) -> None:
     _train(plan.config(name, f"init_from={folder.base}", f"seed={seed}"), folder.model(seed, name))
 
 
 def _preference(
-    plan: Plan, folder: Folder, seed: int, weight: float, rounds: int, efficiency: str = "speedup"
+    plan: Plan, folder: Paths, seed: int, weight: float, rounds: int, efficiency: str = "speedup"
 ) -> Config:
     return plan.config(
         "preference",
@@ -196,7 +196,7 @@ def _preference(
     )
 
 
-def _sample(plan: Plan, folder: Folder, seed: int) -> None:
+def _sample(plan: Plan, folder: Paths, seed: int) -> None:
     """The samples of the first round. All lambdas share them: they are drawn from the same policy."""
     from pasta_jax.loading import load
     from pasta_jax.preference import rounds
@@ -212,7 +212,7 @@ def _sample(plan: Plan, folder: Folder, seed: int) -> None:
     rounds.draw(_preference(plan, folder, seed, 1.0, 1), 1, policy, baseline, workdir)
 
 
-def _sources(folder: Folder, seed: int) -> tuple[Stamp, dict[str, Any]]:
+def _sources(folder: Paths, seed: int) -> tuple[Stamp, dict[str, Any]]:
     """The stamp of a seed's samples, and the models that they must be of."""
     from pasta_jax.checkpoints.about import checkpoint_identity
 
@@ -221,7 +221,7 @@ def _sources(folder: Folder, seed: int) -> tuple[Stamp, dict[str, Any]]:
 
 
 def _prefer(
-    plan: Plan, folder: Folder, seed: int, weight: float, rounds: int, efficiency: str = "speedup"
+    plan: Plan, folder: Paths, seed: int, weight: float, rounds: int, efficiency: str = "speedup"
 ) -> None:
     samples, workdir = folder.model(seed, "samples"), folder.model(seed, bon(weight, efficiency))
     stamp, sources = _sources(folder, seed)
@@ -235,7 +235,7 @@ def _prefer(
     _train(_preference(plan, folder, seed, weight, rounds, efficiency), workdir)
 
 
-def _time(plan: Plan, folder: Folder, seed: int) -> None:
+def _time(plan: Plan, folder: Paths, seed: int) -> None:
     """All the systems of the main comparison, taking turns at each prompt."""
     from pasta_jax.checkpoints.about import checkpoint_identity
     from pasta_jax.decoding.engine import Decoder
@@ -253,7 +253,7 @@ def _time(plan: Plan, folder: Folder, seed: int) -> None:
     evaluate(systems, plan.timed, folder.timed(seed, plan), about)
 
 
-def _count(plan: Plan, folder: Folder, seed: int, models: Mapping[str, str]) -> None:
+def _count(plan: Plan, folder: Paths, seed: int, models: Mapping[str, str]) -> None:
     """Answers of models that need no timing, by name and workdir; they are compared with the timed baseline."""
     from pasta_jax.data import almanac
     from pasta_jax.evaluate.systems import answer_at_once, batched_decoder, write_answers
@@ -268,7 +268,7 @@ def _count(plan: Plan, folder: Folder, seed: int, models: Mapping[str, str]) -> 
         write_answers(os.path.join(answers, f"{name}.jsonl"), answer_at_once(model, tasks, like=engine))
 
 
-def _ablate_positions(plan: Plan, folder: Folder, seed: int, scheme: str) -> None:
+def _ablate_positions(plan: Plan, folder: Paths, seed: int, scheme: str) -> None:
     kind, unit = POSITIONS[scheme]
     workdir = folder.model(seed, f"positions-{scheme}")
     settings = (f"seed={seed}", f"data.positions.scheme={kind}", f"data.positions.unit={unit}")
@@ -276,7 +276,7 @@ def _ablate_positions(plan: Plan, folder: Folder, seed: int, scheme: str) -> Non
     _count(plan, folder, seed, {scheme: workdir})
 
 
-def _ablate_efficiency(plan: Plan, folder: Folder, seed: int, weight: float, efficiency: str) -> None:
+def _ablate_efficiency(plan: Plan, folder: Paths, seed: int, weight: float, efficiency: str) -> None:
     _prefer(plan, folder, seed, weight, 1, efficiency)
     name = bon(weight, efficiency)
     _count(plan, folder, seed, {name: folder.model(seed, name)})

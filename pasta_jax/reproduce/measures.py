@@ -15,7 +15,7 @@ from pasta_jax.decoding.trace import critical_path
 from pasta_jax.evaluate.systems import Measured, concludes_last, geometric_mean, read_answers, realized, win
 from pasta_jax.lang.program import Program, Text
 from pasta_jax.preference.score import parallelism, theoretical_speedup
-from pasta_jax.reproduce.cells import Folder, Plan, bon
+from pasta_jax.reproduce.cells import Paths, Plan, bon
 from pasta_jax.reproduce.results import EFFICIENCY, POSITIONS, Estimate, Result
 from pasta_jax.tokens.detokenize import threads_of
 from pasta_jax.tokens.layout import layout_example
@@ -131,7 +131,7 @@ def differences(test: Paired, rival: Paired) -> dict[str, Estimate]:
 
 def results(plan: Plan, workdir: str) -> list[Result]:
     """All that was measured, in the order of the report."""
-    folder = Folder(workdir)
+    folder = Paths(workdir)
 
     def timed(seed: int, name: str) -> list[Measured]:
         return read_answers(os.path.join(folder.timed(seed, plan), f"{name}.jsonl"))

@@ -11,7 +11,7 @@ from flax import struct
 
 from pasta_jax.arrays import Array
 from pasta_jax.config import OptimizerConfig
-from pasta_jax.model.lora import Params
+from pasta_jax.model.forms import Params
 
 
 @struct.dataclass

@@ -15,7 +15,7 @@ from pasta_jax import sharding
 from pasta_jax.arrays import NO_TARGET, Array, ThreadedTokens
 from pasta_jax.config import Config
 from pasta_jax.model import lora as adapters
-from pasta_jax.model.lora import Params
+from pasta_jax.model.forms import Params
 from pasta_jax.model.transformer import Transformer, forward, init_params, logits
 from pasta_jax.rounding import ceil_div
 from pasta_jax.training.losses import Scores, Sums, score
