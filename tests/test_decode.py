@@ -100,9 +100,9 @@ def test_the_model_is_worth_testing_with():
 FORMS: dict[int, tuple[str, dict[str, Any]]] = {
     1: ("fused", {"platform": "gpu"}),
     3: ("outputs_first", {"cached_bytes": 0}),
-    8: ("plain", {}),
+    8: ("fused", {}),
 }
-"""By lanes: the form of the weights, and when they have it. On accelerators; where no cache holds them."""
+"""By lanes: the form of the weights, and when they have it. On accelerators; on CPUs without and with a cache."""
 
 
 @pytest.mark.parametrize("lanes", [slow(1), slow(3), 8])

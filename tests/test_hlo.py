@@ -152,7 +152,7 @@ def on_cpu(rows: int, cached: int) -> tuple[Any, int]:
     model = Model(init_params(config, jax.random.key(0)), config, WORDS)
     sizes: dict[str, Any] = dict(limits=Limits(lanes=2, threads=4, pool=2000), rows=rows, widths=(1,))
     decoder = Decoder(model, pool_buckets=(), cached_bytes=cached, xla_options=AS_FOR_USERS, **sizes)
-    assert decoder.compiled.form == ("plain" if cached else "outputs_first")
+    assert decoder.compiled.form == ("fused" if cached else "outputs_first")
     return decoder.compiled.executable(ProgramKey("decode", length=2002)), rows * 2 * 2002 * 64
 
 

@@ -34,8 +34,8 @@ from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 Form: TypeAlias = Literal["plain", "fused", "outputs_first"]
-"""How decode steps read the weights: as they are; q, k and v as one matrix, on an accelerator; with outputs first,
-on a CPU whose cache does not hold them (docs/lab-log.md says why)."""
+"""How decode steps read the weights: as they are; q, k and v as one matrix, on an accelerator, and on a CPU whose
+cache holds them; with outputs first, on a CPU whose cache does not (docs/lab-log.md says why)."""
 
 CHANGES: dict[Form, Callable[[Any], Any]] = {"fused": fuse, "outputs_first": outputs_first}
 """Plain or int8 parameters to another form."""
@@ -120,6 +120,7 @@ class Compiled:
         device = min(place.device_set, key=lambda device: device.id)
         on_cpu = (platform or device.platform) == "cpu"
         cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params)) <= cached_bytes
+        self._on_host = device.platform == "cpu" and self.mesh is None
         self.form = self._form(on_cpu, cached)
         if widths is None:
             widths = cpu.widths_for(limits.lanes, cached=cached and self.rows == 1) if on_cpu else ()
@@ -136,9 +137,9 @@ class Compiled:
         self._lock = threading.Lock()
 
     def _form(self, on_cpu: bool, cached: bool) -> Form:
-        if self.mesh is not None or (on_cpu and (cached or not is_plain(self.shapes))):
+        if self.mesh is not None or (on_cpu and not is_plain(self.shapes)):
             return "plain"
-        return "outputs_first" if on_cpu else "fused"
+        return "outputs_first" if on_cpu and not cached else "fused"
 
     def fits(self, params: Any, config: ModelConfig, vocabulary: Vocabulary, positions: Positions) -> bool:
         """Whether these parameters have the same shapes in the same places, and all else is equal."""
@@ -163,7 +164,7 @@ class Compiled:
             *(ProgramKey("admit", rows, length) for rows in sizes for length in self.prompt_buckets),
             *(ProgramKey("decode", length=length) for length in self.pool_buckets),
             ProgramKey("release"),
-            ProgramKey("read"),
+            *(() if self._on_host else (ProgramKey("read"),)),
         )
 
     def lower(self, program: ProgramKey) -> jax.stages.Lowered:
@@ -265,6 +266,8 @@ class Compiled:
 
     def read(self, batch: Batch, row: int) -> RowState:
         """One row, on the host."""
+        if self._on_host:
+            return cpu.read_row(batch.rows, row)
         return jax.device_get(self._run(ProgramKey("read"), batch.rows, np.int32(row)))
 
     def executable(self, program: ProgramKey) -> jax.stages.Compiled:

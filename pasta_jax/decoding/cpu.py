@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 
+from pasta_jax.decoding.state import RowState
 from pasta_jax.model import Pool
 
 CACHED_BYTES = 8 * 2**20
@@ -32,3 +34,8 @@ def without_B(pool: Pool) -> Pool:
 def with_B(pool: Pool) -> Pool:
     """`without_B` undone."""
     return jax.tree.map(lambda leaf: leaf[None] if leaf.ndim == 3 else leaf, pool)
+
+
+def read_row(rows: RowState, row: int) -> RowState:
+    """A row of a batch, copied: the arrays of a CPU are the host's, so no program has to take it out."""
+    return jax.tree.map(lambda leaf: np.array(np.asarray(leaf)[row]), rows)
