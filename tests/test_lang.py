@@ -142,6 +142,19 @@ ERRORS = [
     ('<promise topic="a" tokens=0 /><async>x</async>', 1, 1, "tokens=0 is not between 1 and 99"),
     ('<promise topic="a" tokens=100 /><async>x</async>', 1, 1, "tokens=100 is not between 1 and 99"),
     ('<promise topic="a" tokens=-1 /><async>x</async>', 1, 1, "tokens=-1 is not between 1 and 99"),
+    *(
+        (
+            f'<promise topic="a" tokens={number} /><async>x</async>',
+            1,
+            1,
+            f"tokens={said} is not between 1 and 99",
+        )
+        for number, said in {
+            "9" * 11: "9" * 11,
+            "-" + "8" * 20: "-" + "8" * 20,
+            "7" * 5000: "7" * 20 + "…",
+        }.items()
+    ),
     ('<promise topic="a" tokens=x /><async>x</async>', 1, 1, "tokens is not a whole number"),
     ('<promise topic="a" /><async>x</async>', 1, 1, "the promise has no tokens"),
     ('<promise topic="a" tokens=02 /><async>x</async>', 1, 1, "not the canonical spelling"),

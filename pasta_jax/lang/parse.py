@@ -44,6 +44,9 @@ from pasta_jax.lang.render import BODY, joined, promise_problem
 TOKENS_PER_WORD = 1.3
 """Of English text with common vocabularies; used only for a promise that does not state its length."""
 
+SHOWN_DIGITS = 20
+"""Of a number in a message; a longer one is cut there."""
+
 
 class ParseError(ValueError):
     """The text is not a program. Lines and columns count from 1."""
@@ -321,7 +324,8 @@ def _near_problem(tag: str) -> tuple[str, str, int | None]:
         return promise_problem(raw, MIN_TOKENS) or wrong, topic, None
     # Four digits suffice to see that the number is too large, and `int` refuses strings of thousands of digits.
     tokens = int(number[1] + number[2][:4])
-    problem = promise_problem(raw, tokens) or "not the canonical spelling"
+    written = number[1].strip("+") + number[2][:SHOWN_DIGITS] + "…" * (len(number[2]) > SHOWN_DIGITS)
+    problem = promise_problem(raw, tokens, written) or "not the canonical spelling"
     return problem, topic, min(max(tokens, MIN_TOKENS), MAX_TOKENS)
 
 

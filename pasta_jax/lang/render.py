@@ -88,8 +88,8 @@ def joined(nodes: Iterable[Node]) -> tuple[Node, ...]:
     return tuple(out)
 
 
-def promise_problem(topic: str, tokens: int) -> str | None:
-    """Why a promise cannot be written as a tag, or None.
+def promise_problem(topic: str, tokens: int, written: str = "") -> str | None:
+    """Why a promise cannot be written as a tag, or None. `written`: the number as a text has it.
 
     >>> promise_problem("<b>rivers</b>", 2)
     "the topic holds '<'"
@@ -102,7 +102,7 @@ def promise_problem(topic: str, tokens: int) -> str | None:
         if character in tags.TOPIC_FORBIDS:
             return f"the topic holds {character!r}"
     if not MIN_TOKENS <= tokens <= MAX_TOKENS:
-        return f"tokens={tokens} is not between {MIN_TOKENS} and {MAX_TOKENS}"
+        return f"tokens={written or tokens} is not between {MIN_TOKENS} and {MAX_TOKENS}"
     return None
 
 

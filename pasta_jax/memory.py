@@ -1,0 +1,126 @@
+"""Does it fit: bytes needed and bytes free, on each device and on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortage:
+    """Too little memory: bytes needed and free, and where."""
+
+    need: int
+    free: int
+    place: str
+
+    def __str__(self) -> str:
+        return f"{gib(self.need)} GiB are needed {self.place}, and {gib(self.free)} GiB are free"
+
+
+def shortage(leaves: Any, *, staging: int = 0, host_free: int | None = None) -> Shortage | None:
+    """What memory arrays would lack; None if they fit, or where it is unknown how much is free.
+
+    Args:
+      leaves: shapes with dtypes and shardings.
+      staging: additional bytes that the host needs.
+      host_free: bytes free on the host; by default `host_memory()`.
+    """
+    on_host = staging
+    for device, need in bytes_by_device(leaves).items():
+        if device.platform == "cpu":
+            on_host += need
+            continue
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats and need > (free := stats["bytes_limit"] - stats.get("bytes_in_use", 0)):
+            return Shortage(need, free, f"on {device}")
+    free_on_host = host_memory() if host_free is None else host_free
+    if free_on_host is not None and on_host > free_on_host:
+        return Shortage(on_host, free_on_host, "in this machine's memory")
+    return None
+
+
+def bytes_by_device(leaves: Any) -> dict[Any, int]:
+    """Bytes of these arrays on each of this process's devices."""
+    need: dict[Any, int] = {}
+    for leaf in leaves:
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for device in leaf.sharding.addressable_devices:
+            need[device] = need.get(device, 0) + size
+    return need
+
+
+def host_memory(root: str = "/") -> int | None:
+    """Bytes that this process may still allocate: the least of the machine's and its control groups'.
+
+    Args:
+      root: the folder that has /proc and /sys; another one in tests.
+
+    Returns:
+      None if it is unknown (not Linux).
+    """
+    limits = [_available(root), *_group_limits(root)]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, with two significant digits below 1: "4.7", "0.03"."""
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
+
+
+def _available(root: str) -> int | None:
+    for line in (_read(os.path.join(root, "proc/meminfo")) or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+_GROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+"""Controller, as /proc/self/cgroup names it: its folder, and its files with limit and use. Versions 2 and 1."""
+
+
+def _group_limits(root: str) -> list[int]:
+    """Bytes left in each control group of this process and in their parents."""
+    left = []
+    for line in (_read(os.path.join(root, "proc/self/cgroup")) or "").splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        controller = "memory" if "memory" in controllers.split(",") else controllers
+        if controller not in _GROUPS:
+            continue
+        base, *names = _GROUPS[controller]
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            folder = os.path.join(root, base, *parts[:depth])
+            limit, used = (_number(os.path.join(folder, name)) for name in names)
+            if limit is not None and used is not None and limit < 2**60:  # a huge one is none
+                left.append(max(0, limit - used + _reclaimable(folder)))
+    return left
+
+
+def _reclaimable(folder: str) -> int:
+    """Bytes of cached files, which count as used and are given back on demand."""
+    stat = dict(
+        line.split(" ", 1) for line in (_read(f"{folder}/memory.stat") or "").splitlines() if " " in line
+    )
+    return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+
+
+def _number(path: str) -> int | None:
+    text = (_read(path) or "").strip()
+    return int(text) if text.isdigit() else None  # "max" is no limit
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError:
+        return None
