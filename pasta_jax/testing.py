@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from pasta_jax.lang import tags
 from pasta_jax.tokens.chat import EMPTY, dialogue
-from pasta_jax.tokens.tokenizer import Vocabulary
+from pasta_jax.tokens.tokenizer import Vocabulary, check_text
 
 _MADE_UP = 64
 """Ids kept for made-up words in a vocabulary of a given size: words that any text may be built of."""
@@ -47,6 +47,7 @@ class WordTokenizer:
         self._ids = {word: first + i for i, word in enumerate(words)}
 
     def encode(self, text: str) -> list[int]:
+        check_text(text)
         ids: list[int] = []
         for word in (match.encode() for match in self._WORDS.findall(text)):
             ids += [self._ids[word]] if word in self._ids else [self._bytes + byte for byte in word]

@@ -66,14 +66,18 @@ def test_records_and_every_kind_of_fault(tmp_path: pathlib.Path) -> None:
         {"prompt": " ", "response": "b"},
         {"prompt": "a", "response": "one\ntwo </async>"},
         {"prompt": "a", "response": PROMISE.replace("The Nile.", PROMISE)},
+        {"prompt": "a", "response": "cut \ud83d"},
+        {"prompt": "\ude00", "response": PROMISE},
+        {"prompt": "a", "response": PROMISE.replace("rivers", "rivers \ud83d")},
         good,
     )
     examples, problems = records.read_records(file)
-    assert [e.line for e in examples] == [1, 10]
+    assert [e.line for e in examples] == [1, 13]
     assert examples[0].prompt == "Rivers?"
     assert [p.topic for p in examples[1].program.promises()] == ["rivers"]
     comma = 15 if sys.version_info >= (3, 13) else 17  # where json reports a trailing comma
     places = [(3, 14), (4, comma), (5, None), (6, None), (7, None), (8, None), (9, None)]
+    places += [(10, None), (11, None), (12, None)]
     assert [(p.line, p.column) for p in problems] == places
     messages = [str(p) for p in problems]
     assert messages[0] == f"{file} line 3, column 14: byte 0xff is not UTF-8. Save the file as UTF-8."
@@ -82,6 +86,10 @@ def test_records_and_every_kind_of_fault(tmp_path: pathlib.Path) -> None:
     assert '"prompt" must be a text that is not empty' in messages[4]
     assert 'in "response", line 2, column 5: </async> without <async>' in messages[5]
     assert f'{file} line 9: in "response", line 1, column 43: a promise nested deeper' in messages[6]
+    half = "The text holds half a character"
+    assert messages[7] == f"{file} line 10: in \"response\": {half}, U+D83D, after 'cut '. Remove it."
+    assert messages[8] == f'{file} line 11: in "prompt": {half}, U+DE00, at its start. Remove it.'
+    assert f'{file} line 12: in "response": {half}, U+D83D, after' in messages[9]
     assert len(records.read_records(file, max_depth=2)[0]) == 3
 
 

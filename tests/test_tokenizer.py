@@ -3,6 +3,7 @@
 import functools
 import io
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from pasta_jax.lang.program import Program, Promise
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.layout import LayoutError, layout_example, promise_tokens
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
-from pasta_jax.tokens.tokenizer import TokenizerError
+from pasta_jax.tokens.tokenizer import TextError, TokenizerError
+from tests.helpers.family_folders import tokenizer
 
 SPELLED = f"a {tags.ASYNC_OPEN} b {tags.SYNC} c"
 
@@ -49,6 +51,26 @@ def test_without_tags() -> None:
     size = len(tokenizer.vocabulary)
     assert list(tokenizer.vocabulary.tag_ids.values()) == list(range(size - 6, size))
     assert tokenizer.vocabulary.text(tokenizer.encode(SPELLED)) == SPELLED
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers"])
+def test_half_a_character_is_named(kind: str) -> None:
+    """In a text, a prompt, a message and the topic of a promise, whatever reads the file."""
+    made = almanac.load_tokenizer() if kind == "sentencepiece" else tokenizer("qwen 3")
+    ways: tuple[Callable[[str], object], ...] = (
+        made.encode,
+        made.encode_prompt,
+        lambda text: made.encode_chat([{"role": "user", "content": text}]),
+        lambda text: promise_tokens(made, Promise(text, 1, ())),
+    )
+    for encode in ways:
+        with pytest.raises(
+            TextError, match=r"The text holds half a character, U\+D83D, after '.*a '. Remove it."
+        ):
+            encode("a \ud83d b")
+        with pytest.raises(TextError, match=r"U\+DCE9 \(the byte 0xE9, which is not UTF-8\), "):
+            encode("\udce9")
+    assert made.vocabulary.text(made.encode("a \U0001f600")) == "a \U0001f600"
 
 
 def test_tags_that_text_can_spell() -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pasta_jax.files import replacing
 from pasta_jax.lang.parse import ParseError, parse
 from pasta_jax.lang.program import Program
+from pasta_jax.tokens.tokenizer import TextError, check_text
 
 KEYS = ("prompt", "response")
 SHOWN = 20
@@ -117,6 +118,10 @@ def _read_line(line: bytes, names: Mapping[str, str], max_depth: int) -> tuple[s
             )
         if not isinstance(record[name], str) or not record[name].strip():
             raise _Fault(None, f'"{name}" must be a text that is not empty. Fix or remove the line.')
+        try:
+            check_text(record[name])
+        except TextError as error:
+            raise _Fault(None, f'in "{name}": {error}') from None
     try:
         return record[names["prompt"]], parse(record[names["response"]], max_depth=max_depth)
     except ParseError as error:

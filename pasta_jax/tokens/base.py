@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 
 from pasta_jax.lang import tags
 from pasta_jax.tokens import chat as chats
-from pasta_jax.tokens.tokenizer import TokenizerError
+from pasta_jax.tokens.tokenizer import TokenizerError, check_text
 from pasta_jax.tokens.usage import Hints, Symbols, Usage, settle, vocabulary_of
 
 MAGIC = b"pasta_jax tokenizer 1\n"
@@ -87,7 +87,11 @@ class TextTokenizer(abc.ABC):
         """The ids of a text that is not empty, by the file's own rules: no bos, no eos, no prefix space."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text, never those of tags or control tokens, whatever the text spells."""
+        """Ids of ordinary text, never those of tags or control tokens, whatever the text spells.
+
+        Raises TextError for half a character.
+        """
+        check_text(text)
         if self._space is None or SPACE not in text:
             return self._encode_as_text(text)
         first, *others = text.split(SPACE)

@@ -41,6 +41,30 @@ class MissingPackage(TokenizerError):
     """The tokenizer's format needs a package that is not installed."""
 
 
+class TextError(ValueError):
+    """A text that is none: it holds half a character; the message says which."""
+
+
+def check_text(text: str) -> None:
+    """Raises TextError if a text cannot be written in UTF-8.
+
+    Half a character is what JSON that was cut within an emoji leaves, and what Python makes of a byte of a command
+    line that is not UTF-8.
+
+    >>> check_text("cut \ud83d")
+    Traceback (most recent call last):
+        ...
+    pasta_jax.tokens.tokenizer.TextError: The text holds half a character, U+D83D, after 'cut '. Remove it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        byte = f" (the byte 0x{code - 0xDC00:02X}, which is not UTF-8)" if 0xDC80 <= code <= 0xDCFF else ""
+        place = f"after {text[max(0, error.start - 20) : error.start]!r}" if error.start else "at its start"
+        raise TextError(f"The text holds half a character, U+{code:04X}{byte}, {place}. Remove it.") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """The ids of a vocabulary, as layout and interpreter use them.
@@ -138,7 +162,10 @@ class Tokenizer(Protocol):
     def vocabulary(self) -> Vocabulary: ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text, never a tag's id; `vocabulary.text` returns the same text."""
+        """Ids of ordinary text, never a tag's id; `vocabulary.text` returns the same text.
+
+        Raises TextError for half a character.
+        """
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Ids of a prompt, up to where the model's answer starts. Raises ValueError if it is empty."""
