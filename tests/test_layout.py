@@ -16,8 +16,8 @@ from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Program, Promise, Sync, Text
 from pasta_jax.lang.render import render
 from pasta_jax.testing import WordTokenizer
-from pasta_jax.tokens.detokenize import read, threads_of
-from pasta_jax.tokens.layout import LayoutError, layout, layout_example, layout_text
+from pasta_jax.tokens.detokenize import promise_of, read, threads_of
+from pasta_jax.tokens.layout import LayoutError, layout, layout_example, layout_text, promise_tokens
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.visibility import visible
@@ -40,6 +40,18 @@ def test_program_to_tokens_and_back(seed):
         assert not reading.issues
         annotated = render(program)
         assert parse(annotated) == program and render(reading.program) == annotated
+
+
+@pytest.mark.parametrize(
+    ("written", "topic"), [(" two", "two"), ("two  ", "two"), ("two words", "two words"), (" ", " ")]
+)
+def test_no_topic_ends_in_a_blank(written: str, topic: str) -> None:
+    """Neither of what a model wrote nor of what it is taught."""
+    ids = WORDS.vocabulary.tag_ids
+    text = [*WORDS.encode(f" {written}"), ids[tags.PROMISE_TOKENS], *WORDS.encode("3")]
+    tag = [ids[tags.PROMISE_OPEN], *text, ids[tags.PROMISE_CLOSE]]
+    assert promise_of(WORDS.vocabulary, tag) == (topic, 3)
+    assert promise_tokens(WORDS, Promise(written, 3, ())) == promise_tokens(WORDS, Promise(topic, 3, ()))
 
 
 def test_trace_laid_out_again_has_the_same_fields(seed):

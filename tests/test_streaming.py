@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 import sys
 
@@ -13,102 +12,23 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import ThreadedTokens
-from pasta_jax.decoding import interpreter, reference, results
+from pasta_jax.decoding import interpreter, results
 from pasta_jax.decoding.script import depth_of
-from pasta_jax.decoding.state import UNFED, Limits, RowState, Stop
+from pasta_jax.decoding.state import Limits, RowState, Stop
 from pasta_jax.decoding.stops import check_stops, cut, find_stop, held_back
 from pasta_jax.decoding.streaming import Consumed, Draft, Event, new_events, settled_text
 from pasta_jax.decoding.trace import Trace, document_order, trace_of_row
 from pasta_jax.lang.assemble import assemble, shortened
+from pasta_jax.lang.parse import parse
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
 from tests.helpers import scripted
 from tests.helpers.scripted import random_script
-
-SETTINGS = (
-    Limits(lanes=8, threads=16, pool=160),
-    Limits(lanes=2, threads=6, pool=120, max_depth=3),
-    Limits(lanes=3, threads=12, pool=160, max_depth=2, constrained=False),
-    Limits(lanes=8, threads=24, pool=240, max_depth=3, constrained=False),
-)
-
-PIECES = list(scripted.VOCABULARY.pieces)
-PIECES[scripted.A], PIECES[scripted.B], PIECES[15] = b"\xf0\x9f", b"\x8c\x8d \xe6", b"x"
-SPLIT = dataclasses.replace(scripted.VOCABULARY, pieces=tuple(PIECES))
-"""The same ids and kinds, but one character takes two tokens, and many bytes are no character at all."""
+from tests.helpers.traces import SPLIT, VOCABULARIES, at_step, looks, of_main, traces
 
 CUT = "branch {}: stopped before its </async>."
-
-VOCABULARIES = (scripted.VOCABULARY, SPLIT)
-
-
-def trace_of(answer: reference.Decoded) -> Trace:
-    """The trace that the engine would read of what the specification decoded."""
-    entries, steps = list(answer.entries), [e.step for e in answer.entries]
-    if answer.stop == Stop.EOS:
-        last = [t.pending for t in (*answer.threads[1:], answer.threads[0]) if t.pending]
-        entries += last
-        steps += [UNFED] * len(last)
-    n = len(entries)
-    fields = {
-        name: np.array([getattr(e, name) for e in entries], np.int32)
-        for name in ("token", "thread", "order", "position")
-    }
-    zeros = np.zeros(n, np.int32)
-    document = ThreadedTokens(
-        **fields, doc=zeros + 1, segment=zeros, sees=zeros[:, None].astype(np.uint32), target=zeros
-    )
-    fed = [t.pending is None or (answer.stop == Stop.EOS and t.closing) for t in answer.threads]
-    return Trace(
-        tokens=document,
-        step=np.array(steps, np.int32),
-        logprob=-np.arange(n, dtype=np.float32),
-        stop=answer.stop,
-        steps=answer.steps,
-        parent=np.array([t.parent.number if t.parent else -1 for t in answer.threads], np.int32),
-        fork_order=np.array([t.fork_order for t in answer.threads], np.int32),
-        force_closed=np.array([t.force_closed for t in answer.threads]),
-        finished=np.array(fed),
-    )
-
-
-@functools.cache
-def traces(seed: int, per_setting: int = 16) -> list[Trace]:
-    rng = np.random.default_rng(seed)
-    out = []
-    for limits in SETTINGS:
-        for _ in range(per_setting):
-            ask = scripted.request(int(rng.integers(5, 200)), int(rng.integers(3, 40)))
-            prompt = [scripted.A] * int(rng.integers(1, 7))
-            answer = scripted.run_reference(prompt, random_script(rng), limits, ask, Positions())
-            out.append(trace_of(answer))
-    return out
-
-
-def at_step(trace: Trace, step: int, stop: Stop = Stop.RUNNING) -> Trace:
-    """What is there of a trace after so many steps."""
-    keep = (trace.step >= 0) & (trace.step <= step)
-    fed, whole = (
-        np.bincount(trace.tokens.thread[k], minlength=len(trace.parent)) for k in (keep, keep | True)
-    )
-    return dataclasses.replace(
-        trace,
-        tokens=ThreadedTokens(**{name: array[keep] for name, array in trace.tokens.fields().items()}),
-        step=trace.step[keep],
-        logprob=trace.logprob[keep],
-        stop=stop,
-        steps=step,
-        force_closed=trace.force_closed & (fed == whole),
-        finished=trace.finished & (fed == whole),
-    )
-
-
-def looks(trace: Trace, rng: random.Random, density: float) -> list[Trace]:
-    """The trace as it is at some steps, and as it is at last."""
-    steps = [step for step in range(trace.steps + 1) if rng.random() < density]
-    return [*(at_step(trace, step) for step in steps), trace]
 
 
 def text_of(trace: Trace, vocabulary: Vocabulary) -> str:
@@ -187,17 +107,54 @@ def test_text_is_whole_characters_and_no_tag_in_the_making():
     assert [e.text for e in new_events(Consumed(), half, vocabulary)[1]] == ["\ufffd", ""]
 
 
-def of_main(tokens: list[int], stop: Stop, *end: int) -> Trace:
-    """A trace of one thread and no prompt."""
-    n = len(tokens) + len(end)
-    column = np.arange(n, dtype=np.int32)
-    zeros = np.zeros(n, np.int32)
-    document = ThreadedTokens(
-        np.array([*tokens, *end], np.int32), column, zeros + 1, zeros, column, zeros[:, None], zeros, zeros
-    )
-    step = np.array([*range(1, len(tokens) + 1), *(UNFED for _ in end)], np.int32)
-    one = np.zeros(1, np.int32)
-    return Trace(document, step, zeros.astype(np.float32), stop, len(tokens), one - 1, one, one > 0, one > 0)
+LETTERS = set('0123456789ab "')
+"""What the scripted vocabulary spells besides tags."""
+
+
+def test_no_reader_sees_a_piece_of_a_tag(seed):
+    """Under the grammar, wherever an answer is cut off and whoever looked at it before; nor does a stop string."""
+    rng = random.Random(seed)
+    words = WordTokenizer()
+    words.vocabulary = scripted.VOCABULARY
+    left_out = 0
+    for trace in traces(seed, constrained=True):
+        for step in rng.sample(range(trace.steps + 1), min(12, trace.steps + 1)):
+            short = at_step(trace, step, rng.choice((Stop.LENGTH, Stop.CACHE_FULL, Stop.CANCELLED)))
+            answer = results.result(words, short)
+            assert set(answer.text) <= LETTERS and all(set(b.text) <= LETTERS for b in answer.branches)
+            assert parse(answer.annotated) == answer.program and assemble(answer.program) == answer.text
+            faults = [issue for issue in answer.issues if "tag" in issue]
+            assert all("incomplete tag '<promise" in fault and "left out" in fault for fault in faults)
+            left_out += len(faults)
+            seen, draft, shown = Consumed(), Draft(), ""
+            for look in (at_step(trace, rng.randint(0, step)), short):
+                seen, _ = follow(seen, draft, look, scripted.VOCABULARY)
+                assert set(str(draft)) <= LETTERS | set("[…]")
+                assert draft.settled.startswith(shown)
+                shown = draft.settled
+            assert str(draft) == draft.settled == answer.text
+            stopped = results.result(words, short, stop=["<", "topic", "=", "o"])
+            assert said(stopped) == said(answer)
+    assert left_out > 20
+
+
+def test_a_tag_within_which_its_thread_ends_is_left_out():
+    """Without the grammar too, whatever ended the thread. Pieces that another token broke are text there."""
+    words = WordTokenizer()
+    ids = words.vocabulary.tag_ids
+    opening, number = [ids['<promise topic="'], *words.encode("x")], [ids['" tokens='], *words.encode("1")]
+    for tag in (opening[:1], opening, opening + number[:1], opening + number):
+        said = [*words.encode("東y"), *tag]
+        missing = f"main: incomplete tag {words.vocabulary.text(tag)!r} left out."
+        for trace in (of_main(said, Stop.LENGTH), of_main(said, Stop.EOS, words.vocabulary.eos)):
+            answer = results.result(words, trace)
+            assert (answer.text, answer.annotated, answer.issues) == ("東y", "東y", (missing,))
+            assert answer.stats.text_tokens == 4 and answer.tokens.tolist() == trace.tokens.token.tolist()
+            for stop in ("y<", "promise", "x", "="):
+                assert results.result(words, trace, stop=[stop]).stop_reason == trace.stop.reason
+        broken = results.result(words, of_main([*said, ids["<sync/>"], *words.encode("z")], Stop.LENGTH))
+        assert broken.text == words.vocabulary.text(said) + "z"
+        assert broken.issues == (missing.replace("left out", "kept as text"),)
 
 
 def test_raw_tokens_are_the_trace(seed):
@@ -418,7 +375,7 @@ def test_a_cut_answer_agrees_with_itself(seed):
         text = text_of(trace, SPLIT)
         n = rng.randint(0, len(text))
         kept = cut(trace, SPLIT, n)
-        again = read(SPLIT, kept.threads)
+        again = read(SPLIT, kept.threads, shortened=n < len(text))
         assert shortened(again.program, n) == shortened(read(SPLIT, trace.threads).program, n)
         order = document_order(trace)[trace.prompt_length :]
         tokens = kept.tokens.token[document_order(kept)][trace.prompt_length :].tolist()

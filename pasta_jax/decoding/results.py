@@ -86,8 +86,9 @@ class DecodeResult:
     of the stop string.
 
     Attributes:
-      text: for the reader: without tags, every branch where it was promised.
-      annotated: the model's output in PASTA-LANG.
+      text: for the reader: without tags, every branch where it was promised. A tag that the end of the answer cut
+        off is left out.
+      annotated: the same in PASTA-LANG.
       tokens, logprobs: NumPy, the answer in document order; the log-probabilities are the model's own, before
         temperature and grammar, and 0 for tokens that the interpreter inserted.
       branches: the promises kept, in order of promise.
@@ -124,7 +125,7 @@ def result(
         program, text = shortened(program, end), text[:end]
         kept = cut(trace, vocabulary, end)
         threads = kept.threads
-        reading = read(vocabulary, threads)
+        reading = read(vocabulary, threads, shortened=True)
     forced = [
         f"branch {k}: over its budget, its </async> was forced." for k in np.flatnonzero(kept.force_closed)
     ]

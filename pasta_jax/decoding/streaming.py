@@ -144,7 +144,10 @@ def new_events(
             continue
         tokens = trace.tokens.token[indices[number][thread.progress.index : end]].tolist()
         is_last = ended and not branch
-        pieces, progress = scan(vocabulary, number, tokens, branches[number], thread.progress, ended=is_last)
+        unfinished = Role.UNFINISHED if is_last else None
+        pieces, progress = scan(
+            vocabulary, number, tokens, branches[number], thread.progress, unfinished=unfinished
+        )
         speller, text = Speller(vocabulary, thread.pending), ""
         for piece in pieces:
             text += speller.feed(piece.tokens) if piece.role == Role.TEXT else speller.end_run()

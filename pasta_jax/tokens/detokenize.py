@@ -1,7 +1,8 @@
 """From threads of tokens back to a program and to text (the inverse of `layout`).
 
-Every decode ends here, so any ids must be read: tags that were never completed, stray pieces, promises that got no
-thread and branches that were cut off become text or unfinished blocks (docs/design.md, decision 7), and are listed.
+Every decode ends here, so any ids must be read (docs/design.md, decision 7). A tag within which its thread ended is
+left out; branches that were cut off become unfinished blocks; pieces of tags that other tokens broke, stray pieces
+and promises that got no thread become text. All are listed.
 
 An answer is walked in document order, span by span (`walk`); the tokens of a span are read as text and tags
 (`scan`); text is decoded from UTF-8 run by run, and a tag ends a run (`Speller`).
@@ -107,6 +108,7 @@ class Role(enum.Enum):
     SYNC = "sync"
     BEGIN = "begin"  # `<async>`
     END = "end"  # `</async>`, the end of the answer
+    UNFINISHED = "unfinished"  # a tag within which the thread ended: nothing to read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Piece:
     Attributes:
       role: what they are read as.
       tokens: their ids.
-      fault: for text that looked like a tag, why it is none.
+      fault: for what looked like a tag, why it is none.
     """
 
     role: Role
@@ -148,7 +150,7 @@ def scan(
     branches: Mapping[int, int],
     progress: Progress = Progress(),
     *,
-    ended: bool,
+    unfinished: Role | None,
 ) -> tuple[list[Piece], Progress]:
     """Reads more tokens of a thread: their pieces, and how far it is read now.
 
@@ -160,7 +162,7 @@ def scan(
       tokens: the next ones.
       branches: the branch that each ` />` started, {index in the thread: branch}.
       progress: what the call before returned.
-      ended: nothing follows the tokens, so a tag that has started is text.
+      unfinished: what a tag is that has started, if nothing follows the tokens; None if something does.
     """
     pieces: list[Piece] = []
     text: list[int] = []  # ordinary tokens that are in no piece yet
@@ -173,8 +175,9 @@ def scan(
         if tokens:
             pieces.append(Piece(role, (*tokens,), fault))
 
-    def break_off() -> None:
-        put(Role.TEXT, tag, f"incomplete tag {vocabulary.text(tag)!r} kept as text")
+    def break_off(role: Role) -> None:
+        kept = "kept as text" if role == Role.TEXT else "left out"
+        put(role, tag, f"incomplete tag {vocabulary.text(tag)!r} {kept}")
         tag.clear()
 
     for index, token in enumerate(tokens, progress.index + 1):
@@ -183,8 +186,9 @@ def scan(
             continue
         kind = vocabulary.kinds[token]
         effect = Effect(grammar.EFFECT[state][kind])
+        ends = effect == (Effect.FINISH if thread else Effect.END)
         if grammar.BREAKS[state][kind]:
-            break_off()
+            break_off(Role.UNFINISHED if ends else Role.TEXT)
         state = grammar.NEXT[state][kind]
         if effect == Effect.FORK:
             tag.append(token)
@@ -197,27 +201,35 @@ def scan(
             tag.append(token)
         elif effect == Effect.SYNC:
             put(Role.SYNC, [token])
-        elif effect == (Effect.FINISH if thread else Effect.END):
+        elif ends:
             put(Role.END, [token])
             finished = True
         elif effect in (Effect.STRAY, Effect.FINISH, Effect.END):
             put(Role.TEXT, [token], f"{_spelling(vocabulary, token)} out of place, kept as text")
         else:
             text.append(token)
-    if ended:
-        break_off()
+    if unfinished:
+        break_off(unfinished)
     put(Role.TEXT, [])
     return pieces, Progress(index, state, (*tag,), finished)
 
 
-def scan_all(vocabulary: Vocabulary, threads: Threads) -> Iterator[tuple[Span, list[Piece], Progress]]:
-    """A whole answer in document order: its spans, their pieces, and how far their threads are read then."""
+def scan_all(
+    vocabulary: Vocabulary, threads: Threads, *, shortened: bool = False
+) -> Iterator[tuple[Span, list[Piece], Progress]]:
+    """A whole answer in document order: its spans, their pieces, and how far their threads are read then.
+
+    `shortened` is as in `read`.
+    """
     progress = [Progress() for _ in threads.tokens]
-    for span in walk([*map(len, threads.tokens)], threads.branches):
+    spans = [*walk([*map(len, threads.tokens)], threads.branches)]
+    last = max((i for i, span in enumerate(spans) if span.stop > span.start), default=0)
+    for i, span in enumerate(spans):
         thread, start, stop, branch = span
+        unfinished = Role.TEXT if shortened and i == last else Role.UNFINISHED
         pieces, progress[thread] = scan(
             vocabulary, thread, threads.tokens[thread][start:stop], threads.branches[thread], progress[thread],
-            ended=not branch,
+            unfinished=None if branch else unfinished,
         )  # fmt: skip
         yield span, pieces, progress[thread]
 
@@ -230,7 +242,7 @@ def promise_of(vocabulary: Vocabulary, tag: Sequence[int]) -> tuple[str, int]:
     middle = kinds.index(Kind.TOKENS)
     number = int("".join(str(vocabulary.digit_values[token]) for token in tag[middle + 1 : -1]))
     topic = vocabulary.text(tag[1:middle])
-    return topic.removeprefix(TOPIC_PREFIX) or topic, number
+    return topic.strip() or topic.removeprefix(TOPIC_PREFIX) or topic, number
 
 
 def _spelling(vocabulary: Vocabulary, token: int) -> str:
@@ -259,18 +271,23 @@ class Reading:
         return len(self.text)
 
 
-def read(vocabulary: Vocabulary, threads: Threads) -> Reading:
+def read(vocabulary: Vocabulary, threads: Threads, *, shortened: bool = False) -> Reading:
     """The program that the threads spell; never raises on any ids of the vocabulary.
 
     An answer's tokens end with the end-of-answer id, a branch's with `</async>`; where they do not, the row
     was stopped before, and the branch is listed as unfinished.
+
+    Args:
+      vocabulary: of the tokens.
+      threads: the answer.
+      shortened: it was cut off within its text (`decoding.stops.cut`): a tag at its end is one that is text.
     """
     nodes: list[list[Node]] = [[] for _ in threads.tokens]
     tags: dict[int, tuple[int, str, int]] = {}  # of each promise, by branch: its thread, topic and number
     promises: dict[int, Promise] = {}
     text: list[int] = []
     issues: list[str] = []
-    for (thread, _, _, branch), pieces, progress in scan_all(vocabulary, threads):
+    for (thread, _, _, branch), pieces, progress in scan_all(vocabulary, threads, shortened=shortened):
         speller, name = Speller(vocabulary), f"branch {thread}" if thread else "main"
         for piece in pieces:
             if piece.fault:

@@ -184,7 +184,7 @@ def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
         return [vocabulary.tag_ids[tags.PROMISE_CLOSE]]
     if problem := promise_problem(promise.topic, promise.tokens):
         raise LayoutError(f"The promise {promise.topic!r} cannot be written: {problem}.")
-    topic = tokenizer.encode(TOPIC_PREFIX + promise.topic)
+    topic = tokenizer.encode(TOPIC_PREFIX + (promise.topic.strip() or promise.topic))
     if not 1 <= len(topic) <= tags.MAX_TOPIC_TOKENS:
         raise LayoutError(
             f"The topic {promise.topic!r} takes {len(topic)} tokens; 1 to {tags.MAX_TOPIC_TOKENS} are allowed. "
