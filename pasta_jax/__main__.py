@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from pasta_jax import verbs
-from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
+from pasta_jax.verbs import define_loading, loading_options, quiet_pipe, refuse, show_log
+
+if TYPE_CHECKING:
+    from pasta_jax.decoding.results import DecodeResult
 
 MODES = ["parallel", "sequential", "both"]
 
@@ -24,22 +28,10 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
     if values.stream and values.annotated:
         refuse("--stream prints the text as it settles, --annotated the whole with its tags. Choose one.")
     show_log()
-    from pasta_jax import decode, load
-    from pasta_jax.checkpoints.about import CheckpointError
-    from pasta_jax.terminal import printer, timeline
-
-    try:
-        model = load(values.ckpt, **loading_options(values))
-        result = decode(
-            model,
-            argv[1],
-            **{flag.name: flag.value for flag in decoding},
-            stream=printer(sys.stdout, live=sys.stdout.isatty()) if values.stream else False,
-        )
-    except (CheckpointError, ValueError) as error:
-        refuse(str(error))
-    if not values.stream:
-        print(result.annotated if values.annotated else result.text)
+    with quiet_pipe():
+        result = _answer(argv[1], values, decoding)
+        if not values.stream:
+            print(result.annotated if values.annotated else result.text)
     stats = result.stats
     summary = [
         f"{stats.decode_steps} steps for {stats.text_tokens} tokens of text",
@@ -52,7 +44,32 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
     for issue in result.issues:
         print(f"[{issue}]", file=sys.stderr)
     if values.timeline:
+        from pasta_jax.terminal import timeline
+
         print(timeline(result), file=sys.stderr)
+
+
+def _answer(prompt: str, values: flags.FlagValues, decoding: Sequence[flags.FlagHolder]) -> DecodeResult:
+    """Decodes, with --stream to stdout. What cannot be decoded is one line, and status 2."""
+    import jax
+
+    from pasta_jax import decode, load
+    from pasta_jax.checkpoints.about import CheckpointError
+    from pasta_jax.terminal import printer
+
+    try:
+        return decode(
+            load(values.ckpt, **loading_options(values)),
+            prompt,
+            **{flag.name: flag.value for flag in decoding},
+            stream=printer(sys.stdout, live=sys.stdout.isatty()) if values.stream else False,
+        )
+    except (CheckpointError, ValueError) as error:
+        refuse(str(error))
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:  # where it is not known how much is free
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refuse(f"Out of memory. Lower --max_new_tokens, or shorten the prompt. {error}".splitlines()[0])
 
 
 def command() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +21,18 @@ def refuse(message: str) -> NoReturn:
     """Prints the message on stderr and exits with status 2."""
     print(message, file=sys.stderr)
     sys.exit(BAD_USAGE)
+
+
+@contextlib.contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Ends the command without a word when nobody reads its output any more, as with `| head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # At its end Python flushes stdout again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def config_file(name: str) -> str:

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
 
@@ -93,6 +95,75 @@ def test_options_reach_load_of_both_models() -> None:
     """
     done = run("-c", code)
     assert (done.returncode, done.stderr) == (2, "loaded ['B', 'W']\n")
+
+
+def with_decode(body: str, *flags: str) -> list[str]:
+    """A command line: `python -m pasta_jax` with another `decode`."""
+    code = f"""if True:
+        import sys, jax, pasta_jax
+        from pasta_jax import __main__ as verb
+        from pasta_jax.decoding.streaming import Event
+        from tests.helpers.answers import model
+        real = pasta_jax.decode
+        def decode(model, prompt, stream, **options):
+            {body}
+        pasta_jax.load, pasta_jax.decode = (lambda path, **options: model()), decode
+        sys.argv = ["pasta_jax", "--ckpt=W", *{[*flags]}, *sys.argv[1:]]
+        verb.command()
+    """
+    return ["-c", code]
+
+
+def test_prompts_and_sizes_that_cannot_be_end_in_one_line() -> None:
+    really = with_decode("return real(model, prompt, stream=stream, **options)")
+    broken = with_decode(
+        "raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.')"
+    )
+    for line, message in {
+        (
+            *really,
+            "caf\udce9",
+        ): r"The text holds half a character, U\+DCE9 \(the byte 0xE9, which is not UTF-8\)",
+        (
+            *really,
+            "Hi",
+            "--max_new_tokens=2000000000",
+        ): r"The pool does not fit: 1 rows x 1,073,741,824 tokens x ",
+        (
+            *really,
+            "Hi",
+            "--seed=-1",
+        ): "seed=-1 is out of range. Give a whole number from 0 to 18446744073709551615.",
+        (*really, "Hi", "--open_bias=nan"): "open_bias=nan is out of range.",
+        (*broken, "Hi"): "Out of memory. Lower --max_new_tokens, or shorten the prompt. RESOURCE_EXHAUSTED: ",
+    }.items():
+        done = run(*line)
+        assert done.returncode == 2 and re.match(message, done.stderr) and done.stderr.count("\n") == 1, (
+            done.stderr
+        )
+
+
+@pytest.mark.parametrize("flag", ["--stream", "--nostream"])
+def test_a_reader_that_has_read_enough_ends_the_command(flag: str) -> None:
+    """`| head`: no traceback, and the status of a command that a closed pipe ends."""
+    line = with_decode(
+        "[stream(Event('text', text='word ' * 9999)) for _ in range(99)] if stream else None;"
+        "return real(model, prompt, max_new_tokens=2) if stream else type('', (), dict(text='word ' * 99999))",
+        flag,
+    )
+    env = os.environ | {"XLA_FLAGS": ONE_DEVICE}
+    with subprocess.Popen(
+        [sys.executable, *line, "Hi"],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as started:
+        assert started.stdout and started.stdout.read(3) == "wor"
+        started.stdout.close()
+        assert started.stderr and started.stderr.read() == ""
+    assert started.returncode == 128 + signal.SIGPIPE
 
 
 def test_options_reach_decode() -> None:
