@@ -2,7 +2,11 @@
 
 import copy
 import dataclasses
+import functools
 import math
+import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,7 +173,57 @@ def test_limits() -> None:
     assert cut and all(result.stats.prompt_tokens + len(result.tokens) == 20 for result in cut)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_new_tokens": "5"}, {"max_new_tokens": 2.5}, {"max_new_tokens": 0}, {"max_new_tokens": 2**31},
+        {"max_branch_tokens": True}, {"temperature": "hot"}, {"temperature": b"1"}, {"temperature": math.nan},
+        {"temperature": math.inf}, {"top_k": 1.0}, {"top_p": "0.5"}, {"min_p": [0.1]}, {"open_bias": math.nan},
+        {"open_bias": math.inf}, {"open_bias": "x"}, {"seed": 1.5}, {"seed": -1}, {"seed": 2**64}, {"seed": "a"},
+        {"stop": 5}, {"stop": b"x"}, {"max_branches": -1}, {"max_branches": 1.5}, {"lanes": 0}, {"lanes": None},
+        {"lanes": b"8"}, {"cache_len": 0}, {"cache_len": "128"}, {"cache_len": 2**31}, {"grammar": "no"},
+        {"stream_tokens": 1}, {"stream": "yes"}, {"mode": ["parallel"]},
+    ],
+)  # fmt: skip
+def test_an_option_that_cannot_be_is_named(given: dict[str, Any]) -> None:
+    [(name, value)] = given.items()
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}={value!r}')}") as error:
+        pasta_jax.decode(model(), PROMPT, **given)
+    assert "\n" not in str(error.value)
+
+
+def test_options_of_parameters_and_limits() -> None:
+    """As from array libraries, too; None is no number there."""
+    given: dict[str, Any] = {"max_new_tokens": np.int32(5), "temperature": np.float32(0.5), "stop": ["a"]}
+    params = pasta_jax.SamplingParams(**given)
+    assert params == pasta_jax.SamplingParams(5, temperature=0.5, stop=("a",))
+    assert type(params.max_new_tokens) is int and type(params.temperature) is float
+    assert pasta_jax.SamplingParams(open_bias=-math.inf).open_bias == -math.inf
+    given = {"lanes": np.int64(2), "threads": np.int64(3)}
+    assert Limits(**given) == Limits(2, 3)
+    makers: dict[Callable[..., object], tuple[dict[str, Any], ...]] = {
+        pasta_jax.SamplingParams: ({"open_bias": None}, {"max_new_tokens": None}, {"script": 5}),
+        Limits: ({"lanes": "8"}, {"threads": 0}, {"pool": 1.5}, {"pool": 2**31}, {"constrained": 1}),
+        functools.partial(pasta_jax.Decoder, model()): ({"rows": 0}, {"rows": "2"}, {"chunk": 0}),
+    }
+    for make, each in makers.items():
+        for wrong in each:
+            with pytest.raises(ValueError, match=f"^{next(iter(wrong))}"):
+                make(**wrong)
+
+
+def test_no_two_seeds_are_the_same() -> None:
+    keys = [pasta_jax.SamplingParams(seed=seed).request().key.tolist() for seed in (5, 2**32 + 5, 2**64 - 1)]
+    assert keys == [[0, 5], [1, 5], [2**32 - 1, 2**32 - 1]]
+
+
 def test_mistakes_in_words() -> None:
+    wrong: Any
+    for wrong in (5, b"text", ["a", b"b"], [PROMPT, 3], [[3]]):
+        with pytest.raises(ValueError, match="The prompt is a |Message 1 of the conversation is 3"):
+            pasta_jax.decode(model(), wrong)
+    with pytest.raises(ValueError, match="half a character, U\\+D83D, after 'cut '. Remove it."):
+        pasta_jax.decode(model(), "cut \ud83d")
     for prompt in ("", " \n"):
         with pytest.raises(ValueError, match="empty"):
             pasta_jax.decode(model(), prompt)

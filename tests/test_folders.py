@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pasta_jax.interchange import memory, tensors
+from pasta_jax import memory
+from pasta_jax.interchange import tensors
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import model_config, open_folder, read_params
 from tests.helpers.hf_folders import CONFIGS, random_tensors, write_hf_folder

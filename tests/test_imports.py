@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "pasta_jax"
 
 LEVELS = [
-    {"lang", "arrays", "files", "fields", "rounding", "figures", "verbs"},
+    {"lang", "arrays", "files", "fields", "rounding", "figures", "verbs", "memory"},
     {"visibility", "sharding", "baselines"},
     {"tokens", "model"},
     {"config"},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -11,13 +12,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pasta_jax.interchange import memory, reading, tensors
+from pasta_jax import Decoder, Limits, decode, memory
+from pasta_jax.decoding.compiled import Compiled
+from pasta_jax.interchange import reading, tensors
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.placing import target_shapes
+from pasta_jax.interchange.placing import check_fits, target_shapes
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.presets import preset
 from pasta_jax.model.weights import hf_tensors
 from pasta_jax.sharding import make_mesh
+from tests.helpers.answers import PROMPT, model
 from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
 pytestmark = pytest.mark.slow
@@ -72,9 +76,9 @@ def test_this_machine() -> None:
 def test_seven_billion_parameters_and_the_arithmetic() -> None:
     config = preset("gemma-7b").config
     shapes = target_shapes(config)
-    memory.check_fits(shapes, staging=0, what="gemma-7b", host_free=17 * GIB)
+    check_fits(shapes, staging=0, what="gemma-7b", host_free=17 * GIB)
     with pytest.raises(InterchangeError) as error:
-        memory.check_fits(shapes, staging=GIB, what="gemma-7b", host_free=8 * GIB)
+        check_fits(shapes, staging=GIB, what="gemma-7b", host_free=8 * GIB)
     assert str(error.value) == (
         "gemma-7b does not fit: 8,537,680,896 parameters x 2 (bfloat16) bytes = 15.9 GiB over 1 device; 16.9 "
         "GiB are needed in this machine's memory, what reading takes included, and 8.0 GiB are free. Nothing was "
@@ -82,7 +86,7 @@ def test_seven_billion_parameters_and_the_arithmetic() -> None:
     )
     wide = target_shapes(dataclasses.replace(config, dtype="float32"))
     with pytest.raises(InterchangeError, match=r"31.8 GiB .* Try dtype bfloat16, more devices"):
-        memory.check_fits(wide, staging=0, what="gemma-7b", host_free=8 * GIB)
+        check_fits(wide, staging=0, what="gemma-7b", host_free=8 * GIB)
 
 
 def test_each_device_counts_what_lies_on_it() -> None:
@@ -111,9 +115,9 @@ def test_an_accelerators_own_memory() -> None:
         ),
     )
     with pytest.raises(InterchangeError, match=r"14.0 GiB are needed on .*, and 12.0 GiB are free"):
-        memory.check_fits({"w": leaf}, staging=0, what="a model", host_free=64 * GIB)
+        check_fits({"w": leaf}, staging=0, what="a model", host_free=64 * GIB)
     leaf.shape = (5, GIB)
-    memory.check_fits({"w": leaf}, staging=GIB, what="a model", host_free=2 * GIB)
+    check_fits({"w": leaf}, staging=GIB, what="a model", host_free=2 * GIB)
 
 
 def test_what_does_not_fit_is_refused_before_a_tensor_is_read(
@@ -125,6 +129,48 @@ def test_what_does_not_fit_is_refused_before_a_tensor_is_read(
     monkeypatch.setattr(tensors, "rows", lambda stored: pytest.fail("a tensor was read"))
     with pytest.raises(InterchangeError, match=f"{tmp_path}/hf does not fit: .* Nothing was read"):
         reading.read_params(folder, reading.model_config(folder))
+
+
+def test_a_decode_that_does_not_fit_is_refused_before_anything_is_allocated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pool, rows, threads, a prompt; said to each caller in the words that it has."""
+    monkeypatch.setattr(memory, "host_memory", lambda: 8 * GIB)
+    monkeypatch.setattr(Compiled, "_run", lambda *args: pytest.fail("a program was run"))
+    per_token = 2 * 8 * 4 + 4 * (8 + 2)  # keys and values; fields of an entry, with two words of `sees`
+    need = memory.gib(2**30 * per_token)
+    message = (
+        f"The pool does not fit: 1 rows x 1,073,741,824 tokens x {per_token} bytes with 16 threads = {need} GiB; "
+        f"{need} GiB are needed in this machine's memory, and 8.0 GiB are free. Nothing was allocated. Lower "
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        decode(model(), PROMPT, max_new_tokens=2**31 - 1)
+    with pytest.raises(
+        ValueError, match=r"does not fit: 8 rows x 1,024 tokens .* with 10,000,001 threads = .*branches"
+    ):
+        decode(model(), [PROMPT] * 5, cache_len=1024, max_branches=10**7)
+    with pytest.raises(
+        ValueError, match=r"does not fit: 4 rows x 100,000,000 tokens .* smaller Limits.pool or Limits"
+    ):
+        Decoder(model(), limits=Limits(pool=10**8), rows=4)
+    with pytest.raises(ValueError, match=r"its 250,002 tokens .* 2 heads x .* = .* or lower cache_len\.$"):
+        decode(model(), "word " * 50_000)
+
+
+def test_where_memory_is_unknown_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "host_memory", lambda: None)
+    Decoder(model(), limits=Limits(pool=2**30), rows=8)
+
+    class Chip:
+        platform = "gpu"
+
+        def memory_stats(self) -> None:
+            return None
+
+    place = types.SimpleNamespace(shard_shape=lambda shape: shape, addressable_devices={Chip()})
+    leaf = types.SimpleNamespace(shape=(2**50,), dtype=np.dtype("int8"), sharding=place)
+    monkeypatch.setattr(memory, "host_memory", lambda: 10)
+    assert memory.shortage([leaf]) is None
 
 
 MEASURE = """

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import random
+import re
 import threading
 from typing import Any
 
@@ -181,6 +182,25 @@ def test_cancelled_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> 
     assert other.wait().stop == Stop.CANCELLED
 
 
+def test_no_short_answer_shows_a_piece_of_a_tag(seed: int) -> None:
+    """Of 300, cut off by a limit, a stop string or the caller; many within a tag."""
+    rng = random.Random(seed)
+    answers = []
+    for number in range(300):
+        stop = rng.choice(((), (), (" ",), ("e",), ('"',), ("=",)))
+        sampling = SamplingParams(rng.randint(1, 16), 30, 1.0, seed=number, open_bias=3.5, stop=stop)
+        answers.append(decoder().submit(ids(rng.choice(PROMPTS)), sampling))
+    for answer in rng.sample(answers, 40):
+        decoder().session.turn()
+        answer.cancel()
+    cut = 0
+    for each in (answer.result() for answer in answers):
+        cut += any("incomplete tag" in issue for issue in each.issues)
+        for text in (each.text, *(branch.text for branch in each.branches)):
+            assert not re.search("promise|topic|tokens|sync", text), each.annotated
+    assert cut > 30
+
+
 def test_only_work_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not what a consumer does between two turns, nor what others compile meanwhile."""
     clock = [0.0]
@@ -220,10 +240,11 @@ def test_several_threads_may_wait(seed: int) -> None:
 
 def test_a_failed_call_leaves_no_request_behind() -> None:
     good, bad = ids("rivers"), [5] * 500
-    with pytest.raises(ValueError, match="pool holds 120"):
+    with pytest.raises(ValueError, match=r"pool holds 120 .* set Limits.pool to more than 500\.$"):
         decoder().decode([good, bad], [SamplingParams()] * 2)
-    with pytest.raises(ValueError, match="takes ids"):
-        decoder().submit("rivers")  # type: ignore[arg-type]
+    for wrong in ("rivers", b"rivers", ["rivers"], 5, None):
+        with pytest.raises(ValueError, match="takes ids"):
+            decoder().submit(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="none of the model's"):
         decoder().submit([2**40])
     with pytest.raises(ValueError, match="max_new_tokens"):

@@ -16,11 +16,13 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from pasta_jax.decoding.compiled import Compiled, Sizes
 from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.fits import DoesNotFit
 from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.options import LARGEST_INT, switch, whole
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import DecodeResult, result
-from pasta_jax.decoding.session import PendingAnswer, PromptTooLong
-from pasta_jax.decoding.state import Limits, Stop
+from pasta_jax.decoding.session import PendingAnswer
+from pasta_jax.decoding.state import MAX_POOL, Limits, Stop
 from pasta_jax.decoding.streaming import Consumed, Event, new_events
 from pasta_jax.rounding import next_power_of_two, round_up
 
@@ -113,7 +115,7 @@ def decode(
         adds the measured speedup.
       max_branches: T - 1, the most promises of one answer.
       lanes: S, threads that decode in the same step.
-      grammar: keep tags well formed; without it malformed pieces become text and are listed in `issues`.
+      grammar: keep tags well formed; without it pieces of broken tags become text and are listed in `issues`.
       cache_len: P, tokens of prompt and answer together; the default holds both.
       stream: True gives an iterator of `Event`s, which decodes as it is asked for more; closing or dropping it ends
         the decode. A function is called with each event, and `decode` returns its usual result. Events carry
@@ -122,7 +124,7 @@ def decode(
       options: of sampling, with the defaults of `SamplingParams`; None is the default.
         max_new_tokens (512): tokens of an answer over all threads, tags included.
         max_branch_tokens (256): content tokens of one branch; then its end is forced.
-        temperature (0.0, greedy), seed (0): of drawing. The text depends on no other request.
+        temperature (0.0, greedy), seed (0, to 2**64 - 1): of drawing. The text depends on no other request.
         top_k (0, off), top_p (1.0, off), min_p (0.0, off): draw among the most likely tokens only, in this order,
         after temperature: the top_k first; of these the fewest that have the share top_p; of these what is at
         least min_p times as likely as the likeliest.
@@ -131,17 +133,20 @@ def decode(
         thread wrote it.
 
     Raises:
-      ValueError: an empty prompt, one that does not fit, a conversation out of turn, or an option out of range.
+      ValueError: an empty prompt, one that does not fit, also into memory, or holds half a character; a
+        conversation out of turn; an option out of range or of the wrong type.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown. Use one of {', '.join(MODES)}.")
+    whole("max_branches", max_branches, 0, LARGEST_INT - 1)
+    whole("lanes", lanes, 1)
+    switch("grammar", grammar)
+    switch("stream_tokens", stream_tokens)
+    if not callable(stream):
+        switch("stream", stream)
     if stream and mode == "both":
         raise ValueError('mode="both" decodes each prompt several times. To stream, decode it in one mode.')
-    if isinstance(prompt, Mapping) or not isinstance(prompt, str | Sequence):
-        raise ValueError(
-            f"The prompt is a {type(prompt).__name__}. Give a text, a conversation "
-            '[{"role": "user", "content": "..."}], or a list of either.'
-        )
+    _check_prompt(prompt)
     prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if is_single := isinstance(prompt, str) or any(isinstance(message, Mapping) for message in prompts):
         prompts = [prompt]
@@ -149,6 +154,8 @@ def decode(
         return (event for event in list[Event]()) if stream is True else []
     if unknown := options.keys() - SamplingOptions.__annotations__.keys():
         raise TypeError(f"decode() has no option {', '.join(sorted(unknown))}.")
+    for each in prompts:
+        _check_prompt(each)
     given = {name: value for name, value in options.items() if value is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
@@ -156,7 +163,8 @@ def decode(
     tokenizer = model.tokenizer
     ids = [tokenizer.encode_prompt(p) if isinstance(p, str) else tokenizer.encode_chat(p) for p in prompts]
     if cache_len is None:
-        cache_len = round_up(max(map(len, ids)) + sampling.max_new_tokens, 128)
+        cache_len = min(round_up(max(map(len, ids)) + sampling.max_new_tokens, 128), MAX_POOL)
+    whole("cache_len", cache_len, 1, MAX_POOL)
     limits = Limits(
         lanes=min(lanes, max_branches + 1),
         threads=max_branches + 1,
@@ -165,11 +173,11 @@ def decode(
         constrained=grammar,
     )
     rows = min(MAX_ROWS, next_power_of_two(len(prompts)))
-    decoder = decoder_for(model, limits, rows)
     sequential = dataclasses.replace(sampling, open_bias=float("-inf"))
     if mode == "sequential":
         sampling = sequential
     try:
+        decoder = decoder_for(model, limits, rows)
         if stream:
             answers = [decoder.session.prepare(prompt, sampling) for prompt in ids]
             events = _stream(decoder, answers, stream_tokens)
@@ -178,12 +186,21 @@ def decode(
             results = _call_back(events, stream)
         else:
             results = _decode(decoder, ids, sampling, repeat=mode == "both")
-    except PromptTooLong as error:
-        raise PromptTooLong(error.tokens, error.pool, "cache_len") from None
+    except DoesNotFit as error:
+        raise ValueError(error.for_decode) from None
     if mode == "both":
         alone = _decode(decoder, ids, sequential, repeat=True)
         results = [_with_speedup(*pair) for pair in zip(results, alone, strict=True)]
     return results[0] if is_single else results
+
+
+def _check_prompt(prompt: Any) -> None:
+    """Raises ValueError for what is neither a text nor a list."""
+    if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, str | Sequence):
+        raise ValueError(
+            f"The prompt is a {type(prompt).__name__}. Give a text, a conversation "
+            '[{"role": "user", "content": "..."}], or a list of either.'
+        )
 
 
 # ------------------------------------------------------------------------------------------------- decoders

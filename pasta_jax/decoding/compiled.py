@@ -25,17 +25,22 @@ from pasta_jax import sharding
 from pasta_jax.decoding import cpu, loop
 from pasta_jax.decoding.interpreter import rules_for
 from pasta_jax.decoding.loop import Batch
+from pasta_jax.decoding.options import whole
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.state import Limits, Request, RowState
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.model.forms import fuse, is_plain, outputs_first
+from pasta_jax.rounding import ceil_div
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
 
 Form: TypeAlias = Literal["plain", "fused", "outputs_first"]
 """How decode steps read the weights: as they are; q, k and v as one matrix, on an accelerator, and on a CPU whose
 cache holds them; with outputs first, on a CPU whose cache does not (docs/lab-log.md says why)."""
+
+LARGE_PREFILL = 2**30
+"""Bytes of attention scores. Prompts that take more together are fed one by one."""
 
 CHANGES: dict[Form, Callable[[Any], Any]] = {"fused": fuse, "outputs_first": outputs_first}
 """Plain or int8 parameters to another form."""
@@ -114,11 +119,12 @@ class Compiled:
         self.config, self.vocabulary, self.positions, self.limits = config, vocabulary, positions, limits
         self.shapes = _shapes(params)
         self.mesh = sharding.mesh_of(self.shapes)
+        rows = whole("rows", rows, 1)
         self.rows = rows if self.mesh is None else sharding.round_up_rows(rows, self.mesh)
         self.xla_options = dict(xla_options or {})
         place = jax.tree.leaves(self.shapes)[0].sharding
         device = min(place.device_set, key=lambda device: device.id)
-        on_cpu = (platform or device.platform) == "cpu"
+        self.on_cpu = on_cpu = (platform or device.platform) == "cpu"
         cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params)) <= cached_bytes
         self._on_host = device.platform == "cpu" and self.mesh is None
         self.form = self._form(on_cpu, cached)
@@ -155,13 +161,38 @@ class Compiled:
 
     # ------------------------------------------------------------------------------------------- description
 
+    def bucket(self, tokens: int) -> int:
+        """The length that a prompt of so many tokens is padded to."""
+        return next(bucket for bucket in self.prompt_buckets if bucket >= tokens)
+
+    def rows_together(self, length: int) -> int:
+        """The most prompts padded to this length that one call feeds: B, or 1 if B take much memory."""
+        shape = self.scores(self.rows, length).shape
+        return 1 if self.mesh is None and 4 * math.prod(shape) > LARGE_PREFILL else self.rows
+
+    def scores(self, rows: int, length: int) -> jax.ShapeDtypeStruct:
+        """Shape of the attention scores that feeding prompts of this length takes at least: float32 [n, N, Q, L].
+
+        `attend_to_earlier` goes by eight blocks of queries. On a CPU XLA computes them side by side, elsewhere at
+        least the last one is in memory.
+        """
+        queries = ceil_div(9 * length, 16) if self.on_cpu else ceil_div(length, 8)
+        shape = (rows, self.config.num_heads, queries, length)
+        place: Any = sharding.sharding("BNQP", shape, self.mesh) if self.mesh else self._everywhere
+        return jax.ShapeDtypeStruct(shape, "float32", sharding=place)
+
     @property
     def programs(self) -> tuple[ProgramKey, ...]:
         """All that a decoder of requests without scripts may run."""
         sizes = sorted({self.rows} if self.mesh else {1, self.rows})
         return (
             ProgramKey("new"),
-            *(ProgramKey("admit", rows, length) for rows in sizes for length in self.prompt_buckets),
+            *(
+                ProgramKey("admit", rows, length)
+                for rows in sizes
+                for length in self.prompt_buckets
+                if rows <= self.rows_together(length)
+            ),
             *(ProgramKey("decode", length=length) for length in self.pool_buckets),
             ProgramKey("release"),
             *(() if self._on_host else (ProgramKey("read"),)),
@@ -171,10 +202,8 @@ class Compiled:
         """One of the programs, lowered."""
         everywhere, by_row = self._everywhere, self._by_row
         request = SamplingParams().request(program.script)
-        batch = jax.eval_shape(functools.partial(self._new_batch, request))
-        pool: Any = sharding.pool_shardings(batch.pool, self.mesh) if self.mesh else everywhere
-        places = Batch(by_row, by_row, pool)
-        batch = sharding.abstract(batch, places)
+        batch = self.batch_shapes(program.script)
+        places = jax.tree.map(lambda leaf: leaf.sharding, batch)
         model = Transformer(self.config)
         params, rules = self._step_shapes, sharding.abstract(self._rules, everywhere)
 
@@ -203,6 +232,18 @@ class Compiled:
             case "read":
                 return jax.jit(loop.take, out_shardings=everywhere).lower(batch.rows, number)
 
+    def batch_shapes(self, script_size: tuple[int, int] = NOTHING) -> Batch:
+        """Shapes of `empty_batch`, with the sharding of each."""
+        request = SamplingParams().request(script_size)
+        batch = jax.eval_shape(functools.partial(self._new_batch, request))
+        pool: Any = sharding.pool_shardings(batch.pool, self.mesh) if self.mesh else self._everywhere
+        return sharding.abstract(batch, Batch(self._by_row, self._by_row, pool))
+
+    @functools.cached_property
+    def batch(self) -> Batch:
+        """`batch_shapes` of requests without scripts."""
+        return self.batch_shapes()
+
     def _new_batch(self, request: Request) -> Batch:
         return loop.empty_batch(self.config, self.limits, self.rows, request)
 
@@ -228,8 +269,9 @@ class Compiled:
           batch: donated, as everywhere here.
           new: prompt and request by row.
         """
-        one_by_one = self.mesh is None and self.rows > 1 and (len(new) == 1 or 2 * len(new) < self.rows)
-        if not one_by_one:
+        bucket = self.bucket(max(len(prompt) for prompt, _ in new.values()))
+        few = self.mesh is None and self.rows > 1 and (len(new) == 1 or 2 * len(new) < self.rows)
+        if not few and self.rows_together(bucket) == self.rows:
             return self._admit(params, batch, new, self.rows)
         for slot, prompt_and_request in new.items():
             batch = self._admit(params, batch, {0: prompt_and_request}, 1, np.int32(slot))
@@ -244,7 +286,7 @@ class Compiled:
         *slot: np.int32,
     ) -> Batch:
         script = _script_size(batch)
-        bucket = next(b for b in self.prompt_buckets if b >= max(len(prompt) for prompt, _ in new.values()))
+        bucket = self.bucket(max(len(prompt) for prompt, _ in new.values()))
         prompts, lengths = np.zeros((n, bucket), np.int32), np.zeros(n, np.int32)
         requests = [SamplingParams().request(script)] * n
         for row, (prompt, request) in new.items():

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from pasta_jax.decoding.compiled import Compiled, Sizes
+from pasta_jax.decoding.fits import check_pool
 from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.options import whole
 from pasta_jax.decoding.request import SamplingParams, script_size
 from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.session import PendingAnswer, Session
@@ -45,7 +47,8 @@ class Decoder:
       session: requests that are queued or have a row.
 
     Raises:
-      ValueError: the programs are for a model that differs in more than its parameters.
+      ValueError: the programs are for a model that differs in more than its parameters; the pool does not fit into
+        memory; a size out of range.
     """
 
     def __init__(
@@ -56,7 +59,8 @@ class Decoder:
             compiled = Compiled(*described, **sizes)
         elif sizes or not compiled.fits(*described):
             raise ValueError("Compiled programs serve models alike in all but their parameters, in one size.")
-        self.model, self.compiled, self.chunk = model, compiled, chunk
+        check_pool(compiled)
+        self.model, self.compiled, self.chunk = model, compiled, whole("chunk", chunk, 1)
         self.session = Session(model, compiled, chunk)
         self._scripted: dict[tuple[int, int], Session] = {}
         self._lock = threading.Lock()

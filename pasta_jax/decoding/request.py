@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from pasta_jax.decoding.options import real, whole
 from pasta_jax.decoding.sampling import Draw
 from pasta_jax.decoding.script import NOTHING, Script, no_script
 from pasta_jax.decoding.state import Request
@@ -23,7 +25,7 @@ class SamplingParams:
       max_branch_tokens: content tokens of one branch; then its end is forced.
       temperature: 0 is greedy.
       top_k, top_p, min_p: draw among the most likely tokens only (`sampling.sample`); 0, 1 and 0 turn them off.
-      seed: the same seed gives the same text, whatever else is decoded in the batch.
+      seed: 0 to 2**64 - 1; the same seed gives the same text, whatever else is decoded in the batch.
       open_bias: added to the logit that opens a promise: above 0 more parallel, below 0 more careful,
         -inf sequential.
       stop: texts; the answer ends before the first of them (`decoding.stops`).
@@ -31,7 +33,7 @@ class SamplingParams:
         two, is compiled in.
 
     Raises:
-      ValueError: an option out of range.
+      ValueError: an option out of range or of the wrong type.
     """
 
     max_new_tokens: int = 512
@@ -46,17 +48,21 @@ class SamplingParams:
     script: Script | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", check_stops(self.stop))
-        for name, in_range in (
-            ("max_new_tokens", 1 <= self.max_new_tokens < 2**31),
-            ("max_branch_tokens", 1 <= self.max_branch_tokens < 2**31),
-            ("temperature", self.temperature >= 0),
-            ("top_k", 0 <= self.top_k < 2**31),
-            ("top_p", 0 < self.top_p <= 1),
-            ("min_p", 0 <= self.min_p <= 1),
-        ):
-            if not in_range:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range.")
+        checked = dict(
+            max_new_tokens=whole("max_new_tokens", self.max_new_tokens, 1),
+            max_branch_tokens=whole("max_branch_tokens", self.max_branch_tokens, 1),
+            temperature=real("temperature", self.temperature, 0),
+            top_k=whole("top_k", self.top_k, 0),
+            top_p=real("top_p", self.top_p, 0, 1, above=True),
+            min_p=real("min_p", self.min_p, 0, 1),
+            seed=whole("seed", self.seed, 0, 2**64 - 1),
+            open_bias=real("open_bias", self.open_bias, -math.inf),
+            stop=check_stops(self.stop),
+        )
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if not isinstance(self.script, Script | None):
+            raise ValueError(f"script is a {type(self.script).__name__}. Give one of `script.script_of`.")
 
     def request(self, script_size: tuple[int, int] = NOTHING) -> Request:
         """The same as NumPy arrays, for a row of a batch whose scripts have the size (R, C)."""
@@ -71,7 +77,7 @@ class SamplingParams:
                 top_p=np.float32(self.top_p),
                 min_p=np.float32(self.min_p),
             ),
-            key=np.array([0, self.seed % 2**32], np.uint32),
+            key=np.array([self.seed >> 32, self.seed % 2**32], np.uint32),
             script=script.tokens,
             script_branches=script.branches,
         )

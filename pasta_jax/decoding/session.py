@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pasta_jax.decoding.compiled import Compiled
+from pasta_jax.decoding.fits import check_prompt
 from pasta_jax.decoding.loop import Batch
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
@@ -28,17 +29,6 @@ from pasta_jax.tokens.tokenizer import Vocabulary
 
 WATCHED_STEPS = 8
 """The most decode steps between two looks at an answer that somebody watches."""
-
-
-class PromptTooLong(ValueError):
-    """The pool cannot hold a prompt and one token of an answer."""
-
-    def __init__(self, tokens: int, pool: int, setting: str = "Limits.pool"):
-        super().__init__(
-            f"The prompt has {tokens} tokens, and the pool holds {pool} for prompt and answer together. Shorten "
-            f"the prompt, or set {setting} to more than {tokens}."
-        )
-        self.tokens, self.pool = tokens, pool
 
 
 class PendingAnswer:
@@ -133,9 +123,9 @@ class Session:
         """A request to be queued.
 
         Raises:
-          ValueError: a prompt or a script that does not fit (`PromptTooLong`), or no prompt.
+          ValueError: a prompt or a script that does not fit (`fits.DoesNotFit`), or no prompt.
         """
-        _check(prompt, self.compiled.limits.pool, self.model.config.vocab_size)
+        check_prompt(prompt, self.compiled, has_pool=self._batch is not None)
         return PendingAnswer(self, prompt, sampling, sampling.request(self.script_size))
 
     def queue(self, answer: PendingAnswer) -> None:
@@ -273,17 +263,3 @@ class Session:
         answer.compile_s, answer.wall_s = compiling, worked - compiling
         answer.trace = trace
         self._rows[row] = None
-
-
-def _check(prompt: Sequence[int], pool: int, vocab_size: int) -> None:
-    """Raises ValueError for a prompt that cannot be answered."""
-    if isinstance(prompt, str):
-        raise ValueError("A decoder takes ids. Give it model.tokenizer.encode_prompt(text).")
-    if not prompt:
-        raise ValueError("The prompt is empty. Give the model something to answer.")
-    if len(prompt) >= pool:
-        raise PromptTooLong(len(prompt), pool)
-    if not all(0 <= token < vocab_size for token in prompt):
-        raise ValueError(
-            f"The prompt has ids that are none of the model's {vocab_size}: encode it with its tokenizer."
-        )

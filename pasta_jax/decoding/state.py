@@ -12,8 +12,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from pasta_jax.arrays import NO_DOC, Array, Tokens
+from pasta_jax.decoding.options import LARGEST_INT, switch, whole
 from pasta_jax.decoding.sampling import Draw
 from pasta_jax.visibility import max_segments, words_for
+
+MAX_POOL = 2**30
+"""Entries of the largest pool: their indices are int32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Limits:
       pool: P, tokens of prompt and answer that a row can hold.
       max_depth: how deep promises may nest; 1 is the paper.
       constrained: whether the tag grammar masks illegal tokens. Off, malformed pieces become literal text.
+
+    Raises:
+      ValueError: an option out of range or of the wrong type.
     """
 
     lanes: int = 8
@@ -36,8 +43,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("lanes", "threads", "pool", "max_depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+            most = MAX_POOL if name == "pool" else LARGEST_INT
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1, most))
+        object.__setattr__(self, "constrained", switch("constrained", self.constrained))
         if self.lanes > self.threads:
             raise ValueError(
                 f"lanes={self.lanes} exceeds threads={self.threads}: a step feeds each thread once."

@@ -7,7 +7,7 @@ all text before it is known, and it may start in one thread and end in another.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,11 +19,12 @@ from pasta_jax.tokens.tokenizer import Vocabulary
 
 def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
     """The stop strings of a request. Raises ValueError unless they are texts, none empty."""
-    if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
+    given = None if isinstance(stops, str) or not isinstance(stops, Iterable) else tuple(stops)
+    if given is None or not all(isinstance(stop, str) and stop for stop in given):
         raise ValueError(
-            f'stop={stops!r}: give a list of texts to stop at, none of them empty, as in stop=["\\n\\n"].'
+            f'stop={stops!r:.80}: give a list of texts to stop at, none of them empty, as in stop=["\\n\\n"].'
         )
-    return tuple(stops)
+    return given
 
 
 def find_stop(text: str, stops: Sequence[str], searched: int = 0) -> int | None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasta_jax.interchange.memory import gib, host_memory
+from pasta_jax.memory import gib, host_memory
 from pasta_jax.model import ModelConfig, Transformer, forward, logits, param_count
 from pasta_jax.model.forms import is_plain
 

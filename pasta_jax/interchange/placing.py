@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from pasta_jax import sharding
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.memory import check_fits
+from pasta_jax.memory import gib, shortage
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.model.forms import quantize
 
@@ -75,6 +75,37 @@ def place_params(
         wrong = sorted("/".join(path) for path in leaves.keys() ^ targets.keys())
         raise ValueError(f"These parameters are not those of the model: {wrong}.")
     return unflatten_dict({path: leaves[path] for path in targets})
+
+
+def check_fits(shapes: Mapping[Any, Any], *, staging: int, what: str, host_free: int | None = None) -> None:
+    """Refuses a model for which the devices, or the host while it reads, have too little memory.
+
+    Args:
+      shapes: of the parameters, with their shardings and dtypes.
+      staging: additional bytes that the host needs while it reads.
+      what: the model's name in messages.
+      host_free: bytes free on the host; by default those of this machine.
+
+    Raises:
+      InterchangeError: with the arithmetic, and what to try.
+    """
+    leaves = jax.tree.leaves(dict(shapes))
+    lack = shortage(leaves, staging=staging, host_free=host_free)
+    if lack is None:
+        return
+    count = sum(math.prod(leaf.shape) for leaf in leaves)
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    dtypes = sorted({leaf.dtype for leaf in leaves}, key=lambda dtype: -dtype.itemsize)
+    sizes = " or ".join(f"{dtype.itemsize} ({dtype.name})" for dtype in dtypes)
+    devices = {device for leaf in leaves for device in leaf.sharding.device_set}
+    ways = ["more devices (a mesh with fsdp)", 'int8 weights to decode (quantize="int8")', "a smaller model"]
+    if dtypes and dtypes[0].itemsize > 2:
+        ways.insert(0, "dtype bfloat16")
+    raise InterchangeError(
+        f"{what} does not fit: {count:,} parameters x {sizes} bytes = {gib(total)} GiB over {len(devices)} "
+        f"device{'s' * (len(devices) > 1)}; {gib(lack.need)} GiB are needed {lack.place}, what reading takes "
+        f"included, and {gib(lack.free)} GiB are free. Nothing was read. Try {', '.join(ways[:-1])}, or {ways[-1]}."
+    )
 
 
 def target_shapes(
