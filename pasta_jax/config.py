@@ -7,10 +7,10 @@ changes on top of it.
 from __future__ import annotations
 
 import dataclasses
-import operator
+import math
 from typing import Literal
 
-from pasta_jax.fields import field
+from pasta_jax.fields import FieldError, check_fields, field
 from pasta_jax.lang.tags import Dialect
 from pasta_jax.model.config import Lora, ModelConfig
 from pasta_jax.tokens.chat import Chat
@@ -30,53 +30,68 @@ class DataConfig:
     tokenizer: str = field("almanac", "almanac, tokenizer.model, tokenizer.json, or a folder with one")
     extend_tokenizer: bool = field(False, "give tags new ids if the tokenizer has none to spare")
     chat: Chat = field("auto", "format of prompts; auto follows the chat template or the control tokens")
-    rows: int = field(8, "B, rows of a batch")
-    length: int = field(512, "L, tokens of a row; no document may be longer")
-    threads: int = field(16, "T, the maximum number of threads of an answer, main included")
-    max_depth: int = field(1, "how deep promises may nest; the paper uses 1")
+    rows: int = field(8, "B, rows of a batch", least=1)
+    length: int = field(512, "L, tokens of a row; no document may be longer", least=1)
+    threads: int = field(16, "T, the maximum number of threads of an answer, main included", least=1)
+    max_depth: int = field(1, "how deep promises may nest; the paper uses 1", least=1)
     positions: Positions = Positions()
     dialect: Dialect = field("pasta", "which tags: pasta's, or apar's bare promises without sync")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with warm-up, a schedule and gradient clipping."""
 
-    lr: float = field(1e-3, "peak learning rate")
-    warmup_steps: int = field(50, "of a linear warm-up from zero to lr")
+    lr: float = field(1e-3, "peak learning rate", above=0)
+    warmup_steps: int = field(50, "of a linear warm-up from zero to lr", least=0)
     schedule: Literal["constant", "linear", "cosine"] = field("cosine", "of the decay to lr * final_lr")
-    final_lr: float = field(0.1, "at the last step, as a fraction of lr")
-    weight_decay: float = field(0.01, "of matrices only, never of norms")
-    b1: float = field(0.9, "decay of the mean of gradients")
-    b2: float = field(0.95, "decay of the mean of squared gradients")
-    eps: float = field(1e-8, "added to the root of that mean")
-    clip_norm: float = field(1.0, "maximum global norm of the gradient; 0 is off")
+    final_lr: float = field(0.1, "at the last step, as a fraction of lr", least=0)
+    weight_decay: float = field(0.01, "of matrices only, never of norms", least=0)
+    b1: float = field(0.9, "decay of the mean of gradients", least=0, below=1)
+    b2: float = field(0.95, "decay of the mean of squared gradients", least=0, below=1)
+    eps: float = field(1e-8, "added to the root of that mean", above=0)
+    clip_norm: float = field(1.0, "maximum global norm of the gradient; 0 is off", least=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """The number of devices along each mesh axis; one axis may be -1, which takes the rest."""
 
-    data: int = field(1, "splits rows")
-    fsdp: int = field(-1, "splits rows, parameters and optimizer")
-    tensor: int = field(1, "splits heads and the inner dimension of the MLP")
+    data: int = field(1, "splits rows", least=-1)
+    fsdp: int = field(-1, "splits rows, parameters and optimizer", least=-1)
+    tensor: int = field(1, "splits heads and the inner dimension of the MLP", least=-1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When to save: after so many steps or minutes, whichever comes first, and after the last step."""
 
-    every_steps: int = field(500, "0 is off")
-    every_minutes: float = field(10.0, "0 is off")
-    keep: int = field(3, "number of checkpoints to keep; older ones are deleted")
+    every_steps: int = field(500, "0 is off", least=0)
+    every_minutes: float = field(10.0, "0 is off", least=0, most=math.inf)
+    keep: int = field(3, "number of checkpoints to keep; older ones are deleted", least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     """What is logged during training."""
 
-    every: int = field(10, "steps between lines of metrics.jsonl")
-    tb: bool = field(False, "TensorBoard too (pip install -e '.[tb]')")
+    every: int = field(10, "steps between lines of metrics.jsonl", least=1)
+    tb: bool = field(False, "TensorBoard too (pip install tensorboardX)")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,30 +100,28 @@ class PreferenceConfig:
 
     baseline: str = field("", "workdir of a sequential model, the opponent; empty: that of init_from")
     prompts: str = field("almanac", "almanac (new prompts each round), or JSONL of prompts and responses")
-    prompts_per_round: int = field(256, "prompts sampled and judged in a round")
-    rounds: int = field(2, "of sampling and training")
-    samples: int = field(8, "N, answers to each prompt")
-    temperature: float = field(1.0, "of sampling")
-    quality_weight: float = field(4.0, "lambda: score = efficiency + lambda * quality; inf is quality alone")
+    prompts_per_round: int = field(256, "prompts sampled and judged in a round", least=1)
+    rounds: int = field(2, "of sampling and training", least=1)
+    samples: int = field(8, "N, answers to each prompt", least=2)
+    temperature: float = field(1.0, "of sampling; at 0 all samples are the same", above=0)
+    quality_weight: float = field(
+        4.0, "lambda: score = efficiency + lambda * quality; inf is quality alone", least=0, most=math.inf
+    )
     efficiency: Literal["speedup", "parallelism", "harmonic", "arithmetic"] = field(
         "speedup", "harmonic, arithmetic: means of the other two"
     )
     judge: Literal["almanac"] = field("almanac", "compares two answers")
     loss: Literal["bonbon", "ipo", "dpo"] = field("bonbon", "see training.losses.preference_loss")
-    alpha: float = field(0.005, "bonbon: weight of the better answer's likelihood")
-    margin: float = field(0.0, "bonbon, ipo: nats; 0 is (N-1) H_(N-1), which best-of-N implies")
-    beta: float = field(0.1, "dpo: steepness")
-    lr: float = field(5e-7, "peak learning rate of this stage; the rest is as in config.optimizer")
-    epochs_per_round: float = field(1.0, "passes over the pairs of a round")
-    sampling_rows: int = field(32, "answers sampled at once")
-    sampling_lanes: int = field(4, "S while sampling")
+    alpha: float = field(0.005, "bonbon: weight of the better answer's likelihood", least=0, most=1)
+    margin: float = field(0.0, "bonbon, ipo: nats; 0 is (N-1) H_(N-1), which best-of-N implies", least=0)
+    beta: float = field(0.1, "dpo: steepness", above=0)
+    lr: float = field(5e-7, "peak learning rate of this stage; the rest is as in config.optimizer", above=0)
+    epochs_per_round: float = field(1.0, "passes over the pairs of a round", above=0)
+    sampling_rows: int = field(32, "answers sampled at once", least=1)
+    sampling_lanes: int = field(4, "S while sampling", least=1)
 
-
-_COUNTS = (
-    "steps", "microbatches", "data.rows", "data.length", "data.threads", "data.max_depth", "log.every",
-    "preference.prompts_per_round", "preference.rounds", "preference.sampling_rows", "preference.sampling_lanes",
-)  # fmt: skip
-"""Fields that must be at least 1."""
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +129,18 @@ class Config:
     """One experiment."""
 
     stage: Literal["sft", "preference", "both"] = field("sft", "both: first sft, then preference")
-    seed: int = field(0, "of new weights and of the order of the data")
-    steps: int = field(1000, "optimizer steps")
-    epochs: float = field(0.0, "passes over the data; if above 0, steps follows from it")
+    seed: int = field(0, "of new weights and of the order of the data", least=0, most=2**32 - 1)
+    steps: int = field(1000, "optimizer steps", least=1)
+    epochs: float = field(0.0, "passes over the data; if above 0, steps follows from it", least=0)
     init_from: str = field("", "workdir or checkpoint to start from, model and tokenizer; empty: scratch")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: Lora = Lora()
     param_dtype: Literal["", "float32", "bfloat16"] = field("", "of what is trained; empty: model.dtype")
-    microbatches: int = field(1, "parts of a batch computed in turn, to save memory; divides data.rows")
+    microbatches: int = field(
+        1, "parts of a batch computed in turn, to save memory; divides data.rows", least=1
+    )
     remat: bool = field(False, "recompute layers backward: a third more time, memory for one layer")
     preference: PreferenceConfig = PreferenceConfig()
     mesh: MeshConfig = MeshConfig()
@@ -133,18 +148,10 @@ class Config:
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            if (value := operator.attrgetter(name)(self)) < 1:
-                raise ConfigError(f"config.{name} must be at least 1, got {value}.")
-        for name in ("epochs", "seed"):
-            if (value := getattr(self, name)) < 0:
-                raise ConfigError(f"config.{name} must be at least 0, got {value}.")
-        if self.preference.samples < 2:
-            raise ConfigError(
-                f"config.preference.samples must be at least 2, to have a better and a worse answer, "
-                f"got {self.preference.samples}."
-            )
-        self._check_preference()
+        try:
+            check_fields(self)
+        except FieldError as error:
+            raise ConfigError(f"config.{error}") from None
         self._check_training()
         if self.stage == "preference" and not self.init_from:
             raise ConfigError(
@@ -153,7 +160,7 @@ class Config:
             )
         if not self.data.sources:
             raise ConfigError("config.data.sources is empty. Name at least one, as in almanac:annotated.")
-        if any(weight <= 0 for _, weight in self.data.sources):
+        if not all(0 < weight < math.inf for _, weight in self.data.sources):
             raise ConfigError(f"config.data.sources: weights must be positive, got {self.data.sources}.")
 
     def _check_training(self) -> None:
@@ -178,17 +185,3 @@ class Config:
     def trained_dtype(self) -> str:
         """The dtype of trained parameters and their optimizer state."""
         return self.param_dtype or self.model.dtype
-
-    def _check_preference(self) -> None:
-        p = self.preference
-        for name, valid, rule in (
-            ("quality_weight", p.quality_weight >= 0, "at least 0, inf for quality alone"),
-            ("temperature", p.temperature > 0, "above 0: at 0 all samples are the same"),
-            ("alpha", 0 <= p.alpha <= 1, "from 0 to 1"),
-            ("margin", p.margin >= 0, "at least 0"),
-            ("beta", p.beta > 0, "above 0"),
-            ("epochs_per_round", p.epochs_per_round > 0, "above 0"),
-            ("lr", p.lr > 0, "above 0"),
-        ):
-            if not valid:
-                raise ConfigError(f"config.preference.{name} must be {rule}, got {getattr(p, name)}.")

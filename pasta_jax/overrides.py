@@ -15,11 +15,13 @@ import json
 import os
 import re
 import runpy
+import traceback
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pasta_jax.config import Config, ConfigError
+from pasta_jax.fields import FieldError
 from pasta_jax.files import changes
 
 
@@ -41,13 +43,23 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
         if get_config is None:
             raise ConfigError("it defines no get_config(variant: str = ...) -> Config.")
         config = get_config(variant) if variant else get_config()
-    except (OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
-        raise ConfigError(f"Cannot load the configuration {spec}: {error}") from error
+    except Exception as error:  # whatever the file does
+        raise ConfigError(f"Cannot load the configuration {spec}: {_in_file(error, path)}") from error
     if not isinstance(config, Config):
         raise ConfigError(
             f"Cannot load the configuration {spec}: get_config returned {type(config).__name__}."
         )
     return override(config, overrides)
+
+
+def _in_file(error: Exception, path: str) -> str:
+    """One line about an error in a configuration file; an error that the file did not foresee with its line."""
+    message = " ".join(str(error).split()) or "no message"
+    if isinstance(error, ValueError | SyntaxError):  # what `get_config` says, and what names the line itself
+        return message
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    where = f"line {lines[-1]}: " if lines else ""
+    return f"{where}{type(error).__name__}: {message}"
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
@@ -172,6 +184,8 @@ def _section(tree: Mapping[str, Any], cls: Any, path: str) -> Any:
         return cls(**values)
     except ConfigError:
         raise
+    except FieldError as error:
+        raise ConfigError(f"config.{prefix}{error}") from None
     except ValueError as error:
         raise ConfigError(f"config.{path}: {error}") from error
 

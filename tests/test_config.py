@@ -53,6 +53,9 @@ def test_a_file_of_ones_own(tmp_path: pathlib.Path) -> None:
         "get_config = dict": "get_config returned dict",
         "steps = 3": "it defines no get_config",
         "def get_config(": "was never closed",
+        'steps = 3\ndef get_config():\n  return {}["a"]': "line 3: KeyError: 'a'",
+        "steps = 3\nsteps.x": "line 2: AttributeError: 'int' object",
+        "def get_config(): return 1 / 0": "line 1: ZeroDivisionError",
         "from pasta_jax.config import Config\ndef get_config(): return Config(seed=-1)": "config.seed must be",
     }.items():
         file.write_text(text)
@@ -83,6 +86,22 @@ def test_a_file_of_ones_own(tmp_path: pathlib.Path) -> None:
         ("data=3", 'config.data must be a section, got "3".'),
         ("data.rows=0", "config.data.rows must be at least 1, got 0."),
         ("data.sources=a=0", "weights must be positive"),
+        ("model.num_heads=0", "config.model.num_heads must be at least 1, got 0."),
+        ("model.num_layers=1000000000", "config.model.num_layers must be at most 1024, got 1000000000."),
+        ("model.head_dim=7", "config.model: head_dim=7 is odd."),
+        ("model.dtype=int4", "config.model: dtype='int4' is unknown. Use one of float32, bfloat16, float16."),
+        ("model.rope_scaling.factor=0", "config.model.rope_scaling.factor must be above 0, got 0.0."),
+        ("lora.rank=-1", "config.lora.rank must be at least 0, got -1."),
+        ("data.positions.unit=-1", "config.data.positions.unit must be at least 0, got -1."),
+        ("seed=99999999999999999999", "config.seed must be at most 4294967295, got 99999999999999999999."),
+        ("steps=99999999999999999999", "config.steps must be at most 2147483647, got 99999999999999999999."),
+        ("optimizer.lr=nan", "config.optimizer.lr must be above 0, got nan."),
+        ("optimizer.weight_decay=inf", "config.optimizer.weight_decay must be below inf, got inf."),
+        ("optimizer.b2=1", "config.optimizer.b2 must be below 1, got 1.0."),
+        ("checkpoint.keep=0", "config.checkpoint.keep must be at least 1, got 0."),
+        ("preference.temperature=0", "config.preference.temperature must be above 0, got 0.0."),
+        ("preference.samples=1", "config.preference.samples must be at least 2, got 1."),
+        ("preference.alpha=1.5", "config.preference.alpha must be at most 1, got 1.5."),
         ("model.num_kv_heads=3", "config.model: num_heads=4 is not a multiple of num_kv_heads=3"),
         ("steps", "Write --config.steps=VALUE."),
         ("seed=-1", "config.seed must be at least 0, got -1."),
@@ -93,6 +112,16 @@ def test_refusals(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(TINY, [override])
     assert message in str(error.value)
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = [path for path, value, _ in overrides._walk(Config()) if type(value) in (int, float)]
+    assert len(numbers) > 50
+    for path in numbers:
+        endless = path in ("preference.quality_weight", "checkpoint.every_minutes")
+        for tried in ("nan", "-inf", "-1e400", str(-(10**400)), str(10**400), *["inf"] * (not endless)):
+            with pytest.raises(ConfigError, match=f"^config.{path} must be"):
+                overrides.override(Config(), [f"{path}={tried}"])
 
 
 def test_no_such_file_or_variant() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from pasta_jax.fields import field
+from pasta_jax.fields import check_fields, field
 
 TAGS_OF_A_BLOCK = 2
 """`<async>` and `</async>` take a position each."""
@@ -35,12 +35,13 @@ class Positions:
     """
 
     scheme: Scheme = field("pred", "where a thread continues after a promise: pred is tokens * unit further")
-    unit: int = field(10, "tokens; of pred and const")
+    unit: int = field(10, "tokens; of pred and const", least=0)
 
     def __post_init__(self) -> None:
         if self.scheme not in get_args(Scheme):
             known = ", ".join(get_args(Scheme))
             raise ValueError(f"Position scheme {self.scheme!r} is unknown. Use one of {known}.")
+        check_fields(self)
 
     def resume(self, start: Any, tokens: Any, length: int | None = None) -> Any:
         """The position of the parent's next token.
