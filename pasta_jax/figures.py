@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from pasta_jax.extras import optional
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -49,13 +51,10 @@ SERIES = (
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of this many inches. Raises ImportError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Figures need matplotlib. Install it: pip install -e ".[plot]"') from error
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    agg = optional("matplotlib.backends.backend_agg", "plot", "A figure")
+    kind = optional("matplotlib.figure", "plot", "A figure").Figure
+    figure: Figure = kind(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    agg.FigureCanvasAgg(figure)
     return figure
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from typing import Any
 
+from pasta_jax.extras import optional
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import KEPT
 from pasta_jax.interchange.reading import ADAPTERS
@@ -31,13 +30,10 @@ def download(name: str) -> str:
         neither a network nor a cached copy. The message says what to do.
     """
     try:
-        hub: Any = importlib.import_module("huggingface_hub")
-        errors: Any = importlib.import_module("huggingface_hub.errors")
+        hub = optional("huggingface_hub", "hf", f"Downloading {name}")
+        errors = optional("huggingface_hub.errors", "hf", f"Downloading {name}")
     except ImportError as error:
-        raise InterchangeError(
-            f'Downloading {name} needs huggingface_hub: pip install -e ".[hf]". '
-            "Or use a local folder: hf:DIRECTORY."
-        ) from error
+        raise InterchangeError(f"{error} Or use a local folder: hf:DIRECTORY.") from error
     url = f"https://huggingface.co/{name}"
     try:
         return str(hub.snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from pasta_jax.extras import optional
 from pasta_jax.files import replacing
 from pasta_jax.reproduce import paper
 from pasta_jax.reproduce import results as pick
@@ -65,11 +66,7 @@ def write_report(
     Raises:
       ImportError: jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError('Reports need jinja2. Install it: pip install -e ".[plot]"') from error
-
+    jinja2 = optional("jinja2", "plot", "A report")
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     templates = jinja2.Environment(
