@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from absl import app, flags
+from absl import flags
 
 from pasta_jax import verbs
 from pasta_jax.verbs import define_loading, loading_options, quiet_pipe, refuse, show_log
@@ -95,7 +95,7 @@ def command() -> None:
     flags.DEFINE_bool("stream", False, "Print text as it is decoded, in a terminal with later text, faint.")
     flags.DEFINE_bool("annotated", False, "Print the answer with its tags.")
     flags.DEFINE_bool("timeline", False, "Draw the threads over time.")
-    app.run(lambda argv: main(argv, decoding))
+    verbs.run_main(lambda argv: main(argv, decoding))
 
 
 if __name__ == "__main__":

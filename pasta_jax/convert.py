@@ -13,13 +13,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+from absl import flags
 
-from pasta_jax.verbs import refuse, show_log
+from pasta_jax.verbs import refuse, run_main, show_log
 
 if TYPE_CHECKING:
     from pasta_jax.interchange.importing import SourceKind
@@ -194,7 +193,7 @@ def define(values: flags.FlagValues) -> None:
 def command() -> None:
     """Parses the command line and runs `main`."""
     define(flags.FLAGS)
-    app.run(functools.partial(main, values=flags.FLAGS), argv=sys.argv)
+    run_main(functools.partial(main, values=flags.FLAGS))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from absl import app, flags
+from absl import flags
 
 from pasta_jax import train
 from pasta_jax.decoding.model import Model
 from pasta_jax.evaluate.compare import compare, overview, table
 from pasta_jax.files import replacing
 from pasta_jax.overrides import load_config
-from pasta_jax.verbs import config_file, show_log
+from pasta_jax.verbs import config_file, run_main, show_log
 
 STAGES = {
     "base": "the base model, on facts as plain text and plain instructions",
@@ -152,7 +152,7 @@ def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_string("workdir", "runs/demo", "Folder of all output; the same one resumes.")
     flags.DEFINE_integer("prompts", 280, "Held-out prompts of the evaluation.", lower_bound=1)
-    app.run(main)
+    run_main(main)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.overrides import describe, load_config, split_overrides
-from pasta_jax.verbs import refuse, show_log
+from pasta_jax.verbs import refuse, run_main, show_log
 
 
 def main(argv: Sequence[str], *, values: flags.FlagValues, overrides: Sequence[str]) -> None:
@@ -90,7 +90,7 @@ def command() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     flags.DEFINE_bool("print_config", False, "Print every field of the configuration and exit.")
     overrides, rest = split_overrides(sys.argv)
-    app.run(functools.partial(main, values=flags.FLAGS, overrides=overrides), argv=rest)
+    run_main(functools.partial(main, values=flags.FLAGS, overrides=overrides), argv=rest)
 
 
 if __name__ == "__main__":

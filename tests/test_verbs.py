@@ -37,6 +37,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["pasta_jax.benchmark", "--responses=no/such"], "[Errno 2] No such file or directory: 'no/such'"),
         (["pasta_jax.convert"], "Add --from=hf:google/gemma-2b-it --to=WORKDIR to import"),
         (["pasta_jax.evaluate"], "Name both models: --ckpt=runs/pasta --baseline=runs/baseline."),
+        (["pasta_jax.train", "--workdri=W"], "Unknown command line flag 'workdri'. Did you mean: workdir ?"),
+        (["pasta_jax", "--lanes=many", "Rivers?"], "flag --lanes=many: invalid literal"),
         (["pasta_jax.evaluate", "--ckpt=no/such", "--baseline=no/such"], "No checkpoint at "),
     ],
 )
@@ -45,6 +47,15 @@ def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: st
     assert done.returncode == 2
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "verb", ["", ".train", ".convert", ".evaluate", ".benchmark", ".compile", ".demo", ".reproduce"]
+)
+def test_help_is_no_failure(verb: str) -> None:
+    done = run("-m", f"pasta_jax{verb}", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--helpfull" in done.stdout and done.stderr == ""
 
 
 def test_configurations_that_the_demo_needs(

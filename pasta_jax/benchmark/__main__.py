@@ -22,10 +22,11 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+from absl import flags
 
+from pasta_jax.extras import advice
 from pasta_jax.files import write_json
-from pasta_jax.verbs import refuse, show_log
+from pasta_jax.verbs import refuse, run_main, show_log
 
 if TYPE_CHECKING:
     from pasta_jax.benchmark.measure import TableRow
@@ -151,7 +152,7 @@ def _write(out: str, part: str, results: dict[str, Any]) -> None:
     if not points:
         return
     if importlib.util.find_spec("matplotlib") is None:
-        LOG.warning('No figure of %s: matplotlib is not installed (pip install -e ".[plot]").', part)
+        LOG.warning("No figure of %s, which needs matplotlib: %s.", part, advice("matplotlib", "plot"))
         return
     from pasta_jax.benchmark.figures import draw
 
@@ -202,7 +203,7 @@ def command() -> None:
     flags.DEFINE_integer("seed", 0, "Of texts, shapes and prompts.")
     for name, (_, help) in PLAN_FLAGS.items():
         flags.DEFINE_integer(name, None, help, lower_bound=1)
-    app.run(main)
+    run_main(main)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-from absl import app, flags
+from absl import flags
 
 from pasta_jax.compile import hlo
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.overrides import load_config, split_overrides
-from pasta_jax.verbs import refuse
+from pasta_jax.verbs import refuse, run_main
 
 if TYPE_CHECKING:
     from pasta_jax.decoding.compiled import Compiled, Sizes
@@ -209,7 +209,7 @@ def command() -> None:
     flags.DEFINE_integer("pool", 1024, "P.", lower_bound=1)
     flags.DEFINE_enum("quantize", None, ["int8"], "Weights of the decode programs.")
     overrides, rest = split_overrides(sys.argv)
-    app.run(functools.partial(main, overrides=overrides), argv=rest)
+    run_main(functools.partial(main, overrides=overrides), argv=rest)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from pasta_jax import verbs
 from pasta_jax.evaluate.compare import compare, table
@@ -39,7 +39,7 @@ def command() -> None:
     flags.adopt_module_key_flags(verbs)  # so that --help shows them
     flags.DEFINE_string("workdir", "runs/evaluation", "Folder of the answers and the table.")
     flags.DEFINE_integer("prompts", 500, "Number of held-out prompts.", lower_bound=1)
-    app.run(main)
+    verbs.run_main(main)
 
 
 if __name__ == "__main__":

@@ -22,17 +22,18 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from pasta_jax.checkpoints.about import CheckpointError
 from pasta_jax.config import ConfigError
+from pasta_jax.extras import optional
 from pasta_jax.figures import save
 from pasta_jax.files import Stamp, write_json
 from pasta_jax.overrides import to_dict
 from pasta_jax.reproduce.cells import FULL, QUICK, Cell, Paths, Plan, cells, seconds
 from pasta_jax.reproduce.claims import claims
 from pasta_jax.reproduce.measures import exact_speedup, results
-from pasta_jax.verbs import refuse, show_log
+from pasta_jax.verbs import refuse, run_main, show_log
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -157,9 +158,11 @@ def main(argv: Sequence[str]) -> None:
     path = os.path.abspath(workdir)  # models refer to each other by path, which must have one spelling
     show_log()
     try:
+        for package in ("jinja2", "matplotlib"):  # asked for at the end, after hours
+            optional(package, "plot", "The report")
         run(plan, path)
         write(plan, path, about_this(plan, path))
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, ImportError) as error:
         refuse(str(error))
     print(f"Report: {workdir}/report.html (and report.md), numbers: {workdir}/results.json")
 
@@ -168,7 +171,7 @@ def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_bool("quick", False, "One seed, three lambdas, fewer prompts, no ablations.")
     flags.DEFINE_string("workdir", None, "Paths of all output; the same one resumes.")
-    app.run(main)
+    run_main(main)
 
 
 if __name__ == "__main__":
