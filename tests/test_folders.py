@@ -94,11 +94,14 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], object], list[str]]] = {
     "truncated": (cut, [SECOND, "is truncated: ", "is not whole", "Download or copy it again"]),
     "no header": (write(FIRST, b"abc"), [FIRST, "truncated or no safetensors file"]),
     "header too long": (write(FIRST, b"\xff" * 20), [FIRST, "truncated or no safetensors file"]),
-    "header no JSON": (write(FIRST, struct.pack("<Q", 4) + b"[1, "), [FIRST, "no safetensors header"]),
-    "header no dict": (write(FIRST, struct.pack("<Q", 4) + b"[1] "), [FIRST, "no safetensors header"]),
+    "header no JSON": (write(FIRST, struct.pack("<Q", 4) + b"[1, "), [FIRST, "its header is not JSON"]),
+    "header no dict": (
+        write(FIRST, struct.pack("<Q", 4) + b"[1] "),
+        [FIRST, "its header holds [1], not"],
+    ),
     "twice in a header": (
         write(FIRST, struct.pack("<Q", 16) + b'{"a":{}, "a":{}}'),
-        [FIRST, "a stands twice"],
+        [FIRST, "its header is damaged: 'a' stands twice"],
     ),
     "bytes after the end": (
         lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes() + b"0"),
@@ -109,9 +112,30 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], object], list[str]]] = {
         [FIRST, "The file is damaged"],
     ),
     "negative shape": (edit_header(lambda t: t[UP].update(shape=[-24, -16])), [FIRST, UP, "damaged"]),
+    "shape of infinity": (
+        write(
+            FIRST,
+            struct.pack("<Q", 65) + b'{"a":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,4]}}    ',
+        ),
+        [FIRST, "its header is not JSON: it has no number Infinity"],
+    ),
+    "shape of floats": (edit_header(lambda t: t[UP].update(shape=[24.0, 16.0])), [FIRST, UP, "damaged"]),
+    "shape of huge numbers": (
+        edit_header(lambda t: t[UP].update(shape=[10**4000] * 2)),
+        [FIRST, UP, "damaged"],
+    ),
+    "shape of many dimensions": (
+        edit_header(lambda t: t[UP].update(shape=[2] * 10**5)),
+        [FIRST, UP, "damaged"],
+    ),
+    "dtype no text": (edit_header(lambda t: t[UP].update(dtype=["F32"])), [FIRST, UP, "damaged"]),
+    "an entry no dict": (edit_header(lambda t: t.update({UP: 3})), [FIRST, UP, "damaged"]),
+    "metadata no texts": (edit_header(lambda t: t.update(__metadata__={"a": 1})), [FIRST, "__metadata__"]),
     "unknown dtype": (edit_header(lambda t: t[UP].update(dtype="F4")), [FIRST, UP, "dtype F4"]),
     "a file is missing": (lambda f: (f / SECOND).unlink(), [INDEX, f"{SECOND} is not there"]),
-    "index no JSON": (write(INDEX, b"{"), [INDEX, "is no index of safetensors"]),
+    "index no JSON": (write(INDEX, b"{"), [INDEX, "is not JSON"]),
+    "index too deep": (write(INDEX, b"[" * 200_000), [INDEX, "is nested deeper than 64 levels"]),
+    "index of numbers": (edit_index(**{NORM: 3}), [INDEX, "is no index of safetensors"]),
     "index without map": (write(INDEX, b"{}"), [INDEX, "is no index of safetensors", "weight_map"]),
     "index empty": (write(INDEX, b'{"weight_map": {}}'), [INDEX, "none at all"]),
     "index leads away": (edit_index(**{NORM: "../hf/" + FIRST}), [INDEX, f"../hf/{FIRST} is not there"]),
@@ -138,6 +162,16 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], object], list[str]]] = {
     "fewer layers": (edit_config(num_hidden_layers=2), ["model.layers.2.", "there is no such tensor"]),
     "architecture": (edit_config(model_type="mamba"), ["config.json", "'mamba'"]),
     "config no JSON": (write("config.json", b"{"), ["config.json is not JSON"]),
+    "config too deep": (write("config.json", b"[" * 200_000), ["config.json is nested deeper than 64"]),
+    "config no text": (write("config.json", b'{"a": "\xff"}'), ["config.json is not UTF-8: byte 0xff at 7"]),
+    "config of huge numbers": (
+        write("config.json", b'{"a": %s}' % (b"1" * 5000)),
+        ["config.json has a number of thousands of digits"],
+    ),
+    "config of half a character": (
+        write("config.json", b'{"a": "\\ud83d"}'),
+        ["config.json holds half a character (U+D83D)"],
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), ["is not a Hugging Face folder", "config.json"]),
 }
 

@@ -167,8 +167,23 @@ def test_what_is_wrong_with_one(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InterchangeError, match="no such directory"):
         gemma.open_gemma(tmp_path / "nowhere")
     other = write(tmp_path / "other", {"a": {"b": np.ones(2)}})
-    with pytest.raises(InterchangeError, match=r"has no transformer/embedder/input_embedding \(found: a/b\)"):
+    with pytest.raises(
+        InterchangeError, match=r"has no transformer/embedder/input_embedding \[V, D\] \(found: a/b\)"
+    ):
         gemma.open_gemma(other, ONE)
+    embedding = {"input_embedding": np.ones((4, 2))}
+    odd = {
+        "embedder": embedding,
+        "layer_0": {"attn": {"kv_einsum": {"w": np.ones(2)}}, "mlp": {"linear": np.ones(1)}},
+    }
+    with pytest.raises(
+        InterchangeError, match="has 1 layers of D=2, N=0, K=0, H=0, F=0, which no published Gemma"
+    ):
+        gemma.open_gemma(write(tmp_path / "odd", {"transformer": odd}))
+    for shape in ((4,), (4, 2, 2)):
+        path = write(tmp_path / f"embedding {len(shape)}", {"embedder": {"input_embedding": np.ones(shape)}})
+        with pytest.raises(InterchangeError, match=r"has no transformer/embedder/input_embedding \[V, D\]"):
+            gemma.open_gemma(path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InterchangeError, match="empty is not a checkpoint that Orbax can read"):
         gemma.open_gemma(tmp_path / "empty")

@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "pasta_jax"
 
 LEVELS = [
-    {"lang", "arrays", "files", "fields", "rounding", "figures", "verbs", "memory"},
-    {"visibility", "sharding", "baselines"},
+    {"lang", "arrays", "files", "foreign", "fields", "rounding", "extras", "memory", "verbs"},
+    {"visibility", "sharding", "baselines", "figures"},
     {"tokens", "model"},
     {"config"},
     {"decoding", "data", "overrides", "testing"},

@@ -86,11 +86,11 @@ def open_gemma(path: str | os.PathLike[str], config: ModelConfig | str | None = 
     shapes: dict[str, tuple[int, ...]] = {}
     for key, leaf in (traverse_util.flatten_dict(tree) if isinstance(tree, Mapping) else {}).items():
         name = _TOP.sub("", "/".join(map(str, key)))
-        if not _IGNORED.search(name) and leaf.shape is not None:
+        if not _IGNORED.search(name) and getattr(leaf, "shape", None) is not None:
             keys[name], shapes[name] = key, tuple(leaf.shape)
-    if "embedder/input_embedding" not in shapes:
+    if len(shapes.get("embedder/input_embedding", ())) != 2:
         names = ", ".join(sorted(shapes)[:4]) or "nothing"
-        raise InterchangeError(f"{root} has no transformer/embedder/input_embedding (found: {names}).")
+        raise InterchangeError(f"{root} has no transformer/embedder/input_embedding [V, D] (found: {names}).")
     if config is None:
         config = _by_sizes(shapes, os.fspath(root))
     elif isinstance(config, str):
@@ -216,11 +216,16 @@ def _check(checkpoint: GemmaCheckpoint) -> None:
 
 def _by_sizes(shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelConfig:
     """The configuration of the published model with the same layers and the same sizes."""
-    layers = {int(m.group(1)) for name in shapes if (m := re.match(r"layer_(\d+)/", name))}
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        """Of an array of the first layer; zeros if it is not there, or has another rank."""
+        found = shapes.get(f"layer_0/{name}", shapes.get(f"layer_0/{name}/w", ()))
+        return found if len(found) == rank else (0,) * rank
+
+    layers = {m.group(1) for name in shapes if (m := re.match(r"layer_(\d+)/", name))}
     D = shapes["embedder/input_embedding"][1]
-    N, H, _ = shapes.get("layer_0/attn/attn_vec_einsum/w", (0, 0, 0))
-    F = next((shapes[n][0] for n in ("layer_0/mlp/linear", "layer_0/mlp/linear/w") if n in shapes), 0)
-    K = shapes.get("layer_0/attn/kv_einsum/w", (2, N, D, H))[1]
+    N, H, _ = shape("attn/attn_vec_einsum", 3)
+    F, K = shape("mlp/linear", 2)[0], shape("attn/kv_einsum", 4)[1] or N
     norms = ("layer_0/post_attention_norm/scale" in shapes, "layer_0/attn/_query_norm/scale" in shapes)
     sizes = (len(layers), D, N, K, H, F, *norms)
     same = {

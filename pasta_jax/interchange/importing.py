@@ -6,7 +6,6 @@ Files, names, shapes, the tokenizer, free ids for the tags and memory are all ch
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 from pasta_jax.checkpoints.about import write_run_info
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
+from pasta_jax.foreign import parse_object, read_bytes
 from pasta_jax.interchange import gemma, hub
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import Origin, origin_of, write_origin
@@ -118,11 +118,10 @@ def _is_hf(folder: str) -> bool:
     if any(name.endswith(".safetensors") for name in names):
         return True
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            tree = json.load(file)
-    except (OSError, ValueError):
+        tree = parse_object(read_bytes(os.path.join(folder, "config.json")), "config.json")
+    except ValueError:
         return False
-    return isinstance(tree, dict) and not tree.keys().isdisjoint(("model_type", "architectures"))
+    return not tree.keys().isdisjoint(("model_type", "architectures"))
 
 
 def open_published(kind: SourceKind, path: str, options: ImportOptions = ImportOptions()) -> Published:

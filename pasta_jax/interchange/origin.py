@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from etils import epath
 
 from pasta_jax.checkpoints.about import CheckpointError, absolute_path, find_checkpoint
 from pasta_jax.files import is_writer, replacing, write_json
+from pasta_jax.foreign import parse_object, read_bytes
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import Folder
 from pasta_jax.interchange.tensors import INDEX, TensorFile, parse_header
@@ -44,9 +44,6 @@ KEPT = (
     "Notice*",
 )
 """Files that are kept: configuration, tokenizer, chat template, index and licence."""
-
-LARGEST = 200 * 2**20
-"""Bytes; larger files are refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +78,7 @@ class Origin:
 
     def tree(self, name: str) -> dict[str, Any] | None:
         """A JSON file, parsed; None if there is no such file."""
-        return json.loads(self.files[name]) if name in self.files else None
+        return parse_object(self.files[name], name, InterchangeError) if name in self.files else None
 
 
 def origin_of(folder: Folder) -> Origin:
@@ -91,16 +88,7 @@ def origin_of(folder: Folder) -> Origin:
     for name in sorted(names):
         if not any(_matches(name, pattern) for pattern in KEPT):
             continue
-        path = os.path.join(folder.path, name)
-        try:
-            if os.path.getsize(path) > LARGEST:
-                raise InterchangeError(
-                    f"{path} has {os.path.getsize(path)} bytes, more than such a file should have."
-                )
-            with open(path, "rb") as file:
-                files[name] = file.read()
-        except OSError as error:
-            raise InterchangeError(f"Cannot read {path}: {error.strerror}.") from error
+        files[name] = read_bytes(os.path.join(folder.path, name), InterchangeError)
     headers = {os.path.basename(file.path): file.header for file in folder.files}
     return Origin(folder.source, folder.prefix, folder.ignored, files, headers)
 
@@ -138,11 +126,15 @@ def read_origin(path: str | os.PathLike[str]) -> Origin | None:
     if not (root / ABOUT).exists():
         return None
     try:
-        about = json.loads((root / ABOUT).read_text())
+        about = parse_object((root / ABOUT).read_bytes(), ABOUT)
         if about["format"] != FORMAT:
             raise InterchangeError(
                 f"{root / ABOUT} has format {about['format']}; this version of pasta_jax reads format {FORMAT}."
             )
+        foreign = [name for name in about["files"] if not any(_matches(name, pattern) for pattern in KEPT)]
+        foreign += [name for name in about["headers"] if os.path.basename(name) != name]
+        if foreign:
+            raise ValueError(f"it names a file that is never kept, {foreign[0]}")
         return Origin(
             source=str(about["source"]),
             prefix=str(about["prefix"]),
@@ -152,7 +144,7 @@ def read_origin(path: str | os.PathLike[str]) -> Origin | None:
         )
     except InterchangeError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InterchangeError(
             f"{root} is damaged ({type(error).__name__}: {error}). Import the model again; or delete that folder: "
             "exports then have files of their own instead of the original ones."

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from pasta_jax.foreign import parse_object, read_bytes
 from pasta_jax.interchange import tensors
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.placing import Transform, aligned, place_params
@@ -74,15 +74,9 @@ def open_folder(path: str | os.PathLike[str], source: str = "") -> Folder:
             f"{path} holds PEFT's adapters ({ADAPTERS}), which cannot be imported, and no whole model. Merge them "
             "where peft is installed: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)."
         )
-    try:
-        with open(file, encoding="utf-8") as opened:
-            tree = json.load(opened)
-    except OSError as error:
-        raise InterchangeError(
-            f"{path} is not a Hugging Face folder: cannot read its config.json ({error.strerror})."
-        ) from error
-    except ValueError as error:
-        raise InterchangeError(f"{file} is not JSON: {error}") from error
+    if not os.path.exists(file):
+        raise InterchangeError(f"{path} is not a Hugging Face folder: it has no config.json.")
+    tree = parse_object(read_bytes(file, InterchangeError), file, InterchangeError)
     try:
         config = config_from_hf(tree, file)
     except FamilyError as error:

@@ -11,15 +11,14 @@ fault has to name its tensor, and nothing of a file may stay mapped.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from pasta_jax.foreign import parse_object, read_bytes, shown
 from pasta_jax.interchange.errors import InterchangeError, listed
 from pasta_jax.model.weights import HfTensor, is_ignored
 
@@ -43,6 +42,9 @@ CHUNK = 32 * 2**20
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the format."""
+
+MOST_DIMENSIONS = 32
+"""Of a tensor; a model's have two at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +100,19 @@ def read_header(path: str) -> TensorFile:
 def parse_header(path: str, header: bytes, size: int | None = None) -> TensorFile:
     """Parses and checks a header; `size` is the file's, None to skip that check. Raises InterchangeError."""
     start = 8 + len(header)
-    try:
-        tree = json.loads(header.decode("utf-8"), object_pairs_hook=_no_key_twice)
-        metadata = dict(tree.pop("__metadata__", None) or {})
-        entries = []
-        for name, entry in tree.items():
-            begin, end = (int(offset) for offset in entry["data_offsets"])
-            shape = tuple(int(n) for n in entry["shape"])
-            entries.append((begin, end, Stored(path, name, str(entry["dtype"]), shape, start + begin)))
-    except InterchangeError as error:
-        raise InterchangeError(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InterchangeError(
-            f"{path}: its header is no safetensors header ({type(error).__name__}: {str(error)[:100]})."
-        ) from error
+    tree = parse_object(header, f"{path}: its header", InterchangeError, unique=True)
+    metadata = tree.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise InterchangeError(f"{path}: __metadata__ must give names texts. The file is damaged.")
+    entries = []
+    for name, entry in tree.items():
+        if not _is_entry(entry):
+            raise InterchangeError(
+                f"{path}: {shown(name)} is {shown(entry)}, not the dtype, shape and data_offsets of a tensor. The "
+                "file is damaged."
+            )
+        begin, end = entry["data_offsets"]
+        entries.append((begin, end, Stored(path, name, entry["dtype"], tuple(entry["shape"]), start + begin)))
     entries.sort(key=lambda entry: entry[:2])
     size_by_header = start
     for begin, end, tensor in entries:
@@ -148,14 +149,11 @@ def read_files(folder: str) -> tuple[TensorFile, ...]:
     index = os.path.join(folder, INDEX)
     if not os.path.exists(index):
         raise InterchangeError(_no_tensors(folder))
-    try:
-        with open(index, encoding="utf-8") as opened:
-            weight_map = json.load(opened)["weight_map"]
-        named = {str(tensor): str(shard) for tensor, shard in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    named = parse_object(read_bytes(index, InterchangeError), index, InterchangeError).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
         raise InterchangeError(
-            f"{index} is no index of safetensors ({type(error).__name__}: {error})."
-        ) from error
+            f"{index} is no index of safetensors: weight_map must give each tensor its file."
+        )
     shards = sorted(set(named.values()))
     faults = [f"{shard} is not there" for shard in shards if not _is_beside(folder, shard)]
     if faults or not shards:
@@ -257,13 +255,12 @@ def equal(a: Stored, b: Stored) -> bool:
     return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for (_, x), (_, y) in pairs)
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise InterchangeError(f"{', '.join(twice)} stands twice in the header.")
-    return tree
+def _is_entry(entry: object) -> bool:
+    match entry:
+        case {"dtype": str(), "shape": [*shape], "data_offsets": [begin, end]}:
+            sizes = (begin, end, *shape)
+            return len(shape) <= MOST_DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in sizes)
+    return False
 
 
 def _is_beside(folder: str, shard: str) -> bool:

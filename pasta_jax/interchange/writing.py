@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from pasta_jax.files import json_bytes
+from pasta_jax.foreign import Fields, parse_object
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import Origin
 from pasta_jax.interchange.tensors import CHUNK, DTYPES, INDEX, SINGLE
@@ -280,10 +281,12 @@ def _special_ids(model: Exported) -> dict[str, Any]:
 def _end_answers(files: dict[str, bytes], model: Exported) -> None:
     """Tells transformers how a trained model ends its answers, and the chat template it was trained with."""
     vocabulary = model.tokenizer.vocabulary
-    tree = json.loads(files.get("generation_config.json", b"{}"))
+    tree = parse_object(
+        files.get("generation_config.json", b"{}"), "generation_config.json", InterchangeError
+    )
     eos = tree.get("eos_token_id")
     old = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if missing := sorted(vocabulary.stops - set(old)):
+    if missing := sorted(i for i in vocabulary.stops if i not in old):
         files["generation_config.json"] = json_bytes(tree | {"eos_token_id": [*old, *missing]})
     usage = model.tokenizer.usage
     hints = read_hints({name: files[name] for name in FILES if name in files}, 0)
@@ -294,7 +297,7 @@ def _end_answers(files: dict[str, bytes], model: Exported) -> None:
         pass
     for name in ("chat_template.jinja", "chat_template.json"):
         files.pop(name, None)
-    tree = json.loads(files.get("tokenizer_config.json", b"{}"))
+    tree = parse_object(files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json", InterchangeError)
     if tree.pop("chat_template", None) is not None:
         files["tokenizer_config.json"] = json_bytes(tree)
     if template := template_of(usage.chat, usage.opening):
@@ -309,9 +312,8 @@ def _index(model: Exported, shards: Sequence[Shard]) -> bytes:
         headers = {shard.name: shard.header for shard in shards}
         if headers == dict(model.origin.headers):
             return model.origin.files[INDEX]
-        return json_bytes(
-            tree | {"metadata": {**tree.get("metadata", {}), "total_size": size}, "weight_map": weight_map}
-        )
+        metadata = {**Fields(tree, INDEX, error=InterchangeError).inner("metadata").tree, "total_size": size}
+        return json_bytes(tree | {"metadata": metadata, "weight_map": weight_map})
     return json_bytes({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 
 

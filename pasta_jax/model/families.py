@@ -15,8 +15,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pasta_jax.model.config import LayerKind, ModelConfig
-from pasta_jax.model.hf_fields import FamilyError, Fields, rotary_from_hf, scaling_to_hf
+from pasta_jax.foreign import Fields, shown
+from pasta_jax.model.config import DTYPES, MOST_LAYERS, LayerKind, ModelConfig
+from pasta_jax.model.hf_fields import FamilyError, rotary_from_hf, scaling_to_hf
 from pasta_jax.model.presets import published_length
 
 
@@ -116,8 +117,6 @@ FAMILIES: dict[str, Family] = {
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
 _CAPS = {"attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
 
 _MUST_BE: dict[str, tuple[Any, str]] = {
@@ -146,9 +145,10 @@ def config_from_hf(tree: Mapping[str, Any], path: str = "config.json") -> ModelC
     """
     tree = _text_part(tree, path)
     name = _family_name(tree, path)
-    family, fields = FAMILIES[name], Fields(tree, FAMILIES[name].defaults, path)
+    family, fields = FAMILIES[name], Fields(tree, path, FAMILIES[name].defaults, FamilyError)
     _check_supported(name, tree, fields)
-    D, N, Z = (fields.size(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    D, N = (fields.size(key) for key in ("hidden_size", "num_attention_heads"))
+    Z = fields.size("num_hidden_layers", most=MOST_LAYERS)  # before there are lists of layers
     if (head_dim := fields.size("head_dim", default=0)) == 0:
         if D % N:
             raise fields.fault(
@@ -300,20 +300,21 @@ def _text_part(tree: Mapping[str, Any], path: str) -> Mapping[str, Any]:
 
 def _family_name(tree: Mapping[str, Any], path: str) -> str:
     name = tree.get("model_type")
-    if name not in FAMILIES:
-        close = difflib.get_close_matches(str(name), [*FAMILIES, "gemma3"], 1)
+    if not isinstance(name, str) or name not in FAMILIES:
+        close = difflib.get_close_matches(shown(name).strip("'"), [*FAMILIES, "gemma3"], 1)
         hint = f" The nearest is {close[0]}." if close else ""
-        if "moe" in str(name) or "mixtral" in str(name):
+        if "moe" in shown(name) or "mixtral" in shown(name):
             hint = " Mixtures of experts are not supported."
         raise FamilyError(
-            f"{path}: model_type={name!r}: unknown architecture. We have {', '.join([*FAMILIES, 'gemma3'])}.{hint}"
+            f"{path}: model_type={shown(name)}: unknown architecture. We have "
+            f"{', '.join([*FAMILIES, 'gemma3'])}.{hint}"
         )
     architectures = tree.get("architectures")
     known = (FAMILIES[name].architecture, "Gemma3ForConditionalGeneration")
-    if architectures and architectures[0] not in known:
+    if architectures and not (isinstance(architectures, list) and architectures[0] in known):
         raise FamilyError(
-            f"{path}: architectures={architectures}: model_type {name!r} goes with {FAMILIES[name].architecture}; "
-            "models of other tasks have no head over the vocabulary."
+            f"{path}: architectures={shown(architectures)}: model_type {name!r} goes with "
+            f"{FAMILIES[name].architecture}; models of other tasks have no head over the vocabulary."
         )
     return name
 
@@ -340,20 +341,16 @@ def _activation(name: str, fields: Fields) -> Any:
     key = "hidden_act"
     if name.startswith("gemma") and (name != "gemma" or fields["hidden_activation"] is not None):
         key = "hidden_activation"
-    value = fields.defaults["act"] if key not in fields.tree else fields[key]
-    if (name, key, value) == ("gemma", "hidden_act", "gelu"):
-        value = "gelu_pytorch_tanh"
-    if value not in _ACTIVATIONS:
-        raise fields.fault(key, f"unknown activation. We have {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[value]
+    if key not in fields.tree:
+        return _ACTIVATIONS[fields.defaults["act"]]
+    if (name, key, fields[key]) == ("gemma", "hidden_act", "gelu"):
+        return "gelu_tanh"
+    return _ACTIVATIONS[fields.choice(key, _ACTIVATIONS, "unknown activation")]
 
 
 def _dtype(fields: Fields) -> str:
     key = "dtype" if fields["dtype"] is not None else "torch_dtype"
-    value = fields[key] or "float32"
-    if value not in _DTYPES:
-        raise fields.fault(key, f"unknown. We have {', '.join(_DTYPES)}")
-    return value
+    return "float32" if fields[key] is None else fields.choice(key, DTYPES, "unknown")
 
 
 def _layers_from_hf(name: str, fields: Fields, Z: int) -> tuple[tuple[LayerKind, ...], int]:
@@ -377,7 +374,7 @@ def _layers_from_hf(name: str, fields: Fields, Z: int) -> tuple[tuple[LayerKind,
     listed = fields["layer_types"]
     if listed is not None:
         names = {"sliding_attention": True, "full_attention": False}
-        if not isinstance(listed, list) or len(listed) != Z or not set(listed) <= set(names):
+        if not isinstance(listed, list) or len(listed) != Z or not all(layer in [*names] for layer in listed):
             raise fields.fault("layer_types", f"name each of {Z} layers one of {', '.join(names)}")
         if FAMILIES[name].layers == "any":
             local = [names[layer] for layer in listed]

@@ -1,12 +1,12 @@
-"""Checked fields of a parsed `config.json`; and the rotary fields, which have two spellings and many kinds."""
+"""The rotary fields of a `config.json`, which have two spellings and many kinds."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
+from pasta_jax.foreign import Fields
 from pasta_jax.model.config import RopeScaling
 
 
@@ -25,40 +25,6 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Fields:
-    """Fields of a parsed file with a family's defaults; errors name `path` and field."""
-
-    tree: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    path: str
-
-    def __getitem__(self, key: str) -> Any:
-        return self.tree.get(key, self.defaults.get(key))
-
-    def fault(self, key: str, reason: str, value: Any = None) -> FamilyError:
-        return FamilyError(f"{self.path}: {key}={self[key] if value is None else value!r}: {reason}.")
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self[key]
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.fault(key, "must be a number above 0")
-        return float(value)
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if not float(value).is_integer():
-            raise self.fault(key, "must be a whole number")
-        return int(value)
-
-    def flag(self, key: str) -> bool:
-        if not isinstance(self[key], bool):
-            raise self.fault(key, "must be true or false")
-        return self[key]
-
-
 def rotary_from_hf(fields: Fields, by_layer: bool) -> tuple[float, RopeScaling, float]:
     """Base and scaling of global layers, and the base of local layers, 0 if it is the same.
 
@@ -67,40 +33,36 @@ def rotary_from_hf(fields: Fields, by_layer: bool) -> tuple[float, RopeScaling, 
       by_layer: whether local layers have their own base (`rope_local_base_freq`, `sliding_attention`).
     """
     key = "rope_scaling" if fields["rope_scaling"] else "rope_parameters"
-    rope = fields[key] or {}
-    if not isinstance(rope, Mapping):
-        raise fields.fault(key, "must be an object")
-    named = {"full_attention", "sliding_attention"} & set(rope)
+    rope = fields.inner(key)
+    named = {"full_attention", "sliding_attention"} & set(rope.tree)
     if not by_layer:
         if named:
             raise fields.fault(key, "this architecture has the same for all layers")
-        return *_scaling_from_hf(fields, key, rope, fields["rope_theta"]), 0.0
-    if key == "rope_parameters" and rope and not named:
+        return *_scaling_from_hf(fields, rope, fields["rope_theta"]), 0.0
+    if key == "rope_parameters" and rope.tree and not named:
         raise fields.fault(key, "must have full_attention and sliding_attention")
-    global_rope = (rope.get("full_attention") or {}) if named else rope
-    local_rope = (rope.get("sliding_attention") or {}) if named else {}
-    base, scaling = _scaling_from_hf(fields, key, global_rope, fields["rope_theta"])
-    local_base, local_scaling = _scaling_from_hf(fields, key, local_rope, fields["rope_local_base_freq"])
+    global_rope = rope.inner("full_attention") if named else rope
+    local_rope = rope.inner("sliding_attention")
+    base, scaling = _scaling_from_hf(fields, global_rope, fields["rope_theta"])
+    local_base, local_scaling = _scaling_from_hf(fields, local_rope, fields["rope_local_base_freq"])
     if local_scaling != RopeScaling():
         raise fields.fault(key, "local layers have no scaling here")
     return base, scaling, local_base
 
 
-def _scaling_from_hf(
-    fields: Fields, key: str, rope: Mapping[str, Any], base: Any
-) -> tuple[float, RopeScaling]:
+def _scaling_from_hf(fields: Fields, rope: Fields, base: Any) -> tuple[float, RopeScaling]:
     """Base and scaling from one set of rotary parameters; `base` is the default."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_FIELDS:
-        raise fields.fault(key, f"unknown rope_type {kind!r}. We have {', '.join(_ROPE_FIELDS)}")
+    spelled = "rope_type" if "rope_type" in rope.tree or "type" not in rope.tree else "type"
+    rope = dataclasses.replace(rope, defaults={"rope_type": "default"})
+    kind = rope.choice(spelled, _ROPE_FIELDS, "unknown")
     allowed = {"rope_type", "type", "rope_theta", *_ROPE_FIELDS[kind]}
-    if rope.get("partial_rotary_factor") == 1:
+    if rope["partial_rotary_factor"] == 1:
         allowed.add("partial_rotary_factor")
-    if unknown := {name for name, value in rope.items() if value is not None} - allowed:
-        raise fields.fault(key, f"{', '.join(sorted(unknown))} not supported with rope_type {kind!r}")
+    if unknown := {name for name, value in rope.tree.items() if value is not None} - allowed:
+        raise rope.fault(min(unknown), f"not supported with rope_type {kind!r}")
     original, length = "original_max_position_embeddings", fields["max_position_embeddings"]
     above = {original: fields[original]} if fields[original] else {}  # the model's own field takes precedence
-    values = Fields({**rope, **above}, {"rope_theta": base, original: length}, f"{fields.path}: {key}")
+    values = Fields({**rope.tree, **above}, rope.path, {"rope_theta": base, original: length}, rope.error)
     theta = values.number("rope_theta")
     if kind == "default":
         return theta, RopeScaling()
@@ -114,7 +76,7 @@ def _scaling_from_hf(
         if low >= high:
             raise values.fault("low_freq_factor", f"must be below high_freq_factor={high}")
         return theta, RopeScaling("llama3", low_freq_factor=low, high_freq_factor=high, **shared)
-    if values["truncate"] is False:
+    if values["truncate"] not in (None, True):
         raise values.fault("truncate", "not supported")
     return theta, RopeScaling(
         "yarn",

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
+from pasta_jax.foreign import parse_object
 from pasta_jax.lang import tags
 from pasta_jax.tokens import chat as chats
 from pasta_jax.tokens.tokenizer import TokenizerError, check_text
@@ -174,7 +175,7 @@ def unpack(data: bytes) -> tuple[str, bytes, Usage]:
     """(kind, file, usage) of bytes that `to_bytes` wrote. Raises TokenizerError."""
     try:
         head, _, packed = data.removeprefix(MAGIC).partition(b"\n")
-        fields = json.loads(head)
+        fields = parse_object(head, "its head")
         usage = fields["usage"]
         usage["ends"] = frozenset(usage["ends"])
         usage["added"] = {int(i): name for i, name in usage["added"].items()}

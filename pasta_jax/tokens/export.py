@@ -6,13 +6,13 @@ their names, so transformers prints and reads them as special tokens. Ids never 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 from sentencepiece import sentencepiece_model_pb2
 
 from pasta_jax.files import json_bytes
+from pasta_jax.foreign import parse_object
 from pasta_jax.lang import tags
 from pasta_jax.tokens.base import SPACE, TextTokenizer
 from pasta_jax.tokens.load import TAGS_FILE
@@ -59,15 +59,20 @@ def with_named_tags(files: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[
         "added_tokens.json": _added_tokens,
     }
     out = dict(files)
-    former = _former_names(files, names)
-    for name, data in files.items():
-        try:
+    name = ""
+    try:
+        former = dict[str, str]()
+        for name, data in files.items():
+            former |= _former_names(name, data, names)
+        for name, data in files.items():
             if name in change:
-                out[name] = json_bytes(change[name](json.loads(data), names, former))
+                out[name] = json_bytes(change[name](parse_object(data, name, TokenizerError), names, former))
             elif name == "tokenizer.model":
                 out[name] = _sentencepiece_model(data, names)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TokenizerError(f"{name} is damaged: {type(error).__name__}: {error}") from error
+    except TokenizerError:
+        raise
+    except Exception as error:  # whatever a damaged file makes SentencePiece raise
+        raise TokenizerError(f"{name} is damaged: {type(error).__name__}: {error}") from error
     return out | {TAGS_FILE: tags_json(vocabulary)}
 
 
@@ -83,7 +88,7 @@ def minimal_files(tokenizer: TextTokenizer) -> dict[str, bytes]:
         files["tokenizer.model"] = tokenizer.model
         fields = _from_sentencepiece(tokenizer.model, usage.added)
     else:
-        fields = json.loads(tokenizer.model)
+        fields = parse_object(tokenizer.model, "tokenizer.json", TokenizerError)
     by_id = {i: name for name, i in _names(fields).items()} | dict(usage.added)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -108,16 +113,15 @@ def _names(fields: Mapping[str, Any]) -> dict[str, int]:
     return {**vocab, **{token["content"]: token["id"] for token in fields.get("added_tokens") or []}}
 
 
-def _former_names(files: Mapping[str, bytes], names: Mapping[int, str]) -> dict[str, str]:
-    """The former names of the tags' ids: {former name: tag}."""
-    former: dict[str, str] = {}
-    if "tokenizer.json" in files:
-        known = _names(json.loads(files["tokenizer.json"]))
-        former |= {name: names[i] for name, i in known.items() if i in names}
-    if "tokenizer.model" in files:
-        model = sentencepiece_model_pb2.ModelProto.FromString(files["tokenizer.model"])
-        former |= {model.pieces[i].piece: tag for i, tag in names.items() if i < len(model.pieces)}
-    return former
+def _former_names(file: str, data: bytes, names: Names) -> dict[str, str]:
+    """The former names of the tags' ids in a file: {former name: tag}."""
+    if file == "tokenizer.json":
+        known = _names(parse_object(data, file, TokenizerError))
+        return {name: names[i] for name, i in known.items() if i in names}
+    if file == "tokenizer.model":
+        model = sentencepiece_model_pb2.ModelProto.FromString(data)
+        return {model.pieces[i].piece: tag for i, tag in names.items() if i < len(model.pieces)}
+    return {}
 
 
 def _token(content: str, **others: Any) -> dict[str, Any]:

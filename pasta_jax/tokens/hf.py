@@ -6,13 +6,14 @@ white space removed around added tokens. They change little text, and all other 
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pasta_jax.extras import optional
+from pasta_jax.foreign import parse_object, shown
 from pasta_jax.tokens.base import SPACE, TextTokenizer
-from pasta_jax.tokens.tokenizer import MissingPackage, TokenizerError
+from pasta_jax.tokens.tokenizer import MissingPackage, TokenizerError, is_id
 from pasta_jax.tokens.usage import MARKER, Symbols
 
 
@@ -25,23 +26,20 @@ class HfTokenizer(TextTokenizer):
     kind = "tokenizers"
 
     def _open(self, added: Mapping[int, str]) -> Symbols:
+        tokenizers = optional("tokenizers", "hf", "Reading tokenizer.json", MissingPackage)
         try:
-            tokenizers: Any = importlib.import_module("tokenizers")
-        except ImportError as error:
-            raise MissingPackage(
-                'Reading tokenizer.json needs the tokenizers package: pip install -e ".[hf]".'
-            ) from error
-        try:
-            fields = json.loads(self.model)
+            fields = parse_object(self.model, "it")
             vocab, extra = fields["model"]["vocab"], fields.get("added_tokens") or []
             if isinstance(vocab, list):  # Unigram: pieces with their scores
                 vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-            special = {int(t["id"]) for t in extra if t["special"] or MARKER.fullmatch(t["content"])}
+            names = {**vocab, **{t["content"]: t["id"] for t in extra}}
+            if wrong := [i for i in (*vocab.values(), *names.values()) if not is_id(i)]:
+                raise ValueError(f"the id {shown(wrong[0])}")
+            special = {t["id"] for t in extra if t["special"] or MARKER.fullmatch(t["content"])}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TokenizerError(
                 f"Not a tokenizer.json of Hugging Face: {type(error).__name__}: {error}"
             ) from error
-        names = {**{name: int(i) for name, i in vocab.items()}, **{t["content"]: int(t["id"]) for t in extra}}
         own = set(names.values())
         added = {i: name for i, name in added.items() if i not in own and name not in names}
         names |= {name: i for i, name in added.items()}

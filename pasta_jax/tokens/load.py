@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from pasta_jax.foreign import Fields, parse_object, read_bytes, shown
 from pasta_jax.tokens.base import TextTokenizer, unpack
 from pasta_jax.tokens.hf import HfTokenizer
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
-from pasta_jax.tokens.tokenizer import TokenizerError
+from pasta_jax.tokens.tokenizer import TokenizerError, is_id
 from pasta_jax.tokens.usage import Hints
 
 TAGS_FILE = "pasta_tags.json"
@@ -50,21 +51,17 @@ def load_tokenizer(
       TokenizerError: the message names the file and says what to do.
     """
     path = pathlib.Path(path)
-    try:
-        if path.is_dir():
-            files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
-            if vocab_size is None and (path / "config.json").is_file():
-                files["config.json"] = (path / "config.json").read_bytes()
-        else:
-            files = {path.name: path.read_bytes()}
-    except OSError as error:
-        raise TokenizerError(f"Cannot read the tokenizer {path}: {error.strerror}.") from error
+    if path.is_dir():
+        wanted = FILES if vocab_size is not None else (*FILES, "config.json")
+        files = {name: read_bytes(path / name, TokenizerError) for name in wanted if (path / name).is_file()}
+    else:
+        files = {path.name: read_bytes(path, TokenizerError)}
     try:
         if path.is_dir():
             return tokenizer_from_files(files, extend=extend, chat=chat, vocab_size=vocab_size)
         hints = Hints(vocab_size=vocab_size or 0)
         kind = HfTokenizer if path.suffix == ".json" else SentencePieceTokenizer
-        return kind(files[path.name], extend=extend, chat=chat, hints=hints)
+        return _opened(kind, files[path.name], extend=extend, chat=chat, hints=hints)
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error
 
@@ -79,14 +76,14 @@ def tokenizer_from_files(
     hints = read_hints(files, vocab_size)
     if model is not None:
         try:
-            return SentencePieceTokenizer(model, extend=extend, chat=chat, hints=hints)
+            return _opened(SentencePieceTokenizer, model, extend=extend, chat=chat, hints=hints)
         except TokenizerError as error:
             # Other formats have the same file name, tiktoken's for one.
             if hf is None or not str(error).startswith("Not a SentencePiece model"):
                 raise TokenizerError(f"tokenizer.model: {error}") from error
     assert hf is not None
     try:
-        return HfTokenizer(hf, extend=extend, chat=chat, hints=hints)
+        return _opened(HfTokenizer, hf, extend=extend, chat=chat, hints=hints)
     except TokenizerError as error:
         raise TokenizerError(f"tokenizer.json: {error}") from error
 
@@ -100,13 +97,26 @@ def tokenizer_from_bytes(data: bytes) -> TextTokenizer:
     kind, model, usage = unpack(data)
     for known in (SentencePieceTokenizer, HfTokenizer):
         if kind == known.kind:
-            return known(model, usage=usage)
+            return _opened(known, model, usage=usage)
     raise TokenizerError(f"The saved tokenizer is of the kind {kind!r}, which this pasta_jax does not know.")
 
 
+def _opened(kind: type[TextTokenizer], model: bytes, **options: Any) -> TextTokenizer:
+    try:
+        return kind(model, **options)
+    except TokenizerError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its library raise
+        raise TokenizerError(f"It is damaged: {type(error).__name__}: {error}") from error
+
+
 def read_hints(files: Mapping[str, bytes], vocab_size: int | None = None) -> Hints:
-    """The hints in the files beside a tokenizer."""
-    parsed = {name: _json(name, data) for name, data in files.items() if name.endswith(".json")}
+    """The hints in the files beside a tokenizer. Raises TokenizerError, which names the file."""
+    parsed = {  # tokenizer.json is large, and read elsewhere
+        name: parse_object(data, name, TokenizerError)
+        for name, data in files.items()
+        if name.endswith(".json") and name != "tokenizer.json"
+    }
     config, names = parsed.get("tokenizer_config.json", {}), parsed.get("special_tokens_map.json", {})
 
     def name_of(role: str) -> str | None:
@@ -115,10 +125,10 @@ def read_hints(files: Mapping[str, bytes], vocab_size: int | None = None) -> Hin
         return entry if isinstance(entry, str) else None
 
     ends = parsed.get("generation_config.json", {}).get("eos_token_id")
-    model = parsed.get("config.json", {})
-    rows = model.get("vocab_size") or model.get("text_config", {}).get("vocab_size") or 0
+    model = Fields(parsed.get("config.json", {}), "config.json", error=TokenizerError)
+    model = model if model["vocab_size"] else model.inner("text_config")
     begins = config.get("add_bos_token")
-    size = vocab_size if vocab_size is not None else int(rows)
+    size = model.size("vocab_size", default=0) if vocab_size is None else vocab_size
     declared = _added(config, parsed.get("added_tokens.json", {}))
     return Hints(
         template=_template(files, parsed),
@@ -134,18 +144,6 @@ def read_hints(files: Mapping[str, bytes], vocab_size: int | None = None) -> Hin
     )
 
 
-def _json(name: str, data: bytes) -> dict[str, Any]:
-    if name == "tokenizer.json":  # large, and read elsewhere
-        return {}
-    try:
-        parsed = json.loads(data)
-    except ValueError as error:
-        raise TokenizerError(f"{name} is no JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise TokenizerError(f"{name} holds no JSON object.")
-    return parsed
-
-
 def _template(files: Mapping[str, bytes], parsed: Mapping[str, dict[str, Any]]) -> str:
     """The folder's chat template; "" if it has none."""
     if "chat_template.jinja" in files:
@@ -153,14 +151,33 @@ def _template(files: Mapping[str, bytes], parsed: Mapping[str, dict[str, Any]]) 
     for name in ("tokenizer_config.json", "chat_template.json"):
         template = parsed.get(name, {}).get("chat_template")
         if isinstance(template, list):  # several with names
-            by_name = {entry["name"]: entry["template"] for entry in template}
-            template = by_name.get("default") or next(iter(by_name.values()), "")
+            template = _default_template(name, template)
         if isinstance(template, str):
             return template
     return ""
 
 
+def _default_template(file: str, named: list[Any]) -> str:
+    by_name: dict[str, str] = {}
+    for entry in named:
+        match entry:
+            case {"name": str(name), "template": str(template)}:
+                by_name[name] = template
+            case _:
+                raise TokenizerError(f"{file}: chat_template has {shown(entry)}, no template with a name.")
+    return by_name.get("default") or next(iter(by_name.values()), "")
+
+
 def _added(config: Mapping[str, Any], added: Mapping[str, Any]) -> dict[int, str]:
     """Names by id of the tokens that are declared beside the tokenizer's file."""
-    declared = config.get("added_tokens_decoder") or {}
-    return {int(i): name for name, i in added.items()} | {int(i): t["content"] for i, t in declared.items()}
+    declared = {i: name for name, i in added.items() if is_id(i)}
+    if wrong := [name for name, i in added.items() if not is_id(i)]:
+        raise TokenizerError(f"added_tokens.json: {shown(wrong[0])} has the id {shown(added[wrong[0]])}.")
+    fields = Fields(config, "tokenizer_config.json", error=TokenizerError).inner("added_tokens_decoder")
+    for number, token in fields.tree.items():
+        match token:
+            case {"content": str(name)} if re.fullmatch("[0-9]{1,9}", number) and is_id(int(number)):
+                declared[int(number)] = name
+            case _:
+                raise fields.fault(number, "must be an id with the content of its token")
+    return declared

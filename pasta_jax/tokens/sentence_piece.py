@@ -21,6 +21,8 @@ class SentencePieceTokenizer(TextTokenizer):
     kind = "sentencepiece"
 
     def _open(self, added: Mapping[int, str]) -> Symbols:
+        if not self.model:  # of which the processor makes an empty vocabulary, without a word
+            raise TokenizerError("Not a SentencePiece model: the file is empty.")
         try:
             self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except Exception as error:

@@ -33,6 +33,15 @@ _TAG_KINDS: dict[tags.Dialect, dict[str, Kind]] = {
 """The kinds of the tag pieces in each dialect; a piece that the dialect lacks is a control symbol."""
 
 
+MOST_IDS = 2**22
+"""16 times the largest published vocabulary, Gemma 3's of 262,144; tables have an entry for each id."""
+
+
+def is_id(value: object) -> bool:
+    """Whether a value of a file is an id, from 0 to MOST_IDS - 1."""
+    return type(value) is int and 0 <= value < MOST_IDS
+
+
 class TokenizerError(ValueError):
     """The tokenizer cannot be used; the message says what to do."""
 

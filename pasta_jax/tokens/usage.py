@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 
 from pasta_jax.lang import tags
 from pasta_jax.tokens import chat as chats
-from pasta_jax.tokens.tokenizer import TokenizerError, Vocabulary
+from pasta_jax.tokens.tokenizer import TokenizerError, Vocabulary, is_id
 
 MARKER = re.compile(
     r"<\|[^|<>\s]+\|>|<unused\d+>|<(?:start|end)_of_(?:turn|image|audio)>|<(?:image|audio)_soft_token>"
@@ -202,7 +202,7 @@ def _reserved(symbols: Symbols, template: str) -> list[int]:
 
 
 def _checked(tag_ids: Mapping[str, int], symbols: Symbols) -> dict[str, int]:
-    ids = [i for i in tag_ids.values() if isinstance(i, int) and i >= 0]
+    ids = [i for i in tag_ids.values() if is_id(i)]
     if set(tag_ids) != set(tags.PIECES) or len(set(ids)) != len(tags.PIECES):
         raise TokenizerError(
             f"pasta_tags.json must have an id for each of {', '.join(map(repr, tags.PIECES))}."
