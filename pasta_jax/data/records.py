@@ -104,6 +104,8 @@ def _read_line(line: bytes, names: Mapping[str, str], max_depth: int) -> tuple[s
         raise _Fault(column, f"byte 0x{byte:02x} is not UTF-8. Save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
         raise _Fault(error.colno, f"not JSON: {error.msg}. Write one object on each line.") from None
+    except ValueError:  # Python's limit of 4300 digits
+        raise _Fault(None, "a number of thousands of digits. Write it as a text, or leave it out.") from None
     except RecursionError:
         raise _Fault(None, "not a record: nested too deeply. Write one flat object on each line.") from None
     if not isinstance(record, dict):
