@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
+BROKEN = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+"""What a broken line makes a parser raise."""
+
 StrPath = str | os.PathLike[str]
 
 
@@ -74,18 +77,26 @@ def write_jsonl(path: StrPath, trees: Iterable[Any]) -> None:
         file.writelines(map(json_line, trees))
 
 
-def read_jsonl(path: StrPath, make: Callable[[dict[str, Any]], T]) -> list[T]:
+def read_jsonl(path: StrPath, make: Callable[[dict[str, Any]], T], *, skip: bool = False) -> list[T]:
     """The records of a JSONL file up to the first broken line, such as an interrupted run leaves at the end.
 
     Args:
       path: of the file; a missing file has no records.
-      make: from a line's dict to a record. A line for which it raises ValueError, KeyError or TypeError is broken.
+      make: from a line's dict to a record. A line that is no object in UTF-8 is broken, and one for which it raises
+        one of BROKEN.
+      skip: leave broken lines out, wherever they are.
     """
     records: list[T] = []
-    broken = contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError)
-    with broken, open(path, encoding="utf-8") as file:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
-            records.append(make(json.loads(line)))
+            try:
+                fields = json.loads(line.decode())
+                if not isinstance(fields, dict):
+                    raise TypeError("no object")
+                records.append(make(fields))
+            except BROKEN:
+                if not skip:
+                    break
     return records
 
 
@@ -135,11 +146,9 @@ class Stamp:
 
     def check(self, about: Mapping[str, Any]) -> list[Change]:
         """The fields in which `about` differs from what was written: all if the file is missing or broken."""
-        try:
-            with open(self.path, encoding="utf-8") as file:
-                written = json.load(file)
-        except (FileNotFoundError, ValueError):
-            written = {}
+        written: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError, *BROKEN), open(self.path, encoding="utf-8") as file:
+            written = dict(json.load(file))
         return changes(written, json.loads(json.dumps(about)))
 
     def write(self, about: Mapping[str, Any]) -> None:

@@ -129,8 +129,44 @@ def test_foreign(workdir: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match='No config field "colour"'):
         load_params(workdir)
     about.unlink()
-    with pytest.raises(CheckpointError, match=r"not a checkpoint of pasta_jax: it has no pasta/pasta\.json"):
+    way_out = r"it has no pasta/pasta\.json\. Delete it and step 20 is used\."
+    with pytest.raises(CheckpointError, match=f"not a checkpoint of pasta_jax: {way_out}"):
         load_params(workdir)
+    (workdir / "checkpoints" / "31").mkdir()
+    way_out = r"it has no pasta/pasta\.json\. Delete steps 30, 31 and step 20 is used\."
+    with pytest.raises(CheckpointError, match=f"31 is not a checkpoint of pasta_jax: {way_out}"):
+        load_params(workdir)
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    with pytest.raises(CheckpointError, match=r"has no pasta/pasta\.json\.$"):
+        load_params(workdir)
+
+
+def test_going_on_from_half_a_checkpoint_says_which_one_is_whole(workdir: pathlib.Path) -> None:
+    steps = workdir / "checkpoints"
+    shutil.rmtree(steps / "30" / "optimizer")
+    target = jax.eval_shape(lambda: state_at(0))
+    message = (
+        r"30 is damaged\. Delete it and step 20 is used\. \(optimizer: not there; a new --workdir with "
+        r"--config\.init_from=.*30 starts from its weights\)"
+    )
+    with (
+        Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data)) as run,
+        pytest.raises(CheckpointError, match=message),
+    ):
+        run.restore(target)
+    shutil.rmtree(steps / "20" / "optimizer")
+    with (
+        Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data)) as run,
+        pytest.raises(CheckpointError, match=r"There is no whole one beside it\. \(optimizer"),
+    ):
+        run.restore(target)
+    (steps / "31").mkdir()
+    with (
+        Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data)) as run,
+        pytest.raises(CheckpointError, match=r"31 is not a checkpoint .* Delete it and step 30 is used"),
+    ):
+        run.restore(target)
+    assert load_params(steps / "30")[1].step == 30
 
 
 def test_damaged_description(workdir: pathlib.Path) -> None:
@@ -144,6 +180,11 @@ def test_damaged_description(workdir: pathlib.Path) -> None:
         "",
         json.dumps(without_step),
         json.dumps(tree | {"step": "x"}),
+        json.dumps(tree | {"step": float("inf")}),
+        json.dumps(tree | {"window": {"loss": []}}),
+        json.dumps(tree | {"window": [1]}),
+        "[" * 200_000,
+        '{"format": "pasta_jax", "step": %s}' % ("1" * 5000),
         json.dumps(tree | {"tokenizer": "%"}),
     ]
     for content in bad:

@@ -37,9 +37,12 @@ def test_lines_up_to_the_first_broken_one(tmp_path: pathlib.Path) -> None:
     assert read_jsonl(path, dict) == []
     write_jsonl(path, [{"a": 1}, {"a": 2}])
     whole = path.read_text()
-    for broken in ('{"a": 3', '{"b": 3}\n', "[3]\n", "3\n"):
-        path.write_text(whole + broken + '\n{"a": 4}\n')
+    huge = b'{"a": 3, "b": %s}' % (b"1" * 5000)
+    foreign = (b"[3]", b"3", b"[]", b'{"a": "\xff"}', b"\xff\xfe", b"[" * 200_000, huge)
+    for broken in (b'{"a": 3', b'{"b": 3}', *foreign):
+        path.write_bytes(whole.encode() + broken + b'\n{"a": 4}\n')
         assert read_jsonl(path, lambda tree: tree["a"]) == [1, 2]
+        assert read_jsonl(path, lambda tree: tree["a"], skip=True) == [1, 2, 4]
     with pytest.raises(IsADirectoryError):
         read_jsonl(tmp_path, dict)
 
@@ -52,8 +55,9 @@ def test_a_stamp_names_what_changed(tmp_path: pathlib.Path) -> None:
     assert stamp.check(about) == []
     assert stamp.check(about | {"seed": 1}) == [Change("seed", 0, 1)]
     assert str(Change("seed", 0, 1)) == "seed was 0 and is 1 now"
-    (tmp_path / "about.json").write_text("{")
-    assert len(stamp.check(about)) == 3
+    for broken in ("{", "[1]", "5", "[" * 200_000):
+        (tmp_path / "about.json").write_text(broken)
+        assert len(stamp.check(about)) == 3
 
 
 def test_json_is_written_for_people(tmp_path: pathlib.Path) -> None:

@@ -61,27 +61,42 @@ def test_it_learns_and_writes_down_what_it_did(whole: tuple[TrainState, pathlib.
     assert find_checkpoint(workdir).name == "8"
 
 
-def test_resuming_is_bit_identical(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:
+def test_resuming_is_bit_identical(
+    whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     train(tmp_path, stop_after=3)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')  # a run that was cut off after its last save
+    metrics = tmp_path / "metrics.jsonl"
+    foreign = b'\xff\xfe\n5\n[]\n{"loss": 1.0}\n{"step": "4"}\n'
+    # A run that was cut off after its last save, and what no run wrote.
+    metrics.write_bytes(foreign + metrics.read_bytes() + b'{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
     resumed = train(tmp_path)
     assert_same(resumed, whole[0])
     lines = read_metrics(str(tmp_path / "metrics.jsonl"))
     uninterrupted = read_metrics(str(whole[1] / "metrics.jsonl"))
     assert [(x["step"], x["loss"]) for x in lines] == [(x["step"], x["loss"]) for x in uninterrupted]
     assert_same(train(tmp_path), whole[0])  # and once it is finished, running it again changes nothing
+    assert_same(train(tmp_path, dataclasses.replace(CONFIG, steps=5)), whole[0])
+    assert (
+        f"{tmp_path} is at step 8, past config.steps=5. To go on, set --config.steps above 8" in caplog.text
+    )
 
 
 def test_sigterm_saves_and_resumes(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     source = At(130, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    config = changed(log={"every": 8})
     with pytest.raises(Stopped) as stopped:
-        train(tmp_path, source=source)
+        train(tmp_path, config, source=source)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert 1 <= int(find_checkpoint(tmp_path).name) < 8
-    assert_same(train(tmp_path), whole[0])
+    assert_same(train(tmp_path, config), whole[0])
+    # The line has the mean of all its steps, those before the interruption too.
+    (line,) = read_metrics(str(tmp_path / "metrics.jsonl"))
+    lines = read_metrics(str(whole[1] / "metrics.jsonl"))
+    for name in ("loss", "accuracy", "grad_norm", "packing"):
+        assert line[name] == pytest.approx(np.mean([each[name] for each in lines]), rel=1e-9)
+    assert line["lr"] == lines[-1]["lr"]
 
 
 def test_sharded_is_unsharded(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -26,6 +25,7 @@ from etils import epath
 from pasta_jax import overrides
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.files import write_json
+from pasta_jax.foreign import parse_object
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import tokenizer_from_bytes
 from pasta_jax.tokens.tokenizer import MissingPackage, Tokenizer, TokenizerError
@@ -62,6 +62,7 @@ class CheckpointMetadata:
       tokenizer_model: the tokenizer (`Tokenizer.to_bytes`).
       tag_ids: the ids of the tags, by name.
       versions: of Python and of the packages that wrote the checkpoint, by name.
+      window: what was measured since the last line of metrics (`training.loop.Meter`).
       base: the weights that the adapters belong to; None if the checkpoint holds a whole model.
       merged_fingerprint: of base and adapters, if those were merged on loading; "" otherwise.
     """
@@ -73,6 +74,7 @@ class CheckpointMetadata:
     tokenizer_model: bytes
     tag_ids: dict[str, int]
     versions: dict[str, str]
+    window: dict[str, float] = dataclasses.field(default_factory=dict)
     base: BaseWeights | None = None
     merged_fingerprint: str = ""
 
@@ -119,9 +121,12 @@ def read_metadata(path: epath.Path) -> CheckpointMetadata:
     """
     file = path / "pasta" / "pasta.json"
     if not file.exists():
-        raise CheckpointError(f"{path} is not a checkpoint of pasta_jax: it has no pasta/pasta.json.")
+        way_out = f" {_way_out(path)}" if _whole_beside(path) else ""
+        raise CheckpointError(
+            f"{path} is not a checkpoint of pasta_jax: it has no pasta/pasta.json.{way_out}"
+        )
     try:
-        fields = json.loads(file.read_text())
+        fields = parse_object(file.read_bytes(), file.name, allow_nan=True)
         if fields["format"] != FORMAT:
             raise CheckpointError(f"{path} is not a checkpoint of pasta_jax but of {fields['format']!r}.")
         version = int(fields["format_version"])
@@ -142,6 +147,7 @@ def read_metadata(path: epath.Path) -> CheckpointMetadata:
             tokenizer_model=base64.b64decode(fields["tokenizer"], validate=True),
             tag_ids=dict(fields["tag_ids"]),
             versions=dict(fields["versions"]),
+            window={str(name): float(value) for name, value in fields.get("window", {}).items()},
             base=BaseWeights(**fields["base"]) if fields.get("base") else None,
         )
     except CheckpointError:
@@ -152,22 +158,42 @@ def read_metadata(path: epath.Path) -> CheckpointMetadata:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{file} could not be read: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         raise CheckpointError(
             damage_message(path, f"{file.name}: {type(error).__name__}: {error}")
         ) from error
 
 
-def damage_message(path: epath.Path, reason: str) -> str:
-    """The message about a damaged checkpoint: what is wrong, and which other one can be used."""
-    others = sorted(int(other.name) for other in _checkpoints_in(path.parent) if other.name != path.name)
-    if not others:
-        advice = "There is no other one beside it."
-    elif path.name.isdigit() and others[-1] < int(path.name):
-        advice = f"Delete it and step {others[-1]} is used."
-    else:
-        advice = f"Use another step: {', '.join(map(str, others))}."
-    return f"{path} is damaged. {advice} ({reason.splitlines()[0][:300]})"
+def damage_message(path: epath.Path, reason: str, *items: str) -> str:
+    """The message about a damaged checkpoint: what is wrong, and which other one can be used.
+
+    Args:
+      path: of the checkpoint.
+      reason: what is wrong.
+      items: that the other one must have too, as "optimizer" to go on training.
+    """
+    first_line = (reason.strip() or "no reason given").splitlines()[0][:300]
+    return f"{path} is damaged. {_way_out(path, *items)} ({first_line})"
+
+
+def _way_out(path: epath.Path, *items: str) -> str:
+    """What to do about a checkpoint that cannot be used."""
+    whole = _whole_beside(path, *items)
+    if not whole:
+        return "There is no whole one beside it."
+    newest = max(whole)
+    if not path.name.isdecimal() or newest > int(path.name):
+        return f"Use another step: {', '.join(map(str, sorted(whole)))}."
+    newer = sorted(step for child in _checkpoints_in(path.parent) if (step := int(child.name)) > newest)
+    what = "it" if len(newer) == 1 else f"steps {', '.join(map(str, newer))}"
+    return f"Delete {what} and step {newest} is used."
+
+
+def _whole_beside(path: epath.Path, *items: str) -> list[int]:
+    """The steps beside a checkpoint that have metadata, weights and these items."""
+    needed = ("pasta/pasta.json", "params", *items)
+    others = (other for other in _checkpoints_in(path.parent) if other.name != path.name)
+    return [int(other.name) for other in others if all((other / name).exists() for name in needed)]
 
 
 # --------------------------------------------------------------------------------------------------- paths
@@ -246,7 +272,8 @@ def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
 
 def _checkpoints_in(directory: epath.Path) -> list[epath.Path]:
     """The checkpoints in a directory, which need not exist."""
-    return [child for child in directory.iterdir() if child.name.isdigit()] if directory.is_dir() else []
+    children = directory.iterdir() if directory.is_dir() else ()
+    return [child for child in children if re.fullmatch("[0-9]+", child.name)]
 
 
 # ----------------------------------------------------------------------------------------------- versions

@@ -178,7 +178,7 @@ def restore_arrays(path: epath.Path, item: str, target: Any, *, partial: bool = 
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path / item, args=arguments)
     except Exception as error:  # whatever a damaged file makes Orbax raise
-        raise CheckpointError(damage_message(path, f"{item}: {error}")) from error
+        raise CheckpointError(damage_message(path, f"{item}: {error}", item)) from error
 
 
 def check_shapes(path: epath.Path, saved: Any, expected: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -19,6 +20,7 @@ from pasta_jax.checkpoints.about import (
     CheckpointError,
     CheckpointMetadata,
     absolute_path,
+    damage_message,
     read_metadata,
     versions,
 )
@@ -61,13 +63,20 @@ class Checkpoints:
         """The newest step, if any."""
         return self._manager.latest_step()
 
-    def save(self, state: State, data_index: int, base: BaseWeights | None = None) -> None:
+    def save(
+        self,
+        state: State,
+        data_index: int,
+        base: BaseWeights | None = None,
+        window: Mapping[str, float] | None = None,
+    ) -> None:
         """Saves a state under its step, unless that step is saved already.
 
         Args:
           state: parameters, optimizer and step.
           data_index: the document with which the next batch begins.
           base: the weights that the parameters belong to, if those are adapters.
+          window: what was measured since the last line of metrics (`training.loop.Meter`).
         """
         step = int(state.step)
         if step == self.latest():
@@ -76,20 +85,29 @@ class Checkpoints:
             step,
             data_index,
             base,
+            window or {},
             params=ocp.args.PyTreeSave(state.params),
             optimizer=ocp.args.PyTreeSave(state.opt_state),
         )
 
     def save_weights(self, params: Params) -> None:
         """Saves, as step 0, weights that were not trained here, to decode with or to start from."""
-        self._save(0, 0, None, params=ocp.args.PyTreeSave(params))
+        self._save(0, 0, None, {}, params=ocp.args.PyTreeSave(params))
 
-    def _save(self, step: int, data_index: int, base: BaseWeights | None, **arrays: Any) -> None:
+    def _save(
+        self,
+        step: int,
+        data_index: int,
+        base: BaseWeights | None,
+        window: Mapping[str, float],
+        **arrays: Any,
+    ) -> None:
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "step": step,
             "data_index": data_index,
+            "window": dict(window),
             "config": overrides.to_dict(self._config),
             "versions": versions(),
             "tag_ids": self._tokenizer.vocabulary.tag_ids,
@@ -112,6 +130,9 @@ class Checkpoints:
         """
         path = self.directory / str(self.latest())
         metadata = read_metadata(path)
+        if metadata.step and not (path / "optimizer").exists():
+            reason = f"optimizer: not there; a new --workdir with --config.init_from={path} starts from its weights"
+            raise CheckpointError(damage_message(path, reason, "optimizer"))
         if not (path / "optimizer").exists():
             raise CheckpointError(
                 f"{self.directory.parent} holds weights alone, of a model that was not trained there. "

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,13 +114,13 @@ def train(
     with Checkpoints(workdir, config, tokenizer) as checkpoints:
         # ------------------------------------------------------------- start, start from weights, or resume
 
-        data_index = 0
+        data_index, window = 0, dict[str, float]()
         resumes = checkpoints.latest() is not None
         params, base, base_mark = starting_weights(config, tokenizer, update, mesh, only_base=resumes)
         if resumes:
             target = sharding.abstract(update.shapes, update.shardings)
             state, metadata = checkpoints.restore(target, base_mark)
-            data_index = metadata.data_index
+            data_index, window = metadata.data_index, metadata.window
             LOG.info("Going on from step %d of %s.", metadata.step, workdir)
         else:
             state = update.start(params)
@@ -132,7 +132,7 @@ def train(
 
         last = min(config.steps, stop_after or config.steps)
         schedule, saved_at = config.checkpoint, time.monotonic()
-        meter = Meter(checkpoints)
+        meter = Meter(checkpoints, window)
         batches = stage.batches(source, data_index, config.data.rows, config.data.length)
         with (
             MetricsWriter(workdir, first_step=step, steps=config.steps, tb=config.log.tb) as metrics,
@@ -157,13 +157,19 @@ def train(
                 leaving = request.signal  # read once: a signal that comes later waits for the next step
                 if is_due or step == last or leaving:
                     meter.check(lag=0)  # only finite states are saved
-                    checkpoints.save(state, data_index, base_mark)
+                    checkpoints.save(state, data_index, base_mark, meter.window)
                     saved_at = time.monotonic()
 
     if leaving:
         LOG.warning("Saved at step %d. Run the same command again to go on.", step)
         raise Stopped(leaving)
-    LOG.info("Step %d of %d of %s is done.", step, config.steps, workdir)
+    if step > config.steps:
+        LOG.warning(
+            "Nothing to train: %s is at step %d, past config.steps=%d. To go on, set --config.steps above %d.",
+            *(workdir, step, config.steps, step),
+        )
+    else:
+        LOG.info("Step %d of %d of %s is done.", step, config.steps, workdir)
     return state
 
 
@@ -175,25 +181,29 @@ class Meter:
 
     The loss of a step is that of the weights before it; the gradient tells whether those after it are finite too.
     Measurements are read one step late, so that the device never waits for the host.
+
+    Args:
+      checkpoints: of the run, for the message about a good one.
+      window: of the checkpoint with which a run resumes, so that its first line has the steps before it too.
     """
 
-    def __init__(self, checkpoints: Checkpoints):
+    def __init__(self, checkpoints: Checkpoints, window: Mapping[str, float]):
         self._checkpoints = checkpoints
-        self._unread: list[tuple[int, dict[str, Array]]] = []
-        self._read: list[dict[str, float]] = []
-        self._fractions: list[float] = []
+        self._unread: list[tuple[int, dict[str, Any]]] = []
+        self._sums = dict(window)
+        self._lr = 0.0
         self._tokens = 0
         self._since: float | None = None  # set after the first step, which compiles
 
     def add(self, step: int, measured: dict[str, Array], batch: ThreadedTokens) -> None:
         """Takes the measurements of an update, which may still be running."""
-        self._unread.append((step, measured))
-        self._fractions.append(real_fraction(batch))
+        packing = real_fraction(batch)
+        self._unread.append((step, {**measured, "packing": packing}))
         if self._since is None:
             jax.block_until_ready(measured)
             self._since = time.monotonic()
         else:
-            self._tokens += int(batch.doc.size * self._fractions[-1])
+            self._tokens += int(batch.doc.size * packing)
         self.check(lag=1)
 
     def check(self, lag: int) -> None:
@@ -207,7 +217,9 @@ class Meter:
                         f"The {words} is {values[name]} at step {step}; {self._safe()}. Lower "
                         "--config.optimizer.lr or raise --config.optimizer.warmup_steps, in a new --workdir."
                     )
-            self._read.append(values)
+            for name, value in {"steps": 1, **values}.items():
+                self._sums[name] = self._sums.get(name, 0) + value
+            self._lr = values["lr"]
 
     def _safe(self) -> str:
         latest = self._checkpoints.latest()
@@ -215,18 +227,22 @@ class Meter:
             return "no checkpoint was written before it"
         return f"step {latest} in {self._checkpoints.directory} is good, and is kept"
 
+    @property
+    def window(self) -> dict[str, float]:
+        """Sums of what was read since the last summary, and the number of their "steps"."""
+        return dict(self._sums)
+
     def summary(self) -> dict[str, float]:
         """Means since the last summary, tokens per second, and the fraction of tokens that are no padding."""
         self.check(lag=0)
-        names = sorted(self._read[0], key=lambda name: (name != "loss", name))
-        means = {name: sum(m[name] for m in self._read) / len(self._read) for name in names}
-        means["lr"] = self._read[-1]["lr"]
-        now = time.monotonic()
+        steps = self._sums.pop("steps")
+        means = {name: value / steps for name, value in self._sums.items()} | {"lr": self._lr}
+        packing, now = means.pop("packing"), time.monotonic()
+        means = {name: means[name] for name in sorted(means, key=lambda name: (name != "loss", name))}
         if self._tokens and self._since is not None:
             means["tokens_per_s"] = self._tokens / max(now - self._since, 1e-9)
-        means["packing"] = sum(self._fractions) / len(self._fractions)
-        self._read, self._fractions, self._tokens, self._since = [], [], 0, now
-        return means
+        self._sums, self._tokens, self._since = {}, 0, now
+        return means | {"packing": packing}
 
 
 def training_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pasta_jax.config import ConfigError
+from pasta_jax.extras import optional
 from pasta_jax.files import appending, is_writer, json_line, read_jsonl, write_jsonl
 
 LOG = logging.getLogger("pasta_jax")
@@ -22,7 +24,10 @@ class MetricsWriter:
       workdir: an existing directory.
       first_step: where this run starts; later lines, of an interrupted run, are removed.
       steps: the last step.
-      tb: TensorBoard too; needs tensorboardX.
+      tb: TensorBoard too.
+
+    Raises:
+      ConfigError: `tb`, and tensorboardX is not installed.
     """
 
     def __init__(self, workdir: str, *, first_step: int, steps: int, tb: bool = False):
@@ -59,16 +64,18 @@ class MetricsWriter:
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, up to one that a crash cut short."""
-    return read_jsonl(path, dict)
+    """The lines of a metrics.jsonl that have a step: not those that a crash cut short, nor what others wrote."""
+
+    def line_of(fields: dict[str, Any]) -> dict[str, Any]:
+        if type(fields["step"]) is not int:
+            raise TypeError("no step")
+        return fields
+
+    return read_jsonl(path, line_of, skip=True)
 
 
 def _tensorboard(workdir: str) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ImportError("log.tb needs tensorboardX: pip install -e '.[tb]'.") from None
-    return SummaryWriter(workdir)
+    return optional("tensorboardX", "tb", "config.log.tb", ConfigError).SummaryWriter(workdir)
 
 
 def _short(value: float) -> str:
