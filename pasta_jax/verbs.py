@@ -39,7 +39,7 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
     """Parses the flags and calls a verb's `main` with the other words of the command line.
 
     `--help` ends with status 0, a flag that is unknown or of the wrong type in one line and status 2. With absl
-    alone both would end with status 1.
+    alone both would end with status 1. The line that a command ends with is the last that is printed.
     """
 
     def parse(words: list[str]) -> Sequence[str]:
@@ -50,7 +50,13 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
         except SystemExit:  # help was shown
             sys.exit(0)
 
-    app.run(main, argv=argv, flags_parser=parse)
+    try:
+        app.run(main, argv=argv, flags_parser=parse)
+    except SystemExit as leaving:
+        if leaving.code:  # threads of Orbax outlive the error that ends a command, and would bury its line
+            sys.unraisablehook = lambda _: None
+            logging.disable()
+        raise
 
 
 def config_file(name: str) -> str:

@@ -58,6 +58,28 @@ def test_help_is_no_failure(verb: str) -> None:
     assert "--helpfull" in done.stdout and done.stderr == ""
 
 
+def test_the_line_that_a_command_ends_with_is_the_last() -> None:
+    """Whatever threads of libraries raise and log while Python ends."""
+    code = """
+import atexit, logging
+from pasta_jax import verbs
+
+class Late:
+    def __del__(self):
+        raise RuntimeError("Event loop is closed")
+
+late = Late()
+
+def main(argv):
+    atexit.register(logging.error, "Task was destroyed but it is pending")
+    verbs.refuse("The checkpoint is damaged.")
+
+verbs.run_main(main)
+"""
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (2, "The checkpoint is damaged.\n")
+
+
 def test_configurations_that_the_demo_needs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
