@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[Callable[[pathlib.Path], object], list[str]]] = {
     "dtype no text": (edit_header(lambda t: t[UP].update(dtype=["F32"])), [FIRST, UP, "damaged"]),
     "an entry no dict": (edit_header(lambda t: t.update({UP: 3})), [FIRST, UP, "damaged"]),
     "metadata no texts": (edit_header(lambda t: t.update(__metadata__={"a": 1})), [FIRST, "__metadata__"]),
-    "unknown dtype": (edit_header(lambda t: t[UP].update(dtype="F4")), [FIRST, UP, "dtype F4"]),
+    "unknown dtype": (edit_header(lambda t: t[UP].update(dtype="F4")), [FIRST, UP, "dtype 'F4'"]),
     "a file is missing": (lambda f: (f / SECOND).unlink(), [INDEX, f"{SECOND} is not there"]),
     "index no JSON": (write(INDEX, b"{"), [INDEX, "is not JSON"]),
     "index too deep": (write(INDEX, b"[" * 200_000), [INDEX, "is nested deeper than 64 levels"]),

@@ -117,7 +117,7 @@ def parse_header(path: str, header: bytes, size: int | None = None) -> TensorFil
     size_by_header = start
     for begin, end, tensor in entries:
         if tensor.dtype not in SIZES:
-            raise InterchangeError(f"{path}: {tensor.name} has the unknown dtype {tensor.dtype}.")
+            raise InterchangeError(f"{path}: {tensor.name} has the unknown dtype {shown(tensor.dtype)}.")
         if (
             tensor.offset != size_by_header
             or min(tensor.shape, default=0) < 0
