@@ -182,6 +182,26 @@ def test_cancelled_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> 
     assert other.wait().stop == Stop.CANCELLED
 
 
+def test_long_prompts_are_fed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all of them together would take much memory for their scores; else together."""
+    asks = some_asks(random.Random(0), 6)
+    fed: list[int] = []
+    admit, compiled = Compiled._admit, decoder().compiled
+
+    def counted(self: Compiled, *args: Any) -> Any:
+        fed.append(args[3])
+        return admit(self, *args)
+
+    monkeypatch.setattr(Compiled, "_admit", counted)
+    for limit, rows in ((0, 1), (10**9, 6)):
+        monkeypatch.setattr("pasta_jax.decoding.compiled.LARGE_PREFILL", limit)
+        fed.clear()
+        traces, _ = decoder().decode([ask.prompt for ask in asks], [ask.sampling for ask in asks])
+        assert fed == [rows] * (6 // rows)
+        assert [read(*pair) for pair in zip(asks, traces)] == [read(ask, alone(ask)) for ask in asks]
+        assert {program.rows for program in compiled.programs if program.verb == "admit"} == {1, rows}
+
+
 def test_no_short_answer_shows_a_piece_of_a_tag(seed: int) -> None:
     """Of 300, cut off by a limit, a stop string or the caller; many within a tag."""
     rng = random.Random(seed)
