@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from pasta_jax import verbs
-from pasta_jax.verbs import define_loading, loading_options, quiet_pipe, refuse, show_log
+from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
 
 if TYPE_CHECKING:
     from pasta_jax.decoding.results import DecodeResult
@@ -28,10 +28,9 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
     if values.stream and values.annotated:
         refuse("--stream prints the text as it settles, --annotated the whole with its tags. Choose one.")
     show_log()
-    with quiet_pipe():
-        result = _answer(argv[1], values, decoding)
-        if not values.stream:
-            print(result.annotated if values.annotated else result.text)
+    result = _answer(argv[1], values, decoding)
+    if not values.stream:
+        print(result.annotated if values.annotated else result.text, flush=True)
     stats = result.stats
     summary = [
         f"{stats.decode_steps} steps for {stats.text_tokens} tokens of text",

@@ -24,11 +24,13 @@ def refuse(message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def quiet_pipe() -> Iterator[None]:
+def _quiet_pipe() -> Iterator[None]:
     """Ends the command without a word when nobody reads its output any more, as with `| head`."""
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
         # At its end Python flushes stdout again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,7 +41,8 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
     """Parses the flags and calls a verb's `main` with the other words of the command line.
 
     `--help` ends with status 0, a flag that is unknown or of the wrong type in one line and status 2; with absl
-    alone both would end with status 1. Threads of Orbax do not bury the line that says what is damaged.
+    alone both would end with status 1. Threads of Orbax do not bury the line that says what is damaged. A reader of
+    the output who leaves ends the command.
     """
 
     def parse(words: list[str]) -> Sequence[str]:
@@ -58,7 +61,8 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
             report(fault)
 
     sys.unraisablehook = quieter
-    app.run(main, argv=argv, flags_parser=parse)
+    with _quiet_pipe():
+        app.run(main, argv=argv, flags_parser=parse)
 
 
 def config_file(name: str) -> str:
