@@ -55,7 +55,7 @@ class TextError(ValueError):
 
 
 def check_text(text: str) -> None:
-    """Raises TextError if a text cannot be written in UTF-8.
+    r"""Raises TextError if a text cannot be written in UTF-8.
 
     Half a character is what JSON that was cut within an emoji leaves, and what Python makes of a byte of a command
     line that is not UTF-8.
