@@ -18,16 +18,17 @@ from pasta_jax.lang.program import Program, Text
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens import chat as chats
 from pasta_jax.tokens import export
+from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.detokenize import Threads, read
 from pasta_jax.tokens.hf import HfTokenizer
-from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_files
+from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_bytes, tokenizer_from_files
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
 from tests.helpers import family_tokenizers as families
+from tests.helpers.conversations import KINDS, talk
 from tests.helpers.family_folders import (
     ALL,
     CONTROL,
-    CONVERSATIONS,
     FOLDERS,
     names_of,
     tokenizer,
@@ -40,6 +41,8 @@ PUBLISHED = {
     "gemma": families.GEMMA3,
     "gemma json": families.GEMMA3,
     "mistral 3": families.MISTRAL3,
+    "mistral nemo": families.NEMO,
+    "ministral": families.MINISTRAL,
     "llama 3": families.LLAMA3,
     "llama 3.1": families.LLAMA31,
     "qwen 2.5": families.QWEN25,
@@ -47,6 +50,10 @@ PUBLISHED = {
     "llama 2": families.LLAMA2,
     "mistral 1": families.MISTRAL1,
 }
+
+
+def id_of(loaded: TextTokenizer, name: str) -> int:
+    return loaded._names[name]
 
 
 def rendered(template: str, messages: list[dict[str, str]], **names: str) -> str:
@@ -67,7 +74,7 @@ def test_prompts_are_those_of_the_template(name: str, own: bool) -> None:
     template = PUBLISHED[name]
     if own:
         template = export.minimal_files(loaded)["chat_template.jinja"].decode()
-    for messages in CONVERSATIONS:
+    for kind, messages in KINDS.items():
         text = rendered(
             template, messages, bos_token=spelled[vocabulary.bos], eos_token=spelled[vocabulary.eos]
         )
@@ -78,10 +85,14 @@ def test_prompts_are_those_of_the_template(name: str, own: bool) -> None:
         ).decode()
         # What Llama's own tokenizer puts before text, ours does not, and so our format does.
         assert spelled_prompt.replace("<s> [INST]", "<s>[INST]") == text.replace("<s> [INST]", "<s>[INST]")
-        if name.startswith(("llama 3", "qwen")):
+        # Control tokens that people spell stay letters, and text is not normalised.
+        if "tokenizer.json" in FOLDERS.get(name, dict)() and kind not in (
+            "control tokens",
+            "decomposed unicode",
+        ):
             whole = tokenizers.Tokenizer.from_str(FOLDERS[name]()["tokenizer.json"].decode())
             assert ids == whole.encode(text, add_special_tokens=False).ids
-    one = CONVERSATIONS[0]
+    one = KINDS["a question"]
     assert loaded.encode_prompt(one[0]["content"]) == loaded.encode_chat(one)
 
 
@@ -138,6 +149,8 @@ def test_the_format_is_chosen_in_words(tmp_path: pathlib.Path) -> None:
         "gemma base": "plain",
         "gemma json": "gemma",
         "mistral 3": "mistral3",
+        "mistral nemo": "nemo",
+        "ministral": "ministral",
         "llama 3": "llama3",
         "llama 3.1": "llama3",
         "qwen 2.5": "chatml",
@@ -183,7 +196,8 @@ def test_the_format_is_chosen_in_words(tmp_path: pathlib.Path) -> None:
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
             "must end with a message",
         ),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], "Message 2 .* is empty"),
+        (talk("a", "b", "\n"), "Message 3 .* is empty"),
+        (talk("", "b", "c"), "Message 1 .* is empty"),
         ([{"role": "user"}], 'Message 1 .* write {"role": ..., "content": ...}'),
         ([{"role": "user", "content": ["a"]}], "Message 1 .*: its content is no text but list"),
         (["hello"], "Message 1 .* is 'hello'"),
@@ -195,9 +209,90 @@ def test_conversations_that_cannot_be_answered(messages: Any, message: str) -> N
             tokenizer(name).encode_chat(messages)
 
 
+def test_each_format_has_its_reading_of_empty_messages() -> None:
+    silent = talk("a", "", "b", system="")
+    for name in PUBLISHED:
+        loaded = tokenizer(name)
+        empty, none = loaded.encode_chat(silent), loaded.encode_chat(silent[1:])
+        # Llama 3.1 always writes a system message, the almanac's format none that is empty.
+        assert (empty == none) == (name == "llama 3.1"), name
+    qwen = tokenizer("qwen 2.5")
+    start, end = (id_of(qwen, name) for name in ("<|im_start|>", "<|im_end|>"))
+    assert qwen.encode_chat(silent)[: len(qwen.encode("system\n")) + 2] == [
+        start,
+        *qwen.encode("system\n"),
+        end,
+    ]
+    bare = tokenizer_from_files(FOLDERS["qwen 3"](), chat="plain")
+    assert bare.encode_chat(silent) == bare.encode("a\n\nb\n")
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_control_tokens_that_swallow_white_space(where: str) -> None:
+    """They swallow the template's, as in transformers, and not what people wrote."""
+    fields, files = json.loads(families.qwen()), FOLDERS["qwen 2.5"]()
+    config = json.loads(files["tokenizer_config.json"])
+    stripping = json.loads(families.qwen())
+    for token in stripping["added_tokens"]:
+        token["rstrip"] = token["lstrip"] = token["content"] == "<|im_end|>"
+    if where == "folder":  # what it declares counts, whatever the file says
+        config["added_tokens_decoder"] = {str(token["id"]): token for token in stripping["added_tokens"]}
+        files["tokenizer_config.json"] = json.dumps(config).encode()
+    else:
+        files["tokenizer.json"] = json.dumps(stripping).encode()
+    loaded = tokenizer_from_files(files)
+    whole = tokenizers.Tokenizer.from_str(json.dumps(stripping))
+    messages = talk("Of France?", "Paris", "And of Peru?", system="Be brief.")
+    expected = whole.encode(rendered(families.QWEN25, messages), add_special_tokens=False).ids
+    unstripped = tokenizers.Tokenizer.from_str(json.dumps(fields))
+    assert loaded.encode_chat(messages) == expected
+    assert expected != unstripped.encode(rendered(families.QWEN25, messages), add_special_tokens=False).ids
+    spaced = loaded.encode_chat(talk("Hi \n"))
+    end = id_of(loaded, "<|im_end|>")
+    assert loaded.vocabulary.text(spaced).endswith("user\nHi \nassistant\n") and spaced.count(end) == 2
+    for again in (
+        tokenizer_from_bytes(loaded.to_bytes()),
+        tokenizer_from_files(export.minimal_files(loaded)),
+    ):
+        assert again.encode_chat(messages) == expected
+
+
+def test_reasoning_is_kept_only_since_the_last_question() -> None:
+    loaded = tokenizer("qwen 3")
+    think = id_of(loaded, "<think>")
+    answered = "<think>\nHm.\n</think>\n\nHello!"
+    old = loaded.encode_chat(talk("Hi.", answered, "Name a city."))
+    assert old == loaded.encode_chat(talk("Hi.", "Hello!", "Name a city.")) and old.count(think) == 1
+    kept = loaded.encode_chat(talk("Hi.", answered, "<tool_response>\nLima\n</tool_response>"))
+    assert kept.count(think) == 2
+    # Qwen calls it no control token, so it is text, with the id that transformers gives it.
+    assert loaded.encode_chat(talk("What is <think>?")).count(think) == 2
+
+
+def test_templates_that_only_look_like_a_family() -> None:
+    """They write other text than its format, so they are refused, and a format can be chosen."""
+    for name, change in {
+        "qwen 2.5": lambda t: "{{ bos_token }}" + t,  # InternLM 2, Hermes
+        "qwen 3": lambda t: t.replace("</think>\n\n' }}", "</think>\n' }}"),
+        "mistral nemo": lambda t: t.replace('"[INST]"', '"[SYSTEM_PROMPT]x[/SYSTEM_PROMPT][INST]"'),
+        "mistral 1": lambda t: t.replace('" " + message["content"]|trim', 'message["content"]'),
+        "mistral 3": lambda t: t.replace('" " + message["content"]|trim', 'message["content"]'),
+    }.items():
+        template = change(PUBLISHED[name])
+        assert template != PUBLISHED[name]
+        with pytest.raises(TokenizerError, match="of no format known here"):
+            tokenizer(name).chat_of(template)
+    thinking = families.QWEN25.replace("assistant\n' }}", "assistant\n<think>\n' }}")  # QwQ
+    assert thinking != families.QWEN25
+    with pytest.raises(TokenizerError, match="of no format known here"):
+        tokenizer("qwen 3").chat_of(thinking)
+    # Without a template, by the names of free ids.
+    assert HfTokenizer(families.nemo()).with_chat("inst").usage.chat == "nemo"
+
+
 def test_the_almanac_keeps_its_turns() -> None:
     loaded = almanac.load_tokenizer()
     user, model = (chats.USER_TURN, chats.MODEL_TURN)
-    ids = loaded._marks
+    ids = loaded._names
     assert loaded.encode_prompt("Rivers?") == [2, ids[user], *loaded.encode("Rivers?"), ids[model]]
-    assert loaded.encode_chat(CONVERSATIONS[3])[-1] == ids[model]
+    assert loaded.encode_chat(KINDS["several turns"])[-1] == ids[model]

@@ -42,6 +42,8 @@ def test_tags_take_ids_that_nothing_uses(name: str) -> None:
         assert now == [f"<unused{n}>" for n in range(6)]
     elif name == "mistral 3":
         assert now == [f"[control_{n}]" for n in range(14, 20)]
+    elif name in ("mistral nemo", "ministral"):
+        assert now == [f"<SPECIAL_{n}>" for n in range(18, 24)]
     elif name.startswith("llama 3"):
         assert now == [f"<|reserved_special_token_{n}|>" for n in range(6, 12)]
     else:  # past the end: in rows of the embedding that are there (Qwen), or that will be

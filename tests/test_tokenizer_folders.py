@@ -18,9 +18,9 @@ from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_bytes, tokenize
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError
 from tests.helpers import family_tokenizers as families
+from tests.helpers.conversations import KINDS
 from tests.helpers.family_folders import (
     ALL,
-    CONVERSATIONS,
     EXTENDED,
     FOLDERS,
     ROOM,
@@ -38,7 +38,7 @@ def test_a_checkpoint_has_the_whole_tokenizer(name: str) -> None:
     again = tokenizer_from_bytes(loaded.to_bytes())
     assert again.vocabulary == loaded.vocabulary and again.usage == loaded.usage
     assert again.to_bytes() == loaded.to_bytes()
-    for messages in CONVERSATIONS:
+    for messages in KINDS.values():
         assert again.encode_chat(messages) == loaded.encode_chat(messages)
     config = Config(data=DataConfig(dialect="apar"), checkpoint=CheckpointConfig(keep=1))
     about = CheckpointMetadata("there", 1, 0, config, loaded.to_bytes(), dict(loaded.vocabulary.tag_ids), {})
@@ -159,7 +159,7 @@ def test_exported_files_name_the_tags(name: str) -> None:
             again = tokenizer_from_files(left)
             assert again.vocabulary.tag_ids == loaded.vocabulary.tag_ids
             assert again.usage.chat == loaded.usage.chat or not template
-            for messages in CONVERSATIONS:
+            for messages in KINDS.values():
                 assert again.encode_chat(messages) == loaded.encode_chat(messages)
             assert again.encode("".join(tags.PIECES)) == loaded.encode("".join(tags.PIECES))
     config = json.loads(export.with_named_tags(files, loaded.vocabulary)["tokenizer_config.json"])
@@ -181,11 +181,71 @@ def test_transformers_reads_what_is_written(name: str, tmp_path: pathlib.Path) -
         assert original.convert_ids_to_tokens(i) == piece and i in original.all_special_ids
         assert original.encode(f"x{piece}y", add_special_tokens=False).count(i) == 1
     assert original.eos_token_id == loaded.vocabulary.eos and original.bos_token_id == loaded.vocabulary.bos
-    for messages in CONVERSATIONS if loaded.usage.chat != "plain" else ():
+    # By design: control tokens and tags that people spell stay letters here, and text is not normalised.
+    for kind in KINDS.keys() - {"control tokens", "tags", "decomposed unicode"}:
+        if loaded.usage.chat == "plain":
+            break
+        messages = KINDS[kind]
         ids = original.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
         assert ids == loaded.encode_chat(messages)
+
+
+def test_ends_that_only_the_models_configuration_names() -> None:
+    """As in transformers: generation_config.json, else config.json, else its text_config."""
+    model: dict[str, object] = {"vocab_size": 9, "eos_token_id": [1, 5]}
+    for files, ends, size in (
+        ({"config.json": model}, (1, 5), 9),
+        ({"config.json": {"vocab_size": None, "text_config": {"vocab_size": 7, "eos_token_id": 3}}}, (3,), 7),
+        ({"config.json": model, "generation_config.json": {"eos_token_id": 7}}, (7,), 9),
+        ({"config.json": model, "generation_config.json": {}}, (1, 5), 9),
+        ({"config.json": {"text_config": None}}, (), 0),
+        ({"config.json": {"eos_token_id": True, "text_config": {}}}, (), 0),
+    ):
+        hints = load.read_hints({name: json.dumps(told).encode() for name, told in files.items()})
+        assert (hints.ends, hints.vocab_size) == (ends, size)
+
+
+def test_the_ends_of_a_folder_are_read(tmp_path: pathlib.Path) -> None:
+    for name, data in FOLDERS["gemma base"]().items():
+        (tmp_path / name).write_bytes(data)
+    unused = max(tokenizer("gemma base").vocabulary.tag_ids.values()) + 1
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [1, unused]}))
+    assert (
+        unused in load_tokenizer(tmp_path, vocab_size=len(tokenizer("gemma base").vocabulary)).vocabulary.ends
+    )
+
+
+def test_guessed_names_are_those_of_control_tokens() -> None:
+    """Qwen has an ordinary piece <s>, and its documents begin with its end of text."""
+    fields = json.loads(families.qwen())
+    vocab = fields["model"]["vocab"]
+    freed = next(
+        piece for piece in reversed(vocab) if all(piece not in pair for pair in fields["model"]["merges"])
+    )
+    vocab["<s>"] = vocab.pop(freed)
+    fields["model"]["merges"] = [pair for pair in fields["model"]["merges"] if "".join(pair) != freed]
+    loaded = HfTokenizer(json.dumps(fields).encode(), extend=True)
+    assert loaded.vocabulary.bos == loaded._names["<|endoftext|>"]
+    exported = json.loads(export.minimal_files(loaded)["tokenizer_config.json"])
+    assert exported["bos_token"] == "<|endoftext|>"
+
+
+def test_free_ids_that_the_file_does_not_declare() -> None:
+    """Gemma 1's tokenizer.json has them and the markers of turns in its vocabulary alone."""
+    fields = json.loads(FOLDERS["gemma json"]()["tokenizer.json"])
+    fields["added_tokens"] = [
+        token for token in fields["added_tokens"] if token["content"] in ("<bos>", "<eos>")
+    ]
+    loaded = HfTokenizer(json.dumps(fields).encode())
+    declared = tokenizer("gemma json")
+    assert loaded.vocabulary.tag_ids == declared.vocabulary.tag_ids and loaded.usage.chat == "gemma"
+    text = "<unused0> <start_of_turn>"
+    assert loaded.vocabulary.text(loaded.encode(text)) == text
+    whole = tokenizers.Tokenizer.from_str(export.minimal_files(loaded)["tokenizer.json"].decode())
+    mark = loaded._names["<start_of_turn>"]
+    assert mark in loaded.encode_prompt("a") and whole.encode("<start_of_turn>").ids == [mark]
 
 
 def test_declared_ids_without_a_row_are_left_out() -> None:

@@ -29,7 +29,7 @@ from pasta_jax.model.forms import is_plain
 from pasta_jax.model.weights import HfTensor, hf_tensors, is_ignored, tied_head
 from pasta_jax.tokens import export
 from pasta_jax.tokens.base import TextTokenizer
-from pasta_jax.tokens.load import FILES, TAGS_FILE, read_hints
+from pasta_jax.tokens.load import FILES, TAGS_FILE, end_ids, read_hints
 from pasta_jax.tokens.templates import template_of
 from pasta_jax.tokens.tokenizer import TokenizerError
 
@@ -284,9 +284,8 @@ def _end_answers(files: dict[str, bytes], model: Exported) -> None:
     tree = parse_object(
         files.get("generation_config.json", b"{}"), "generation_config.json", InterchangeError
     )
-    eos = tree.get("eos_token_id")
-    old = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if missing := sorted(i for i in vocabulary.stops if i not in old):
+    old = end_ids(tree)
+    if missing := sorted(vocabulary.stops - set(old)):
         files["generation_config.json"] = json_bytes(tree | {"eos_token_id": [*old, *missing]})
     usage = model.tokenizer.usage
     hints = read_hints({name: files[name] for name in FILES if name in files}, 0)

@@ -24,6 +24,9 @@ MAGIC = b"pasta_jax tokenizer 1\n"
 SPACE = "\u2581"
 """SentencePiece writes it for a space; the same character in text must not become a space."""
 
+_SETS = ("ends", "lstrip", "rstrip")
+"""The fields of `Usage` that JSON holds as lists; checkpoints of earlier code lack the last two."""
+
 _PROBES = (
     "  two  spaces,\ttabs\r\n\r\nand lines \n",
     "e\u0301 \u00e9 \ufb01 \u212b \uff21 \u1e9b\u0323",  # what NFC, NFKC or case folding would change
@@ -67,7 +70,8 @@ class TextTokenizer(abc.ABC):
         )
         self.vocabulary = vocabulary_of(symbols, self.usage)
         self._names = names = symbols.names
-        self._marks = {name: names[name] for name in chats.FORMATS[self.usage.chat].needs}
+        self._marks = {chats.Mark(name): names[name] for name in chats.FORMATS[self.usage.chat].needs}
+        self._marks |= {chats.BOS: self.vocabulary.bos, chats.EOS: self.vocabulary.eos}
         never = symbols.special | set(self.usage.tag_ids.values()) | self.vocabulary.stops
         self._never = {i: name.replace(SPACE, " ") for name, i in names.items() if i in never}
         spelled = [symbols.pieces.index(bytes([b])) for b in SPACE.encode() if bytes([b]) in symbols.pieces]
@@ -124,23 +128,29 @@ class TextTokenizer(abc.ABC):
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation (`chat.dialogue`) in the chat format, up to where the answer starts."""
-        parts = chats.FORMATS[self.usage.chat].render(chats.dialogue(messages), self.usage.opening)
-        vocabulary, ids, text = self.vocabulary, list[int](), ""
-        roles = {chats.BOS.name: vocabulary.bos, chats.EOS.name: vocabulary.eos}
-        for part in parts:
+        usage, ids, text = self.usage, list[int](), ""
+        parts = chats.FORMATS[usage.chat].render(chats.dialogue(messages), usage.opening)
+        lstrip, rstrip = ([m for m, i in self._marks.items() if i in s] for s in (usage.lstrip, usage.rstrip))
+        for part in chats.stripped(parts, lstrip, rstrip):
             if isinstance(part, str):
                 text += part  # a run between control tokens is encoded as a whole, like the template's text
                 continue
             ids += self.encode(text)
             text = ""
-            if part == chats.BOS and self.usage.chat == "plain" and not self.usage.begins:
+            if part == chats.BOS and usage.chat == "plain" and not usage.begins:
                 continue
-            ids.append(roles[part.name] if part.name in roles else self._marks[part.name])
+            ids.append(self._marks[part])
         return ids + self.encode(text)
+
+    @property
+    def marks(self) -> frozenset[int]:
+        """The ids of control tokens that the chat format may write."""
+        return frozenset(self._marks.values())
 
     @functools.cached_property
     def _bytes(self) -> bytes:
-        usage = dataclasses.asdict(self.usage) | {"ends": sorted(self.usage.ends)}
+        usage = dataclasses.asdict(self.usage)
+        usage |= {name: sorted(usage[name]) for name in _SETS}
         head = json.dumps({"kind": self.kind, "usage": usage}, sort_keys=True)
         return MAGIC + head.encode() + b"\n" + zlib.compress(self.model)
 
@@ -167,6 +177,7 @@ class TextTokenizer(abc.ABC):
             ends=(usage.eos, *sorted(usage.ends)),
             tag_ids=usage.tag_ids,
             added=usage.added,
+            strips={i: (i in usage.lstrip, i in usage.rstrip) for i in usage.lstrip | usage.rstrip},
         )
         return type(self)(self.model, chat=chat, hints=hints).with_dialect(self.vocabulary.dialect)
 
@@ -177,7 +188,7 @@ def unpack(data: bytes) -> tuple[str, bytes, Usage]:
         head, _, packed = data.removeprefix(MAGIC).partition(b"\n")
         fields = parse_object(head, "its head")
         usage = fields["usage"]
-        usage["ends"] = frozenset(usage["ends"])
+        usage |= {name: frozenset(usage.get(name, ())) for name in _SETS}
         usage["added"] = {int(i): name for i, name in usage["added"].items()}
         return fields["kind"], zlib.decompress(packed), Usage(**usage)
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:

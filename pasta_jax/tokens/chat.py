@@ -8,12 +8,16 @@ with the models (`tokenizer_config.json`, `chat_template.jinja`); tests compare 
   gemma     Gemma 1, 2, 3: <start_of_turn>user ... <end_of_turn>, system text before the first user's
   llama3    Llama 3, 3.1, 3.2, 3.3: <|start_header_id|>user<|end_header_id|> ... <|eot_id|>
   chatml    Qwen 2.5: <|im_start|>user ... <|im_end|>
-  qwen3     the same; the answer starts after an empty <think> block, as in the template without thinking
+  qwen3     the same; the answer starts after an empty <think> block, as in the template without thinking, and
+            earlier answers lose their reasoning
   llama2    [INST] ... [/INST] in letters, <s> before each turn of the user
   mistral   Mistral 0.1 and 0.2: the same, <s> once
-  mistral3  Mistral 0.3: [INST] and [/INST] are control tokens
+  mistral3  Mistral 0.3: [INST] and [/INST] are control tokens, a space follows each
+  ministral Ministral: the same, a space only before answers
+  nemo      Mistral Nemo: the same, no spaces, and answers as they are
 
-The text of messages stays text: control tokens that it spells are encoded as letters.
+The text of messages stays text: control tokens that it spells are encoded as letters. What a tokenizer's file does
+not call a control token, such as Qwen 3's <think>, is text and gets its id.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from pasta_jax.tokens.tokenizer import TokenizerError
 
 Chat: TypeAlias = Literal["auto", "plain", "gemma", "llama3", "chatml", "qwen3", "inst"]
 CHATS: tuple[Chat, ...] = get_args(Chat)
-"""The formats that a user can request. `inst` is llama2, mistral or mistral3, by vocabulary and template."""
+"""The formats that a user can request. `inst` is one of Llama 2's and Mistral's, by vocabulary and template."""
 
 _SWITCHES = "chat=FORMAT of load, --config.data.chat=FORMAT of training, --chat=FORMAT of other verbs"
 
@@ -46,14 +50,19 @@ class Mark:
 BOS, EOS = Mark("bos"), Mark("eos")
 """Control tokens by role; `EOS` ends an answer."""
 
+
+class Said(str):
+    """Text of a message. No other text of a prompt is a person's."""
+
+
 Part: TypeAlias = str | Mark
 
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """A conversation to answer: `turns` alternate user, assistant, ..., user; `system` may be ""."""
+    """A conversation to answer: `turns` alternate user, assistant, ..., user; without a system message None."""
 
-    system: str
+    system: str | None
     turns: tuple[str, ...]
 
     @property
@@ -66,11 +75,13 @@ def dialogue(messages: Sequence[Mapping[str, str]]) -> Dialogue:
     """A list of {"role": "system" | "user" | "assistant", "content": text} as a dialogue.
 
     Raises:
-      ValueError: there is no message, a role is out of turn, or a content is empty or missing; says which.
+      ValueError: there is no message, a role is out of turn, a content is missing, or the user said nothing; says
+        which. Each format has its own reading of an empty system message or earlier answer.
     """
     if not messages:
         raise ValueError("The conversation has no messages. Give the model something to answer.")
-    system, turns = "", list[str]()
+    system: str | None = None
+    turns = list[str]()
     for number, message in enumerate(messages, 1):
         name = f"Message {number} of the conversation"
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
@@ -78,7 +89,7 @@ def dialogue(messages: Sequence[Mapping[str, str]]) -> Dialogue:
         role, content = message["role"], message["content"]
         if not isinstance(content, str):
             raise ValueError(f"{name}: its content is no text but {type(content).__name__}.")
-        if not content.strip():
+        if role == "user" and not content.strip():
             raise ValueError(EMPTY if len(messages) == 1 else f"{name} is empty.")
         if role == "system" and number == 1:
             system = content
@@ -108,85 +119,133 @@ class Format:
     render: Callable[[Dialogue, str], list[Part]]
 
 
+def stripped(parts: Sequence[Part], lstrip: Collection[Mark], rstrip: Collection[Mark]) -> list[Part]:
+    """The parts without the white space that control tokens swallow: to their left (`lstrip`), to their right.
+
+    What people wrote keeps it, unlike in transformers.
+    """
+    out = list(parts)
+    for strip, marks, numbers in (
+        (str.lstrip, rstrip, range(len(out))),
+        (str.rstrip, lstrip, reversed(range(len(out)))),
+    ):
+        swallows = False
+        for i in numbers:
+            part = out[i]
+            if isinstance(part, Mark):
+                swallows = part in marks
+            elif swallows and part:
+                out[i] = part if isinstance(part, Said) else strip(part)
+                swallows = not out[i]
+    return out
+
+
 def _plain(d: Dialogue, opening: str) -> list[Part]:
-    return [BOS, "".join(f"{text}\n" for text in (d.system, *d.turns) if text)]
+    parts: list[Part] = [BOS, Said(d.system), "\n"] if d.system else [BOS]
+    for text in d.turns:
+        parts += [Said(text), "\n"]
+    return parts
 
 
 def _turns(d: Dialogue, opening: str) -> list[Part]:
     parts: list[Part] = [BOS]
+    before: list[Part] = [Said(d.system), "\n\n"] if d.system else []
     for user, text in d.by_user:
-        parts += [Mark(USER_TURN), text, Mark(MODEL_TURN)] if user else [text, EOS]
-    if d.system:
-        parts.insert(2, d.system + "\n\n")
+        parts += [Mark(USER_TURN), *before, Said(text), Mark(MODEL_TURN)] if user else [Said(text), EOS]
+        before = []
     return parts
 
 
 def _gemma(d: Dialogue, opening: str) -> list[Part]:
     start, end = Mark("<start_of_turn>"), Mark("<end_of_turn>")
     parts: list[Part] = [BOS]
-    before = f"{d.system}\n\n" if d.system else ""
+    before: list[Part] = [] if d.system is None else [Said(d.system), "\n\n"]
     for user, text in d.by_user:
-        parts += [start, f"{'user' if user else 'model'}\n{before}{text.strip()}", end, "\n"]
-        before = ""
+        parts += [start, "user\n" if user else "model\n", *before, Said(text.strip()), end, "\n"]
+        before = []
     return [*parts, start, "model\n"]
 
 
 def _llama3(d: Dialogue, opening: str) -> list[Part]:
     def header(role: str) -> list[Part]:
-        return [Mark("<|start_header_id|>"), role, Mark("<|end_header_id|>")]
+        return [Mark("<|start_header_id|>"), role, Mark("<|end_header_id|>"), "\n\n"]
 
     end = Mark("<|eot_id|>")
     parts: list[Part] = [BOS]
-    if opening or d.system:
-        parts += [*header("system"), f"\n\n{opening}{d.system.strip()}", end]
+    if opening or d.system is not None:
+        parts += [*header("system"), opening, Said((d.system or "").strip()), end]
     for user, text in d.by_user:
-        parts += [*header("user" if user else "assistant"), f"\n\n{text.strip()}", end]
-    return [*parts, *header("assistant"), "\n\n"]
+        parts += [*header("user" if user else "assistant"), Said(text.strip()), end]
+    return [*parts, *header("assistant")]
 
 
-def _chatml(d: Dialogue, opening: str) -> list[Part]:
+def _im_turns(system: str | None, opening: str, turns: Sequence[Sequence[Part]]) -> list[Part]:
     start, end = Mark("<|im_start|>"), Mark("<|im_end|>")
     parts: list[Part] = []
-    if d.system or opening:
-        parts += [start, f"system\n{d.system or opening}", end, "\n"]
-    for user, text in d.by_user:
-        parts += [start, f"{'user' if user else 'assistant'}\n{text}", end, "\n"]
+    if system is not None or opening:
+        parts += [start, "system\n", opening if system is None else Said(system), end, "\n"]
+    for i, turn in enumerate(turns):
+        parts += [start, "assistant\n" if i % 2 else "user\n", *turn, end, "\n"]
     return [*parts, start, "assistant\n"]
 
 
+def _chatml(d: Dialogue, opening: str) -> list[Part]:
+    return _im_turns(d.system, opening, [[Said(text)] for text in d.turns])
+
+
 def _qwen3(d: Dialogue, opening: str) -> list[Part]:
-    return [*_chatml(d, opening), Mark("<think>"), "\n\n", Mark("</think>"), "\n\n"]
+    think, thought = Mark("<think>"), Mark("</think>")
+    turns: list[list[Part]] = [[Said(text)] for text in d.turns]
+    # Reasoning is kept only since the user's last question. What tools answered comes in the user's turns.
+    of_tools = [text.startswith("<tool_response>") and text.endswith("</tool_response>") for text in d.turns]
+    question = max((i for i in range(0, len(turns), 2) if not of_tools[i]), default=len(turns))
+    for i, text in enumerate(d.turns):
+        if i % 2 and "</think>" in text:
+            before, answer = text.split("</think>")[0], text.split("</think>")[-1].lstrip("\n")
+            turns[i] = [Said(answer)]
+            if i > question and (reasoning := before.rstrip("\n").split("<think>")[-1].lstrip("\n")):
+                turns[i] = [think, "\n", Said(reasoning), "\n", thought, "\n\n", Said(answer)]
+    return [*_im_turns(d.system, opening, turns), think, "\n\n", thought, "\n\n"]
 
 
 def _llama2(d: Dialogue, opening: str) -> list[Part]:
     # Llama's own tokenizer puts the space before [INST] by itself; ours does not.
     parts: list[Part] = []
-    before = f"<<SYS>>\n{d.system}\n<</SYS>>\n\n" if d.system else ""
+    before = "" if d.system is None else f"<<SYS>>\n{d.system}\n<</SYS>>\n\n"
     for user, text in d.by_user:
-        turn = (before + text).strip()
-        parts += [BOS, f" [INST] {turn} [/INST]"] if user else [f" {turn} ", EOS]
+        turn = Said((before + text).strip())
+        parts += [BOS, " [INST] ", turn, " [/INST]"] if user else [" ", turn, " ", EOS]
         before = ""
     return parts
 
 
 def _mistral(d: Dialogue, opening: str) -> list[Part]:
     parts: list[Part] = [BOS]
-    before = f"{d.system}\n\n" if d.system else ""
+    before: list[Part] = [] if d.system is None else [Said(d.system), "\n\n"]
     for user, text in d.by_user:
-        parts += [f" [INST] {before}{text} [/INST]"] if user else [f" {text.strip()}", EOS]
-        before = ""
+        parts += [" [INST] ", *before, Said(text), " [/INST]"] if user else [" ", Said(text.strip()), EOS]
+        before = []
     return parts
 
 
-def _mistral3(d: Dialogue, opening: str) -> list[Part]:
+def _mistral3(d: Dialogue, opening: str, user_space: str = " ", answer_space: str = " ") -> list[Part]:
     parts: list[Part] = [BOS]
     for number, (user, text) in enumerate(d.by_user):
         if user:
-            before = f"{d.system}\n\n" if d.system and number == len(d.turns) - 1 else ""
-            parts += [Mark("[INST]"), f" {before}{text}", Mark("[/INST]")]
+            is_last = number == len(d.turns) - 1
+            before: list[Part] = [] if d.system is None or not is_last else [Said(d.system), "\n\n"]
+            parts += [Mark("[INST]"), user_space, *before, Said(text), Mark("[/INST]")]
         else:
-            parts += [f" {text.strip()}", EOS]
+            parts += [answer_space, Said(text.strip() if answer_space else text), EOS]
     return parts
+
+
+def _ministral(d: Dialogue, opening: str) -> list[Part]:
+    return _mistral3(d, opening, user_space="")
+
+
+def _nemo(d: Dialogue, opening: str) -> list[Part]:
+    return _mistral3(d, opening, user_space="", answer_space="")
 
 
 FORMATS: Mapping[str, Format] = {
@@ -199,7 +258,24 @@ FORMATS: Mapping[str, Format] = {
     "llama2": Format((), None, _llama2),
     "mistral": Format((), None, _mistral),
     "mistral3": Format(("[INST]", "[/INST]"), None, _mistral3),
+    "ministral": Format(("[INST]", "[/INST]"), None, _ministral),
+    "nemo": Format(("[INST]", "[/INST]"), None, _nemo),
 }
+
+
+_SIGNS = {
+    "<|im_start|>": "chatml",
+    "<start_of_turn>": "gemma",
+    "<|start_header_id|>": "llama3",
+    "[INST]": "inst",
+}
+_BARE_ANSWER = r"""\{\{-?\s*message\[['"]content['"]\]\s*\+\s*eos_token"""
+_OTHERS = {
+    "chatml": r"bos_token|\|\s*trim|\.strip\(\)|assistant\n<think>",
+    "qwen3": r"(?s)\A(?!.*<think>\n\n</think>\n\n)",
+    "inst": rf"(?s)\[SYSTEM_PROMPT\]|\[INST\] .*{_BARE_ANSWER}",
+}
+"""What templates have that look like a family's and write something else."""
 
 
 def choose(requested: str, names: Collection[str], template: str | None) -> tuple[str, str]:
@@ -221,8 +297,7 @@ def choose(requested: str, names: Collection[str], template: str | None) -> tupl
         raise TokenizerError(f"chat={requested!r} is unknown. Use one of {', '.join(CHATS)}.")
     name = _detect(names, template) if requested == "auto" else requested
     if name == "inst":
-        by_letters = "llama2" if template is None or "<<SYS>>" in template else "mistral"
-        name = "mistral3" if set(FORMATS["mistral3"].needs) <= set(names) else by_letters
+        name = _inst(names, template)
     if missing := [need for need in FORMATS[name].needs if need not in names]:
         raise TokenizerError(
             f"The chat format {name} needs {', '.join(missing)}, which this tokenizer lacks. "
@@ -239,16 +314,25 @@ def _detect(names: Collection[str], template: str | None) -> str:
         return next((f for f in families if all(need in names for need in FORMATS[f].needs)), "plain")
     if not template.strip():
         return "plain"
-    if "<|im_start|>" in template:
-        return "qwen3" if "enable_thinking" in template else "chatml"
-    signs = {"<start_of_turn>": "gemma", "<|start_header_id|>": "llama3", "[INST]": "inst"}
-    for sign, family in signs.items():
-        if sign in template:
-            return family
+    written = template.replace("\\n", "\n")  # files have newlines in both ways
+    family = next((family for sign, family in _SIGNS.items() if sign in written), "")
+    family = "qwen3" if family == "chatml" and "enable_thinking" in written else family
+    if family and not re.search(_OTHERS.get(family, "(?!)"), written):
+        return family
     raise TokenizerError(
         "The model's chat template is of no format known here "
         f"({', '.join(CHATS[2:])}). Choose the nearest of them, or plain, with {_SWITCHES}."
     )
+
+
+def _inst(names: Collection[str], template: str | None) -> str:
+    if not set(FORMATS["mistral3"].needs) <= set(names):
+        return "llama2" if template is None or "<<SYS>>" in template else "mistral"
+    if not template:  # Nemo is known by the names of its free ids
+        return "nemo" if any(name.startswith("<SPECIAL_") for name in names) else "mistral3"
+    if "[INST] " in template:
+        return "mistral3"
+    return "nemo" if re.search(_BARE_ANSWER, template) else "ministral"
 
 
 def _opening(name: str, template: str) -> str:

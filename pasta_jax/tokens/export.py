@@ -89,6 +89,7 @@ def minimal_files(tokenizer: TextTokenizer) -> dict[str, bytes]:
         fields = _from_sentencepiece(tokenizer.model, usage.added)
     else:
         fields = parse_object(tokenizer.model, "tokenizer.json", TokenizerError)
+    _declare_marks(fields, tokenizer)
     by_id = {i: name for name, i in _names(fields).items()} | dict(usage.added)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -103,6 +104,18 @@ def minimal_files(tokenizer: TextTokenizer) -> dict[str, bytes]:
     if template := template_of(usage.chat, usage.opening):
         files["chat_template.jinja"] = template.encode()
     return with_named_tags(files, vocabulary)
+
+
+def _declare_marks(fields: Fields, tokenizer: TextTokenizer) -> None:
+    """Makes the chat format's control tokens added tokens, as the prompts of training had them."""
+    usage = tokenizer.usage
+    declared = {token["id"]: token for token in fields.get("added_tokens") or []}
+    names = {i: name for name, i in _names(fields).items()}
+    for mark in tokenizer.marks:
+        if mark in names:
+            strips = {"lstrip": mark in usage.lstrip, "rstrip": mark in usage.rstrip}
+            declared[mark] = {"id": mark, **_token(names[mark]), **declared.get(mark, {}), **strips}
+    fields["added_tokens"] = sorted(declared.values(), key=lambda token: token["id"])
 
 
 def _names(fields: Mapping[str, Any]) -> dict[str, int]:

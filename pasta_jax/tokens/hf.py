@@ -35,7 +35,9 @@ class HfTokenizer(TextTokenizer):
             names = {**vocab, **{t["content"]: t["id"] for t in extra}}
             if wrong := [i for i in (*vocab.values(), *names.values()) if not is_id(i)]:
                 raise ValueError(f"the id {shown(wrong[0])}")
-            special = {t["id"] for t in extra if t["special"] or MARKER.fullmatch(t["content"])}
+            special = {t["id"] for t in extra if t["special"]}
+            special |= {i for name, i in names.items() if MARKER.fullmatch(name)}
+            lstrip, rstrip = ({t["id"] for t in extra if t.get(side)} for side in ("lstrip", "rstrip"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TokenizerError(
                 f"Not a tokenizer.json of Hugging Face: {type(error).__name__}: {error}"
@@ -72,6 +74,8 @@ class HfTokenizer(TextTokenizer):
             begins=bool(begins),
             marks_spaces=not byte_level,
             added=added,
+            lstrip=frozenset(lstrip),
+            rstrip=frozenset(rstrip),
         )
 
     def _encode(self, text: str) -> list[int]:

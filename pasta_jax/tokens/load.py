@@ -29,7 +29,7 @@ FILES = (
     "chat_template.json",
     TAGS_FILE,
 )
-"""The files of a folder that are read, besides the size of the vocabulary in config.json."""
+"""The files of a folder that are read, besides vocabulary size and ends in config.json."""
 
 
 def load_tokenizer(
@@ -52,7 +52,7 @@ def load_tokenizer(
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        wanted = FILES if vocab_size is not None else (*FILES, "config.json")
+        wanted = (*FILES, "config.json")
         files = {name: read_bytes(path / name, TokenizerError) for name in wanted if (path / name).is_file()}
     else:
         files = {path.name: read_bytes(path, TokenizerError)}
@@ -124,9 +124,11 @@ def read_hints(files: Mapping[str, bytes], vocab_size: int | None = None) -> Hin
         entry = entry.get("content") if isinstance(entry, dict) else entry
         return entry if isinstance(entry, str) else None
 
-    ends = parsed.get("generation_config.json", {}).get("eos_token_id")
-    model = Fields(parsed.get("config.json", {}), "config.json", error=TokenizerError)
-    model = model if model["vocab_size"] else model.inner("text_config")
+    whole = Fields(parsed.get("config.json", {}), "config.json", error=TokenizerError)
+    text = whole.inner("text_config")
+    places = (parsed.get("generation_config.json", {}), whole.tree, text.tree)
+    ends = next((ids for place in places if (ids := end_ids(place))), [])
+    model = whole if whole["vocab_size"] else text
     begins = config.get("add_bos_token")
     size = model.size("vocab_size", default=0) if vocab_size is None else vocab_size
     declared = _added(config, parsed.get("added_tokens.json", {}))
@@ -136,12 +138,22 @@ def read_hints(files: Mapping[str, bytes], vocab_size: int | None = None) -> Hin
         eos=name_of("eos_token"),
         pad=name_of("pad_token"),
         begins=begins if isinstance(begins, bool) else None,
-        ends=tuple(i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)),
+        ends=tuple(ends),
         vocab_size=size,
         tag_ids=parsed.get(TAGS_FILE),
         # Gemma 3's text model has no row for the image token that its files declare.
         added={i: name for i, name in declared.items() if not size or i < size},
+        strips={
+            int(i): (bool(token.get("lstrip")), bool(token.get("rstrip")))
+            for i, token in (config.get("added_tokens_decoder") or {}).items()
+        },
     )
+
+
+def end_ids(fields: Mapping[str, Any]) -> list[int]:
+    """The ids that a config.json or generation_config.json calls the end of a text."""
+    ids: Any = fields.get("eos_token_id")
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if is_id(i)]
 
 
 def _template(files: Mapping[str, bytes], parsed: Mapping[str, dict[str, Any]]) -> str:

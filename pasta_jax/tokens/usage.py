@@ -6,6 +6,7 @@ A published vocabulary has no tags, and its embedding should not be resized for 
   Gemma          <unused0> to <unused98>: the first six
   Llama 3        <|reserved_special_token_0|> to _247|> (at most): the last six
   Mistral 0.3    [control_8] to [control_768]: the last six; later versions name the first ones
+  Mistral Nemo   <SPECIAL_14> to <SPECIAL_999>: the last six
   Qwen 2.5, 3    rows of the embedding past the tokenizer's last id (151,936 rows, 151,669 ids at most)
   Llama 2, Mistral 0.1   none: the vocabulary must be extended, and the embedding with it
 
@@ -24,7 +25,7 @@ from pasta_jax.tokens.tokenizer import TokenizerError, Vocabulary, is_id
 
 MARKER = re.compile(
     r"<\|[^|<>\s]+\|>|<unused\d+>|<(?:start|end)_of_(?:turn|image|audio)>|<(?:image|audio)_soft_token>"
-    r"|<mask>|<2mass>|\[@BOS@\]|\[multimodal\]"
+    r"|<SPECIAL_\d+>|<mask>|<2mass>|\[@BOS@\]|\[multimodal\]"
 )
 """Names of control tokens that some files declare as ordinary symbols, so text could spell them."""
 
@@ -32,6 +33,7 @@ _RESERVED = (
     (re.compile(r"<unused(\d+)>"), "first"),
     (re.compile(r"<\|reserved_special_token_(\d+)\|>"), "last"),
     (re.compile(r"\[control_(\d+)\]"), "last"),
+    (re.compile(r"<SPECIAL_(\d+)>"), "last"),
 )
 _ENDS = (
     *("<end_of_turn>", "<eos>"),  # Gemma
@@ -57,6 +59,7 @@ class Symbols:
       begins: whether a prompt starts with bos.
       marks_spaces: whether the file writes a space as SentencePiece does.
       added: names of the ids that come from `Hints.added`.
+      lstrip, rstrip: ids that swallow white space to their left, to their right.
     """
 
     pieces: tuple[bytes, ...]
@@ -68,6 +71,8 @@ class Symbols:
     begins: bool = True
     marks_spaces: bool = True
     added: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    lstrip: frozenset[int] = frozenset()
+    rstrip: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Hints:
       vocab_size: rows of the model's embedding; 0 if unknown.
       tag_ids: id of each tag piece, for a model that was trained with them.
       added: names by id, some of which the file lacks.
+      strips: for ids, whether they swallow white space to their left and to their right; it overrides the file.
     """
 
     template: str | None = None
@@ -93,6 +99,7 @@ class Hints:
     vocab_size: int = 0
     tag_ids: Mapping[str, int] | None = None
     added: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    strips: Mapping[int, tuple[bool, bool]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +113,7 @@ class Usage:
       chat: a name in `chat.FORMATS`.
       opening: text that the chat template adds by itself (`chat.choose`).
       added: names of ids after the file's own.
+      lstrip, rstrip: ids that swallow the chat format's white space to their left, to their right.
     """
 
     tag_ids: Mapping[str, int]
@@ -117,6 +125,8 @@ class Usage:
     chat: str = "plain"
     opening: str = ""
     added: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    lstrip: frozenset[int] = frozenset()
+    rstrip: frozenset[int] = frozenset()
 
 
 def settle(symbols: Symbols, hints: Hints, *, extend: bool, chat: str, splits: Callable[[str], int]) -> Usage:
@@ -134,21 +144,25 @@ def settle(symbols: Symbols, hints: Hints, *, extend: bool, chat: str, splits: C
     """
     names = symbols.names
 
-    def first(*candidates: str | None) -> int | None:
-        return next((names[name] for name in candidates if name is not None and name in names), None)
+    def named(name: str | None) -> int | None:
+        return None if name is None else names.get(name)
+
+    def first(candidates: tuple[str, ...]) -> int | None:
+        # Qwen's vocabulary has <s> as an ordinary piece.
+        return next((i for name in candidates if (i := names.get(name)) in symbols.special), None)
 
     def either(*ids: int | None) -> int | None:
         return next((i for i in ids if i is not None), None)
 
-    end_of_text = either(first(hints.eos), symbols.eos, first(*_EOS))
-    bos = either(first(hints.bos), symbols.bos, first(*_BOS))
+    end_of_text = either(named(hints.eos), symbols.eos, first(_EOS))
+    bos = either(named(hints.bos), symbols.bos, first(_BOS))
     if end_of_text is None or bos is None:
         raise TokenizerError(
             "This tokenizer lacks an end-of-text or a begin-of-text id; answers could not end."
         )
-    pad = either(first(hints.pad), symbols.pad, first(*_PAD), end_of_text)
+    pad = either(named(hints.pad), symbols.pad, first(_PAD), end_of_text)
     style, opening = chats.choose(chat, names.keys(), hints.template)
-    eos = either(first(chats.FORMATS[style].end), end_of_text)
+    eos = either(named(chats.FORMATS[style].end), end_of_text)
     assert eos is not None and pad is not None
     known = {names[name] for name in _ENDS if names.get(name) in symbols.special}
     tag_ids = _tag_ids(symbols, hints, extend, splits)
@@ -163,6 +177,8 @@ def settle(symbols: Symbols, hints: Hints, *, extend: bool, chat: str, splits: C
         chat=style,
         opening=opening,
         added=symbols.added,
+        lstrip=(symbols.lstrip - set(hints.strips)) | {i for i, (left, _) in hints.strips.items() if left},
+        rstrip=(symbols.rstrip - set(hints.strips)) | {i for i, (_, right) in hints.strips.items() if right},
     )
 
 

@@ -39,6 +39,14 @@ FOLDERS: dict[str, Callable[[], dict[str, bytes]]] = {
         **made.folder(made.GEMMA3, bos_token="<bos>", eos_token="<eos>"),
     },
     "mistral 3": lambda: {"tokenizer.model": made.mistral3(), **made.folder(made.MISTRAL3)},
+    "mistral nemo": lambda: {
+        "tokenizer.json": made.nemo(),
+        **made.folder(made.NEMO, bos_token="<s>", eos_token="</s>"),
+    },
+    "ministral": lambda: {
+        "tokenizer.json": made.nemo(),
+        **made.folder(made.MINISTRAL, bos_token="<s>", eos_token="</s>"),
+    },
     "llama 3": lambda: {"tokenizer.json": made.llama3(), **made.folder(made.LLAMA3, eos_token="<|eot_id|>")},
     "llama 3.1": lambda: {
         "tokenizer.json": made.llama3(),
@@ -74,20 +82,3 @@ def names_of(name: str) -> dict[int, str]:
         return {i: piece for piece, i in export._names(json.loads(files["tokenizer.json"])).items()}
     sp = made.sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
     return {i: sp.IdToPiece(i) for i in range(sp.GetPieceSize())}
-
-
-CONVERSATIONS: list[list[dict[str, str]]] = [
-    [{"role": "user", "content": "What is the capital of France?"}],
-    [{"role": "user", "content": "  It's\n\n 1803 \n"}],
-    [
-        {"role": "system", "content": "You are brief."},
-        {"role": "user", "content": "Of France?"},
-        {"role": "assistant", "content": "Paris"},
-        {"role": "user", "content": "And of Peru?"},
-    ],
-    [
-        {"role": "user", "content": "Of France?"},
-        {"role": "assistant", "content": "Paris "},
-        {"role": "user", "content": "And of Peru?"},
-    ],
-]

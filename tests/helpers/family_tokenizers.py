@@ -111,6 +111,13 @@ def qwen() -> bytes:
     return _byte_level(words, QWEN_MARKS, QWEN_TEXT, nfc=True).to_str().encode()
 
 
+@functools.cache
+def nemo() -> bytes:
+    """A tokenizer.json as Mistral Nemo's, with free ids of its own names."""
+    marks = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<pad>", *(f"<SPECIAL_{n}>" for n in range(14, 24)))
+    return _byte_level(_LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}"), marks, (), nfc=False).to_str().encode()
+
+
 def folder(template: str = "", *, rows: int = 0, **config: Any) -> dict[str, bytes]:
     """What stands beside a tokenizer."""
     files: dict[str, Any] = {"tokenizer_config.json": config}
@@ -195,9 +202,30 @@ QWEN25 = """{%- if messages[0]['role'] == 'system' %}
 QWEN3 = """{%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
 {%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and not(message.content.startswith('<tool_response>') \
+and message.content.endswith('</tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
 {%- for message in messages %}
-    {%- if message.role != "system" or not loop.first %}
+    {%- if message.role == "user" %}
         {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set content, thought = message.content, '' %}
+        {%- if '</think>' in message.content %}
+            {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
+            {%- set thought = message.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index and (loop.last or thought) %}
+            {{- '<|im_start|>' + message.role + '\n<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content }}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -241,3 +269,5 @@ MISTRAL1 = (
     _MISTRAL.replace("WHERE", "loop.first").replace("BEFORE", '" [INST] "').replace("AFTER", '" [/INST]"')
 )
 MISTRAL3 = _MISTRAL.replace("WHERE", "loop.last").replace("BEFORE", '"[INST] "').replace("AFTER", '"[/INST]"')
+MINISTRAL = MISTRAL3.replace('"[INST] "', '"[INST]"')
+NEMO = MINISTRAL.replace('" " + message["content"]|trim', 'message["content"]')
