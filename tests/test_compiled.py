@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import random
 import weakref
 from typing import Any
 
@@ -81,6 +83,53 @@ def test_a_decoder_runs_what_is_compiled_ahead_of_time(
     names = {text: program for program, text in lowered.items()}
     assert {names.get(text, "something else") for text in ran} == {*lowered}, "all of them, and no other"
     assert len(ran) == len(lowered), "each once"
+
+
+def test_nothing_is_compiled_after_the_warm_up(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    """In 200 requests of all kinds, whose weights had to be laid out anew."""
+    compiled: list[str] = []
+    jax.clear_caches()  # of other tests: what is found there would not be counted
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    rng = random.Random(seed)
+    sizes: dict[str, Any] = dict(prompt_buckets=(), pool_buckets=(20,), cached_bytes=0)
+    decoder = Decoder(model_of(CONFIG, int8=False, mesh=None), limits=LIMITS, rows=3, chunk=8, **sizes)
+    with caplog.at_level(logging.INFO, "pasta_jax"):
+        assert decoder.warm_up() > 0
+    programs = len(decoder.compiled.programs)
+    assert len(compiled) > programs, "nothing would be counted"
+    assert f"compiled {programs} of {programs} after" in caplog.messages[-1]
+    assert decoder.compiled.compile_s == 0, "no request waited"
+
+    compiled.clear()
+    decoder.warm_up()
+    answers = [
+        decoder.submit(WORDS.encode_prompt("ab" * rng.randint(1, 26)), any_sampling(rng)) for _ in range(200)
+    ]
+    while not all(answer.done for answer in answers):
+        for answer in rng.sample(answers, 4):
+            answer.watched = not answer.watched  # streams that come and go
+        if rng.random() < 0.5:
+            rng.choice(answers).cancel()
+        decoder.session.turn()
+    results = [answer.result() for answer in answers]
+    assert {result.stop_reason for result in results} >= {"length", "stop", "cancelled", "cache_full"}
+    assert compiled == [] and all(result.stats.compile_s == 0 for result in results)
+
+
+def any_sampling(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=rng.randint(1, 80),
+        max_branch_tokens=rng.choice((3, 256)),
+        temperature=rng.choice((0.0, 0.7, 1.3)),
+        top_k=rng.choice((0, 5)),
+        top_p=rng.choice((1.0, 0.9)),
+        min_p=rng.choice((0.0, 0.1)),
+        seed=rng.randrange(99),
+        open_bias=rng.choice((0.0, 4.0, float("-inf"))),
+        stop=rng.choice(((), (), ("a",), ("e", "th"))),
+    )
 
 
 def test_a_model_that_nobody_uses_is_freed_with_its_decoders() -> None:

@@ -220,6 +220,7 @@ def measure_batch(model: Model, effort: Effort, rng: random.Random) -> list[Tabl
 
     Tokens per second counts all tokens fed, those of tags included. `sequential` answers are the model's own, with
     promises forbidden: their text must not depend on the batch. `trees` are replayed.
+    The largest batch is measured with `batch_invariant` too.
     """
     tokenizer, count = model.tokenizer, max(effort.rows)
     words = one_token_words(tokenizer)
@@ -238,23 +239,26 @@ def measure_batch(model: Model, effort: Effort, rng: random.Random) -> list[Tabl
         ],
     }
     texts, meters = {}, {}
-    for rows in effort.rows:
-        decoder = Decoder(model, limits=limits, rows=rows)
+    batches = [(rows, False) for rows in effort.rows] + [(count, True)]
+    for rows, invariant in batches:
+        decoder = Decoder(model, limits=limits, rows=rows, batch_invariant=invariant)
         for kind in sampling:
             traces, _ = decoder.decode(prompts, sampling[kind])
-            texts[kind, rows] = _thread_tokens(traces)
-            meters[kind, rows] = throughput_meter(decoder, prompts, sampling[kind])
+            texts[kind, rows, invariant] = _thread_tokens(traces)
+            meters[kind, rows, invariant] = throughput_meter(decoder, prompts, sampling[kind])
     samples = interleaved("batch", meters, effort.repeats)
     return [
         {
-            "answers": kind,
+            "answers": f"{kind}, batch-invariant" if invariant else kind,
             "rows": rows,
-            "tokens/s": Quartiles.of(samples[kind, rows]),
-            "relative to the first row": median_ratio(samples[kind, rows], samples[kind, effort.rows[0]]),
-            "same text": texts[kind, rows] == texts[kind, effort.rows[0]],
+            "tokens/s": Quartiles.of(samples[kind, rows, invariant]),
+            "relative to the first row": median_ratio(
+                samples[kind, rows, invariant], samples[kind, effort.rows[0], False]
+            ),
+            "same text": texts[kind, rows, invariant] == texts[kind, effort.rows[0], False],
         }
         for kind in sampling
-        for rows in effort.rows
+        for rows, invariant in batches
     ]
 
 

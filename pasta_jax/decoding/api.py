@@ -58,6 +58,7 @@ class Options(SamplingOptions, total=False):
     lanes: int
     grammar: bool
     cache_len: int | None
+    batch_invariant: bool
     stream_tokens: bool
 
 
@@ -100,6 +101,7 @@ def decode(
     lanes: int = 8,
     grammar: bool = True,
     cache_len: int | None = None,
+    batch_invariant: bool = False,
     stream: bool | Callback = False,
     stream_tokens: bool = False,
     **options: Unpack[SamplingOptions],
@@ -117,6 +119,9 @@ def decode(
       lanes: S, threads that decode in the same step.
       grammar: keep tags well formed; without it pieces of broken tags become text and are listed in `issues`.
       cache_len: P, tokens of prompt and answer together; the default holds both.
+      batch_invariant: in bfloat16 rounding, and so now and then a text, depends on how many prompts are answered
+        at once, on their lengths and on cache_len. With this an answer depends on its prompt and the options alone,
+        bit for bit, but takes longer. It needs cache_len.
       stream: True gives an iterator of `Event`s, which decodes as it is asked for more; closing or dropping it ends
         the decode. A function is called with each event, and `decode` returns its usual result. Events carry
         the index of the prompt in `request`; a `Draft` makes text of them, `settled_text` text to print.
@@ -124,7 +129,7 @@ def decode(
       options: of sampling, with the defaults of `SamplingParams`; None is the default.
         max_new_tokens (512): tokens of an answer over all threads, tags included.
         max_branch_tokens (256): content tokens of one branch; then its end is forced.
-        temperature (0.0, greedy), seed (0, to 2**64 - 1): of drawing. The text depends on no other request.
+        temperature (0.0, greedy), seed (0, to 2**64 - 1): of drawing. A draw depends on no other request.
         top_k (0, off), top_p (1.0, off), min_p (0.0, off): draw among the most likely tokens only, in this order,
         after temperature: the top_k first; of these the fewest that have the share top_p; of these what is at
         least min_p times as likely as the likeliest.
@@ -134,7 +139,7 @@ def decode(
 
     Raises:
       ValueError: an empty prompt, one that does not fit, also into memory, or holds half a character; a
-        conversation out of turn; an option out of range or of the wrong type.
+        conversation out of turn; an option out of range or of the wrong type; batch_invariant without cache_len.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown. Use one of {', '.join(MODES)}.")
@@ -162,6 +167,11 @@ def decode(
     sampling = SamplingParams(**given)  # type: ignore[arg-type]
     tokenizer = model.tokenizer
     ids = [tokenizer.encode_prompt(p) if isinstance(p, str) else tokenizer.encode_chat(p) for p in prompts]
+    if batch_invariant and cache_len is None:
+        raise ValueError(
+            "batch_invariant=True needs cache_len: by default the longest prompt of the list decides it, and all "
+            "answers would depend on that."
+        )
     if cache_len is None:
         cache_len = min(round_up(max(map(len, ids)) + sampling.max_new_tokens, 128), MAX_POOL)
     whole("cache_len", cache_len, 1, MAX_POOL)
@@ -172,12 +182,12 @@ def decode(
         max_depth=model.max_depth,
         constrained=grammar,
     )
-    rows = min(MAX_ROWS, next_power_of_two(len(prompts)))
+    rows = MAX_ROWS if batch_invariant else min(MAX_ROWS, next_power_of_two(len(prompts)))
     sequential = dataclasses.replace(sampling, open_bias=float("-inf"))
     if mode == "sequential":
         sampling = sequential
     try:
-        decoder = decoder_for(model, limits, rows)
+        decoder = decoder_for(model, limits, rows, batch_invariant)
         if stream:
             answers = [decoder.session.prepare(prompt, sampling) for prompt in ids]
             events = _stream(decoder, answers, stream_tokens)
@@ -206,6 +216,9 @@ def _check_prompt(prompt: Any) -> None:
 # ------------------------------------------------------------------------------------------------- decoders
 
 
+_Sizes: TypeAlias = tuple[Limits, int, bool]
+
+
 class _Cache:
     """What was compiled for one model, by sizes; and its decoders, as long as somebody uses them.
 
@@ -213,25 +226,25 @@ class _Cache:
     """
 
     def __init__(self) -> None:
-        self.compiled: dict[tuple[Limits, int], Compiled] = {}
-        self.decoders = weakref.WeakValueDictionary[tuple[Limits, int], Decoder]()
+        self.compiled: dict[_Sizes, Compiled] = {}
+        self.decoders = weakref.WeakValueDictionary[_Sizes, Decoder]()
 
 
 _CACHES: weakref.WeakKeyDictionary[Model, _Cache] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def decoder_for(model: Model, limits: Limits, rows: int) -> Decoder:
+def decoder_for(model: Model, limits: Limits, rows: int, batch_invariant: bool = False) -> Decoder:
     """The decoder of these sizes that `decode` uses. Its programs stay compiled as long as the model is in use."""
     with _LOCK:
         cache = _CACHES.setdefault(model, _Cache())
-        decoder = cache.decoders.get((limits, rows))
+        key = limits, rows, batch_invariant
+        decoder = cache.decoders.get(key)
         if decoder is None:
-            compiled = cache.compiled.get((limits, rows))
-            sizes: Sizes = {} if compiled else {"limits": limits, "rows": rows}
-            decoder = Decoder(model, compiled=compiled, **sizes)
-            cache.compiled[limits, rows] = decoder.compiled
-            cache.decoders[limits, rows] = decoder
+            compiled = cache.compiled.get(key)
+            sizes: Sizes = {"limits": limits, "rows": rows, "batch_invariant": batch_invariant}
+            decoder = Decoder(model, compiled=compiled, **({} if compiled else sizes))
+            cache.compiled[key], cache.decoders[key] = decoder.compiled, decoder
         return decoder
 
 

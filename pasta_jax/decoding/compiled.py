@@ -9,9 +9,12 @@ Whatever a caller may vary from call to call (temperature, seed, limits on token
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
+import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +37,8 @@ from pasta_jax.model.forms import fuse, is_plain, outputs_first
 from pasta_jax.rounding import ceil_div
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
+
+LOG = logging.getLogger("pasta_jax")
 
 Form: TypeAlias = Literal["plain", "fused", "outputs_first"]
 """How decode steps read the weights: as they are; q, k and v as one matrix, on an accelerator, and on a CPU whose
@@ -63,6 +68,14 @@ class ProgramKey:
     length: int = 0
     script: tuple[int, int] = NOTHING
 
+    def __str__(self) -> str:
+        match self.verb:
+            case "admit":
+                return f"admit {self.rows} x {self.length} tokens"
+            case "decode":
+                return f"decode over {self.length} entries"
+        return self.verb
+
 
 class Sizes(TypedDict, total=False):
     """The keyword arguments of `Compiled`."""
@@ -72,6 +85,7 @@ class Sizes(TypedDict, total=False):
     prompt_buckets: Sequence[int]
     pool_buckets: Sequence[int]
     widths: Sequence[int] | None
+    batch_invariant: bool
     platform: str | None
     cached_bytes: int
     xla_options: Mapping[str, Any] | None
@@ -95,6 +109,9 @@ class Compiled:
       widths: lanes that a step may have if fewer than S threads are ready, each with a loop of its own. By default
         there are several on CPUs only: elsewhere eight lanes cost what one does, and XLA copies the pool on its way
         into nested loops.
+      batch_invariant: an answer depends on its request alone, bit for bit, also in bfloat16. Each prompt is fed by
+        itself, padded to its own bucket, and every step has S lanes and reads the whole pool: `pool_buckets` and
+        `widths` are not used.
       platform: "cpu", "gpu" or "tpu"; by default that of the parameters' devices.
       cached_bytes: weights up to this size stay in a CPU's cache between steps.
       xla_options: compiler options by name.
@@ -112,6 +129,7 @@ class Compiled:
         prompt_buckets: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024, 2048),
         pool_buckets: Sequence[int] = (512, 2048, 8192),
         widths: Sequence[int] | None = None,
+        batch_invariant: bool = False,
         platform: str | None = None,
         cached_bytes: int = cpu.CACHED_BYTES,
         xla_options: Mapping[str, Any] | None = None,
@@ -128,6 +146,9 @@ class Compiled:
         cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params)) <= cached_bytes
         self._on_host = device.platform == "cpu" and self.mesh is None
         self.form = self._form(on_cpu, cached)
+        self.batch_invariant = batch_invariant
+        if batch_invariant:
+            pool_buckets, widths = (), ()
         if widths is None:
             widths = cpu.widths_for(limits.lanes, cached=cached and self.rows == 1) if on_cpu else ()
         self.widths = _up_to(limits.lanes, widths)
@@ -166,9 +187,12 @@ class Compiled:
         return next(bucket for bucket in self.prompt_buckets if bucket >= tokens)
 
     def rows_together(self, length: int) -> int:
-        """The most prompts padded to this length that one call feeds: B, or 1 if B take much memory."""
-        shape = self.scores(self.rows, length).shape
-        return 1 if self.mesh is None and 4 * math.prod(shape) > LARGE_PREFILL else self.rows
+        """Prompts padded to this length that the largest program feeds: B, or 1 if B take much memory.
+
+        With `batch_invariant` it is 1 too, but a mesh needs B.
+        """
+        is_large = 4 * math.prod(self.scores(self.rows, length).shape) > LARGE_PREFILL
+        return 1 if self.mesh is None and (self.batch_invariant or is_large) else self.rows
 
     def scores(self, rows: int, length: int) -> jax.ShapeDtypeStruct:
         """Shape of the attention scores that feeding prompts of this length takes at least: float32 [n, N, Q, L].
@@ -264,6 +288,8 @@ class Compiled:
     def admit(self, params: Any, batch: Batch, new: Mapping[int, tuple[Sequence[int], Request]]) -> Batch:
         """Prompts into rows: one by one, or all in one call if most rows are new or a mesh divides them.
 
+        `batch_invariant` has them one by one, on a mesh too.
+
         Args:
           params: in the form of these programs.
           batch: donated, as everywhere here.
@@ -271,10 +297,12 @@ class Compiled:
         """
         bucket = self.bucket(max(len(prompt) for prompt, _ in new.values()))
         few = self.mesh is None and self.rows > 1 and (len(new) == 1 or 2 * len(new) < self.rows)
-        if not few and self.rows_together(bucket) == self.rows:
+        if not (few or self.batch_invariant) and self.rows_together(bucket) == self.rows:
             return self._admit(params, batch, new, self.rows)
         for slot, prompt_and_request in new.items():
-            batch = self._admit(params, batch, {0: prompt_and_request}, 1, np.int32(slot))
+            batch = self._admit(
+                params, batch, {slot: prompt_and_request}, 1 if self.mesh is None else self.rows
+            )
         return batch
 
     def _admit(
@@ -283,16 +311,17 @@ class Compiled:
         batch: Batch,
         new: Mapping[int, tuple[Sequence[int], Request]],
         n: int,
-        *slot: np.int32,
     ) -> Batch:
+        """`n` is B, or 1 for a single prompt."""
         script = _script_size(batch)
         bucket = self.bucket(max(len(prompt) for prompt, _ in new.values()))
         prompts, lengths = np.zeros((n, bucket), np.int32), np.zeros(n, np.int32)
         requests = [SamplingParams().request(script)] * n
-        for row, (prompt, request) in new.items():
+        for row, (prompt, request) in new.items() if n == self.rows else enumerate(new.values()):
             prompts[row, : len(prompt)], lengths[row], requests[row] = prompt, len(prompt), request
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *requests)
         program = ProgramKey("admit", n, bucket, script)
+        slot = () if n == self.rows else (np.int32(*new),)
         return self._run(program, params, self._placed_rules, batch, stacked, prompts, lengths, *slot)
 
     def decode_chunk(self, params: Any, batch: Batch, steps: int, refill: bool, cursor: int) -> Batch:
@@ -320,6 +349,25 @@ class Compiled:
                 self._executables[program] = self.lower(program).compile(self.xla_options)
                 self.compile_s += time.perf_counter() - start
             return self._executables[program]
+
+    def compile_all(self) -> None:
+        """Compiles what is not compiled of `programs`, as many at once as there are cores; the log tells of each.
+
+        Tracing is Python's and takes turns, while XLA compiles what was traced before. A request that comes
+        meanwhile compiles what it needs by itself.
+        """
+        start = time.perf_counter()
+        todo = [program for program in self.programs if program not in self._executables]
+        todo.sort(key=lambda program: program.verb != "decode")  # loops take longest
+        threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        try:
+            futures = {threads.submit(self.lower(key).compile, self.xla_options): key for key in todo}
+            for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                self._executables.setdefault(futures[future], future.result())
+                seconds = time.perf_counter() - start
+                LOG.info("compiled %d of %d after %.1f s: %s", count, len(todo), seconds, futures[future])
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def _run(self, program: ProgramKey, *args: Any) -> Any:
         return self.executable(program)(*args)

@@ -41,7 +41,7 @@ class Decoder:
       chunk: the most decode steps between two looks of the host; it also looks when a row is free for a prompt that
         waits.
       sizes: without `compiled`, the keyword arguments of `Compiled`: `limits` (static sizes), `rows` (B, requests
-        answered at once) and those that are seldom needed.
+        answered at once), `batch_invariant` and those that are seldom needed.
 
     Attributes:
       session: requests that are queued or have a row.
@@ -77,6 +77,16 @@ class Decoder:
     def for_model(self, model: Model) -> Decoder:
         """A decoder of another model that fits: it shares what is compiled. ValueError if it does not fit."""
         return Decoder(model, compiled=self.compiled, chunk=self.chunk)
+
+    def warm_up(self) -> float:
+        """Compiles all that requests without scripts may need, in parallel, and returns the seconds that it took.
+
+        Nothing is compiled afterwards, whatever is requested. The log tells of each program.
+        """
+        start = time.perf_counter()
+        self.model.params_as(self.compiled.form)
+        self.compiled.compile_all()
+        return time.perf_counter() - start
 
     def submit(self, prompt: Sequence[int], sampling: SamplingParams = SamplingParams()) -> PendingAnswer:
         """Queues a prompt, given as ids. Its answer is worked on whenever somebody waits for one of this decoder's.

@@ -25,7 +25,8 @@ class SamplingParams:
       max_branch_tokens: content tokens of one branch; then its end is forced.
       temperature: 0 is greedy.
       top_k, top_p, min_p: draw among the most likely tokens only (`sampling.sample`); 0, 1 and 0 turn them off.
-      seed: 0 to 2**64 - 1; the same seed gives the same text, whatever else is decoded in the batch.
+      seed: 0 to 2**64 - 1; the same seed gives the same text, whatever else is decoded in the batch, but for
+        rounding (`batch_invariant` of `Compiled`).
       open_bias: added to the logit that opens a promise: above 0 more parallel, below 0 more careful,
         -inf sequential.
       stop: texts; the answer ends before the first of them (`decoding.stops`).

@@ -1,7 +1,7 @@
 """Drawing tokens.
 
-A draw depends on the request's key, the thread and the token's index in the thread, and on nothing else: the text
-is the same for any number of lanes or threads, batch mates, chunk length or mesh (docs/design.md, decision 9).
+A draw depends on the logits, the request's key, the thread and the token's index in the thread, and nothing else:
+not on the number of lanes or threads, batch mates, chunk length or mesh (docs/design.md, decision 9).
 
 The choice is narrowed in this order, each step working on what the one before left, as in transformers:
 temperature, top-k, top-p, min-p. (vLLM has min-p before top-k, which differs only beside a top-p.)

@@ -141,7 +141,7 @@ class Session:
         """Admits prompts to free rows, decodes a chunk and reads it. Does nothing if `wanted` is done.
 
         After an error (an interrupt, no memory) the requests that had rows wait again, and nothing else is lost:
-        decoded anew they give the same text.
+        decoded anew they give the same text (in bfloat16 with `batch_invariant`).
         """
         with self._lock:
             if wanted is not None and wanted.done:
