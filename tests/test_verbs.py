@@ -218,6 +218,7 @@ def test_options_reach_decode() -> None:
         "open_bias": -1.5,
         "grammar": False,
         "cache_len": 64,
+        "batch_invariant": True,
     }
     flags = [f"--{name}={str(value).lower()}" for name, value in given.items()]
     flags += [f"--{name}={value}" for name, value in LOADED.items()]
