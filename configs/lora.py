@@ -1,8 +1,8 @@
 r"""LoRA finetuning of a published model on one chip.
 
 Adapters on every matrix, and the six tags' embeddings in full; the base stays frozen, in bfloat16. Rank and
-learning rate are common ones, not tuned here. The variant is the
-model, as in configs/sft.py: gemma-2b (the default), ...
+learning rate are common ones, not tuned here. The variant is the model, as in configs/sft.py: gemma-2b (the
+default), ...
 
     python -m pasta_jax.convert --from=hf:google/gemma-2b --to=runs/gemma-2b
     python -m pasta_jax.train --config=configs/lora.py:gemma-2b --workdir=runs/gemma-2b-pasta \

@@ -1,7 +1,8 @@
 r"""Supervised finetuning of a published model, by the paper's recipe for Gemma 7B (PASTA-SFT, section 5.1).
 
 The variant is the model, by the names of `pasta_jax.model.presets`: gemma-2b (the default), gemma-7b, llama-3.2-1b,
-qwen3-0.6b, ... All but Gemma need pip install -e ".[hf]", for their tokenizers.
+qwen3-0.6b, ... Downloads from the Hugging Face Hub need pip install -e ".[hf]", and so do all tokenizers but
+Gemma's.
 
     python -m pasta_jax.convert --from=hf:google/gemma-2b --to=runs/gemma-2b
     python -m pasta_jax.train --config=configs/sft.py:gemma-2b --workdir=runs/gemma-2b-pasta \
