@@ -84,6 +84,32 @@ def test_a_run_writes_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Ca
     assert len(machine["load_average"]) == 3 if hasattr(os, "getloadavg") else True
 
 
+def test_what_was_lost_in_noise_is_no_number(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of a step is a difference, and may come out negative."""
+    lost, found = [-0.6, -0.5, 0.1, 0.2], [1.0, 2.0, 3.0, 4.0]
+    points = [
+        {
+            "width": width,
+            "step, ms": Quartiles.of(times),
+            "relative to the first row": measure.median_ratio(times, found),
+        }
+        for width, times in ((1, found), (4, lost))
+    ]
+    monkeypatch.setattr(measurements, "measure_width", lambda *_: points)
+    monkeypatch.setattr(models, "model_of", lambda *_: types.SimpleNamespace(params={}, config=SMALL))
+    benchmark.benchmark(("width",), "tiny", str(tmp_path), EFFORT)
+    shown = capsys.readouterr().out
+    assert re.search(r"\| 4 +\| +noise \| +noise \|$", shown, re.MULTILINE)
+    assert shown.count("-0.") == 0 and measure.NOISE_MEANS in shown
+    first, second = json.loads((tmp_path / "results.json").read_text())["parts"]["width"]["points"]
+    assert first["step, ms"]["median"] == 2.5 and first["relative to the first row"] == 1.0
+    assert second["step, ms"] == {"median": None, "low": None, "high": None, "samples": lost}
+    assert second["relative to the first row"] is None
+    assert (tmp_path / "width.png").read_bytes().startswith(PNG)
+
+
 def test_without_peers_it_says_so(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
+from etils import epath
 
 from pasta_jax.extras import advice
 from pasta_jax.files import write_json
@@ -113,7 +114,9 @@ def benchmark(
             LOG.info("%s", part)
             points = measures[part]()
             results["parts"][part] = {"points": [for_json(point) for point in points]}
-            print(f"{part}\n{table(points)}\n", flush=True)
+            shown = table(points)
+            note = f"{measure.NOISE_MEANS}\n" if measure.NOISE in shown else ""
+            print(f"{part}\n{shown}\n{note}", flush=True)
         _write(out, part, results)
     return results
 
@@ -174,10 +177,17 @@ def main(argv: Sequence[str]) -> None:
     unknown = sorted({*values.what} - {*PARTS, "all"})
     if len(argv) > 1 or unknown:
         refuse(f"--what must be all, or a comma-separated list of {', '.join(PARTS)}.")
+    if values.responses and not os.path.isfile(values.responses):
+        refuse(f"--responses={values.responses}: there is no such file.")
     show_log()
     from pasta_jax.benchmark.measurements import QUICK, Effort
+    from pasta_jax.benchmark.models import NAMED
+    from pasta_jax.interchange.importing import kind_of
 
     try:
+        name = values.model
+        if name not in NAMED and kind_of(name)[0] == "workdir" and not epath.Path(name).exists():
+            raise ValueError(f"--model={name} is neither {', '.join(NAMED)} nor a path.")
         effort = QUICK if values.quick else Effort()
         given: dict[str, Any] = {
             field: values[flag].value
@@ -199,7 +209,7 @@ def command() -> None:
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights; by default the model's own.")
     flags.DEFINE_string("out", "runs/benchmark", "Folder of results.json and the figures.")
     flags.DEFINE_string("responses", None, "JSONL file of real responses to replay, in the field `response`.")
-    flags.DEFINE_bool("quick", False, "Less of everything: a check that it works, in seconds.")
+    flags.DEFINE_bool("quick", False, "Less of everything: a check that it works, in a minute or two.")
     flags.DEFINE_integer("seed", 0, "Of texts, shapes and prompts.")
     for name, (_, help) in PLAN_FLAGS.items():
         flags.DEFINE_integer(name, None, help, lower_bound=1)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from pasta_jax.benchmark.startup import PACKAGE
 from pasta_jax.figures import INK, PALE, SERIES, Look, dress, new_figure, save
 
@@ -153,8 +155,11 @@ def _line(axes: Axes, x: Sequence[float], quartiles: Sequence[Any], look: Look, 
 
 def _errors(quartiles: Sequence[Mapping[str, float]]) -> tuple[list[float], list[list[float]]]:
     """Medians, and the distances of the quartiles below and above them."""
-    below = [s["median"] - s["low"] for s in quartiles]
-    return [s["median"] for s in quartiles], [below, [s["high"] - s["median"] for s in quartiles]]
+    found = np.array(
+        [[s[name] for s in quartiles] for name in ("low", "median", "high")], float
+    )  # None is NaN
+    below, above = np.diff(found, axis=0).tolist()
+    return found[1].tolist(), [below, above]
 
 
 def _double(axes: Axes, values: Sequence[int]) -> None:

@@ -20,12 +20,19 @@ Cell: TypeAlias = "str | int | float | bool | Quartiles | tuple[int, ...]"
 TableRow: TypeAlias = dict[str, Cell]
 """One row of a table: cells by the name of their column, which ends with the unit."""
 
+NOISE = "noise"
+NOISE_MEANS = (
+    "noise: a step's time is a difference, and was lost. Run without --quick, or on an idle machine."
+)
+
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
 class Quartiles:
-    """Median and quartiles of repeated measurements of one quantity.
+    """Median and quartiles of repeated measurements of one positive quantity.
+
+    All three are NaN if a quartile is not positive, as where a difference of times was lost in noise.
 
     Attributes:
       low, high: the lower and the upper quartile.
@@ -48,25 +55,33 @@ class Quartiles:
             low = high = samples[0]
         else:
             low, _, high = statistics.quantiles(samples, method="inclusive")
-        return Quartiles(statistics.median(samples), low, high, tuple(samples))
+        median = statistics.median(samples)
+        if low <= 0:
+            median = low = high = math.nan
+        return Quartiles(median, low, high, tuple(samples))
 
     def __str__(self) -> str:
-        return f"{number(self.median)} [{number(self.low)}, {number(self.high)}]"
+        return (
+            NOISE
+            if math.isnan(self.median)
+            else f"{number(self.median)} [{number(self.low)}, {number(self.high)}]"
+        )
 
 
 def number(value: float) -> str:
-    """A number with three significant digits.
+    """A number with three significant digits; NaN is noise.
 
-    >>> [number(x) for x in (0.01234, 12.34, 1234.5)]
-    ['0.0123', '12.3', '1234']
+    >>> [number(x) for x in (0.01234, 12.34, 1234.5, math.nan)]
+    ['0.0123', '12.3', '1234', 'noise']
     """
+    if math.isnan(value):
+        return NOISE
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The ratio of the medians; NaN if the denominator is not positive, which noise in a difference can cause."""
-    divisor = statistics.median(denominator)
-    return statistics.median(numerator) / divisor if divisor > 0 else math.nan
+    """The ratio of the medians; NaN if either was lost in noise (`Quartiles`)."""
+    return Quartiles.of(numerator).median / Quartiles.of(denominator).median
 
 
 def interleaved(
