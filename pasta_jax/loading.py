@@ -50,6 +50,8 @@ def load(
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r} is unknown. Use int8, or leave it out.")
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source={source!r:.80} is neither a path nor the name of a model.")
     in_dtype(ModelConfig(), dtype)  # mistakes are reported before anything is read
     kind, path = kind_of(source)
     if kind != "workdir":

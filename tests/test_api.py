@@ -212,6 +212,14 @@ def test_options_of_parameters_and_limits() -> None:
                 make(**wrong)
 
 
+def test_a_notebook_shows_one_line() -> None:
+    assert re.fullmatch(r"Model\(\d+ layers, D \d+, V [\d,]+, float32; [\d,]+ parameters\)", repr(model()))
+    answer = results()[0]
+    assert re.fullmatch(
+        r"DecodeResult\('.{0,80}', \d+ branches, \d+ decode steps, stop_reason='\w+'\)", repr(answer)
+    )
+
+
 def test_no_two_seeds_are_the_same() -> None:
     keys = [pasta_jax.SamplingParams(seed=seed).request().key.tolist() for seed in (5, 2**32 + 5, 2**64 - 1)]
     assert keys == [[0, 5], [1, 5], [2**32 - 1, 2**32 - 1]]
@@ -220,15 +228,25 @@ def test_no_two_seeds_are_the_same() -> None:
 def test_mistakes_in_words() -> None:
     wrong: Any
     for wrong in (5, b"text", ["a", b"b"], [PROMPT, 3], [[3]]):
-        with pytest.raises(ValueError, match="The prompt is a |Message 1 of the conversation is 3"):
+        with pytest.raises(ValueError, match="The prompt is an? |Message 1 of the conversation is 3"):
             pasta_jax.decode(model(), wrong)
     with pytest.raises(ValueError, match="half a character, U\\+D83D, after 'cut '. Remove it."):
         pasta_jax.decode(model(), "cut \ud83d")
     for prompt in ("", " \n"):
         with pytest.raises(ValueError, match="empty"):
             pasta_jax.decode(model(), prompt)
-    with pytest.raises(ValueError, match="The prompt is empty"):
+    with pytest.raises(ValueError, match="^Prompt 2 of 2: The prompt is empty"):
         pasta_jax.decode(model(), [PROMPT, ""])
+    wrong = "runs/demo/bon"
+    with pytest.raises(
+        ValueError, match="model='runs/demo/bon' is no model. Give what pasta_jax.load returns"
+    ):
+        pasta_jax.decode(wrong, PROMPT)
+    with pytest.raises(ValueError, match="is no model"):
+        pasta_jax.Decoder(wrong)
+    wrong = {"temprature": 1.0}
+    with pytest.raises(TypeError, match=r"no option temprature\. Did you mean temperature\?"):
+        pasta_jax.decode(model(), PROMPT, **wrong)
     with pytest.raises(
         ValueError, match=r"The prompt has \d+ tokens, and the pool holds 16 .* set cache_len"
     ):

@@ -103,9 +103,11 @@ def test_a_folder_of_models_is_no_checkpoint(written: pathlib.Path, tmp_path: pa
     """What the demo writes: a model named pasta is not the item of a checkpoint that has this name."""
     for name in ("base", "pasta"):
         (tmp_path / name).symlink_to(written)
+    (tmp_path / "bon").mkdir()
+    (tmp_path / "bon" / "round-1").symlink_to(written)
     (tmp_path / "evaluation").mkdir()
     with pytest.raises(
-        CheckpointError, match=r"these directories in it have: base, pasta\. Give one of them\."
+        CheckpointError, match=r"these directories in it have. Give one of them: .*/base, .*/bon, .*/pasta\.$"
     ):
         load_params(tmp_path)
     assert load_params(tmp_path / "pasta")[1].step == 30

@@ -71,8 +71,8 @@ def test_onto_a_mesh(folder: pathlib.Path, quantize: str | None) -> None:
 def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for source, message in (
         ("gemma-2b-pasta", "No checkpoint at .*gemma-2b-pasta: no such directory.*hf:org/name"),
-        ("runs/gemma-2b", "No checkpoint at .*runs/gemma-2b: no such directory"),
-        ("google/gemma-2b", "Published weights are named hf:google/gemma-2b, or"),
+        ("runs/gemma-2b", "No checkpoint at .*runs/gemma-2b: no such directory.*hf:org/name"),
+        ("google/gemma-2b", "import published weights: python -m .* --from=hf:google/gemma-2b --to=WORKDIR"),
     ):
         with pytest.raises(CheckpointError, match=message):
             pasta_jax.load(source)
@@ -80,6 +80,8 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
         InterchangeError, match="hf:nowhere: there is no folder nowhere, and names on the hub are"
     ):
         pasta_jax.load("hf:nowhere")
+    with pytest.raises(ValueError, match="source=7 is neither a path nor"):
+        pasta_jax.load(7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="quantize='int4' is unknown. Use int8"):
         pasta_jax.load(folder, quantize="int4")
     with pytest.raises(ValueError, match="dtype='float64' is unknown. Use float32 or bfloat16"):

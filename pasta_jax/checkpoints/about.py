@@ -224,10 +224,10 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
             f"python -m pasta_jax.convert --from={source} --to=WORKDIR."
         )
     if not root.exists():
-        hint = f"hf:{text}" if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else "hf:org/name, hf:DIRECTORY"
+        is_run = text.startswith("runs/") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text)
         raise CheckpointError(
-            f"No checkpoint at {root}: no such directory. Train a model there first. Published weights are named "
-            f"{hint}, or by a short name such as gemma-2b-it."
+            f"No checkpoint at {root}: no such directory. Train a model there first, or import published weights: "
+            f"python -m pasta_jax.convert --from=hf:{'org/name' if is_run else text} --to=WORKDIR."
         )
     if not root.is_dir():
         raise CheckpointError(f"{root} is a file. Give the directory of a run, or of one of its checkpoints.")
@@ -239,10 +239,11 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
     for directory in (root / "checkpoints", root, *(child / "checkpoints" for child in rounds)):
         if checkpoints := _checkpoints_in(directory):
             return max(checkpoints, key=lambda checkpoint: int(checkpoint.name))
-    if runs := [child.name for child in children if _checkpoints_in(child / "checkpoints")]:
+    inside = ("checkpoints", "round-*/checkpoints")
+    if runs := [c for c in children if any(_checkpoints_in(d) for place in inside for d in c.glob(place))]:
         raise CheckpointError(
-            f"{root} has no checkpoints of its own, but these directories in it have: {', '.join(runs)}. "
-            "Give one of them."
+            f"{root} has no checkpoints of its own, but these directories in it have. Give one of them: "
+            f"{', '.join(os.path.join(text, run.name) for run in runs)}."
         )
     names = ", ".join(child.name for child in children[:8]) or "nothing"
     raise CheckpointError(f"{root} has no complete checkpoint of pasta_jax (it contains: {names}).")

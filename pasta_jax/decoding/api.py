@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 from pasta_jax.decoding.compiled import Compiled, Sizes
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.fits import DoesNotFit
-from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.model import Model, check_model
 from pasta_jax.decoding.options import LARGEST_INT, switch, whole
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import DecodeResult, result
@@ -25,6 +26,7 @@ from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import MAX_POOL, Limits, Stop
 from pasta_jax.decoding.streaming import Consumed, Event, new_events
 from pasta_jax.rounding import next_power_of_two, round_up
+from pasta_jax.tokens.tokenizer import Tokenizer
 
 MODES = ("parallel", "sequential", "both")
 
@@ -141,6 +143,7 @@ def decode(
       ValueError: an empty prompt, one that does not fit, also into memory, or holds half a character; a
         conversation out of turn; an option out of range or of the wrong type; batch_invariant without cache_len.
     """
+    check_model(model)
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown. Use one of {', '.join(MODES)}.")
     whole("max_branches", max_branches, 0, LARGEST_INT - 1)
@@ -158,7 +161,9 @@ def decode(
     if not prompts:
         return (event for event in list[Event]()) if stream is True else []
     if unknown := options.keys() - SamplingOptions.__annotations__.keys():
-        raise TypeError(f"decode() has no option {', '.join(sorted(unknown))}.")
+        name = min(unknown)
+        close = difflib.get_close_matches(name, Options.__annotations__, n=1)
+        raise TypeError(f"decode() has no option {name}." + f" Did you mean {close[0]}?" * bool(close))
     for each in prompts:
         _check_prompt(each)
     given = {name: value for name, value in options.items() if value is not None}
@@ -166,7 +171,7 @@ def decode(
         given["stop"] = (given["stop"],)
     sampling = SamplingParams(**given)  # type: ignore[arg-type]
     tokenizer = model.tokenizer
-    ids = [tokenizer.encode_prompt(p) if isinstance(p, str) else tokenizer.encode_chat(p) for p in prompts]
+    ids = _encoded(tokenizer, prompts)
     if batch_invariant and cache_len is None:
         raise ValueError(
             "batch_invariant=True needs cache_len: by default the longest prompt of the list decides it, and all "
@@ -207,10 +212,26 @@ def decode(
 def _check_prompt(prompt: Any) -> None:
     """Raises ValueError for what is neither a text nor a list."""
     if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, str | Sequence):
+        kind = type(prompt).__name__
+        what = "None" if prompt is None else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
         raise ValueError(
-            f"The prompt is a {type(prompt).__name__}. Give a text, a conversation "
+            f"The prompt is {what}. Give a text, a conversation "
             '[{"role": "user", "content": "..."}], or a list of either.'
         )
+
+
+def _encoded(tokenizer: Tokenizer, prompts: Sequence[Any]) -> list[list[int]]:
+    """The ids of each prompt. Raises ValueError, which says of several which one is wrong."""
+    ids = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            encode = tokenizer.encode_prompt if isinstance(prompt, str) else tokenizer.encode_chat
+            ids.append(encode(prompt))
+        except ValueError as error:
+            if len(prompts) == 1:
+                raise
+            raise ValueError(f"Prompt {number} of {len(prompts)}: {error}") from error
+    return ids
 
 
 # ------------------------------------------------------------------------------------------------- decoders

@@ -10,7 +10,7 @@ from typing import Unpack
 
 from pasta_jax.decoding.compiled import Compiled, Sizes
 from pasta_jax.decoding.fits import check_pool
-from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.model import Model, check_model
 from pasta_jax.decoding.options import whole
 from pasta_jax.decoding.request import SamplingParams, script_size
 from pasta_jax.decoding.script import NOTHING
@@ -54,6 +54,7 @@ class Decoder:
     def __init__(
         self, model: Model, *, compiled: Compiled | None = None, chunk: int = 64, **sizes: Unpack[Sizes]
     ):
+        check_model(model)
         described = model.params, model.config, model.tokenizer.vocabulary, model.positions
         if compiled is None:
             compiled = Compiled(*described, **sizes)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from pasta_jax import sharding
 from pasta_jax.decoding.compiled import CHANGES, Form
-from pasta_jax.model import ModelConfig
+from pasta_jax.model import ModelConfig, param_count
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -34,6 +34,11 @@ class Model:
     positions: Positions = Positions()
     max_depth: int = 1
 
+    def __repr__(self) -> str:
+        c = self.config
+        sizes = f"{c.num_layers} layers, D {c.model_dim}, V {c.vocab_size:,}, {c.dtype}"
+        return f"Model({sizes}; {param_count(self.params):,} parameters)"
+
     @property
     def mesh(self) -> Mesh | None:
         """The mesh that the parameters are on; None if that is one device."""
@@ -48,3 +53,9 @@ class Model:
     @functools.cached_property
     def _forms(self) -> dict[Form, Any]:
         return {"plain": self.params}
+
+
+def check_model(model: Any) -> None:
+    """Raises ValueError for what is no model, such as its path."""
+    if not isinstance(model, Model):
+        raise ValueError(f"model={model!r:.80} is no model. Give what pasta_jax.load returns for a path.")

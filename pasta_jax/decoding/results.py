@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -112,6 +113,11 @@ class DecodeResult:
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.branches)} branches, {self.stats.decode_steps} decode steps"
+        text = textwrap.shorten(self.text, 72, placeholder=" …")
+        return f"DecodeResult({text!r}, {counts}, stop_reason={self.stop_reason!r})"
 
 
 def result(
