@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from pasta_jax import verbs
+from pasta_jax import __version__, verbs
 from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
 
 if TYPE_CHECKING:
@@ -23,8 +23,14 @@ MODES = ["parallel", "sequential", "both"]
 def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
     """The command; `decoding` are the flags that `decode` takes. Usage errors end in one line and status 2."""
     values = flags.FLAGS
-    if len(argv) != 2 or not values.ckpt:
-        refuse(f"Give one prompt and --ckpt=WORKDIR. {__doc__.splitlines()[0]}")
+    if values.version:
+        print(__version__)
+        return
+    if len(argv) > 2:
+        refuse(f"{len(argv) - 1} prompts were given, {' '.join(argv[1:])[:80]!r}. Put the prompt in quotes.")
+    missing = ["--ckpt=WORKDIR"] * (not values.ckpt) + ["a prompt"] * (len(argv) < 2)
+    if missing:
+        refuse(f"Add {' and '.join(missing)}. {__doc__.splitlines()[0]}")
     if values.stream and values.annotated:
         refuse("--stream prints the text as it settles, --annotated the whole with its tags. Choose one.")
     show_log()
@@ -35,7 +41,7 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
     summary = [
         f"{stats.decode_steps} steps for {stats.text_tokens} tokens of text",
         f"{len(result.branches)} branches",
-        f"{stats.wall_s:.3f} s",
+        f"{stats.wall_s:.3f} s{'' if values.mode == 'both' else ' (first decode)'}",
     ]
     if stats.measured_speedup:
         summary.append(f"{stats.measured_speedup:.2f}x as fast as without promises")
@@ -96,6 +102,7 @@ def command() -> None:
     ]
     flags.DEFINE_bool("stream", False, "Print text as it is decoded, in a terminal with later text, faint.")
     flags.DEFINE_bool("annotated", False, "Print the answer with its tags.")
+    flags.DEFINE_bool("version", False, "Print the version and exit.")
     flags.DEFINE_bool("timeline", False, "Draw the threads over time.")
     verbs.run_main(lambda argv: main(argv, decoding))
 

@@ -108,10 +108,12 @@ class PreferenceConfig:
         4.0, "lambda: score = efficiency + lambda * quality; inf is quality alone", least=0, most=math.inf
     )
     efficiency: Literal["speedup", "parallelism", "harmonic", "arithmetic"] = field(
-        "speedup", "harmonic, arithmetic: means of the other two"
+        "speedup", "speedup, parallelism, or their harmonic or arithmetic mean"
     )
     judge: Literal["almanac"] = field("almanac", "compares two answers")
-    loss: Literal["bonbon", "ipo", "dpo"] = field("bonbon", "see training.losses.preference_loss")
+    loss: Literal["bonbon", "ipo", "dpo"] = field(
+        "bonbon", "bonbon is the paper's; formulas: training.losses"
+    )
     alpha: float = field(0.005, "bonbon: weight of the better answer's likelihood", least=0, most=1)
     margin: float = field(0.0, "bonbon, ipo: nats; 0 is (N-1) H_(N-1), which best-of-N implies", least=0)
     beta: float = field(0.1, "dpo: steepness", above=0)

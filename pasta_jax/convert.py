@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from pasta_jax.verbs import refuse, run_main, show_log
+from pasta_jax.verbs import CHATS, refuse, run_main, show_log
 
 if TYPE_CHECKING:
     from pasta_jax.interchange.importing import SourceKind
@@ -180,7 +180,7 @@ def define(values: flags.FlagValues) -> None:
     text("dtype", "float32, bfloat16 or float16, of the parameters; by default unchanged.")
     text("tokenizer", "Import: tokenizer.model, tokenizer.json or a folder of one.")
     switch("extend_tokenizer", False, "Import: tags without a free id get new ids and rows.")
-    text("chat", "Import: format of prompts; auto follows the model's chat template.", "auto")
+    text("chat", f"Import: format of prompts: {', '.join(CHATS)}; auto as the model's template.", "auto")
     text("preset", "Import, orbax: the published model that has its sizes.")
     text("base", "Export of adapters: the base, if it was moved.")
     switch("name_tags", False, "Export: the tokenizer's files call the tags by their names.")

@@ -11,10 +11,9 @@ Only training has data to count epochs with, and rounds; they set numbers in a p
 from __future__ import annotations
 
 import dataclasses
+import logging
 import operator
 from collections.abc import Iterable
-
-from absl import logging
 
 from pasta_jax.checkpoints.about import find_checkpoint, has_checkpoint, read_metadata
 from pasta_jax.config import Config, ConfigError
@@ -22,6 +21,8 @@ from pasta_jax.data.batches import Stream
 from pasta_jax.data.sources import make_tokenizer, steps_of_epochs
 from pasta_jax.overrides import differences
 from pasta_jax.tokens.tokenizer import Tokenizer
+
+LOG = logging.getLogger("pasta_jax")
 
 INHERITED = ("model.", "data.tokenizer", "data.extend_tokenizer")
 """Fields that come from the checkpoint in `init_from`."""
@@ -54,14 +55,14 @@ def resolve(
             wanted, there = (operator.attrgetter(path)(c) for c in (config, resolved))
             if path.startswith(INHERITED) and wanted != there:
                 raise ConfigError(
-                    f"config.{path} is {wanted!r}, but {config.init_from} has {there!r}, and training "
+                    f"config.{path} is {wanted!r}, but {start} has {there!r}, and training "
                     f"starts from it. Leave --config.{path} out, or train from scratch."
                 )
         replaced = [name for name in differences(config, resolved) if name.startswith("model.")]
-        if replaced:
-            logging.warning(
+        if replaced and start == config.init_from:  # a run that goes on has said so
+            LOG.warning(
                 "The model is that of %s; it differs from the configuration in %s.",
-                config.init_from,
+                start,
                 ", ".join(replaced),
             )
         config = resolved

@@ -36,6 +36,11 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
       ConfigError: no such file or variant, an unknown field, a value of the wrong type.
     """
     path, _, variant = spec.partition(":")
+    if not path.endswith(".py"):
+        raise ConfigError(
+            f"--config={spec} is no Python file. Give an experiment, as configs/tiny.py; files of data go into "
+            "--config.data.sources."
+        )
     if not os.path.exists(path):
         raise ConfigError(f"No configuration file {path}. Write --config=configs/NAME.py or NAME.py:VARIANT.")
     try:

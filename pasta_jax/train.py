@@ -86,9 +86,15 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
 def command() -> None:
     """Parses the command line and runs `main`."""
     # Defined here, not on import: importing two verbs into one process must not clash.
-    flags.DEFINE_string("config", None, "The experiment, as configs/tiny.py or configs/tiny.py:pasta.")
+    flags.DEFINE_string(
+        "config",
+        None,
+        "The experiment, as configs/tiny.py or configs/tiny.py:pasta. --config.FIELD=VALUE changes a field.",
+    )
     flags.DEFINE_string("workdir", None, "Directory of the run.")
-    flags.DEFINE_bool("print_config", False, "Print every field of the configuration and exit.")
+    flags.DEFINE_bool(
+        "print_config", False, "Print every field of the configuration, with its meaning, and exit."
+    )
     overrides, rest = split_overrides(sys.argv)
     run_main(functools.partial(main, values=flags.FLAGS, overrides=overrides), argv=rest)
 

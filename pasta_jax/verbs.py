@@ -16,6 +16,9 @@ from absl import logging as absl_logging
 
 BAD_USAGE = 2
 
+CHATS = ("auto", "plain", "gemma", "llama3", "chatml", "qwen3", "inst")
+"""Those of `tokens.chat`, for --help."""
+
 
 def refuse(message: str) -> NoReturn:
     """Prints the message on stderr and exits with status 2."""
@@ -47,11 +50,14 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
 
     def parse(words: list[str]) -> Sequence[str]:
         try:
-            return flags.FLAGS(words)
+            rest = flags.FLAGS(words)
         except flags.Error as error:
             refuse(f"{' '.join(str(error).split())} --help shows the flags.")
         except SystemExit:  # help was shown
             sys.exit(0)
+        for name in {"workdir", "out"} & {*flags.FLAGS}:
+            _check_folder(name, flags.FLAGS[name].value or "")
+        return rest
 
     report = sys.unraisablehook
 
@@ -63,6 +69,14 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
     sys.unraisablehook = quieter
     with _quiet_pipe():
         app.run(main, argv=argv, flags_parser=parse)
+
+
+def _check_folder(flag: str, folder: str) -> None:
+    """Refuses a folder to write to that is a file, or would lie in one."""
+    for path in (Path(folder), *Path(folder).parents):
+        if path.is_file():
+            where = "" if path == Path(folder) else f": {path}"
+            refuse(f"--{flag}={folder}{where} is a file. Give a folder.")
 
 
 def config_file(name: str) -> str:
@@ -93,7 +107,9 @@ def define_loading() -> None:
     flags.DEFINE_string("base", None, "For adapters: their base weights, if these have moved.")
     flags.DEFINE_string("tokenizer", None, "Of published weights: a file or folder, if not their own.")
     flags.DEFINE_bool("extend_tokenizer", False, "For published weights: new ids and rows for the tags.")
-    flags.DEFINE_string("chat", "auto", "Format of prompts; auto uses the model's chat template.")
+    flags.DEFINE_string(
+        "chat", "auto", f"Format of prompts: {', '.join(CHATS)}; auto as the model's template."
+    )
 
 
 def loading_options(values: flags.FlagValues) -> dict[str, Any]:

@@ -127,6 +127,8 @@ def test_every_number_has_a_range() -> None:
 def test_no_such_file_or_variant() -> None:
     with pytest.raises(ConfigError, match=r"No configuration file no/such\.py"):
         load_config("no/such.py")
+    with pytest.raises(ConfigError, match="--config=mine.jsonl is no Python file. Give an experiment, as"):
+        load_config("mine.jsonl")
     with pytest.raises(ConfigError, match="no variant 'huge'"):
         load_config(TINY + ":huge")
 

@@ -50,6 +50,19 @@ def test_an_override_that_contradicts_the_start_is_refused(start: str) -> None:
             resolved(text)
 
 
+def test_a_run_that_goes_on_is_asked_itself(start: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Only a first start says that its model is not the configuration's; what is refused is told from the run."""
+    resolve(Config(init_from=start))
+    assert f"The model is that of {start}; it differs from the configuration in model." in caplog.text
+    caplog.clear()
+    gone = Config(init_from="runs/elsewhere")
+    resolve(gone, workdir=start)
+    assert not caplog.text
+    layers = ["model.num_layers=3"]
+    with pytest.raises(ConfigError, match=f"is 3, but {start} has 2, and training"):
+        resolve(override(gone, layers), workdir=start, overrides=layers)
+
+
 def test_to_compile_a_start_need_not_be_there(start: str, tmp_path: pathlib.Path) -> None:
     none = Config(init_from=str(tmp_path / "none"), model=MODEL)
     assert resolve(none, ahead=True)[0] == none

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+import pasta_jax
 from pasta_jax import verbs
+from pasta_jax.tokens import chat
 from tests.helpers import ONE_DEVICE
 
 pytestmark = pytest.mark.slow
@@ -25,7 +27,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pasta_jax"], "Give one prompt and --ckpt=WORKDIR."),
+        (["pasta_jax"], "Add --ckpt=WORKDIR and a prompt."),
+        (["pasta_jax", "Rivers?"], "Add --ckpt=WORKDIR. Answers"),
+        (
+            ["pasta_jax", "--ckpt=W", "Which", "rivers?"],
+            "2 prompts were given, 'Which rivers?'. Put the prompt in",
+        ),
+        (["pasta_jax.train", "--workdir=README.md"], "--workdir=README.md is a file. Give a folder."),
+        (["pasta_jax.demo", "--workdir=README.md/runs"], "--workdir=README.md/runs: README.md is a file."),
+        (["pasta_jax.benchmark", "--out=README.md"], "--out=README.md is a file. Give a folder."),
+        (["pasta_jax.benchmark", "--model=300"], "--model=300 is neither tiny, 300m, gemma7b nor a path."),
         (["pasta_jax", "--ckpt=no/such", "Rivers?"], "No checkpoint at "),
         (["pasta_jax", "--ckpt=W", "--stream", "--annotated", "Rivers?"], "--stream prints the text as it"),
         (["pasta_jax.train"], "Which experiment?"),
@@ -34,7 +45,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
             ["pasta_jax.benchmark", "--what=widht"],
             "--what must be all, or a comma-separated list of startup, width,",
         ),
-        (["pasta_jax.benchmark", "--responses=no/such"], "[Errno 2] No such file or directory: 'no/such'"),
+        (["pasta_jax.benchmark", "--responses=no/such"], "--responses=no/such: there is no such file."),
         (["pasta_jax.convert"], "Add --from=hf:google/gemma-2b-it --to=WORKDIR to import"),
         (["pasta_jax.evaluate"], "Name both models: --ckpt=runs/pasta --baseline=runs/baseline."),
         (["pasta_jax.train", "--workdri=W"], "Unknown command line flag 'workdri'. Did you mean: workdir ?"),
@@ -82,6 +93,12 @@ verbs.run_main(main)
     assert done.returncode == 2
     assert done.stderr.endswith("RuntimeError: something else\nThe checkpoint is damaged.\n")
     assert "Event loop" not in done.stderr
+
+
+def test_the_version_and_the_chat_formats() -> None:
+    done = run("-m", "pasta_jax", "--version")
+    assert (done.returncode, done.stdout) == (0, f"{pasta_jax.__version__}\n")
+    assert verbs.CHATS == chat.CHATS
 
 
 def test_configurations_that_the_demo_needs(

@@ -9,6 +9,7 @@ and how many bytes a decode step moves to and from main memory.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
 import sys
@@ -31,7 +32,13 @@ HOST_CALLS = ("callback", "outfeed", "infeed", "send-to-host", "SendToHost", "is
 
 
 def topology_devices(topology: str) -> Any:
-    """The devices of a TPU slice such as v5e:2x4, as libtpu describes them. No machine is looked for."""
+    """The devices of a TPU slice such as v5e:2x4, as libtpu describes them. No machine is looked for.
+
+    Raises:
+      ValueError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise ValueError("libtpu is not installed: pip install libtpu (Linux; needs no TPU).")
     kind = topology.partition(":")[0]
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened: nobody needs to wait
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -204,9 +211,11 @@ def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_string("config", None, "The experiment, as configs/tiny.py.")
     flags.DEFINE_string("topology", "v5e:2x4", "TPU generation and shape of the slice.")
-    flags.DEFINE_integer("rows", 8, "B, requests decoded at once.", lower_bound=1)
-    flags.DEFINE_integer("lanes", 8, "S.", lower_bound=1)
-    flags.DEFINE_integer("pool", 1024, "P.", lower_bound=1)
+    flags.DEFINE_integer("rows", 8, "Requests decoded at once.", lower_bound=1)
+    flags.DEFINE_integer("lanes", 8, "Maximum threads of a request that decode in one step.", lower_bound=1)
+    flags.DEFINE_integer(
+        "pool", 1024, "Maximum tokens of a request, prompt and answer together.", lower_bound=1
+    )
     flags.DEFINE_enum("quantize", None, ["int8"], "Weights of the decode programs.")
     overrides, rest = split_overrides(sys.argv)
     run_main(functools.partial(main, overrides=overrides), argv=rest)

@@ -170,7 +170,11 @@ def main(argv: Sequence[str]) -> None:
 def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_bool("quick", False, "One seed, three lambdas, fewer prompts, no ablations.")
-    flags.DEFINE_string("workdir", None, "Paths of all output; the same one resumes.")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder of all output (default runs/reproduce, or reproduce-quick); the same one resumes.",
+    )
     run_main(main)
 
 
