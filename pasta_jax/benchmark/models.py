@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +41,7 @@ def model_of(name: str, dtype: str | None = None, texts: Sequence[str] = ()) -> 
         return load(name, dtype=dtype)
     config = in_dtype(NAMED[name], dtype)
     tokenizer = WordTokenizer(*texts, vocab_size=config.vocab_size)
-    params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     return Model(silent(params, config, tokenizer.vocabulary), config, tokenizer, max_depth=MAX_DEPTH)
 
 

@@ -6,7 +6,6 @@ first, while most memory is free for reading.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 from pasta_jax import sharding
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.memory import gib, shortage
-from pasta_jax.model import ModelConfig, init_params
+from pasta_jax.model import ModelConfig, param_shapes
 from pasta_jax.model.forms import quantize
 
 Path = tuple[str, ...]
@@ -116,7 +115,7 @@ def target_shapes(
     Raises:
       InterchangeError: the mesh does not divide the sizes.
     """
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    shapes = param_shapes(config)
     shapes = jax.eval_shape(quantize, shapes) if quantized else shapes
     if mesh is None:
         one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -5,7 +5,6 @@ Suffixes give shapes in the project's letters (`q_BxQxNxH`); P counts keys: the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from pasta_jax.arrays import Array
 from pasta_jax.model.attention import attend, attend_to_earlier
 from pasta_jax.model.config import Lora, ModelConfig
 from pasta_jax.model.forms import Int8, OutputsFirst, project, project_fused
+from pasta_jax.model.initial import initial
 from pasta_jax.model.pool import write
 from pasta_jax.model.rotary import Rotary, rotate
 
@@ -30,9 +30,10 @@ def rms_norm(x: Array, scale: Array, config: ModelConfig) -> Array:
     return (x32 * (config.norm_offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-def unit_scale(config: ModelConfig) -> Any:
-    """Initialises the scale of a norm that multiplies by one."""
-    return nn.initializers.constant(1.0 - config.norm_offset)
+def param(module: Any, name: str, shape: tuple[int, ...]) -> Array:
+    """The parameter `name`; a new one starts as `initial` says."""
+    c = module.config
+    return module.param(name, initial(c, name, shape), shape, c.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -42,16 +43,13 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        c = self.config
-        return rms_norm(x, self.param("scale", unit_scale(c), (x.shape[-1],), c.dtype), c)
+        return rms_norm(x, param(self, "scale", (x.shape[-1],)), self.config)
 
 
-def weight(module: nn.Module, name: str, deviation: float, shape: tuple[int, ...], dtype: str) -> Any:
-    """The parameter `name` in the form in which it is held (`forms.Weight`); a new one is plain and normal."""
+def weight(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
+    """The parameter `name` in the form in which it is held (`forms.Weight`); a new one is plain."""
     held: Any = module.get_variable("params", name)
-    if isinstance(held, Int8 | OutputsFirst):
-        return held
-    return module.param(name, nn.initializers.normal(deviation), shape, dtype)
+    return held if isinstance(held, Int8 | OutputsFirst) else param(module, name, shape)
 
 
 def dense(module: Attention | MLP, name: str, x: Array, shape: tuple[int, ...], inner: int = 1) -> Array:
@@ -64,16 +62,13 @@ def dense(module: Attention | MLP, name: str, x: Array, shape: tuple[int, ...], 
       shape: of the matrix, the contracted dimensions first.
       inner: how many those are.
     """
-    c, lora = module.config, module.lora
+    lora = module.lora
     rows, columns = shape[:inner], shape[inner:]
-    # What is added to the residual stream starts so small that 2 Z such sums leave its variance as it is.
-    fan_in = math.prod(rows) * (2 * c.num_layers if name in ("o_proj", "down_proj") else 1)
     with jax.named_scope(name):
-        y = project(x, weight(module, name, fan_in**-0.5, shape, c.dtype), inner)
+        y = project(x, weight(module, name, shape), inner)
         if lora.rank and name in lora.targets:
-            from_x = nn.initializers.normal(math.prod(rows) ** -0.5)
-            a = module.param(f"{name}_lora_a", from_x, (*rows, lora.rank), c.dtype)
-            b = module.param(f"{name}_lora_b", nn.initializers.zeros, (lora.rank, *columns), c.dtype)
+            a = param(module, f"{name}_lora_a", (*rows, lora.rank))
+            b = param(module, f"{name}_lora_b", (lora.rank, *columns))
             y = y + project(project(x, a, inner), b) * (lora.alpha / lora.rank)
         return y
 
@@ -126,10 +121,10 @@ class Attention(nn.Module):
         """Queries, keys or values ("q", "k", "v") with the bias and the norm that some models have."""
         c = self.config
         if c.qkv_bias:
-            bias = self.param(f"{letter}_proj_bias", nn.initializers.zeros, y_BxQxNxH.shape[2:], c.dtype)
+            bias = param(self, f"{letter}_proj_bias", y_BxQxNxH.shape[2:])
             y_BxQxNxH += bias.astype(y_BxQxNxH.dtype)
         if c.qk_norm and letter != "v":
-            scale_H = self.param(f"{letter}_norm", unit_scale(c), (c.head_dim,), c.dtype)
+            scale_H = param(self, f"{letter}_norm", (c.head_dim,))
             y_BxQxNxH = rms_norm(y_BxQxNxH, scale_H, c)
         return y_BxQxNxH
 

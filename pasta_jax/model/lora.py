@@ -14,11 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pasta_jax.arrays import Array
 from pasta_jax.model.config import Lora
 from pasta_jax.model.forms import Params
+from pasta_jax.model.initial import Initial, new_leaf
 from pasta_jax.sharding import MATRICES
 
 SUFFIXES = ("_lora_a", "_lora_b", "_rows")
@@ -48,7 +50,7 @@ def join(frozen: Params, trained: Params) -> Params:
     return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trained)})
 
 
-def start(base: Params, lora: Lora, key: Array, dtype: Any = None) -> Params:
+def start(base: Params, lora: Lora, key: Array, dtype: Any = None, shardings: Any = None) -> Params:
     """Adapters that change nothing: A is random, B is zero, and rows are copies of the table's own.
 
     Rows that are nearly alike (those of reserved ids, never trained, often are) would be learnt alike, and tags
@@ -59,25 +61,29 @@ def start(base: Params, lora: Lora, key: Array, dtype: Any = None) -> Params:
       lora: their rank, targets and rows.
       key: the same key gives the same adapters, whatever the mesh.
       dtype: of the adapters; by default each has its matrix's.
+      shardings: the tree of where each adapter is made.
 
     Raises:
       ValueError: the weights have none of the targets, or are in int8.
     """
-    adapters: dict[tuple[str, ...], Array] = {}
+    places, adapters = flatten_dict(shardings or {}), dict[tuple[str, ...], Array]()
     for path, leaf in flatten_dict(base).items():
-        name = path[-1]
-        leaf_key = jax.random.fold_in(key, zlib.crc32("".join(f"/{part}" for part in path).encode()))
+        *parents, name = path
+        fold, kind = zlib.crc32("".join(f"/{part}" for part in path).encode()), dtype or leaf.dtype
         if name in lora.targets:
             _check_plain(name, leaf)
             inner = len(MATRICES[name][0])
             rows, columns = leaf.shape[:inner], leaf.shape[inner:]
-            a = jax.random.normal(leaf_key, (*rows, lora.rank)) * math.prod(rows) ** -0.5
-            adapters[*path[:-1], f"{name}_lora_a"] = a.astype(dtype or leaf.dtype)
-            adapters[*path[:-1], f"{name}_lora_b"] = jnp.zeros((lora.rank, *columns), dtype or leaf.dtype)
+            a, b = (*parents, f"{name}_lora_a"), (*parents, f"{name}_lora_b")
+            normal = Initial(deviation=math.prod(rows) ** -0.5)
+            drawn = new_leaf(normal, key, fold, (*rows, lora.rank), jnp.float32, places.get(a))
+            adapters[a] = drawn.astype(kind)
+            adapters[b] = new_leaf(Initial(), key, fold, (lora.rank, *columns), kind, places.get(b))
         elif name in TABLES and lora.rows:
             _check_plain(name, leaf)
-            own_rows = _distinct_rows(leaf, TABLES[name], lora.rows, leaf_key)
-            adapters[*path[:-1], f"{name}_rows"] = own_rows.astype(dtype or leaf.dtype)
+            own = (*parents, f"{name}_rows")
+            copy = jax.jit(_distinct_rows, static_argnums=(1, 2), out_shardings=places.get(own))
+            adapters[own] = copy(leaf, TABLES[name], lora.rows, key, np.uint32(fold)).astype(kind)
     if not any(path[-1].endswith("_lora_a") for path in adapters):
         raise ValueError(f"None of the targets {', '.join(lora.targets)} is among the weights.")
     return unflatten_dict(adapters)
@@ -139,14 +145,15 @@ def _placed_like(array: Any, original: Any) -> Any:
     return jax.device_put(array, original.sharding) if isinstance(original, jax.Array) else array
 
 
-def _distinct_rows(table: Array, axis: int, rows: tuple[int, ...], key: Array) -> Array:
+def _distinct_rows(table: Array, axis: int, rows: tuple[int, ...], key: Array, fold: Array) -> Array:
     """Copies of a table's rows, float32; those that are nearly alike with noise."""
     own = jnp.take(table, jnp.array(rows), axis=axis).astype(jnp.float32)
     scale = jnp.sqrt(jnp.mean(jnp.square(table.astype(jnp.float32))))
     flat = own if axis == 0 else own.T
     distance = jnp.sqrt(jnp.mean(jnp.square(flat[:, None] - flat[None]), axis=-1))
     has_twin = jnp.any((distance < ALIKE * scale) & ~jnp.eye(len(rows), dtype=bool), axis=-1)
-    noise = jnp.where(has_twin[:, None], NOISE * scale * jax.random.normal(key, flat.shape), 0.0)
+    drawn = jax.random.normal(jax.random.fold_in(key, fold), flat.shape)
+    noise = jnp.where(has_twin[:, None], NOISE * scale * drawn, 0.0)
     return own + (noise if axis == 0 else noise.T)
 
 

@@ -19,18 +19,20 @@ form (`model.forms`).
 
 from __future__ import annotations
 
-import functools
+import collections
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pasta_jax.arrays import Array
 from pasta_jax.model.config import Lora, ModelConfig
 from pasta_jax.model.forms import Params, look_up, unembed
-from pasta_jax.model.layers import Layer, RMSNorm, weight
+from pasta_jax.model.initial import fold_of, initial, new_leaf
+from pasta_jax.model.layers import Layer, RMSNorm, param, weight
 from pasta_jax.model.pool import Pool
 from pasta_jax.model.rotary import rotary_of
 
@@ -43,11 +45,9 @@ class Embed(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        shape = (c.vocab_size, c.model_dim)
-        self.embedding = weight(self, "embedding", c.model_dim**-0.5, shape, c.dtype)
+        self.embedding = weight(self, "embedding", (c.vocab_size, c.model_dim))
         if self.lora.trains_rows:
-            shape = (len(self.lora.rows), c.model_dim)
-            self.embedding_rows = self.param("embedding_rows", nn.initializers.zeros, shape, c.dtype)
+            self.embedding_rows = param(self, "embedding_rows", (len(self.lora.rows), c.model_dim))
 
     def __call__(self, tokens_BxQ: Array) -> Array:
         c = self.config
@@ -85,10 +85,9 @@ class Transformer(nn.Module):
         self.layer = [layer(c, self.lora) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c)
         if not c.tie_embeddings:
-            self.head = weight(self, "head", c.model_dim**-0.5, (c.model_dim, c.vocab_size), c.dtype)
+            self.head = weight(self, "head", (c.model_dim, c.vocab_size))
             if self.lora.trains_rows:
-                shape = (c.model_dim, len(self.lora.rows))
-                self.head_rows = self.param("head_rows", nn.initializers.zeros, shape, c.dtype)
+                self.head_rows = param(self, "head_rows", (c.model_dim, len(self.lora.rows)))
 
     def __call__(
         self,
@@ -164,15 +163,41 @@ def logits(model: Transformer, params: Params, hidden: Array) -> Array:
     return outputs
 
 
-def init_params(config: ModelConfig, key: Array, lora: Lora = Lora()) -> dict[str, Any]:
-    """Parameters of a new model, all plain."""
-    token = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config, lora).init(key, token, token, jnp.ones((1, 1, 1), bool))["params"]
+def init_params(
+    config: ModelConfig, key: Array, lora: Lora = Lora(), shardings: Any = None
+) -> dict[str, Any]:
+    """Parameters of a new model, all plain: those of `Transformer.init`, made leaf by leaf (`model.initial`).
+
+    Args:
+      config, lora: of the model.
+      key: typed; a leaf depends on this key and its own path alone.
+      shardings: the tree of where each leaf is made; by default all are on the default device.
+    """
+    places, leaves, numbers = flatten_dict(shardings or {}), {}, collections.Counter[tuple[str, ...]]()
+    for path, leaf in _shapes(config, lora).items():
+        numbers[path[:-1]] += 1
+        how, fold = initial(config, path[-1], leaf.shape), fold_of(path, numbers[path[:-1]])
+        leaves[path] = new_leaf(how, key, fold, leaf.shape, leaf.dtype, places.get(path))
+    return unflatten_dict(leaves)
 
 
-def param_shapes(config: ModelConfig) -> dict[str, Any]:
+def param_shapes(config: ModelConfig, lora: Lora = Lora()) -> dict[str, Any]:
     """Shapes and dtypes of `init_params`; nothing is computed."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return unflatten_dict(_shapes(config, lora))
+
+
+def _shapes(config: ModelConfig, lora: Lora) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Shape and dtype of each parameter by path, in the order in which its module declares it."""
+    shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
+
+    def declare() -> None:
+        token = jnp.zeros((1, 1), jnp.int32)
+        new = Transformer(config, lora).init(jax.random.key(0), token, token, jnp.ones((1, 1, 1), bool))
+        for path, leaf in flatten_dict(new["params"]).items():
+            shapes[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    jax.eval_shape(declare)
+    return shapes
 
 
 def param_count(params: Any) -> int:

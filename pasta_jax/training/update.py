@@ -16,7 +16,7 @@ from pasta_jax.arrays import NO_TARGET, Array, ThreadedTokens
 from pasta_jax.config import Config
 from pasta_jax.model import lora as adapters
 from pasta_jax.model.forms import Params
-from pasta_jax.model.transformer import Transformer, forward, init_params, logits
+from pasta_jax.model.transformer import Transformer, forward, init_params, logits, param_shapes
 from pasta_jax.rounding import ceil_div
 from pasta_jax.training.losses import Scores, Sums, score
 from pasta_jax.training.microbatches import rows_sharding, sum_over_parts
@@ -80,9 +80,9 @@ class Update:
       shardings: of a state.
       base_shapes, base_shardings: of the base, which is in the model's dtype.
       batch_sharding: of a batch's arrays.
-      new_params: random weights of a model without adapters, jitted.
-      new_adapters: the base to new adapters, which change nothing yet, jitted.
-      start: trained parameters to a state before the first update, jitted.
+      new_params: random weights of a model without adapters.
+      new_adapters: the base to new adapters, which change nothing yet.
+      start: trained parameters to a state before the first update, which holds these same arrays.
     """
 
     step: Any
@@ -115,14 +115,13 @@ def make_update(
     schedule = make_schedule(config.optimizer, config.steps)
     key, dtype = jax.random.key(config.seed), jnp.dtype(config.trained_dtype)
     masters = dataclasses.replace(config.model, dtype=config.trained_dtype)
-    new_params = functools.partial(init_params, masters, key)
     new_adapters = functools.partial(adapters.start, lora=config.lora, key=key, dtype=dtype)
     base_shapes: Params = {}
     if config.lora.rank:
-        base_shapes = jax.eval_shape(functools.partial(init_params, config.model, key))
+        base_shapes = param_shapes(config.model)
         trained = jax.eval_shape(new_adapters, base_shapes)
     else:
-        trained = jax.eval_shape(new_params)
+        trained = param_shapes(masters)
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trained)
     shardings = sharding.param_shardings(shapes, mesh)  # the optimizer's moments have their parameters' names
     base_shardings = sharding.param_shardings(base_shapes, mesh)
@@ -163,7 +162,7 @@ def make_update(
         base_shapes,
         base_shardings,
         batch_sharding,
-        jax.jit(new_params, out_shardings=shardings.params),
-        jax.jit(new_adapters, out_shardings=shardings.params),
-        jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=shardings),
+        functools.partial(init_params, masters, key, shardings=shardings.params),
+        functools.partial(new_adapters, shardings=shardings.params),
+        lambda params: jax.device_put(new_state(params, optimizer), shardings),
     )

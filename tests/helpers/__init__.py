@@ -35,3 +35,19 @@ def optimized() -> Iterator[None]:
 def slow(*values: Any) -> Any:
     """A case of `pytest.mark.parametrize` that `make quick` leaves out."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The programs that are compiled meanwhile, or read from the cache on disk, by name."""
+    names: list[str] = []
+
+    def listen(event: str, duration_secs: float, **about: Any) -> None:
+        if event.endswith("/backend_compile_duration"):
+            names.append(str(about.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
