@@ -95,6 +95,20 @@ verbs.run_main(main)
     assert "Event loop" not in done.stderr
 
 
+def test_compiling_for_a_tpu_says_what_it_lacks() -> None:
+    code = """if True:
+        import os, sys
+        from pasta_jax.compile import __main__ as verb
+        sys.modules["libtpu"] = None
+        os.environ.pop("TPU_LIBRARY_PATH", None)
+        sys.argv = ["compile", "--config=configs/tiny.py"]
+        verb.command()
+    """
+    done = run("-c", code)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "libtpu is not installed: pip install libtpu (Linux; needs no TPU).\n"
+
+
 def test_the_version_and_the_chat_formats() -> None:
     done = run("-m", "pasta_jax", "--version")
     assert (done.returncode, done.stdout) == (0, f"{pasta_jax.__version__}\n")
