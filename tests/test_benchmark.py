@@ -25,6 +25,7 @@ from pasta_jax.lang.assemble import assemble
 from pasta_jax.model import ModelConfig
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.layout import layout_example
+from tests.helpers import compilations
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +109,19 @@ def test_what_was_lost_in_noise_is_no_number(
     assert second["step, ms"] == {"median": None, "low": None, "high": None, "samples": lost}
     assert second["relative to the first row"] is None
     assert (tmp_path / "width.png").read_bytes().startswith(PNG)
+
+
+def test_what_is_compared_goes_through_one_program(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scripts of different sizes compile nothing anew; the first figures are logged before the table is there."""
+    monkeypatch.setattr(measure.LOG, "propagate", True)
+    with compilations() as names, caplog.at_level("INFO", measure.LOG.name):
+        benchmark.benchmark(("width", "pool"), "tiny", str(tmp_path), EFFORT)
+    decoders, buckets = 2, 2  # of the pool's length, or the prompts'
+    assert sum("decode_chunk" in name for name in names) <= decoders * buckets
+    first = re.findall(r"(width|pool), (\d+): [\d.]+ ms a step \(first of 2\)", caplog.text)
+    assert [part for part, _ in first] == ["width"] * 2 + ["pool"] * len(first[2:]) and len(first) > 3
 
 
 def test_without_peers_it_says_so(
@@ -208,7 +222,7 @@ def test_all_that_is_compared_is_measured_in_turn() -> None:
         called.append(name)
         return float(len(called))
 
-    samples = measure.interleaved("", {"a": lambda: call("a"), "b": lambda: call("b")}, 2)
+    samples = measure.interleaved("", {"a": lambda: call("a"), "b": lambda: call("b")}, 2, "s")
     assert called == ["a", "b"] * 3 and samples == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
 
 

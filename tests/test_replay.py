@@ -18,7 +18,7 @@ from pasta_jax.benchmark.replay import Replayed, limits_for, replay, summaries
 from pasta_jax.benchmark.trees import random_tree, without_tags
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
-from pasta_jax.decoding.request import SamplingParams
+from pasta_jax.decoding.request import SamplingParams, script_size
 from pasta_jax.decoding.script import FREE, Script, depth_of, in_document_order, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import critical_path
@@ -30,6 +30,7 @@ from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.layout import LayoutError
+from tests.helpers import compilations
 from tests.helpers.programs import random_program
 
 WORDS = WordTokenizer("A the river and the cities of a world")
@@ -81,6 +82,18 @@ def test_what_is_scripted_is_said_exactly(rng: random.Random) -> None:
         )
         np.testing.assert_array_equal(again[0].tokens.token, traces[0].tokens.token)
         np.testing.assert_array_equal(again[0].step, traces[0].step)
+
+
+@pytest.mark.slow
+def test_scripts_of_a_size_class_share_their_programs(rng: random.Random) -> None:
+    prompt = WORDS.encode_prompt("the river")
+    small, large = (script_of(random_tree(rng, WORDS, branches=n, tokens=9), WORDS) for n in (2, 7))
+    rows, columns = script_size([SamplingParams(script=large)])
+    small, large = small.padded((rows - 1, columns // 2 + 1)), large.padded((rows, columns - 1))
+    decoder().decode([prompt], [SamplingParams(1000, 1000, script=large)])
+    with compilations() as names:
+        decoder().decode([prompt], [SamplingParams(1000, 1000, script=small)])
+    assert names == []
 
 
 def fits(program: Program) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 import math
 import os
 import platform
@@ -15,6 +16,11 @@ from typing import Any, TypeAlias, TypeVar
 from tqdm import tqdm
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "transformers", "torch")
+
+LOG = logging.getLogger("pasta_jax")
+
+LARGE_S = 0.1
+"""Seconds. A program that takes longer to lower or to compile is worth a line in the log."""
 
 Cell: TypeAlias = "str | int | float | bool | Quartiles | tuple[int, ...]"
 TableRow: TypeAlias = dict[str, Cell]
@@ -85,14 +91,15 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 
 
 def interleaved(
-    what: str, measured: Mapping[Key, Callable[[], float]], repeats: int
+    what: str, measured: Mapping[Key, Callable[[], float]], repeats: int, unit: str
 ) -> dict[Key, list[float]]:
     """Calls every function once to warm up, then all of them in turn, so that other load affects them alike.
 
     Args:
-      what: names the progress bar.
+      what: names the progress bar, and the first measurements, which are logged as soon as they are there.
       measured: the functions, each of which returns one measurement.
       repeats: how often each is called after the first time.
+      unit: of the measurements.
 
     Returns:
       The measurements of each function.
@@ -100,10 +107,31 @@ def interleaved(
     for call in measured.values():
         call()
     samples: dict[Key, list[float]] = {key: [] for key in measured}
-    for _ in tqdm(range(repeats), desc=what, unit="repeat", disable=not sys.stderr.isatty()):
+    for repeat in tqdm(range(repeats), desc=what, unit="repeat", disable=not sys.stderr.isatty()):
         for key, call in measured.items():
             samples[key].append(call())
+            if not repeat:
+                log_first(f"{what}, {key}", f"{number(samples[key][0])} {unit}", repeats)
     return samples
+
+
+def log_first(what: str, value: str, repeats: int) -> None:
+    """Logs a figure as soon as it is there."""
+    LOG.info("%s: %s (first of %d)", what, value, repeats)
+
+
+def log_compiling() -> None:
+    """From now on logs each large program when it is compiled, and the seconds that this takes."""
+    import jax
+
+    def log(event: str, duration_secs: float, **about: Any) -> None:
+        name = about.get("fun_name", "a program")
+        if event.endswith("/jaxpr_to_mlir_module_duration") and duration_secs > LARGE_S:
+            LOG.info("compiling %s", name)
+        elif event.endswith("/backend_compile_duration") and duration_secs > LARGE_S:
+            LOG.info("compiled %s in %.1f s", name, duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(log)
 
 
 def machine() -> dict[str, Any]:

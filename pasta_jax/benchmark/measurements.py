@@ -27,6 +27,7 @@ from pasta_jax.benchmark.replay import (
     UNLIMITED,
     ReplayError,
     Run,
+    in_one_size,
     limits_for,
     replay,
     summaries,
@@ -41,7 +42,7 @@ from pasta_jax.benchmark.trees import (
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
-from pasta_jax.decoding.script import script_of
+from pasta_jax.decoding.script import no_script, script_of
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.lang.assemble import assemble
@@ -56,6 +57,9 @@ PROMISE_STEPS = 7
 
 MIN_PROMPT_TOKENS = 16
 """Tokens of the shortest prompt in the measurement by pool fill."""
+
+BATCHED_PROMPT = 32
+"""The bucket of the prompts in the measurement by batch size: one, so that little is compiled."""
 
 MAX_REAL_TOKENS = 640
 """Longer responses are not replayed: they take a CPU too long."""
@@ -123,7 +127,8 @@ def measure_width(model: Model, effort: Effort, rng: random.Random) -> list[Tabl
         for additional in (0, effort.steps)
     ]
     decoder = Decoder(model, limits=limits_for(programs, model.tokenizer, lanes=effort.lanes))
-    runs = [scripted_run(decoder, program) for program in programs]
+    prompt = model.tokenizer.encode_prompt(PROMPT)
+    runs = scripted_runs(decoder, [(prompt, program) for program in programs])
     pairs = dict(zip(effort.branches_at_once, zip(runs[::2], runs[1::2])))
     pool_used = {width: checked_pool_use(width, effort.steps, *pair) for width, pair in pairs.items()}
     times = step_times("width", pairs, effort)
@@ -141,11 +146,10 @@ def concurrent_branches(rng: random.Random, tokenizer: Tokenizer, branches: int,
     return Program(tuple(promise() for _ in range(branches)))
 
 
-def scripted_run(decoder: Decoder, program: Program, prompt: list[int] | None = None) -> Run:
-    """A request whose tokens are forced to be the program; the prompt is by default a short one."""
-    tokenizer = decoder.model.tokenizer
-    prompt = tokenizer.encode_prompt(PROMPT) if prompt is None else prompt
-    return Run(decoder, prompt, script_of(program, tokenizer))
+def scripted_runs(decoder: Decoder, answers: Sequence[tuple[list[int], Program]]) -> list[Run]:
+    """Requests, prompts with what their tokens are forced to be; all through the same program."""
+    scripts = in_one_size([script_of(program, decoder.model.tokenizer) for _, program in answers])
+    return [Run(decoder, prompt, script) for (prompt, _), script in zip(answers, scripts, strict=True)]
 
 
 def checked_pool_use(width: int, steps: int, short: Run, long: Run) -> int:
@@ -169,7 +173,7 @@ def checked_pool_use(width: int, steps: int, short: Run, long: Run) -> int:
 def step_times(part: str, pairs: Mapping[Key, tuple[Run, Run]], effort: Effort) -> dict[Key, TableRow]:
     """The time of a step for each pair of a short and a long answer, also relative to the first pair's."""
     timers = {key: step_timer(short, long, effort.steps) for key, (short, long) in pairs.items()}
-    samples = interleaved(part, timers, effort.repeats)
+    samples = interleaved(part, timers, effort.repeats, "ms a step")
     first = next(iter(samples.values()))
     return {
         key: {"step, ms": Quartiles.of(times), "relative to the first row": median_ratio(times, first)}
@@ -199,15 +203,14 @@ def measure_pool_fill(model: Model, effort: Effort, rng: random.Random) -> list[
     lengths = sorted({max(MIN_PROMPT_TOKENS, int(longest * share)) for share in (0, 1 / 8, 1 / 4, 1 / 2, 1)})
     limits = Limits(lanes=effort.lanes, threads=effort.lanes, pool=pool, max_depth=model.max_depth)
     decoder = Decoder(model, limits=limits)
-    pairs = {}
+    answers = []
     for length in lengths:
         text = random_text(rng, tokenizer, words, length - 1)
         prompt = [tokenizer.vocabulary.bos, *tokenizer.encode(text)]
-        short, long = (
-            scripted_run(decoder, Program((Text(random_text(rng, tokenizer, words, tokens)),)), prompt)
-            for tokens in (1, 1 + effort.steps)
-        )
-        pairs[length] = short, long
+        for tokens in (1, 1 + effort.steps):
+            answers.append((prompt, Program((Text(random_text(rng, tokenizer, words, tokens)),))))
+    runs = scripted_runs(decoder, answers)
+    pairs = dict(zip(lengths, zip(runs[::2], runs[1::2])))
     times = step_times("pool", pairs, effort)
     return [{"pool used": length + effort.steps // 2, "pool": pool, **times[length]} for length in lengths]
 
@@ -230,23 +233,30 @@ def measure_batch(model: Model, effort: Effort, rng: random.Random) -> list[Tabl
     trees = [random_tree(rng, tokenizer, branches=4, tokens=effort.branch_tokens) for _ in range(count)]
     longest_prompt = " ".join(["word"] * 40)  # longer than any of them
     limits = limits_for(trees, tokenizer, lanes=effort.lanes, prompt=longest_prompt)
-    own = dataclasses.replace(SEQUENTIAL, max_new_tokens=3 * effort.branch_tokens)
+    # The script of the model's own answers leaves all free; it is there so that one program serves both kinds.
+    free, *scripts = in_one_size([no_script(), *(script_of(tree, tokenizer) for tree in trees)])
+    own = dataclasses.replace(SEQUENTIAL, max_new_tokens=3 * effort.branch_tokens, script=free)
     sampling = {
         "sequential": [own] * count,
         "trees": [
-            SamplingParams(UNLIMITED, max_branch_tokens=UNLIMITED, script=script_of(tree, tokenizer))
-            for tree in trees
+            SamplingParams(UNLIMITED, max_branch_tokens=UNLIMITED, script=script) for script in scripts
         ],
     }
     texts, meters = {}, {}
     batches = [(rows, False) for rows in effort.rows] + [(count, True)]
     for rows, invariant in batches:
-        decoder = Decoder(model, limits=limits, rows=rows, batch_invariant=invariant)
+        decoder = Decoder(
+            model, limits=limits, rows=rows, prompt_buckets=(BATCHED_PROMPT,), batch_invariant=invariant
+        )
         for kind in sampling:
             traces, _ = decoder.decode(prompts, sampling[kind])
             texts[kind, rows, invariant] = _thread_tokens(traces)
             meters[kind, rows, invariant] = throughput_meter(decoder, prompts, sampling[kind])
-    samples = interleaved("batch", meters, effort.repeats)
+    named = {
+        f"{kind}, {rows}{', batch-invariant' * invariant}": meter
+        for (kind, rows, invariant), meter in meters.items()
+    }
+    samples = dict(zip(meters, interleaved("batch", named, effort.repeats, "tokens/s").values()))
     return [
         {
             "answers": f"{kind}, batch-invariant" if invariant else kind,

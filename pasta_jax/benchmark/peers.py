@@ -75,7 +75,7 @@ def peers(
             LOG.info("batch %d, %s: first call took %.0f s", rows, name, time.monotonic() - started)
             calls[f"{name}, 1"] = _seconds(generate, prompts, 1)
             calls[f"{name}, n"] = _seconds(generate, prompts, effort.steps)
-        samples = interleaved(f"peers, batch {rows}", calls, effort.repeats)
+        samples = interleaved(f"peers, batch {rows}", calls, effort.repeats, "s")
         points += compared(rows, effort, samples, tokens)
     return points
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from pasta_jax.benchmark.measure import log_first, number
 from pasta_jax.benchmark.trees import without_tags
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.request import SamplingParams
@@ -140,13 +141,16 @@ def replay(
     every = [script for pair in pairs for script in pair]
     for script in every:
         check_room(script, limits, len(ids))
-    size = max(script.size[0] for script in every), max(script.size[1] for script in every)
-    runs = [[Run(decoder, ids, script.padded(size)) for script in pair] for pair in pairs]
+    alike = iter([Run(decoder, ids, script) for script in in_one_size(every)])
+    runs = [*zip(alike, alike)]
     warm = [(parallel.start(), parallel.answer(), sequential.answer()) for parallel, sequential in runs]
     seconds: list[list[tuple[float, float, float]]] = [[] for _ in runs]
-    for _ in tqdm(range(repeats), desc="replay", unit="repeat", disable=not sys.stderr.isatty()):
-        for taken, (parallel, sequential) in zip(seconds, runs):
+    for repeat in tqdm(range(repeats), desc="replay", unit="repeat", disable=not sys.stderr.isatty()):
+        for (kind, _), taken, (parallel, sequential) in zip(answers, seconds, runs):
             taken.append((parallel.start()[1], parallel.answer()[1], sequential.answer()[1]))
+            if not repeat:
+                _, parallel_s, sequential_s = taken[0]
+                log_first(f"replay, {kind}", f"{number(sequential_s / parallel_s)}x", repeats)
     return [
         _measured(kind, tokenizer, parallel, sequential, taken)
         for (kind, _), (_, (parallel, _), (sequential, _)), taken in zip(answers, warm, seconds)
@@ -164,6 +168,12 @@ def _sequential(answer: Program | Trace, tokenizer: Tokenizer) -> Script:
         )
     tokens = [*read(tokenizer.vocabulary, answer.threads).text, answer.threads.tokens[0][-1]]
     return Script(np.array([tokens], np.int32), np.full((1, len(tokens)), FREE, np.int32))
+
+
+def in_one_size(scripts: Sequence[Script]) -> list[Script]:
+    """The scripts in arrays of one size, so that one program serves them all."""
+    R, C = map(max, zip(*(script.size for script in scripts)))
+    return [script.padded((R, C)) for script in scripts]
 
 
 def check_room(script: Script, limits: Limits, prompt_length: int) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from typing import Any
 
-from pasta_jax.benchmark.measure import Quartiles, TableRow
+from pasta_jax.benchmark.measure import Quartiles, TableRow, log_first, number
 
 PHASES = ("import, s", "model, s", "compile, s", "first token, s", "all, s")
 
@@ -33,17 +33,19 @@ def startup(name: str, dtype: str | None, repeats: int, *, entries: int) -> list
       repeats: number of starts with each cache.
       entries: P + S, the pool with the entries that idle lanes write.
     """
-    cold, warm = [], []
-    for _ in range(repeats):
+    found: dict[str, list[dict[str, float]]] = {"empty": [], "full": []}
+    for repeat in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
-            cold.append(_start(cache, name, dtype, entries))
-            warm.append(_start(cache, name, dtype, entries))
+            for label, starts in found.items():
+                starts.append(_start(cache, name, dtype, entries))
+                if not repeat:
+                    log_first(f"startup, {label} cache", f"{number(starts[0][PHASES[-1]])} s", repeats)
     return [
         {
             "cache": label,
             **{name: Quartiles.of([start[name] for start in starts]) for name in (*PHASES, PACKAGE)},
         }
-        for label, starts in (("empty", cold), ("full", warm))
+        for label, starts in found.items()
     ]
 
 
