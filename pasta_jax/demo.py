@@ -24,7 +24,7 @@ from pasta_jax.decoding.model import Model
 from pasta_jax.evaluate.compare import compare, overview, table
 from pasta_jax.files import replacing
 from pasta_jax.overrides import load_config
-from pasta_jax.verbs import config_file, run_main, show_log
+from pasta_jax.verbs import begin, config_file, run_main
 
 STAGES = {
     "base": "the base model, on facts as plain text and plain instructions",
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     workdir, prompts = flags.FLAGS.workdir, flags.FLAGS.prompts
     paths = {name: os.path.join(workdir, name) for name in (*STAGES, "bon", "evaluation")}
     resumed = os.path.exists(paths["base"])
-    show_log()
+    begin()
     titles = [
         *(f"Training {what}" for what in STAGES.values()),
         PREFERENCE,

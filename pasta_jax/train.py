@@ -16,7 +16,7 @@ from absl import flags
 
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.overrides import describe, load_config, split_overrides
-from pasta_jax.verbs import refuse, run_main, show_log
+from pasta_jax.verbs import begin, refuse, run_main
 
 
 def main(argv: Sequence[str], *, values: flags.FlagValues, overrides: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str], *, values: flags.FlagValues, overrides: Sequence[s
         return
     if not values.workdir:
         refuse("Where to? Add --workdir=DIRECTORY.")
-    show_log()
+    begin()
     run(config, values.workdir, overrides)
 
 

@@ -1,10 +1,12 @@
-"""Shared by the commands: usage errors, logging, and the flags for loading a model."""
+"""Shared by the commands: usage errors, logging, the cache of compiled programs, flags for loading a model."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +16,15 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+LOG = logging.getLogger("pasta_jax")
+
 BAD_USAGE = 2
 
 CHATS = ("auto", "plain", "gemma", "llama3", "chatml", "qwen3", "inst")
 """Those of `tokens.chat`, for --help."""
+
+CACHE_BYTES = 2 * 2**30
+"""What the cache of compiled programs may hold when a command begins: 2 GiB."""
 
 
 def refuse(message: str) -> NoReturn:
@@ -41,7 +48,7 @@ def _quiet_pipe() -> Iterator[None]:
 
 
 def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None) -> None:
-    """Parses the flags and calls a verb's `main` with the other words of the command line.
+    """Parses a verb's flags and the one of all verbs, and calls `main` with the other words of the command line.
 
     `--help` ends with status 0, a flag that is unknown or of the wrong type in one line and status 2; with absl
     alone both would end with status 1. Threads of Orbax do not bury the line that says what is damaged. A reader of
@@ -59,6 +66,13 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
             _check_folder(name, flags.FLAGS[name].value or "")
         return rest
 
+    flags.DEFINE_string(
+        "compilation_cache",
+        None,
+        "Folder in which compiled programs are kept for the next start; empty: nowhere. By default "
+        "$JAX_COMPILATION_CACHE_DIR, or pasta_jax/xla in $XDG_CACHE_HOME or ~/.cache.",
+        module_name=sys.argv[0],  # so that --help shows it
+    )
     report = sys.unraisablehook
 
     def quieter(fault: Any) -> None:
@@ -88,16 +102,76 @@ def config_file(name: str) -> str:
     refuse(f"configs/{name} is missing. Clone the repository, and run this there.")
 
 
+def begin() -> None:
+    """Begins the work of a command, whose arguments are in order: shows the log, keeps compiled programs."""
+    show_log()
+    if "compilation_cache" in flags.FLAGS:
+        keep_compiled(flags.FLAGS.compilation_cache)
+
+
 def show_log() -> None:
     """Shows the library's log on stderr, and only warnings of other libraries."""
     absl_logging.set_verbosity(absl_logging.WARNING)
-    log = logging.getLogger("pasta_jax")
-    if not log.handlers:
+    if not LOG.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+        LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+
+
+def keep_compiled(folder: str | None) -> None:
+    """Has jax keep compiled programs in a folder and look there first, also those that compile in no time.
+
+    Without a folder it is that of jax's own settings, or else this user's; "" is none. One that cannot be written
+    is not used.
+    """
+    import jax
+
+    if folder is None and not jax.config.values["jax_compilation_cache_dir"]:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(home, "pasta_jax", "xla", _processor())
+        if sys.platform == "darwin" and jax.__version_info__ < (0, 10):
+            folder = ""  # reading large programs back may crash there
+    if folder:
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(f"{folder} is not writable")
+            _trim(folder, CACHE_BYTES)
+        except OSError as error:
+            LOG.warning("Compiled programs are not kept for the next start: %s.", error)
+            folder = ""
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", folder or None)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _processor() -> str:
+    """A name for what this processor can execute: jax would run what was compiled for another one, and crash."""
+    text = f"{platform.machine()} {platform.processor()}"
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        text += "".join(
+            sorted({line for line in file if line.startswith(("flags", "Features", "model name"))})
+        )
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _trim(folder: str, most: int) -> None:
+    """Removes the programs of jax that were not used for longest, down to `most` bytes; nothing else."""
+    programs = sorted(
+        (max(stat.st_atime, stat.st_mtime), stat.st_size, entry.path)
+        for entry in os.scandir(folder)
+        if entry.name.endswith("-cache") and (stat := entry.stat())
+    )
+    excess = sum(size for _, size, _ in programs) - most
+    for _, size, path in programs:
+        if excess <= 0:
+            break
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
+            os.remove(path)
+        excess -= size
 
 
 def define_loading() -> None:

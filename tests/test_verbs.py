@@ -271,3 +271,63 @@ def test_options_reach_decode() -> None:
     """
     done = run("-c", code)
     assert (done.returncode, done.stderr) == (2, "decoded\n")
+
+
+SQUARE = """if True:
+    import sys
+    import pasta_jax
+    from pasta_jax import verbs
+    def main(argv):
+        assert "jax" not in sys.modules
+        verbs.begin()
+        import jax
+        print(jax.jit(lambda x: x * x)(3.0), jax.config.jax_compilation_cache_dir)
+    verbs.run(main)
+"""
+"""A command that compiles one program, and says where it would be kept."""
+
+
+def squared(*arguments: str, **env: str) -> tuple[str, str, str]:
+    """The square, the folder and what is on stderr; without settings of this test's own cache."""
+    kept = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    line, env = [sys.executable, "-c", SQUARE, *arguments], kept | {"XLA_FLAGS": ONE_DEVICE} | env
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=300)
+    square, _, folder = done.stdout.strip().partition(" ")
+    return square, folder, done.stderr
+
+
+def test_compiled_programs_are_kept(tmp_path: pathlib.Path) -> None:
+    """In the user's cache, where a flag or jax's own setting says, or nowhere."""
+
+    def kept(folder: pathlib.Path) -> list[str]:
+        return sorted(file.name for file in folder.glob("*-cache"))  # jax names them by the folder too
+
+    home, own, other = tmp_path / "home", tmp_path / "own", tmp_path / "other"
+    default = home / "pasta_jax/xla"
+    assert squared(XDG_CACHE_HOME=str(home)) == ("9.0", str(default), "")
+    assert len(first := kept(default)) == 1
+    assert squared(XDG_CACHE_HOME=str(home)) == ("9.0", str(default), "") and kept(default) == first
+    assert squared("--compilation_cache=", XDG_CACHE_HOME=str(home / "no")) == ("9.0", "None", "")
+    assert not (home / "no").exists()
+    jax_dir = {"JAX_COMPILATION_CACHE_DIR": str(own), "XDG_CACHE_HOME": str(home / "no")}
+    assert squared(**jax_dir) == ("9.0", str(own), "") and len(kept(own)) == 1
+    assert squared(f"--compilation_cache={other}", **jax_dir) == ("9.0", str(other), "")
+    assert len(kept(other)) == 1 and not (home / "no").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").touch()
+    square, folder, stderr = squared(XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert (square, folder) == ("9.0", "None")
+    assert "Compiled programs are not kept for the next start: [Errno 20]" in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_the_cache_keeps_what_was_used_last(tmp_path: pathlib.Path) -> None:
+    for age, name in enumerate(["new-cache", "middle-cache", "old-cache", "older.txt"]):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    verbs._trim(str(tmp_path), 250)
+    assert {file.name for file in tmp_path.iterdir()} == {"new-cache", "middle-cache", "older.txt"}
+    verbs._trim(str(tmp_path), 250)
+    assert len([*tmp_path.iterdir()]) == 3

@@ -2,13 +2,14 @@
 
     width     time of a decode step against its width, the number of lanes used
     replay    realized by theoretical speedup for each kind of tree
-    batch     tokens per second against concurrent requests
     pool      time of a decode step against the used part of the pool
+    batch     tokens per second against concurrent requests
     peers     sequential decode and prefill, compared with Hugging Face transformers on the same weights
     startup   from the start of Python to the first token, with and without the compilation cache
 
-Weights are random unless --model is a path. Measurements that are compared take turns, in one run. Prints medians
-with quartiles, and writes results.json and a figure for each part.
+Weights are random unless --model is a path. Measurements that are compared take turns, in one run. What is
+compiled and the first of each measurement are logged as they come. Prints medians with quartiles, and writes
+results.json and a figure for each part.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from etils import epath
 
 from pasta_jax.extras import advice
 from pasta_jax.files import write_json
-from pasta_jax.verbs import refuse, run_main, show_log
+from pasta_jax.verbs import begin, refuse, run_main
 
 if TYPE_CHECKING:
     from pasta_jax.benchmark.measure import TableRow
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("pasta_jax")
 
-PARTS = ("startup", "width", "replay", "batch", "pool", "peers")
-"""In order of measurement: startup comes first, because its processes need the accelerator that this one takes."""
+PARTS = ("startup", "width", "replay", "pool", "batch", "peers")
+"""In order of measurement: startup first, because its processes need the accelerator that this one takes; then
+those that compile little."""
 
 RESULTS = "results.json"
 
@@ -179,11 +181,13 @@ def main(argv: Sequence[str]) -> None:
         refuse(f"--what must be all, or a comma-separated list of {', '.join(PARTS)}.")
     if values.responses and not os.path.isfile(values.responses):
         refuse(f"--responses={values.responses}: there is no such file.")
-    show_log()
+    begin()
+    from pasta_jax.benchmark.measure import log_compiling
     from pasta_jax.benchmark.measurements import QUICK, Effort
     from pasta_jax.benchmark.models import NAMED
     from pasta_jax.interchange.importing import kind_of
 
+    log_compiling()
     try:
         name = values.model
         if name not in NAMED and kind_of(name)[0] == "workdir" and not epath.Path(name).exists():

@@ -15,7 +15,7 @@ from absl import flags
 
 from pasta_jax import verbs
 from pasta_jax.evaluate.compare import compare, table
-from pasta_jax.verbs import define_loading, loading_options, refuse, show_log
+from pasta_jax.verbs import begin, define_loading, loading_options, refuse
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if len(argv) > 1 or not (values.ckpt and values.baseline):
         refuse("Name both models: --ckpt=runs/pasta --baseline=runs/baseline.")
-    show_log()
+    begin()
     try:
         tests, options = {"PASTA": values.ckpt}, loading_options(values)
         print(table(compare(values.baseline, tests, values.prompts, values.workdir, **options)))

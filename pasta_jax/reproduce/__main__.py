@@ -33,7 +33,7 @@ from pasta_jax.overrides import to_dict
 from pasta_jax.reproduce.cells import FULL, QUICK, Cell, Paths, Plan, cells, seconds
 from pasta_jax.reproduce.claims import claims
 from pasta_jax.reproduce.measures import exact_speedup, results
-from pasta_jax.verbs import refuse, run_main, show_log
+from pasta_jax.verbs import begin, refuse, run_main
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
     plan = QUICK if values.quick else FULL
     workdir = values.workdir or ("runs/reproduce-quick" if values.quick else "runs/reproduce")
     path = os.path.abspath(workdir)  # models refer to each other by path, which must have one spelling
-    show_log()
+    begin()
     try:
         for package in ("jinja2", "matplotlib"):  # asked for at the end, after hours
             optional(package, "plot", "The report")
