@@ -303,7 +303,7 @@ def test_compiled_programs_are_kept(tmp_path: pathlib.Path) -> None:
         return sorted(file.name for file in folder.glob("*-cache"))  # jax names them by the folder too
 
     home, own, other = tmp_path / "home", tmp_path / "own", tmp_path / "other"
-    default = home / "pasta_jax/xla"
+    default = home / "pasta_jax/xla" / verbs._processor()
     assert squared(XDG_CACHE_HOME=str(home)) == ("9.0", str(default), "")
     assert len(first := kept(default)) == 1
     assert squared(XDG_CACHE_HOME=str(home)) == ("9.0", str(default), "") and kept(default) == first
@@ -321,6 +321,13 @@ def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path: pathlib.Path) ->
     assert (square, folder) == ("9.0", "None")
     assert "Compiled programs are not kept for the next start: [Errno 20]" in stderr
     assert stderr.count("\n") == 1
+
+
+def test_processors_that_differ_share_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home on several machines: XLA for CPUs would run code that the processor does not know."""
+    names = {verbs._processor()}
+    monkeypatch.setattr(verbs.platform, "machine", lambda: "another")
+    assert len(names | {verbs._processor()}) == 2 == len(names | {verbs._processor(), verbs._processor()})
 
 
 def test_the_cache_keeps_what_was_used_last(tmp_path: pathlib.Path) -> None:

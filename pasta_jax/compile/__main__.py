@@ -156,6 +156,7 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
         refuse(f"Which experiment? Add --config=configs/tiny.py. {__doc__.splitlines()[0]}")
     try:
         config = load_config(values.config, overrides)
+        verbs.keep_compiled(values.compilation_cache)
         devices = topology_devices(values.topology)
         from pasta_jax import sharding
         from pasta_jax.decoding.state import Limits
