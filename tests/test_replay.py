@@ -89,7 +89,7 @@ def test_scripts_of_a_size_class_share_their_programs(rng: random.Random) -> Non
     prompt = WORDS.encode_prompt("the river")
     small, large = (script_of(random_tree(rng, WORDS, branches=n, tokens=9), WORDS) for n in (2, 7))
     rows, columns = script_size([SamplingParams(script=large)])
-    small, large = small.padded((rows - 1, columns // 2 + 1)), large.padded((rows, columns - 1))
+    small, large = small.padded((rows - 1, columns // 2 + 1)), large.padded((rows, columns))
     decoder().decode([prompt], [SamplingParams(1000, 1000, script=large)])
     with compilations() as names:
         decoder().decode([prompt], [SamplingParams(1000, 1000, script=small)])
