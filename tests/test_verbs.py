@@ -282,7 +282,7 @@ SQUARE = """if True:
         verbs.begin()
         import jax
         print(jax.jit(lambda x: x * x)(3.0), jax.config.jax_compilation_cache_dir)
-    verbs.run(main)
+    verbs.run_main(main)
 """
 """A command that compiles one program, and says where it would be kept."""
 

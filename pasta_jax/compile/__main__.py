@@ -21,7 +21,7 @@ from absl import flags
 from pasta_jax.compile import hlo
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.overrides import load_config, split_overrides
-from pasta_jax.verbs import refuse, run_main
+from pasta_jax.verbs import keep_compiled, refuse, run_main
 
 if TYPE_CHECKING:
     from pasta_jax.decoding.compiled import Compiled, Sizes
@@ -156,7 +156,7 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
         refuse(f"Which experiment? Add --config=configs/tiny.py. {__doc__.splitlines()[0]}")
     try:
         config = load_config(values.config, overrides)
-        verbs.keep_compiled(values.compilation_cache)
+        keep_compiled(values.compilation_cache)
         devices = topology_devices(values.topology)
         from pasta_jax import sharding
         from pasta_jax.decoding.state import Limits
