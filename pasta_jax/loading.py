@@ -11,6 +11,7 @@ import jax
 from pasta_jax.checkpoints.about import find_checkpoint, read_metadata
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.decoding.model import Model
+from pasta_jax.foreign import shown
 from pasta_jax.interchange.importing import ImportOptions, kind_of, open_published
 from pasta_jax.model import ModelConfig, forms, param_shapes
 from pasta_jax.sharding import param_shardings
@@ -49,9 +50,9 @@ def load(
       ValueError: an unknown option, or sizes that the mesh does not divide.
     """
     if quantize not in (None, "int8"):
-        raise ValueError(f"quantize={quantize!r} is unknown. Use int8, or leave it out.")
+        raise ValueError(f"quantize={shown(quantize)} is unknown. Use int8, or leave it out.")
     if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"source={source!r:.80} is neither a path nor the name of a model.")
+        raise ValueError(f"source={shown(source)} is neither a path nor the name of a model.")
     in_dtype(ModelConfig(), dtype)  # mistakes are reported before anything is read
     kind, path = kind_of(source)
     if kind != "workdir":
@@ -86,5 +87,5 @@ def load(
 def in_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
     """The configuration of a model loaded in this dtype; None is its own. Raises ValueError for unknown ones."""
     if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype={dtype!r} is unknown. Use {' or '.join(DTYPES)}.")
+        raise ValueError(f"dtype={shown(dtype)} is unknown. Use {' or '.join(DTYPES)}.")
     return dataclasses.replace(config, dtype=dtype or config.dtype)

@@ -37,21 +37,31 @@ MAY_CHANGE = ("steps", "epochs", "mesh.", "microbatches", "remat", "checkpoint."
 
 
 class Checkpoints:
-    """The checkpoints of one training run. Saving runs in the background; leaving the context waits for it."""
+    """The checkpoints of one training run. Saving runs in the background; leaving the context waits for it.
+
+    Raises:
+      CheckpointError: what Orbax keeps beside a step is damaged.
+    """
 
     def __init__(self, workdir: str | os.PathLike[str], config: Config, tokenizer: Tokenizer):
         self._config, self._tokenizer = config, tokenizer
         self.directory = absolute_path(workdir) / "checkpoints"
         # Weights compress by less than a tenth, and while they are compressed Orbax holds them twice.
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, create=True),
-            item_handlers={
-                "pasta": ocp.JsonCheckpointHandler("pasta.json"),
-                "params": ocp.PyTreeCheckpointHandler(use_compression=False),
-                "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
-            },
-        )
+        handlers = {
+            "pasta": ocp.JsonCheckpointHandler("pasta.json"),
+            "params": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
+        }
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, create=True)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a damaged file makes Orbax raise
+            raise CheckpointError(
+                f"{self.directory} holds a step whose _CHECKPOINT_METADATA is damaged "
+                f"({str(error).partition(chr(10))[0][:300]}). Delete that file: Orbax does without it."
+            ) from error
 
     def __enter__(self) -> Checkpoints:
         return self

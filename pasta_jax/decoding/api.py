@@ -25,6 +25,7 @@ from pasta_jax.decoding.results import DecodeResult, result
 from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import MAX_POOL, Limits, Stop
 from pasta_jax.decoding.streaming import Consumed, Event, new_events
+from pasta_jax.foreign import shown
 from pasta_jax.rounding import next_power_of_two, round_up
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -145,7 +146,7 @@ def decode(
     """
     check_model(model)
     if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is unknown. Use one of {', '.join(MODES)}.")
+        raise ValueError(f"mode={shown(mode)} is unknown. Use one of {', '.join(MODES)}.")
     whole("max_branches", max_branches, 0, LARGEST_INT - 1)
     whole("lanes", lanes, 1)
     switch("grammar", grammar)
@@ -163,7 +164,7 @@ def decode(
     if unknown := options.keys() - SamplingOptions.__annotations__.keys():
         name = min(unknown)
         close = difflib.get_close_matches(name, Options.__annotations__, n=1)
-        raise TypeError(f"decode() has no option {name}." + f" Did you mean {close[0]}?" * bool(close))
+        raise TypeError(f"decode() has no option {name}." + (f" Did you mean {close[0]}?" if close else ""))
     for each in prompts:
         _check_prompt(each)
     given = {name: value for name, value in options.items() if value is not None}

@@ -155,10 +155,11 @@ def read_files(folder: str) -> tuple[TensorFile, ...]:
             f"{index} is no index of safetensors: weight_map must give each tensor its file."
         )
     shards = sorted(set(named.values()))
-    faults = [f"{shard} is not there" for shard in shards if not _is_beside(folder, shard)]
+    missing = [shard for shard in shards if not _is_beside(folder, shard)]
+    faults = [f"{shard if shard.isprintable() else shown(shard)} is not there" for shard in missing]
     if faults or not shards:
         raise InterchangeError(
-            f"{index} names files that are missing:{listed(faults or ['none at all'])}\nDownload the folder again."
+            f"{index} names files that are missing. Download the folder again:{listed(faults or ['none at all'])}"
         )
     files = tuple(read_header(os.path.join(folder, shard)) for shard in shards)
     stored = {tensor.name for file in files for tensor in file.tensors}
