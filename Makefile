@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo reproduce test quick check pytest clean
+.PHONY: demo reproduce test quick check pytest fuzz clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo-installed  ## train, decode and score the embedded benchmark
@@ -24,6 +24,9 @@ check: .venv/.test-installed
 
 pytest: .venv/.test-installed
 	$(BIN)/python -m pytest -n 2
+
+fuzz: .venv/.test-installed  ## random and hostile inputs for 30 minutes; options: make fuzz ARGS="--minutes=5"
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 .venv/.demo-installed: requirements.txt
 	$(call install,requirements.txt,$@)

@@ -16,23 +16,15 @@ import pytest
 
 from pasta_jax.decoding import session
 from pasta_jax.decoding.compiled import Compiled
-from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.script import FREE, Script
 from pasta_jax.decoding.session import PendingAnswer
-from pasta_jax.decoding.state import Limits, Stop
+from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.trace import Trace
-from tests.helpers.chatty import PROMPTS, WORDS, chatty_model, ids
+from tests.helpers.chatty import PROMPTS, WORDS, decoder, ids
 
 pytestmark = pytest.mark.slow
-
-LIMITS = Limits(lanes=4, threads=8, pool=120)
-
-
-@functools.cache
-def decoder(rows: int = 6) -> Decoder:
-    return Decoder(chatty_model(), limits=LIMITS, rows=rows, chunk=16, prompt_buckets=(16,), widths=())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pasta_jax.arrays import NO_DOC, NO_TARGET
+from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace, as_document
 from pasta_jax.lang import tags
 from pasta_jax.model import ModelConfig, Transformer, init_params
@@ -45,6 +47,15 @@ def chatty_model() -> Model:
 
 def ids(prompt: str) -> list[int]:
     return WORDS.encode_prompt(prompt)
+
+
+LIMITS = Limits(lanes=4, threads=8, pool=120)
+
+
+@functools.cache
+def decoder(rows: int = 6) -> Decoder:
+    """Of small sizes, for requests side by side and alone."""
+    return Decoder(chatty_model(), limits=LIMITS, rows=rows, chunk=16, prompt_buckets=(16,), widths=())
 
 
 def once_through(model: Model, trace: Trace) -> tuple[np.ndarray, np.ndarray]:

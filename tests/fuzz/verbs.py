@@ -1,0 +1,113 @@
+"""Commands, each in a process of its own: a result or one line, no traceback, whatever is asked of them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from tests.fuzz import checkpoints, hostile
+from tests.fuzz.runner import HERE, Target
+from tests.helpers import ONE_DEVICE
+
+VERBS = (
+    "pasta_jax",
+    *(f"pasta_jax.{verb}" for verb in ("train", "convert", "evaluate", "benchmark", "compile")),
+)
+DECODE = ("pasta_jax", "--ckpt=WORKDIR", "--max_new_tokens=9")
+TRAIN = ("pasta_jax.train", "--workdir=WORKDIR", "--config=configs/tiny.py", "--config.data.rows=2")
+OPTIONS = (
+    *(
+        "--stream",
+        "--annotated",
+        "--timeline",
+        "--mode=both",
+        "--grammar=false",
+        "--stop=e",
+        "--stop=",
+        "--open_bias=nan",
+    ),
+    *(
+        "--max_new_tokens=1000000000",
+        "--cache_len=99999999999",
+        "--max_branches=-1",
+        "--lanes=0",
+        "--temperature=inf",
+    ),
+    *(
+        "--seed=18446744073709551616",
+        "--top_p=0",
+        "--top_k=x",
+        "--nonsense",
+        "--dtype=int4",
+        "--quantize=int8",
+    ),
+)
+LATE = 240.0
+
+
+def draw(rng: random.Random) -> Any:
+    kind = rng.random()
+    damage = {}
+    words = [
+        *DECODE,
+        rng.choice(("the Nile", "", "caf\udce9", "x" * 3_000, str(hostile.text(rng, large=False)))).replace(
+            "\0", ""
+        ),
+    ]
+    if kind < 0.15:
+        words = [rng.choice(VERBS), "--help"]
+    elif kind < 0.3:
+        override = rng.choice(
+            ("steps=1", "model.num_heads=0", "seed=99999999999999999999", "steps=x", "data.rows=0")
+        )
+        words = [*TRAIN, f"--config.{override}"]
+    elif kind < 0.65:
+        words += rng.sample(OPTIONS, rng.randint(1, 2))
+    else:
+        name = rng.choice([name for name in checkpoints.files() if name.startswith(checkpoints.NEWEST)])
+        damage[name] = hostile.damage(rng, flips="/d/" not in name)
+    return {"words": words, "damage": damage, "reads": rng.choice((None, None, None, 0, 1))}
+
+
+def check(case: Any) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        workdir = pathlib.Path(temporary, "run")
+        shutil.copytree(checkpoints.written(), workdir)
+        for name, damage in case["damage"].items():
+            checkpoints.hurt(workdir / checkpoints.place(name), damage)
+        status, said = run([word.replace("WORKDIR", str(workdir)) for word in case["words"]], case["reads"])
+    assert "Traceback" not in said and "Event loop is closed" not in said, said[-3_000:]
+    if "--help" in case["words"]:
+        assert status == 0, f"status {status}"
+    elif case["reads"] is None:
+        assert status in (0, 1, 2), f"status {status}: {said[-1_000:]}"
+        assert not status or said.strip(), "it does not say why"
+
+
+def run(words: list[str], reads: int | None) -> tuple[int, str]:
+    """Status and stderr of a verb; of its stdout a pipe takes only so many bytes, if a number is given."""
+    line = [sys.executable, "-m", *words]
+    env = os.environ | {"XLA_FLAGS": ONE_DEVICE}
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(line, cwd=HERE.parents[1], env=env, **pipes) as process:
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            if reads is not None:
+                process.stdout.read(reads)
+                process.stdout.close()
+                said = process.stderr.read()
+                process.wait(LATE)
+            else:
+                _, said = process.communicate(timeout=LATE)
+        finally:
+            process.kill()
+    return process.returncode, said.decode("utf-8", "replace")
+
+
+TARGET = Target(draw, check, share=2.0, seconds=600.0, cases=0)
