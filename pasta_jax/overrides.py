@@ -72,9 +72,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     tree = to_dict(config)
     for text in overrides:
         path, equals, value = text.partition("=")
+        kind = field_type(Config, path)
         if not equals:
             raise ConfigError(f"config.{path} has no value. Write --config.{path}=VALUE.")
-        convert(value, field_type(Config, path), path)
+        convert(value, kind, path)
         *sections, name = path.split(".")
         branch = tree
         for section in sections:
@@ -239,7 +240,7 @@ def field_type(cls: type, path: str, prefix: str = "") -> Any:
     if name not in hints:
         close = _suggest(cls, name, prefix)
         raise ConfigError(
-            f'No config field "{prefix}{name}".'
+            f"No config field {json.dumps(prefix + name, ensure_ascii=False)}."
             + (f' Did you mean "{close}"?' if close else "")
             + f" Fields: {', '.join(hints)} (--print_config shows all)."
         )
