@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -84,6 +85,12 @@ class PendingAnswer:
         self.started = worked_s, compile_s
         self._seen, self._draft = Consumed(), Draft()
 
+    def end(self, trace: Trace) -> None:
+        """Takes the final trace. One that was cancelled keeps what a consumer saw before it had to begin anew."""
+        if trace.stop == Stop.CANCELLED and self.trace and len(self.trace.tokens) > len(trace.tokens):
+            trace = dataclasses.replace(self.trace, stop=Stop.CANCELLED)
+        self.trace = trace
+
     @property
     def looked_at(self) -> bool:
         """Whether the host has to read it while it is decoded: for a consumer, or to find stop strings."""
@@ -91,7 +98,7 @@ class PendingAnswer:
 
     def look(self, trace: Trace, vocabulary: Vocabulary) -> bool:
         """Takes what was decoded so far. Whether a stop string is complete in it."""
-        self.trace = trace
+        self.trace = max(self.trace or trace, trace, key=lambda each: len(each.tokens))
         if self.sampling.stop:
             self._seen, events = new_events(self._seen, trace, vocabulary, stop=self.sampling.stop)
             for event in events:
@@ -126,7 +133,7 @@ class Session:
           ValueError: a prompt or a script that does not fit (`fits.DoesNotFit`), or no prompt.
         """
         check_prompt(prompt, self.compiled, has_pool=self._batch is not None)
-        return PendingAnswer(self, prompt, sampling, sampling.request(self.script_size))
+        return PendingAnswer(self, [*prompt], sampling, sampling.request(self.script_size))
 
     def queue(self, answer: PendingAnswer) -> None:
         """Puts a request at the end of the queue."""
@@ -199,7 +206,7 @@ class Session:
     def _end_cancelled(self) -> None:
         for answer in [answer for answer in self._waiting.copy() if answer.cancelled]:
             self._waiting.remove(answer)
-            answer.trace = trace_of_unstarted(answer.prompt, self.compiled.limits, Stop.CANCELLED)
+            answer.end(trace_of_unstarted(answer.prompt, self.compiled.limits, Stop.CANCELLED))
         self._stop({i: Stop.CANCELLED for i, answer in enumerate(self._rows) if answer and answer.cancelled})
 
     def _stop(self, rows: dict[int, Stop]) -> None:
@@ -261,5 +268,5 @@ class Session:
         trace = trace_of_row(self.compiled.read(self._batch, row))
         worked, compiling = (now - then for now, then in zip(self._clock(), answer.started))
         answer.compile_s, answer.wall_s = compiling, worked - compiling
-        answer.trace = trace
+        answer.end(trace)
         self._rows[row] = None
