@@ -143,6 +143,9 @@ def _walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 # ---------------------------------------------------------------------------------------------------- types
 
+LONGEST = 200
+"""Characters of a value in a message."""
+
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -155,7 +158,9 @@ def convert(value: Any, kind: Any, path: str) -> Any:
     Raises:
       ConfigError: naming the field by `path`.
     """
-    wrong = ConfigError(f"config.{path} must be {_in_words(kind)}, got {json.dumps(value, default=repr)}.")
+    got = json.dumps(value, default=repr)
+    got = got if len(got) <= LONGEST else got[:LONGEST] + " ..."
+    wrong = ConfigError(f"config.{path} must be {_in_words(kind)}, got {got}.")
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     try:
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
