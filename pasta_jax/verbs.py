@@ -88,7 +88,7 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
 def _check_folder(flag: str, folder: str) -> None:
     """Refuses a folder to write to that is a file, or would lie in one."""
     for path in (Path(folder), *Path(folder).parents):
-        if path.is_file():
+        if os.path.isfile(path):  # false where it may not look, or the name is too long
             where = "" if path == Path(folder) else f": {path}"
             refuse(f"--{flag}={folder}{where} is a file. Give a folder.")
 

@@ -60,6 +60,10 @@ def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: st
     assert done.stdout == ""
 
 
+def test_a_folder_that_cannot_be_looked_at_is_left_to_those_who_write() -> None:
+    verbs._check_folder("workdir", "x" * 300)
+
+
 @pytest.mark.parametrize(
     "verb", ["", ".train", ".convert", ".evaluate", ".benchmark", ".compile", ".demo", ".reproduce"]
 )
