@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,11 +41,23 @@ def _quiet_pipe() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:
+        if not _reader_left():
+            raise  # of another pipe, or a socket
         # At its end Python flushes stdout again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+
+
+def _reader_left() -> bool:
+    """Whether stdout is a pipe that nobody reads any more; a flush that finds nothing to write would not notice."""
+    if sys.stdout is None:
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None) -> None:

@@ -238,6 +238,21 @@ def test_a_reader_that_has_read_enough_ends_the_command(flag: str) -> None:
     assert started.returncode == 128 + signal.SIGPIPE
 
 
+@pytest.mark.parametrize("lines", ["", "sys.stdout = None"])
+def test_another_pipe_that_breaks_is_no_quiet_end(lines: str) -> None:
+    """That of a subprocess, or a socket: a training must not end as if all were well."""
+    code = f"""if True:
+        import sys
+        from pasta_jax import verbs
+        {lines}
+        def main(argv):
+            raise BrokenPipeError("a socket")
+        verbs.run_main(main)
+    """
+    done = run("-c", code)
+    assert done.returncode == 1 and done.stderr.endswith("BrokenPipeError: a socket\n")
+
+
 def test_options_reach_decode() -> None:
     """In a process of its own, since flags are global."""
     given: dict[str, object] = {
