@@ -25,7 +25,7 @@ CHATS = ("auto", "plain", "gemma", "llama3", "chatml", "qwen3", "inst")
 """Those of `tokens.chat`, for --help."""
 
 CACHE_BYTES = 2 * 2**30
-"""What the cache of compiled programs may hold when a command begins: 2 GiB."""
+"""What this user's cache of compiled programs may hold when a command begins: 2 GiB."""
 
 
 def refuse(message: str) -> NoReturn:
@@ -136,22 +136,28 @@ def show_log() -> None:
 def keep_compiled(folder: str | None) -> None:
     """Has jax keep compiled programs in a folder and look there first, also those that compile in no time.
 
-    Without a folder it is that of jax's own settings, or else this user's; "" is none. One that cannot be written
-    is not used.
+    Without a folder it is that of jax's own settings, or else this user's, which is kept below CACHE_BYTES; "" is
+    none. One that cannot be written is not used.
     """
     import jax
 
-    if folder is None and not jax.config.values["jax_compilation_cache_dir"]:
+    own = folder is None and not jax.config.values["jax_compilation_cache_dir"]
+    if own:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         folder = os.path.join(home, "pasta_jax", "xla", _processor())
+        if not os.path.isabs(home):
+            folder = ""  # ~ is nobody's
         if sys.platform == "darwin" and jax.__version_info__ < (0, 10):
             folder = ""  # reading large programs back may crash there
-    if folder:
+    if folder and "://" not in folder:
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(f"{folder} is not writable")
-            _trim(folder, CACHE_BYTES)
+            if own and hasattr(os, "getuid") and os.stat(folder).st_uid != os.getuid():
+                raise PermissionError(f"{folder} belongs to another user")
+            if own:
+                _trim(folder, CACHE_BYTES)
         except OSError as error:
             LOG.warning("Compiled programs are not kept for the next start: %s.", error)
             folder = ""
@@ -173,16 +179,17 @@ def _processor() -> str:
 
 def _trim(folder: str, most: int) -> None:
     """Removes the programs of jax that were not used for longest, down to `most` bytes; nothing else."""
-    programs = sorted(
-        (max(stat.st_atime, stat.st_mtime), stat.st_size, entry.path)
-        for entry in os.scandir(folder)
-        if entry.name.endswith("-cache") and (stat := entry.stat())
-    )
+    programs = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(OSError):  # another process removed it
+            if entry.name.endswith("-cache") and entry.is_file():
+                stat = entry.stat()
+                programs.append((max(stat.st_atime, stat.st_mtime), stat.st_size, entry.path))
     excess = sum(size for _, size, _ in programs) - most
-    for _, size, path in programs:
+    for _, size, path in sorted(programs):
         if excess <= 0:
             break
-        with contextlib.suppress(FileNotFoundError):  # another process removed it
+        with contextlib.suppress(OSError):
             os.remove(path)
         excess -= size
 

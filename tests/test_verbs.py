@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -353,7 +354,45 @@ def test_the_cache_keeps_what_was_used_last(tmp_path: pathlib.Path) -> None:
     for age, name in enumerate(["new-cache", "middle-cache", "old-cache", "older.txt"]):
         (tmp_path / name).write_bytes(bytes(100))
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    (tmp_path / "folder-cache").mkdir()
+    (tmp_path / "gone-cache").symlink_to(tmp_path / "gone")
     verbs._trim(str(tmp_path), 250)
-    assert {file.name for file in tmp_path.iterdir()} == {"new-cache", "middle-cache", "older.txt"}
+    left = {"new-cache", "middle-cache", "older.txt", "folder-cache", "gone-cache"}
+    assert {file.name for file in tmp_path.iterdir()} == left
     verbs._trim(str(tmp_path), 250)
-    assert len([*tmp_path.iterdir()]) == 3
+    assert {file.name for file in tmp_path.iterdir()} == left
+
+
+def asked_of_jax(monkeypatch: pytest.MonkeyPatch, folder: str | None) -> object:
+    """Where jax is told to keep programs; in place of jax stands what writes that down."""
+    told: dict[str, object] = {}
+    config = types.SimpleNamespace(values={"jax_compilation_cache_dir": None}, update=told.__setitem__)
+    jax = types.SimpleNamespace(config=config, __version_info__=(0, 10, 2))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "jax", jax)
+        verbs.keep_compiled(folder)
+    return told["jax_compilation_cache_dir"]
+
+
+def test_only_the_folder_of_the_commands_is_trimmed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And only a user's own is trusted; what is no folder of this machine is left to jax."""
+    monkeypatch.setattr(verbs, "CACHE_BYTES", 0)
+    monkeypatch.setattr(verbs.LOG, "propagate", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    default = tmp_path / "pasta_jax/xla" / verbs._processor()
+    for folder, given in ((default, None), (tmp_path / "named", str(tmp_path / "named"))):
+        folder.mkdir(parents=True)
+        (folder / "1-cache").write_text("1")
+        assert asked_of_jax(monkeypatch, given) == str(folder)
+        assert [*folder.iterdir()] == ([] if given is None else [folder / "1-cache"])
+    assert asked_of_jax(monkeypatch, "gs://bucket/xla") == "gs://bucket/xla"
+    monkeypatch.setattr(os, "getuid", lambda: default.stat().st_uid + 1)
+    assert asked_of_jax(monkeypatch, None) is None
+    assert caplog.messages[-1].endswith(f"{default} belongs to another user.")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of a user whom nobody knows
+    assert asked_of_jax(monkeypatch, None) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"pasta_jax", "named"}
