@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import types
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,26 @@ def test_samples_of_other_models_are_not_learnt_from(
     (cell,) = [cell for cell in cells.cells(PLAN, str(tmp_path)) if cell.name == "seed-0-bon-1"]
     with pytest.raises(ConfigError, match=r"other models.*seed-0-samples\.json"):
         cell.run()
+
+
+def test_only_a_missing_package_ends_in_advice(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An import that fails in the run is a fault, whose traceback is wanted."""
+
+    def fails(*_: object) -> None:
+        raise ImportError("no such name")
+
+    values = types.SimpleNamespace(quick=True, workdir=str(tmp_path))
+    monkeypatch.setattr(reproduce.flags, "FLAGS", values)
+    for name, instead in (("begin", lambda: None), ("optional", lambda *_: None), ("run", fails)):
+        monkeypatch.setattr(reproduce, name, instead)
+    with pytest.raises(ImportError, match="no such name"):
+        reproduce.main(["reproduce"])
+    monkeypatch.setattr(reproduce, "optional", fails)
+    with pytest.raises(SystemExit):
+        reproduce.main(["reproduce"])
+    assert capsys.readouterr().err == "no such name\n"
 
 
 # -------------------------------------------------------------------------------------------------- results

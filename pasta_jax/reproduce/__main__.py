@@ -160,9 +160,12 @@ def main(argv: Sequence[str]) -> None:
     try:
         for package in ("jinja2", "matplotlib"):  # asked for at the end, after hours
             optional(package, "plot", "The report")
+    except ImportError as error:
+        refuse(str(error))
+    try:
         run(plan, path)
         write(plan, path, about_this(plan, path))
-    except (ConfigError, CheckpointError, ImportError) as error:
+    except (ConfigError, CheckpointError) as error:
         refuse(str(error))
     print(f"Report: {workdir}/report.html (and report.md), numbers: {workdir}/results.json")
 
