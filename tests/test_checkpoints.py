@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from pasta_jax.checkpoints import save
 from pasta_jax.checkpoints.about import CheckpointError
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.checkpoints.save import Checkpoints
@@ -235,3 +236,17 @@ def test_another_model_is_told_by_its_first_difference(written: pathlib.Path) ->
     more = expected | {"head": jax.ShapeDtypeStruct((3, 4), jnp.float32)}
     with pytest.raises(CheckpointError, match="head is not there in the checkpoint"):
         load_params(written, expected=more)
+
+
+def test_what_orbax_cannot_open_is_told_with_its_cause(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise TypeError("no such option\nmore")
+
+    monkeypatch.setattr(save.ocp, "CheckpointManager", fails)
+    message = (
+        r"^Orbax cannot open .*checkpoints: TypeError: no such option; if a step's _CHECKPOINT_METADATA is "
+    )
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoints(tmp_path, Config(), make_tokenizer(DataConfig()))

@@ -40,7 +40,7 @@ class Checkpoints:
     """The checkpoints of one training run. Saving runs in the background; leaving the context waits for it.
 
     Raises:
-      CheckpointError: what Orbax keeps beside a step is damaged.
+      CheckpointError: Orbax cannot open them, as where what it keeps beside a step is damaged.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], config: Config, tokenizer: Tokenizer):
@@ -59,8 +59,8 @@ class Checkpoints:
             raise
         except Exception as error:  # whatever a damaged file makes Orbax raise
             raise CheckpointError(
-                f"{self.directory} holds a step whose _CHECKPOINT_METADATA is damaged "
-                f"({str(error).partition(chr(10))[0][:300]}). Delete that file: Orbax does without it."
+                f"Orbax cannot open {self.directory}: {type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0][:300]}; if a step's _CHECKPOINT_METADATA is damaged, delete it."
             ) from error
 
     def __enter__(self) -> Checkpoints:
