@@ -21,10 +21,14 @@ def optional(module: str, extra: str, purpose: str, error: type[Exception] = Imp
       error: the class to raise.
 
     Raises:
-      error: it is not installed; the message says what to do.
+      error: it is not installed, and the message says what to do; or it is, and does not work, and the message
+        has the cause.
     """
     try:
         return importlib.import_module(module)
     except ImportError as fault:
         package = module.partition(".")[0]
+        if not isinstance(fault, ModuleNotFoundError) or fault.name != package:
+            cause = " ".join(str(fault).split())
+            raise error(f"{purpose} needs {package}, whose import fails: {cause}") from fault
         raise error(f"{purpose} needs {package}: {advice(package, extra)}.") from fault

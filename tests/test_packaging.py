@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import pasta_jax
+from pasta_jax.extras import optional
 
 ROOT = pathlib.Path(__file__).parents[1]
 yaml: Any = importlib.import_module("yaml")  # flax and orbax bring it; it has no types
@@ -77,3 +78,15 @@ def test_continuous_integration_names_what_exists() -> None:
         r"(?m)(?:^|`)make ([a-z]+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     ):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"CONTRIBUTING.md: make {target}"
+
+
+def test_a_package_that_does_not_work_is_not_called_missing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_package.py").write_text("import no_such_part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cause = "^A figure needs broken_package, whose import fails: No module named 'no_such_part'$"
+    with pytest.raises(ImportError, match=cause):
+        optional("broken_package", "plot", "A figure")
+    with pytest.raises(ImportError, match="^A figure needs no_such_part: pip install no_such_part, or in"):
+        optional("no_such_part.inner", "plot", "A figure")
