@@ -288,6 +288,14 @@ def test_templates_that_only_look_like_a_family() -> None:
         tokenizer("qwen 3").chat_of(thinking)
     # Without a template, by the names of free ids.
     assert HfTokenizer(families.nemo()).with_chat("inst").usage.chat == "nemo"
+    assert HfTokenizer(families.nemo()).usage.chat == "nemo"
+    later = families.nemo().replace(b"<SPECIAL_14>", b"[SYSTEM_PROMPT]")
+    for chat in ("inst", "auto"):
+        with pytest.raises(
+            TokenizerError, match=r"has \[SYSTEM_PROMPT\], so it is of a later .*plain with chat="
+        ):
+            HfTokenizer(later, chat=chat)
+    assert HfTokenizer(later, chat="plain").usage.chat == "plain"
 
 
 def test_the_almanac_keeps_its_turns() -> None:

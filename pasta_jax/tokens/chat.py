@@ -311,7 +311,8 @@ def _detect(names: Collection[str], template: str | None) -> str:
         return "turns"
     if template is None:
         families = ("gemma", "llama3", "qwen3", "chatml", "mistral3")
-        return next((f for f in families if all(need in names for need in FORMATS[f].needs)), "plain")
+        found = next((f for f in families if all(need in names for need in FORMATS[f].needs)), "plain")
+        return "inst" if found == "mistral3" else found
     if not template.strip():
         return "plain"
     written = template.replace("\\n", "\n")  # files have newlines in both ways
@@ -328,6 +329,11 @@ def _detect(names: Collection[str], template: str | None) -> str:
 def _inst(names: Collection[str], template: str | None) -> str:
     if not set(FORMATS["mistral3"].needs) <= set(names):
         return "llama2" if template is None or "<<SYS>>" in template else "mistral"
+    if not template and "[SYSTEM_PROMPT]" in names:
+        raise TokenizerError(
+            "This tokenizer has [SYSTEM_PROMPT], so it is of a later Mistral than Nemo and Ministral, whose format "
+            f"is not known here. Choose plain with {_SWITCHES}."
+        )
     if not template:  # Nemo is known by the names of its free ids
         return "nemo" if any(name.startswith("<SPECIAL_") for name in names) else "mistral3"
     if "[INST] " in template:
