@@ -45,7 +45,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with warm-up, a schedule and gradient clipping."""
 
-    lr: float = field(1e-3, "peak learning rate", above=0)
+    lr: float = field(1e-3, "peak learning rate", least=0)
     warmup_steps: int = field(50, "of a linear warm-up from zero to lr", least=0)
     schedule: Literal["constant", "linear", "cosine"] = field("cosine", "of the decay to lr * final_lr")
     final_lr: float = field(0.1, "at the last step, as a fraction of lr", least=0)
@@ -117,7 +117,7 @@ class PreferenceConfig:
     alpha: float = field(0.005, "bonbon: weight of the better answer's likelihood", least=0, most=1)
     margin: float = field(0.0, "bonbon, ipo: nats; 0 is (N-1) H_(N-1), which best-of-N implies", least=0)
     beta: float = field(0.1, "dpo: steepness", above=0)
-    lr: float = field(5e-7, "peak learning rate of this stage; the rest is as in config.optimizer", above=0)
+    lr: float = field(5e-7, "peak learning rate of this stage; the rest is as in config.optimizer", least=0)
     epochs_per_round: float = field(1.0, "passes over the pairs of a round", above=0)
     sampling_rows: int = field(32, "answers sampled at once", least=1)
     sampling_lanes: int = field(4, "S while sampling", least=1)

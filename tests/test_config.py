@@ -95,7 +95,7 @@ def test_a_file_of_ones_own(tmp_path: pathlib.Path) -> None:
         ("data.positions.unit=-1", "config.data.positions.unit must be at least 0, got -1."),
         ("seed=99999999999999999999", "config.seed must be at most 4294967295, got 99999999999999999999."),
         ("steps=99999999999999999999", "config.steps must be at most 2147483647, got 99999999999999999999."),
-        ("optimizer.lr=nan", "config.optimizer.lr must be above 0, got nan."),
+        ("optimizer.lr=nan", "config.optimizer.lr must be at least 0, got nan."),
         ("optimizer.weight_decay=inf", "config.optimizer.weight_decay must be below inf, got inf."),
         ("optimizer.b2=1", "config.optimizer.b2 must be below 1, got 1.0."),
         ("checkpoint.keep=0", "config.checkpoint.keep must be at least 1, got 0."),
@@ -112,6 +112,11 @@ def test_refusals(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(TINY, [override])
     assert message in str(error.value)
+
+
+def test_numbers_that_may_be_zero() -> None:
+    config = load_config(TINY, ["optimizer.lr=0", "preference.lr=0", "model.norm_eps=0"])
+    assert (config.optimizer.lr, config.preference.lr, config.model.norm_eps) == (0, 0, 0)
 
 
 def test_every_number_has_a_range() -> None:

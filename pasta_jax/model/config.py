@@ -47,7 +47,7 @@ class ModelConfig:
     mlp_dim: int = field(512, "F", least=1)
     rope_base: float = field(10_000.0, "of rotary frequencies", above=0)
     rope_scaling: RopeScaling = RopeScaling()
-    norm_eps: float = field(1e-6, "added to the mean square in norms", above=0)
+    norm_eps: float = field(1e-6, "added to the mean square in norms", least=0)
     activation: Literal["gelu_tanh", "silu"] = field("gelu_tanh", "of the gated MLP: Gemma's, or Llama's")
     norm_offset: float = field(1.0, "Gemma's RMSNorm multiplies by (offset + scale)")
     post_norms: bool = field(False, "Gemma 2 and 3 also normalize what attention and MLP add to the residual")
