@@ -26,6 +26,9 @@ from tests.fuzz.worker import work
 
 FINDINGS = pathlib.Path("fuzz-findings")
 
+OVERTIME = 600.0
+"""Seconds after the end at which processes are killed; what they were at is a finding. A verb may take as long."""
+
 
 def options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__.splitlines()[0])
@@ -69,6 +72,9 @@ class Run:
         self.workers = [self._started([k] * len(names)) for k in range(every)]
         while self.workers:
             self._take()
+            if time.time() > self.until + OVERTIME:
+                for process, _, _ in self.workers:
+                    process.kill()
             ended = [worker for worker in self.workers if worker[0].exitcode is not None]
             self.workers = [worker for worker in self.workers if worker not in ended]
             for process, shared, first in ended:

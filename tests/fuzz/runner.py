@@ -198,7 +198,7 @@ def outcome(
 # ------------------------------------------------------------------------------------------- smaller inputs
 
 
-def minimised(aim: Target, case: Any, finding: Finding, seconds: float = 20.0) -> Any:
+def minimised(aim: Target, case: Any, finding: Finding, seconds: float) -> Any:
     """The input without what it does not need to show the same finding, as far as the time goes."""
     until = time.monotonic() + seconds
     tried = True

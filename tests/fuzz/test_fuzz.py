@@ -7,6 +7,7 @@ import json
 import pathlib
 import random
 import time
+import types
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_a_finding_is_named_and_made_smaller() -> None:
     aim, case = fails(check), {"text": "abcxdef" * 50, "list": [*range(30)], "other": {"a": [1, 2]}}
     finding = attempt(aim, case)
     assert finding is not None and finding.fault.startswith("AssertionError") and "check" in finding.place
-    assert minimised(aim, case, finding) == {"text": "x", "list": [7]}
+    assert minimised(aim, case, finding, 20.0) == {"text": "x", "list": [7]}
     assert attempt(aim, {"text": "", "list": []}) is None
 
 
@@ -103,3 +104,19 @@ def test_the_command(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, ca
     kept.write_text(json.dumps({"target": "texts", "input": {"text": 5, "depth": 1, "cut": 0}}))
     assert command.again(kept) == 1
     assert "Traceback" in capsys.readouterr().out
+
+
+def test_a_process_that_does_not_end_is_killed_and_a_finding(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "OVERTIME", 0.0)
+    run = command.Run(command.options(["--only=texts", "--minutes=0", "--processes=1"]), 3)
+    endless = types.SimpleNamespace(exitcode=None)
+    endless.kill = lambda: setattr(endless, "exitcode", -9)
+    monkeypatch.setattr(run, "_started", lambda first: (endless, [5, 0, 5], first))
+    monkeypatch.setattr(run, "_take", lambda: None)
+    run.watch()
+    assert run.counts["texts"] == 5
+    (kept,) = pathlib.Path("fuzz-findings").iterdir()
+    assert json.loads(kept.read_text())["fault"] == "Died: the process ended with status -9"

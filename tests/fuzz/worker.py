@@ -12,6 +12,9 @@ from tests.fuzz.runner import attempt, minimised, nth, target
 HANGS = 5
 """Times as long as it may, and an input that does not let Python stop it ends the process."""
 
+MINIMISING = 20.0
+"""Seconds for making an input smaller; the last try may take as long as any input."""
+
 
 def work(
     names: list[str], seed: int, first: list[int], every: int, until: float, shared: Any, found: Any
@@ -39,10 +42,11 @@ def work(
         case = nth(name, seed, number[name])
         faulthandler.dump_traceback_later(HANGS * aim.seconds, exit=True)
         finding = attempt(aim, case)
-        faulthandler.cancel_dump_traceback_later()
         if finding is not None and (name, *finding.kind) not in seen:
             seen.add((name, *finding.kind))
-            found.put((name, number[name], finding, minimised(aim, case, finding)))
+            faulthandler.dump_traceback_later(MINIMISING + HANGS * aim.seconds, exit=True)
+            found.put((name, number[name], finding, minimised(aim, case, finding, MINIMISING)))
+        faulthandler.cancel_dump_traceback_later()
         shared[index] += 1
         number[name] += every
         spent[name] += time.time() - start
