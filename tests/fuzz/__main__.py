@@ -122,10 +122,10 @@ class Run:
 
     def summary(self) -> str:
         minutes = (time.time() - self.start) / 60
+        found = f"{len(self.kinds)} finding{'s' * (len(self.kinds) != 1)}"
         each = ", ".join(f"{name} {self.counts[name]:,}" for name in self.given.only)
         return (
-            f"fuzz: {self.counts.total():,} inputs in {minutes:.0f} min ({each}), {len(self.kinds)} findings, "
-            f"seed {self.seed}"
+            f"fuzz: {self.counts.total():,} inputs in {minutes:.0f} min ({each}), {found}, seed {self.seed}"
         )
 
 

@@ -96,7 +96,7 @@ def test_the_command(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, ca
     run.keep("texts", 4, finding, {"text": "a"})
     run.keep("texts", 6, finding, {"text": "b"})
     run.counts["texts"] = 1234
-    assert run.summary() == "fuzz: 1,234 inputs in 0 min (texts 1,234), 1 findings, seed 3"
+    assert run.summary() == "fuzz: 1,234 inputs in 0 min (texts 1,234), 1 finding, seed 3"
     kept = pathlib.Path("fuzz-findings/texts-3-4.json")
     assert json.loads(kept.read_text())["input"] == {"text": "a"} and str(kept) in capsys.readouterr().out
     kept.write_text(json.dumps({"target": "texts", "input": {"text": "a", "depth": 1, "cut": 0}}))
