@@ -1,4 +1,4 @@
-"""The harness finds what is wrong; the corpus, and some random inputs of every target."""
+"""The harness finds what is wrong; the corpus, and some random inputs of every target that starts no processes."""
 
 from __future__ import annotations
 
