@@ -12,7 +12,7 @@ from pasta_jax.checkpoints.about import CheckpointError, CheckpointMetadata
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.data import almanac
 from pasta_jax.lang import tags
-from pasta_jax.tokens import export, load
+from pasta_jax.tokens import base, export, load
 from pasta_jax.tokens.hf import HfTokenizer
 from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_bytes, tokenizer_from_files
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
@@ -70,6 +70,14 @@ def test_damaged_and_missing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     assert isinstance(load_tokenizer(tmp_path), HfTokenizer)
+    damaged = json.loads(families.llama3())
+    damaged["model"] = {"type": "WordLevel", "vocab": damaged["model"]["vocab"], "unk_token": "none"}
+    with pytest.raises(TokenizerError, match="^tokenizer.json: It is damaged: Exception: WordLevel"):
+        tokenizer_from_files({"tokenizer.json": json.dumps(damaged).encode()})
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "settle", None)
+        with pytest.raises(TypeError, match="not callable"):  # a fault of ours is no damage
+            load_tokenizer(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(TokenizerError, match=r'pip install -e "\.\[hf\]"'):
         load_tokenizer(tmp_path)

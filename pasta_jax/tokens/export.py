@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from pasta_jax.files import json_bytes
@@ -71,7 +72,7 @@ def with_named_tags(files: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[
                 out[name] = _sentencepiece_model(data, names)
     except TokenizerError:
         raise
-    except Exception as error:  # whatever a damaged file makes SentencePiece raise
+    except (ValueError, LookupError, TypeError, AttributeError, DecodeError) as error:
         raise TokenizerError(f"{name} is damaged: {type(error).__name__}: {error}") from error
     return out | {TAGS_FILE: tags_json(vocabulary)}
 

@@ -13,7 +13,7 @@ from typing import Any
 from pasta_jax.extras import optional
 from pasta_jax.foreign import parse_object, shown
 from pasta_jax.tokens.base import SPACE, TextTokenizer
-from pasta_jax.tokens.tokenizer import MissingPackage, TokenizerError, is_id
+from pasta_jax.tokens.tokenizer import MissingPackage, TokenizerError, is_id, of_library
 from pasta_jax.tokens.usage import MARKER, Symbols
 
 
@@ -38,34 +38,33 @@ class HfTokenizer(TextTokenizer):
             special = {t["id"] for t in extra if t["special"]}
             special |= {i for name, i in names.items() if MARKER.fullmatch(name)}
             lstrip, rstrip = ({t["id"] for t in extra if t.get(side)} for side in ("lstrip", "rstrip"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            own = set(names.values())
+            added = {i: name for i, name in added.items() if i not in own and name not in names}
+            names |= {name: i for i, name in added.items()}
+            byte_level = any(
+                step.get("type") == "ByteLevel" for step in _steps(fields, "pre_tokenizer", "decoder")
+            )
+            unknown = fields["model"].get("unk_token")
+            special |= {names[unknown]} if unknown in names else set()
+
+            size = max(names.values()) + 1
+            pieces: list[bytes | None] = [None] * size
+            for name, i in vocab.items():
+                pieces[i] = _bytes_of(name, byte_level)
+            for token in extra:
+                written = token["content"] if byte_level else token["content"].replace(SPACE, " ")
+                pieces[token["id"]] = written.encode()
+            special |= {i for i, piece in enumerate(pieces) if piece is None}  # ids that the file lacks
+            spelled = tuple(b"" if i in special else piece or b"" for i, piece in enumerate(pieces))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise TokenizerError(
                 f"Not a tokenizer.json of Hugging Face: {type(error).__name__}: {error}"
             ) from error
-        own = set(names.values())
-        added = {i: name for i, name in added.items() if i not in own and name not in names}
-        names |= {name: i for i, name in added.items()}
-        byte_level = any(
-            step.get("type") == "ByteLevel" for step in _steps(fields, "pre_tokenizer", "decoder")
-        )
-        unknown = fields["model"].get("unk_token")
-        special |= {names[unknown]} if unknown in names else set()
-
-        size = max(names.values()) + 1
-        pieces: list[bytes | None] = [None] * size
-        for name, i in vocab.items():
-            pieces[i] = _bytes_of(name, byte_level)
-        for token in extra:
-            written = token["content"] if byte_level else token["content"].replace(SPACE, " ")
-            pieces[token["id"]] = written.encode()
-        special |= {i for i, piece in enumerate(pieces) if piece is None}  # ids that the file lacks
-        spelled = tuple(b"" if i in special else piece or b"" for i, piece in enumerate(pieces))
-
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_lossless(fields)))
         except Exception as error:  # the package raises plain Exception
             raise TokenizerError(f"Not a tokenizer.json of Hugging Face: {error}") from error
-        begins = self._tokenizer.encode("", add_special_tokens=True).ids
+        begins = of_library(self._tokenizer.encode, "", add_special_tokens=True).ids
         return Symbols(
             pieces=spelled,
             names=names,
@@ -79,7 +78,7 @@ class HfTokenizer(TextTokenizer):
         )
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = of_library(self._tokenizer.encode, text, add_special_tokens=False).ids
         return ids
 
 

@@ -61,7 +61,7 @@ def load_tokenizer(
             return tokenizer_from_files(files, extend=extend, chat=chat, vocab_size=vocab_size)
         hints = Hints(vocab_size=vocab_size or 0)
         kind = HfTokenizer if path.suffix == ".json" else SentencePieceTokenizer
-        return _opened(kind, files[path.name], extend=extend, chat=chat, hints=hints)
+        return kind(files[path.name], extend=extend, chat=chat, hints=hints)
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error
 
@@ -76,14 +76,14 @@ def tokenizer_from_files(
     hints = read_hints(files, vocab_size)
     if model is not None:
         try:
-            return _opened(SentencePieceTokenizer, model, extend=extend, chat=chat, hints=hints)
+            return SentencePieceTokenizer(model, extend=extend, chat=chat, hints=hints)
         except TokenizerError as error:
             # Other formats have the same file name, tiktoken's for one.
             if hf is None or not str(error).startswith("Not a SentencePiece model"):
                 raise TokenizerError(f"tokenizer.model: {error}") from error
     assert hf is not None
     try:
-        return _opened(HfTokenizer, hf, extend=extend, chat=chat, hints=hints)
+        return HfTokenizer(hf, extend=extend, chat=chat, hints=hints)
     except TokenizerError as error:
         raise TokenizerError(f"tokenizer.json: {error}") from error
 
@@ -97,17 +97,15 @@ def tokenizer_from_bytes(data: bytes) -> TextTokenizer:
     kind, model, usage = unpack(data)
     for known in (SentencePieceTokenizer, HfTokenizer):
         if kind == known.kind:
-            return _opened(known, model, usage=usage)
+            try:
+                return known(model, usage=usage)
+            except TokenizerError:
+                raise
+            except (ValueError, LookupError, TypeError, AttributeError) as error:  # of what the usage says
+                raise TokenizerError(
+                    f"The saved tokenizer is damaged: {type(error).__name__}: {error}"
+                ) from error
     raise TokenizerError(f"The saved tokenizer is of the kind {kind!r}, which this pasta_jax does not know.")
-
-
-def _opened(kind: type[TextTokenizer], model: bytes, **options: Any) -> TextTokenizer:
-    try:
-        return kind(model, **options)
-    except TokenizerError:
-        raise
-    except Exception as error:  # whatever a damaged file makes its library raise
-        raise TokenizerError(f"It is damaged: {type(error).__name__}: {error}") from error
 
 
 def read_hints(files: Mapping[str, bytes], vocab_size: int | None = None) -> Hints:

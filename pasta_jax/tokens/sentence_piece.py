@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import sentencepiece
 
 from pasta_jax.tokens.base import SPACE, TextTokenizer
-from pasta_jax.tokens.tokenizer import TokenizerError
+from pasta_jax.tokens.tokenizer import TokenizerError, of_library
 from pasta_jax.tokens.usage import MARKER, Symbols
 
 _FENCE = "\x02"
@@ -27,13 +27,13 @@ class SentencePieceTokenizer(TextTokenizer):
             self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except Exception as error:
             raise TokenizerError(f"Not a SentencePiece model: {error}") from error
-        self._fence = sp.EncodeAsIds(_FENCE)
-        if not any(sp.IdToPiece(i).strip(SPACE) for i in self._fence):  # at most the dummy prefix
+        self._fence = of_library(sp.EncodeAsIds, _FENCE)
+        spelled = [of_library(sp.IdToPiece, i) for i in range(sp.GetPieceSize())]
+        if not any(spelled[i].strip(SPACE) for i in self._fence):  # at most the dummy prefix
             raise TokenizerError(
                 "This tokenizer does not preserve text: it drops control characters. "
                 "Train one with normalization_rule_name=identity."
             )
-        spelled = [sp.IdToPiece(i) for i in range(sp.GetPieceSize())]
         special = {
             i
             for i, piece in enumerate(spelled)
@@ -54,4 +54,5 @@ class SentencePieceTokenizer(TextTokenizer):
         return bytes([int(piece[3:5], 16)]) if self._sp.IsByte(i) else piece.replace(SPACE, " ").encode()
 
     def _encode(self, text: str) -> list[int]:
-        return self._sp.EncodeAsIds(_FENCE + text)[len(self._fence) :]
+        ids: list[int] = of_library(self._sp.EncodeAsIds, _FENCE + text)
+        return ids[len(self._fence) :]

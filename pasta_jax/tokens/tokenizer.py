@@ -11,8 +11,8 @@ import codecs
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -72,6 +72,14 @@ def check_text(text: str) -> None:
         byte = f" (the byte 0x{code - 0xDC00:02X}, which is not UTF-8)" if 0xDC80 <= code <= 0xDCFF else ""
         place = f"after {text[max(0, error.start - 20) : error.start]!r}" if error.start else "at its start"
         raise TextError(f"The text holds half a character, U+{code:04X}{byte}, {place}. Remove it.") from None
+
+
+def of_library(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What a tokenizer's library returns. Raises TokenizerError for what a damaged file makes it raise."""
+    try:
+        return call(*args, **options)
+    except Exception as error:
+        raise TokenizerError(f"It is damaged: {type(error).__name__}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

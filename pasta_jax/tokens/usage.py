@@ -30,10 +30,10 @@ MARKER = re.compile(
 """Names of control tokens that some files declare as ordinary symbols, so text could spell them."""
 
 _RESERVED = (
-    (re.compile(r"<unused(\d+)>"), "first"),
-    (re.compile(r"<\|reserved_special_token_(\d+)\|>"), "last"),
-    (re.compile(r"\[control_(\d+)\]"), "last"),
-    (re.compile(r"<SPECIAL_(\d+)>"), "last"),
+    (re.compile(r"<unused(\d{1,9})>"), "first"),
+    (re.compile(r"<\|reserved_special_token_(\d{1,9})\|>"), "last"),
+    (re.compile(r"\[control_(\d{1,9})\]"), "last"),
+    (re.compile(r"<SPECIAL_(\d{1,9})>"), "last"),
 )
 _ENDS = (
     *("<end_of_turn>", "<eos>"),  # Gemma
