@@ -254,7 +254,16 @@ def test_a_failed_call_leaves_no_request_behind() -> None:
     good, bad = ids("rivers"), [5] * 500
     with pytest.raises(ValueError, match=r"pool holds 120 .* set Limits.pool to more than 500\.$"):
         decoder().decode([good, bad], [SamplingParams()] * 2)
-    for wrong in ("rivers", b"rivers", ["rivers"], 5, None):
+    for wrong in (
+        "rivers",
+        b"rivers",
+        bytearray(b"rivers"),
+        ["rivers"],
+        5,
+        None,
+        set(good),
+        dict.fromkeys(good),
+    ):
         with pytest.raises(ValueError, match="takes ids"):
             decoder().submit(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="none of the model's"):
@@ -265,3 +274,12 @@ def test_a_failed_call_leaves_no_request_behind() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         decoder().submit(good, SamplingParams(script=script))
     assert decoder().session.idle
+
+
+def test_a_prompt_may_be_any_ids_in_order() -> None:
+    """Read once, when it is submitted; what happens to them later changes nothing."""
+    good, one = ids("rivers"), SamplingParams(max_new_tokens=1)
+    changed = [*good]
+    answers = [decoder().submit(each, one) for each in (good, iter(good), np.array(good), changed)]  # type: ignore[arg-type]
+    changed.clear()
+    assert len({answer.result().text for answer in answers}) == 1 and decoder().session.idle

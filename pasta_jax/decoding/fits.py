@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Set
 
 import jax
 
@@ -40,8 +40,8 @@ def check_pool(compiled: Compiled) -> None:
         )
 
 
-def check_prompt(prompt: Sequence[int], compiled: Compiled, *, has_pool: bool) -> None:
-    """Raises ValueError for a prompt that cannot be answered: DoesNotFit if it is too long.
+def check_prompt(prompt: Iterable[int], compiled: Compiled, *, has_pool: bool) -> list[int]:
+    """The ids of a prompt. Raises ValueError for one that cannot be answered: DoesNotFit if it is too long.
 
     Args:
       prompt: ids.
@@ -49,7 +49,8 @@ def check_prompt(prompt: Sequence[int], compiled: Compiled, *, has_pool: bool) -
       has_pool: whether the pool is allocated.
     """
     try:
-        ids = None if isinstance(prompt, str | bytes) else [operator.index(token) for token in prompt]
+        is_other = isinstance(prompt, str | bytes | bytearray | Set | Mapping)
+        ids = None if is_other else [operator.index(token) for token in prompt]
     except TypeError:
         ids = None
     if ids is None:
@@ -69,6 +70,7 @@ def check_prompt(prompt: Sequence[int], compiled: Compiled, *, has_pool: bool) -
         raise ValueError(
             f"The prompt has ids that are none of the model's {vocab_size}: encode it with its tokenizer."
         )
+    return ids
 
 
 def _check_prefill(tokens: int, compiled: Compiled, has_pool: bool) -> None:

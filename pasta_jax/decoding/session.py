@@ -36,7 +36,8 @@ class PendingAnswer:
     """A request, and its answer as far as it is decoded.
 
     Attributes:
-      prompt, sampling: as submitted.
+      prompt: its ids.
+      sampling: as submitted.
       request: the sampling as arrays.
       trace: what was decoded so far; final when `done`. None before the request has a row. Only answers that are
         watched, or have stop strings, get one before the end.
@@ -132,8 +133,8 @@ class Session:
         Raises:
           ValueError: a prompt or a script that does not fit (`fits.DoesNotFit`), or no prompt.
         """
-        check_prompt(prompt, self.compiled, has_pool=self._batch is not None)
-        return PendingAnswer(self, [*prompt], sampling, sampling.request(self.script_size))
+        ids = check_prompt(prompt, self.compiled, has_pool=self._batch is not None)
+        return PendingAnswer(self, ids, sampling, sampling.request(self.script_size))
 
     def queue(self, answer: PendingAnswer) -> None:
         """Puts a request at the end of the queue."""
