@@ -182,7 +182,7 @@ def test_limits() -> None:
         {"open_bias": math.inf}, {"open_bias": "x"}, {"seed": 1.5}, {"seed": -1}, {"seed": 2**64}, {"seed": "a"},
         {"stop": 5}, {"stop": b"x"}, {"max_branches": -1}, {"max_branches": 1.5}, {"lanes": 0}, {"lanes": None},
         {"lanes": b"8"}, {"cache_len": 0}, {"cache_len": "128"}, {"cache_len": 2**31}, {"grammar": "no"},
-        {"stream_tokens": 1}, {"stream": "yes"}, {"mode": ["parallel"]},
+        {"stream_tokens": 1}, {"stream": "yes"}, {"mode": ["parallel"]}, {"batch_invariant": "no"},
     ],
 )  # fmt: skip
 def test_an_option_that_cannot_be_is_named(given: dict[str, Any]) -> None:
@@ -204,7 +204,12 @@ def test_options_of_parameters_and_limits() -> None:
     makers: dict[Callable[..., object], tuple[dict[str, Any], ...]] = {
         pasta_jax.SamplingParams: ({"open_bias": None}, {"max_new_tokens": None}, {"script": 5}),
         Limits: ({"lanes": "8"}, {"threads": 0}, {"pool": 1.5}, {"pool": 2**31}, {"constrained": 1}),
-        functools.partial(pasta_jax.Decoder, model()): ({"rows": 0}, {"rows": "2"}, {"chunk": 0}),
+        functools.partial(pasta_jax.Decoder, model()): (
+            {"rows": 0},
+            {"rows": "2"},
+            {"chunk": 0},
+            {"batch_invariant": 1},
+        ),
     }
     for make, each in makers.items():
         for wrong in each:

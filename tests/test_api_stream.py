@@ -6,6 +6,7 @@ import itertools
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pasta_jax
@@ -49,7 +50,9 @@ def test_several_prompts_and_a_callback() -> None:
     draft = Draft()
     alone = pasta_jax.decode(model(), OTHER, stream=draft.add, **options())
     assert str(draft) == alone.text
-    assert list(pasta_jax.decode(model(), [], stream=True)) == []
+    on: Any
+    for on in (True, np.True_):
+        assert next(pasta_jax.decode(model(), [], stream=on), None) is None
     assert pasta_jax.decode(model(), [], stream=draft.add) == []
 
 

@@ -151,8 +151,8 @@ def decode(
     whole("lanes", lanes, 1)
     switch("grammar", grammar)
     switch("stream_tokens", stream_tokens)
-    if not callable(stream):
-        switch("stream", stream)
+    batch_invariant = switch("batch_invariant", batch_invariant)
+    stream = stream if callable(stream) else switch("stream", stream)
     if stream and mode == "both":
         raise ValueError('mode="both" decodes each prompt several times. To stream, decode it in one mode.')
     _check_prompt(prompt)

@@ -28,7 +28,7 @@ from pasta_jax import sharding
 from pasta_jax.decoding import cpu, loop
 from pasta_jax.decoding.interpreter import rules_for
 from pasta_jax.decoding.loop import Batch
-from pasta_jax.decoding.options import whole
+from pasta_jax.decoding.options import switch, whole
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.state import Limits, Request, RowState
@@ -146,8 +146,8 @@ class Compiled:
         cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params)) <= cached_bytes
         self._on_host = device.platform == "cpu" and self.mesh is None
         self.form = self._form(on_cpu, cached)
-        self.batch_invariant = batch_invariant
-        if batch_invariant:
+        self.batch_invariant = switch("batch_invariant", batch_invariant)
+        if self.batch_invariant:
             pool_buckets, widths = (), ()
         if widths is None:
             widths = cpu.widths_for(limits.lanes, cached=cached and self.rows == 1) if on_cpu else ()

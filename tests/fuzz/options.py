@@ -31,6 +31,7 @@ DECODE = SAMPLING | {
     "lanes": (8, 2**31, 10**30),
     "grammar": (True,),
     "cache_len": (None, 128, 2**31, 2**40),
+    "batch_invariant": (False,),
     "stream": (False, True),
     "stream_tokens": (True, False),
     "prompt": ("rivers", {"$repeat": ["rivers ", 200_000]}, "", " ", [], [""], [[]], "\ud83d"),
@@ -56,7 +57,7 @@ SETS = {
 }
 """What is called; its options, and values that are often right."""
 
-SIZES = ("lanes", "max_branches", "cache_len", "grammar", "max_new_tokens", "prompt")
+SIZES = ("lanes", "max_branches", "cache_len", "batch_invariant", "grammar", "max_new_tokens", "prompt")
 """Options that compile programs of their own: no value of them but those above and what no program can have."""
 
 
