@@ -24,6 +24,10 @@ MOST_BYTES = 200 * 2**20
 """Of a file that is read whole; the largest tokenizers have 35 MB."""
 
 
+class _Refused(Exception):
+    """What is wrong, said while JSON is parsed. No ValueError: Python's own do not say what file it is."""
+
+
 def read_bytes(path: str | os.PathLike[str], error: type[ValueError] = ValueError) -> bytes:
     """A local file of at most MOST_BYTES, whole. Raises `error` if it is larger, or cannot be read."""
     try:
@@ -64,12 +68,14 @@ def parse_object(
         raise error(f"{os.fspath(name)} {fault}.")
 
     def constant(text: str) -> float:
-        return float(text) if allow_nan else refuse(f"is not JSON: it has no number {text}")
+        if not allow_nan:
+            raise _Refused(f"is not JSON: it has no number {text}")
+        return float(text)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(tree := dict(pairs)) < len(pairs):
             name = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-            refuse(f"is damaged: {shown(name)} stands twice in it")
+            raise _Refused(f"is damaged: {shown(name)} stands twice in it")
         return tree
 
     try:
@@ -80,8 +86,8 @@ def parse_object(
         tree = json.loads(text, parse_constant=constant, object_pairs_hook=once if unique else None)
     except json.JSONDecodeError as fault:
         refuse(f"is not JSON: {fault}")
-    except error:
-        raise
+    except _Refused as fault:
+        refuse(str(fault))
     except ValueError:  # Python's limit of 4300 digits
         refuse("has a number of thousands of digits")
     except RecursionError:

@@ -32,9 +32,10 @@ class Refused(ValueError):
     ],
 )
 def test_what_is_no_object_is_refused_in_one_line(data: bytes, message: str) -> None:
-    with pytest.raises(Refused) as error:
-        parse_object(data, "config.json", Refused, unique=True)
-    assert str(error.value) == f"config.json {message}"
+    for kind in (Refused, ValueError):
+        with pytest.raises(kind) as error:
+            parse_object(data, "config.json", kind, unique=True)
+        assert str(error.value) == f"config.json {message}"
 
 
 def test_what_is_one_is_read() -> None:
