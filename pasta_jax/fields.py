@@ -8,6 +8,8 @@ import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from pasta_jax.foreign import shown
+
 T = TypeVar("T")
 
 LARGEST = 2**31 - 1
@@ -52,4 +54,4 @@ def check_fields(config: Any) -> None:
         for name, bound in bounds.items():
             holds, words = _RULES[name]
             if not holds(value, bound):
-                raise FieldError(f"{each.name} must be {words} {bound}, got {value}.")
+                raise FieldError(f"{each.name} must be {words} {bound}, got {shown(value)}.")

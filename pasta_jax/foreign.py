@@ -114,13 +114,22 @@ def _is_deep(tree: Any) -> bool:
     return True
 
 
-_SHORT = reprlib.Repr()
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # Python writes no more than 4300 digits
+            return f"<int of {x.bit_length()} bits>"
+
+
+_SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its `repr`, cut short."""
-    return _SHORT.repr(value)
+    """A value for a message: its `repr`, in one line and cut short."""
+    text = _SHORT.repr(value).replace("\n", " ")
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -202,7 +202,13 @@ def test_options_of_parameters_and_limits() -> None:
     given = {"lanes": np.int64(2), "threads": np.int64(3)}
     assert Limits(**given) == Limits(2, 3)
     makers: dict[Callable[..., object], tuple[dict[str, Any], ...]] = {
-        pasta_jax.SamplingParams: ({"open_bias": None}, {"max_new_tokens": None}, {"script": 5}),
+        pasta_jax.SamplingParams: (
+            {"open_bias": None},
+            {"max_new_tokens": None},
+            {"script": 5},
+            {"seed": 10**5000},
+            {"stop": 10**5000},
+        ),
         Limits: ({"lanes": "8"}, {"threads": 0}, {"pool": 1.5}, {"pool": 2**31}, {"constrained": 1}),
         functools.partial(pasta_jax.Decoder, model()): (
             {"rows": 0},

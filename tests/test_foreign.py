@@ -3,10 +3,12 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from pasta_jax import foreign
-from pasta_jax.foreign import Fields, parse_object
+from pasta_jax.config import Config, ConfigError
+from pasta_jax.foreign import Fields, parse_object, shown
 
 
 class Refused(ValueError):
@@ -44,6 +46,21 @@ def test_what_is_one_is_read() -> None:
         assert parse_object(b"\xef\xbb\xbf" + json.dumps(tree, ensure_ascii=escaped).encode(), "x") == tree
     assert parse_object(b'{"a": 1, "a": Infinity}', "x", allow_nan=True) == {"a": float("inf")}
     parse_object(b'{"a": ' * 63 + b"{}" + b"}" * 63, "x")
+
+
+def test_any_value_is_shown_in_a_short_line() -> None:
+    """Also an int with more digits than Python writes."""
+    assert shown(10**5000) == "<int of 16610 bits>"
+    assert shown([1, {"a": -(10**5000)}]) == "[1, {'a': <int of 16610 bits>}]"
+    assert shown(np.ones((2, 1))) == "array([[1.],        [1.]])"
+    wide: object = "x" * 99
+    for _ in range(5):
+        wide = [wide] * 9
+    assert len(shown(wide)) == 160
+    with pytest.raises(
+        ConfigError, match=r"^config.seed must be at most 4294967295, got <int of 16610 bits>\.$"
+    ):
+        Config(seed=10**5000)
 
 
 def test_fields_have_types_or_are_named() -> None:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from pasta_jax import sharding
 from pasta_jax.decoding.compiled import CHANGES, Form
+from pasta_jax.foreign import shown
 from pasta_jax.model import ModelConfig, param_count
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer
@@ -58,4 +59,4 @@ class Model:
 def check_model(model: Any) -> None:
     """Raises ValueError for what is no model, such as its path."""
     if not isinstance(model, Model):
-        raise ValueError(f"model={model!r:.80} is no model. Give what pasta_jax.load returns for a path.")
+        raise ValueError(f"model={shown(model)} is no model. Give what pasta_jax.load returns for a path.")

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pasta_jax.foreign import shown
+
 LARGEST_INT = 2**31 - 1
 """Counts are int32 on the device."""
 
@@ -46,4 +48,4 @@ def switch(name: str, value: Any) -> bool:
 def _wrong(name: str, value: Any, is_type: bool, expected: str) -> ValueError:
     """What is wrong with an option."""
     problem = "of the wrong type" if is_type else "out of range"
-    return ValueError(f"{name}={value!r:.80} is {problem}. Give {expected}.")
+    return ValueError(f"{name}={shown(value)} is {problem}. Give {expected}.")

@@ -13,6 +13,7 @@ import numpy as np
 
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.trace import Trace
+from pasta_jax.foreign import shown
 from pasta_jax.tokens.detokenize import Role, Speller, scan_all
 from pasta_jax.tokens.tokenizer import Vocabulary
 
@@ -22,7 +23,7 @@ def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
     given = None if isinstance(stops, str) or not isinstance(stops, Iterable) else tuple(stops)
     if given is None or not all(isinstance(stop, str) and stop for stop in given):
         raise ValueError(
-            f'stop={stops!r:.80}: give a list of texts to stop at, none of them empty, as in stop=["\\n\\n"].'
+            f'stop={shown(stops)}: give a list of texts to stop at, none of them empty, as in stop=["\\n\\n"].'
         )
     return given
 

@@ -27,6 +27,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
+from pasta_jax.foreign import shown
 from pasta_jax.tokens.tokenizer import TokenizerError
 
 Chat: TypeAlias = Literal["auto", "plain", "gemma", "llama3", "chatml", "qwen3", "inst"]
@@ -85,7 +86,7 @@ def dialogue(messages: Sequence[Mapping[str, str]]) -> Dialogue:
     for number, message in enumerate(messages, 1):
         name = f"Message {number} of the conversation"
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ValueError(f'{name} is {message!r:.80}; write {{"role": ..., "content": ...}}.')
+            raise ValueError(f'{name} is {shown(message)}; write {{"role": ..., "content": ...}}.')
         role, content = message["role"], message["content"]
         if not isinstance(content, str):
             raise ValueError(f"{name}: its content is no text but {type(content).__name__}.")
