@@ -23,6 +23,7 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.model.forms import quantize
 from pasta_jax.testing import WordTokenizer
+from tests.helpers import compilations
 
 pytestmark = pytest.mark.slow
 
@@ -87,33 +88,30 @@ def test_a_decoder_runs_what_is_compiled_ahead_of_time(
 
 def test_nothing_is_compiled_after_the_warm_up(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     """In 200 requests of all kinds, whose weights had to be laid out anew."""
-    compiled: list[str] = []
     jax.clear_caches()  # of other tests: what is found there would not be counted
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
-    )
     rng = random.Random(seed)
     sizes: dict[str, Any] = dict(prompt_buckets=(), pool_buckets=(20,), cached_bytes=0)
     decoder = Decoder(model_of(CONFIG, int8=False, mesh=None), limits=LIMITS, rows=3, chunk=8, **sizes)
-    with caplog.at_level(logging.INFO, "pasta_jax"):
+    with compilations() as compiled, caplog.at_level(logging.INFO, "pasta_jax"):
         assert decoder.warm_up() > 0
     programs = len(decoder.compiled.programs)
     assert len(compiled) > programs, "nothing would be counted"
     assert f"compiled {programs} of {programs} after" in caplog.messages[-1]
     assert decoder.compiled.compile_s == 0, "no request waited"
 
-    compiled.clear()
-    decoder.warm_up()
-    answers = [
-        decoder.submit(WORDS.encode_prompt("ab" * rng.randint(1, 26)), any_sampling(rng)) for _ in range(200)
-    ]
-    while not all(answer.done for answer in answers):
-        for answer in rng.sample(answers, 4):
-            answer.watched = not answer.watched  # streams that come and go
-        if rng.random() < 0.5:
-            rng.choice(answers).cancel()
-        decoder.session.turn()
-    results = [answer.result() for answer in answers]
+    with compilations() as compiled:
+        decoder.warm_up()
+        answers = [
+            decoder.submit(WORDS.encode_prompt("ab" * rng.randint(1, 26)), any_sampling(rng))
+            for _ in range(200)
+        ]
+        while not all(answer.done for answer in answers):
+            for answer in rng.sample(answers, 4):
+                answer.watched = not answer.watched  # streams that come and go
+            if rng.random() < 0.5:
+                rng.choice(answers).cancel()
+            decoder.session.turn()
+        results = [answer.result() for answer in answers]
     assert {result.stop_reason for result in results} >= {"length", "stop", "cancelled", "cache_full"}
     assert compiled == [] and all(result.stats.compile_s == 0 for result in results)
 
