@@ -354,18 +354,28 @@ class Compiled:
         """Compiles what is not compiled of `programs`, as many at once as there are cores; the log tells of each.
 
         Tracing is Python's and takes turns, while XLA compiles what was traced before. A request that comes
-        meanwhile compiles what it needs by itself.
+        meanwhile uses what is done, and compiles what it needs besides by itself.
         """
         start = time.perf_counter()
         todo = [program for program in self.programs if program not in self._executables]
         todo.sort(key=lambda program: program.verb != "decode")  # loops take longest
-        threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-        try:
-            futures = {threads.submit(self.lower(key).compile, self.xla_options): key for key in todo}
-            for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                self._executables.setdefault(futures[future], future.result())
+        done = list[ProgramKey]()
+        one_at_a_time = threading.Lock()
+
+        def compile_and_keep(program: ProgramKey, lowered: jax.stages.Lowered) -> None:
+            executable = lowered.compile(self.xla_options)
+            with one_at_a_time:
+                self._executables.setdefault(program, executable)
+                done.append(program)
                 seconds = time.perf_counter() - start
-                LOG.info("compiled %d of %d after %.1f s: %s", count, len(todo), seconds, futures[future])
+                LOG.info("compiled %d of %d after %.1f s: %s", len(done), len(todo), seconds, program)
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = concurrent.futures.ThreadPoolExecutor(cores)
+        try:
+            jobs = [threads.submit(compile_and_keep, key, self.lower(key)) for key in todo]
+            for job in concurrent.futures.as_completed(jobs):
+                job.result()
         finally:
             threads.shutdown(cancel_futures=True)
 
