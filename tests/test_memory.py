@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pasta_jax import Decoder, Limits, decode, memory
+from pasta_jax import Decoder, Limits, SamplingParams, decode, memory
 from pasta_jax.decoding.compiled import Compiled
 from pasta_jax.interchange import reading, tensors
 from pasta_jax.interchange.errors import InterchangeError
@@ -155,6 +155,9 @@ def test_a_decode_that_does_not_fit_is_refused_before_anything_is_allocated(
         Decoder(model(), limits=Limits(pool=10**8), rows=4)
     with pytest.raises(ValueError, match=r"its 250,002 tokens .* 2 heads x .* = .* or lower cache_len\.$"):
         decode(model(), "word " * 50_000)
+    # Eight together would take 0.14 GiB; they are fed one by one where that is not free.
+    monkeypatch.setattr(memory, "host_memory", lambda: 10**8)
+    Decoder(model(), limits=Limits(pool=2048), rows=8).session.prepare([5] * 2000, SamplingParams())
 
 
 def test_where_memory_is_unknown_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from pasta_jax.decoding.script import FREE, Script
 from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.trace import Trace
+from pasta_jax.memory import Shortage
 from tests.helpers.chatty import PROMPTS, WORDS, decoder, ids
 
 pytestmark = pytest.mark.slow
@@ -175,7 +176,7 @@ def test_cancelled_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_long_prompts_are_fed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all of them together would take much memory for their scores; else together."""
+    """Where all of them together would take much memory for their scores, or more than is free; else together."""
     asks = some_asks(random.Random(0), 6)
     fed: list[int] = []
     admit, compiled = Compiled._admit, decoder().compiled
@@ -185,13 +186,18 @@ def test_long_prompts_are_fed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> Non
         return admit(self, *args)
 
     monkeypatch.setattr(Compiled, "_admit", counted)
-    for limit, rows in ((0, 1), (10**9, 6)):
+    monkeypatch.setattr("pasta_jax.decoding.compiled.SMALL_PREFILL", 0)
+    for limit, lack, rows in ((0, None, 1), (10**9, None, 6), (10**9, Shortage(2, 1, "here"), 1)):
         monkeypatch.setattr("pasta_jax.decoding.compiled.LARGE_PREFILL", limit)
+        monkeypatch.setattr("pasta_jax.decoding.compiled.shortage", lambda leaves, lack=lack: lack)
         fed.clear()
         traces, _ = decoder().decode([ask.prompt for ask in asks], [ask.sampling for ask in asks])
         assert fed == [rows] * (6 // rows)
         assert [read(*pair) for pair in zip(asks, traces)] == [read(ask, alone(ask)) for ask in asks]
-        assert {program.rows for program in compiled.programs if program.verb == "admit"} == {1, rows}
+        assert {program.rows for program in compiled.programs if program.verb == "admit"} == {
+            1,
+            6 if limit else 1,
+        }
 
 
 def test_no_short_answer_shows_a_piece_of_a_tag(seed: int) -> None:

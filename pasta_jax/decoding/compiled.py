@@ -32,6 +32,7 @@ from pasta_jax.decoding.options import switch, whole
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.state import Limits, Request, RowState
+from pasta_jax.memory import shortage
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.model.forms import fuse, is_plain, outputs_first
 from pasta_jax.rounding import ceil_div
@@ -46,6 +47,9 @@ cache holds them; with outputs first, on a CPU whose cache does not (docs/lab-lo
 
 LARGE_PREFILL = 2**30
 """Bytes of attention scores. Prompts that take more together are fed one by one."""
+
+SMALL_PREFILL = 2**26
+"""Bytes of attention scores for which it is not worth asking how much memory is free."""
 
 CHANGES: dict[Form, Callable[[Any], Any]] = {"fused": fuse, "outputs_first": outputs_first}
 """Plain or int8 parameters to another form."""
@@ -286,9 +290,9 @@ class Compiled:
         return self._run(ProgramKey("new", script=script_size), request)
 
     def admit(self, params: Any, batch: Batch, new: Mapping[int, tuple[Sequence[int], Request]]) -> Batch:
-        """Prompts into rows: one by one, or all in one call if most rows are new or a mesh divides them.
+        """Prompts into rows: one by one, or all in one call if a mesh divides them or most rows are new.
 
-        `batch_invariant` has them one by one, on a mesh too.
+        Where memory is short they go one by one, and with `batch_invariant`, on a mesh too.
 
         Args:
           params: in the form of these programs.
@@ -296,14 +300,21 @@ class Compiled:
           new: prompt and request by row.
         """
         bucket = self.bucket(max(len(prompt) for prompt, _ in new.values()))
-        few = self.mesh is None and self.rows > 1 and (len(new) == 1 or 2 * len(new) < self.rows)
-        if not (few or self.batch_invariant) and self.rows_together(bucket) == self.rows:
+        few = self.rows > 1 and (len(new) == 1 or 2 * len(new) < self.rows)
+        one_by_one = self.batch_invariant or (self.mesh is None and (few or self._is_too_large(bucket)))
+        if not one_by_one:
             return self._admit(params, batch, new, self.rows)
         for slot, prompt_and_request in new.items():
             batch = self._admit(
                 params, batch, {slot: prompt_and_request}, 1 if self.mesh is None else self.rows
             )
         return batch
+
+    def _is_too_large(self, length: int) -> bool:
+        """Whether B prompts padded to this length take too much memory together, at all or at present."""
+        scores = self.scores(self.rows, length)
+        is_small = 4 * math.prod(scores.shape) <= SMALL_PREFILL
+        return self.rows_together(length) < self.rows or not (is_small or shortage([scores]) is None)
 
     def _admit(
         self,

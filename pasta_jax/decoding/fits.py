@@ -8,11 +8,8 @@ from collections.abc import Iterable, Mapping, Set
 
 import jax
 
-from pasta_jax.decoding.compiled import Compiled
+from pasta_jax.decoding.compiled import SMALL_PREFILL, Compiled
 from pasta_jax.memory import gib, shortage
-
-SMALL = 2**26
-"""Bytes for which it is not worth asking how much memory is free."""
 
 POOL_NAMES = "Limits.pool", "cache_len"
 """The same size, as a `Decoder` and as `decode` has it."""
@@ -74,13 +71,15 @@ def check_prompt(prompt: Iterable[int], compiled: Compiled, *, has_pool: bool) -
 
 
 def _check_prefill(tokens: int, compiled: Compiled, has_pool: bool) -> None:
-    """Raises DoesNotFit if feeding a prompt takes more memory than is free."""
+    """Raises DoesNotFit if feeding a prompt alone (on a mesh, all rows) takes more memory than is free."""
     bucket = compiled.bucket(tokens)
-    rows = compiled.rows_together(bucket)
+    rows = 1 if compiled.mesh is None else compiled.rows
     scores = compiled.scores(rows, bucket)
     _, heads, queries, _ = scores.shape
     size = 4 * math.prod(scores.shape)
-    if size > SMALL and (lack := shortage([scores, *([] if has_pool else jax.tree.leaves(compiled.batch))])):
+    if size > SMALL_PREFILL and (
+        lack := shortage([scores, *([] if has_pool else jax.tree.leaves(compiled.batch))])
+    ):
         many = f"{rows} rows x " * (rows > 1)
         ways = [f"Shorten it{f' or lower {pool}' * (bucket == compiled.limits.pool)}." for pool in POOL_NAMES]
         raise DoesNotFit(
