@@ -238,7 +238,7 @@ def _encoded(tokenizer: Tokenizer, prompts: Sequence[Any]) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------------- decoders
 
 
-_Sizes: TypeAlias = tuple[Limits, int, bool]
+_Key: TypeAlias = tuple[Limits, int, bool]
 
 
 class _Cache:
@@ -248,8 +248,8 @@ class _Cache:
     """
 
     def __init__(self) -> None:
-        self.compiled: dict[_Sizes, Compiled] = {}
-        self.decoders = weakref.WeakValueDictionary[_Sizes, Decoder]()
+        self.compiled: dict[_Key, Compiled] = {}
+        self.decoders = weakref.WeakValueDictionary[_Key, Decoder]()
 
 
 _CACHES: weakref.WeakKeyDictionary[Model, _Cache] = weakref.WeakKeyDictionary()

@@ -267,11 +267,6 @@ class Compiled:
         pool: Any = sharding.pool_shardings(batch.pool, self.mesh) if self.mesh else self._everywhere
         return sharding.abstract(batch, Batch(self._by_row, self._by_row, pool))
 
-    @functools.cached_property
-    def batch(self) -> Batch:
-        """`batch_shapes` of requests without scripts."""
-        return self.batch_shapes()
-
     def _new_batch(self, request: Request) -> Batch:
         return loop.empty_batch(self.config, self.limits, self.rows, request)
 

@@ -25,7 +25,7 @@ class DoesNotFit(ValueError):
 
 def check_pool(compiled: Compiled) -> None:
     """Raises DoesNotFit if the rows of these programs take more memory than is free."""
-    leaves = jax.tree.leaves(compiled.batch)
+    leaves = jax.tree.leaves(compiled.batch_shapes())
     if lack := shortage(leaves):
         total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         rows, pool, threads = compiled.rows, compiled.limits.pool, compiled.limits.threads
@@ -78,7 +78,7 @@ def _check_prefill(tokens: int, compiled: Compiled, has_pool: bool) -> None:
     _, heads, queries, _ = scores.shape
     size = 4 * math.prod(scores.shape)
     if size > SMALL_PREFILL and (
-        lack := shortage([scores, *([] if has_pool else jax.tree.leaves(compiled.batch))])
+        lack := shortage([scores, *([] if has_pool else jax.tree.leaves(compiled.batch_shapes()))])
     ):
         many = f"{rows} rows x " * (rows > 1)
         ways = [f"Shorten it{f' or lower {pool}' * (bucket == compiled.limits.pool)}." for pool in POOL_NAMES]
