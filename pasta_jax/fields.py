@@ -8,12 +8,9 @@ import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pasta_jax.foreign import shown
+from pasta_jax.foreign import LARGEST_INT, shown
 
 T = TypeVar("T")
-
-LARGEST = 2**31 - 1
-"""The largest int of a field that says no other: what an int32 holds, as JAX counts."""
 
 _RULES = {
     "least": (operator.ge, "at least"),
@@ -33,8 +30,8 @@ def field(default: T, doc: str, **bounds: float) -> T:
     Args:
       default: its value, if none is given.
       doc: the line.
-      bounds: least, above, most or below: of a number, for `check_fields`. Else ints go up to LARGEST, on either
-        side of 0, and floats must be finite.
+      bounds: least, above, most or below: of a number, for `check_fields`. Else ints go up to LARGEST_INT, on
+        either side of 0, and floats must be finite.
     """
     return dataclasses.field(default=default, metadata={"doc": doc, "bounds": bounds})
 
@@ -48,9 +45,9 @@ def check_fields(config: Any) -> None:
         bounds: Mapping[str, float] = each.metadata.get("bounds", {})
         is_int = type(value) is int
         if not {"least", "above"} & bounds.keys():
-            bounds = {**bounds, **({"least": -LARGEST} if is_int else {"above": -math.inf})}
+            bounds = {**bounds, **({"least": -LARGEST_INT} if is_int else {"above": -math.inf})}
         if not {"most", "below"} & bounds.keys():
-            bounds = {**bounds, **({"most": LARGEST} if is_int else {"below": math.inf})}
+            bounds = {**bounds, **({"most": LARGEST_INT} if is_int else {"below": math.inf})}
         for name, bound in bounds.items():
             holds, words = _RULES[name]
             if not holds(value, bound):

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 DEPTH = 64
 """Levels of nesting that are read. Files of models have less than ten."""
 
-LARGEST = 2**31 - 1
-"""The largest size that is read: what an int32 holds, as JAX counts."""
+LARGEST_INT = 2**31 - 1
+"""The largest size or count: what an int32 holds, as JAX counts."""
 
 MOST_BYTES = 200 * 2**20
 """Of a file that is read whole; the largest tokenizers have 35 MB."""
@@ -167,7 +167,7 @@ class Fields:
         except OverflowError:
             raise self.fault(key, "is too large") from None
 
-    def size(self, key: str, default: int | None = None, *, most: int = LARGEST) -> int:
+    def size(self, key: str, default: int | None = None, *, most: int = LARGEST_INT) -> int:
         """A whole number from 1 to `most`; `default` stands for null."""
         value = self.number(key, default)
         if not value.is_integer() or value > most:

@@ -19,13 +19,13 @@ from pasta_jax.decoding.compiled import Compiled, Sizes
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.fits import DoesNotFit
 from pasta_jax.decoding.model import Model, check_model
-from pasta_jax.decoding.options import LARGEST_INT, switch, whole
+from pasta_jax.decoding.options import switch, whole
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import DecodeResult, result
 from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import MAX_POOL, Limits, Stop
 from pasta_jax.decoding.streaming import Consumed, Event, new_events
-from pasta_jax.foreign import shown
+from pasta_jax.foreign import LARGEST_INT, shown
 from pasta_jax.rounding import next_power_of_two, round_up
 from pasta_jax.tokens.tokenizer import Tokenizer
 

@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pasta_jax.foreign import shown
-
-LARGEST_INT = 2**31 - 1
-"""Counts are int32 on the device."""
+from pasta_jax.foreign import LARGEST_INT, shown
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
