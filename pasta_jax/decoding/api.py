@@ -122,9 +122,10 @@ def decode(
       lanes: S, threads that decode in the same step.
       grammar: keep tags well formed; without it pieces of broken tags become text and are listed in `issues`.
       cache_len: P, tokens of prompt and answer together; the default holds both.
-      batch_invariant: in bfloat16 rounding, and so now and then a text, depends on how many prompts are answered
-        at once, on their lengths and on cache_len. With this an answer depends on its prompt and the options alone,
-        bit for bit, but takes longer. It needs cache_len.
+      batch_invariant: rounding (1e-5 of a log-probability in float32, hundredths in bfloat16), and so now and then
+        a text, depends on how many prompts are answered at once, on their lengths and on cache_len. With this an
+        answer depends on its prompt and the options alone, bit for bit, but takes longer: one prompt, too, is
+        decoded with 8 rows. It needs cache_len.
       stream: True gives an iterator of `Event`s, which decodes as it is asked for more; closing or dropping it ends
         the decode. A function is called with each event, and `decode` returns its usual result. Events carry
         the index of the prompt in `request`; a `Draft` makes text of them, `settled_text` text to print.

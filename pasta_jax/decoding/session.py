@@ -149,7 +149,8 @@ class Session:
         """Admits prompts to free rows, decodes a chunk and reads it. Does nothing if `wanted` is done.
 
         After an error (an interrupt, no memory) the requests that had rows wait again, and nothing else is lost:
-        decoded anew they give the same text (in bfloat16 with `batch_invariant`).
+        decoded anew they give the same text, up to rounding: 1e-5 of a log-probability in float32, hundredths in
+        bfloat16, nothing with `batch_invariant`.
         """
         with self._lock:
             if wanted is not None and wanted.done:
