@@ -97,7 +97,9 @@ def command() -> None:
         flags.DEFINE_bool("grammar", True, "Allow only well-formed tags; else malformed ones become text."),
         flags.DEFINE_integer("cache_len", None, "Maximum tokens of prompt and answer; by default both fit."),
         flags.DEFINE_bool(
-            "batch_invariant", False, "The answer that the prompt has among others, bit for bit."
+            "batch_invariant",
+            False,
+            "Make the answer independent of other prompts, bit for bit; needs --cache_len.",
         ),
     ]
     flags.DEFINE_bool("stream", False, "Print text as it is decoded, in a terminal with later text, faint.")

@@ -140,7 +140,7 @@ def test_a_decode_that_does_not_fit_is_refused_before_anything_is_allocated(
     per_token = 2 * 8 * 4 + 4 * (8 + 2)  # keys and values; fields of an entry, with two words of `sees`
     need = memory.gib(2**30 * per_token)
     message = (
-        f"The pool does not fit: 1 rows x 1,073,741,824 tokens x {per_token} bytes with 16 threads = {need} GiB; "
+        f"The pool does not fit: 1 row x 1,073,741,824 tokens x {per_token} bytes with 16 threads = {need} GiB; "
         f"{need} GiB are needed in this machine's memory, and 8.0 GiB are free. Nothing was allocated. Lower "
     )
     with pytest.raises(ValueError, match=re.escape(message)):

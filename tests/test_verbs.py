@@ -201,7 +201,7 @@ def test_prompts_and_sizes_that_cannot_be_end_in_one_line() -> None:
             *really,
             "Hi",
             "--max_new_tokens=2000000000",
-        ): r"The pool does not fit: 1 rows x 1,073,741,824 tokens x ",
+        ): r"The pool does not fit: 1 row x 1,073,741,824 tokens x ",
         (
             *really,
             "Hi",

@@ -30,8 +30,9 @@ def check_pool(compiled: Compiled) -> None:
         total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         rows, pool, threads = compiled.rows, compiled.limits.pool, compiled.limits.threads
         raise DoesNotFit(
-            f"The pool does not fit: {rows} rows x {pool:,} tokens x {total / rows / pool:,.0f} bytes with "
-            f"{threads:,} threads = {gib(total)} GiB; {lack}. Nothing was allocated.",
+            f"The pool does not fit: {rows} row{'s' * (rows > 1)} x {pool:,} tokens x "
+            f"{total / rows / pool:,.0f} bytes with {threads:,} threads = {gib(total)} GiB; "
+            f"{lack}. Nothing was allocated.",
             "Use fewer rows, or smaller Limits.pool or Limits.threads.",
             "Lower max_new_tokens (or cache_len) or max_branches, or give fewer prompts at once.",
         )

@@ -64,7 +64,7 @@ def new_leaf(
 
 
 def leaf_program(sharding: Any) -> Any:
-    """The jitted function of `new_leaf`. It is always of the same function, so jax keeps what is compiled."""
+    """The jitted function of `new_leaf`. The same function each time, so jax reuses what it compiled."""
     return jax.jit(_leaf, static_argnums=(2, 3, 4), out_shardings=sharding)
 
 
