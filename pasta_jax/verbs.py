@@ -65,7 +65,7 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
 
     `--help` ends with status 0, a flag that is unknown or of the wrong type in one line and status 2; with absl
     alone both would end with status 1. Threads of Orbax do not bury the line that says what is damaged. A reader of
-    the output who leaves ends the command.
+    the output who leaves ends the command, and so does Ctrl-C, without a traceback.
     """
 
     def parse(words: list[str]) -> Sequence[str]:
@@ -95,7 +95,11 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
 
     sys.unraisablehook = quieter
     with _quiet_pipe():
-        app.run(main, argv=argv, flags_parser=parse)
+        try:
+            app.run(main, argv=argv, flags_parser=parse)
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
 
 def _check_folder(flag: str, folder: str) -> None:

@@ -216,6 +216,12 @@ def test_prompts_and_sizes_that_cannot_be_end_in_one_line() -> None:
         )
 
 
+def test_ctrl_c_ends_a_command_in_one_line() -> None:
+    code = "from pasta_jax.verbs import run_main\ndef main(argv): raise KeyboardInterrupt\nrun_main(main)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGINT, "Interrupted.\n")
+
+
 @pytest.mark.parametrize("flag", ["--stream", "--nostream"])
 def test_a_reader_that_has_read_enough_ends_the_command(flag: str) -> None:
     """`| head`: no traceback, and the status of a command that a closed pipe ends."""

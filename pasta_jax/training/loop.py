@@ -135,9 +135,9 @@ def train(
         meter = Meter(checkpoints, window)
         batches = stage.batches(source, data_index, config.data.rows, config.data.length)
         with (
+            stop_requests() as request,
             MetricsWriter(workdir, first_step=step, steps=config.steps, tb=config.log.tb) as metrics,
             prefetch(batches) as prefetched,
-            stop_requests() as request,
         ):
             leaving = None
             while step < last and not leaving:
