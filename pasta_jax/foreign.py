@@ -132,6 +132,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
+def message_of(error: BaseException) -> str:
+    """What a library says of a file, for a message: in one line and cut short, since it may quote the file.
+
+    >>> message_of(KeyError("head"))
+    "KeyError: 'head'"
+    """
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 @dataclasses.dataclass(frozen=True)
 class Fields:
     """Typed fields of an object.

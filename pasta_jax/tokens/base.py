@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
-from pasta_jax.foreign import parse_object
+from pasta_jax.foreign import message_of, parse_object
 from pasta_jax.lang import tags
 from pasta_jax.tokens import chat as chats
 from pasta_jax.tokens.tokenizer import TokenizerError, check_text
@@ -192,4 +192,4 @@ def unpack(data: bytes) -> tuple[str, bytes, Usage]:
         usage["added"] = {int(i): name for i, name in usage["added"].items()}
         return fields["kind"], zlib.decompress(packed), Usage(**usage)
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
-        raise TokenizerError(f"The saved tokenizer is damaged: {type(error).__name__}: {error}") from error
+        raise TokenizerError(f"The saved tokenizer is damaged: {message_of(error)}") from error

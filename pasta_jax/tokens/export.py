@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from pasta_jax.files import json_bytes
-from pasta_jax.foreign import parse_object
+from pasta_jax.foreign import message_of, parse_object
 from pasta_jax.lang import tags
 from pasta_jax.tokens.base import SPACE, TextTokenizer
 from pasta_jax.tokens.load import TAGS_FILE
@@ -73,7 +73,7 @@ def with_named_tags(files: Mapping[str, bytes], vocabulary: Vocabulary) -> dict[
     except TokenizerError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, DecodeError) as error:
-        raise TokenizerError(f"{name} is damaged: {type(error).__name__}: {error}") from error
+        raise TokenizerError(f"{name} is damaged: {message_of(error)}") from error
     return out | {TAGS_FILE: tags_json(vocabulary)}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pasta_jax.extras import optional
-from pasta_jax.foreign import parse_object, shown
+from pasta_jax.foreign import message_of, parse_object, shown
 from pasta_jax.tokens.base import SPACE, TextTokenizer
 from pasta_jax.tokens.tokenizer import MissingPackage, TokenizerError, is_id, of_library
 from pasta_jax.tokens.usage import MARKER, Symbols
@@ -57,13 +57,11 @@ class HfTokenizer(TextTokenizer):
             special |= {i for i, piece in enumerate(pieces) if piece is None}  # ids that the file lacks
             spelled = tuple(b"" if i in special else piece or b"" for i, piece in enumerate(pieces))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise TokenizerError(
-                f"Not a tokenizer.json of Hugging Face: {type(error).__name__}: {error}"
-            ) from error
+            raise TokenizerError(f"Not a tokenizer.json of Hugging Face: {message_of(error)}") from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_lossless(fields)))
         except Exception as error:  # the package raises plain Exception
-            raise TokenizerError(f"Not a tokenizer.json of Hugging Face: {error}") from error
+            raise TokenizerError(f"Not a tokenizer.json of Hugging Face: {message_of(error)}") from error
         begins = of_library(self._tokenizer.encode, "", add_special_tokens=True).ids
         return Symbols(
             pieces=spelled,

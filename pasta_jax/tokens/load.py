@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pasta_jax.foreign import Fields, parse_object, read_bytes, shown
+from pasta_jax.foreign import Fields, message_of, parse_object, read_bytes, shown
 from pasta_jax.tokens.base import TextTokenizer, unpack
 from pasta_jax.tokens.hf import HfTokenizer
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
@@ -102,9 +102,7 @@ def tokenizer_from_bytes(data: bytes) -> TextTokenizer:
             except TokenizerError:
                 raise
             except (ValueError, LookupError, TypeError, AttributeError) as error:  # of what the usage says
-                raise TokenizerError(
-                    f"The saved tokenizer is damaged: {type(error).__name__}: {error}"
-                ) from error
+                raise TokenizerError(f"The saved tokenizer is damaged: {message_of(error)}") from error
     raise TokenizerError(f"The saved tokenizer is of the kind {kind!r}, which this pasta_jax does not know.")
 
 

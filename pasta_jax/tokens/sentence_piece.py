@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import sentencepiece
 
+from pasta_jax.foreign import message_of
 from pasta_jax.tokens.base import SPACE, TextTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError, of_library
 from pasta_jax.tokens.usage import MARKER, Symbols
@@ -26,7 +27,7 @@ class SentencePieceTokenizer(TextTokenizer):
         try:
             self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except Exception as error:
-            raise TokenizerError(f"Not a SentencePiece model: {error}") from error
+            raise TokenizerError(f"Not a SentencePiece model: {message_of(error)}") from error
         self._fence = of_library(sp.EncodeAsIds, _FENCE)
         spelled = [of_library(sp.IdToPiece, i) for i in range(sp.GetPieceSize())]
         if not any(spelled[i].strip(SPACE) for i in self._fence):  # at most the dummy prefix

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pasta_jax.foreign import message_of
 from pasta_jax.lang import tags
 from pasta_jax.lang.grammar import Kind
 
@@ -79,7 +80,7 @@ def of_library(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     try:
         return call(*args, **options)
     except Exception as error:
-        raise TokenizerError(f"It is damaged: {type(error).__name__}: {error}") from error
+        raise TokenizerError(f"It is damaged: {message_of(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,10 +46,18 @@ def check(case: Any) -> None:
 
 
 def check_program(program: Program, depth: int | None, characters: int) -> None:
-    assert parse(render(program), max_depth=depth) == program
+    assert equal(parse(render(program), max_depth=depth), program)
     cut = shortened(program, characters)
     assert assemble(cut) == assemble(program)[:characters]
-    assert parse(render(cut), max_depth=depth) == cut
+    assert equal(parse(render(cut), max_depth=depth), cut)
+
+
+def equal(one: Program, other: Program) -> bool:
+    """Python compares dataclasses recursively, so those that nest hundreds deep are compared as text."""
+    try:
+        return one == other
+    except RecursionError:
+        return render(one) == render(other)
 
 
 TARGET = Target(draw, check, cases=80)
