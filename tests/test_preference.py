@@ -392,7 +392,7 @@ def test_configurations_that_cannot_be_meant() -> None:
         ("lr", -1.0),
     ):
         changed: dict[str, Any] = {name: value}
-        with pytest.raises(ConfigError, match=rf"preference\.{name} must be .*, got {value}"):
+        with pytest.raises(ValueError, match=rf"^{name} must be .*, got {value}"):
             Config(preference=dataclasses.replace(PREFERENCE, **changed))
 
 

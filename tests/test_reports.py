@@ -247,9 +247,15 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
 
 
 def test_without_matplotlib(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+    class Without:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name.partition(".")[0] == "matplotlib":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "meta_path", [Without, *sys.meta_path])
     with pytest.raises(ImportError, match=r'pip install -e "\.\[plot\]"'):
         plots.frontier(RESULTS)
 
