@@ -148,7 +148,7 @@ class Compiled:
         device = min(place.device_set, key=lambda device: device.id)
         self.on_cpu = on_cpu = (platform or device.platform) == "cpu"
         cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params)) <= cached_bytes
-        self._on_host = device.platform == "cpu" and self.mesh is None
+        self._on_host = device.platform == "cpu" and self.mesh is None  # whatever `platform` says
         self.form = self._form(on_cpu, cached)
         self.batch_invariant = switch("batch_invariant", batch_invariant)
         if self.batch_invariant:
@@ -164,6 +164,7 @@ class Compiled:
         self._by_row: Any = sharding.batch_sharding(self.mesh, self.rows) if self.mesh else self._everywhere
         self._rules = rules_for(vocabulary, limits, positions, config.vocab_size)
         self.compile_s = 0.0
+        self._batch_shapes: dict[tuple[int, int], Batch] = {}
         self._executables: dict[ProgramKey, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
 
@@ -262,10 +263,13 @@ class Compiled:
 
     def batch_shapes(self, script_size: tuple[int, int] = NOTHING) -> Batch:
         """Shapes of `empty_batch`, with the sharding of each."""
-        request = SamplingParams().request(script_size)
-        batch = jax.eval_shape(functools.partial(self._new_batch, request))
-        pool: Any = sharding.pool_shardings(batch.pool, self.mesh) if self.mesh else self._everywhere
-        return sharding.abstract(batch, Batch(self._by_row, self._by_row, pool))
+        if script_size not in self._batch_shapes:  # traced once: each `decode` asks
+            request = SamplingParams().request(script_size)
+            batch = jax.eval_shape(functools.partial(self._new_batch, request))
+            pool: Any = sharding.pool_shardings(batch.pool, self.mesh) if self.mesh else self._everywhere
+            shapes = sharding.abstract(batch, Batch(self._by_row, self._by_row, pool))
+            self._batch_shapes[script_size] = shapes
+        return self._batch_shapes[script_size]
 
     def _new_batch(self, request: Request) -> Batch:
         return loop.empty_batch(self.config, self.limits, self.rows, request)

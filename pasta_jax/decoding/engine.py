@@ -62,7 +62,7 @@ class Decoder:
             raise ValueError("Compiled programs serve models alike in all but their parameters, in one size.")
         check_pool(compiled)
         self.model, self.compiled, self.chunk = model, compiled, whole("chunk", chunk, 1)
-        self.session = Session(model, compiled, chunk)
+        self.session = Session(model, compiled, self.chunk)
         self._scripted: dict[tuple[int, int], Session] = {}
         self._lock = threading.Lock()
 
