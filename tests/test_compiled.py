@@ -89,6 +89,25 @@ def test_a_decoder_runs_what_is_compiled_ahead_of_time(
     assert len(ran) == len(lowered), "each once"
 
 
+@pytest.mark.parametrize(
+    ("rows", "settings", "buckets"),
+    [
+        (8, {"cached_bytes": 0}, (128, 512, 1540)),
+        (8, {"cached_bytes": 0, "batch_invariant": True}, (1540,)),
+        (8, {"cached_bytes": 0, "platform": "gpu"}, (512, 1540)),
+        (8, {}, (512, 1540)),
+        (1, {"cached_bytes": 0}, (512, 1540)),
+    ],
+)
+def test_steps_of_several_rows_read_a_small_part_of_the_pool_at_first(
+    rows: int, settings: Any, buckets: tuple[int, ...]
+) -> None:
+    """On a CPU whose cache does not hold the weights."""
+    model = model_of(CONFIG, int8=False, mesh=None)
+    decoder = Decoder(model, limits=Limits(lanes=4, threads=4, pool=1536), rows=rows, **settings)
+    assert decoder.compiled.pool_buckets == buckets
+
+
 def test_nothing_is_compiled_after_the_warm_up(
     seed: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,9 @@ Form: TypeAlias = Literal["plain", "fused", "outputs_first"]
 """How decode steps read the weights: as they are; q, k and v as one matrix, on an accelerator, and on a CPU whose
 cache holds them; with outputs first, on a CPU whose cache does not (docs/lab-log.md says why)."""
 
+POOL_BUCKETS = (512, 2048, 8192)
+"""Entries of the pool that steps read while it fills."""
+
 LARGE_PREFILL = 2**30
 """Bytes of attention scores. Prompts that take more together are fed one by one."""
 
@@ -87,7 +90,7 @@ class Sizes(TypedDict, total=False):
     limits: Limits
     rows: int
     prompt_buckets: Sequence[int]
-    pool_buckets: Sequence[int]
+    pool_buckets: Sequence[int] | None
     widths: Sequence[int] | None
     batch_invariant: bool
     platform: str | None
@@ -109,7 +112,8 @@ class Compiled:
       rows: B, requests answered at once. On a mesh it is rounded up to a multiple of the devices that share rows.
       prompt_buckets: lengths that prompts are padded to, each with a prefill of its own.
       pool_buckets: how many entries of the pool steps read while it fills, each with a loop of its own. Those above
-        a third of the pool are left out.
+        a third of the pool are left out. By default 512, 2,048 and 8,192; 128 too for several rows on a CPU whose
+        cache does not hold the weights.
       widths: lanes that a step may have if fewer than S threads are ready, each with a loop of its own. By default
         there are several on CPUs only: elsewhere eight lanes cost what one does, and XLA copies the pool on its way
         into nested loops.
@@ -131,7 +135,7 @@ class Compiled:
         limits: Limits = Limits(),
         rows: int = 1,
         prompt_buckets: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024, 2048),
-        pool_buckets: Sequence[int] = (512, 2048, 8192),
+        pool_buckets: Sequence[int] | None = None,
         widths: Sequence[int] | None = None,
         batch_invariant: bool = False,
         platform: str | None = None,
@@ -155,6 +159,9 @@ class Compiled:
             pool_buckets, widths = (), ()
         if widths is None:
             widths = cpu.widths_for(limits.lanes, cached=cached and self.rows == 1) if on_cpu else ()
+        if pool_buckets is None:
+            small = on_cpu and not cached and self.rows > 1
+            pool_buckets = (*POOL_BUCKETS, cpu.SMALL_BUCKET) if small else POOL_BUCKETS
         self.widths = _up_to(limits.lanes, widths)
         self.entries = limits.pool + limits.lanes  # a step writes S entries, wherever it begins
         self.prompt_buckets = _up_to(limits.pool, prompt_buckets)

@@ -12,6 +12,14 @@ CACHED_BYTES = 8 * 2**20
 """Weights of at most this size stay in a processor's cache from one step to the next."""
 
 
+SMALL_BUCKET = 128
+"""Entries of the pool that steps of several rows read at first, where the weights come from main memory.
+
+XLA computes thin products of attention slowly, on one core, so entries that are not used yet are dear. With one row
+there is little of it; where weights are cached, compiling another loop takes longer than it saves
+(docs/lab-log.md)."""
+
+
 def widths_for(lanes: int, *, cached: bool) -> tuple[int, ...]:
     """The widths that are worth compiling, up to S = `lanes`; each takes its time to compile.
 
