@@ -4,7 +4,8 @@
     python -m tests.fuzz --input=fuzz-findings/NAME-SEED-NUMBER.json    # one finding again
 
 Status 1 if anything was found. Each finding is a file in fuzz-findings/: target, seed, number, traceback and the
-input, made smaller. A seed and a number make the same input in any run.
+input, made smaller. A seed and a number make the same input in any run. Ctrl-C or SIGTERM ends a run early; it says
+what it tried until then.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from typing import Any
 
 from tests.fuzz.runner import NAMES, Finding, attempt, nth, target
-from tests.fuzz.worker import work
+from tests.fuzz.worker import GRACE, stoppable, work
 
 FINDINGS = pathlib.Path("fuzz-findings")
 
@@ -90,6 +91,13 @@ class Run:
         self._take()
 
     def stop(self) -> None:
+        """Ends the processes early, and takes what they have done and found."""
+        for process, _, _ in self.workers:
+            process.terminate()
+        until = time.time() + GRACE
+        while time.time() < until and any(process.exitcode is None for process, _, _ in self.workers):
+            self._take()
+        self._take()
         for process, shared, _ in self.workers:
             process.kill()
             self._count(shared)
@@ -146,6 +154,7 @@ def main() -> int:
     seed = random.SystemRandom().randrange(2**31) if given.seed is None else given.seed
     print(f"fuzz: {', '.join(given.only)} for {given.minutes:g} min, seed {seed}", flush=True)
     run = Run(given, seed)
+    stoppable()
     try:
         run.watch()
     except KeyboardInterrupt:

@@ -6,6 +6,10 @@ import contextlib
 import json
 import pathlib
 import random
+import re
+import signal
+import subprocess
+import sys
 import time
 import types
 from typing import Any
@@ -120,3 +124,35 @@ def test_a_process_that_does_not_end_is_killed_and_a_finding(
     assert run.counts["texts"] == 5
     (kept,) = pathlib.Path("fuzz-findings").iterdir()
     assert json.loads(kept.read_text())["fault"] == "Died: the process ended with status -9"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_leaves_no_process() -> None:
+    """What it did until then is said, if anything can be: SIGKILL ends a process without a word."""
+    code = """if True:
+        import sys
+        from tests.fuzz import __main__ as command
+        take = command.Run._take
+        def told(run):
+            take(run)
+            if run.workers and run.workers[0][1][0]:
+                print("busy", flush=True)
+        command.Run._take = told
+        sys.exit(command.main())
+    """
+    line = [sys.executable, "-c", code, "--only=texts", "--processes=1", "--seed=3"]
+    runs = {
+        number: subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for number in (signal.SIGTERM, signal.SIGKILL)
+    }
+    for number, run in runs.items():
+        assert run.stdout is not None and "30 min" in run.stdout.readline()
+        assert run.stdout.readline() == "busy\n"
+        run.send_signal(number)
+        said, faults = run.communicate(
+            timeout=20
+        )  # until its process, which has the same pipes, has ended too
+        assert "Traceback" not in faults
+        counts = re.findall(r"fuzz: [\d,]+ inputs in 0 min \(texts ([\d,]+)\), 0 findings, seed 3\n$", said)
+        assert run.returncode == (0 if counts else -signal.SIGKILL)
+        assert bool(counts) == (number == signal.SIGTERM) and counts != ["0"]

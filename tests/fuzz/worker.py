@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 import time
+from types import FrameType
 from typing import Any
 
 from tests.fuzz.runner import attempt, minimised, nth, target
@@ -15,11 +21,45 @@ HANGS = 5
 MINIMISING = 20.0
 """Seconds for making an input smaller; the last try may take as long as any input."""
 
+GRACE = 5.0
+"""Seconds that a process has to end the commands that it started, and to remove what it wrote."""
+
+
+def stoppable() -> None:
+    """From now on the first SIGTERM or Ctrl-C raises KeyboardInterrupt; others have no effect."""
+    both = signal.SIGTERM, signal.SIGINT
+
+    def stop(*_: int | FrameType | None) -> None:
+        for number in both:
+            signal.signal(number, lambda *_: None)
+        raise KeyboardInterrupt
+
+    for number in both:
+        signal.signal(number, stop)
+
+
+def _end_if_it_was_lost(fault: Any) -> None:
+    """An exception that is raised while Python frees objects stops nothing."""
+    if isinstance(fault.exc_value, KeyboardInterrupt):
+        os._exit(1)
+    sys.__unraisablehook__(fault)
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(1)
+
 
 def work(
     names: list[str], seed: int, first: list[int], every: int, until: float, shared: Any, found: Any
 ) -> None:
     """Checks the inputs first, first + every, ... of each target, each in its share of the time.
+
+    It ends with the process that started it, whatever ended that.
 
     Args:
       names: of the targets.
@@ -29,6 +69,18 @@ def work(
       shared: for each target, inputs done; then index and number of the one being checked.
       found: a queue of findings.
     """
+    stoppable()
+    sys.unraisablehook = _end_if_it_was_lost
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    try:
+        _work(names, seed, first, every, until, shared, found)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGTERM)
+
+
+def _work(
+    names: list[str], seed: int, first: list[int], every: int, until: float, shared: Any, found: Any
+) -> None:
     from tests import conftest  # noqa: F401  (the tests' environment: before jax is loaded)
 
     logging.disable()
