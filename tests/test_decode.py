@@ -21,7 +21,7 @@ from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang import tags
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.positions import Positions
-from tests.helpers import AS_FOR_USERS, SEEDS_ARE_FIXED, optimized, slow
+from tests.helpers import AS_FOR_USERS, FULL, SEEDS_ARE_FIXED, full, optimized, slow
 from tests.helpers.chatty import PROMPTS, WORDS, chatty_model, ids, once_through
 
 LIMITS = Limits(lanes=8, threads=16, pool=300)
@@ -105,9 +105,10 @@ FORMS: dict[int, tuple[str, dict[str, Any]]] = {
 """By lanes: the form of the weights, and when they have it. On accelerators; on CPUs without and with a cache."""
 
 
-@pytest.mark.parametrize("lanes", [slow(1), slow(3), 8])
-@pytest.mark.parametrize("max_depth", [1, slow(3)])
-def test_parity(lanes, max_depth, seed, monkeypatch):
+@pytest.mark.parametrize(
+    ("max_depth", "lanes"), [slow(1, 1), slow(1, 3), (1, 8), full(3, 1), full(3, 3), slow(3, 8)]
+)
+def test_parity(max_depth, lanes, seed, monkeypatch):
     """Law 2: every token fed has all the logits, fed at once, that it had when it was decoded."""
     limits = Limits(lanes, 16, 300, max_depth)
     seeds = [seed + i for i in range(6)]
@@ -178,7 +179,7 @@ class TestInvariance:
     @pytest.mark.slow
     def test_lanes(self, greedy):
         expected = decode(SEEDS, greedy=greedy)
-        for lanes in (1, 2, 4, 16):
+        for lanes in (1, 2, 4, 16) if FULL else (1, 16):
             found = decode(SEEDS, greedy=greedy, limits=dataclasses.replace(LIMITS, lanes=lanes))
             for seed, one, other in zip(SEEDS, expected, found):
                 assert agree(one, other), (lanes, seed)
@@ -190,7 +191,7 @@ class TestInvariance:
         """And compiled as for users, with all care."""
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
         with optimized():
-            for widths in ((1, 2, 3, 4, 6), (1, 4)):
+            for widths in ((1, 2, 3, 4, 6), (1, 4)) if FULL else ((1, 4),):
                 found = decode(SEEDS, greedy=greedy, widths=widths, careful=True)
                 assert [schedule(t) for t in found] == expected
 

@@ -37,6 +37,11 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def full(*values: Any) -> Any:
+    """A case of `pytest.mark.parametrize` that only continuous integration runs: it proves again what others do."""
+    return pytest.param(*values, marks=pytest.mark.skipif(not FULL, reason="one of .ci/run's full counts"))
+
+
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
     """The programs that are compiled meanwhile, or read from the cache on disk, by name."""
