@@ -138,6 +138,8 @@ def message_of(error: BaseException) -> str:
     >>> message_of(KeyError("head"))
     "KeyError: 'head'"
     """
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 300 else f"{text[:297]}..."
 
@@ -163,7 +165,8 @@ class Fields:
 
     def fault(self, key: str, reason: str, value: Any = None) -> ValueError:
         value = self[key] if value is None else value
-        return self.error(f"{self.path}: {key}={shown(value)}: {reason}.")
+        name = key if key.isprintable() and len(key) <= 80 else shown(key)
+        return self.error(f"{self.path}: {name}={shown(value)}: {reason}.")
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number above 0; `default` stands for null."""

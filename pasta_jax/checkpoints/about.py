@@ -25,7 +25,7 @@ from etils import epath
 from pasta_jax import overrides
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.files import write_json
-from pasta_jax.foreign import parse_object
+from pasta_jax.foreign import message_of, parse_object
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import tokenizer_from_bytes
 from pasta_jax.tokens.tokenizer import MissingPackage, Tokenizer, TokenizerError
@@ -159,9 +159,7 @@ def read_metadata(path: epath.Path) -> CheckpointMetadata:
     except OSError as error:
         raise CheckpointError(f"{file} could not be read: {error}") from error
     except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
-        raise CheckpointError(
-            damage_message(path, f"{file.name}: {type(error).__name__}: {error}")
-        ) from error
+        raise CheckpointError(damage_message(path, f"{file.name}: {message_of(error)}")) from error
 
 
 def damage_message(path: epath.Path, reason: str, *items: str) -> str:

@@ -26,6 +26,7 @@ from pasta_jax.checkpoints.about import (
 )
 from pasta_jax.checkpoints.load import check_base, check_shapes, restore_arrays, saved_shapes
 from pasta_jax.config import Config
+from pasta_jax.foreign import message_of
 from pasta_jax.model.forms import Params
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -59,8 +60,8 @@ class Checkpoints:
             raise
         except Exception as error:  # whatever a damaged file makes Orbax raise
             raise CheckpointError(
-                f"Orbax cannot open {self.directory}: {type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0][:300]}; if a step's _CHECKPOINT_METADATA is damaged, delete it."
+                f"Orbax cannot open {self.directory}: {message_of(error)}; if a step's _CHECKPOINT_METADATA is "
+                "damaged, delete it."
             ) from error
 
     def __enter__(self) -> Checkpoints:

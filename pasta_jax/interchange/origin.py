@@ -20,7 +20,7 @@ from etils import epath
 
 from pasta_jax.checkpoints.about import CheckpointError, absolute_path, find_checkpoint
 from pasta_jax.files import is_writer, replacing, write_json
-from pasta_jax.foreign import parse_object, read_bytes
+from pasta_jax.foreign import message_of, parse_object, read_bytes
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import Folder
 from pasta_jax.interchange.tensors import INDEX, TensorFile, parse_header
@@ -146,7 +146,7 @@ def read_origin(path: str | os.PathLike[str]) -> Origin | None:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InterchangeError(
-            f"{root} is damaged ({type(error).__name__}: {error}). Import the model again; or delete that folder: "
+            f"{root} is damaged ({message_of(error)}). Import the model again; or delete that folder: "
             "exports then have files of their own instead of the original ones."
         ) from error
 

