@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import logging
 import os
 import platform
@@ -90,7 +91,7 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
 
     def quieter(fault: Any) -> None:
         """Reports an error in a thread, but not those of Orbax, whose threads outlive a read that failed."""
-        if str(fault.exc_value) != "Event loop is closed":
+        if str(fault.exc_value) != "Event loop is closed" and not inspect.iscoroutine(fault.object):
             report(fault)
 
     sys.unraisablehook = quieter

@@ -87,9 +87,20 @@ class Late:
 
 late = Late("Event loop is closed")
 
+class Wait:
+    def __await__(self):
+        yield
+
+async def reading():
+    try:
+        await Wait()
+    finally:
+        raise OSError("a file is missing")
+
 def main(argv):
     Late("something else")
     Late("Event loop is closed")
+    reading().send(None)
     verbs.refuse("The checkpoint is damaged.")
 
 verbs.run_main(main)
@@ -97,7 +108,7 @@ verbs.run_main(main)
     done = run("-c", code)
     assert done.returncode == 2
     assert done.stderr.endswith("RuntimeError: something else\nThe checkpoint is damaged.\n")
-    assert "Event loop" not in done.stderr
+    assert "Event loop" not in done.stderr and "a file is missing" not in done.stderr
 
 
 def test_compiling_for_a_tpu_says_what_it_lacks() -> None:

@@ -76,7 +76,7 @@ def read_records(
     names = {key: key for key in KEYS} | dict(columns or {})
     if unknown := set(names) - set(KEYS):
         raise RecordError(
-            f"columns maps {', '.join(sorted(unknown))}; only {' and '.join(KEYS)} can be mapped."
+            f"columns maps {', '.join(map(shown, sorted(unknown)))}; only {' and '.join(KEYS)} can be mapped."
         )
     try:
         with open(path, "rb") as file:

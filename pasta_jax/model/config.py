@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from pasta_jax.fields import check_fields, field
+from pasta_jax.foreign import shown
 
 LayerKind = Literal["global", "local"]
 
@@ -104,7 +105,7 @@ class Lora:
         check_fields(self)
         if unknown := set(self.targets) - set(DENSE):
             raise ValueError(
-                f"targets: {', '.join(sorted(unknown))} unknown. Use some of {', '.join(DENSE)}."
+                f"targets: {', '.join(map(shown, sorted(unknown)))} unknown. Use some of {', '.join(DENSE)}."
             )
 
     @property
