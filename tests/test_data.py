@@ -115,7 +115,7 @@ def test_columns_map_foreign_names(tmp_path: pathlib.Path) -> None:
     file = write(tmp_path / "data.jsonl", {"instruction": "a", "output": "b"})
     examples, problems = records.read_records(file, columns={"prompt": "instruction", "response": "output"})
     assert (len(examples), problems) == (1, [])
-    with pytest.raises(records.RecordError, match="columns maps answer"):
+    with pytest.raises(records.RecordError, match="columns maps 'answer'"):
         records.read_records(file, columns={"answer": "output"})
     with pytest.raises(records.RecordError, match="No such file"):
         records.read_records(tmp_path / "none.jsonl")
