@@ -20,6 +20,7 @@ form (`model.forms`).
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 from typing import Any
 
@@ -187,14 +188,20 @@ def param_shapes(config: ModelConfig, lora: Lora = Lora()) -> dict[str, Any]:
 
 
 def _shapes(config: ModelConfig, lora: Lora) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Shape and dtype of each parameter by path, in the order in which its module declares it."""
+    """Shape and dtype of each parameter by path, in the order in which its module declares it.
+
+    One layer is traced for all: their parameters are alike.
+    """
     shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
 
     def declare() -> None:
         token = jnp.zeros((1, 1), jnp.int32)
-        new = Transformer(config, lora).init(jax.random.key(0), token, token, jnp.ones((1, 1, 1), bool))
-        for path, leaf in flatten_dict(new["params"]).items():
-            shapes[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        model = Transformer(dataclasses.replace(config, num_layers=1), lora)
+        new = model.init(jax.random.key(0), token, token, jnp.ones((1, 1, 1), bool))
+        for (first, *rest), leaf in flatten_dict(new["params"]).items():
+            parts = [f"layer_{z}" for z in range(config.num_layers)] if first == "layer_0" else [first]
+            for part in parts:
+                shapes[part, *rest] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     jax.eval_shape(declare)
     return shapes
