@@ -18,8 +18,10 @@ from pasta_jax.model import (
     init_params,
     param_count,
     pool_bytes,
+    scan,
 )
-from pasta_jax.model.attention import attend, attend_to_earlier
+from pasta_jax.model.attention import attend
+from pasta_jax.model.blocks import Matrix, attend_to_earlier
 from pasta_jax.model.forms import fuse, outputs_first, quantize
 from pasta_jax.model.pool import write
 from tests.helpers import slow
@@ -124,9 +126,10 @@ def test_blocks_of_queries_give_what_all_at_once_gives(length: int, seed: int) -
         out = one(q, k, v, may_attend)
         return out, jax.grad(lambda *qkv: (one(*qkv, may_attend) ** 2).sum(), (0, 1, 2))(q, k, v)
 
-    for blocks, whole in zip(
-        jax.tree.leaves(both(attend_to_earlier)), jax.tree.leaves(both(attend)), strict=True
-    ):
+    def by_blocks(q: Any, k: Any, v: Any, matrix: Any) -> Any:
+        return attend_to_earlier(q, k, v, Matrix(matrix))
+
+    for blocks, whole in zip(jax.tree.leaves(both(by_blocks)), jax.tree.leaves(both(attend)), strict=True):
         np.testing.assert_allclose(blocks, whole, atol=1e-4)
 
 
@@ -244,3 +247,29 @@ def test_weights_turned_for_decoding_say_the_same(config: ModelConfig, change: A
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="Only plain weights|nothing to fuse"):
         change(turned)
+
+
+@pytest.mark.parametrize("unrolled", [0, 8], ids=["scan", "unrolled"])
+def test_a_pass_of_stacked_layers_is_that_of_layer_after_layer(
+    unrolled: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also its gradients; with global and local layers, which differ in angles and in what they see."""
+    monkeypatch.setattr(scan, "UNROLLED", unrolled)
+    config = dataclasses.replace(
+        TINY, num_layers=3, layer_kinds=("local", "global"), sliding_window=4, local_rope_base=100.0
+    )
+    rng = np.random.default_rng(seed)
+    params = random_params(config, rng)
+    tokens, positions, may_attend = inputs(rng, 2, 12)
+    weights = rng.normal(size=(2, 12, config.model_dim)).astype(np.float32)
+    matrix = Matrix(jnp.asarray(may_attend))
+
+    def expected(params: Any) -> Any:
+        return (forward(config, params, tokens, positions, may_attend)[0] * weights).sum()
+
+    def found(params: Any) -> Any:
+        return (scan.hidden_states(Transformer(config), params, tokens, positions, matrix) * weights).sum()
+
+    results = [jax.tree.leaves(jax.jit(jax.value_and_grad(f))(params)) for f in (found, expected)]
+    for x, y in zip(*results, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.arrays import Array
-from pasta_jax.model.attention import attend, attend_to_earlier
+from pasta_jax.model.attention import attend
+from pasta_jax.model.blocks import attend_to_earlier
 from pasta_jax.model.config import Lora, ModelConfig
 from pasta_jax.model.forms import Int8, OutputsFirst, project, project_fused
 from pasta_jax.model.initial import initial
@@ -84,11 +85,14 @@ class Attention(nn.Module):
         self,
         x_BxQxD: Array,
         rotary: Rotary,
-        may_attend_BxQxP: Array,
+        may_attend: Any,
         pool_kv: tuple[Array, Array] | None,
         start_B: Array | None,
     ) -> tuple[Array, tuple[Array, Array]]:
-        """[B, Q, D], and the layer's keys and values [B, K, P, H], including those of this call."""
+        """[B, Q, D], and the layer's keys and values [B, K, P, H], including those of this call.
+
+        `may_attend` is bool [B, Q, P] over a pool, and without one a `blocks.MayAttend`.
+        """
         c = self.config
         D, N, H = c.model_dim, c.num_heads, c.head_dim
         q_BxQxNxH, k_BxQxKxH, v_BxQxKxH = self._heads(x_BxQxD)
@@ -100,9 +104,9 @@ class Attention(nn.Module):
         if pool_kv is not None:
             k_BxKxPxH = write(pool_kv[0], k_BxKxPxH, start_B)
             v_BxKxPxH = write(pool_kv[1], v_BxKxPxH, start_B)
-            used = may_attend_BxQxP.shape[-1]
+            used = may_attend.shape[-1]
             attention, keys, values = attend, k_BxKxPxH[:, :, :used], v_BxKxPxH[:, :, :used]
-        out_BxQxNxH = attention(q_BxQxNxH, keys, values, may_attend_BxQxP, c.query_scale, c.attn_softcap)
+        out_BxQxNxH = attention(q_BxQxNxH, keys, values, may_attend, c.query_scale, c.attn_softcap)
         return dense(self, "o_proj", out_BxQxNxH, (N, H, D), inner=2), (k_BxKxPxH, v_BxKxPxH)
 
     def _heads(self, x_BxQxD: Array) -> tuple[Array, Array, Array]:
@@ -161,11 +165,11 @@ class Layer(nn.Module):
         self,
         x_BxQxD: Array,
         rotary: Rotary,
-        may_attend_BxQxP: Array,
+        may_attend: Any,
         pool_kv: tuple[Array, Array] | None,
         start_B: Array | None,
     ) -> tuple[Array, tuple[Array, Array]]:
-        out_BxQxD, pool_kv = self.attn(self.attn_norm(x_BxQxD), rotary, may_attend_BxQxP, pool_kv, start_B)
+        out_BxQxD, pool_kv = self.attn(self.attn_norm(x_BxQxD), rotary, may_attend, pool_kv, start_B)
         x_BxQxD = x_BxQxD + (self.attn_post_norm(out_BxQxD) if self.config.post_norms else out_BxQxD)
         out_BxQxD = self.mlp(self.mlp_norm(x_BxQxD))
         return x_BxQxD + (self.mlp_post_norm(out_BxQxD) if self.config.post_norms else out_BxQxD), pool_kv

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pasta_jax.arrays import Array
+from pasta_jax.model.blocks import Matrix
 from pasta_jax.model.config import Lora, ModelConfig
 from pasta_jax.model.forms import Params, look_up, unembed
 from pasta_jax.model.initial import fold_of, initial, new_leaf
@@ -124,13 +125,15 @@ class Transformer(nn.Module):
         x_BxQxD = self.embed(tokens_BxQ)
         _check_shapes(x_BxQxD.shape, may_attend_BxQxP.shape, pool, start_B)
         rotary = rotary_of(self.config, positions_BxQ)
-        may_attend = {"global": may_attend_BxQxP}
+        may_attend: dict[str, Any] = {"global": may_attend_BxQxP}
         if "local" in rotary:
             key_positions_BxP = positions_BxQ if pool is None else key_positions_BxP
             if key_positions_BxP is None:
                 raise ValueError("Local layers over a pool need `key_positions_BxP`, those of its keys.")
             distance_BxQxP = positions_BxQ[:, :, None] - key_positions_BxP[:, None, :]
             may_attend["local"] = may_attend_BxQxP & (distance_BxQxP < self.config.sliding_window)
+        if pool is None:
+            may_attend = {kind: Matrix(matrix) for kind, matrix in may_attend.items()}
         written = []
         for z, (kind, layer) in enumerate(zip(self.config.kinds, self.layer, strict=True)):
             pool_kv = None if pool is None else (pool.k[z], pool.v[z])

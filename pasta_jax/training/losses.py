@@ -24,8 +24,9 @@ class Scores:
 def score(logits_BxLxV: Array, target_BxL: Array) -> Scores:
     """From float32 logits, and int32 targets or NO_TARGET."""
     has_target_BxL = target_BxL != NO_TARGET
-    some_target_BxLx1 = jnp.where(has_target_BxL, target_BxL, 0)[..., None]
-    at_target_BxL = jnp.take_along_axis(logits_BxLxV, some_target_BxLx1, axis=-1)[..., 0]
+    is_target_BxLxV = jnp.arange(logits_BxLxV.shape[-1]) == target_BxL[..., None]
+    # Not by index: the gradient of that scatters into zeros, as large as the logits.
+    at_target_BxL = jnp.sum(jnp.where(is_target_BxLxV, logits_BxLxV, 0.0), axis=-1)
     logprob_BxL = at_target_BxL - jax.nn.logsumexp(logits_BxLxV, axis=-1)
     # Not argmax: on CPU that takes ten times as long as the rest of the loss.
     is_likeliest_BxL = (at_target_BxL >= logits_BxLxV.max(-1)) & has_target_BxL

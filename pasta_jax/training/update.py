@@ -10,13 +10,16 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from pasta_jax import sharding
 from pasta_jax.arrays import NO_TARGET, Array, ThreadedTokens
 from pasta_jax.config import Config
 from pasta_jax.model import lora as adapters
+from pasta_jax.model.blocks import some
 from pasta_jax.model.forms import Params
-from pasta_jax.model.transformer import Transformer, forward, init_params, logits, param_shapes
+from pasta_jax.model.scan import hidden_states
+from pasta_jax.model.transformer import Transformer, init_params, logits, param_shapes
 from pasta_jax.rounding import ceil_div
 from pasta_jax.training.losses import Scores, Sums, score
 from pasta_jax.training.microbatches import rows_sharding, sum_over_parts
@@ -31,13 +34,29 @@ LOGITS = 2**25
 """Maximum number of float32 logits of a row held at once: 128 MiB."""
 
 
+@struct.dataclass
+class Documents:
+    """`model.blocks.MayAttend` by `visible`: of tokens with these fields."""
+
+    doc: Array
+    segment: Array
+    order: Array
+    sees: Array
+
+    def block(self, start: Array | int, size: int, keys: int) -> Array:
+        """Bool [B, size, keys]: the queries from `start` on, and the first keys."""
+        queries = jax.tree.map(lambda x: some(x, start, size), self)
+        return visible(queries, jax.tree.map(lambda x: x[:, :keys], self))
+
+
 def scores_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Scores:
     """The scores of every target of a batch ([B, L] fields), all tokens fed at once.
 
     Logits of a large vocabulary are computed, and recomputed in the backward pass, for some tokens of each row at a
     time: a row of 2,048 tokens has 2 GB of them in Gemma, and gradients of the same size.
     """
-    hidden_BxLxD, _ = forward(model, params, batch.token, batch.position, visible(batch, batch))
+    sees = Documents(batch.doc, batch.segment, batch.order, batch.sees)
+    hidden_BxLxD = hidden_states(model, params, batch.token, batch.position, sees)
     B, L, D = hidden_BxLxD.shape
     size = min(L, max(1, LOGITS // model.config.vocab_size))
     count = ceil_div(L, size)

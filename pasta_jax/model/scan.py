@@ -1,0 +1,83 @@
+"""A pass over whole documents, as training makes it: one layer compiled, and run Z times by `jax.lax.scan`.
+
+So compiling the pass takes as long for eighty layers as for nine. The layers' parameters, alike in shape, are
+stacked for it within the program; checkpoints and all else hold them layer by layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from pasta_jax.arrays import Array
+from pasta_jax.model.blocks import MayAttend, some
+from pasta_jax.model.forms import Params
+from pasta_jax.model.layers import Layer
+from pasta_jax.model.rotary import rotary_of
+from pasta_jax.model.transformer import Transformer
+
+STACKED = "layers"
+"""Name of the stacked layers among the parameters."""
+
+UNROLLED = 8
+"""Maximum number of layers that are compiled one by one: for so few that takes no longer, and a CPU, which computes
+what does not depend on each other side by side, then takes a tenth less time."""
+
+
+def stack(params: Params) -> Params:
+    """Parameters with `layer_0`, `layer_1`, ... as one tree `layers`, whose leaves have a first dimension Z."""
+    layers = [params[f"layer_{z}"] for z in range(sum(name.startswith("layer_") for name in params))]
+    rest = {name: value for name, value in params.items() if not name.startswith("layer_")}
+    return rest | {STACKED: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+@struct.dataclass
+class Windowed:
+    """`MayAttend` of local layers too, which see no key that is `window` or more positions before the query."""
+
+    may_attend: Any  # MayAttend
+    position: Array  # int32 [B, L]
+    window: Array  # int32 []
+
+    def block(self, start: Array | int, size: int, keys: int) -> Array:
+        distance = some(self.position, start, size)[:, :, None] - self.position[:, None, :keys]
+        return self.may_attend.block(start, size, keys) & (distance < self.window)
+
+
+def hidden_states(
+    model: Transformer, params: Params, tokens_BxL: Array, positions_BxL: Array, may_attend: MayAttend
+) -> Array:
+    """Hidden states [B, L, D] after the last norm, those of `Transformer.__call__` without a pool.
+
+    Args:
+      model: with `remat`, the backward pass recomputes each layer.
+      params: plain, stacked or not.
+      tokens_BxL, positions_BxL: int32, vocabulary ids and rotary positions.
+      may_attend: who may attend to whom; nobody to a later token.
+    """
+    c = model.config
+    if STACKED not in params:
+        params = stack(params)
+    rotary = rotary_of(c, positions_BxL)
+    is_local_Z = jnp.array([kind == "local" for kind in c.kinds])
+    endless = jnp.iinfo(jnp.int32).max
+    layer = Layer(c, model.lora)
+
+    def run(x_BxLxD: Array, of_layer: tuple[Params, Array]) -> tuple[Array, None]:
+        weights, is_local = of_layer
+        angles, sees = rotary.get("global", rotary.get("local")), may_attend
+        if "local" in rotary:
+            angles = jax.tree.map(
+                lambda local, other: jnp.where(is_local, local, other), rotary["local"], angles
+            )
+            sees = Windowed(may_attend, positions_BxL, jnp.where(is_local, c.sliding_window, endless))
+        return layer.apply({"params": weights}, x_BxLxD, angles, sees, None, None)[0], None
+
+    run = jax.checkpoint(run, prevent_cse=False) if model.remat else run
+    embedded = model.apply({"params": params}, tokens_BxL, method=lambda m, tokens: m.embed(tokens))
+    layers = params[STACKED], is_local_Z
+    hidden, _ = jax.lax.scan(run, embedded, layers, unroll=c.num_layers <= UNROLLED)
+    return model.apply({"params": params}, hidden, method=lambda m, x: m.final_norm(x))
