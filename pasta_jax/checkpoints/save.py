@@ -59,9 +59,10 @@ class Checkpoints:
         except OSError:
             raise
         except Exception as error:  # whatever a damaged file makes Orbax raise
+            first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+            cause = message_of(error) if isinstance(error, RecursionError) else first_line
             raise CheckpointError(
-                f"Orbax cannot open {self.directory}: {message_of(error)}; if a step's _CHECKPOINT_METADATA is "
-                "damaged, delete it."
+                f"Orbax cannot open {self.directory}: {cause}; if a step's _CHECKPOINT_METADATA is damaged, delete it."
             ) from error
 
     def __enter__(self) -> Checkpoints:

@@ -1,4 +1,4 @@
-"""The decoder: one path for training, prefill and decode steps.
+"""The decoder: prefill and decode steps; `scan` runs the same layers over whole documents to train.
 
 The model knows nothing of threads or promises: it gets tokens, rotary positions, and a boolean matrix that says
 which keys each query may attend to (`visibility.visible`).

@@ -24,7 +24,7 @@ class Scores:
 def score(logits_BxLxV: Array, target_BxL: Array) -> Scores:
     """From float32 logits, and int32 targets or NO_TARGET."""
     has_target_BxL = target_BxL != NO_TARGET
-    is_target_BxLxV = jnp.arange(logits_BxLxV.shape[-1]) == target_BxL[..., None]
+    is_target_BxLxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxLxV.shape, 2) == target_BxL[..., None]
     # Not by index: the gradient of that scatters into zeros, as large as the logits.
     at_target_BxL = jnp.sum(jnp.where(is_target_BxLxV, logits_BxLxV, 0.0), axis=-1)
     logprob_BxL = at_target_BxL - jax.nn.logsumexp(logits_BxLxV, axis=-1)

@@ -52,13 +52,18 @@ OPTIONS = (
 LATE = 240.0
 
 
+def as_argument(text: str) -> str:
+    """Without what no argument of a process can hold: NUL, and half a character."""
+    return text.replace("\0", "").encode("utf-8", "ignore").decode("utf-8")
+
+
 def draw(rng: random.Random) -> Any:
     kind = rng.random()
     damage = {}
     words = [
         *DECODE,
-        rng.choice(("the Nile", "", "caf\udce9", "x" * 3_000, str(hostile.text(rng, large=False)))).replace(
-            "\0", ""
+        rng.choice(
+            ("the Nile", "", "caf\udce9", "x" * 3_000, as_argument(str(hostile.text(rng, large=False))))
         ),
     ]
     if kind < 0.15:
