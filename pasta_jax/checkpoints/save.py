@@ -62,7 +62,8 @@ class Checkpoints:
             first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
             cause = message_of(error) if isinstance(error, RecursionError) else first_line
             raise CheckpointError(
-                f"Orbax cannot open {self.directory}: {cause}; if a step's _CHECKPOINT_METADATA is damaged, delete it."
+                f"Orbax cannot open {self.directory}: {cause}; if a step's _CHECKPOINT_METADATA is "
+                "damaged, delete it."
             ) from error
 
     def __enter__(self) -> Checkpoints:
