@@ -20,6 +20,7 @@ from pasta_jax.model import (
     pool_bytes,
     scan,
 )
+from pasta_jax.model import blocks as blocks_module
 from pasta_jax.model.attention import attend
 from pasta_jax.model.blocks import Matrix, attend_to_earlier
 from pasta_jax.model.forms import fuse, outputs_first, quantize
@@ -114,8 +115,14 @@ def test_a_later_token_changes_nothing_before_it(seed: int) -> None:
     assert differs.tolist() == [i >= changed for i in range(length)]
 
 
-@pytest.mark.parametrize("length", [1, 64, 65, slow(150), slow(600)])
-def test_blocks_of_queries_give_what_all_at_once_gives(length: int, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "block"), [(1, 128), (64, 128), (65, 128), (65, 30), slow(150, 25), slow(600, 128)]
+)
+def test_blocks_of_queries_give_what_all_at_once_gives(
+    length: int, block: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spans of one block, and of several and a rest."""
+    monkeypatch.setattr(blocks_module, "BLOCK", block)
     rng = np.random.default_rng(seed)
     shapes = ((2, length, 4, 8), (2, 2, length, 8), (2, 2, length, 8))
     q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
