@@ -207,10 +207,10 @@ class Compiled:
         return 1 if self.mesh is None and (self.batch_invariant or is_large) else self.rows
 
     def scores(self, rows: int, length: int) -> jax.ShapeDtypeStruct:
-        """Shape of the attention scores that feeding prompts of this length takes at least: float32 [n, N, Q, L].
+        """Shape of the attention scores by which feeding prompts of this length is judged: float32 [n, N, Q, L].
 
-        `attend_to_earlier` goes by eight blocks of queries. On a CPU XLA computes them side by side, elsewhere at
-        least the last one is in memory.
+        `attend_to_earlier` goes by eight spans of queries. On a CPU XLA computes them side by side, elsewhere the
+        last one counts. Above 1,024 tokens that is more than is in memory: a span then goes block by block.
         """
         queries = ceil_div(9 * length, 16) if self.on_cpu else ceil_div(length, 8)
         shape = (rows, self.config.num_heads, queries, length)

@@ -19,19 +19,14 @@ from pasta_jax.model.layers import Layer
 from pasta_jax.model.rotary import rotary_of
 from pasta_jax.model.transformer import Transformer
 
-STACKED = "layers"
-"""Name of the stacked layers among the parameters."""
-
 UNROLLED = 8
 """Maximum number of layers that are compiled one by one: for so few that takes no longer, and a CPU, which computes
 what does not depend on each other side by side, then takes a tenth less time."""
 
 
-def stack(params: Params) -> Params:
-    """Parameters with `layer_0`, `layer_1`, ... as one tree `layers`, whose leaves have a first dimension Z."""
-    layers = [params[f"layer_{z}"] for z in range(sum(name.startswith("layer_") for name in params))]
-    rest = {name: value for name, value in params.items() if not name.startswith("layer_")}
-    return rest | {STACKED: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+def stack(params: Params, layers: int) -> Params:
+    """The parameters of all layers as one tree, whose leaves have a first dimension Z."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[f"layer_{z}"] for z in range(layers)))
 
 
 @struct.dataclass
@@ -54,13 +49,11 @@ def hidden_states(
 
     Args:
       model: with `remat`, the backward pass recomputes each layer.
-      params: plain, stacked or not.
+      params: plain.
       tokens_BxL, positions_BxL: int32, vocabulary ids and rotary positions.
       may_attend: who may attend to whom; nobody to a later token.
     """
     c = model.config
-    if STACKED not in params:
-        params = stack(params)
     rotary = rotary_of(c, positions_BxL)
     is_local_Z = jnp.array([kind == "local" for kind in c.kinds])
     endless = jnp.iinfo(jnp.int32).max
@@ -78,6 +71,6 @@ def hidden_states(
 
     run = jax.checkpoint(run, prevent_cse=False) if model.remat else run
     embedded = model.apply({"params": params}, tokens_BxL, method=lambda m, tokens: m.embed(tokens))
-    layers = params[STACKED], is_local_Z
+    layers = stack(params, c.num_layers), is_local_Z
     hidden, _ = jax.lax.scan(run, embedded, layers, unroll=c.num_layers <= UNROLLED)
     return model.apply({"params": params}, hidden, method=lambda m, x: m.final_norm(x))
