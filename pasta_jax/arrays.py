@@ -22,6 +22,9 @@ from typing import Any, Self
 Array = Any
 """A NumPy or a JAX array. Shapes and dtypes are given beside the fields and arguments."""
 
+LARGEST_INT = 2**31 - 1
+"""The largest size or count: what an int32 holds, as JAX counts."""
+
 NO_TARGET = -1
 """In `target`: nothing is predicted from this token."""
 

@@ -8,7 +8,8 @@ import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pasta_jax.foreign import LARGEST_INT, shown
+from pasta_jax.arrays import LARGEST_INT
+from pasta_jax.messages import shown
 
 T = TypeVar("T")
 

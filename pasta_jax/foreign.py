@@ -10,15 +10,14 @@ import dataclasses
 import json
 import math
 import os
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from pasta_jax.arrays import LARGEST_INT
+from pasta_jax.messages import shown
+
 DEPTH = 64
 """Levels of nesting that are read. Files of models have less than ten."""
-
-LARGEST_INT = 2**31 - 1
-"""The largest size or count: what an int32 holds, as JAX counts."""
 
 MOST_BYTES = 200 * 2**20
 """Of a file that is read whole; the largest tokenizers have 35 MB."""
@@ -112,36 +111,6 @@ def _is_deep(tree: Any) -> bool:
         if not level:
             return False
     return True
-
-
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        try:
-            return super().repr_int(x, level)
-        except ValueError:  # Python writes no more than 4300 digits
-            return f"<int of {x.bit_length()} bits>"
-
-
-_SHORT = _Short()
-_SHORT.maxstring = _SHORT.maxother = 80
-
-
-def shown(value: Any) -> str:
-    """A value for a message: its `repr`, in one line and cut short."""
-    text = _SHORT.repr(value).replace("\n", " ")
-    return text if len(text) <= 160 else f"{text[:157]}..."
-
-
-def message_of(error: BaseException) -> str:
-    """What a library says of a file, for a message: in one line and cut short, since it may quote the file.
-
-    >>> message_of(KeyError("head"))
-    "KeyError: 'head'"
-    """
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import jax
 from pasta_jax.checkpoints.about import find_checkpoint, read_metadata
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.decoding.model import Model
-from pasta_jax.foreign import shown
 from pasta_jax.interchange.importing import ImportOptions, kind_of, open_published
+from pasta_jax.messages import shown
 from pasta_jax.model import ModelConfig, forms, param_shapes
 from pasta_jax.sharding import param_shardings
 

@@ -108,6 +108,12 @@ def test_steps_of_several_rows_read_a_small_part_of_the_pool_at_first(
     assert decoder.compiled.pool_buckets == buckets
 
 
+def test_long_prompts_are_padded_to_powers_of_two() -> None:
+    one_device = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    compiled = decoder_programs(CONFIG, one_device, WORDS, limits=Limits(lanes=4, threads=4, pool=10_000))
+    assert [compiled.bucket(n) for n in (3, 17, 2049, 8192, 8193)] == [16, 32, 4096, 8192, 10_000]
+
+
 def test_nothing_is_compiled_after_the_warm_up(
     seed: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from pasta_jax import foreign
 from pasta_jax.config import Config, ConfigError
-from pasta_jax.foreign import Fields, parse_object, shown
+from pasta_jax.foreign import Fields, parse_object
+from pasta_jax.messages import shown
 
 
 class Refused(ValueError):

@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "pasta_jax"
 
 LEVELS = [
-    {"lang", "arrays", "files", "foreign", "rounding", "extras", "memory", "verbs"},
-    {"fields", "visibility", "sharding", "baselines", "figures"},
+    {"lang", "arrays", "files", "messages", "rounding", "extras", "memory", "verbs"},
+    {"fields", "foreign", "visibility", "sharding", "baselines", "figures"},
     {"tokens", "model"},
     {"config"},
     {"decoding", "data", "overrides", "testing"},

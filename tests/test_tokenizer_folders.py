@@ -57,6 +57,9 @@ def test_damaged_and_missing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
         load_tokenizer(tmp_path / "none.model")
     with pytest.raises(TokenizerError, match=f"{tmp_path}: There is neither a tokenizer.model nor"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")  # what a full disk leaves
+    with pytest.raises(TokenizerError, match=f"{tmp_path}: tokenizer.model: Not a .* the file is empty"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match=f"{tmp_path}: tokenizer.json: Not a tokenizer.json"):
         load_tokenizer(tmp_path)

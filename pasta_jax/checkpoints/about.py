@@ -25,7 +25,8 @@ from etils import epath
 from pasta_jax import overrides
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.files import write_json
-from pasta_jax.foreign import message_of, parse_object
+from pasta_jax.foreign import parse_object
+from pasta_jax.messages import message_of
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import tokenizer_from_bytes
 from pasta_jax.tokens.tokenizer import MissingPackage, Tokenizer, TokenizerError

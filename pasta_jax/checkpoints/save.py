@@ -26,7 +26,7 @@ from pasta_jax.checkpoints.about import (
 )
 from pasta_jax.checkpoints.load import check_base, check_shapes, restore_arrays, saved_shapes
 from pasta_jax.config import Config
-from pasta_jax.foreign import message_of
+from pasta_jax.messages import message_of
 from pasta_jax.model.forms import Params
 from pasta_jax.tokens.tokenizer import Tokenizer
 

@@ -14,9 +14,9 @@ import os
 from collections.abc import Mapping, Sequence
 
 from pasta_jax.files import replacing
-from pasta_jax.foreign import shown
 from pasta_jax.lang.parse import ParseError, parse
 from pasta_jax.lang.program import Program
+from pasta_jax.messages import shown
 from pasta_jax.tokens.tokenizer import TextError, check_text
 
 KEYS = ("prompt", "response")

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
+from pasta_jax.arrays import LARGEST_INT
 from pasta_jax.decoding.compiled import Compiled, Sizes
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.fits import DoesNotFit
@@ -25,7 +26,7 @@ from pasta_jax.decoding.results import DecodeResult, result
 from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import MAX_POOL, Limits, Stop
 from pasta_jax.decoding.streaming import Consumed, Event, new_events
-from pasta_jax.foreign import LARGEST_INT, shown
+from pasta_jax.messages import shown
 from pasta_jax.rounding import next_power_of_two, round_up
 from pasta_jax.tokens.tokenizer import Tokenizer
 

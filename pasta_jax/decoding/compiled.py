@@ -45,6 +45,9 @@ Form: TypeAlias = Literal["plain", "fused", "outputs_first"]
 """How decode steps read the weights: as they are; q, k and v as one matrix, on an accelerator, and on a CPU whose
 cache holds them; with outputs first, on a CPU whose cache does not (docs/lab-log.md says why)."""
 
+PROMPT_BUCKETS = tuple(2**n for n in range(4, 16))
+"""Lengths that prompts are padded to: 16 to 32,768 tokens."""
+
 POOL_BUCKETS = (512, 2048, 8192)
 """Entries of the pool that steps read while it fills."""
 
@@ -134,7 +137,7 @@ class Compiled:
         *,
         limits: Limits = Limits(),
         rows: int = 1,
-        prompt_buckets: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024, 2048),
+        prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
         pool_buckets: Sequence[int] | None = None,
         widths: Sequence[int] | None = None,
         batch_invariant: bool = False,

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from pasta_jax import sharding
 from pasta_jax.decoding.compiled import CHANGES, Form
-from pasta_jax.foreign import shown
+from pasta_jax.messages import shown
 from pasta_jax.model import ModelConfig, param_count
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer

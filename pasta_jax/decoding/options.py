@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pasta_jax.foreign import LARGEST_INT, shown
+from pasta_jax.arrays import LARGEST_INT
+from pasta_jax.messages import shown
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 

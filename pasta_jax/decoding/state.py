@@ -11,10 +11,9 @@ import enum
 import jax.numpy as jnp
 from flax import struct
 
-from pasta_jax.arrays import NO_DOC, Array, Tokens
+from pasta_jax.arrays import LARGEST_INT, NO_DOC, Array, Tokens
 from pasta_jax.decoding.options import switch, whole
 from pasta_jax.decoding.sampling import Draw
-from pasta_jax.foreign import LARGEST_INT
 from pasta_jax.visibility import max_segments, words_for
 
 MAX_POOL = 2**30

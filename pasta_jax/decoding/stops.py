@@ -13,18 +13,20 @@ import numpy as np
 
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.trace import Trace
-from pasta_jax.foreign import shown
+from pasta_jax.messages import shown
 from pasta_jax.tokens.detokenize import Role, Speller, scan_all
-from pasta_jax.tokens.tokenizer import Vocabulary
+from pasta_jax.tokens.tokenizer import Vocabulary, check_text
 
 
 def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
-    """The stop strings of a request. Raises ValueError unless they are texts, none empty."""
+    """The stop strings of a request. Raises ValueError unless they are texts that can be written, none empty."""
     given = None if isinstance(stops, str) or not isinstance(stops, Iterable) else tuple(stops)
     if given is None or not all(isinstance(stop, str) and stop for stop in given):
         raise ValueError(
             f'stop={shown(stops)}: give a list of texts to stop at, none of them empty, as in stop=["\\n\\n"].'
         )
+    for stop in given:
+        check_text(stop)
     return given
 
 

@@ -20,10 +20,11 @@ from etils import epath
 
 from pasta_jax.checkpoints.about import CheckpointError, absolute_path, find_checkpoint
 from pasta_jax.files import is_writer, replacing, write_json
-from pasta_jax.foreign import message_of, parse_object, read_bytes
+from pasta_jax.foreign import parse_object, read_bytes
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.reading import Folder
 from pasta_jax.interchange.tensors import INDEX, TensorFile, parse_header
+from pasta_jax.messages import message_of
 
 ORIGIN, ABOUT, FORMAT = "origin", "origin.json", 1
 

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
-from pasta_jax.foreign import parse_object, read_bytes, shown
+from pasta_jax.foreign import parse_object, read_bytes
 from pasta_jax.interchange.errors import InterchangeError, listed
+from pasta_jax.messages import shown
 from pasta_jax.model.weights import HfTensor, is_ignored
 
 DTYPES: Mapping[str, np.dtype] = {

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from pasta_jax.fields import check_fields, field
-from pasta_jax.foreign import shown
+from pasta_jax.messages import shown
 
 LayerKind = Literal["global", "local"]
 

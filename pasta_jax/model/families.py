@@ -15,7 +15,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pasta_jax.foreign import Fields, shown
+from pasta_jax.foreign import Fields
+from pasta_jax.messages import shown
 from pasta_jax.model.config import DTYPES, MOST_LAYERS, LayerKind, ModelConfig
 from pasta_jax.model.hf_fields import FamilyError, rotary_from_hf, scaling_to_hf
 from pasta_jax.model.presets import published_length

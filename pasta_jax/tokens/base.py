@@ -12,8 +12,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
-from pasta_jax.foreign import message_of, parse_object
+from pasta_jax.foreign import parse_object
 from pasta_jax.lang import tags
+from pasta_jax.messages import message_of
 from pasta_jax.tokens import chat as chats
 from pasta_jax.tokens.tokenizer import TokenizerError, check_text
 from pasta_jax.tokens.usage import Hints, Symbols, Usage, settle, vocabulary_of

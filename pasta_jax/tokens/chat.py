@@ -27,7 +27,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
-from pasta_jax.foreign import shown
+from pasta_jax.messages import shown
 from pasta_jax.tokens.tokenizer import TokenizerError
 
 Chat: TypeAlias = Literal["auto", "plain", "gemma", "llama3", "chatml", "qwen3", "inst"]

@@ -13,8 +13,9 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from pasta_jax.files import json_bytes
-from pasta_jax.foreign import message_of, parse_object
+from pasta_jax.foreign import parse_object
 from pasta_jax.lang import tags
+from pasta_jax.messages import message_of
 from pasta_jax.tokens.base import SPACE, TextTokenizer
 from pasta_jax.tokens.load import TAGS_FILE
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pasta_jax.extras import optional
-from pasta_jax.foreign import message_of, parse_object, shown
+from pasta_jax.foreign import parse_object
+from pasta_jax.messages import message_of, shown
 from pasta_jax.tokens.base import SPACE, TextTokenizer
 from pasta_jax.tokens.tokenizer import MissingPackage, TokenizerError, is_id, of_library
 from pasta_jax.tokens.usage import MARKER, Symbols

@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pasta_jax.foreign import Fields, message_of, parse_object, read_bytes, shown
+from pasta_jax.foreign import Fields, parse_object, read_bytes
+from pasta_jax.messages import message_of, shown
 from pasta_jax.tokens.base import TextTokenizer, unpack
 from pasta_jax.tokens.hf import HfTokenizer
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer

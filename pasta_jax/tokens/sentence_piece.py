@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import sentencepiece
 
-from pasta_jax.foreign import message_of
+from pasta_jax.messages import message_of
 from pasta_jax.tokens.base import SPACE, TextTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError, of_library
 from pasta_jax.tokens.usage import MARKER, Symbols

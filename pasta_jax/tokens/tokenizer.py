@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pasta_jax.foreign import message_of
 from pasta_jax.lang import tags
 from pasta_jax.lang.grammar import Kind
+from pasta_jax.messages import message_of
 
 _BLOCK_KINDS = {tags.ASYNC_OPEN: Kind.ASYNC_OPEN, tags.ASYNC_CLOSE: Kind.ASYNC_CLOSE}
 _TAG_KINDS: dict[tags.Dialect, dict[str, Kind]] = {
