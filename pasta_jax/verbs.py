@@ -1,13 +1,11 @@
-"""Shared by the commands: usage errors, logging, the cache of compiled programs, flags for loading a model."""
+"""Shared by the commands: usage errors, logging, flags for all of them and for loading a model."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import logging
 import os
-import platform
 import select
 import signal
 import sys
@@ -18,15 +16,14 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+from pasta_jax.kept import keep_compiled
+
 LOG = logging.getLogger("pasta_jax")
 
 BAD_USAGE = 2
 
 CHATS = ("auto", "plain", "gemma", "llama3", "chatml", "qwen3", "inst")
 """Those of `tokens.chat`, for --help."""
-
-CACHE_BYTES = 2 * 2**30
-"""What this user's cache of compiled programs may hold when a command begins: 2 GiB."""
 
 
 def refuse(message: str) -> NoReturn:
@@ -136,67 +133,6 @@ def show_log() -> None:
         LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
-
-
-def keep_compiled(folder: str | None) -> None:
-    """Has jax keep compiled programs in a folder and look there first, also those that compile in no time.
-
-    Without a folder it is that of jax's own settings, or else this user's, which is kept below CACHE_BYTES; "" is
-    none. One that cannot be written is not used.
-    """
-    import jax
-
-    own = folder is None and not jax.config.values["jax_compilation_cache_dir"]
-    if own:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(home, "pasta_jax", "xla", _processor())
-        if not os.path.isabs(home):
-            folder = ""  # ~ is nobody's
-        if sys.platform == "darwin" and jax.__version_info__ < (0, 10):
-            folder = ""  # reading large programs back may crash there
-    if folder and "://" not in folder:
-        try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(f"{folder} is not writable")
-            if own and hasattr(os, "getuid") and os.stat(folder).st_uid != os.getuid():
-                raise PermissionError(f"{folder} belongs to another user")
-            if own:
-                _trim(folder, CACHE_BYTES)
-        except OSError as error:
-            LOG.warning("Compiled programs are not kept for the next start: %s.", error)
-            folder = ""
-    if folder is not None:
-        jax.config.update("jax_compilation_cache_dir", folder or None)
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-def _processor() -> str:
-    """A name for what this processor can execute: jax would run what was compiled for another one, and crash."""
-    text = f"{platform.machine()} {platform.processor()}"
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        text += "".join(
-            sorted({line for line in file if line.startswith(("flags", "Features", "model name"))})
-        )
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _trim(folder: str, most: int) -> None:
-    """Removes the programs of jax that were not used for longest, down to `most` bytes; nothing else."""
-    programs = []
-    for entry in os.scandir(folder):
-        with contextlib.suppress(OSError):  # another process removed it
-            if entry.name.endswith("-cache") and entry.is_file():
-                stat = entry.stat()
-                programs.append((max(stat.st_atime, stat.st_mtime), stat.st_size, entry.path))
-    excess = sum(size for _, size, _ in programs) - most
-    for _, size, path in sorted(programs):
-        if excess <= 0:
-            break
-        with contextlib.suppress(OSError):
-            os.remove(path)
-        excess -= size
 
 
 def define_loading() -> None:

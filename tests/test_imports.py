@@ -16,9 +16,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "pasta_jax"
 
 LEVELS = [
-    {"lang", "arrays", "files", "messages", "rounding", "extras", "memory", "verbs"},
-    {"fields", "foreign", "visibility", "sharding", "baselines", "figures"},
-    {"tokens", "model"},
+    {"lang", "arrays", "files", "messages", "rounding", "extras", "memory"},
+    {"fields", "foreign", "visibility", "sharding", "baselines", "figures", "kept"},
+    {"tokens", "model", "verbs"},
     {"config"},
     {"decoding", "data", "overrides", "testing"},
     {"checkpoints", "terminal"},

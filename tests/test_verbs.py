@@ -11,7 +11,7 @@ import types
 import pytest
 
 import pasta_jax
-from pasta_jax import verbs
+from pasta_jax import kept, verbs
 from pasta_jax.tokens import chat
 from tests.helpers import ONE_DEVICE
 
@@ -76,7 +76,7 @@ def test_help_is_no_failure(verb: str) -> None:
 
 def test_threads_of_orbax_do_not_bury_the_line() -> None:
     code = """
-from pasta_jax import verbs
+from pasta_jax import kept, verbs
 
 class Late:
     def __init__(self, text):
@@ -336,20 +336,20 @@ def squared(*arguments: str, **env: str) -> tuple[str, str, str]:
 def test_compiled_programs_are_kept(tmp_path: pathlib.Path) -> None:
     """In the user's cache, where a flag or jax's own setting says, or nowhere."""
 
-    def kept(folder: pathlib.Path) -> list[str]:
+    def entries(folder: pathlib.Path) -> list[str]:
         return sorted(file.name for file in folder.glob("*-cache"))  # jax names them by the folder too
 
     home, own, other = tmp_path / "home", tmp_path / "own", tmp_path / "other"
-    default = home / "pasta_jax/xla" / verbs._processor()
+    default = home / "pasta_jax/xla" / kept.processor()
     assert squared(XDG_CACHE_HOME=str(home)) == ("9.0", str(default), "")
-    assert len(first := kept(default)) == 1
-    assert squared(XDG_CACHE_HOME=str(home)) == ("9.0", str(default), "") and kept(default) == first
+    assert len(first := entries(default)) == 1
+    assert squared(XDG_CACHE_HOME=str(home)) == ("9.0", str(default), "") and entries(default) == first
     assert squared("--compilation_cache=", XDG_CACHE_HOME=str(home / "no")) == ("9.0", "None", "")
     assert not (home / "no").exists()
     jax_dir = {"JAX_COMPILATION_CACHE_DIR": str(own), "XDG_CACHE_HOME": str(home / "no")}
-    assert squared(**jax_dir) == ("9.0", str(own), "") and len(kept(own)) == 1
+    assert squared(**jax_dir) == ("9.0", str(own), "") and len(entries(own)) == 1
     assert squared(f"--compilation_cache={other}", **jax_dir) == ("9.0", str(other), "")
-    assert len(kept(other)) == 1 and not (home / "no").exists()
+    assert len(entries(other)) == 1 and not (home / "no").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path: pathlib.Path) -> None:
@@ -362,9 +362,9 @@ def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path: pathlib.Path) ->
 
 def test_processors_that_differ_share_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A home on several machines: XLA for CPUs would run code that the processor does not know."""
-    names = {verbs._processor()}
-    monkeypatch.setattr(verbs.platform, "machine", lambda: "another")
-    assert len(names | {verbs._processor()}) == 2 == len(names | {verbs._processor(), verbs._processor()})
+    names = {kept.processor()}
+    monkeypatch.setattr(kept.platform, "machine", lambda: "another")
+    assert len(names | {kept.processor()}) == 2 == len(names | {kept.processor(), kept.processor()})
 
 
 def test_the_cache_keeps_what_was_used_last(tmp_path: pathlib.Path) -> None:
@@ -373,10 +373,10 @@ def test_the_cache_keeps_what_was_used_last(tmp_path: pathlib.Path) -> None:
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
     (tmp_path / "folder-cache").mkdir()
     (tmp_path / "gone-cache").symlink_to(tmp_path / "gone")
-    verbs._trim(str(tmp_path), 250)
+    kept.trim(str(tmp_path), 250)
     left = {"new-cache", "middle-cache", "older.txt", "folder-cache", "gone-cache"}
     assert {file.name for file in tmp_path.iterdir()} == left
-    verbs._trim(str(tmp_path), 250)
+    kept.trim(str(tmp_path), 250)
     assert {file.name for file in tmp_path.iterdir()} == left
 
 
@@ -387,7 +387,7 @@ def asked_of_jax(monkeypatch: pytest.MonkeyPatch, folder: str | None) -> object:
     jax = types.SimpleNamespace(config=config, __version_info__=(0, 10, 2))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "jax", jax)
-        verbs.keep_compiled(folder)
+        kept.keep_compiled(folder)
     return told["jax_compilation_cache_dir"]
 
 
@@ -395,11 +395,11 @@ def test_only_the_folder_of_the_commands_is_trimmed(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And only a user's own is trusted; what is no folder of this machine is left to jax."""
-    monkeypatch.setattr(verbs, "CACHE_BYTES", 0)
-    monkeypatch.setattr(verbs.LOG, "propagate", True)
+    monkeypatch.setattr(kept, "CACHE_BYTES", 0)
+    monkeypatch.setattr(kept.LOG, "propagate", True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    default = tmp_path / "pasta_jax/xla" / verbs._processor()
+    default = tmp_path / "pasta_jax/xla" / kept.processor()
     for folder, given in ((default, None), (tmp_path / "named", str(tmp_path / "named"))):
         folder.mkdir(parents=True)
         (folder / "1-cache").write_text("1")

@@ -95,7 +95,9 @@ def report(name: str, dtype: str, entries: str, started: str) -> None:
     from pasta_jax.decoding.engine import Decoder
     from pasta_jax.decoding.request import SamplingParams
     from pasta_jax.decoding.state import Limits
+    from pasta_jax.kept import keep_compiled
 
+    keep_compiled(os.environ["JAX_COMPILATION_CACHE_DIR"])
     mark()
     model: Any = model_of(name, dtype or None)
     jax.block_until_ready(model.params)

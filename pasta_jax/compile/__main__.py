@@ -20,8 +20,9 @@ from absl import flags
 
 from pasta_jax.compile import hlo
 from pasta_jax.config import Config, ConfigError
+from pasta_jax.kept import keep_compiled
 from pasta_jax.overrides import load_config, split_overrides
-from pasta_jax.verbs import keep_compiled, refuse, run_main
+from pasta_jax.verbs import refuse, run_main
 
 if TYPE_CHECKING:
     from pasta_jax.decoding.compiled import Compiled, Sizes

@@ -18,13 +18,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from pasta_jax import sharding
+from pasta_jax import kept, sharding
 from pasta_jax.decoding import cpu, loop
 from pasta_jax.decoding.interpreter import rules_for
 from pasta_jax.decoding.loop import Batch
@@ -153,6 +154,7 @@ class Compiled:
         self.xla_options = dict(xla_options or {})
         place = jax.tree.leaves(self.shapes)[0].sharding
         device = min(place.device_set, key=lambda device: device.id)
+        self._devices = [device] if self.mesh is None else [*self.mesh.devices.flat]
         self.on_cpu = on_cpu = (platform or device.platform) == "cpu"
         cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params)) <= cached_bytes
         self._on_host = device.platform == "cpu" and self.mesh is None  # whatever `platform` says
@@ -366,15 +368,16 @@ class Compiled:
         with self._lock:
             if program not in self._executables:
                 start = time.perf_counter()
-                self._executables[program] = self.lower(program).compile(self.xla_options)
+                self._executables[program] = self._load_or_compile(program, self._file_of(program))
                 self.compile_s += time.perf_counter() - start
             return self._executables[program]
 
     def compile_all(self) -> None:
         """Compiles what is not compiled of `programs`, as many at once as there are cores; the log tells of each.
 
-        Tracing is Python's and takes turns, while XLA compiles what was traced before. A request that comes
-        meanwhile uses what is done, and compiles what it needs besides by itself.
+        Tracing is Python's and takes turns, while XLA compiles what was traced before; what is kept of an earlier
+        start is not traced. A request that comes meanwhile uses what is done, and compiles what it needs besides by
+        itself.
         """
         start = time.perf_counter()
         todo = [program for program in self.programs if program not in self._executables]
@@ -382,8 +385,8 @@ class Compiled:
         done = list[ProgramKey]()
         one_at_a_time = threading.Lock()
 
-        def compile_and_keep(program: ProgramKey, lowered: jax.stages.Lowered) -> None:
-            executable = lowered.compile(self.xla_options)
+        def load_or_compile(program: ProgramKey, *made: Any) -> None:
+            executable = self._load_or_compile(program, *made)
             with one_at_a_time:
                 self._executables.setdefault(program, executable)
                 done.append(program)
@@ -393,11 +396,32 @@ class Compiled:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = concurrent.futures.ThreadPoolExecutor(cores)
         try:
-            jobs = [threads.submit(compile_and_keep, key, self.lower(key)) for key in todo]
+            jobs = []
+            for key in todo:
+                file = self._file_of(key)
+                lowered = None if file and file.exists() else self.lower(key)
+                jobs.append(threads.submit(load_or_compile, key, file, lowered))
             for job in concurrent.futures.as_completed(jobs):
                 job.result()
         finally:
             threads.shutdown(cancel_futures=True)
+
+    def _load_or_compile(
+        self, program: ProgramKey, file: Path | None, lowered: jax.stages.Lowered | None = None
+    ) -> jax.stages.Compiled:
+        """The program that was kept in a file, or else one compiled now, and kept there."""
+        executable = kept.read(file, self._devices)
+        if executable is None:
+            executable = kept.compile_and_keep(file, lowered or self.lower(program), self.xla_options)
+        return executable
+
+    def _file_of(self, program: ProgramKey) -> Path | None:
+        """Where the program is kept for the next start: named by all that `lower` reads."""
+        return kept.file_of(
+            self._devices, dataclasses.astuple(program), self.config, self.rows, self.form, self.widths,
+            self.on_cpu, self.xla_options, self._by_row,
+            *jax.tree.flatten((self.shapes, jax.eval_shape(lambda: self._rules))),
+        )  # fmt: skip
 
     def _run(self, program: ProgramKey, *args: Any) -> Any:
         return self.executable(program)(*args)
