@@ -15,10 +15,10 @@ import logging
 import os
 import pickle
 import platform
+import secrets
 import sys
-import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,10 +155,8 @@ def _sources() -> str | None:
     return found.hexdigest() if files else None
 
 
-def read(file: Path | None, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
+def read(file: Path, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
     """The program in a file, loaded for the devices; None without the file. One that is damaged is removed."""
-    if file is None:
-        return None
     try:
         data = file.read_bytes()
     except OSError:
@@ -179,44 +177,27 @@ def read(file: Path | None, devices: Sequence[jax.Device]) -> jax.stages.Compile
         return None
 
 
-def compile_and_keep(
-    file: Path | None, lowered: jax.stages.Lowered, options: dict[str, Any]
-) -> jax.stages.Compiled:
-    """Compiles a program, and keeps it in a file.
+def keep(file: Path, program: jax.stages.Compiled) -> None:
+    """Writes a program to its file, if its backend can.
 
-    One that jax read from its cache is not kept: XLA for CPUs cannot write again what it read, and what it writes
-    fails when it is run.
+    It must be one that was compiled, not one that jax read from its cache: of that, XLA for CPUs does not write all.
+    `unique_name` sees to it.
     """
-    if file is None:
-        return lowered.compile(options)
     from jax.experimental import serialize_executable
 
-    _listen()
-    _of_thread.misses = 0
-    program = lowered.compile(options)
-    if _of_thread.misses:
-        try:
-            packed = zlib.compress(pickle.dumps(serialize_executable.serialize(program)), 1)
-        except Exception:  # not every backend can
-            return program
-        with contextlib.suppress(OSError), replacing(file, "wb") as out:
-            out.write(hashlib.sha256(packed).digest() + packed)
-    return program
+    try:
+        packed = zlib.compress(pickle.dumps(serialize_executable.serialize(program)), 1)
+    except Exception:  # not every backend can
+        return
+    with contextlib.suppress(OSError), replacing(file, "wb") as out:
+        out.write(hashlib.sha256(packed).digest() + packed)
 
 
-_of_thread = threading.local()
-"""`misses`: how often jax put a new program into its cache, in the thread that compiled it."""
-
-
-@functools.cache
-def _listen() -> None:
-    import jax
-
-    def count(event: str, **about: Any) -> None:
-        if event == "/jax/compilation_cache/cache_misses":
-            _of_thread.misses = getattr(_of_thread, "misses", 0) + 1
-
-    jax.monitoring.register_event_listener(count)
+def unique_name(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function under a name that no other has: jax does not find it in its cache, and compiles it."""
+    unique: Any = functools.partial(function)
+    unique.__name__ = f"{name}_{secrets.token_hex(6)}"
+    return unique  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------------------------------- entries cut off

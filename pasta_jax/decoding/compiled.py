@@ -239,8 +239,8 @@ class Compiled:
             *(() if self._on_host else (ProgramKey("read"),)),
         )
 
-    def lower(self, program: ProgramKey) -> jax.stages.Lowered:
-        """One of the programs, lowered."""
+    def lower(self, program: ProgramKey, *, to_keep: bool = False) -> jax.stages.Lowered:
+        """One of the programs, lowered; `to_keep` for the next start, jax does not look for it in its cache."""
         everywhere, by_row = self._everywhere, self._by_row
         request = SamplingParams().request(program.script)
         batch = self.batch_shapes(program.script)
@@ -251,27 +251,31 @@ class Compiled:
         def array(dtype: Any, *shape: int, place: Any = everywhere) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
+        def jit(function: Callable[..., Any], places: Any = places, **options: Any) -> Any:
+            if to_keep:
+                function = kept.unique_name(function, program.verb)
+            return jax.jit(function, out_shardings=places, **options)
+
         number = array("int32")
-        in_place = functools.partial(jax.jit, out_shardings=places)
         match program.verb:
             case "new":
-                return in_place(self._new_batch).lower(sharding.abstract(request, everywhere))
+                return jit(self._new_batch).lower(sharding.abstract(request, everywhere))
             case "admit":
                 n, place = program.rows, by_row if program.rows == self.rows else everywhere
                 rows = functools.partial(array, place=place)
                 requests = jax.tree.map(lambda x: rows(x.dtype, n, *x.shape[1:]), batch.requests)
                 prompts, lengths = rows("int32", n, program.length), rows("int32", n)
                 slot = () if n == self.rows else (number,)
-                admit = in_place(functools.partial(loop.admit, model), donate_argnums=2)
+                admit = jit(functools.partial(loop.admit, model), donate_argnums=2)
                 return admit.lower(params, rules, batch, requests, prompts, lengths, *slot)
             case "decode":
                 chunk = functools.partial(loop.decode_chunk, model, used=program.length, widths=self.widths)
-                return in_place(chunk, donate_argnums=2).lower(params, rules, batch, number, array("bool"))
+                return jit(chunk, donate_argnums=2).lower(params, rules, batch, number, array("bool"))
             case "release":
                 stop = array("int32", self.rows, place=by_row)
-                return in_place(loop.release, donate_argnums=0).lower(batch, stop)
+                return jit(loop.release, donate_argnums=0).lower(batch, stop)
             case "read":
-                return jax.jit(loop.take, out_shardings=everywhere).lower(batch.rows, number)
+                return jit(loop.take, everywhere).lower(batch.rows, number)
 
     def batch_shapes(self, script_size: tuple[int, int] = NOTHING) -> Batch:
         """Shapes of `empty_batch`, with the sharding of each."""
@@ -399,7 +403,7 @@ class Compiled:
             jobs = []
             for key in todo:
                 file = self._file_of(key)
-                lowered = None if file and file.exists() else self.lower(key)
+                lowered = None if file and file.exists() else self.lower(key, to_keep=file is not None)
                 jobs.append(threads.submit(load_or_compile, key, file, lowered))
             for job in concurrent.futures.as_completed(jobs):
                 job.result()
@@ -410,9 +414,12 @@ class Compiled:
         self, program: ProgramKey, file: Path | None, lowered: jax.stages.Lowered | None = None
     ) -> jax.stages.Compiled:
         """The program that was kept in a file, or else one compiled now, and kept there."""
-        executable = kept.read(file, self._devices)
+        executable = kept.read(file, self._devices) if file else None
         if executable is None:
-            executable = kept.compile_and_keep(file, lowered or self.lower(program), self.xla_options)
+            lowered = lowered or self.lower(program, to_keep=file is not None)
+            executable = lowered.compile(self.xla_options)
+            if file:
+                kept.keep(file, executable)
         return executable
 
     def _file_of(self, program: ProgramKey) -> Path | None:
