@@ -180,7 +180,7 @@ def read(file: Path, devices: Sequence[jax.Device]) -> jax.stages.Compiled | Non
 def keep(file: Path, program: jax.stages.Compiled) -> None:
     """Writes a program to its file, if its backend can.
 
-    It must be one that was compiled, not one that jax read from its cache: of that, XLA for CPUs does not write all.
+    It must be one that was compiled, not one that jax read from its cache: of that XLA for CPUs writes only a part.
     `unique_name` sees to it.
     """
     from jax.experimental import serialize_executable
@@ -197,7 +197,7 @@ def unique_name(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The function under a name that no other has: jax does not find it in its cache, and compiles it."""
     unique: Any = functools.partial(function)
     unique.__name__ = f"{name}_{secrets.token_hex(6)}"
-    return unique  # type: ignore[no-any-return]
+    return unique
 
 
 # ------------------------------------------------------------------------------------------- entries cut off
