@@ -124,12 +124,12 @@ def test_nothing_is_compiled_after_the_warm_up(
     decoder = Decoder(model_of(CONFIG, int8=False, mesh=None), limits=LIMITS, rows=3, chunk=8, **sizes)
     lower = Compiled.lower
 
-    def others_are_there(self: Compiled, program: ProgramKey) -> Any:
+    def others_are_there(self: Compiled, program: ProgramKey, **options: Any) -> Any:
         deadline = time.monotonic() + 60
         while program == self.programs[-1] and not self._executables and time.monotonic() < deadline:
             time.sleep(0.01)
         assert program != self.programs[-1] or self._executables
-        return lower(self, program)
+        return lower(self, program, **options)
 
     monkeypatch.setattr(Compiled, "lower", others_are_there)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
