@@ -84,20 +84,24 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
         "$JAX_COMPILATION_CACHE_DIR, or pasta_jax/xla in $XDG_CACHE_HOME or ~/.cache.",
         module_name=sys.argv[0],  # so that --help shows it
     )
-    report = sys.unraisablehook
-
-    def quieter(fault: Any) -> None:
-        """Reports an error in a thread, but not those of Orbax, whose threads outlive a read that failed."""
-        if str(fault.exc_value) != "Event loop is closed" and not inspect.iscoroutine(fault.object):
-            report(fault)
-
-    sys.unraisablehook = quieter
+    quiet_threads()
     with _quiet_pipe():
         try:
             app.run(main, argv=argv, flags_parser=parse)
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
+
+
+def quiet_threads() -> None:
+    """Has errors in threads reported as before, except those of Orbax, whose threads outlive a failed read."""
+    report = sys.unraisablehook
+
+    def quieter(fault: Any) -> None:
+        if str(fault.exc_value) != "Event loop is closed" and not inspect.iscoroutine(fault.object):
+            report(fault)
+
+    sys.unraisablehook = quieter
 
 
 def _check_folder(flag: str, folder: str) -> None:

@@ -13,6 +13,7 @@ import time
 from types import FrameType
 from typing import Any
 
+from pasta_jax.verbs import quiet_threads
 from tests.fuzz.runner import attempt, minimised, nth, target
 
 HANGS = 5
@@ -71,6 +72,7 @@ def work(
     """
     stoppable()
     sys.unraisablehook = _end_if_it_was_lost
+    quiet_threads()
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         _work(names, seed, first, every, until, shared, found)
