@@ -25,7 +25,7 @@ from pasta_jax.model.attention import attend
 from pasta_jax.model.blocks import Matrix, attend_to_earlier
 from pasta_jax.model.forms import fuse, outputs_first, quantize
 from pasta_jax.model.pool import write
-from tests.helpers import slow
+from tests.helpers import full, slow
 from tests.helpers.models import GEMMA, LLAMA, TINY, inputs, random_params
 
 KINDS = pytest.mark.parametrize("config", [TINY, LLAMA, GEMMA], ids=["plain", "llama", "gemma"])
@@ -116,7 +116,7 @@ def test_a_later_token_changes_nothing_before_it(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "block"), [(1, 128), (64, 128), (65, 128), (65, 30), slow(150, 25), slow(600, 128)]
+    ("length", "block"), [(1, 128), (64, 128), (65, 128), (65, 30), slow(150, 25), full(600, 128)]
 )
 def test_blocks_of_queries_give_what_all_at_once_gives(
     length: int, block: int, seed: int, monkeypatch: pytest.MonkeyPatch
