@@ -29,7 +29,6 @@ def get_config(variant: str = "gemma-2b") -> Config:
             lr=2e-4, warmup_steps=20, schedule="linear", final_lr=0.0, weight_decay=0.0
         ),
         epochs=4.0,
-        remat=True,
         microbatches=8,
         lora=Lora(rank=16, alpha=32.0),
         param_dtype="float32",

@@ -31,7 +31,6 @@ def get_config(variant: str = "gemma-2b") -> Config:
         preference=PreferenceConfig(
             prompts_per_round=4096, samples=10, rounds=2, quality_weight=4.0, alpha=0.005, lr=5e-7
         ),
-        remat=True,
         param_dtype="float32",
         mesh=MeshConfig(tensor=2 if variant == "gemma-7b" else 1),
     )

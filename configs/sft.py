@@ -31,7 +31,6 @@ def get_config(variant: str = "gemma-2b") -> Config:
         # The paper: 1e-5, linear to zero, four epochs; warm-up and weight decay are not stated there.
         optimizer=OptimizerConfig(lr=1e-5, warmup_steps=0, schedule="linear", final_lr=0.0, weight_decay=0.0),
         epochs=4.0,
-        remat=True,
         param_dtype="float32",
         mesh=MeshConfig(tensor=2 if variant == "gemma-7b" else 1),
     )

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
 from pasta_jax.fields import FieldError, check_fields, field
 from pasta_jax.lang.tags import Dialect
 from pasta_jax.model.config import Lora, ModelConfig
 from pasta_jax.tokens.chat import Chat
 from pasta_jax.tokens.positions import Positions
+
+Remat: TypeAlias = Literal["auto", "none", "dots", "everything"]
+"""What the backward pass computes again instead of keeping it, by growing time and shrinking memory: nothing; all
+but matrix products and attention; every layer. `auto` is the first that fits (`training.remat`)."""
+
+OLDER_REMAT: Mapping[Any, Remat] = {True: "everything", False: "none", "true": "everything", "false": "none"}
+"""How configurations and checkpoints wrote it when there were two."""
 
 
 class ConfigError(ValueError):
@@ -143,13 +151,14 @@ class Config:
     microbatches: int = field(
         1, "parts of a batch computed in turn, to save memory; divides data.rows", least=1
     )
-    remat: bool = field(False, "recompute layers backward: a third more time, memory for one layer")
+    remat: Remat = field("auto", "what the backward pass computes again; auto by the devices' memory")
     preference: PreferenceConfig = PreferenceConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "remat", OLDER_REMAT.get(self.remat, self.remat))
         try:
             check_fields(self)
         except FieldError as error:

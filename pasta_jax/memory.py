@@ -63,9 +63,14 @@ def host_memory(root: str = "/") -> int | None:
     Returns:
       None if it is unknown (not Linux).
     """
-    limits = [_available(root), *_group_limits(root)]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
+    sizes = [_meminfo(root, "MemAvailable"), *(left for _, left in _group_limits(root))]
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def host_size(root: str = "/") -> int | None:
+    """Bytes that this process could allocate if nobody else had any; as `host_memory`."""
+    sizes = [_meminfo(root, "MemTotal"), *(limit for limit, _ in _group_limits(root))]
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def gib(size: float) -> str:
@@ -73,9 +78,9 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
 
 
-def _available(root: str) -> int | None:
+def _meminfo(root: str, name: str) -> int | None:
     for line in (_read(os.path.join(root, "proc/meminfo")) or "").splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None
 
@@ -87,9 +92,9 @@ _GROUPS = {
 """Controller, as /proc/self/cgroup names it: its folder, and its files with limit and use. Versions 2 and 1."""
 
 
-def _group_limits(root: str) -> list[int]:
-    """Bytes left in each control group of this process and in their parents."""
-    left = []
+def _group_limits(root: str) -> list[tuple[int, int]]:
+    """The limit of each control group of this process and of their parents, and what is left of it, in bytes."""
+    limits = []
     for line in (_read(os.path.join(root, "proc/self/cgroup")) or "").splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         controller = "memory" if "memory" in controllers.split(",") else controllers
@@ -101,8 +106,8 @@ def _group_limits(root: str) -> list[int]:
             folder = os.path.join(root, base, *parts[:depth])
             limit, used = (_number(os.path.join(folder, name)) for name in names)
             if limit is not None and used is not None and limit < 2**60:  # a huge one is none
-                left.append(max(0, limit - used + _reclaimable(folder)))
-    return left
+                limits.append((limit, max(0, limit - used + _reclaimable(folder))))
+    return limits
 
 
 def _reclaimable(folder: str) -> int:

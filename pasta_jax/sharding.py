@@ -134,6 +134,30 @@ def batch_sharding(mesh: AnyMesh, rows: int | None = None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES["B"]))
 
 
+def place(array: Any, mesh: AnyMesh | None, *axes: Any) -> Any:
+    """Within a program: an array each of whose dimensions is spread over these mesh axes; itself without a mesh."""
+    if mesh is None or mesh.size == 1:
+        return array
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def by_rows(array: Any, mesh: AnyMesh | None) -> Any:
+    """`place` for an array whose first dimension is B."""
+    return place(array, mesh, AXES["B"])
+
+
+def by_vocabulary(array: Any, dims: str, vocab_size: int, mesh: AnyMesh | None) -> Any:
+    """`place` for an operand of logits, so that each device computes some ids for many rows.
+
+    V is spread over fsdp and tensor, if these divide it, and rows over data alone. What devices then exchange are
+    hidden states, and no table of all ids nor its gradient.
+    """
+    axes = {"V": ("fsdp", "tensor"), "B": ("data",)}
+    if mesh is None or vocab_size % math.prod(mesh.shape[axis] for axis in axes["V"]):
+        return array
+    return place(array, mesh, *(axes.get(letter) for letter in dims))
+
+
 def round_up_rows(rows: int, mesh: AnyMesh) -> int:
     """The smallest number of at least `rows` rows that the mesh divides."""
     parts = math.prod(mesh.shape[axis] for axis in AXES["B"])

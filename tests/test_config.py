@@ -138,6 +138,19 @@ def test_no_such_file_or_variant() -> None:
         load_config(TINY + ":huge")
 
 
+def test_remat_was_once_true_or_false() -> None:
+    tree = overrides.to_dict(Config())
+    for old, now in ((True, "everything"), (False, "none")):
+        assert overrides.from_dict({**tree, "remat": old}).remat == now, "a checkpoint"
+        assert load_config(TINY, [f"remat={str(old).lower()}"]).remat == now
+        assert Config(remat=old).remat == now, "a file of one's own"  # type: ignore[arg-type]
+    assert load_config(TINY, ["remat=dots"]).remat == "dots"
+    with pytest.raises(
+        ConfigError, match=r'config.remat must be one of "auto", "none", "dots", "everything"'
+    ):
+        load_config(TINY, ["remat=some"])
+
+
 def test_json_with_an_unknown_field_is_refused() -> None:
     with pytest.raises(ConfigError, match='No config field "data.rowz". Did you mean "data.rows"'):
         overrides.from_dict({"data": {"rowz": 1}})

@@ -38,9 +38,10 @@ def machine(root: pathlib.Path, **files: str) -> str:
 
 
 def test_the_machine(tmp_path: pathlib.Path) -> None:
-    assert memory.host_memory(str(tmp_path)) is None
+    assert memory.host_memory(str(tmp_path)) is None is memory.host_size(str(tmp_path))
     root = machine(tmp_path, proc__meminfo="MemTotal: 99 kB\nMemAvailable:   2048 kB\n")
     assert memory.host_memory(root) == 2048 * 1024
+    assert memory.host_size(root) == 99 * 1024
     machine(tmp_path, proc__self__cgroup="0::/job/one\n")
     assert memory.host_memory(root) == 2048 * 1024
     (tmp_path / "sys/fs/cgroup/job/one").mkdir(parents=True)
@@ -50,6 +51,7 @@ def test_the_machine(tmp_path: pathlib.Path) -> None:
     assert memory.host_memory(root) == 2048 * 1024, "max is no limit"
     (one / "memory.max").write_text("1500\n")
     assert memory.host_memory(root) == 1000
+    assert memory.host_size(root) == 1500
     (one / "memory.stat").write_text("anon 4\ninactive_file 300\n")
     assert memory.host_memory(root) == 1300, "files kept in memory are given back"
     (one.parent / "memory.max").write_text("700\n")

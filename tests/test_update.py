@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -11,13 +13,20 @@ import pytest
 
 from pasta_jax import sharding
 from pasta_jax.arrays import NO_TARGET, PairedTokens, ThreadedTokens
-from pasta_jax.config import Config, ConfigError, DataConfig, OptimizerConfig
-from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
+from pasta_jax.config import Config, ConfigError, DataConfig, OptimizerConfig, Remat
+from pasta_jax.model import Lora, ModelConfig, Transformer, init_params, param_shapes
+from pasta_jax.model.blocks import Matrix
+from pasta_jax.model.layers import Layer
+from pasta_jax.model.presets import preset
+from pasta_jax.model.rotary import rotary_of
+from pasta_jax.model.scan import rematerialized
 from pasta_jax.preference.pairs import Pair, pair_batches, reference_pass
+from pasta_jax.training import remat as remat_module
 from pasta_jax.training import update as update_module
 from pasta_jax.training.loop import sft
 from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.microbatches import rows_sharding
+from pasta_jax.training.remat import kept_by_layer
 from pasta_jax.training.update import Update, make_update
 from tests.helpers import optimized
 
@@ -153,12 +162,84 @@ def test_pairs_stay_within_a_part() -> None:
 
 
 @pytest.mark.slow
-def test_remat_changes_nothing() -> None:
+@pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (4, 2)])
+def test_each_device_computes_its_own_rows_and_its_own_ids(fsdp: int, tensor: int) -> None:
+    """All by itself XLA would compute every layer for all rows on each, and exchange whole hidden states for it."""
+    mesh = sharding.make_mesh(1, fsdp, tensor)
+    model = dataclasses.replace(CONFIG.model, mlp_dim=88, num_layers=2)
+    update = make_update(dataclasses.replace(CONFIG, model=model), mesh, sft)
+    fields = sharding.abstract(paired_batch(2).fields(), update.batch_sharding)
+    fields = {name: fields[name] for name in ThreadedTokens.__dataclass_fields__}
+    state = sharding.abstract(update.shapes, update.shardings)
+    text = update.step.lower(state, {}, fields).compile().as_text()
+    rows, mlp, ids = ROWS // fsdp, 88 // tensor, 24 // 8
+    assert f"f32[{rows * LENGTH},{mlp}]" in text, "the MLP of its own rows"
+    assert f"f32[{ROWS * LENGTH},{mlp}]" not in text
+    assert f"f32[{ROWS},{LENGTH},{ids}]" in text, "logits of its own ids"
+    assert not re.search(rf"f32\[\d+,{LENGTH},24\]", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "everything"])
+def test_remat_changes_nothing(remat: Remat) -> None:
     fields = paired_batch(2).fields()
-    expected, measured, _ = whole("sft", 2)
-    found, also, _ = updated(dataclasses.replace(CONFIG, remat=True), "sft", fields)
+    expected, measured, plain = whole("sft", 2)
+    assert plain.remat.remat == "none"
+    found, also, update = updated(dataclasses.replace(CONFIG, remat=remat), "sft", fields)
+    assert update.remat.remat == remat
     assert_close(found, expected, 1e-5)
     assert also == pytest.approx(measured, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma-2-2b", "llama-3.1-8b", "qwen3-8b"])
+def test_what_the_forward_pass_keeps_of_a_layer(name: str) -> None:
+    """The estimate is that of the traced program, to which XLA may add nothing; without remat it merges copies."""
+    c, L = preset(name).config, 512
+    model = dataclasses.replace(c, num_layers=1, layer_kinds=("global",))
+    weights = param_shapes(model)["layer_0"]
+    x = jax.ShapeDtypeStruct((1, L, c.model_dim), c.dtype)
+    matrix = Matrix(jax.ShapeDtypeStruct((1, L, L), bool))
+
+    def backward(remat: str, weights: Any, x: Any, matrix: Any) -> Any:
+        rotary = rotary_of(model, jnp.zeros((1, L), jnp.int32))["global"]
+
+        def run(x: Any, weights: Any) -> Any:
+            return Layer(model, Lora()).apply({"params": weights}, x, rotary, matrix, None, None)[0]
+
+        return jax.vjp(rematerialized(run, remat), x, weights)[1]
+
+    for remat, most in (("none", 1.3), ("dots", 1.05), ("everything", 1.05)):
+        leaves = jax.tree.leaves(jax.eval_shape(functools.partial(backward, remat), weights, x, matrix))
+        floats = [leaf for leaf in leaves if L in leaf.shape and jnp.issubdtype(leaf.dtype, jnp.floating)]
+        kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in floats)
+        angles = 2 * 4 * L * c.head_dim // 2  # not of a layer: all have them
+        assert 0.8 < (kept - angles) / (L * kept_by_layer(c, remat)) <= most, remat
+
+
+@pytest.mark.slow
+def test_remat_is_chosen_by_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(capacity: int | None, **changes: Any) -> Any:
+        monkeypatch.setattr(remat_module, "device_memory", lambda mesh: capacity)
+        mesh = sharding.make_mesh(1, 1, 1, ONE)
+        config = dataclasses.replace(CONFIG, model=model, data=DataConfig(rows=1, length=2048), **changes)
+        return make_update(config, mesh, sft).remat
+
+    model = dataclasses.replace(CONFIG.model, num_layers=8, model_dim=256, mlp_dim=1024)
+    needs = {name: chosen(None, remat=name).needs for name in ("none", "dots", "everything")}
+    assert needs["none"].activations > 2 * needs["dots"].activations > 4 * needs["everything"].activations
+    assert chosen(None).remat == "none"
+    for name in needs:
+        enough = int(needs[name].total / 0.9) + 1
+        assert chosen(enough).remat == name, "the first that fits"
+    tight = chosen(2**27)
+    assert tight.remat == "everything", "what there is, if nothing fits"
+    assert str(tight) == (
+        "Remat: everything, chosen by memory. An update takes about 0.25 of a device's 0.12 GiB: it may not fit, "
+        "and python -m pasta_jax.compile finds what does."
+    )
+    assert chosen(1000, remat="none").remat == "none", "what the configuration says, it gets"
+    assert "chosen" not in str(chosen(1000, remat="none"))
 
 
 @pytest.mark.slow

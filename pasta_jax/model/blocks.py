@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from pasta_jax.arrays import Array
 from pasta_jax.model.attention import attend_and_sum, grouped, scores_of, ungrouped
@@ -30,6 +31,9 @@ BLOCK = 128
 
 SHORT = 64
 """Spans of fewer queries would only make more programs."""
+
+ATTENDED = "attended"
+"""Name, for policies of `jax.checkpoint`, of what the backward pass needs of the forward pass."""
 
 
 class MayAttend(Protocol):
@@ -95,7 +99,8 @@ def _forward(
             out.append(jnp.moveaxis(outs, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:]))
             total.append(jnp.moveaxis(totals, 0, 3).reshape(*totals.shape[1:4], count * size))
     out_BxLxNxH, total_BxKxGxL = jnp.concatenate(out, axis=1), jnp.concatenate(total, axis=3)
-    return out_BxLxNxH, (q, k, v, may_attend, out_BxLxNxH, total_BxKxGxL)
+    kept = checkpoint_name(out_BxLxNxH, ATTENDED), checkpoint_name(total_BxKxGxL, ATTENDED)
+    return kept[0], (q, k, v, may_attend, *kept)
 
 
 def _backward(query_scale: float, softcap: float, kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:

@@ -6,22 +6,42 @@ stacked for it within the program; checkpoints and all else hold them layer by l
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from pasta_jax.arrays import Array
-from pasta_jax.model.blocks import MayAttend, some
+from pasta_jax.model.blocks import ATTENDED, MayAttend, some
 from pasta_jax.model.forms import Params
 from pasta_jax.model.layers import Layer
 from pasta_jax.model.rotary import rotary_of
 from pasta_jax.model.transformer import Transformer
+from pasta_jax.sharding import by_rows, place
+
+T = TypeVar("T")
 
 UNROLLED = 8
 """Maximum number of layers that are compiled one by one: for so few that takes no longer, and a CPU, which computes
 what does not depend on each other side by side, then takes a tenth less time."""
+
+
+POLICIES: Mapping[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
+    "everything": jax.checkpoint_policies.nothing_saveable,
+}
+"""What of a layer is kept for the backward pass: all; matrix products and attention; its input alone."""
+
+
+def rematerialized(run: Callable[..., T], remat: str) -> Callable[..., T]:
+    """The body of a loop over layers, of whose results the backward pass has only those that `remat` keeps."""
+    return run if remat == "none" else jax.checkpoint(run, prevent_cse=False, policy=POLICIES[remat])
 
 
 def stack(params: Params, layers: int) -> Params:
@@ -43,15 +63,24 @@ class Windowed:
 
 
 def hidden_states(
-    model: Transformer, params: Params, tokens_BxL: Array, positions_BxL: Array, may_attend: MayAttend
+    model: Transformer,
+    params: Params,
+    tokens_BxL: Array,
+    positions_BxL: Array,
+    may_attend: MayAttend,
+    remat: str = "none",
+    mesh: Any = None,
 ) -> Array:
     """Hidden states [B, L, D] after the last norm, those of `Transformer.__call__` without a pool.
 
     Args:
-      model: with `remat`, the backward pass recomputes each layer.
+      model: of the parameters.
       params: plain.
       tokens_BxL, positions_BxL: int32, vocabulary ids and rotary positions.
       may_attend: who may attend to whom; nobody to a later token.
+      remat: what the backward pass computes again, a name in `POLICIES`.
+      mesh: over which rows are spread, if any. Without being told, XLA would spread hidden states as the weights
+        are, by D, and compute every layer for all rows on every device.
     """
     c = model.config
     rotary = rotary_of(c, positions_BxL)
@@ -67,10 +96,15 @@ def hidden_states(
                 lambda local, other: jnp.where(is_local, local, other), rotary["local"], angles
             )
             sees = Windowed(may_attend, positions_BxL, jnp.where(is_local, c.sliding_window, endless))
-        return layer.apply({"params": weights}, x_BxLxD, angles, sees, None, None)[0], None
+        return by_rows(layer.apply({"params": weights}, x_BxLxD, angles, sees, None, None)[0], mesh), None
 
-    run = jax.checkpoint(run, prevent_cse=False) if model.remat else run
+    run = rematerialized(run, remat)
     embedded = model.apply({"params": params}, tokens_BxL, method=lambda m, tokens: m.embed(tokens))
+    embedded = by_rows(
+        place(embedded, mesh, "data", None, "fsdp"), mesh
+    )  # the table's own columns, then exchanged
     layers = stack(params, c.num_layers), is_local_Z
-    hidden, _ = jax.lax.scan(run, embedded, layers, unroll=c.num_layers <= UNROLLED)
+    # Unrolled, XLA would compute nothing again: it takes the second computation for the first.
+    unroll = c.num_layers <= UNROLLED and remat == "none"
+    hidden, _ = jax.lax.scan(run, embedded, layers, unroll=unroll)
     return model.apply({"params": params}, hidden, method=lambda m, x: m.final_norm(x))

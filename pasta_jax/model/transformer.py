@@ -72,19 +72,15 @@ class Transformer(nn.Module):
 
     Attributes:
       lora: adapters, which are parameters beside the others (`model.lora`).
-      remat: the backward pass recomputes each layer: a third more time, and memory for one layer's activations
-        instead of all.
     """
 
     config: ModelConfig
     lora: Lora = Lora()
-    remat: bool = False
 
     def setup(self) -> None:
         c = self.config
         self.embed = Embed(c, self.lora)
-        layer = nn.remat(Layer) if self.remat else Layer
-        self.layer = [layer(c, self.lora) for _ in range(c.num_layers)]
+        self.layer = [Layer(c, self.lora) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c)
         if not c.tie_embeddings:
             self.head = weight(self, "head", (c.model_dim, c.vocab_size))

@@ -123,7 +123,7 @@ def reference_pass(config: ModelConfig, mesh: Any, parts: int = 1) -> Any:
     def forward(params: Any, fields: dict[str, Array]) -> Array:
         def part_logprobs(part: dict[str, Array]) -> Array:
             batch = ThreadedTokens(**part)
-            return scores_of(transformer, params, batch).logprob
+            return scores_of(transformer, params, batch, mesh=mesh).logprob
 
         return map_parts(part_logprobs, fields, parts, mesh)
 

@@ -110,6 +110,7 @@ def train(
     except ValueError as error:  # adapters that the mesh does not divide
         raise ConfigError(f"config.mesh: {error}") from error
     check_vocabulary(config, tokenizer)
+    LOG.info("%s", update.remat)
 
     with Checkpoints(workdir, config, tokenizer) as checkpoints:
         # ------------------------------------------------------------- start, start from weights, or resume

@@ -23,15 +23,13 @@ from pasta_jax.model.transformer import Transformer, init_params, logits, param_
 from pasta_jax.rounding import ceil_div
 from pasta_jax.training.losses import Scores, Sums, score
 from pasta_jax.training.microbatches import rows_sharding, sum_over_parts
+from pasta_jax.training.remat import LOGITS, Choice, choose
 from pasta_jax.training.state import TrainState, make_optimizer, make_schedule, new_state
 from pasta_jax.visibility import visible
 
 LossFn: TypeAlias = Callable[[Scores, Any], Sums]
 """From the scores of a batch's targets and the batch, or a part of it, to the loss and measurements, "loss" among
 them."""
-
-LOGITS = 2**25
-"""Maximum number of float32 logits of a row held at once: 128 MiB."""
 
 
 @struct.dataclass
@@ -49,25 +47,33 @@ class Documents:
         return visible(queries, jax.tree.map(lambda x: x[:, :keys], self))
 
 
-def scores_of(model: Transformer, params: Params, batch: ThreadedTokens) -> Scores:
+def scores_of(
+    model: Transformer, params: Params, batch: ThreadedTokens, remat: str = "none", mesh: Any = None
+) -> Scores:
     """The scores of every target of a batch ([B, L] fields), all tokens fed at once.
 
     Logits of a large vocabulary are computed, and recomputed in the backward pass, for some tokens of each row at a
     time: a row of 2,048 tokens has 2 GB of them in Gemma, and gradients of the same size.
     """
     sees = Documents(batch.doc, batch.segment, batch.order, batch.sees)
-    hidden_BxLxD = hidden_states(model, params, batch.token, batch.position, sees)
+    hidden_BxLxD = hidden_states(model, params, batch.token, batch.position, sees, remat, mesh)
     B, L, D = hidden_BxLxD.shape
     size = min(L, max(1, LOGITS // model.config.vocab_size))
     count = ceil_div(L, size)
 
-    def score_some(params: Params, hidden_BxCxD: Array, target_BxC: Array) -> Scores:
-        return score(logits(model, params, hidden_BxCxD), target_BxC)
+    place = functools.partial(sharding.by_vocabulary, vocab_size=model.config.vocab_size, mesh=mesh)
+    tables = {name: params[name] for name in ("embed", "head", "head_rows") if name in params}
+    if "head" in tables:
+        tables["head"] = place(tables["head"], "DV")
+    else:
+        tables["embed"] = {**tables["embed"], "embedding": place(tables["embed"]["embedding"], "VD")}
+
+    def score_some(tables: Params, hidden_BxCxD: Array, target_BxC: Array) -> Scores:
+        return score(logits(model, tables, place(hidden_BxCxD, "BCD")), target_BxC)
 
     if count == 1:
-        return score_some(params, hidden_BxLxD, batch.target)
+        return score_some(tables, hidden_BxLxD, batch.target)
     # The gradients of all parts are added up in float32; frozen weights have none.
-    tables = {name: params[name] for name in ("embed", "head", "head_rows") if name in params}
     frozen, trained = adapters.split(tables) if model.lora.rank else ({}, tables)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
 
@@ -102,6 +108,7 @@ class Update:
       new_params: random weights of a model without adapters.
       new_adapters: the base to new adapters, which change nothing yet.
       start: trained parameters to a state before the first update, which holds these same arrays.
+      remat: what the backward pass computes again, and the memory that it needs by estimate.
     """
 
     step: Any
@@ -113,6 +120,7 @@ class Update:
     new_params: Callable[[], Params]
     new_adapters: Callable[[Params], Params]
     start: Callable[[Params], TrainState]
+    remat: Choice
 
 
 def make_update(
@@ -129,7 +137,7 @@ def make_update(
     Raises:
       ValueError: the mesh does not divide what it should.
     """
-    model = Transformer(config.model, config.lora, config.remat)
+    model = Transformer(config.model, config.lora)
     optimizer = make_optimizer(config.optimizer, config.steps)
     schedule = make_schedule(config.optimizer, config.steps)
     key, dtype = jax.random.key(config.seed), jnp.dtype(config.trained_dtype)
@@ -145,6 +153,8 @@ def make_update(
     shardings = sharding.param_shardings(shapes, mesh)  # the optimizer's moments have their parameters' names
     base_shardings = sharding.param_shardings(base_shapes, mesh)
     batch_sharding = rows_sharding(mesh, config.data.rows, config.microbatches)
+    placed = sharding.abstract(shapes, shardings), sharding.abstract(base_shapes, base_shardings)
+    remat = choose(config, mesh, *placed)
 
     @functools.partial(
         jax.jit,
@@ -157,7 +167,7 @@ def make_update(
     ) -> tuple[TrainState, dict[str, Array]]:
         def loss_of(params: Params, part: dict[str, Array]) -> tuple[Array, Sums]:
             batch = record(**part)
-            sums = loss_fn(scores_of(model, adapters.join(base, params), batch), batch)
+            sums = loss_fn(scores_of(model, adapters.join(base, params), batch, remat.remat, mesh), batch)
             return sums.values["loss"], sums
 
         computed = jax.tree.map(lambda x: x.astype(config.model.dtype), state.params)
@@ -184,4 +194,5 @@ def make_update(
         functools.partial(init_params, masters, key, shardings=shardings.params),
         functools.partial(new_adapters, shardings=shardings.params),
         lambda params: jax.device_put(new_state(params, optimizer), shardings),
+        remat,
     )
