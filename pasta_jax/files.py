@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
+import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, NamedTuple, TypeVar
 
+if sys.platform != "win32":
+    import fcntl
+
 T = TypeVar("T")
+LOCK = "run.lock"
 BROKEN = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 """What a broken line makes a parser raise."""
 
@@ -25,6 +31,74 @@ def is_writer() -> bool:
     """Whether this process writes the files of a run: the only process, or the first of several."""
     jax = sys.modules.get("jax")  # not loaded: there is one process
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+class WriteError(OSError):
+    """A file could not be written; the message says which, why, and what to do."""
+
+
+class InUse(OSError):
+    """Another process writes to a folder; the message says which."""
+
+
+@contextlib.contextmanager
+def locked(folder: StrPath) -> Iterator[None]:
+    """Keeps other processes out of a folder while the block runs, by a lock that ends with the process.
+
+    FOLDER/run.lock names the holder. Processes that write no files, remote folders and file systems without locks
+    are let through.
+
+    Raises:
+      InUse: another process has it.
+    """
+    path = os.path.join(folder, LOCK)
+    if sys.platform == "win32" or "://" in path or not is_writer():
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 200).decode(errors="replace").strip() or "another"
+            raise InUse(
+                f"{os.fspath(folder)} is in use: process {holder} writes there. "
+                "Wait until it has ended, or use another folder."
+            ) from None
+        except OSError:  # no locks there
+            pass
+        with contextlib.suppress(OSError):  # the disk is full
+            os.truncate(file, 0)
+            os.write(file, f"{os.getpid()} on {platform.node()}\n".encode())
+        yield
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def _writing(path: StrPath) -> Iterator[None]:
+    """Errors that do not say which file could not be written say so."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        if error.filename is not None and not is_full(error):
+            raise
+        raise WriteError(unwritten(os.fspath(path), error)) from error
+
+
+def unwritten(what: str, error: BaseException) -> str:
+    """The message about something that could not be written."""
+    if is_full(error):
+        return f"{what} could not be written: the disk is full. Make room, then run the same command again."
+    return f"{what} could not be written: {' '.join(str(error).split())[:300]}."
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the disk is full, or full for this user, by what a library raised."""
+    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
 @contextlib.contextmanager
@@ -42,14 +116,44 @@ def replacing(path: StrPath, mode: str = "w") -> Iterator[IO[Any]]:
         return
     target: Any = pathlib.Path(path) if isinstance(path, str) else path
     unfinished = target.with_name(target.name + ".tmp")
-    with unfinished.open(mode, encoding=encoding) as file:
-        yield file
-    unfinished.replace(target)
+    try:
+        with _writing(target):
+            with unfinished.open(mode, encoding=encoding) as file:
+                yield file
+            unfinished.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
-def appending(path: StrPath) -> IO[str]:
+class Lines:
+    """A text file to append lines to. Raises WriteError."""
+
+    def __init__(self, path: StrPath):
+        self._path = path
+        self._file = open(path if is_writer() else os.devnull, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, line: str) -> None:
+        """Writes at once a line that ends with a newline."""
+        with _writing(self._path):
+            self._file.write(line)
+
+    def close(self) -> None:
+        """Closes the file."""
+        with _writing(self._path):
+            self._file.close()
+
+
+def appending(path: StrPath) -> Lines:
     """A text file to append to, line by line."""
-    return open(path if is_writer() else os.devnull, "a", encoding="utf-8", buffering=1)
+    return Lines(path)
 
 
 # ----------------------------------------------------------------------------------------------------- JSON

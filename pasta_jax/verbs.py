@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,11 +17,15 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+from pasta_jax.files import InUse, WriteError
 from pasta_jax.kept import keep_compiled
 
 LOG = logging.getLogger("pasta_jax")
 
 BAD_USAGE = 2
+
+LAST_SECONDS = 10.0
+"""For threads to end after a command has failed."""
 
 CHATS = ("auto", "plain", "gemma", "llama3", "chatml", "qwen3", "inst")
 """Those of `tokens.chat`, for --help."""
@@ -63,7 +68,8 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
 
     `--help` ends with status 0, a flag that is unknown or of the wrong type in one line and status 2; with absl
     alone both would end with status 1. Threads of Orbax do not bury the line that says what is damaged. A reader of
-    the output who leaves ends the command, and so does Ctrl-C, without a traceback.
+    the output who leaves ends the command, and so does Ctrl-C, without a traceback. A full disk, and a folder in
+    use, are one line and status 2. Once a command has failed, no thread that is stuck keeps the process alive.
     """
 
     def parse(words: list[str]) -> Sequence[str]:
@@ -85,12 +91,28 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
         module_name=sys.argv[0],  # so that --help shows it
     )
     quiet_threads()
-    with _quiet_pipe():
+    with _ending(), _quiet_pipe():
         try:
             app.run(main, argv=argv, flags_parser=parse)
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
+        except (WriteError, InUse) as error:
+            refuse(str(error))
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """Ends the process some seconds after a failure, even if threads of libraries never end."""
+    try:
+        yield
+    except BaseException as error:
+        if status := error.code if isinstance(error, SystemExit) else 1:
+            code = status if isinstance(status, int) else 1
+            end = threading.Timer(LAST_SECONDS, os._exit, [code])
+            end.daemon = True
+            end.start()
+        raise
 
 
 def quiet_threads() -> None:
@@ -131,12 +153,20 @@ def begin() -> None:
 def show_log() -> None:
     """Shows the library's log on stderr, and only warnings of other libraries."""
     absl_logging.set_verbosity(absl_logging.WARNING)
+    for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+        logger.addFilter(_is_news)
     if not LOG.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what each thread of Orbax logs about an error, with its traceback: who called Orbax has it too."""
+    of_orbax = record.name == "asyncio" or f"{os.sep}orbax{os.sep}" in record.pathname
+    return not (record.exc_info and of_orbax)
 
 
 def define_loading() -> None:

@@ -2,14 +2,28 @@
 
 import contextlib
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
 from etils import epath
 
 from pasta_jax import files
-from pasta_jax.files import Change, Stamp, appending, read_jsonl, replacing, write_json, write_jsonl
+from pasta_jax.files import (
+    Change,
+    InUse,
+    Stamp,
+    WriteError,
+    appending,
+    locked,
+    read_jsonl,
+    replacing,
+    write_json,
+    write_jsonl,
+)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
@@ -20,6 +34,52 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
             file.write("half")
             1 / 0  # noqa: B018
         assert pathlib.Path(path).read_text(encoding="utf-8") == "ä"
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path: pathlib.Path) -> None:
+    full = pathlib.Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    message = "could not be written: the disk is full. Make room, then run the same command again."
+    with pytest.raises(WriteError, match=f"^/dev/full {message}$"), appending(full) as file:
+        file.write("line\n")
+    (tmp_path / "a.tmp").symlink_to(full)
+    with pytest.raises(WriteError, match=f"^{tmp_path / 'a'} {message}$"), replacing(tmp_path / "a") as file:
+        file.write("line\n")
+    assert list(tmp_path.iterdir()) == [], "what was half written makes room"
+    with pytest.raises(FileNotFoundError, match="none"), replacing(tmp_path / "none" / "a"):
+        pass
+
+
+HOLDER = """
+import sys, time
+from pasta_jax.files import locked
+with locked(sys.argv[1]):
+    print("ready", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_one_process_writes_to_a_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout
+        holder.stdout.readline()
+        message = rf"run is in use: process {holder.pid} on .* writes there\. Wait until it has ended"
+        with pytest.raises(InUse, match=message), locked(folder):
+            pass
+        with locked(folder / "round-1"):  # folders within are others
+            pass
+        with monkeypatch.context() as patch:  # of several processes only the one that writes needs it
+            patch.setattr(files, "is_writer", lambda: False)
+            with locked(folder):
+                pass
+        holder.kill()
+    for _ in range(2):  # a process that is killed lets go, and a block that ends
+        with locked(folder):
+            assert (folder / "run.lock").read_text().startswith(f"{os.getpid()} on ")
+    with locked("gs://bucket/run"):
+        pass
 
 
 def test_only_the_first_process_writes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

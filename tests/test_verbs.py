@@ -111,6 +111,39 @@ verbs.run_main(main)
     assert "Event loop" not in done.stderr and "a file is missing" not in done.stderr
 
 
+def test_a_thread_that_is_stuck_does_not_keep_a_failed_command_alive() -> None:
+    code = """
+import threading
+from pasta_jax import verbs
+
+verbs.LAST_SECONDS = 0.2
+
+def main(argv):
+    threading.Thread(target=threading.Event().wait).start()
+    verbs.refuse("It failed.")
+
+verbs.run_main(main)
+"""
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (2, "It failed.\n")
+
+
+def test_a_full_disk_and_a_folder_in_use_are_one_line() -> None:
+    code = """
+import sys
+from pasta_jax import verbs
+from pasta_jax.files import InUse, WriteError
+
+def main(argv):
+    raise {"w": WriteError, "u": InUse}[argv[1]](28, "No room.")
+
+verbs.run_main(main)
+"""
+    for which in "wu":
+        done = run("-c", code, which)
+        assert done.returncode == 2 and "No room." in done.stderr and "Traceback" not in done.stderr
+
+
 def test_compiling_for_a_tpu_says_what_it_lacks() -> None:
     code = """if True:
         import os, sys

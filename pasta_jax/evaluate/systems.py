@@ -27,7 +27,7 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
-from pasta_jax.files import Stamp, appending, json_line, read_jsonl, write_jsonl
+from pasta_jax.files import Stamp, appending, json_line, locked, read_jsonl, write_jsonl
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Promise, Sync
 from pasta_jax.rounding import next_power_of_two
@@ -188,7 +188,13 @@ def evaluate(
       workdir: folder of the output. Answers in it are kept if they were stamped with the same `about`.
       about: identifies the systems, as JSON can hold it.
     """
-    os.makedirs(workdir, exist_ok=True)
+    with locked(workdir):
+        return _evaluate(systems, prompts, workdir, about)
+
+
+def _evaluate(
+    systems: Mapping[str, System], prompts: int, workdir: str, about: Mapping[str, Any]
+) -> dict[str, list[Measured]]:
     tasks = almanac.evaluation_tasks(prompts)
     paths = {name: os.path.join(workdir, f"{name}.jsonl") for name in systems}
     answers = _resume(tasks, paths, Stamp(os.path.join(workdir, "about.json")), about)

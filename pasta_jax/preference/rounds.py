@@ -30,7 +30,7 @@ from pasta_jax.data.batches import permuted
 from pasta_jax.data.records import RecordError, read_records
 from pasta_jax.decoding.model import Model
 from pasta_jax.experiment import round_of
-from pasta_jax.files import Stamp, write_json, write_jsonl
+from pasta_jax.files import Stamp, locked, write_json, write_jsonl
 from pasta_jax.interchange.origin import carry
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.loading import load
@@ -69,11 +69,16 @@ def run(config: Config, workdir: str) -> str:
 
 def run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str) -> str:
     """One round from the model in the workdir `policy`; returns `folder`, the workdir of the next policy."""
-    os.makedirs(folder, exist_ok=True)
+    with locked(folder):
+        _run_round(config, mesh, number, policy, folder)
+    return folder
+
+
+def _run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str) -> None:
     _check_stamp(folder, config, policy)
     if os.path.exists(os.path.join(folder, "round.json")):
         LOG.info("Round %d was done before.", number)
-        return folder
+        return
 
     # ------------------------------------------------------------------------- sample, score, pair; train
 
@@ -103,7 +108,6 @@ def run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str)
         "mean_tokens": float(np.mean([s.output_tokens for s in stats])),
     }
     write_json(os.path.join(folder, "round.json"), summary)
-    return folder
 
 
 def pairs_of_round(
