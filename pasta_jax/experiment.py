@@ -15,7 +15,13 @@ import logging
 import operator
 from collections.abc import Iterable
 
-from pasta_jax.checkpoints.about import find_checkpoint, has_checkpoint, read_metadata
+from pasta_jax.checkpoints.about import (
+    CheckpointMetadata,
+    find_checkpoint,
+    has_checkpoint,
+    read_metadata,
+    read_newest,
+)
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.data.batches import Stream
 from pasta_jax.data.sources import make_tokenizer, steps_of_epochs
@@ -48,8 +54,10 @@ def resolve(
       TokenizerError: the tokenizer of an experiment from scratch cannot be loaded.
     """
     if config.init_from and not (ahead and not has_checkpoint(config.init_from)):
-        start = workdir if workdir and has_checkpoint(workdir) else config.init_from
-        resolved, tokenizer = _inherited(config, start)
+        goes_on = bool(workdir) and has_checkpoint(workdir)
+        start = workdir if goes_on else config.init_from
+        metadata = read_newest(workdir) if goes_on else read_metadata(find_checkpoint(start))
+        resolved, tokenizer = _inherited(config, metadata)
         for text in overrides:
             path = text.partition("=")[0]
             wanted, there = (operator.attrgetter(path)(c) for c in (config, resolved))
@@ -71,8 +79,7 @@ def resolve(
     return with_lora_rows(config, tokenizer), tokenizer
 
 
-def _inherited(config: Config, path: str) -> tuple[Config, Tokenizer]:
-    metadata = read_metadata(find_checkpoint(path))
+def _inherited(config: Config, metadata: CheckpointMetadata) -> tuple[Config, Tokenizer]:
     tokenizer = metadata.load_tokenizer()
     if config.data.chat != "auto":
         tokenizer = tokenizer.with_chat(config.data.chat)

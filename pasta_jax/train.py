@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from pasta_jax.config import Config, ConfigError
+from pasta_jax.files import locked
 from pasta_jax.overrides import describe, load_config, split_overrides
 from pasta_jax.verbs import begin, refuse, run_main
 
@@ -52,7 +53,7 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
     # These load jax: the refusals above, and --print_config, come at once.
     from pasta_jax.checkpoints.about import CheckpointError, has_checkpoint
     from pasta_jax.data.records import RecordError
-    from pasta_jax.data.sources import make_source
+    from pasta_jax.data.sources import contents, make_source
     from pasta_jax.experiment import resolve, stages, with_steps
     from pasta_jax.interchange.origin import carry
     from pasta_jax.preference import rounds
@@ -61,21 +62,22 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
     from pasta_jax.training.loop import NonFiniteLoss, train
 
     try:
-        os.makedirs(workdir, exist_ok=True)
-        if config.stage == "both":
-            first, second = stages(config)
-            finetuned = run(first, os.path.join(workdir, "sft"), overrides)
-            second = dataclasses.replace(second, init_from=finetuned)
-            return run(second, os.path.join(workdir, "preference"), overrides)
-        config, tokenizer = resolve(config, workdir=workdir, overrides=overrides)
-        if config.stage == "preference":
-            return rounds.run(config, workdir)
-        invalid = os.path.join(workdir, "invalid.jsonl")
-        source = make_source(config.data, tokenizer, config.seed, invalid=invalid)
-        if config.init_from and not has_checkpoint(workdir):
-            carry(config.init_from, workdir)
-        train(with_steps(config, source), source=source, tokenizer=tokenizer, workdir=workdir)
-        return workdir
+        with locked(workdir):
+            if config.stage == "both":
+                first, second = stages(config)
+                finetuned = run(first, os.path.join(workdir, "sft"), overrides)
+                second = dataclasses.replace(second, init_from=finetuned)
+                return run(second, os.path.join(workdir, "preference"), overrides)
+            config, tokenizer = resolve(config, workdir=workdir, overrides=overrides)
+            if config.stage == "preference":
+                return rounds.run(config, workdir)
+            invalid = os.path.join(workdir, "invalid.jsonl")
+            source = make_source(config.data, tokenizer, config.seed, invalid=invalid)
+            if config.init_from and not has_checkpoint(workdir):
+                carry(config.init_from, workdir)
+            config, data = with_steps(config, source), contents(source)
+            train(config, source=source, tokenizer=tokenizer, workdir=workdir, data=data)
+            return workdir
     except (ConfigError, CheckpointError, RecordError, LayoutError, TokenizerError, OSError) as error:
         refuse(str(error))
     except NonFiniteLoss as error:

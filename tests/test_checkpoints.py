@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 from pasta_jax.checkpoints import save
 from pasta_jax.checkpoints.about import CheckpointError
+from pasta_jax.checkpoints.fingerprint import _sum_there, checksums
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
@@ -27,6 +29,7 @@ def state_at(step: int) -> TrainState:
     params = {
         "embed": {"embedding": jnp.arange(12.0).reshape(4, 3) + step},
         "final_norm": {"scale": jnp.ones(3)},
+        "layer_0": {"mlp": jnp.arange(1536.0).reshape(3, 512) / 7 + step},
     }
     state = new_state(params, OPTIMIZER)
     return TrainState(state.params, state.opt_state, jnp.int32(step))
@@ -144,32 +147,149 @@ def test_foreign(workdir: pathlib.Path) -> None:
         load_params(workdir)
 
 
-def test_going_on_from_half_a_checkpoint_says_which_one_is_whole(workdir: pathlib.Path) -> None:
+TARGET = jax.eval_shape(lambda: state_at(0))
+
+
+def resumed(workdir: pathlib.Path, data: Any = None) -> TrainState:
+    with Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data), data) as run:
+        return run.restore(TARGET)[0]
+
+
+def flip(checkpoint: pathlib.Path) -> None:
+    """Changes the lowest bit of one value of a layer."""
+    value = np.asarray(load_params(checkpoint)[0]["layer_0"]["mlp"])[2, 1].tobytes()
+    files = [file for file in (checkpoint / "params").rglob("d/*") if value in file.read_bytes()]
+    (data,) = [bytearray(file.read_bytes()) for file in files]
+    data[data.index(value)] ^= 1
+    files[0].write_bytes(data)
+
+
+def test_going_on_from_half_a_checkpoint(workdir: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is set aside with a word, and the one before is used; if there is none, that is an error."""
     steps = workdir / "checkpoints"
     shutil.rmtree(steps / "30" / "optimizer")
-    target = jax.eval_shape(lambda: state_at(0))
-    message = (
-        r"30 is damaged\. Delete it and step 20 is used\. \(optimizer: not there; a new --workdir with "
-        r"--config\.init_from=.*30 starts from its weights\)"
-    )
-    with (
-        Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data)) as run,
-        pytest.raises(CheckpointError, match=message),
-    ):
-        run.restore(target)
-    shutil.rmtree(steps / "20" / "optimizer")
-    with (
-        Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data)) as run,
-        pytest.raises(CheckpointError, match=r"There is no whole one beside it\. \(optimizer"),
-    ):
-        run.restore(target)
     (steps / "31").mkdir()
-    with (
+    (steps / "30.damaged").mkdir()  # of an earlier time
+    with Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data)) as run:
+        state, about = run.restore(TARGET)
+        assert (int(state.step), about.step, run.latest()) == (20, 20, 20)
+        run.save(state_at(30), data_index=0)
+    assert int(resumed(workdir).step) == 30
+    assert f"{steps / '30'} is damaged, and renamed to 30.damaged. (optimizer: not there; " in caplog.text
+    assert "31 is damaged, and renamed to 31.damaged. (it has no pasta/pasta.json)" in caplog.text
+    assert caplog.text.count("Going back to step 20.") == 1
+    names = ["20", "30", "30.damaged", "31.damaged"]
+    assert sorted(path.name for path in steps.iterdir()) == names
+    assert load_params(steps / "30.damaged")[1].step == 30
+
+    for step in (20, 30):
+        shutil.rmtree(steps / str(step) / "optimizer")
+    message = r"30 is damaged\. There is no whole one beside it\. \(optimizer: not there; --config\.init_from"
+    with pytest.raises(CheckpointError, match=message):
+        resumed(workdir)
+    assert sorted(path.name for path in steps.iterdir()) == names, "nothing is renamed in vain"
+
+
+def test_a_changed_bit_is_found(workdir: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    newest = workdir / "checkpoints" / "30"
+    flip(newest)
+    message = r"30 is damaged\. Delete it and step 20 is used\. \(params: layer_0/mlp: not what was saved"
+    other = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), TARGET.params)
+    for expected in (None, other):
+        with pytest.raises(CheckpointError, match=message):
+            load_params(workdir, expected=expected)
+    about = newest / "pasta" / "pasta.json"
+    text = about.read_text()
+    about.write_text(json.dumps({**json.loads(text), "checksums": {}}))  # as older versions wrote it
+    assert load_params(workdir)[1].step == 30
+    about.write_text(text)
+    assert int(resumed(workdir).step) == 20
+    assert "renamed to 30.damaged. (params: layer_0/mlp: not what was saved, by its checksum)" in caplog.text
+
+
+def test_checksums_do_not_depend_on_where_arrays_lie() -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    rng = np.random.default_rng(0)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_):
+        values = np.asarray(jnp.asarray(rng.integers(-50, 50, (300, 500)).clip(0)).astype(dtype))
+        (here,) = checksums({"a": values}).values()
+        there = _sum_there(jax.device_put(values, place))  # as on an accelerator
+        assert checksums({"a": jnp.asarray(values)}) == {"a": here} == {"a": f"{int(there):08x}"}
+        swapped = values.copy()
+        swapped[[0, 1]] = values[[1, 0]]
+        assert checksums({"a": swapped}) != {"a": here}
+        swapped[[0, 1]] = values[[0, 1]]
+        swapped.reshape(-1)[[0, 1 << 16]] = values.reshape(-1)[[1 << 16, 0]]
+        assert (checksums({"a": swapped}) == {"a": here}) == np.array_equal(swapped, values)
+    flipped = np.zeros((33, 4), np.float32)
+    flipped.view(np.uint32)[range(32), 2] = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    assert len({tuple(checksums({"a": row}).values()) for row in flipped}) == 33, "one bit each, and none"
+    assert checksums({"a": [jnp.int32(3), np.zeros((0, 2))]}).keys() == {"a/0", "a/1"}
+
+
+def test_data_that_changed(workdir: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    data = {"a.jsonl": {"examples": 30, "sha256": "x"}}
+    assert int(resumed(workdir, data).step) == 30
+    assert "Whether the data changed is not known: an older version wrote" in caplog.text
+    with Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data), data) as run:
+        run.save(state_at(40), data_index=0)
+    assert int(resumed(workdir, data).step) == 40
+    for new, numbers in {
+        (60, "y"): "30 usable examples then, 60 now",
+        (30, "y"): "30 usable examples then and now, but not the same",
+    }.items():
+        changed = {"a.jsonl": {"examples": new[0], "sha256": new[1]}}
+        message = f"a.jsonl has changed since step 40 of .*: {numbers}. .* Put the file back, or use a new"
+        with pytest.raises(CheckpointError, match=message):
+            resumed(workdir, changed)
+
+
+def fails(*_: object, **__: object) -> None:
+    raise ValueError(
+        'RESOURCE_EXHAUSTED: Error writing local file "x": No space left on device [os_error_code=28]\n...'
+    )
+
+
+@pytest.mark.parametrize("method", ["save", "wait_until_finished", "close"])
+def test_a_save_that_fails_is_one_line(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def saved() -> None:
+        with Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data)) as run:
+            monkeypatch.setattr(run._manager, method, fails)
+            run.save(state_at(40), data_index=0)
+            run.check()
+            if method == "wait_until_finished":
+                run.save(state_at(41), data_index=0)
+
+    message = (
+        r"checkpoints could not be written: the disk is full\. Make room, then run the same command again\. "
+        r"Step \d+ is whole and kept\.$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        saved()
+
+
+def test_a_save_that_fails_hides_no_other_error(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (  # noqa: PT012
+        pytest.raises(ZeroDivisionError),
         Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data)) as run,
-        pytest.raises(CheckpointError, match=r"31 is not a checkpoint .* Delete it and step 30 is used"),
     ):
-        run.restore(target)
-    assert load_params(steps / "30")[1].step == 30
+        monkeypatch.setattr(run._manager, "close", fails)
+        1 / 0  # noqa: B018
+    assert "could not be written: the disk is full" in caplog.text
+
+
+def test_half_written_checkpoints_are_removed(workdir: pathlib.Path) -> None:
+    half = workdir / "checkpoints" / "25.orbax-checkpoint-tmp"
+    half.mkdir()
+    with Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data)) as run:
+        run.save(state_at(40), data_index=0)
+    assert not half.exists()
 
 
 def test_damaged_description(workdir: pathlib.Path) -> None:

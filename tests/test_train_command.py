@@ -10,9 +10,12 @@ import sys
 import numpy as np
 import pytest
 
+from pasta_jax import train
 from pasta_jax.arrays import NO_TARGET
-from pasta_jax.config import ConfigError, DataConfig
+from pasta_jax.config import Config, ConfigError, DataConfig
 from pasta_jax.data.sources import make_source, make_tokenizer, steps_of_epochs
+from pasta_jax.files import locked
+from pasta_jax.training import loop
 from pasta_jax.training.metrics import read_metrics
 from tests.helpers import ONE_DEVICE
 
@@ -24,8 +27,10 @@ SMALL = ["--config.model.num_layers=1", "--config.data.rows=2", "--config.log.ev
 PROMISE = '<promise topic="rivers" tokens=1 /><async>The Nile.</async>'
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "pasta_jax.train", *arguments]
+def command(
+    *arguments: str, start: tuple[str, str] = ("-m", "pasta_jax.train")
+) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, *start, *arguments]
     env = os.environ | {"XLA_FLAGS": ONE_DEVICE}
     return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
 
@@ -88,6 +93,52 @@ def test_two_steps_and_two_more(tmp_path: pathlib.Path) -> None:
     assert other.returncode == 2
     assert "already has step 3 of a different config (seed). Use a new --workdir" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+def test_a_disk_that_takes_no_more_ends_in_one_line(tmp_path: pathlib.Path) -> None:
+    """A file of more than 100 KB cannot be written: the checkpoint fails, in a thread of Orbax."""
+    code = """if True:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        from pasta_jax import train
+        train.command()
+    """
+    arguments = [TINY + ":base", f"--workdir={tmp_path}", *SMALL, "--config.steps=3"]
+    arguments += ["--config.checkpoint.every_steps=1", "--compilation_cache="]
+    done = command(*arguments, start=("-c", code))
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert "Step 1 in" in line and "could not be written: " in line and "No step was saved" in line, line
+
+
+def test_a_workdir_in_use_is_refused(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path), pytest.raises(SystemExit) as ended:
+        train.run(Config(), str(tmp_path))
+    assert ended.value.code == 2
+    assert f"{tmp_path} is in use: process {os.getpid()} on" in capsys.readouterr().err
+
+
+def test_the_run_is_told_what_its_data_are(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number and hash of the examples: of their text, not of how the file spells it."""
+    file, seen = tmp_path / "data.jsonl", []
+    monkeypatch.setattr(loop, "train", lambda config, *, data, **_: seen.append(data))
+    record = {"prompt": "Rivers?", "response": f"One: {PROMISE}"}
+    for lines in (
+        [record],
+        [{"id": 1, **record}, {"prompt": "broken"}],
+        [record, record],
+        [record | {"response": "The Nile."}],
+        [record | {"response": f"One: {PROMISE}".replace("rivers", "river")}],
+    ):
+        file.write_text("\n".join(map(json.dumps, lines)))
+        train.run(Config(data=DataConfig(sources=((str(file), 1.0),))), str(tmp_path / "run"))
+    assert [each[str(file)]["examples"] for each in seen] == [1, 1, 2, 1, 1]
+    hashes = [each[str(file)]["sha256"] for each in seen]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
+    mixed = Config(data=DataConfig(sources=((str(file), 1.0), ("almanac:plain", 1.0))))
+    train.run(mixed, str(tmp_path / "run"))
+    assert seen[-1] == seen[-2]
 
 
 # ------------------------------------------------------------------------------------------------ sources

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import CheckpointManager as Manager
 
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.checkpoints.about import CheckpointError, find_checkpoint
@@ -97,6 +98,62 @@ def test_sigterm_saves_and_resumes(whole: tuple[TrainState, pathlib.Path], tmp_p
     for name in ("loss", "accuracy", "grad_norm", "packing"):
         assert line[name] == pytest.approx(np.mean([each[name] for each in lines]), rel=1e-9)
     assert line["lr"] == lines[-1]["lr"]
+
+
+def test_sigterm_while_the_last_step_is_saved(
+    whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is saved whole, and what would come after this training does not begin."""
+    before, save = signal.getsignal(signal.SIGTERM), loop.Checkpoints.save
+
+    def saved(self: loop.Checkpoints, state: TrainState, *args: Any) -> None:
+        save(self, state, *args)
+        if state.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", saved)
+    with pytest.raises(Stopped):
+        train(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert find_checkpoint(tmp_path).name == "8"
+    assert_same(train(tmp_path), whole[0])
+
+
+def test_sigterm_before_the_first_step(
+    whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while weights are read: it leaves at once, and nothing is lost."""
+    train(tmp_path, stop_after=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "write_run_info", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            train(tmp_path)
+    assert find_checkpoint(tmp_path).name == "4"
+    assert_same(train(tmp_path), whole[0])
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
+    whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path)
+    newest = tmp_path / "checkpoints" / "8"
+    (newest / "pasta" / "pasta.json").write_text("{")
+    assert_same(train(tmp_path), whole[0])
+    assert f"{newest} is damaged, and renamed to 8.damaged." in caplog.text
+    assert "Going back to step 4." in caplog.text
+    lines = read_metrics(str(tmp_path / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == list(range(1, 9))
+
+
+def test_a_save_that_fails_in_the_background_stops_the_run_before_the_next_is_due(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Manager, "_finalize_checkpoint", fails)
+    with pytest.raises(CheckpointError, match=r"Step 4 in .* could not be written: the disk is full\. "):
+        train(tmp_path, dataclasses.replace(CONFIG, steps=1000))
 
 
 def test_sharded_is_unsharded(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:

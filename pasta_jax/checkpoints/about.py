@@ -1,6 +1,7 @@
 """The metadata of a checkpoint, and how a path is resolved to one.
 
-    WORKDIR/checkpoints/500/pasta/pasta.json    format, step, data position, configuration, tokenizer
+    WORKDIR/checkpoints/500/pasta/pasta.json    format, step, data and position in it, configuration, tokenizer,
+                                                checksums
                             params/             weights or adapters: a nested dict with stable names
                             optimizer/          the state of the optimizer
 
@@ -11,6 +12,7 @@ weights that they belong to, by path and fingerprint.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -35,7 +37,30 @@ FORMAT, FORMAT_VERSION = "pasta_jax", 3
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, foreign, damaged, or of another experiment; the message says what to do."""
+    """A checkpoint is missing, foreign, damaged, of another experiment, or not written; says what to do."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """One checkpoint is damaged; another one beside it may be whole.
+
+    Args:
+      path: of the checkpoint.
+      reason: what is wrong.
+      items: that another one must have too, as "optimizer" to go on training.
+    """
+
+    def __init__(self, path: epath.Path, reason: str, *items: str):
+        self.path, self.reason = path, (reason.strip() or "no reason given").splitlines()[0][:300]
+        super().__init__(f"{path} is damaged. {_way_out(path, *items)} ({self.reason})")
+
+
+class NoCheckpoint(DamagedCheckpoint):
+    """A directory has no metadata."""
+
+    def __init__(self, path: epath.Path):
+        super().__init__(path, "it has no pasta/pasta.json")
+        way_out = f" {_way_out(path)}" if _whole_beside(path) else ""
+        self.args = (f"{path} is not a checkpoint of pasta_jax: {self.reason}.{way_out}",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +89,9 @@ class CheckpointMetadata:
       tag_ids: the ids of the tags, by name.
       versions: of Python and of the packages that wrote the checkpoint, by name.
       window: what was measured since the last line of metrics (`training.loop.Meter`).
+      data: of each file of examples, their number and a hash, when the run began.
+      checksums: of each item's arrays ("params", "optimizer"), by name (`checkpoints.fingerprint`); empty in
+        checkpoints of before there were any.
       base: the weights that the adapters belong to; None if the checkpoint holds a whole model.
       merged_fingerprint: of base and adapters, if those were merged on loading; "" otherwise.
     """
@@ -76,6 +104,8 @@ class CheckpointMetadata:
     tag_ids: dict[str, int]
     versions: dict[str, str]
     window: dict[str, float] = dataclasses.field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    checksums: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     base: BaseWeights | None = None
     merged_fingerprint: str = ""
 
@@ -122,10 +152,7 @@ def read_metadata(path: epath.Path) -> CheckpointMetadata:
     """
     file = path / "pasta" / "pasta.json"
     if not file.exists():
-        way_out = f" {_way_out(path)}" if _whole_beside(path) else ""
-        raise CheckpointError(
-            f"{path} is not a checkpoint of pasta_jax: it has no pasta/pasta.json.{way_out}"
-        )
+        raise NoCheckpoint(path)
     try:
         fields = parse_object(file.read_bytes(), file.name, allow_nan=True)
         if fields["format"] != FORMAT:
@@ -149,6 +176,8 @@ def read_metadata(path: epath.Path) -> CheckpointMetadata:
             tag_ids=dict(fields["tag_ids"]),
             versions=dict(fields["versions"]),
             window={str(name): float(value) for name, value in fields.get("window", {}).items()},
+            data={str(name): dict(about) for name, about in fields.get("data", {}).items()},
+            checksums={str(item): dict(sums) for item, sums in fields.get("checksums", {}).items()},
             base=BaseWeights(**fields["base"]) if fields.get("base") else None,
         )
     except CheckpointError:
@@ -160,19 +189,20 @@ def read_metadata(path: epath.Path) -> CheckpointMetadata:
     except OSError as error:
         raise CheckpointError(f"{file} could not be read: {error}") from error
     except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
-        raise CheckpointError(damage_message(path, f"{file.name}: {message_of(error)}")) from error
+        raise DamagedCheckpoint(path, f"{file.name}: {message_of(error)}") from error
 
 
-def damage_message(path: epath.Path, reason: str, *items: str) -> str:
-    """The message about a damaged checkpoint: what is wrong, and which other one can be used.
-
-    Args:
-      path: of the checkpoint.
-      reason: what is wrong.
-      items: that the other one must have too, as "optimizer" to go on training.
-    """
-    first_line = (reason.strip() or "no reason given").splitlines()[0][:300]
-    return f"{path} is damaged. {_way_out(path, *items)} ({first_line})"
+def read_newest(workdir: str | os.PathLike[str]) -> CheckpointMetadata:
+    """The metadata of the newest checkpoint of a run whose metadata is whole. Raises CheckpointError."""
+    newest = find_checkpoint(workdir)
+    older = [path for path in checkpoints_in(newest.parent) if path.name != newest.name]
+    try:
+        return read_metadata(newest)
+    except DamagedCheckpoint:
+        for path in sorted(older, key=lambda path: int(path.name), reverse=True):
+            with contextlib.suppress(DamagedCheckpoint):
+                return read_metadata(path)
+        raise
 
 
 def _way_out(path: epath.Path, *items: str) -> str:
@@ -183,7 +213,7 @@ def _way_out(path: epath.Path, *items: str) -> str:
     newest = max(whole)
     if not path.name.isdecimal() or newest > int(path.name):
         return f"Use another step: {', '.join(map(str, sorted(whole)))}."
-    newer = sorted(step for child in _checkpoints_in(path.parent) if (step := int(child.name)) > newest)
+    newer = sorted(step for child in checkpoints_in(path.parent) if (step := int(child.name)) > newest)
     what = "it" if len(newer) == 1 else f"steps {', '.join(map(str, newer))}"
     return f"Delete {what} and step {newest} is used."
 
@@ -191,7 +221,7 @@ def _way_out(path: epath.Path, *items: str) -> str:
 def _whole_beside(path: epath.Path, *items: str) -> list[int]:
     """The steps beside a checkpoint that have metadata, weights and these items."""
     needed = ("pasta/pasta.json", "params", *items)
-    others = (other for other in _checkpoints_in(path.parent) if other.name != path.name)
+    others = (other for other in checkpoints_in(path.parent) if other.name != path.name)
     return [int(other.name) for other in others if all((other / name).exists() for name in needed)]
 
 
@@ -236,10 +266,10 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
     rounds = [child for child in children if re.fullmatch(r"round-\d+", child.name)]
     rounds.sort(key=lambda child: int(child.name.removeprefix("round-")), reverse=True)
     for directory in (root / "checkpoints", root, *(child / "checkpoints" for child in rounds)):
-        if checkpoints := _checkpoints_in(directory):
+        if checkpoints := checkpoints_in(directory):
             return max(checkpoints, key=lambda checkpoint: int(checkpoint.name))
     inside = ("checkpoints", "round-*/checkpoints")
-    if runs := [c for c in children if any(_checkpoints_in(d) for place in inside for d in c.glob(place))]:
+    if runs := [c for c in children if any(checkpoints_in(d) for place in inside for d in c.glob(place))]:
         raise CheckpointError(
             f"{root} has no checkpoints of its own, but these directories in it have. Give one of them: "
             f"{', '.join(os.path.join(text, run.name) for run in runs)}."
@@ -270,7 +300,7 @@ def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
     return True
 
 
-def _checkpoints_in(directory: epath.Path) -> list[epath.Path]:
+def checkpoints_in(directory: epath.Path) -> list[epath.Path]:
     """The checkpoints in a directory, which need not exist."""
     children = directory.iterdir() if directory.is_dir() else ()
     return [child for child in children if re.fullmatch("[0-9]+", child.name)]

@@ -17,12 +17,13 @@ from pasta_jax.checkpoints.about import (
     BaseWeights,
     CheckpointError,
     CheckpointMetadata,
+    DamagedCheckpoint,
     absolute_path,
-    damage_message,
     find_checkpoint,
     read_metadata,
 )
-from pasta_jax.checkpoints.fingerprint import fingerprint
+from pasta_jax.checkpoints.fingerprint import checksums, fingerprint
+from pasta_jax.messages import message_of
 from pasta_jax.model import lora, param_shapes
 from pasta_jax.model.forms import Params
 
@@ -63,15 +64,18 @@ def load_params(
     shapes = saved_shapes(checkpoint, "params")
     if expected is not None:
         check_shapes(checkpoint, shapes, expected)
-        shapes = expected
     target = _placed(shapes, shardings)
-    if finish is None:
-        return restore_arrays(checkpoint, "params", target), metadata
+    if finish is None and (expected is None or _dtypes(shapes) == _dtypes(expected)):
+        return restore_arrays(checkpoint, "params", target, metadata), metadata
 
     def read(name: str) -> Params:
-        return restore_arrays(checkpoint, "params", {name: target[name]}, partial=True)[name]
+        """As it was saved, so that its checksum can be verified; then in the dtype that is wanted."""
+        part = restore_arrays(checkpoint, "params", {name: target[name]}, metadata, partial=True)[name]
+        if expected is not None:
+            part = jax.tree.map(lambda x, like: x.astype(like.dtype), part, expected[name])
+        return part
 
-    return _finished(target, read, finish), metadata
+    return _finished(target, read, finish or (lambda part: part)), metadata
 
 
 def load_parts(
@@ -96,13 +100,14 @@ def load_parts(
         checkpoint, saved, BaseWeights(base_path, base_metadata.merged_fingerprint or fingerprint(params))
     )
     target = _placed(saved_shapes(checkpoint, "params"), shardings)
-    return params, restore_arrays(checkpoint, "params", target), metadata
+    return params, restore_arrays(checkpoint, "params", target, metadata), metadata
 
 
 def load_adapters(path: str | os.PathLike[str]) -> tuple[Params, CheckpointMetadata]:
     """The adapters of a checkpoint without their base, on the first device. Raises CheckpointError."""
     checkpoint, _, metadata = _read_adapters(path)
-    return restore_arrays(checkpoint, "params", _placed(saved_shapes(checkpoint, "params"), None)), metadata
+    target = _placed(saved_shapes(checkpoint, "params"), None)
+    return restore_arrays(checkpoint, "params", target, metadata), metadata
 
 
 def _read_adapters(path: str | os.PathLike[str]) -> tuple[epath.Path, BaseWeights, CheckpointMetadata]:
@@ -154,6 +159,10 @@ def _finished(names: Any, part: Callable[[str], Params], finish: Callable[[Param
     return params
 
 
+def _dtypes(tree: Params) -> list[Any]:
+    return [leaf.dtype for leaf in jax.tree.leaves(tree)]
+
+
 def _placed(shapes: Params, shardings: Callable[[Params], Any] | None) -> Params:
     """Shapes with shardings; by default those of the first device."""
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -167,18 +176,46 @@ def saved_shapes(path: epath.Path, item: str) -> Any:
         tree = metadata.tree if hasattr(metadata, "tree") else metadata
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     except Exception as error:  # whatever a damaged file makes Orbax raise
-        raise CheckpointError(damage_message(path, f"{item}: {error}")) from error
+        raise DamagedCheckpoint(path, f"{item}: {error}") from error
 
 
-def restore_arrays(path: epath.Path, item: str, target: Any, *, partial: bool = False) -> Any:
-    """Arrays with the shapes, dtypes and shardings of `target`; with `partial` it is a part of what was saved."""
+def restore_arrays(
+    path: epath.Path,
+    item: str,
+    target: Any,
+    saved: CheckpointMetadata,
+    *,
+    partial: bool = False,
+) -> Any:
+    """Arrays as they were saved, with the shardings of `target`.
+
+    Args:
+      path: of the checkpoint.
+      item: "params" or "optimizer".
+      target: `jax.ShapeDtypeStruct`s with the shapes and dtypes that were saved.
+      saved: its metadata, for the checksums that the arrays must have.
+      partial: `target` is a part of what was saved.
+
+    Raises:
+      DamagedCheckpoint: they cannot be read, or are not what was saved.
+      CheckpointError: there is no memory for them.
+    """
     try:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         arguments = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path / item, args=arguments)
+            arrays = checkpointer.restore(path / item, args=arguments)
     except Exception as error:  # whatever a damaged file makes Orbax raise
-        raise CheckpointError(damage_message(path, f"{item}: {error}", item)) from error
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise CheckpointError(f"{path / item} could not be read: {message_of(error)}") from error
+        raise DamagedCheckpoint(path, f"{item}: {error}", item) from error
+    if sums := saved.checksums.get(item):
+        wrong = [name for name, found in checksums(arrays).items() if sums.get(name, found) != found]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            reason = f"{item}: {wrong[0]}{more}: not what was saved, by its checksum"
+            raise DamagedCheckpoint(path, reason, item)
+    return arrays
 
 
 def check_shapes(path: epath.Path, saved: Any, expected: Any) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from pasta_jax import overrides
 from pasta_jax.checkpoints.about import (
@@ -19,16 +22,21 @@ from pasta_jax.checkpoints.about import (
     BaseWeights,
     CheckpointError,
     CheckpointMetadata,
+    DamagedCheckpoint,
     absolute_path,
-    damage_message,
+    checkpoints_in,
     read_metadata,
     versions,
 )
+from pasta_jax.checkpoints.fingerprint import checksums
 from pasta_jax.checkpoints.load import check_base, check_shapes, restore_arrays, saved_shapes
 from pasta_jax.config import Config
+from pasta_jax.files import is_writer, unwritten
 from pasta_jax.messages import message_of
 from pasta_jax.model.forms import Params
 from pasta_jax.tokens.tokenizer import Tokenizer
+
+LOG = logging.getLogger("pasta_jax")
 
 State = TypeVar("State", bound=Any)
 """A frozen dataclass with `params`, `opt_state` and `step`, as `training.state.TrainState`."""
@@ -40,12 +48,28 @@ MAY_CHANGE = ("steps", "epochs", "mesh.", "microbatches", "remat", "checkpoint."
 class Checkpoints:
     """The checkpoints of one training run. Saving runs in the background; leaving the context waits for it.
 
+    Whatever saving raises is a CheckpointError of one line, at the next `save`, `check`, or on leaving.
+
+    Args:
+      workdir: of the run.
+      config: its configuration.
+      tokenizer: of its data.
+      data: its files of examples (`data.sources.contents`).
+
     Raises:
       CheckpointError: Orbax cannot open them, as where what it keeps beside a step is damaged.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], config: Config, tokenizer: Tokenizer):
-        self._config, self._tokenizer = config, tokenizer
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        config: Config,
+        tokenizer: Tokenizer,
+        data: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self._config, self._tokenizer, self._data = config, tokenizer, dict(data or {})
+        self._saving: int | None = None  # a step
+        self._failed = False
         self.directory = absolute_path(workdir) / "checkpoints"
         # Weights compress by less than a tenth, and while they are compressed Orbax holds them twice.
         handlers = {
@@ -53,7 +77,9 @@ class Checkpoints:
             "params": ocp.PyTreeCheckpointHandler(use_compression=False),
             "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
         }
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.checkpoint.keep, create=True, cleanup_tmp_directories=True
+        )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         except OSError:
@@ -69,8 +95,40 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._failed:
+            return  # threads of Orbax may wait for each other without end
+        try:
+            self._wait()
+            with self._reported():
+                self._manager.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            LOG.error("%s", failure)  # what ended the run counts
+
+    def check(self) -> None:
+        """Raises CheckpointError if the save in the background has failed."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._wait()
+
+    def _wait(self) -> None:
+        """Waits for the save in the background. Raises CheckpointError."""
+        with self._reported():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Whatever saving raises, as a CheckpointError."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            whole = [int(path.name) for path in checkpoints_in(self.directory)]
+            kept = f"Step {max(whole)} is whole and kept." if whole else "No step was saved before it."
+            what = f"Step {self._saving} in {self.directory}"
+            raise CheckpointError(f"{unwritten(what, error)} {kept}") from error
 
     def latest(self) -> int | None:
         """The newest step, if any."""
@@ -90,6 +148,9 @@ class Checkpoints:
           data_index: the document with which the next batch begins.
           base: the weights that the parameters belong to, if those are adapters.
           window: what was measured since the last line of metrics (`training.loop.Meter`).
+
+        Raises:
+          CheckpointError: it cannot be written, or the step before could not.
         """
         step = int(state.step)
         if step == self.latest():
@@ -99,13 +160,13 @@ class Checkpoints:
             data_index,
             base,
             window or {},
-            params=ocp.args.PyTreeSave(state.params),
-            optimizer=ocp.args.PyTreeSave(state.opt_state),
+            params=state.params,
+            optimizer=state.opt_state,
         )
 
     def save_weights(self, params: Params) -> None:
         """Saves, as step 0, weights that were not trained here, to decode with or to start from."""
-        self._save(0, 0, None, {}, params=ocp.args.PyTreeSave(params))
+        self._save(0, 0, None, {}, params=params)
 
     def _save(
         self,
@@ -121,6 +182,7 @@ class Checkpoints:
             "step": step,
             "data_index": data_index,
             "window": dict(window),
+            "data": self._data,
             "config": overrides.to_dict(self._config),
             "versions": versions(),
             "tag_ids": self._tokenizer.vocabulary.tag_ids,
@@ -128,24 +190,49 @@ class Checkpoints:
         }
         if base:
             metadata["base"] = dataclasses.asdict(base)
-        items = ocp.args.Composite(pasta=ocp.args.JsonSave(metadata), **arrays)
-        self._manager.save(step, args=items, force=True)
+        metadata["checksums"] = {item: checksums(tree) for item, tree in arrays.items()}
+        trees = {item: ocp.args.PyTreeSave(tree) for item, tree in arrays.items()}
+        items = ocp.args.Composite(pasta=ocp.args.JsonSave(metadata), **trees)
+        self._wait()
+        self._saving = step
+        with self._reported():
+            self._manager.save(step, args=items, force=True)
 
     def restore(self, target: State, base: BaseWeights | None = None) -> tuple[State, CheckpointMetadata]:
-        """The newest state.
+        """The newest state that is whole. Damaged ones after it are reported, and renamed to STEP.damaged.
 
         Args:
           target: `jax.ShapeDtypeStruct`s with the shardings that the arrays should have.
           base: the weights that training starts from now, if the parameters are adapters.
 
         Raises:
-          CheckpointError: damaged, or of another experiment.
+          CheckpointError: all are damaged, or the run is of another experiment.
         """
-        path = self.directory / str(self.latest())
+        damaged: list[DamagedCheckpoint] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self._restore(self.directory / str(step), target, base)
+            except DamagedCheckpoint as error:
+                damaged.append(error)
+                continue
+            if damaged:
+                for each in damaged:
+                    _set_aside(each)
+                LOG.warning("Going back to step %d.", step)
+                self._manager.reload()
+            return found
+        newest = damaged[0]
+        raise CheckpointError(
+            f"{newest.path} is damaged. There is no whole one beside it. ({newest.reason})"
+        ) from newest
+
+    def _restore(
+        self, path: epath.Path, target: State, base: BaseWeights | None
+    ) -> tuple[State, CheckpointMetadata]:
         metadata = read_metadata(path)
         if metadata.step and not (path / "optimizer").exists():
-            reason = f"optimizer: not there; a new --workdir with --config.init_from={path} starts from its weights"
-            raise CheckpointError(damage_message(path, reason, "optimizer"))
+            reason = "optimizer: not there; --config.init_from starts from its weights, in a new --workdir"
+            raise DamagedCheckpoint(path, reason, "optimizer")
         if not (path / "optimizer").exists():
             raise CheckpointError(
                 f"{self.directory.parent} holds weights alone, of a model that was not trained there. "
@@ -167,10 +254,41 @@ class Checkpoints:
                 f"{path} was trained with another tokenizer than {self._config.data.tokenizer!r} is now. "
                 "Use a new --workdir."
             )
+        self._check_data(metadata)
         if metadata.base and base:
             check_base(path, metadata.base, base)
         check_shapes(path, saved_shapes(path, "params"), target.params)
-        params = restore_arrays(path, "params", target.params)
-        opt_state = restore_arrays(path, "optimizer", target.opt_state)
+        params = restore_arrays(path, "params", target.params, metadata)
+        opt_state = restore_arrays(path, "optimizer", target.opt_state, metadata)
         step = jax.device_put(jnp.int32(metadata.step), target.step.sharding)
         return dataclasses.replace(target, params=params, opt_state=opt_state, step=step), metadata
+
+    def _check_data(self, metadata: CheckpointMetadata) -> None:
+        """Refuses data that changed: the order of the documents, and what was seen of them, would be another."""
+        if self._data and not metadata.data:
+            LOG.info("Whether the data changed is not known: an older version wrote %s.", metadata.path)
+            return
+        for name, now in self._data.items():
+            then = metadata.data.get(name, {})
+            if then == now:
+                continue
+            was, count = then.get("examples"), now["examples"]
+            numbers = f"{was} usable examples then, {count} now"
+            if was == count:
+                numbers = f"{count} usable examples then and now, but not the same"
+            workdir = self.directory.parent
+            raise CheckpointError(
+                f"{name} has changed since step {metadata.step} of {workdir}: {numbers}. A run goes on with the "
+                "data that it began with. Put the file back, or use a new --workdir: "
+                f"--config.init_from={workdir} starts from its weights."
+            )
+
+
+def _set_aside(damaged: DamagedCheckpoint) -> None:
+    """Renames a damaged checkpoint, so that the run can save its step again."""
+    path, aside = damaged.path, damaged.path.with_name(f"{damaged.path.name}.damaged")
+    LOG.warning("%s is damaged, and renamed to %s. (%s)", path, aside.name, damaged.reason)
+    if is_writer():
+        if aside.exists():
+            aside.rmtree()
+        path.rename(aside)

@@ -77,6 +77,7 @@ def train(
     source: Any,
     tokenizer: Tokenizer,
     workdir: str | os.PathLike[str],
+    data: Mapping[str, Mapping[str, Any]] | None = None,
     stage: Stage = SFT,
     stop_after: int | None = None,
     mesh: Mesh | None = None,
@@ -88,6 +89,7 @@ def train(
       source: the documents, endless and addressed by index (for other stages, whatever their batches need).
       tokenizer: of the documents; saved in the checkpoints.
       workdir: for config.json, env.json, metrics.jsonl and checkpoints/.
+      data: what the files of `source` hold (`data.sources.contents`): a run goes on with no others.
       stage: supervised finetuning, or another.
       stop_after: stop after this step as if the run had ended; a later call resumes.
       mesh: by default that of `training_mesh(config)`.
@@ -97,7 +99,8 @@ def train(
 
     Raises:
       ConfigError: sizes that do not fit each other.
-      CheckpointError: the workdir holds another experiment, or `init_from` another model.
+      CheckpointError: the workdir holds another experiment, or `init_from` another model; the data changed; a
+        checkpoint cannot be written.
       NonFiniteLoss: checkpoints up to the last good one are kept.
       Stopped: on SIGTERM or Ctrl-C; the state is saved.
     """
@@ -112,7 +115,7 @@ def train(
     check_vocabulary(config, tokenizer)
     LOG.info("%s", update.remat)
 
-    with Checkpoints(workdir, config, tokenizer) as checkpoints:
+    with stop_requests() as request, Checkpoints(workdir, config, tokenizer, data) as checkpoints:
         # ------------------------------------------------------------- start, start from weights, or resume
 
         data_index, window = 0, dict[str, float]()
@@ -136,11 +139,10 @@ def train(
         meter = Meter(checkpoints, window)
         batches = stage.batches(source, data_index, config.data.rows, config.data.length)
         with (
-            stop_requests() as request,
             MetricsWriter(workdir, first_step=step, steps=config.steps, tb=config.log.tb) as metrics,
             prefetch(batches) as prefetched,
         ):
-            leaving = None
+            leaving = request.signal
             while step < last and not leaving:
                 batch, data_index = next(prefetched)
                 fields = jax.device_put(batch.fields(), update.batch_sharding)
@@ -148,6 +150,7 @@ def train(
                 step += 1
                 meter.add(step, measured, batch)
                 metrics.progress(step)
+                checkpoints.check()
 
                 if step % config.log.every == 0 or step == last:
                     metrics.write(step, meter.summary())
@@ -161,9 +164,9 @@ def train(
                     checkpoints.save(state, data_index, base_mark, meter.window)
                     saved_at = time.monotonic()
 
-    if leaving:
-        LOG.warning("Saved at step %d. Run the same command again to go on.", step)
-        raise Stopped(leaving)
+    if request.signal:  # also one that came while the last step was saved
+        LOG.warning("Stopped at step %d. Run the same command again to go on.", step)
+        raise Stopped(request.signal)
     if step > config.steps:
         LOG.warning(
             "Nothing to train: %s is at step %d, past config.steps=%d. To go on, set --config.steps above %d.",

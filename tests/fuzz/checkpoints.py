@@ -1,8 +1,4 @@
-"""Workdirs: damaged files are the same model, an older whole state, or one error that names the way out.
-
-What is damaged is metadata, and data only so far that its length changes: a flipped bit within weights is not
-noticed.
-"""
+"""Workdirs: damaged files are the same model, an older whole state, or one error that names the way out."""
 
 from __future__ import annotations
 
@@ -113,7 +109,7 @@ def draw(rng: random.Random) -> Any:
     damage = {}
     for _ in range(rng.choice((1, 1, 2))):
         name = rng.choice((*newest, *newest, *files(), METRICS, f"checkpoints/{rng.choice((7, 40))}"))
-        damage[name] = hostile.damage(rng, flips="/d/" not in name)
+        damage[name] = hostile.damage(rng)
     return {"edits": {}, "damage": damage}
 
 

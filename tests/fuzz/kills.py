@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,8 +70,8 @@ def check(case: Any) -> None:
 
 
 @contextlib.contextmanager
-def started(workdir: pathlib.Path) -> Any:
-    line = [sys.executable, "-m", "pasta_jax.train", *ARGUMENTS, f"--workdir={workdir}"]
+def started(workdir: pathlib.Path, arguments: Sequence[str] = ARGUMENTS) -> Any:
+    line = [sys.executable, "-m", "pasta_jax.train", *arguments, f"--workdir={workdir}"]
     env = os.environ | {"XLA_FLAGS": ONE_DEVICE}
     with subprocess.Popen(line, cwd=HERE.parents[1], env=env, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -97,12 +98,15 @@ def uninterrupted() -> pathlib.Path:
     return workdir
 
 
-def assert_same(workdir: pathlib.Path, other: pathlib.Path) -> None:
+def assert_same(workdir: pathlib.Path, other: pathlib.Path, steps: int = STEPS) -> None:
     ours, theirs = find_checkpoint(workdir), find_checkpoint(other)
-    assert [read_metadata(path).step for path in (ours, theirs)] == [STEPS, STEPS]
+    assert [read_metadata(path).step for path in (ours, theirs)] == [steps, steps]
     assert read_metadata(ours).data_index == read_metadata(theirs).data_index
     for item in ("params", "optimizer"):
-        a, b = (restore_arrays(path, item, saved_shapes(path, item)) for path in (ours, theirs))
+        a, b = (
+            restore_arrays(path, item, saved_shapes(path, item), read_metadata(path))
+            for path in (ours, theirs)
+        )
         jax.tree.map(np.testing.assert_array_equal, a, b)
     timeless = [
         [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in metrics(path)]

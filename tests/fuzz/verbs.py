@@ -77,7 +77,7 @@ def draw(rng: random.Random) -> Any:
         words += rng.sample(OPTIONS, rng.randint(1, 2))
     else:
         name = rng.choice([name for name in checkpoints.files() if name.startswith(checkpoints.NEWEST)])
-        damage[name] = hostile.damage(rng, flips="/d/" not in name)
+        damage[name] = hostile.damage(rng)
     return {"words": words, "damage": damage, "reads": rng.choice((None, None, None, 0, 1))}
 
 
