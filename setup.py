@@ -41,6 +41,7 @@ setup(
         "hf": ["huggingface_hub>=0.30", "jinja2>=3.1", "tokenizers>=0.20"],
         "plot": ["jinja2>=3.1", "matplotlib>=3.9"],
         "tb": ["tensorboardX>=2.6.2.2"],
+        "wandb": ["wandb>=0.31"],  # the first that goes with protobuf 7
     },
     classifiers=[
         "Operating System :: MacOS",

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from pasta_jax.fields import FieldError, check_fields, field
 from pasta_jax.lang.tags import Dialect
+from pasta_jax.messages import shown
 from pasta_jax.model.config import Lora, ModelConfig
 from pasta_jax.tokens.chat import Chat
 from pasta_jax.tokens.positions import Positions
@@ -44,9 +46,28 @@ class DataConfig:
     max_depth: int = field(1, "how deep promises may nest; the paper uses 1", least=1)
     positions: Positions = Positions()
     dialect: Dialect = field("pasta", "which tags: pasta's, or apar's bare promises without sync")
+    held_out: str = field("", "a .jsonl file, or a share of the examples as 0.05: measured, never trained on")
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.held_out and not self.held_out.endswith((".jsonl", ".json")):
+            try:
+                share = float(self.held_out)
+            except ValueError:
+                share = math.nan
+            if not 0 < share < 1:
+                message = "held_out must be a .jsonl file, or a share between 0 and 1, got"
+                raise FieldError(f"{message} {shown(self.held_out)}.")
+
+    @property
+    def held_out_share(self) -> float:
+        """The share of the examples that is held out; 0 if those of a file are, or none."""
+        return float(self.held_out) if self.held_out and not self.held_out_file else 0.0
+
+    @property
+    def held_out_file(self) -> str:
+        """The file whose examples are held out, or ""."""
+        return self.held_out if self.held_out.endswith((".jsonl", ".json")) else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +118,22 @@ class LogConfig:
 
     every: int = field(10, "steps between lines of metrics.jsonl", least=1)
     tb: bool = field(False, "TensorBoard too (pip install tensorboardX)")
+    wandb: str = field("", "Weights & Biases too: the name of a project (pip install wandb)")
+    held_out_every: int = field(100, "steps between measurements of data.held_out", least=1)
+    profile: str = field("", "steps to profile, FIRST:END as 10:13 for 10, 11 and 12; in WORKDIR/profile")
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not re.fullmatch(r"(\d{1,9}:\d{1,9})?", self.profile) or (self.profile and not self.profiled):
+            raise FieldError(
+                f"profile must be FIRST:END, as 10:13 for steps 10, 11 and 12, got {shown(self.profile)}."
+            )
+
+    @property
+    def profiled(self) -> range:
+        """The steps to profile."""
+        first, _, end = self.profile.partition(":")
+        return range(max(1, int(first)), int(end)) if end else range(0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import resource
+import sys
 from typing import Any
 
 GIB = 2**30
@@ -52,6 +54,39 @@ def bytes_by_device(leaves: Any) -> dict[Any, int]:
         for device in leaf.sharding.addressable_devices:
             need[device] = need.get(device, 0) + size
     return need
+
+
+def predicted(compiled: Any, device: Any) -> str:
+    """In words, what a compiled program will take of a device, as its compiler counts.
+
+    Args:
+      compiled: with `memory_analysis`.
+      device: one of those it runs on.
+    """
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return "Memory: the compiler does not say what an update takes."
+    held, temporary = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+    new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    of = f" of {gib(limit)}" if limit else ""
+    return (
+        f"Memory of each device, predicted: {gib(held + temporary + new)}{of} GiB: {gib(held)} for weights, "
+        f"optimizer and batch, {gib(temporary + new)} while an update is computed."
+    )
+
+
+def measured(devices: Any) -> str:
+    """In words, the memory that has been taken so far: of the fullest device, or on a CPU of this process."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices]
+    if all(peaks):
+        return f"Memory after the first step, measured: at most {gib(max(peaks))} GiB of a device."
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (
+        f"Memory after the first step, measured: at most {gib(peak)} GiB of this process, with all that it has "
+        "loaded and compiled."
+    )
 
 
 def host_memory(root: str = "/") -> int | None:

@@ -53,13 +53,13 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
     # These load jax: the refusals above, and --print_config, come at once.
     from pasta_jax.checkpoints.about import CheckpointError, has_checkpoint
     from pasta_jax.data.records import RecordError
-    from pasta_jax.data.sources import contents, make_source
+    from pasta_jax.data.sources import contents, make_sources
     from pasta_jax.experiment import resolve, stages, with_steps
     from pasta_jax.interchange.origin import carry
     from pasta_jax.preference import rounds
     from pasta_jax.tokens.layout import LayoutError
     from pasta_jax.tokens.tokenizer import TokenizerError
-    from pasta_jax.training.loop import NonFiniteLoss, train
+    from pasta_jax.training.loop import SFT, NonFiniteLoss, train
 
     try:
         with locked(workdir):
@@ -72,11 +72,12 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
             if config.stage == "preference":
                 return rounds.run(config, workdir)
             invalid = os.path.join(workdir, "invalid.jsonl")
-            source = make_source(config.data, tokenizer, config.seed, invalid=invalid)
+            source, held = make_sources(config.data, tokenizer, config.seed, invalid=invalid)
             if config.init_from and not has_checkpoint(workdir):
                 carry(config.init_from, workdir)
             config, data = with_steps(config, source), contents(source)
-            train(config, source=source, tokenizer=tokenizer, workdir=workdir, data=data)
+            held_out = (SFT, held) if held else None
+            train(config, source=source, tokenizer=tokenizer, workdir=workdir, data=data, held_out=held_out)
             return workdir
     except (ConfigError, CheckpointError, RecordError, LayoutError, TokenizerError, OSError) as error:
         refuse(str(error))

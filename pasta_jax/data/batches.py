@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -112,7 +113,9 @@ def _hash(x: int, seed: int) -> int:
 # ----------------------------------------------------------------------------------------------- batches
 
 
-def next_batch(stream: Stream, index: int, rows: int, length: int) -> tuple[ThreadedTokens, int]:
+def next_batch(
+    stream: Stream, index: int, rows: int, length: int, end: float = math.inf
+) -> tuple[ThreadedTokens, int]:
     """The batch that starts with document `index`.
 
     Args:
@@ -120,6 +123,7 @@ def next_batch(stream: Stream, index: int, rows: int, length: int) -> tuple[Thre
       index: the whole state of the order.
       rows: B.
       length: L.
+      end: the document before which the batch ends, full or not.
 
     Returns:
       [B, L] fields, and the index of the first document of the next batch.
@@ -128,7 +132,7 @@ def next_batch(stream: Stream, index: int, rows: int, length: int) -> tuple[Thre
       ValueError: a document is longer than L.
     """
     packer = Packer(rows, length)
-    while True:
+    while index < end:
         document = stream[index]
         if len(document) > length:
             raise ValueError(
@@ -136,15 +140,29 @@ def next_batch(stream: Stream, index: int, rows: int, length: int) -> tuple[Thre
                 f"Set --config.data.length={len(document)} or more."
             )
         if not packer.add(document):
-            return packer.pack(), index
+            break
         index += 1
+    return packer.pack(), index
 
 
-def batches(stream: Stream, index: int, rows: int, length: int) -> Iterator[tuple[ThreadedTokens, int]]:
-    """Batches without end, each with the index of the next batch."""
-    while True:
-        batch, index = next_batch(stream, index, rows, length)
+def batches(
+    stream: Stream, index: int, rows: int, length: int, *, end: float = math.inf
+) -> Iterator[tuple[ThreadedTokens, int]]:
+    """Batches of the documents before `end`, by default without end; each with the index of the next batch."""
+    while index < end:
+        batch, index = next_batch(stream, index, rows, length, end)
         yield batch, index
+
+
+def held_out(n: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Which of n examples are trained on, and which are held out: a share, at least one, drawn by the seed.
+
+    >>> held_out(5, 0.4, seed=0)
+    ([0, 1, 4], [2, 3])
+    """
+    count = max(1, round(share * n)) if share else 0
+    held = {permuted(i, n, seed) for i in range(count)}
+    return [i for i in range(n) if i not in held], sorted(held)
 
 
 def steps_until(batches: Iterator[tuple[ThreadedTokens, int]], documents: int) -> tuple[int, int]:

@@ -73,9 +73,9 @@ class Packer:
         """The row and the columns in which `pack` puts each document."""
         return spans([len(document) for document in self.documents], self._rows, self.rows)
 
-    def pack(self) -> Any:
-        """The documents as one record of their type, with [B, L] fields."""
-        return pack(self.documents, self._rows, self.rows, self.length)
+    def pack(self, like: ThreadedTokens | None = None) -> Any:
+        """The documents as one record of their type, or if there are none of that of `like`; [B, L] fields."""
+        return pack(self.documents, self._rows, self.rows, self.length, like)
 
 
 def spans(lengths: Sequence[int], rows_of: Sequence[int], rows: int) -> list[tuple[int, slice]]:
@@ -91,18 +91,25 @@ def spans(lengths: Sequence[int], rows_of: Sequence[int], rows: int) -> list[tup
     return result
 
 
-def pack(documents: Sequence[ThreadedTokens], rows_of: Sequence[int], rows: int, length: int) -> Any:
+def pack(
+    documents: Sequence[ThreadedTokens],
+    rows_of: Sequence[int],
+    rows: int,
+    length: int,
+    like: ThreadedTokens | None = None,
+) -> Any:
     """Documents [L_i] in the given rows, as [B, L] fields; documents are numbered from 1 in each row."""
+    first = documents[0] if like is None else like
     fields = {
         name: np.full((rows, length, *value.shape[1:]), PADDING.get(name, 0), value.dtype)
-        for name, value in documents[0].fields().items()
+        for name, value in first.fields().items()
     }
     count = [0] * rows
     for document, (row, columns) in zip(documents, spans([len(d) for d in documents], rows_of, rows)):
         count[row] += 1
         for name, value in document.fields().items():
             fields[name][row, columns] = count[row] if name == "doc" else value
-    return type(documents[0])(**fields)
+    return type(first)(**fields)
 
 
 def real_fraction(batch: ThreadedTokens) -> float:

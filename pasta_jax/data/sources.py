@@ -20,7 +20,7 @@ from typing import Any
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.data import almanac
-from pasta_jax.data.batches import Mixture, Shuffled, Stream, batches, steps_until
+from pasta_jax.data.batches import Mixture, Shuffled, Stream, batches, held_out, steps_until
 from pasta_jax.data.records import Example, Problem, RecordError, read_records, report, write_invalid
 from pasta_jax.lang.render import render
 from pasta_jax.tokens.layout import LayoutError, layout_example
@@ -46,33 +46,61 @@ def make_tokenizer(config: DataConfig) -> Tokenizer:
 def make_source(
     config: DataConfig, tokenizer: Tokenizer, seed: int, *, invalid: str | os.PathLike[str] | None = None
 ) -> Stream:
-    """The documents of a run, endless and indexed.
+    """The documents of `make_sources` to train on."""
+    return make_sources(config, tokenizer, seed, invalid=invalid)[0]
+
+
+def make_sources(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, *, invalid: str | os.PathLike[str] | None = None
+) -> tuple[Stream, Sequence[ThreadedTokens]]:
+    """The documents of a run, endless and indexed, and those that are held out, which may be none.
 
     Args:
       config: the sources and their weights.
       tokenizer: of the model.
-      seed: of the order, and of generated documents.
+      seed: of the order, of generated documents, and of the choice of those that are held out.
       invalid: file to keep the invalid records, if there are any.
 
     Raises:
-      ConfigError: an unknown source, or a file without a valid record.
+      ConfigError: an unknown source, a file without a valid record, or a share of examples that cannot be held out.
     """
     problems: list[Problem] = []
     streams: list[Stream] = []
+    held: list[ThreadedTokens] = []
     for number, (name, _) in enumerate(config.sources):
         own_seed = seed * 1000 + number
         if name.startswith("almanac:"):
             streams.append(_almanac(name.partition(":")[2], config, tokenizer, own_seed))
         elif name.endswith((".jsonl", ".json")):
-            streams.append(Shuffled(_records(name, config, tokenizer, problems), own_seed))
+            records = _records(name, config, tokenizer, problems)
+            trained, measured = held_out(len(records), config.held_out_share, own_seed)
+            if not trained:
+                raise ConfigError(f"config.data.held_out leaves nothing of {name} ({len(records)} examples).")
+            held += [records[i] for i in measured]
+            chosen = dataclasses.replace(records, examples=[records.examples[i] for i in trained])
+            streams.append(Shuffled(chosen, own_seed))
         else:
             raise ConfigError(f"config.data.sources: {name!r} is neither almanac:NAME nor a .jsonl file.")
     if problems and invalid is not None:
         write_invalid(invalid, problems)
         LOG.warning("All invalid records are kept in %s.", os.fspath(invalid))
+    if config.held_out_share and not held:
+        raise ConfigError(
+            "config.data.held_out is a share of the examples of .jsonl files, and the almanac generates its own. "
+            "Name a file of examples instead."
+        )
+    held = held or held_out_file(config, tokenizer)
     if len(streams) == 1:
-        return streams[0]
-    return Mixture(streams, [weight for _, weight in config.sources])
+        return streams[0], held
+    return Mixture(streams, [weight for _, weight in config.sources]), held
+
+
+def held_out_file(config: DataConfig, tokenizer: Tokenizer) -> list[ThreadedTokens]:
+    """The documents of the file that `config.held_out` names, if it names one. Raises ConfigError."""
+    if not config.held_out_file:
+        return []
+    records = _records(config.held_out_file, config, tokenizer, [], field="held_out")
+    return [records[i] for i in range(len(records))]
 
 
 def contents(source: Stream) -> dict[str, dict[str, Any]]:
@@ -137,7 +165,9 @@ class Records:
         return self.layout(self.examples[index])
 
 
-def _records(path: str, config: DataConfig, tokenizer: Tokenizer, problems: list[Problem]) -> Records:
+def _records(
+    path: str, config: DataConfig, tokenizer: Tokenizer, problems: list[Problem], field: str = "sources"
+) -> Records:
     """The records of a file that can be read, laid out and packed. Adds the others to `problems`."""
 
     def layout(example: Example) -> ThreadedTokens:
@@ -148,7 +178,7 @@ def _records(path: str, config: DataConfig, tokenizer: Tokenizer, problems: list
     try:
         examples, unusable = read_records(path, columns=dict(config.columns), max_depth=config.max_depth)
     except RecordError as error:
-        raise ConfigError(f"config.data.sources: {error}") from error
+        raise ConfigError(f"config.data.{field}: {error}") from error
     total = len(examples) + len(unusable)
     usable = []
     for example in examples:
@@ -164,7 +194,7 @@ def _records(path: str, config: DataConfig, tokenizer: Tokenizer, problems: list
         unusable.append(Problem(path, example.line, None, fault, example.raw))
     problems += unusable
     if not usable:
-        raise ConfigError(f"config.data.sources: {report(unusable, total)}" if total else f"{path} is empty.")
+        raise ConfigError(f"config.data.{field}: {report(unusable, total)}" if total else f"{path} is empty.")
     if unusable:
         LOG.warning("%s", report(sorted(unusable, key=lambda p: p.line), total))
     return Records(path, usable, layout)

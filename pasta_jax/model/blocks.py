@@ -79,6 +79,7 @@ def attend_to_earlier(
     return _forward(q_BxLxNxH, k_BxKxLxH, v_BxKxLxH, may_attend, query_scale, softcap)[0]
 
 
+@jax.named_scope("attend")
 def _forward(
     q: Array, k: Array, v: Array, may_attend: Any, query_scale: float, softcap: float
 ) -> tuple[Array, tuple[Any, ...]]:
@@ -103,6 +104,7 @@ def _forward(
     return kept[0], (q, k, v, may_attend, *kept)
 
 
+@jax.named_scope("attend")
 def _backward(query_scale: float, softcap: float, kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
     q, k, v, may_attend, out, total_BxKxGxL = kept
     K, f32 = k.shape[1], jnp.float32

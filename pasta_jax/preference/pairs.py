@@ -154,30 +154,37 @@ def reference_logprobs(
 
 
 def pair_batches(
-    pairs: Sequence[Pair], index: int, rows: int, length: int, *, seed: int = 0, parts: int = 1
+    pairs: Sequence[Pair],
+    index: int,
+    rows: int,
+    length: int,
+    *,
+    seed: int = 0,
+    parts: int = 1,
+    end: float = math.inf,
 ) -> Iterator[tuple[PairedTokens, int]]:
-    """Endless batches of whole pairs, every pair once an epoch, each epoch in another order.
+    """Batches of whole pairs, every pair once an epoch, each epoch in another order; endless without an `end`.
 
     With microbatches both answers of a pair are in the same one; each has rows / parts rows of a batch.
 
     Yields:
       [B, L] fields, the pairs of each microbatch numbered from 1, and the index at which the next batch begins.
     """
-    while True:
+    while index < end:
         packers = [Packer(rows // parts, length) for _ in range(parts)]
-        while True:
+        while index < end:
             epoch, i = divmod(index, len(pairs))
             pair = pairs[permuted(i, len(pairs), seed + epoch)]
             if not any(_add(packer, pair) for packer in packers):
                 break
             index += 1
-        if not packers[-1].documents:  # it does not fit into an empty batch
+        if not packers[0].documents or (index < end and not packers[-1].documents):  # it fits into none
             raise ConfigError(
                 f"A pair of {len(pair.better)} and {len(pair.worse)} tokens does not fit into {rows // parts} rows "
                 f"of {length}{f', one of {parts} microbatches' * (parts > 1)}. Raise --config.data.rows or "
                 "--config.data.length."
             )
-        packed = [packer.pack().fields() for packer in packers]
+        packed = [packer.pack(like=pairs[0].better).fields() for packer in packers]
         fields = {name: np.concatenate([part[name] for part in packed]) for name in packed[0]}
         yield PairedTokens(**fields), index
 

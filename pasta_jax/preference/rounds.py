@@ -26,8 +26,9 @@ from pasta_jax.arrays import PairedTokens
 from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
 from pasta_jax.config import Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
-from pasta_jax.data.batches import permuted
+from pasta_jax.data.batches import held_out, permuted
 from pasta_jax.data.records import RecordError, read_records
+from pasta_jax.data.sources import held_out_file
 from pasta_jax.decoding.model import Model
 from pasta_jax.experiment import round_of
 from pasta_jax.files import Stamp, locked, write_json, write_jsonl
@@ -39,7 +40,7 @@ from pasta_jax.preference.pairs import Choice, Pair, choose_all, make_pairs, pai
 from pasta_jax.preference.sample import Prompt, Record, sample
 from pasta_jax.preference.score import scores
 from pasta_jax.tokens.tokenizer import Tokenizer
-from pasta_jax.training.loop import Stage, train, training_mesh
+from pasta_jax.training.loop import SFT, Stage, train, training_mesh
 from pasta_jax.training.losses import bonbon_margin, preference_loss
 
 LOG = logging.getLogger("pasta_jax")
@@ -85,6 +86,15 @@ def _run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str
     data, parts, seed = config.data, config.microbatches, _seed(config, number)
     records, pairs, tokenizer = pairs_of_round(config, mesh, number, policy, folder)
     # The models that drew the samples are freed: training has all the memory.
+    stage = stage_of(config, seed)
+    trained, measured = held_out(len(pairs), data.held_out_share, seed)
+    if not trained:
+        raise ConfigError(f"config.data.held_out leaves none of {len(pairs)} pairs to train on.")
+    records_held = held_out_file(data, tokenizer)
+    held = (
+        (SFT, records_held) if records_held else (stage, [pairs[i] for i in measured]) if measured else None
+    )
+    pairs = [pairs[i] for i in trained]
     steps = steps_for(pairs, config.preference.epochs_per_round, data.rows, data.length, seed, parts)
     LOG.info("Round %d: %d pairs of %d prompts, %d steps.", number, len(pairs), len(records), steps)
     carry(policy, folder)
@@ -93,8 +103,9 @@ def _run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str
         source=pairs,
         tokenizer=tokenizer,
         workdir=folder,
-        stage=stage_of(config, seed),
+        stage=stage,
         mesh=mesh,
+        held_out=held,
     )
     stats = [drawn.stats for record in records for drawn in record.samples]
     summary = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from pasta_jax import sharding
+from pasta_jax import memory, sharding
 from pasta_jax.arrays import Array, ThreadedTokens
 from pasta_jax.checkpoints.about import (
     BaseWeights,
@@ -34,9 +35,11 @@ from pasta_jax.model import param_shapes
 from pasta_jax.model.forms import Params
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
+from pasta_jax.training.held_out import HeldOut
 from pasta_jax.training.losses import Scores, Sums
 from pasta_jax.training.metrics import MetricsWriter
 from pasta_jax.training.microbatches import rows_sharding
+from pasta_jax.training.profile import Profiler
 from pasta_jax.training.signals import Stopped, stop_requests
 from pasta_jax.training.state import TrainState
 from pasta_jax.training.update import LossFn, Update, make_update
@@ -55,12 +58,17 @@ class Stage:
     Attributes:
       record: the class of a batch.
       loss_fn: from the scores of a batch's targets, and the batch, to sums.
-      batches: (source, index, rows, length) to batches, each with the index at which the next batch begins.
+      batches: (source, index, rows, length) to batches, each with the index at which the next batch begins; with
+        end=n those of the first n examples only.
     """
 
     record: type[ThreadedTokens]
     loss_fn: LossFn
-    batches: Callable[[Any, int, int, int], Iterator[tuple[ThreadedTokens, int]]] = batches
+    batches: Callable[..., Iterator[tuple[ThreadedTokens, int]]] = batches
+
+    def about(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
 
 
 def sft(scores: Scores, batch: ThreadedTokens) -> Sums:
@@ -81,6 +89,7 @@ def train(
     stage: Stage = SFT,
     stop_after: int | None = None,
     mesh: Mesh | None = None,
+    held_out: tuple[Stage, Sequence[Any]] | None = None,
 ) -> TrainState:
     """Trains from scratch, from `config.init_from`, or from where an earlier call with this workdir stopped.
 
@@ -93,6 +102,7 @@ def train(
       stage: supervised finetuning, or another.
       stop_after: stop after this step as if the run had ended; a later call resumes.
       mesh: by default that of `training_mesh(config)`.
+      held_out: examples that are measured now and then, and the stage whose loss and batches they have.
 
     Returns:
       the state after the last step, which is saved.
@@ -136,24 +146,41 @@ def train(
 
         last = min(config.steps, stop_after or config.steps)
         schedule, saved_at = config.checkpoint, time.monotonic()
-        meter = Meter(checkpoints, window)
+        meter, profiler, run = Meter(checkpoints, window), Profiler(config.log.profiled, workdir), None
+        measure = None
+        if held_out:
+            measured_as, examples = held_out
+            LOG.info("Held out: %d examples, every %d steps.", len(examples), config.log.held_out_every)
+            measure = HeldOut(config, mesh, update, **measured_as.about(), examples=examples)
         batches = stage.batches(source, data_index, config.data.rows, config.data.length)
         with (
-            MetricsWriter(workdir, first_step=step, steps=config.steps, tb=config.log.tb) as metrics,
+            MetricsWriter(workdir, first_step=step, config=config) as metrics,
+            contextlib.closing(profiler),
             prefetch(batches) as prefetched,
         ):
             leaving = request.signal
             while step < last and not leaving:
                 batch, data_index = next(prefetched)
                 fields = jax.device_put(batch.fields(), update.batch_sharding)
-                state, measured = update.step(state, base, fields)
+                first = run is None
+                run = run or compiled(update, state, base, fields)
                 step += 1
+                with profiler(step) as computed:
+                    state, measured = run(state, base, fields)
+                    computed.append(measured)
                 meter.add(step, measured, batch)
+                if first:
+                    LOG.info("%s", memory.measured(mesh.local_devices))
                 metrics.progress(step)
                 checkpoints.check()
 
-                if step % config.log.every == 0 or step == last:
-                    metrics.write(step, meter.summary())
+                is_measured = measure and (step % config.log.held_out_every == 0 or step == last)
+                if step % config.log.every == 0 or step == last or is_measured:
+                    line = meter.summary()
+                    if measure and is_measured:
+                        with meter.paused():
+                            line |= measure(state.params, base, lambda: request.signal)
+                    metrics.write(step, line)
 
                 is_due = bool(schedule.every_steps) and step % schedule.every_steps == 0
                 minutes = (time.monotonic() - saved_at) / 60
@@ -178,6 +205,13 @@ def train(
 
 
 # ---------------------------------------------------------------------------------------- parts of the loop
+
+
+def compiled(update: Update, state: TrainState, base: Params, fields: dict[str, Array]) -> Any:
+    """The compiled update, for arrays like these; logs the memory that it takes, before any of it is used."""
+    executable = update.step.lower(state, base, fields).compile()
+    LOG.info("%s", memory.predicted(executable, jax.local_devices()[0]))
+    return executable
 
 
 class Meter:
@@ -230,6 +264,14 @@ class Meter:
         if latest is None:
             return "no checkpoint was written before it"
         return f"step {latest} in {self._checkpoints.directory} is good, and is kept"
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile does not count as time of training."""
+        began = time.monotonic()
+        yield
+        if self._since is not None:
+            self._since += time.monotonic() - began
 
     @property
     def window(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ class Scores:
     is_likeliest: Array  # bool [B, L]  no token is likelier; false where there is no target
 
 
+@jax.named_scope("loss")
 def score(logits_BxLxV: Array, target_BxL: Array) -> Scores:
     """From float32 logits, and int32 targets or NO_TARGET."""
     has_target_BxL = target_BxL != NO_TARGET

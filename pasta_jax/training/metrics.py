@@ -1,18 +1,22 @@
-"""What training logs: `metrics.jsonl` always, TensorBoard if asked, and a progress bar or log lines."""
+"""What training logs: `metrics.jsonl` always, TensorBoard and Weights & Biases if asked, a bar or lines."""
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
 
-from pasta_jax.config import ConfigError
+from pasta_jax.config import Config, ConfigError
 from pasta_jax.extras import optional
 from pasta_jax.files import appending, is_writer, json_line, read_jsonl, write_jsonl
+from pasta_jax.messages import message_of
+from pasta_jax.overrides import to_dict
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -23,32 +27,48 @@ class MetricsWriter:
     Args:
       workdir: an existing directory.
       first_step: where this run starts; later lines, of an interrupted run, are removed.
-      steps: the last step.
-      tb: TensorBoard too.
+      config: of the run: its last step, and where else the measurements go.
 
     Raises:
-      ConfigError: `tb`, and tensorboardX is not installed.
+      ConfigError: what `config.log` asks for is not installed, or does not start.
     """
 
-    def __init__(self, workdir: str, *, first_step: int, steps: int, tb: bool = False):
+    def __init__(self, workdir: str, *, first_step: int, config: Config):
         path = os.path.join(workdir, "metrics.jsonl")
         write_jsonl(path, [line for line in read_metrics(path) if line["step"] <= first_step])
         self._file = appending(path)
-        self._tb = _tensorboard(workdir) if tb and is_writer() else None
-        self._bar = tqdm(initial=first_step, total=steps, unit="step", disable=not sys.stderr.isatty())
+        self._tb = _tensorboard(workdir) if config.log.tb and is_writer() else None
+        self._wandb = _wandb(workdir, config) if config.log.wandb and is_writer() else None
+        self._steps = config.steps
+        self._timed_from: tuple[int, float] | None = None  # step and time, when the first step is done
+        self._bar = tqdm(initial=first_step, total=config.steps, unit="step", disable=not sys.stderr.isatty())
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._bar.close()
         self._file.close()
         if self._tb:
             self._tb.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(kind is not None))
 
     def progress(self, step: int) -> None:
-        """Moves the progress bar, if one is shown."""
+        """Moves the progress bar, if one is shown. Time counts from the end of the first step, which compiles."""
+        if self._timed_from is None:
+            self._timed_from = step, time.monotonic()
+            self._bar.initial = self._bar.n = step
+            self._bar.unpause()
         self._bar.update(step - self._bar.n)
+
+    def _left(self, step: int) -> str:
+        """The time that the other steps will take, as "time left 1:02:03"; nothing before the second step."""
+        first, since = self._timed_from or (step, 0.0)
+        if step <= first:
+            return ""
+        seconds = (time.monotonic() - since) / (step - first) * (self._steps - step)
+        return f"  time left {tqdm.format_interval(seconds)}"
 
     def write(self, step: int, measurements: Mapping[str, float]) -> None:
         """Writes one line."""
@@ -56,9 +76,11 @@ class MetricsWriter:
         if self._tb:
             for name, value in measurements.items():
                 self._tb.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(measurements), step=step)
         text = "  ".join(f"{name} {_short(value)}" for name, value in measurements.items())
         if self._bar.disable:
-            LOG.info("step %d  %s", step, text)
+            LOG.info("step %d  %s%s", step, text, self._left(step))
         else:
             self._bar.set_postfix_str(text)
 
@@ -76,6 +98,29 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 def _tensorboard(workdir: str) -> Any:
     return optional("tensorboardX", "tb", "config.log.tb", ConfigError).SummaryWriter(workdir)
+
+
+def _wandb(workdir: str, config: Config) -> Any:
+    """A run of Weights & Biases; one that resumes goes on with its own."""
+    wandb = optional("wandb", "wandb", "config.log.wandb", ConfigError)
+    path = os.path.join(workdir, "wandb-run.json")
+    known = read_jsonl(path, lambda fields: str(fields["id"]))
+    run_id = known[0] if known else secrets.token_hex(8)
+    try:
+        run = wandb.init(
+            project=config.log.wandb,
+            name=os.path.basename(os.path.abspath(workdir)),
+            id=run_id,
+            resume="allow",
+            dir=workdir,
+            config=to_dict(config),
+        )
+    except Exception as error:  # no key, no network, no such project: whatever it raises, in one line
+        raise ConfigError(
+            f"config.log.wandb: {message_of(error)} (WANDB_MODE=offline needs no network.)"
+        ) from error
+    write_jsonl(path, [{"id": run_id}])
+    return run
 
 
 def _short(value: float) -> str:

@@ -179,10 +179,12 @@ def make_update(
             lambda both: (jax.lax.with_sharding_constraint(both[0], shardings.params), both[1]),
         )
         grads = jax.tree.map(lambda g, p: (g * sums.share).astype(p.dtype), grads, state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         _, measured = sums.mean()
         measured |= {"lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), measured
+        return TrainState(params, opt_state, state.step + 1), measured
 
     return Update(
         step,
@@ -196,3 +198,28 @@ def make_update(
         lambda params: jax.device_put(new_state(params, optimizer), shardings),
         remat,
     )
+
+
+def make_measure(
+    config: Config, mesh: Any, loss_fn: LossFn, record: type[ThreadedTokens], update: Update
+) -> Callable[[Params, Params, dict[str, Array]], Sums]:
+    """A jitted function of trained parameters, base and the fields of a batch: the sums of the loss, no gradient.
+
+    Args:
+      config, mesh, loss_fn, record: as for `make_update`.
+      update: whose arrays it takes.
+    """
+    model = Transformer(config.model, config.lora)
+    shardings = update.shardings.params, update.base_shardings, update.batch_sharding
+
+    @functools.partial(jax.jit, in_shardings=shardings, out_shardings=sharding.replicated(mesh))
+    def measure(params: Params, base: Params, fields: dict[str, Array]) -> Sums:
+        weights = adapters.join(base, jax.tree.map(lambda x: x.astype(config.model.dtype), params))
+
+        def of_part(part: dict[str, Array]) -> Sums:
+            batch = record(**part)
+            return loss_fn(scores_of(model, weights, batch, mesh=mesh), batch)
+
+        return sum_over_parts(of_part, fields, config.microbatches, mesh, lambda sums: sums)
+
+    return measure

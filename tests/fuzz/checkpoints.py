@@ -167,7 +167,7 @@ def check_metrics(workdir: pathlib.Path) -> None:
     """What is read before a resume, and written again."""
     if not (workdir / METRICS).is_file():
         return
-    with MetricsWriter(str(workdir), first_step=STEPS[0], steps=STEPS[-1]):
+    with MetricsWriter(str(workdir), first_step=STEPS[0], config=CONFIG):
         pass
     assert all(line["step"] <= STEPS[0] for line in read_metrics(str(workdir / METRICS)))
 
