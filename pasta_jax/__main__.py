@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from pasta_jax import __version__, verbs
-from pasta_jax.verbs import begin, define_loading, loading_options, refuse
+from pasta_jax.verbs import begin, define_loading, define_processes, loading_options, refuse
 
 if TYPE_CHECKING:
     from pasta_jax.decoding.results import DecodeResult
@@ -106,6 +106,7 @@ def command() -> None:
     flags.DEFINE_bool("annotated", False, "Print the answer with its tags.")
     flags.DEFINE_bool("version", False, "Print the version and exit.")
     flags.DEFINE_bool("timeline", False, "Draw the threads over time.")
+    define_processes()
     verbs.run_main(lambda argv: main(argv, decoding))
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from pasta_jax.verbs import CHATS, begin, refuse, run_main
+from pasta_jax.verbs import CHATS, begin_alone, refuse, run_main
 
 if TYPE_CHECKING:
     from pasta_jax.interchange.importing import SourceKind
@@ -32,7 +32,7 @@ def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
         refuse(
             "Add --from=hf:google/gemma-2b-it --to=WORKDIR to import, or --from=WORKDIR --to=FOLDER to export."
         )
-    begin()
+    begin_alone()
     # These load jax; the refusal above does not wait for it.
     from pasta_jax.checkpoints.about import CheckpointError
     from pasta_jax.interchange.errors import InterchangeError

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import pathlib
@@ -31,6 +32,11 @@ def is_writer() -> bool:
     """Whether this process writes the files of a run: the only process, or the first of several."""
     jax = sys.modules.get("jax")  # not loaded: there is one process
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def shows_progress() -> bool:
+    """Whether there is somebody to look at a progress bar."""
+    return is_writer() and sys.stderr.isatty()
 
 
 class WriteError(OSError):
@@ -111,8 +117,9 @@ def replacing(path: StrPath, mode: str = "w") -> Iterator[IO[Any]]:
     """
     encoding = None if "b" in mode else "utf-8"
     if not is_writer():
-        with open(os.devnull, mode, encoding=encoding) as file:
-            yield file
+        # /dev/null is at no position, which zip asks for.
+        with io.StringIO() if encoding else io.BytesIO() as nowhere:
+            yield nowhere
         return
     target: Any = pathlib.Path(path) if isinstance(path, str) else path
     unfinished = target.with_name(target.name + ".tmp")

@@ -8,10 +8,12 @@ communication. Everything works on arrays and on shapes alike, and on meshes of 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pasta_jax.rounding import round_up
@@ -167,6 +169,46 @@ def round_up_rows(rows: int, mesh: AnyMesh) -> int:
 def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def from_host(tree: Any, shardings: Any) -> Any:
+    """Arrays of the host, the same in all processes, onto devices; each process copies what its own devices hold.
+
+    Args:
+      tree: NumPy arrays, numbers, or arrays of this process's devices.
+      shardings: the same tree of shardings, or a prefix of it. None is the default device; what lies where other
+        processes have devices too stays as it is.
+    """
+    if all(place.is_fully_addressable for place in jax.tree.leaves(shardings)):
+        return jax.device_put(tree, shardings)
+
+    def put(place: Any, part: Any) -> Any:
+        return jax.tree.map(functools.partial(_put, place), part)
+
+    return jax.tree.map(put, shardings, tree, is_leaf=lambda place: place is None)
+
+
+def _put(place: Any, leaf: Any) -> Any:
+    if place is None or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return leaf
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index], dtype=array.dtype)
+
+
+def on_host(tree: Any) -> Any:
+    """Arrays to NumPy, also where some of their rows lie on other hosts: all processes call it then."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = _everywhere(replicated(leaf.sharding.mesh))(leaf)  # type: ignore[attr-defined]
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)
+
+
+@functools.cache
+def _everywhere(place: NamedSharding) -> Any:
+    return jax.jit(lambda leaf: leaf, out_shardings=place)
 
 
 def mesh_of(tree: Any) -> Mesh | None:

@@ -17,7 +17,8 @@ from absl import flags
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.files import locked
 from pasta_jax.overrides import describe, load_config, split_overrides
-from pasta_jax.verbs import begin, refuse, run_main
+from pasta_jax.processes import ProcessError, check_shared, report
+from pasta_jax.verbs import begin, define_processes, refuse, run_main
 
 
 def main(argv: Sequence[str], *, values: flags.FlagValues, overrides: Sequence[str]) -> None:
@@ -63,6 +64,7 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
 
     try:
         with locked(workdir):
+            check_shared(workdir)
             if config.stage == "both":
                 first, second = stages(config)
                 finetuned = run(first, os.path.join(workdir, "sft"), overrides)
@@ -79,10 +81,13 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
             held_out = (SFT, held) if held else None
             train(config, source=source, tokenizer=tokenizer, workdir=workdir, data=data, held_out=held_out)
             return workdir
-    except (ConfigError, CheckpointError, RecordError, LayoutError, TokenizerError, OSError) as error:
+    except (
+        *(ConfigError, CheckpointError, RecordError, LayoutError, TokenizerError),
+        *(ProcessError, OSError),
+    ) as error:
         refuse(str(error))
     except NonFiniteLoss as error:
-        print(error, file=sys.stderr)
+        report(str(error))
         sys.exit(1)
 
 
@@ -98,6 +103,7 @@ def command() -> None:
     flags.DEFINE_bool(
         "print_config", False, "Print every field of the configuration, with its meaning, and exit."
     )
+    define_processes()
     overrides, rest = split_overrides(sys.argv)
     run_main(functools.partial(main, values=flags.FLAGS, overrides=overrides), argv=rest)
 

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from pasta_jax.files import InUse, WriteError
+from pasta_jax import processes
+from pasta_jax.files import InUse, WriteError, is_writer
 from pasta_jax.kept import keep_compiled
 
 LOG = logging.getLogger("pasta_jax")
@@ -33,7 +34,7 @@ CHATS = ("auto", "plain", "gemma", "llama3", "chatml", "qwen3", "inst")
 
 def refuse(message: str) -> NoReturn:
     """Prints the message on stderr and exits with status 2."""
-    print(message, file=sys.stderr)
+    processes.report(message)
     sys.exit(BAD_USAGE)
 
 
@@ -91,11 +92,11 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
         module_name=sys.argv[0],  # so that --help shows it
     )
     quiet_threads()
-    with _ending(), _quiet_pipe():
+    with _ending(), processes.ending_together(), _quiet_pipe():
         try:
             app.run(main, argv=argv, flags_parser=parse)
         except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr)
+            processes.report("Interrupted.")
             sys.exit(128 + signal.SIGINT)
         except (WriteError, InUse) as error:
             refuse(str(error))
@@ -113,6 +114,17 @@ def _ending() -> Iterator[None]:
             end.daemon = True
             end.start()
         raise
+
+
+def define_processes() -> None:
+    """Defines the flags for a run of several processes, one on each host."""
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "Of several processes: HOST:PORT of the first. TPU slices, GKE, SLURM and Open MPI tell by themselves.",
+    )
+    flags.DEFINE_integer("processes", None, "How many there are; 1: this one alone.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
 
 
 def quiet_threads() -> None:
@@ -144,14 +156,40 @@ def config_file(name: str) -> str:
 
 
 def begin() -> None:
-    """Begins the work of a command, whose arguments are in order: shows the log, keeps compiled programs."""
+    """Begins the work of a command, whose arguments are in order.
+
+    Meets the other processes, if there are any, of which only the first prints; shows the log; keeps compiled
+    programs.
+    """
+    values = flags.FLAGS
+    if "coordinator" in values:
+        try:
+            group = processes.asked(values.coordinator, values.processes, values.process_id)
+            processes.start(group)
+        except processes.SaidElsewhere:
+            sys.exit(BAD_USAGE)
+        except processes.ProcessError as error:
+            refuse(str(error))
+    if not is_writer():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     show_log()
-    if "compilation_cache" in flags.FLAGS:
-        keep_compiled(flags.FLAGS.compilation_cache)
+    if "compilation_cache" in values:
+        keep_compiled(values.compilation_cache)
+
+
+def begin_alone() -> None:
+    """`begin` for a command that one process does, on its CPU: on the other hosts of a pod it does nothing."""
+    if (group := processes.announced()) is not None:
+        if group.index:
+            sys.exit(0)
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+    begin()
 
 
 def show_log() -> None:
-    """Shows the library's log on stderr, and only warnings of other libraries."""
+    """Shows the library's log on stderr, and only warnings of other libraries; errors alone of other processes."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
         logger.addFilter(_is_news)
@@ -159,7 +197,7 @@ def show_log() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
-    LOG.setLevel(logging.INFO)
+    LOG.setLevel(logging.INFO if is_writer() else logging.ERROR)
     LOG.propagate = False
 
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "pasta_jax"
 
 LEVELS = [
     {"lang", "arrays", "files", "messages", "rounding", "extras", "memory"},
-    {"fields", "foreign", "visibility", "sharding", "baselines", "figures", "kept", "chips"},
+    {"fields", "foreign", "visibility", "sharding", "baselines", "figures", "kept", "chips", "processes"},
     {"tokens", "model", "verbs"},
     {"config"},
     {"decoding", "data", "overrides", "testing"},

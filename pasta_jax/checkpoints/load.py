@@ -165,7 +165,7 @@ def _dtypes(tree: Params) -> list[Any]:
 
 def _placed(shapes: Params, shardings: Callable[[Params], Any] | None) -> Params:
     """Shapes with shardings; by default those of the first device."""
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return sharding.abstract(shapes, first if shardings is None else shardings(shapes))
 
 

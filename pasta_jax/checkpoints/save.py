@@ -10,12 +10,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from pasta_jax import overrides
+from pasta_jax import overrides, sharding
 from pasta_jax.checkpoints.about import (
     FORMAT,
     FORMAT_VERSION,
@@ -260,7 +259,7 @@ class Checkpoints:
         check_shapes(path, saved_shapes(path, "params"), target.params)
         params = restore_arrays(path, "params", target.params, metadata)
         opt_state = restore_arrays(path, "optimizer", target.opt_state, metadata)
-        step = jax.device_put(jnp.int32(metadata.step), target.step.sharding)
+        step = sharding.from_host(jnp.int32(metadata.step), target.step.sharding)
         return dataclasses.replace(target, params=params, opt_state=opt_state, step=step), metadata
 
     def _check_data(self, metadata: CheckpointMetadata) -> None:

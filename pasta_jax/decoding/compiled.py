@@ -431,11 +431,14 @@ class Compiled:
         )  # fmt: skip
 
     def _run(self, program: ProgramKey, *args: Any) -> Any:
-        return self.executable(program)(*args)
+        executable = self.executable(program)
+        if not self._everywhere.is_fully_addressable:  # what the host gives is in each process
+            args = sharding.from_host(args, executable.input_shardings[0])
+        return executable(*args)
 
     @functools.cached_property
     def _placed_rules(self) -> Any:
-        return jax.device_put(self._rules, self._everywhere)
+        return sharding.from_host(self._rules, self._everywhere)
 
 
 def _script_size(batch: Batch) -> tuple[int, int]:
@@ -445,7 +448,7 @@ def _script_size(batch: Batch) -> tuple[int, int]:
 
 def _shapes(params: Any) -> Any:
     """Shapes with shardings; arrays of the host count as on the default device, where they are used."""
-    host = SingleDeviceSharding(jax.devices()[0])
+    host = SingleDeviceSharding(jax.local_devices()[0])
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         place = getattr(leaf, "sharding", None) or host

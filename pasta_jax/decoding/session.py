@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pasta_jax import sharding
 from pasta_jax.decoding.compiled import Compiled
 from pasta_jax.decoding.fits import check_prompt
 from pasta_jax.decoding.loop import Batch
@@ -248,8 +249,9 @@ class Session:
     def _read(self) -> None:
         if self._batch is None:
             return
-        stops = np.asarray(self._batch.rows.stop)
-        self._cursors = np.array(self._batch.rows.cursor)
+        rows = self._batch.rows
+        stops, cursors = sharding.on_host((rows.stop, rows.cursor))
+        self._cursors = np.array(cursors)
         vocabulary = self.model.tokenizer.vocabulary
         stopped = {}
         for i, answer in enumerate(self._rows):

@@ -15,7 +15,7 @@ from absl import flags
 
 from pasta_jax import verbs
 from pasta_jax.evaluate.compare import compare, table
-from pasta_jax.verbs import begin, define_loading, loading_options, refuse
+from pasta_jax.verbs import begin, define_loading, define_processes, loading_options, refuse
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,6 +39,7 @@ def command() -> None:
     flags.adopt_module_key_flags(verbs)  # so that --help shows them
     flags.DEFINE_string("workdir", "runs/evaluation", "Folder of the answers and the table.")
     flags.DEFINE_integer("prompts", 500, "Number of held-out prompts.", lower_bound=1)
+    define_processes()
     verbs.run_main(main)
 
 

@@ -13,7 +13,6 @@ import functools
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -27,7 +26,15 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
-from pasta_jax.files import Stamp, appending, json_line, locked, read_jsonl, write_jsonl
+from pasta_jax.files import (
+    Stamp,
+    appending,
+    json_line,
+    locked,
+    read_jsonl,
+    shows_progress,
+    write_jsonl,
+)
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Promise, Sync
 from pasta_jax.rounding import next_power_of_two
@@ -201,7 +208,7 @@ def _evaluate(
     done = min(map(len, answers.values()))
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(appending(path)) for name, path in paths.items()}
-        quiet = not sys.stderr.isatty()
+        quiet = not shows_progress()
         bar = tqdm(tasks[done:], initial=done, total=len(tasks), unit="prompt", disable=quiet)
         for number, task in enumerate(bar, done + 1):
             for name, system in systems.items():

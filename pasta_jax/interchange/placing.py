@@ -118,7 +118,7 @@ def target_shapes(
     shapes = param_shapes(config)
     shapes = jax.eval_shape(quantize, shapes) if quantized else shapes
     if mesh is None:
-        one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings: Any = jax.tree.map(lambda _: one_device, shapes)
     else:
         try:

@@ -19,7 +19,7 @@ from pasta_jax.decoding.model import Model
 from pasta_jax.files import replacing
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.preference.sample import Record
-from pasta_jax.sharding import replicated
+from pasta_jax.sharding import from_host, replicated
 from pasta_jax.training.microbatches import map_parts, rows_sharding
 from pasta_jax.training.update import scores_of
 
@@ -146,7 +146,7 @@ def reference_logprobs(
         packer, end = Packer(rows, length), start
         while end < len(documents) and packer.add(documents[end]):
             end += 1
-        fields = jax.device_put(packer.pack().fields(), batch_sharding)
+        fields = from_host(packer.pack().fields(), batch_sharding)
         logprob_BxL = np.asarray(forward(model.params, fields))
         logprobs += [logprob_BxL[row, span] for row, span in packer.spans()]
         start = end

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +24,8 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import Stats, result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, document_order
-from pasta_jax.files import appending, json_line, read_jsonl, write_jsonl
+from pasta_jax.files import appending, json_line, read_jsonl, shows_progress, write_jsonl
+from pasta_jax.processes import agreed
 from pasta_jax.training.signals import Stopped, stop_requests
 
 LOG = logging.getLogger("pasta_jax")
@@ -118,7 +118,7 @@ def sample(
     group = max(1, config.sampling_rows // config.samples)
     todo = range(len(records), len(prompts), group)
     engine = decoder(policy, config.sampling_lanes)
-    interactive, logged_at = sys.stderr.isatty(), time.monotonic()
+    interactive, logged_at = shows_progress(), time.monotonic()
     with appending(path) as file, stop_requests() as request:
         for start in tqdm(todo, unit="group", desc="sampling", disable=not interactive):
             members = order[start : start + group]
@@ -130,9 +130,11 @@ def sample(
                 records.append(Record(prompts[i], baselines[i], samples))
                 file.write(json_line(dataclasses.asdict(records[-1])))
             progress = f"{len(records)} of {len(prompts)} prompts are sampled."
-            if request.signal:
+            (stop,) = agreed(request.signal or 0)
+            if stop:
+                request.is_heeded = True
                 LOG.warning("%s Run the same command again to go on.", progress)
-                raise Stopped(request.signal)
+                raise Stopped(stop)
             if not interactive and time.monotonic() - logged_at > LOG_EVERY_S:
                 LOG.info(progress)
                 logged_at = time.monotonic()

@@ -33,6 +33,7 @@ from pasta_jax.data.batches import batches, prefetch
 from pasta_jax.data.packing import real_fraction
 from pasta_jax.model import param_shapes
 from pasta_jax.model.forms import Params
+from pasta_jax.processes import Agreement, agreed
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
 from pasta_jax.training.held_out import HeldOut
@@ -152,16 +153,17 @@ def train(
             measured_as, examples = held_out
             LOG.info("Held out: %d examples, every %d steps.", len(examples), config.log.held_out_every)
             measure = HeldOut(config, mesh, update, **measured_as.about(), examples=examples)
+        agree = Agreement()
         batches = stage.batches(source, data_index, config.data.rows, config.data.length)
         with (
             MetricsWriter(workdir, first_step=step, config=config) as metrics,
             contextlib.closing(profiler),
             prefetch(batches) as prefetched,
         ):
-            leaving = request.signal
+            (leaving,) = agreed(request.signal or 0)
             while step < last and not leaving:
                 batch, data_index = next(prefetched)
-                fields = jax.device_put(batch.fields(), update.batch_sharding)
+                fields = sharding.from_host(batch.fields(), update.batch_sharding)
                 first = run is None
                 run = run or compiled(update, state, base, fields)
                 step += 1
@@ -184,16 +186,21 @@ def train(
 
                 is_due = bool(schedule.every_steps) and step % schedule.every_steps == 0
                 minutes = (time.monotonic() - saved_at) / 60
-                is_due |= bool(schedule.every_minutes) and minutes > schedule.every_minutes
-                leaving = request.signal  # read once: a signal that comes later waits for the next step
-                if is_due or step == last or leaving:
+                late = int(bool(schedule.every_minutes) and minutes > schedule.every_minutes)
+                # The signal is read once: one that comes later waits for the next step.
+                late, leaving = agree(late, request.signal or 0, now=step == last)
+                if is_due or late or step == last or leaving:
                     meter.check(lag=0)  # only finite states are saved
                     checkpoints.save(state, data_index, base_mark, meter.window)
                     saved_at = time.monotonic()
+                    agree.forget()
+                request.is_heeded = bool(leaving)
 
-    if request.signal:  # also one that came while the last step was saved
+    # Also one that came while the last step was saved.
+    (leaving,) = agreed(leaving or request.signal or 0)
+    if leaving:
         LOG.warning("Stopped at step %d. Run the same command again to go on.", step)
-        raise Stopped(request.signal)
+        raise Stopped(leaving)
     if step > config.steps:
         LOG.warning(
             "Nothing to train: %s is at step %d, past config.steps=%d. To go on, set --config.steps above %d.",

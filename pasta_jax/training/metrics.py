@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.extras import optional
-from pasta_jax.files import appending, is_writer, json_line, read_jsonl, write_jsonl
+from pasta_jax.files import appending, is_writer, json_line, read_jsonl, shows_progress, write_jsonl
 from pasta_jax.messages import message_of
 from pasta_jax.overrides import to_dict
 
@@ -41,7 +40,7 @@ class MetricsWriter:
         self._wandb = _wandb(workdir, config) if config.log.wandb and is_writer() else None
         self._steps = config.steps
         self._timed_from: tuple[int, float] | None = None  # step and time, when the first step is done
-        self._bar = tqdm(initial=first_step, total=config.steps, unit="step", disable=not sys.stderr.isatty())
+        self._bar = tqdm(initial=first_step, total=config.steps, unit="step", disable=not shows_progress())
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from pasta_jax.processes import several
+
 LOG = logging.getLogger("pasta_jax")
 
 
@@ -20,9 +22,14 @@ class Stopped(SystemExit):
 
 
 class StopRequest:
-    """The signal that asked, or None."""
+    """The signal that asked, or None, and whether it is done as asked.
+
+    Of several processes each is asked, some a little later than the first: after that is_heeded, a SIGTERM changes
+    nothing.
+    """
 
     signal: int | None = None
+    is_heeded = False
 
 
 @contextlib.contextmanager
@@ -48,4 +55,5 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            is_late = request.is_heeded and several() and number == signal.SIGTERM
+            signal.signal(number, signal.SIG_IGN if is_late else handler)

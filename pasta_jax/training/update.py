@@ -195,7 +195,7 @@ def make_update(
         batch_sharding,
         functools.partial(init_params, masters, key, shardings=shardings.params),
         functools.partial(new_adapters, shardings=shardings.params),
-        lambda params: jax.device_put(new_state(params, optimizer), shardings),
+        lambda params: sharding.from_host(new_state(params, optimizer), shardings),
         remat,
     )
 

@@ -1,0 +1,134 @@
+"""What two processes of four devices do, and one of eight.
+
+`python -m tests.helpers.several INDEX PORT FOLDER PART...` is one of the two. Each part leaves files in the folder
+that say what came out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from pasta_jax import processes, sharding
+from pasta_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig, PreferenceConfig
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.request import SamplingParams
+from pasta_jax.decoding.results import result
+from pasta_jax.files import replacing, write_json
+from pasta_jax.model import ModelConfig
+from pasta_jax.verbs import refuse
+from tests.helpers import chatty, training
+
+MESHES = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4), "1x8": (1, 8)}
+"""Sizes of fsdp and tensor, by name."""
+
+WIDE = dataclasses.replace(training.CONFIG.model, num_heads=8, head_dim=4)
+
+
+def config_of(mesh: str) -> Config:
+    """Four steps; the first step's gradient is a tenth of the first mean."""
+    fsdp, tensor = MESHES[mesh]
+    return dataclasses.replace(
+        training.CONFIG,
+        steps=4,
+        model=WIDE,
+        mesh=MeshConfig(fsdp=fsdp, tensor=tensor),
+        checkpoint=CheckpointConfig(every_steps=2, every_minutes=0),
+    )
+
+
+ROUND = Config(
+    stage="both",
+    seed=3,
+    steps=2,
+    model=ModelConfig(vocab_size=1408, num_layers=1, model_dim=16, head_dim=8, mlp_dim=16, num_heads=2),
+    data=DataConfig(rows=8, length=128),
+    preference=PreferenceConfig(
+        prompts_per_round=2, rounds=1, samples=4, sampling_rows=8, sampling_lanes=2, lr=1e-3
+    ),
+    mesh=MeshConfig(fsdp=4, tensor=2),
+    checkpoint=CheckpointConfig(every_steps=0, every_minutes=0),
+)
+
+
+def train(folder: pathlib.Path, mesh: str, stop_after: int | None = None) -> None:
+    """Trains on a mesh, and writes the state after the last step, leaf by leaf."""
+    state = training.train(folder / mesh, config_of(mesh), stop_after=stop_after)
+    leaves = jax.tree.leaves(sharding.on_host(state))
+    with replacing(folder / f"{mesh}.npz", "wb") as file:
+        np.savez(file, *leaves)
+
+
+def decode(folder: pathlib.Path) -> None:
+    """Decodes more prompts than there are rows, which are spread over all devices, and writes the answers."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    plain = chatty.chatty_model()
+    params = sharding.from_host(plain.params, sharding.param_shardings(plain.params, mesh))
+    model = dataclasses.replace(plain, params=params)
+    decoder = Decoder(model, limits=chatty.LIMITS, rows=4, chunk=16, prompt_buckets=(16,), widths=())
+    sampling = [
+        SamplingParams(max_new_tokens=60, max_branch_tokens=12, temperature=1.0, open_bias=3.5, seed=seed)
+        for seed in range(len(chatty.PROMPTS))
+    ]
+    traces, _ = decoder.decode([chatty.ids(prompt) for prompt in chatty.PROMPTS], sampling)
+    write_json(folder / "texts.json", [result(model.tokenizer, trace).annotated for trace in traces])
+
+
+def do(folder: pathlib.Path, parts: Iterable[str]) -> None:
+    """The parts: a mesh to train on, MESH:STEP to stop after a step, decode, round; one of two fails or refuses."""
+    from pasta_jax.train import run
+
+    for part in parts:
+        mesh, _, stop = part.partition(":")
+        if mesh in MESHES:
+            train(folder, mesh, int(stop) if stop else None)
+        elif part == "decode":
+            decode(folder)
+        elif part in ("fail", "refuse"):
+            if jax.process_index() == 1:
+                if part == "refuse":
+                    refuse("The data is not here.")
+                raise RuntimeError("a bug")
+            processes.agreed(1)
+        else:
+            run(ROUND, os.fspath(folder / "round"))
+
+
+def writes_below(folder: pathlib.Path) -> list[str]:
+    """What Python writes below the folder from now on, a line for each file opened to write, renamed or removed."""
+    seen: list[str] = []
+
+    def listen(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = args
+            if not isinstance(path, str | bytes) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                return
+        elif event not in ("os.rename", "os.remove"):
+            return
+        path = os.fsdecode(args[0])
+        if path.startswith(f"{folder}{os.sep}"):
+            seen.append(f"{event} {os.path.relpath(path, folder)}")
+
+    sys.addaudithook(listen)
+    return seen
+
+
+def main(index: int, port: int, folder: pathlib.Path, parts: list[str]) -> None:
+    processes.start(processes.Group(index, 2, f"127.0.0.1:{port}"))
+    assert (jax.device_count(), jax.local_device_count()) == (8, 4)
+    with processes.ending_together():
+        seen = writes_below(folder)
+        do(folder, parts)
+        (folder.parent / f"writes-{index}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4:])
