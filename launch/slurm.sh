@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # One process for each node of a SLURM job: sbatch launch/slurm.sh python -m pasta_jax.train --config=... --workdir=...
 #
-# --workdir must be on a file system that all nodes share. The commands do not find each other yet (docs/tpu.md), so
-# one node it is. A job that is preempted or reaches its time is put back into the queue: 120 s before, SLURM sends
-# SIGTERM, the command saves and leaves, and the next start goes on from there.
+# --workdir must be on a file system that all nodes share. The processes find each other: change --nodes at will. With
+# a task for each GPU instead (--ntasks-per-node=8), each takes its own. A job that is preempted or reaches its time is
+# put back into the queue: 120 s before, SLURM sends SIGTERM, the command saves and leaves, and the next start goes on
+# from there.
 #SBATCH --job-name=pasta_jax
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -5,7 +5,7 @@
 #   launch/tpu_run.sh NAME ZONE --stop                    ask the command to save and leave
 #   launch/tpu_run.sh NAME ZONE --delete                  give the slice back; what is on its disks is lost
 #
-#   --type=v5litepod-8    the slice to create; the commands on several hosts do not find each other yet (docs/tpu.md)
+#   --type=v5litepod-8    the slice to create; processes on several hosts find each other (docs/tpu.md)
 #   --version=...         its software; by default the one that belongs to the type
 #   --spot                cheaper, and may be taken away: it is then created again, and the command run again
 #   --queued              wait in the queue for capacity

@@ -559,7 +559,7 @@ class Agreement:
         """What any process asked for in the call before, or nothing: zeros. With `now` in this call.
 
         Args:
-          asked: numbers that are not negative; as many in each call.
+          asked: as many numbers in each call.
           now: waits for the others.
         """
         if not several():
@@ -580,6 +580,11 @@ class Agreement:
 def agreed(*asked: int) -> tuple[int, ...]:
     """The largest that any process asks for; waits for all of them."""
     return Agreement()(*asked, now=True)
+
+
+def least(size: int) -> int:
+    """The smallest of all processes' sizes, in bytes, to the MiB below; waits for all of them."""
+    return size if not several() else -agreed(-(size >> 20))[0] << 20
 
 
 def check_shared(folder: str | os.PathLike[str], wait_s: float = 10.0) -> None:

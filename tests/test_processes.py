@@ -29,7 +29,7 @@ from tests.helpers import FULL, ONE_DEVICE, full, several
 ROOT = pathlib.Path(__file__).parents[1]
 
 MESHES = [*several.MESHES] if FULL else ["2x4"]
-PARTS = [*MESHES, "decode", "round"]
+PARTS = [*MESHES, "decode", "round", *(["load"] if FULL else [])]
 
 
 def free_port() -> int:
@@ -129,6 +129,9 @@ def test_two_processes_decode_and_sample_like_one(runs: tuple[pathlib.Path, path
     expected, found = (read_metrics(str(run / folder / "metrics.jsonl")) for run in runs)
     assert found and [x["loss"] for x in found] == pytest.approx([x["loss"] for x in expected], rel=1e-4)
     assert find_checkpoint(two / "round" / "preference")
+    if FULL:
+        alone = (one.parent / "alone-0").read_text()
+        assert alone and {(two.parent / f"alone-{i}").read_text() for i in range(2)} == {alone}
 
 
 @pytest.mark.slow

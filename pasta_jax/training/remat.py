@@ -19,6 +19,7 @@ from pasta_jax.chips import chip_of
 from pasta_jax.config import Config, Remat
 from pasta_jax.memory import GIB, gib, host_size
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.processes import least
 
 SPARE = 0.1
 """The part of a device's memory that the estimate leaves free."""
@@ -150,13 +151,13 @@ def device_memory(mesh: Any) -> int | None:
     """Bytes of memory of one device of a mesh, which need not be there; None if unknown.
 
     The whole of it and not what is free now, so that a run that goes on chooses as before. Devices of a CPU share
-    the machine's.
+    the machine's. Of several processes that with least decides for all.
     """
     device = mesh.devices.flat[0]
     if chip := chip_of(device):
         return chip.hbm
     if device.platform == "cpu":
         size = host_size()
-        return size and size // len(jax.local_devices(backend="cpu"))
+        return size and least(size // len(jax.local_devices(backend="cpu")))
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats["bytes_limit"] // GIB * GIB if "bytes_limit" in stats else None
+    return least(stats["bytes_limit"] // GIB * GIB) if "bytes_limit" in stats else None

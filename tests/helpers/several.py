@@ -19,10 +19,12 @@ import numpy as np
 
 from pasta_jax import processes, sharding
 from pasta_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig, PreferenceConfig
+from pasta_jax.decoding import api
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import result
 from pasta_jax.files import replacing, write_json
+from pasta_jax.loading import load
 from pasta_jax.model import ModelConfig
 from pasta_jax.verbs import refuse
 from tests.helpers import chatty, training
@@ -82,8 +84,15 @@ def decode(folder: pathlib.Path) -> None:
     write_json(folder / "texts.json", [result(model.tokenizer, trace).annotated for trace in traces])
 
 
+def load_alone(folder: pathlib.Path) -> None:
+    """Each process loads the model of the round onto its first device, and decodes with it."""
+    model = load(folder / "round" / "preference")
+    answer = api.decode(model, "What is the capital of Peru?", max_new_tokens=8, lanes=1, max_branches=0)
+    (folder.parent / f"alone-{jax.process_index()}").write_text(answer.annotated)
+
+
 def do(folder: pathlib.Path, parts: Iterable[str]) -> None:
-    """The parts: a mesh to train on, MESH:STEP to stop after a step, decode, round; one of two fails or refuses."""
+    """Parts: a mesh to train on, MESH:STEP to stop after a step, decode, round, load; one of two: fail, refuse."""
     from pasta_jax.train import run
 
     for part in parts:
@@ -92,6 +101,8 @@ def do(folder: pathlib.Path, parts: Iterable[str]) -> None:
             train(folder, mesh, int(stop) if stop else None)
         elif part == "decode":
             decode(folder)
+        elif part == "load":
+            load_alone(folder)
         elif part in ("fail", "refuse"):
             if jax.process_index() == 1:
                 if part == "refuse":
