@@ -12,6 +12,7 @@ from pasta_jax.arrays import Array, ThreadedTokens
 from pasta_jax.config import Config
 from pasta_jax.data.batches import prefetch
 from pasta_jax.model.forms import Params
+from pasta_jax.sharding import from_host
 from pasta_jax.training.update import LossFn, Update, make_measure
 
 
@@ -59,4 +60,4 @@ class HeldOut:
         return {f"held_out_{name}": total / max(count, 1) for name, total in sorted(totals.items())}
 
     def _of(self, params: Params, base: Params, batch: ThreadedTokens) -> Array:
-        return self._measure(params, base, jax.device_put(batch.fields(), self._sharding))
+        return self._measure(params, base, from_host(batch.fields(), self._sharding))

@@ -181,7 +181,7 @@ def train(
                     line = meter.summary()
                     if measure and is_measured:
                         with meter.paused():
-                            line |= measure(state.params, base, lambda: request.signal)
+                            line |= measure(state.params, base, lambda: agreed(request.signal or 0)[0])
                     metrics.write(step, line)
 
                 is_due = bool(schedule.every_steps) and step % schedule.every_steps == 0
