@@ -284,12 +284,20 @@ def test_a_save_that_fails_hides_no_other_error(
     assert "could not be written: the disk is full" in caplog.text
 
 
-def test_half_written_checkpoints_are_removed(workdir: pathlib.Path) -> None:
-    half = workdir / "checkpoints" / "25.orbax-checkpoint-tmp"
-    half.mkdir()
+def test_half_written_and_half_deleted_checkpoints_are_removed(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = workdir / "checkpoints"
+    (steps / "25.orbax-checkpoint-tmp").mkdir()
+    (steps / "removed" / "20").mkdir(parents=True)
     with Checkpoints(workdir, CONFIG, make_tokenizer(CONFIG.data)) as run:
-        run.save(state_at(40), data_index=0)
-    assert not half.exists()
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "_remove_old", lambda: None)  # as if it were killed
+            run.save(state_at(40), data_index=0)
+            run._wait()
+            assert (steps / "removed" / "20" / "params").exists(), "whole until it is out of the way"
+        run.save(state_at(50), data_index=0)
+    assert sorted(path.name for path in steps.iterdir()) == ["40", "50"]
 
 
 def test_damaged_description(workdir: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -61,6 +62,27 @@ def test_a_run_that_goes_on_is_asked_itself(start: str, caplog: pytest.LogCaptur
     layers = ["model.num_layers=3"]
     with pytest.raises(ConfigError, match=f"is 3, but {start} has 2, and training"):
         resolve(override(gone, layers), workdir=start, overrides=layers)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_is_asked_at_the_one_before(
+    start: str, tmp_path: pathlib.Path
+) -> None:
+    """Training goes back to it; a start from another run does not."""
+    workdir = tmp_path / "run"
+    shutil.copytree(start, workdir)
+    for step, text in ((1, None), (2, "{"), (3, None)):
+        about = workdir / "checkpoints" / str(step) / "pasta" / "pasta.json"
+        about.parent.mkdir(parents=True)
+        if text:
+            about.write_text(text)
+    assert resolve(Config(init_from="runs/elsewhere"), workdir=str(workdir))[0].model.num_layers == 2
+    with pytest.raises(
+        CheckpointError, match=r"3 is not a checkpoint of pasta_jax: it has no pasta/pasta.json"
+    ):
+        resolve(Config(init_from=str(workdir)))
+    shutil.rmtree(workdir / "checkpoints" / "0")
+    with pytest.raises(CheckpointError, match=r"3 is not a checkpoint of pasta_jax"):
+        resolve(Config(init_from="runs/elsewhere"), workdir=str(workdir))
 
 
 def test_to_compile_a_start_need_not_be_there(start: str, tmp_path: pathlib.Path) -> None:

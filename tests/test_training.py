@@ -152,8 +152,10 @@ def test_a_save_that_fails_in_the_background_stops_the_run_before_the_next_is_du
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Manager, "_finalize_checkpoint", fails)
-    with pytest.raises(CheckpointError, match=r"Step 4 in .* could not be written: the disk is full\. "):
-        train(tmp_path, dataclasses.replace(CONFIG, steps=1000))
+    config = dataclasses.replace(changed(checkpoint={"every_steps": 60}), steps=1000)
+    with pytest.raises(CheckpointError, match=r"Step 60 in .* could not be written: the disk is full\. "):
+        train(tmp_path, config)
+    assert 60 <= read_metrics(str(tmp_path / "metrics.jsonl"))[-1]["step"] < 120
 
 
 def test_sharded_is_unsharded(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:

@@ -40,6 +40,9 @@ LOG = logging.getLogger("pasta_jax")
 State = TypeVar("State", bound=Any)
 """A frozen dataclass with `params`, `opt_state` and `step`, as `training.state.TrainState`."""
 
+REMOVED = "removed"
+"""Folder beside the checkpoints of those that are being deleted."""
+
 MAY_CHANGE = ("steps", "epochs", "mesh.", "microbatches", "remat", "checkpoint.", "log.")
 """Fields that a rerun may change without being another experiment."""
 
@@ -76,8 +79,12 @@ class Checkpoints:
             "params": ocp.PyTreeCheckpointHandler(use_compression=False),
             "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
         }
+        # A kill while an old step is deleted would leave half of it: it is renamed first (on a local disk).
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.checkpoint.keep, create=True, cleanup_tmp_directories=True
+            max_to_keep=config.checkpoint.keep,
+            create=True,
+            cleanup_tmp_directories=True,
+            todelete_subdir=REMOVED,
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
@@ -90,6 +97,8 @@ class Checkpoints:
                 f"Orbax cannot open {self.directory}: {cause}; if a step's _CHECKPOINT_METADATA is "
                 "damaged, delete it."
             ) from error
+
+        self._remove_old()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -115,7 +124,14 @@ class Checkpoints:
         """Waits for the save in the background. Raises CheckpointError."""
         with self._reported():
             self._manager.wait_until_finished()
+            self._remove_old()
         self._saving = None
+
+    def _remove_old(self) -> None:
+        """Deletes the steps that are no longer kept."""
+        removed = self.directory / REMOVED
+        if is_writer() and removed.exists():
+            removed.rmtree()
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
