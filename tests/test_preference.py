@@ -409,6 +409,28 @@ def test_prompts_from_a_file(tmp_path: pathlib.Path) -> None:
         rounds.prompts_of(dataclasses.replace(PREFERENCE, prompts=str(tmp_path / "none.jsonl")), 0)
 
 
+def test_prompts_that_changed_are_refused_before_anything_is_sampled(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "checkpoint_identity", lambda path: {"checkpoint": path})
+    path, folder = tmp_path / "prompts.jsonl", tmp_path / "round-1"
+    folder.mkdir()
+    line = json.dumps({"prompt": "What is the capital of Peru?", "response": "Its capital is Lima."})
+    config = dataclasses.replace(
+        CONFIG, init_from="W", preference=dataclasses.replace(PREFERENCE, prompts=str(path))
+    )
+    path.write_text(line)
+    for _ in range(2):
+        rounds._check_stamp(str(folder), config, "W")
+        (folder / "samples.jsonl").touch()
+    about = json.loads((folder / "about.json").read_text())
+    path.write_text(f"{line}\n{line}")
+    with pytest.raises(ConfigError, match="another experiment: prompts.examples was 1 and is 2 now"):
+        rounds._check_stamp(str(folder), config, "W")
+    (folder / "about.json").write_text(json.dumps({k: v for k, v in about.items() if k != "prompts"}))
+    rounds._check_stamp(str(folder), config, "W")  # as older versions stamped it
+
+
 # --------------------------------------------------------------------------------------------- golden (law 7)
 
 GOLDEN = {

@@ -15,8 +15,9 @@ import pytest
 from orbax.checkpoint import CheckpointManager as Manager
 
 from pasta_jax.arrays import ThreadedTokens
-from pasta_jax.checkpoints.about import CheckpointError, find_checkpoint
+from pasta_jax.checkpoints.about import CheckpointError, find_checkpoint, read_metadata
 from pasta_jax.config import ConfigError, LogConfig, OptimizerConfig
+from pasta_jax.data.batches import Shuffled
 from pasta_jax.training import loop
 from pasta_jax.training.losses import Scores
 from pasta_jax.training.metrics import read_metrics
@@ -80,6 +81,30 @@ def test_resuming_is_bit_identical(
     assert (
         f"{tmp_path} is at step 8, past config.steps=5. To go on, set --config.steps above 8" in caplog.text
     )
+
+
+class Equal(Counting):
+    """64 documents of 8 tokens each: two batches, which end where an epoch ends."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> ThreadedTokens:
+        fields = Counting()[index * 7 + 1000].fields()
+        long = [np.concatenate([field, field])[:8] for field in fields.values()]
+        document = ThreadedTokens(**dict(zip(fields, long, strict=True)))
+        line = np.arange(8, dtype=np.int32)
+        return dataclasses.replace(document, position=line, order=line)
+
+
+def test_resuming_at_the_edge_of_an_epoch_is_bit_identical(tmp_path: pathlib.Path) -> None:
+    config, source = dataclasses.replace(CONFIG, steps=5), Shuffled(Equal(), seed=3)
+    whole = train(tmp_path / "whole", config, source=source)
+    for stop in (2, 4):
+        workdir = tmp_path / str(stop)
+        train(workdir, config, source=source, stop_after=stop)
+        assert read_metadata(find_checkpoint(workdir)).data_index == 32 * stop, "an epoch is 64 documents"
+        assert_same(train(workdir, config, source=source), whole)
 
 
 def test_sigterm_saves_and_resumes(whole: tuple[TrainState, pathlib.Path], tmp_path: pathlib.Path) -> None:

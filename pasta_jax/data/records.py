@@ -9,13 +9,16 @@ An invalid line does not stop the others and is not lost: it is reported with it
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pasta_jax.files import replacing
 from pasta_jax.lang.parse import ParseError, parse
 from pasta_jax.lang.program import Program
+from pasta_jax.lang.render import render
 from pasta_jax.messages import shown
 from pasta_jax.tokens.tokenizer import TextError, check_text
 
@@ -129,6 +132,14 @@ def _read_line(line: bytes, names: Mapping[str, str], max_depth: int) -> tuple[s
         return record[names["prompt"]], parse(record[names["response"]], max_depth=max_depth)
     except ParseError as error:
         raise _Fault(None, f'in "{names["response"]}", {error}') from None
+
+
+def digest(examples: Sequence[Example]) -> dict[str, Any]:
+    """The number of examples, and a hash of their texts in their order, however the file spells them."""
+    texts = hashlib.sha256()
+    for example in examples:
+        texts.update(json.dumps([example.prompt, render(example.program)]).encode())
+    return {"examples": len(examples), "sha256": texts.hexdigest()}
 
 
 def report(problems: Sequence[Problem], total: int) -> str:

@@ -10,8 +10,6 @@ FILE.jsonl          records with a prompt and an annotated response (see `record
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -21,8 +19,7 @@ from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import Mixture, Shuffled, Stream, batches, held_out, steps_until
-from pasta_jax.data.records import Example, Problem, RecordError, read_records, report, write_invalid
-from pasta_jax.lang.render import render
+from pasta_jax.data.records import Example, Problem, RecordError, digest, read_records, report, write_invalid
 from pasta_jax.tokens.layout import LayoutError, layout_example
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer
@@ -106,8 +103,8 @@ def held_out_file(config: DataConfig, tokenizer: Tokenizer) -> list[ThreadedToke
 def contents(source: Stream) -> dict[str, dict[str, Any]]:
     """The number and a hash of the examples of each file that `source` reads, by the name of the file."""
     streams = source.streams if isinstance(source, Mixture) else [source]
-    records = [stream.source for stream in streams if isinstance(stream, Shuffled)]
-    return {each.path: each.contents() for each in records if isinstance(each, Records)}
+    read = [stream.source for stream in streams if isinstance(stream, Shuffled)]
+    return {each.path: digest(each.examples) for each in read if isinstance(each, Records)}
 
 
 def steps_of_epochs(config: DataConfig, source: Stream, epochs: float) -> int:
@@ -150,13 +147,6 @@ class Records:
     path: str
     examples: Sequence[Example]
     layout: Callable[[Example], ThreadedTokens]
-
-    def contents(self) -> dict[str, Any]:
-        """The number of the examples, and a hash of their texts in their order."""
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(json.dumps([example.prompt, render(example.program)]).encode())
-        return {"examples": len(self.examples), "sha256": digest.hexdigest()}
 
     def __len__(self) -> int:
         return len(self.examples)

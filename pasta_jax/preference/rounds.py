@@ -27,7 +27,7 @@ from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
 from pasta_jax.config import Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import held_out, permuted
-from pasta_jax.data.records import RecordError, read_records
+from pasta_jax.data.records import RecordError, digest, read_records
 from pasta_jax.data.sources import held_out_file
 from pasta_jax.decoding.model import Model
 from pasta_jax.experiment import round_of
@@ -211,8 +211,15 @@ def _check_stamp(folder: str, config: Config, policy: str) -> None:
     baseline = config.preference.baseline or config.init_from
     about["policy"], about["opponent"] = checkpoint_identity(policy), checkpoint_identity(baseline)
     stamp = Stamp(os.path.join(folder, "about.json"))
+    if config.preference.prompts != "almanac":
+        about["prompts"] = digest(read_records(config.preference.prompts)[0])
     started = os.path.exists(stamp.path) and os.path.exists(os.path.join(folder, "samples.jsonl"))
-    if started and (changed := stamp.check(about)):
+    changed = stamp.check(about) if started else []
+    # Older versions did not stamp the prompts.
+    changed = [
+        change for change in changed if change.old is not None or not change.name.startswith("prompts.")
+    ]
+    if changed:
         more = f" ({len(changed)} fields differ)" if len(changed) > 1 else ""
         raise ConfigError(f"{folder} is of another experiment: {changed[0]}{more}. Use a new --workdir.")
     stamp.write(about)
