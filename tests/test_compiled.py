@@ -15,7 +15,7 @@ import pytest
 
 import pasta_jax
 from pasta_jax import sharding
-from pasta_jax.compile.__main__ import decoder_programs
+from pasta_jax.compile.programs import decoder_programs
 from pasta_jax.config import Config
 from pasta_jax.decoding.api import decoder_for
 from pasta_jax.decoding.compiled import Compiled, ProgramKey

@@ -25,6 +25,7 @@ from pasta_jax.model.attention import attend
 from pasta_jax.model.blocks import Matrix, attend_to_earlier
 from pasta_jax.model.forms import fuse, outputs_first, quantize
 from pasta_jax.model.pool import write
+from pasta_jax.training.update import Documents
 from tests.helpers import full, slow
 from tests.helpers.models import GEMMA, LLAMA, TINY, inputs, random_params
 
@@ -280,3 +281,19 @@ def test_a_pass_of_stacked_layers_is_that_of_layer_after_layer(
     results = [jax.tree.leaves(jax.jit(jax.value_and_grad(f))(params)) for f in (found, expected)]
     for x, y in zip(*results, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("remat", scan.POLICIES)
+def test_no_loop_over_layers_keeps_a_mask(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All masks of a document would be L x L, made before the loop because no layer changes them."""
+    monkeypatch.setattr(scan, "UNROLLED", 0)
+    L, config = 256, dataclasses.replace(TINY, num_layers=2)
+    params = random_params(config, np.random.default_rng(0))
+    line = jnp.arange(L, dtype=jnp.int32)[None]
+    sees = Documents(line + 1, line, line, jnp.zeros((1, L, 1), jnp.uint32))
+
+    def loss(params: Any) -> Any:
+        return scan.hidden_states(Transformer(config), params, line % 8, line, sees, remat).sum()
+
+    outside = [v.aval for eqn in jax.make_jaxpr(jax.grad(loss))(params).eqns for v in eqn.outvars]
+    assert not [aval for aval in outside if aval.dtype == bool and aval.size > 8 * L]

@@ -14,7 +14,7 @@ import pytest
 import pasta_jax
 from pasta_jax import sharding
 from pasta_jax.checkpoints.save import Checkpoints
-from pasta_jax.compile import __main__ as ahead
+from pasta_jax.compile import programs as ahead
 from pasta_jax.config import Config, DataConfig
 from pasta_jax.data.sources import make_tokenizer
 from pasta_jax.decoding.api import decoder_for

@@ -1,224 +1,209 @@
-"""Compiles an experiment's programs for a TPU that is not there: does it fit, and does it compile at all?
+"""Which TPU slice? Compiles an experiment's programs for one that is not there, and says what each chip needs.
 
     python -m pasta_jax.compile --config=configs/tiny.py --topology=v5e:2x4 [--quantize=int8]
 
-Needs libtpu (Linux), but no TPU. Prints the memory that each program takes on one chip, as the compiler counts it,
-and how many bytes a decode step moves to and from main memory.
+Needs libtpu (Linux), but no TPU. For training and decoding it prints, for each chip: memory by kind and whether it
+fits, operations, bytes of memory and of the network, and from these the least time and the tokens a second that it
+allows. Where training does not fit, it finds the nearest settings that do. --table=FILE makes the table of
+docs/tpu.md, and goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
-import importlib.util
 import os
-import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any
 
 from absl import flags
 
-from pasta_jax.compile import hlo
+from pasta_jax.chips import chip_named
 from pasta_jax.config import Config, ConfigError
-from pasta_jax.kept import keep_compiled
+from pasta_jax.memory import gib
 from pasta_jax.overrides import load_config, split_overrides
-from pasta_jax.verbs import refuse, run_main
+from pasta_jax.verbs import begin, refuse, run_main
 
-if TYPE_CHECKING:
-    from pasta_jax.decoding.compiled import Compiled, Sizes
-    from pasta_jax.tokens.tokenizer import Tokenizer
-
-HOST_CALLS = ("callback", "outfeed", "infeed", "send-to-host", "SendToHost", "is_host_transfer=true")
-"""Signs, in a compiled program's text, that it waits for the host."""
-
-
-def topology_devices(topology: str) -> Any:
-    """The devices of a TPU slice such as v5e:2x4, as libtpu describes them. No machine is looked for.
-
-    Raises:
-      ValueError: libtpu is not installed.
-    """
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise ValueError("libtpu is not installed: pip install libtpu (Linux; needs no TPU).")
-    kind = topology.partition(":")[0]
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened: nobody needs to wait
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", {"v5e": "v5litepod-8"}.get(kind, f"{kind}-8"))
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-
-
-def lower_train(config: Config, mesh: Any) -> Any:
-    """The update step of `config.stage`, lowered for a mesh: parameters and optimizer over fsdp and tensor."""
-    from pasta_jax import sharding
-    from pasta_jax.preference.rounds import stage_of
-    from pasta_jax.training.loop import SFT
-    from pasta_jax.training.update import make_update
-
-    stage = stage_of(config) if config.stage == "preference" else SFT
-    update = make_update(config, mesh, stage.loss_fn, stage.record)
-    state = sharding.abstract(update.shapes, update.shardings)
-    base = sharding.abstract(update.base_shapes, update.base_shardings)
-    fields = _batch(config, stage.record)
-    return update.step.lower(state, base, sharding.abstract(fields, update.batch_sharding))
-
-
-def lower_stages(config: Config, mesh: Any) -> dict[str, Any]:
-    """The programs that training with `config.stage` runs, by name."""
-    from pasta_jax.experiment import stages
-
-    programs = {}
-    for stage in stages(config):
-        if stage.stage == "preference":
-            programs["reference"] = lower_reference(stage, mesh)
-        programs["train" if stage.stage == "sft" else "preference"] = lower_train(stage, mesh)
-    return programs
-
-
-def lower_reference(config: Config, mesh: Any) -> Any:
-    """The second stage's pass over the reference model for log-probabilities, lowered for a mesh."""
-    from pasta_jax import sharding
-    from pasta_jax.arrays import ThreadedTokens
-    from pasta_jax.model import param_shapes
-    from pasta_jax.preference.pairs import reference_pass
-    from pasta_jax.training.microbatches import rows_sharding
-
-    params = param_shapes(config.model)
-    params = sharding.abstract(params, sharding.param_shardings(params, mesh))
-    rows = rows_sharding(mesh, config.data.rows, config.microbatches)
-    fields = sharding.abstract(_batch(config, ThreadedTokens), rows)
-    return reference_pass(config.model, mesh, config.microbatches).lower(params, fields)
-
-
-def _batch(config: Config, record: Any) -> Any:
-    """Shapes of the fields of a training batch."""
-    import jax
-
-    from pasta_jax.visibility import max_segments, words_for
-
-    shape = (config.data.rows, config.data.length)
-    fields = {name: jax.ShapeDtypeStruct(shape, "int32") for name in record.__dataclass_fields__}
-    words = words_for(max_segments(config.data.threads))
-    fields["sees"] = jax.ShapeDtypeStruct((*shape, words), "uint32")
-    if "reference" in fields:
-        fields["reference"] = jax.ShapeDtypeStruct(shape, "float32")
-    return fields
-
-
-def decoder_programs(
-    config: Config,
-    mesh: Any,
-    tokenizer: Tokenizer | None = None,
-    *,
-    int8: bool = False,
-    **sizes: Unpack[Sizes],
-) -> Compiled:
-    """What a `Decoder` of the experiment's model runs on a mesh or on its one device; `sizes` as for `Compiled`."""
-    import jax
-
-    from pasta_jax import sharding
-    from pasta_jax.data.sources import make_tokenizer
-    from pasta_jax.decoding.compiled import Compiled
-    from pasta_jax.model import forms, param_shapes
-
-    params = param_shapes(config.model)
-    params = jax.eval_shape(forms.quantize, params) if int8 else params
-    one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
-    places = one if mesh.size == 1 else sharding.param_shardings(params, mesh)
-    params = sharding.abstract(params, places)
-    vocabulary = (tokenizer or make_tokenizer(config.data)).vocabulary
-    return Compiled(params, config.model, vocabulary, config.data.positions, **sizes)
-
-
-def lower_decode(compiled: Compiled) -> dict[str, Any]:
-    """The prefill of the longest prompts and the decode loop over the whole pool, lowered: those that take most."""
-    largest = {program.verb: program for program in compiled.programs}  # the last of each verb
-    return {verb: compiled.lower(largest[verb]) for verb in ("admit", "decode")}
-
-
-def host_calls(compiled: Any) -> list[str]:
-    """The signs of waiting for the host in a compiled program's text."""
-    text = compiled.as_text()
-    return [sign for sign in HOST_CALLS if sign in text]
-
-
-def bytes_of_a_step(compiled: Any) -> int | None:
-    """Bytes that a step of a loop of one width moves to and from a chip's main memory; None without a loop."""
-    program = hlo.read(compiled)
-    return hlo.moved(program, program.loop) if program.loop else None
+PROGRAMS = ("train", "reference", "preference", "admit", "decode")
 
 
 def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
     """Runs the command. A user's mistake ends in one line and status 2."""
     values = flags.FLAGS
-    if len(argv) > 1 or not values.config:
+    if len(argv) > 1 or not (values.config or values.table):
         refuse(f"Which experiment? Add --config=configs/tiny.py. {__doc__.splitlines()[0]}")
+    # No device is opened: without this jax looks for TPUs, finds none, and prints a line that looks like an error.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    begin()
     try:
-        config = load_config(values.config, overrides)
-        keep_compiled(values.compilation_cache)
-        devices = topology_devices(values.topology)
-        from pasta_jax import sharding
-        from pasta_jax.decoding.state import Limits
-        from pasta_jax.experiment import resolve
+        if values.table:
+            from pasta_jax.compile.table import make_table
 
-        config, tokenizer = resolve(config, overrides=overrides, ahead=True)
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-        limits = Limits(values.lanes, max(values.lanes, config.data.threads), values.pool)
-        int8 = values.quantize == "int8"
-        compiled = decoder_programs(config, mesh, tokenizer, int8=int8, limits=limits, rows=values.rows)
-        programs = {**lower_stages(config, mesh), **lower_decode(compiled)}
+            make_table(values.table, only=values.only)
+            return
+        compile_all(load_config(values.config, overrides), overrides)
     except (ConfigError, ValueError, RuntimeError) as error:
-        refuse(str(error))
-    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    print(f"{values.topology}, {len(devices)} chips: {shape}")
-    fits = True
-    for name, lowered in programs.items():
-        try:
-            program = lowered.compile()
-        except Exception as error:  # the compiler's own class, which jax does not document
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            fits = False
-            print(f"{name:10} does not fit: {_reason(error)}")
-            continue
-        calls = ", ".join(host_calls(program)) or "none"
-        moved = bytes_of_a_step(program) if name == "decode" else None
-        traffic = f"; {moved / 2**20:.1f} MiB moved a step" if moved else ""
-        print(f"{name:10} {describe_memory(program)}; host calls: {calls}{traffic}", flush=True)
-    if not fits:
-        refuse(
-            "Try more chips, or another mesh (--config.mesh.tensor=2); to train, --config.remat=true, more "
-            "--config.microbatches, or --config.lora.rank=16."
+        refuse(" ".join(str(error).split()))
+
+
+def compile_all(config: Config, overrides: Sequence[str]) -> None:
+    """Compiles and reports the programs of an experiment. Raises ConfigError or ValueError."""
+    from pasta_jax import sharding
+    from pasta_jax.compile import choices
+    from pasta_jax.compile.programs import decoder_programs, decoding_jobs, topology_devices, training_jobs
+    from pasta_jax.compile.report import lines
+    from pasta_jax.decoding.state import Limits
+    from pasta_jax.experiment import resolve
+
+    values = flags.FLAGS
+    devices = topology_devices(values.topology)
+    chip, shape = chip_named(values.topology)
+    config, tokenizer = resolve(config, overrides=overrides, ahead=True)
+
+    def mesh_of(config: Config, tensor: int = 0) -> Any:
+        """The mesh of an experiment; with another size of tensor, fsdp takes the rest."""
+        if tensor and tensor != config.mesh.tensor:
+            return sharding.make_mesh(config.mesh.data, -1, tensor, devices)
+        return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+
+    def decoding(rows: int, pool: int, int8: bool, tensor: int) -> Any:
+        limits = Limits(values.lanes, max(values.lanes, config.data.threads), pool)
+        return decoding_jobs(
+            decoder_programs(config, mesh_of(config, tensor), tokenizer, int8=int8, limits=limits, rows=rows)
         )
 
+    sizes = dict(
+        rows=values.rows, pool=values.pool, int8=values.quantize == "int8", tensor=config.mesh.tensor
+    )
+    mesh = mesh_of(config)
+    jobs = training_jobs(config, mesh) + decoding(**sizes)
+    wanted = values.only or PROGRAMS
+    if unknown := sorted({*values.only} - {job.name for job in jobs}):
+        raise ConfigError(
+            f"--only={','.join(unknown)}: this experiment has {', '.join(job.name for job in jobs)}."
+        )
+    jobs = [job for job in jobs if job.name in wanted]
+    cores = min(len(jobs), _cores())
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(
+        f"{values.topology}: {len(devices)} devices ({axes}), {gib(chip.hbm)} GiB each. Compiling "
+        f"{', '.join(job.name for job in jobs)}, {cores} at a time, for about "
+        f"{_minutes(config, [job.name for job in jobs], cores)}; nothing is run.",
+        flush=True,
+    )
+    if any(job.name in ("train", "preference") for job in jobs):
+        _say_remat(config, mesh)
+    reports = []
+    for report in examined(jobs, chip, shape, cores):
+        reports.append(report)
+        print("\n".join(lines(report)), flush=True)
+    _say_epochs(config, tokenizer, reports)
+    advice = []
+    for report in reports:
+        if report.fits:
+            continue
+        if report.name in ("admit", "decode"):
+            words = choices.smaller_decoder(decoding, chip, **sizes)
+        else:
+            settings = choices.training_settings(config)
+            found = choices.that_fits(settings, mesh_of, chip, shape, report.name, _say)
+            words = str(found[0]) if found else ""
+            if found:
+                print("\n".join(lines(found[1])), flush=True)
+            if larger := choices.larger_slice(config, chip, shape):
+                words = f"{words}, or (by estimate) {larger}" if words else f"(by estimate) {larger}"
+        if words and words not in advice:
+            advice.append(words)
+    if not all(report.fits for report in reports):
+        tried = f"Add {', or '.join(advice)}" if advice else "Nothing that was tried fits"
+        refuse(f"Does not fit: {', '.join(r.name for r in reports if not r.fits)}. {tried}.")
 
-def _reason(error: Exception) -> str:
-    """What the compiler says of memory, in its own words."""
-    text = " ".join(str(error).split())
-    match = re.search(r"the total memory.*?(?= HLO module|$)", text) or re.search(r"Ran out of.*", text)
-    return (match.group() if match else text)[:300]
+
+def examined(jobs: Any, chip: Any, shape: tuple[int, ...], cores: int) -> Any:
+    """Reports on programs as they finish, so many compiled at a time."""
+    from pasta_jax.compile.report import examine
+
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        futures = [pool.submit(examine, job, chip, shape) for job in jobs]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def describe_memory(compiled: Any) -> str:
-    """Memory of one chip, in MiB."""
-    memory = compiled.memory_analysis()
-    mib = 2**20
-    arguments, temporary = memory.argument_size_in_bytes / mib, memory.temp_size_in_bytes / mib
-    return f"{arguments + temporary:9.1f} MiB a chip ({arguments:.1f} arguments, {temporary:.1f} temporary)"
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _minutes(config: Config, names: Sequence[str], cores: int) -> str:
+    """How long compiling takes, from what it took on two cores (docs/performance.md)."""
+    wide = min(1.0, config.model.model_dim / 2048)
+    scanned = 20 + 100 * wide  # one layer for all, and the optimizer
+    unrolled = 10 + (0.5 + 2.5 * wide) * config.model.num_layers
+    seconds = sum(unrolled if name in ("admit", "decode") else scanned for name in names) / cores
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _say_remat(config: Config, mesh: Any) -> None:
+    from pasta_jax.compile.programs import update_of
+    from pasta_jax.experiment import stages
+
+    print(update_of(stages(config)[-1], mesh)[0].remat, flush=True)
+
+
+def _say_epochs(config: Config, tokenizer: Any, reports: Any) -> None:
+    """Hours of a pass over the data, of --epoch_tokens, or of the experiment's steps, at the most speed."""
+    tokens, what = flags.FLAGS.epoch_tokens, "tokens"
+    if not tokens:
+        tokens, what = (
+            config.steps * config.data.rows * config.data.length,
+            f"tokens of {config.steps:,} steps",
+        )
+        if config.epochs:
+            steps = _epoch_steps(config, tokenizer)
+            if steps is None:
+                _say("Hours of an epoch: its file is not here; add --epoch_tokens=N.")
+                return
+            tokens, what = (
+                steps * config.data.rows * config.data.length,
+                "tokens of an epoch, padding included",
+            )
+    for report in reports:
+        if report.name in ("train", "preference") and report.fits:
+            hours = tokens / report.tokens_per_s / 3600
+            _say(f"{report.name}: {tokens:,.0f} {what} take at least {hours:.2g} hours.")
+
+
+def _epoch_steps(config: Config, tokenizer: Any) -> int | None:
+    """Steps of a pass over the experiment's file; None if it cannot be read."""
+    from pasta_jax.data.records import RecordError
+    from pasta_jax.data.sources import make_source, steps_of_epochs
+
+    try:
+        return steps_of_epochs(config.data, make_source(config.data, tokenizer, config.seed), 1.0)
+    except (ConfigError, RecordError, OSError):
+        return None
 
 
 def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_string("config", None, "The experiment, as configs/tiny.py.")
-    flags.DEFINE_string("topology", "v5e:2x4", "TPU generation and shape of the slice.")
+    flags.DEFINE_string("topology", "v5e:2x4", "Generation (v4, v5e, v5p, v6e, v7x) and shape, in chips.")
+    flags.DEFINE_list("only", [], f"Some of {', '.join(PROGRAMS)}; by default all of the experiment.")
+    flags.DEFINE_integer("epoch_tokens", 0, "Tokens of an epoch, to state its hours.", lower_bound=0)
     flags.DEFINE_integer("rows", 8, "Requests decoded at once.", lower_bound=1)
     flags.DEFINE_integer("lanes", 8, "Maximum threads of a request that decode in one step.", lower_bound=1)
     flags.DEFINE_integer(
         "pool", 1024, "Maximum tokens of a request, prompt and answer together.", lower_bound=1
     )
     flags.DEFINE_enum("quantize", None, ["int8"], "Weights of the decode programs.")
+    flags.DEFINE_string("table", None, "Make the table of docs/tpu.md, whose rows are kept in this file.")
     overrides, rest = split_overrides(sys.argv)
     run_main(functools.partial(main, overrides=overrides), argv=rest)
 

@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
+from pasta_jax.rounding import ceil_div
+
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
 """Of a number, where the name's digits do not say it."""
 
@@ -54,7 +56,8 @@ class Instruction:
       operands: names of other instructions of the same computation.
       calls: names of computations: of a fusion, a loop (condition, body), the branches of a conditional.
       root: whether it is the result of its computation.
-      number: of a parameter.
+      number: of a parameter, or of an integer constant.
+      text: its operands and attributes, as they stand.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Instruction:
     calls: tuple[str, ...]
     root: bool
     number: int
+    text: str
 
 
 Computation: TypeAlias = dict[str, Instruction]
@@ -133,9 +137,11 @@ def _instruction(name: str, rest: str, root: bool) -> Instruction:
     called = re.findall(r"(?:calls|condition|body|to_apply)=%?([\w.\-]+)", attributes)
     branches = re.search(r"branch_computations=\{(.*?)\}", attributes)
     called += re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
-    number = int(operands[1:-1]) if op == "parameter" else -1
+    number = int(operands[1:-1]) if re.fullmatch(r"\(\d+\)", operands) else -1
     names = tuple(re.findall(r"%([\w.\-]+)", operands))
-    return Instruction(name, op, tuple(_shapes(rest[:end])), names, tuple(called), root, number)
+    return Instruction(
+        name, op, tuple(_shapes(rest[:end])), names, tuple(called), root, number, rest[opened:]
+    )
 
 
 def _closed(text: str, start: int) -> int:
@@ -190,12 +196,47 @@ def updates(program: HloModule, i: Instruction) -> dict[int, int]:
     return changed
 
 
-def moved(program: HloModule, name: str) -> int:
+def rounds_of(program: HloModule, i: Instruction) -> int:
+    """How often a loop goes round, if it counts from 0 to a constant by a constant, as `lax.scan` does; else 1."""
+    if i.op != "while":
+        return 1
+    condition, body = (program.computations[name] for name in i.calls)
+    root = next(inner for inner in condition.values() if inner.root)
+    operands = [condition[name] for name in root.operands]
+    bounds = [operand.number for operand in operands if operand.op == "constant"]
+    places = [_place(operand) for operand in operands if operand.op == "get-tuple-element"]
+    if root.op not in ("compare", "fusion") or len(bounds) != 1 or len(places) != 1:
+        return 1
+    result = next(inner for inner in body.values() if inner.root)
+    step = _steps(program, body, body[result.operands[places[0]]]) if result.op == "tuple" else 0
+    return ceil_div(bounds[0], step or 1) if bounds[0] > 0 else 1
+
+
+def _place(i: Instruction) -> int:
+    """Which element of a tuple it takes."""
+    index = re.search(r"index=(\d+)", i.text)
+    return int(index[1]) if index else 0
+
+
+def _steps(program: HloModule, body: Computation, i: Instruction) -> int:
+    """The constants that are added on the way to a number, in the computation and in fusions."""
+    if i.op == "fusion":
+        inside = program.computations[i.calls[0]]
+        return _steps(program, inside, next(inner for inner in inside.values() if inner.root))
+    if i.op not in ("add", "copy", "bitcast"):
+        return 0
+    operands = [body[name] for name in i.operands]
+    return sum(
+        operand.number if operand.op == "constant" else _steps(program, body, operand) for operand in operands
+    )
+
+
+def moved(program: HloModule, name: str, *, rounds: bool = False) -> int:
     """Bytes that one run of a computation reads from main memory and writes to it.
 
     The compiler's own count (`cost_analysis()["bytes accessed"]`) also has what moves within the chip: a matrix
     that is fetched ahead into VMEM counts three times there. Of the branches of a conditional the dearest
-    counts, and of a loop inside, one round.
+    counts, and of a loop inside, one round; with `rounds` all, where it is known how many.
     """
     body = program.computations[name]
     total = 0
@@ -203,8 +244,9 @@ def moved(program: HloModule, name: str) -> int:
         if i.op in FREE or i.op.endswith("-done"):
             continue
         if i.op in CALLS:
-            inner = [moved(program, called) for called in i.calls]
-            total += max(inner) if i.op == "conditional" else sum(inner)
+            inner = [moved(program, called, rounds=rounds) for called in i.calls]
+            times = rounds_of(program, i) if rounds else 1
+            total += max(inner) if i.op == "conditional" else times * sum(inner)
             continue
         operands = [body[operand] for operand in i.operands]
         arrays = results(program, name, i)
@@ -228,7 +270,7 @@ def _read(program: HloModule, i: Instruction, number: int, whole: int) -> int:
     if i.op != "fusion":
         return whole
     body = program.computations[i.calls[0]]
-    parameter = next(inner for inner in body.values() if inner.number == number)
+    parameter = next(inner for inner in body.values() if (inner.op, inner.number) == ("parameter", number))
     return min(whole, _used(program, body, parameter, whole))
 
 

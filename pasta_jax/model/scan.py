@@ -87,24 +87,25 @@ def hidden_states(
     is_local_Z = jnp.array([kind == "local" for kind in c.kinds])
     endless = jnp.iinfo(jnp.int32).max
     layer = Layer(c, model.lora)
+    # Unrolled, XLA would compute nothing again: it takes the second computation for the first.
+    unroll = c.num_layers <= UNROLLED and remat == "none"
 
     def run(x_BxLxD: Array, of_layer: tuple[Params, Array]) -> tuple[Array, None]:
         weights, is_local = of_layer
         angles, sees = rotary.get("global", rotary.get("local")), may_attend
+        if not unroll:  # or the masks of all blocks would be made before the loop, and kept: L x L of them
+            x_BxLxD, sees = jax.lax.optimization_barrier((x_BxLxD, sees))
         if "local" in rotary:
             angles = jax.tree.map(
                 lambda local, other: jnp.where(is_local, local, other), rotary["local"], angles
             )
-            sees = Windowed(may_attend, positions_BxL, jnp.where(is_local, c.sliding_window, endless))
+            sees = Windowed(sees, positions_BxL, jnp.where(is_local, c.sliding_window, endless))
         return by_rows(layer.apply({"params": weights}, x_BxLxD, angles, sees, None, None)[0], mesh), None
 
     run = rematerialized(run, remat)
     embedded = model.apply({"params": params}, tokens_BxL, method=lambda m, tokens: m.embed(tokens))
-    embedded = by_rows(
-        place(embedded, mesh, "data", None, "fsdp"), mesh
-    )  # the table's own columns, then exchanged
+    # Each device looks up its own columns of the table, and then they exchange them.
+    embedded = by_rows(place(embedded, mesh, "data", None, "fsdp"), mesh)
     layers = stack(params, c.num_layers), is_local_Z
-    # Unrolled, XLA would compute nothing again: it takes the second computation for the first.
-    unroll = c.num_layers <= UNROLLED and remat == "none"
     hidden, _ = jax.lax.scan(run, embedded, layers, unroll=unroll)
     return model.apply({"params": params}, hidden, method=lambda m, x: m.final_norm(x))

@@ -1,8 +1,8 @@
 """What the backward pass computes again, chosen by what fits: an update's memory, estimated before it compiles.
 
 The estimate counts what must be held at once on one device: weights and optimizer, what is computed from them (a
-copy in the model's dtype, its layers stacked, the gradient of both), what the forward pass keeps for the backward
-pass, one layer's own work, and the logits of a part of each row. It needs no tracing, and is meant to be a little
+copy in the model's dtype, its layers stacked, and the gradient), what the forward pass keeps for the backward pass,
+one layer's own work, and the logits of a part of each row. It needs no tracing, and is meant to be a little
 too high: `python -m pasta_jax.compile` has what the compiler counts.
 """
 
@@ -97,21 +97,19 @@ def estimate(config: Config, mesh: Any, state: Any, base: Any, remat: Remat) -> 
     c, compute = config.model, jnp.dtype(config.model.dtype).itemsize
     trained, frozen = bytes_of(state.params), bytes_of(base)
     numbers = bytes_of(state.params, 1)
-    copies = numbers * compute if config.trained_dtype != c.dtype else 0  # in the model's dtype
-    gradients = numbers * compute + (numbers * 4 if config.microbatches > 1 else 0)
     weights = base if config.lora.rank else state.params
     layers = {name: leaf for name, leaf in weights.items() if name.startswith("layer_")}
-    stacked = bytes_of(layers, 1) * compute * (1 if config.lora.rank else 2)  # and their gradient
+    copies = bytes_of(weights, 1) * compute  # in the model's dtype, their layers stacked
+    gradients = numbers * compute + (numbers * 4 if config.microbatches > 1 else 0)
     rows = config.data.rows / config.microbatches / (mesh.shape["data"] * mesh.shape["fsdp"])
     tokens, tensor = rows * config.data.length, mesh.shape["tensor"]
     kept = c.num_layers * tokens * kept_by_layer(c, remat, tensor)
     one = (
-        tokens * kept_by_layer(c, "none", tensor)
-        + 2 * bytes_of(layers, 1, whole="fsdp") * compute / c.num_layers
+        tokens * kept_by_layer(c, "none", tensor) + bytes_of(layers, 1, whole="fsdp") * compute / c.num_layers
     )
     logits = 3 * 4 * rows * min(config.data.length * c.vocab_size, LOGITS) / tensor
-    table = c.vocab_size * c.model_dim * (compute if config.lora.rank else compute + 4) / tensor
-    working = copies + gradients + stacked + one + logits + table
+    table = c.vocab_size * c.model_dim * (compute if config.lora.rank else compute + 4)
+    working = copies + gradients + one + logits + table / (tensor * mesh.shape["fsdp"])
     return Needs(trained + frozen, bytes_of(state.opt_state), round(kept), round(working))
 
 
