@@ -57,7 +57,7 @@ def cost_of(program: HloModule, name: str = "") -> Cost:
     return Cost(
         _flops(program, name),
         hlo.moved(program, name, rounds=True),
-        tuple(_collectives(program, name, 1)),
+        _whole(_collectives(program, name, 1)),
     )
 
 
@@ -119,9 +119,8 @@ def _places(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
 # ------------------------------------------------------------------------------------------------- collectives
 
 
-def _collectives(program: HloModule, name: str, times: int) -> Iterator[Collective]:
-    """Those of a computation, each channel once: the pieces of one that runs beside others share a channel."""
-    seen: set[str] = set()
+def _collectives(program: HloModule, name: str, times: int) -> Iterator[tuple[str, Collective]]:
+    """Those of a computation and of all that it runs, with the channel of each."""
     for i in program.computations[name].values():
         if i.op == "while":
             yield from _collectives(program, i.calls[1], times * hlo.rounds_of(program, i))
@@ -132,16 +131,25 @@ def _collectives(program: HloModule, name: str, times: int) -> Iterator[Collecti
             if op not in RECEIVED:
                 continue
             channel = re.search(r"channel_id=(\d+)", inner.text)
-            if channel and channel[1] in seen:
-                continue
-            seen |= {channel[1]} if channel else set()
             group = _group(inner.text) if op != "collective-permute" else 2
             made = sum(shape.bytes for shape in hlo.results(program, computation, inner))
             whole = made * (group if op == "reduce-scatter" else 1)
             often = 1 if scattered and op == "all-reduce" else RECEIVED[op]
             part = 1 if op == "collective-permute" else (group - 1) / group
             if group > 1 and whole:
-                yield Collective(op, often * whole * part, group, times)
+                yield (
+                    channel[1] if channel else inner.name,
+                    Collective(op, often * whole * part, group, times),
+                )
+
+
+def _whole(found: Iterator[tuple[str, Collective]]) -> tuple[Collective, ...]:
+    """Each collective once: one that runs beside others is cut into pieces, some in inner loops, of one channel."""
+    whole: dict[str, Collective] = {}
+    for channel, collective in found:
+        if channel not in whole or collective.times < whole[channel].times:
+            whole[channel] = collective
+    return tuple(whole.values())
 
 
 def _with_fused(
