@@ -88,6 +88,14 @@ def test_what_a_tpu_program_costs() -> None:
     assert cost.bytes == arguments + 2 * 128 * 32 * 4 + 3 * (3 * small + 3 * whole + counter)
 
 
+def test_pieces_of_a_gather_in_an_inner_loop_are_one_gather() -> None:
+    start = "  %loop = (u32[]"
+    first = "  %x = bf16[16,64]{1,0} get-tuple-element(%t), index=1\n"
+    first += "  %y = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%piece\n"
+    cost = cost_of(hlo.parse(TPU_TEXT.replace(start, first + start)))
+    assert by_kind(cost.collectives)["all-gather"] == 64 * 64 * 2 * 3 / 4
+
+
 def test_a_loop_counts_as_often_as_it_goes_round() -> None:
     def run(x: Any, weights: Any) -> Any:
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
