@@ -16,6 +16,7 @@ from absl import flags
 
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.files import locked
+from pasta_jax.memory import with_large_pages
 from pasta_jax.overrides import describe, load_config, split_overrides
 from pasta_jax.processes import ProcessError, check_shared, report
 from pasta_jax.verbs import begin, define_processes, refuse, run_main
@@ -93,6 +94,7 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
 
 def command() -> None:
     """Parses the command line and runs `main`."""
+    with_large_pages()
     # Defined here, not on import: importing two verbs into one process must not clash.
     flags.DEFINE_string(
         "config",

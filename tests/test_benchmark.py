@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.benchmark import __main__ as benchmark
-from pasta_jax.benchmark import measure, measurements, models, peers, startup
+from pasta_jax.benchmark import measure, measurements, models, peers, startup, training
 from pasta_jax.benchmark.figures import FIGURES, draw
 from pasta_jax.benchmark.measure import Quartiles
 from pasta_jax.benchmark.models import NAMED, silent
@@ -136,6 +136,33 @@ def test_without_peers_it_says_so(
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
 
 
+def test_updates_are_made_in_turn_and_peers_that_are_not_there_are_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measure.LOG, "propagate", True)
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    effort = dataclasses.replace(EFFORT, train_rows=8, train_length=16)
+    with caplog.at_level("INFO", measure.LOG.name):
+        results = benchmark.benchmark(("train",), "tiny", str(tmp_path), effort)
+    (ours,) = results["parts"]["train"]["points"]
+    assert ours["who"] == "pasta_jax" and ours["ours is x as fast"] == 1 and ours["same losses"]
+    assert len(ours["update, s"]["samples"]) == 2
+    assert ours["tokens/s"]["median"] == pytest.approx(
+        np.median([128 / s for s in ours["update, s"]["samples"]])
+    )
+    assert "transformers, eager is not measured: transformers is not installed." in caplog.text
+    assert "tunix is not measured: tunix is not installed." in caplog.text
+
+
+def test_systems_are_compared_by_their_updates_and_losses() -> None:
+    samples = {"pasta_jax": [2.0, 4.0, 3.0], "a": [6.0, 6.0, 9.0], "b": [1.5, 1.5, 1.5]}
+    losses = {"pasta_jax": [9.0, 8.0], "a": [9.001, 8.0], "b": [9.0, 8.1]}
+    ours, a, b = training.compared(samples, losses, 12)
+    assert [row["ours is x as fast"] for row in (ours, a, b)] == [1, 2, 0.5]
+    assert [row["same losses"] for row in (ours, a, b)] == [True, True, False]
+    assert a["tokens/s"] == Quartiles.of([2.0, 2.0, 12 / 9])
+
+
 def answered(*widths: int) -> Any:
     """As a run gives it."""
     trace = types.SimpleNamespace(widths=np.array(widths), tokens=range(sum(widths)))
@@ -249,6 +276,7 @@ def test_every_part_has_a_figure(tmp_path: pathlib.Path) -> None:
         "peers": [
             {"batch": n, "who": who, "prefill, s": spread, "step, ms": spread} for n in (1, 8) for who in "ab"
         ],
+        "train": [{"who": who, "tokens/s": spread} for who in "ab"],
         "startup": [{"cache": c, **dict.fromkeys(startup.PHASES, spread)} for c in ("empty", "full")],
     }
     for part, part_points in points.items():

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import NO_TARGET, PairedTokens
+from pasta_jax.model.transformer import softcapped
 from pasta_jax.training.losses import Sums, bonbon_margin, preference_loss, score, sft_loss
+from pasta_jax.training.scores import score_hidden
 
 # Two words, logits 0 and ln 3: probabilities 1/4 and 3/4. Equal logits: 1/2 each.
 SURE, EVEN = [0.0, math.log(3)], [0.0, 0.0]
@@ -37,6 +39,37 @@ def test_scores() -> None:
     np.testing.assert_allclose(scores.logprob, expected, atol=1e-6)
     # No word is likelier than the target: true, false, true (of equals, each will do).
     assert np.asarray(scores.is_likeliest).tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_scores_of_hidden_states_and_their_gradient_are_those_of_the_logits(
+    softcap: float, parts: int
+) -> None:
+    """At once, and in parts one after another; a target that is not there has no gradient."""
+    rng = np.random.default_rng(parts)
+    B, S, D, V = 2, 4, 5, 7
+    shape = (B, S) if parts == 1 else (parts, B, S)
+    hidden, table = jnp.asarray(rng.normal(size=(*shape, D))), jnp.asarray(rng.normal(size=(V, D)))
+    target = jnp.asarray(rng.integers(0, V, shape)).at[..., -1].set(NO_TARGET)
+    weight = jnp.asarray(rng.normal(size=shape))
+
+    def product(tables: Any, hidden: Any) -> Any:
+        return jnp.einsum("...D,VD->...V", hidden, tables["embed"])
+
+    def by_hand(tables: Any, hidden: Any) -> Any:
+        logits = softcapped(product(tables, hidden.reshape(-1, S, D)), softcap)
+        scores = jax.tree.map(lambda x: x.reshape(shape), score(logits, target.reshape(-1, S)))
+        return jnp.sum(weight * scores.logprob), scores.is_likeliest
+
+    def fused(tables: Any, hidden: Any) -> Any:
+        scores = score_hidden(product, softcap, tables, hidden, target)
+        return jnp.sum(weight * scores.logprob), scores.is_likeliest
+
+    arguments = {"embed": table}, hidden
+    expected, found = (jax.value_and_grad(f, (0, 1), has_aux=True)(*arguments) for f in (by_hand, fused))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    assert np.abs(found[1][1]).max() > 0.1 and not np.asarray(found[1][1])[..., -1, :].any()
 
 
 def test_sft_loss() -> None:

@@ -1,6 +1,7 @@
 """Does it fit: the arithmetic, where the numbers come from, and what importing really takes."""
 
 import dataclasses
+import os
 import pathlib
 import re
 import subprocess
@@ -214,3 +215,18 @@ def test_importing_takes_little_more_than_the_model(tmp_path: pathlib.Path) -> N
     taken, model = map(int, done.stdout.split())
     print(f"{taken / model:.2f} times {model / 2**20:.0f} MiB")
     assert model > 300 * 2**20 and taken < 1.2 * model
+
+
+def test_training_asks_for_large_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is replaced by one of the same command line; that one, or one with options, stays."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, words: calls.append([path, *words]))
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.setattr(memory.sys, "orig_argv", ["python", "-m", "pasta_jax.train", "--workdir=W"])
+    monkeypatch.setattr(memory.sys, "executable", "/bin/python3")
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that it is put back
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    memory.with_large_pages()
+    memory.with_large_pages()
+    assert calls == [["/bin/python3", "/bin/python3", "-m", "pasta_jax.train", "--workdir=W"]]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"

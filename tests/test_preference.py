@@ -360,6 +360,34 @@ def test_a_finished_run_does_nothing_and_a_cut_one_goes_on(
 
 
 @pytest.mark.slow
+def test_held_out_pairs_have_the_loss_of_the_stage_and_records_that_of_the_first(
+    trained: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text(json.dumps({"prompt": "Rivers?", "response": "The Nile."}))
+    monkeypatch.setattr(Decoder, "decode", None)  # the samples are there
+    for held, names in (("0.1", {"loss", "margin", "accuracy", "better"}), (str(file), {"loss", "accuracy"})):
+        workdir = tmp_path / str(len(names))
+        shutil.copytree(trained / "preference" / "round-1", workdir / "round-1")
+        for name in ("round.json", "checkpoints", "about.json", "metrics.jsonl"):
+            path = workdir / "round-1" / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        config = dataclasses.replace(
+            CONFIG,
+            stage="preference",
+            init_from=str(trained / "sft"),
+            data=dataclasses.replace(CONFIG.data, held_out=held),
+            preference=dataclasses.replace(PREFERENCE, rounds=1),
+        )
+        assert train(config, str(workdir)) == str(workdir / "round-1")
+        line = read_metrics(str(workdir / "round-1" / "metrics.jsonl"))[-1]
+        assert {name for name in line if name.startswith("held_out_")} == {
+            f"held_out_{name}" for name in names
+        }
+        assert line["held_out_loss"] > 0
+
+
+@pytest.mark.slow
 def test_a_workdir_of_another_experiment_is_refused(
     trained: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

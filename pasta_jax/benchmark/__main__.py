@@ -5,6 +5,7 @@
     pool      time of a decode step against the used part of the pool
     batch     tokens per second against concurrent requests
     peers     sequential decode and prefill, compared with Hugging Face transformers on the same weights
+    train     an update of training, compared with transformers on torch and with tunix, each where it is installed
     startup   from the start of Python to the first token, with and without the compilation cache
 
 Weights are random unless --model is a path. Measurements that are compared take turns, in one run. What is
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("pasta_jax")
 
-PARTS = ("startup", "width", "replay", "pool", "batch", "peers")
-"""In order of measurement: startup first, because its processes need the accelerator that this one takes; then
-those that compile little."""
+PARTS = ("startup", "train", "width", "replay", "pool", "batch", "peers")
+"""In order of measurement: first those whose processes need the accelerator that this one takes; then those that
+compile little."""
 
 RESULTS = "results.json"
 
@@ -50,6 +51,8 @@ PLAN_FLAGS = {
     "steps": ("steps", "Steps over which the time of a step is averaged."),
     "pool": ("entries", "Entries of the pool, with those that idle lanes write; replay may need more."),
     "prompt": ("prompt_tokens", "Length of the prompts in the comparison with peers."),
+    "rows": ("train_rows", "Rows of a batch in training."),
+    "length": ("train_length", "Tokens of a row in training."),
 }
 """Flags that change the effort: the field, and the help."""
 
@@ -77,7 +80,7 @@ def benchmark(
     Returns:
       The contents of results.json.
     """
-    from pasta_jax.benchmark import measure, measurements, peers, startup
+    from pasta_jax.benchmark import measure, measurements, peers, startup, training
     from pasta_jax.benchmark.models import model_of
     from pasta_jax.model import param_count
 
@@ -89,6 +92,8 @@ def benchmark(
     if "startup" in what:
         LOG.info("startup: %d times two starts", effort.repeats)
         starts = startup.startup(model_name, dtype, effort.repeats, entries=effort.entries)
+    if "train" in what:
+        updates = training.train(model_name, dtype, effort, seed)
     results["machine"] = {"load_average": loads, **measure.machine()}
     model = model_of(model_name, dtype, responses)
     results["model"] |= {
@@ -102,6 +107,7 @@ def benchmark(
 
     measures: dict[str, Callable[[], list[TableRow]]] = {
         "startup": lambda: starts,
+        "train": lambda: updates,
         "width": lambda: measurements.measure_width(model, effort, rng()),
         "replay": lambda: measurements.measure_replay(model, effort, rng(), responses),
         "batch": lambda: measurements.measure_batch(model, effort, rng()),
@@ -189,7 +195,7 @@ def main(argv: Sequence[str]) -> None:
 
     log_compiling()
     try:
-        name = values.model
+        name = values.model or ("gemma25m" if values.what == ["train"] else "tiny")
         if name not in NAMED and kind_of(name)[0] == "workdir" and not epath.Path(name).exists():
             raise ValueError(f"--model={name} is neither {', '.join(NAMED)} nor a path.")
         effort = QUICK if values.quick else Effort()
@@ -201,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
         effort = dataclasses.replace(effort, **given)
         what = PARTS if "all" in values.what else tuple(values.what)
         options = dict(dtype=values.dtype, responses_file=values.responses, seed=values.seed)
-        benchmark(what, values.model, values.out, effort, **options)
+        benchmark(what, name, values.out, effort, **options)
     except (ValueError, OSError, RuntimeError) as error:
         refuse(str(error))
 
@@ -209,7 +215,12 @@ def main(argv: Sequence[str]) -> None:
 def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_list("what", ["all"], f"Some of {', '.join(PARTS)}, or all.")
-    flags.DEFINE_string("model", "tiny", "A size (tiny, 300m, gemma7b), with random weights; or a path.")
+    flags.DEFINE_string(
+        "model",
+        None,
+        "A size (tiny, 300m, gemma25m, gemma7b), with random weights; or a path. By default tiny, "
+        "and gemma25m for train alone.",
+    )
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights; by default the model's own.")
     flags.DEFINE_string("out", "runs/benchmark", "Folder of results.json and the figures.")
     flags.DEFINE_string("responses", None, "JSONL file of real responses to replay, in the field `response`.")

@@ -109,6 +109,18 @@ def draw_peers(points: Points) -> Figure:
     return figure
 
 
+def draw_train(points: Points) -> Figure:
+    """Tokens per second of an update, a bar for each system."""
+    figure = new_figure(7, 1.4 + 0.4 * len(points))
+    axes = figure.subplots()
+    middle, errors = _errors([p["tokens/s"] for p in points])
+    axes.barh(range(len(points)), middle, 0.6, xerr=errors, capsize=2, color=SERIES[0].color, zorder=2)
+    dress(axes, "Tokens trained per second", "")
+    axes.set_yticks(range(len(points)), [p["who"] for p in points])
+    axes.invert_yaxis()
+    return figure
+
+
 def draw_startup(points: Points) -> Figure:
     """Seconds from the start of Python to the first token, phase by phase."""
     figure = new_figure(8, 2.6)
@@ -134,6 +146,7 @@ FIGURES: dict[str, Callable[[Points], Figure]] = {
     "batch": draw_batch,
     "pool": draw_pool,
     "peers": draw_peers,
+    "train": draw_train,
     "startup": draw_startup,
 }
 """By the names of the parts."""

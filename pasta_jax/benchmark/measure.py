@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
-PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "transformers", "torch")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "transformers", "torch", "google-tunix")
 
 LOG = logging.getLogger("pasta_jax")
 

@@ -81,6 +81,7 @@ class Effort:
       entries: P + S, the pool with the entries that idle lanes write; replay may need more.
       prompt_tokens: length of the prompts in the comparison with peers.
       real_responses: how many of the given responses are replayed.
+      train_rows, train_length: B and L of an update of training.
     """
 
     repeats: int = 5
@@ -94,6 +95,8 @@ class Effort:
     entries: int = 1024
     prompt_tokens: int = 512
     real_responses: int = 6
+    train_rows: int = 8
+    train_length: int = 512
 
     def __post_init__(self) -> None:
         if self.steps < 2:
@@ -108,7 +111,7 @@ class Effort:
 
 QUICK = Effort(
     repeats=2, lanes=4, branches_at_once=(1, 4), rows=(1, 4), branches=(4,), branch_tokens=8, steps=8, entries=128,
-    prompt_tokens=32, real_responses=1,
+    prompt_tokens=32, real_responses=1, train_rows=2, train_length=64,
 )  # fmt: skip
 """A check that everything works, in seconds; the numbers mean little."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -22,9 +23,13 @@ NAMED = {
         vocab_size=32_000, num_layers=24, model_dim=1024, num_heads=16, num_kv_heads=8, head_dim=64, mlp_dim=2816,
         norm_eps=1e-5, activation="silu", norm_offset=0.0, embed_scale=False,
     ),
+    "gemma25m": dataclasses.replace(
+        preset("gemma-2-2b").config, vocab_size=24_576, num_layers=6, model_dim=384, num_heads=6, num_kv_heads=3,
+        head_dim=64, query_scale=64, mlp_dim=1536, dtype="float32",
+    ),
     "gemma7b": preset("gemma-7b").config,
 }  # fmt: skip
-"""Sizes by name: the tiny model, one of Llama's shape, and a published one."""
+"""Sizes by name: the tiny model, one of Llama's shape, a small one of Gemma 2's, and a published one."""
 
 MAX_DEPTH = 3
 

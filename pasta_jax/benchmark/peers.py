@@ -149,7 +149,7 @@ def _hf_generates(model: Model) -> dict[str, Generate]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    _copy_weights(torch, hf, model)
+    copy_weights(torch, hf, model)
     hf = hf.to(device).eval()
 
     def generate(prompts: np.ndarray, tokens: int, **options: Any) -> np.ndarray:
@@ -170,7 +170,7 @@ def _hf_generates(model: Model) -> dict[str, Generate]:
     return {f"transformers {version}, eager": generate, f"transformers {version}, compiled": compiled}
 
 
-def _copy_weights(torch: Any, hf: Any, model: Model) -> None:
+def copy_weights(torch: Any, hf: Any, model: Model) -> None:
     """Copies our parameters into a model of transformers, one tensor at a time."""
     named, params = dict(hf.named_parameters()), flatten_dict(model.params)
     with torch.no_grad():

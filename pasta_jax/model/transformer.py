@@ -138,17 +138,25 @@ class Transformer(nn.Module):
         hidden_BxQxD = self.final_norm(x_BxQxD)
         return hidden_BxQxD, Pool(*map(tuple, zip(*written)))
 
-    @jax.named_scope("logits")
     def logits(self, hidden: Array) -> Array:
         """Hidden states [..., D] to logits, float32 [..., V]."""
-        cap = self.config.final_softcap
+        return softcapped(self.uncapped(hidden), self.config.final_softcap)
+
+    @jax.named_scope("logits")
+    def uncapped(self, hidden: Array) -> Array:
+        """Logits before the softcap: linear in the hidden states and in each table."""
         if self.config.tie_embeddings:
-            logits = self.embed.logits(hidden)
-        else:
-            logits = unembed(hidden, self.head, "DV")
-            if self.lora.trains_rows:
-                logits = logits.at[..., jnp.array(self.lora.rows)].set(unembed(hidden, self.head_rows, "DV"))
-        return cap * jnp.tanh(logits / cap) if cap else logits
+            return self.embed.logits(hidden)
+        logits = unembed(hidden, self.head, "DV")
+        if self.lora.trains_rows:
+            logits = logits.at[..., jnp.array(self.lora.rows)].set(unembed(hidden, self.head_rows, "DV"))
+        return logits
+
+
+@jax.named_scope("softcap")
+def softcapped(logits: Array, cap: float) -> Array:
+    """The logits bent to cap * tanh(logits / cap), or as they are if the cap is 0."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def forward(model: Transformer, params: Params, *inputs: Array | Pool | None) -> tuple[Array, Pool]:
@@ -160,6 +168,12 @@ def forward(model: Transformer, params: Params, *inputs: Array | Pool | None) ->
 def logits(model: Transformer, params: Params, hidden: Array) -> Array:
     """Float32 logits [..., V] of hidden states [..., D]: `Transformer.logits` with these parameters."""
     outputs: Any = model.apply({"params": params}, hidden, method="logits")
+    return outputs
+
+
+def uncapped(model: Transformer, params: Params, hidden: Array) -> Array:
+    """Logits before the softcap: `Transformer.uncapped` with these parameters."""
+    outputs: Any = model.apply({"params": params}, hidden, method="uncapped")
     return outputs
 
 

@@ -18,6 +18,7 @@ import itertools
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -87,20 +88,21 @@ def _run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str
     records, pairs, tokenizer = pairs_of_round(config, mesh, number, policy, folder)
     # The models that drew the samples are freed: training has all the memory.
     stage = stage_of(config, seed)
-    trained, measured = held_out(len(pairs), data.held_out_share, seed)
-    if not trained:
+    numbers, held_numbers = held_out(len(pairs), data.held_out_share, seed)
+    if not numbers:
         raise ConfigError(f"config.data.held_out leaves none of {len(pairs)} pairs to train on.")
-    records_held = held_out_file(data, tokenizer)
-    held = (
-        (SFT, records_held) if records_held else (stage, [pairs[i] for i in measured]) if measured else None
-    )
-    pairs = [pairs[i] for i in trained]
-    steps = steps_for(pairs, config.preference.epochs_per_round, data.rows, data.length, seed, parts)
+    trained = [pairs[i] for i in numbers]
+    held: tuple[Stage, Sequence[Any]] | None = None
+    if held_numbers:
+        held = stage, [pairs[i] for i in held_numbers]
+    elif examples := held_out_file(data, tokenizer):
+        held = SFT, examples
+    steps = steps_for(trained, config.preference.epochs_per_round, data.rows, data.length, seed, parts)
     LOG.info("Round %d: %d pairs of %d prompts, %d steps.", number, len(pairs), len(records), steps)
     carry(policy, folder)
     train(
         round_of(config, policy, steps),
-        source=pairs,
+        source=trained,
         tokenizer=tokenizer,
         workdir=folder,
         stage=stage,

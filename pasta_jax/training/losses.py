@@ -21,17 +21,23 @@ class Scores:
     is_likeliest: Array  # bool [B, L]  no token is likelier; false where there is no target
 
 
-@jax.named_scope("loss")
 def score(logits_BxLxV: Array, target_BxL: Array) -> Scores:
     """From float32 logits, and int32 targets or NO_TARGET."""
+    return score_and_total(logits_BxLxV, target_BxL)[0]
+
+
+@jax.named_scope("loss")
+def score_and_total(logits_BxLxV: Array, target_BxL: Array) -> tuple[Scores, Array]:
+    """`score`, and the logarithm of each softmax's sum, float32 [B, L]."""
     has_target_BxL = target_BxL != NO_TARGET
     is_target_BxLxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxLxV.shape, 2) == target_BxL[..., None]
     # Not by index: the gradient of that scatters into zeros, as large as the logits.
     at_target_BxL = jnp.sum(jnp.where(is_target_BxLxV, logits_BxLxV, 0.0), axis=-1)
-    logprob_BxL = at_target_BxL - jax.nn.logsumexp(logits_BxLxV, axis=-1)
+    total_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
+    logprob_BxL = at_target_BxL - total_BxL
     # Not argmax: on CPU that takes ten times as long as the rest of the loss.
     is_likeliest_BxL = (at_target_BxL >= logits_BxLxV.max(-1)) & has_target_BxL
-    return Scores(jnp.where(has_target_BxL, logprob_BxL, 0.0), is_likeliest_BxL)
+    return Scores(jnp.where(has_target_BxL, logprob_BxL, 0.0), is_likeliest_BxL), total_BxL
 
 
 @struct.dataclass

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import AbstractMesh
 
 from pasta_jax import sharding
 from pasta_jax.arrays import NO_TARGET, Array, ThreadedTokens
@@ -19,17 +20,22 @@ from pasta_jax.model import lora as adapters
 from pasta_jax.model.blocks import some
 from pasta_jax.model.forms import Params
 from pasta_jax.model.scan import hidden_states
-from pasta_jax.model.transformer import Transformer, init_params, logits, param_shapes
+from pasta_jax.model.transformer import Transformer, init_params, logits, param_shapes, uncapped
 from pasta_jax.rounding import ceil_div
 from pasta_jax.training.losses import Scores, Sums, score
 from pasta_jax.training.microbatches import rows_sharding, sum_over_parts
 from pasta_jax.training.remat import LOGITS, Choice, choose
+from pasta_jax.training.scores import score_hidden
 from pasta_jax.training.state import TrainState, make_optimizer, make_schedule, new_state
 from pasta_jax.visibility import visible
 
 LossFn: TypeAlias = Callable[[Scores, Any], Sums]
 """From the scores of a batch's targets and the batch, or a part of it, to the loss and measurements, "loss" among
 them."""
+
+
+CACHED_LOGITS = 2**23
+"""Maximum number of logits that a CPU scores at once."""
 
 
 @struct.dataclass
@@ -58,7 +64,11 @@ def scores_of(
     sees = Documents(batch.doc, batch.segment, batch.order, batch.sees)
     hidden_BxLxD = hidden_states(model, params, batch.token, batch.position, sees, remat, mesh)
     B, L, D = hidden_BxLxD.shape
-    size = min(L, max(1, LOGITS // model.config.vocab_size))
+    V = model.config.vocab_size
+    size = min(L, max(1, LOGITS // V))
+    computes_again, is_on_cpu = size < L, on_cpu(mesh)
+    if not computes_again and is_on_cpu:  # what is computed from some logits finds them in cache
+        size = min(L, max(8, CACHED_LOGITS // (B * V)))
     count = ceil_div(L, size)
 
     place = functools.partial(sharding.by_vocabulary, vocab_size=model.config.vocab_size, mesh=mesh)
@@ -68,11 +78,21 @@ def scores_of(
     else:
         tables["embed"] = {**tables["embed"], "embedding": place(tables["embed"]["embedding"], "VD")}
 
+    product, softcap = functools.partial(uncapped, model), model.config.final_softcap
+
     def score_some(tables: Params, hidden_BxCxD: Array, target_BxC: Array) -> Scores:
+        if is_on_cpu:
+            return score_hidden(product, softcap, tables, hidden_BxCxD, target_BxC)
         return score(logits(model, tables, place(hidden_BxCxD, "BCD")), target_BxC)
 
     if count == 1:
         return score_some(tables, hidden_BxLxD, batch.target)
+    padding = count * size - L
+    hidden_BxLxD = jnp.pad(hidden_BxLxD, ((0, 0), (0, padding), (0, 0)))
+    target_BxL = jnp.pad(batch.target, ((0, 0), (0, padding)), constant_values=NO_TARGET)
+    hidden = jnp.moveaxis(hidden_BxLxD.reshape(B, count, size, D), 1, 0)
+    target = jnp.moveaxis(target_BxL.reshape(B, count, size), 1, 0)
+
     # The gradients of all parts are added up in float32; frozen weights have none.
     frozen, trained = adapters.split(tables) if model.lora.rank else ({}, tables)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
@@ -82,13 +102,18 @@ def scores_of(
         narrow = jax.tree.map(lambda x, like: x.astype(like.dtype), wide, trained)
         return score_some(adapters.join(frozen, narrow), *part)
 
-    padding = count * size - L
-    hidden_BxLxD = jnp.pad(hidden_BxLxD, ((0, 0), (0, padding), (0, 0)))
-    target_BxL = jnp.pad(batch.target, ((0, 0), (0, padding)), constant_values=NO_TARGET)
-    hidden = jnp.moveaxis(hidden_BxLxD.reshape(B, count, size, D), 1, 0)
-    target = jnp.moveaxis(target_BxL.reshape(B, count, size), 1, 0)
-    scores = jax.lax.map(score_part, (hidden, target))
+    if computes_again:
+        scores = jax.lax.map(score_part, (hidden, target))
+    else:
+        scores = score_hidden(product, softcap, tables, hidden, target)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :L], scores)
+
+
+def on_cpu(mesh: Any) -> bool:
+    """Whether a program for this mesh, or for the default device, runs on one CPU."""
+    if mesh is None:
+        return jax.default_backend() == "cpu"
+    return mesh.size == 1 and not isinstance(mesh, AbstractMesh) and mesh.devices.flat[0].platform == "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
