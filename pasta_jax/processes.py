@@ -484,9 +484,10 @@ def start(group: Group | None, timeout_s: float = TIMEOUT_S) -> None:
     peers = meet(group, timeout_s)
     import jax
 
-    # jax would take SIGTERM for itself, and only say at a later step that it came.
+    # jax would take SIGTERM for itself, and only say at a later step that it came: older versions always do.
     with contextlib.suppress(AttributeError):
         jax.config.update("jax_enable_preemption_service", False)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if jax.config.values.get("jax_cpu_collectives_implementation") is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
@@ -497,6 +498,8 @@ def start(group: Group | None, timeout_s: float = TIMEOUT_S) -> None:
         cluster_detection_method="deactivate",
         initialization_timeout=int(TIMEOUT_S),
     )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
     _line = Line(group, peers)
 
 

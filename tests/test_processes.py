@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from pasta_jax import processes
+from pasta_jax import processes, verbs
 from pasta_jax.checkpoints.about import find_checkpoint
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.processes import Group, ProcessError, announced, asked, meet
@@ -402,3 +402,10 @@ def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         asked(None, None, None)
     assert brief(asked("host:99", None, None)) == (3, 4, "host", None)
     assert asked(None, 1, None) is None
+
+
+def test_what_one_host_does_the_others_leave_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an import, of which they all would write the files."""
+    monkeypatch.setattr(processes, "announced", lambda: Group(1, 2, "host:99"))
+    with pytest.raises(SystemExit, match="^0$"):
+        verbs.begin_alone()

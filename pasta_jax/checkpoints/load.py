@@ -26,6 +26,7 @@ from pasta_jax.checkpoints.fingerprint import checksums, fingerprint
 from pasta_jax.messages import message_of
 from pasta_jax.model import lora, param_shapes
 from pasta_jax.model.forms import Params
+from pasta_jax.processes import several
 
 
 def load_params(
@@ -208,7 +209,10 @@ def restore_arrays(
     except Exception as error:  # whatever a damaged file makes Orbax raise
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise CheckpointError(f"{path / item} could not be read: {message_of(error)}") from error
-        raise DamagedCheckpoint(path, f"{item}: {error}", item) from error
+        damaged = DamagedCheckpoint(path, f"{item}: {error}", item)
+        if several():  # the others may have read their parts, and would not look for an older one
+            raise CheckpointError(str(damaged)) from error
+        raise damaged from error
     if sums := saved.checksums.get(item):
         wrong = [name for name, found in checksums(arrays).items() if sums.get(name, found) != found]
         if wrong:
