@@ -162,6 +162,7 @@ def begin() -> None:
     programs.
     """
     values = flags.FLAGS
+    absl_logging.set_verbosity(absl_logging.WARNING)  # of what jax says while they meet
     if "coordinator" in values:
         try:
             group = processes.asked(values.coordinator, values.processes, values.process_id)

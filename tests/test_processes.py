@@ -207,7 +207,7 @@ def test_a_signal_or_the_loss_of_one_ends_both_and_the_next_start_goes_on(tmp_pa
     assert wait(started, 60) == [143, 143]
     step = int(find_checkpoint(work).name)
     assert read_metrics(str(work / "metrics.jsonl"))[-1]["step"] == step
-    assert said(work, 0)[-1].endswith(f"Saved at step {step}. Run the same command again to go on.")
+    assert said(work, 0)[-1].endswith(f"Stopped at step {step}. Run the same command again to go on.")
     started = commands(work, work, work)
     wait_for_step(work, step + 1, started)
     started[1].kill()
