@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from pasta_jax.files import is_full, unwritten
 from pasta_jax.verbs import CHATS, begin_alone, refuse, run_main
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
         else:
             import_model(kind, path, values)
     except (InterchangeError, TokenizerError, CheckpointError, ValueError, OSError) as error:
-        refuse(str(error))
+        refuse(unwritten(values.to, error) if is_full(error) else str(error))
 
 
 def import_model(kind: SourceKind, path: str, values: Any) -> None:

@@ -33,6 +33,7 @@ from pasta_jax.config import Config
 from pasta_jax.files import is_writer, unwritten
 from pasta_jax.messages import message_of
 from pasta_jax.model.forms import Params
+from pasta_jax.processes import agreed
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 LOG = logging.getLogger("pasta_jax")
@@ -234,6 +235,7 @@ class Checkpoints:
                 for each in damaged:
                     _set_aside(each)
                 LOG.warning("Going back to step %d.", step)
+                agreed(0)  # waits until the first process has renamed them
                 self._manager.reload()
             return found
         newest = damaged[0]
