@@ -311,6 +311,7 @@ def test_damaged_description(workdir: pathlib.Path) -> None:
         "",
         json.dumps(without_step),
         json.dumps(tree | {"step": "x"}),
+        json.dumps(tree | {"step": 2**31}),
         json.dumps(tree | {"step": float("inf")}),
         json.dumps(tree | {"window": {"loss": []}}),
         json.dumps(tree | {"window": [1]}),

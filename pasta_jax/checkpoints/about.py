@@ -167,9 +167,12 @@ def read_metadata(path: epath.Path) -> CheckpointMetadata:
                     else "Use the older version that wrote it."
                 )
             )
+        step = int(fields["step"])
+        if not 0 <= step < 2**31:
+            raise ValueError("no such step")
         return CheckpointMetadata(
             path=os.fspath(path),
-            step=int(fields["step"]),
+            step=step,
             data_index=int(fields["data_index"]),
             config=overrides.from_dict(fields["config"]),
             tokenizer_model=base64.b64decode(fields["tokenizer"], validate=True),
