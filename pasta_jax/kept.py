@@ -140,7 +140,11 @@ def file_of(devices: Sequence[jax.Device], *made_from: object) -> Path | None:
     flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     machine = processor(), devices[0].client.platform_version, [(d.id, d.device_kind) for d in devices]
     text = repr((sources, settings, flags, machine, jax.sharding.get_abstract_mesh(), made_from))
-    return Path(programs, hashlib.sha256(text.encode()).hexdigest() + WHOLE)
+    file = Path(programs, hashlib.sha256(text.encode()).hexdigest() + WHOLE)
+    with contextlib.suppress(OSError):
+        if file.stat().st_size == 0:  # its backend cannot write or read it
+            return None
+    return file
 
 
 @functools.cache
@@ -161,36 +165,44 @@ def read(file: Path, devices: Sequence[jax.Device]) -> jax.stages.Compiled | Non
         data = file.read_bytes()
     except OSError:
         return None
+    digest, packed = data[:32], data[32:]
+    if hashlib.sha256(packed).digest() != digest:
+        with contextlib.suppress(OSError):
+            file.unlink()
+        return None
     try:
-        digest, packed = data[:32], data[32:]
-        if hashlib.sha256(packed).digest() != digest:
-            raise ValueError("cut off")
         from jax.experimental import serialize_executable
 
         program, in_tree, out_tree = pickle.loads(zlib.decompress(packed))
         return serialize_executable.deserialize_and_load(
             program, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
         )
-    except Exception:  # jax does not say what it may raise, and the program can be compiled
-        with contextlib.suppress(OSError):
-            file.unlink()
+    except Exception:  # jax does not say what it may raise
+        _give_up(file)
         return None
 
 
 def keep(file: Path, program: jax.stages.Compiled) -> None:
     """Writes a program to its file, if its backend can.
 
-    It must be one that was compiled, not one that jax read from its cache: of that XLA for CPUs writes only a part.
-    `unique_name` sees to it.
+    XLA for CPUs can only serialize programs that it compiled itself, not those that jax read from its cache.
+    `unique_name` sees to that.
     """
     from jax.experimental import serialize_executable
 
     try:
         packed = zlib.compress(pickle.dumps(serialize_executable.serialize(program)), 1)
     except Exception:  # not every backend can
+        _give_up(file)
         return
     with contextlib.suppress(OSError), replacing(file, "wb") as out:
         out.write(hashlib.sha256(packed).digest() + packed)
+
+
+def _give_up(file: Path) -> None:
+    """Leaves the program to jax's cache from now on: an empty file says so."""
+    with contextlib.suppress(OSError), replacing(file, "wb"):
+        pass
 
 
 def unique_name(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -86,15 +86,15 @@ def test_the_next_start_traces_no_program(
     monkeypatch.setattr(Compiled, "lower", record)
     assert same(answers(new_decoder(spread=spread)), first) and lowered == []
 
-    # One that a full disk cut off, an empty one, and one that holds no program are removed, and made anew.
-    cut, empty, none = list(files)[:3]
+    # One that a full disk cut off is made anew. One that the backend cannot read is left to jax's cache.
+    cut, unreadable = list(files)[:2]
     (folder / cut).write_bytes(files[cut][:-1])
-    (folder / empty).write_bytes(b"")
-    (folder / none).write_bytes(hashlib.sha256(b"").digest())
-    assert same(answers(new_decoder(spread=spread)), first) and len(lowered) == 3
-    assert {file.name for file in folder.glob("*-program")} == files.keys()
+    (folder / unreadable).write_bytes(hashlib.sha256(b"").digest())
+    assert same(answers(new_decoder(spread=spread)), first) and len(lowered) == 2
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*-program")}
+    assert sizes.keys() == files.keys() and [name for name in sizes if not sizes[name]] == [unreadable]
     lowered.clear()
-    assert same(answers(new_decoder(spread=spread)), first) and lowered == [], "what was made anew runs"
+    assert same(answers(new_decoder(spread=spread)), first) and len(lowered) == 1, "what was made anew runs"
 
     if not spread:
         new_decoder().warm_up()

@@ -34,7 +34,10 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
     if len(argv) > 1 or not (values.config or values.table):
         refuse(f"Which experiment? Add --config=configs/tiny.py. {__doc__.splitlines()[0]}")
     # No device is opened: without this jax looks for TPUs, finds none, and prints a line that looks like an error.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if not os.environ.get("JAX_PLATFORMS"):
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
     begin()
     try:
         if values.table:

@@ -7,8 +7,6 @@ is in the table as such.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 from pasta_jax.chips import chip_named, devices_in
 from pasta_jax.compile.report import Report, examine
 from pasta_jax.config import Config, DataConfig, MeshConfig
+from pasta_jax.files import appending, json_line, read_jsonl, write_jsonl
 from pasta_jax.memory import GIB, gib
 from pasta_jax.model.presets import preset
 from pasta_jax.terminal import markdown_table
@@ -127,6 +126,7 @@ def make_table(path: str, only: Sequence[str] = ()) -> None:
       only: "train", "decode", "preference": which cases to compile.
     """
     done = rows_in(path)
+    write_jsonl(path, done.values())  # without what an interrupted run may have left of a line
     missing = [case for case in cases() if str(case) not in done and (not only or case.what in only)]
     print(f"{len(done)} of {len(cases())} rows are in {path}; compiling {len(missing)}, some minutes each.")
     for case in missing:
@@ -135,8 +135,8 @@ def make_table(path: str, only: Sequence[str] = ()) -> None:
         except RuntimeError as error:  # a fault of the compiler: the others may still compile
             print(f"{case}: {' '.join(str(error).split())[:200]}", flush=True)
             continue
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with appending(path) as file:
+            file.write(json_line(row))
         print(
             f"{case}: {'fits' if row['fits'] else 'does not fit'}, compiled in {row['compile_s']} s",
             flush=True,
@@ -146,11 +146,7 @@ def make_table(path: str, only: Sequence[str] = ()) -> None:
 
 def rows_in(path: str) -> dict[str, dict[str, Any]]:
     """The rows of a file by case."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return {row["case"]: row for row in rows}
+    return {row["case"]: row for row in read_jsonl(path, dict)}
 
 
 def rendered(rows: dict[str, dict[str, Any]]) -> str:
