@@ -183,11 +183,13 @@ def read(file: Path, devices: Sequence[jax.Device]) -> jax.stages.Compiled | Non
 
 
 def keep(file: Path, program: jax.stages.Compiled) -> None:
-    """Writes a program to its file, if its backend can.
+    """Writes a program to its file, unless that is there, or its backend cannot.
 
     XLA for CPUs can only serialize programs that it compiled itself, not those that jax read from its cache.
     `unique_name` sees to that.
     """
+    if file.exists():  # also one that `read` gave up
+        return
     from jax.experimental import serialize_executable
 
     try:
