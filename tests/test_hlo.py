@@ -170,7 +170,13 @@ def on_tpu(topology: str, lanes: int) -> tuple[Any, int]:
     return decode.compile(), keys
 
 
-TOPOLOGIES = [pytest.param(topology, marks=pytest.mark.tpu) for topology in ("v6e:1x1", "v5e:2x4")]
+TOPOLOGIES = [
+    pytest.param("v6e:1x1", marks=pytest.mark.tpu),
+    pytest.param(
+        "v5e:2x4",
+        marks=[pytest.mark.tpu, pytest.mark.skipif(not FULL, reason="one of .ci/run's full counts")],
+    ),
+]
 
 
 CPU = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,11 +14,15 @@ from typing import Any
 
 import pytest
 
+from pasta_jax.overrides import load_config, split_overrides
+
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "tpu_run.sh"
 pytestmark = pytest.mark.slow
 
 yaml: Any = importlib.import_module("yaml")
+
+FLAGS = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "pasta_jax").rglob("*.py"))
 
 GCLOUD = """#!/usr/bin/env bash
 # Keeps the state of the slice in $FAKE/state, what was asked in $FAKE/calls, and has two workers.
@@ -223,3 +228,28 @@ def test_the_jobset_has_a_pod_for_each_host() -> None:
     assert spec["parallelism"] == spec["completions"] == x * y // chips
     config = next(part for part in container["command"] if part.startswith("--config="))
     assert (ROOT / config.partition("=")[2]).exists()
+
+
+def commands_of_the_page() -> list[str]:
+    text = (ROOT / "docs/tpu.md").read_text(encoding="utf-8")
+    return [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", commands_of_the_page())
+def test_the_commands_of_the_page_can_be_given(line: str) -> None:
+    """The launch script takes them, and so would the commands that it starts: each flag and each field is known."""
+    words = shlex.split(line)
+    if words[0] == str(SCRIPT.relative_to(ROOT)):
+        done = subprocess.run(
+            [SCRIPT, words[1], words[2], "--dry_run", *words[3:]], capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        words = words[words.index("--") + 1 :] if "--" in words else []
+    if words[:2] == ["python", "-m"]:
+        overrides, rest = split_overrides(words[3:])
+        package = importlib.import_module(words[2])
+        assert package.__file__ is not None
+        for name in (word[2:].partition("=")[0] for word in rest if word.startswith("--")):
+            assert name == "config" or f'"{name}"' in FLAGS, f"--{name}"
+        for config in (word.removeprefix("--config=") for word in rest if word.startswith("--config=")):
+            load_config(str(ROOT / config), overrides)

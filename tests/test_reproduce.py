@@ -193,10 +193,11 @@ def made_up(workdir: pathlib.Path, plan: Plan) -> None:
         write_answers(os.path.join(folder.counted(0, plan), f"{name}.jsonl"), answers)
 
 
-@pytest.fixture
-def measured_rows(tmp_path: pathlib.Path) -> list[Any]:
-    made_up(tmp_path, PLAN)
-    return measures.results(PLAN, str(tmp_path))
+@pytest.fixture(scope="module")
+def measured_rows(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    workdir = tmp_path_factory.mktemp("made-up")
+    made_up(workdir, PLAN)
+    return measures.results(PLAN, str(workdir))
 
 
 def test_results_by_hand(measured_rows: list[Any]) -> None:
