@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from pasta_jax.arrays import LARGEST_INT
-from pasta_jax.messages import shown
+from pasta_jax.messages import name_shown, shown
 
 DEPTH = 64
 """Levels of nesting that are read. Files of models have less than ten."""
@@ -134,8 +134,7 @@ class Fields:
 
     def fault(self, key: str, reason: str, value: Any = None) -> ValueError:
         value = self[key] if value is None else value
-        name = key if key.isprintable() and len(key) <= 80 else shown(key)
-        return self.error(f"{self.path}: {name}={shown(value)}: {reason}.")
+        return self.error(f"{self.path}: {name_shown(key)}={shown(value)}: {reason}.")
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number above 0; `default` stands for null."""

@@ -24,6 +24,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
+def name_shown(name: str) -> str:
+    r"""A name for a message: as it is, unless it is long or has what cannot be printed.
+
+    >>> name_shown("mlp"), name_shown("a\nb")
+    ('mlp', "'a\\nb'")
+    """
+    return name if name.isprintable() and len(name) <= 80 else shown(name)
+
+
 def message_of(error: BaseException) -> str:
     """What a library says of a file, for a message: in one line and cut short, since it may quote the file.
 

@@ -91,7 +91,7 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
         "$JAX_COMPILATION_CACHE_DIR, or pasta_jax/xla in $XDG_CACHE_HOME or ~/.cache.",
         module_name=sys.argv[0],  # so that --help shows it
     )
-    quiet_threads()
+    set_unraisable_hook()
     with _ending(), processes.ending_together(), _quiet_pipe():
         try:
             app.run(main, argv=argv, flags_parser=parse)
@@ -127,11 +127,19 @@ def define_processes() -> None:
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
 
 
-def quiet_threads() -> None:
-    """Has errors in threads reported as before, except those of Orbax, whose threads outlive a failed read."""
-    report = sys.unraisablehook
+def set_unraisable_hook() -> None:
+    """Has errors that Python cannot raise reported as before, with two exceptions.
+
+    Those of Orbax, whose threads outlive a failed read, are dropped. Ctrl-C that comes while Python frees objects
+    comes once more, a moment later.
+    """
+    report, main = sys.unraisablehook, threading.main_thread().ident
 
     def quieter(fault: Any) -> None:
+        if isinstance(fault.exc_value, KeyboardInterrupt):
+            with contextlib.suppress(RuntimeError):  # Python is ending
+                threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
+            return
         if str(fault.exc_value) != "Event loop is closed" and not inspect.iscoroutine(fault.object):
             report(fault)
 

@@ -449,3 +449,27 @@ def test_only_the_folder_of_the_commands_is_trimmed(
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of a user whom nobody knows
     assert asked_of_jax(monkeypatch, None) is None
     assert {path.name for path in tmp_path.iterdir()} == {"pasta_jax", "named"}
+
+
+LOST = """
+import signal, sys
+from pasta_jax.verbs import set_unraisable_hook
+
+class Freed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+set_unraisable_hook()
+Freed()
+try:
+    signal.pause()
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+def test_ctrl_c_while_an_object_is_freed_is_heard_after_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOST], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("heard\n", "", 0)

@@ -19,7 +19,7 @@ from pasta_jax.files import replacing
 from pasta_jax.lang.parse import ParseError, parse
 from pasta_jax.lang.program import Program
 from pasta_jax.lang.render import render
-from pasta_jax.messages import shown
+from pasta_jax.messages import name_shown, shown
 from pasta_jax.tokens.tokenizer import TextError, check_text
 
 KEYS = ("prompt", "response")
@@ -116,7 +116,7 @@ def _read_line(line: bytes, names: Mapping[str, str], max_depth: int) -> tuple[s
         raise _Fault(None, f"not an object. Write one with the keys {' and '.join(KEYS)}.")
     for name in names.values():
         if name not in record:
-            keys = ", ".join(key if key.isprintable() else shown(key) for key in record)[:500] or "none"
+            keys = ", ".join(map(name_shown, record))[:500] or "none"
             raise _Fault(
                 None,
                 f'missing "{name}" (found: {keys}). Map the names that the file uses, as in '

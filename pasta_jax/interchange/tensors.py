@@ -20,7 +20,7 @@ import numpy as np
 
 from pasta_jax.foreign import parse_object, read_bytes
 from pasta_jax.interchange.errors import InterchangeError, listed
-from pasta_jax.messages import shown
+from pasta_jax.messages import name_shown, shown
 from pasta_jax.model.weights import HfTensor, is_ignored
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -118,7 +118,9 @@ def parse_header(path: str, header: bytes, size: int | None = None) -> TensorFil
     size_by_header = start
     for begin, end, tensor in entries:
         if tensor.dtype not in SIZES:
-            raise InterchangeError(f"{path}: {tensor.name} has the unknown dtype {shown(tensor.dtype)}.")
+            raise InterchangeError(
+                f"{path}: {name_shown(tensor.name)} has the unknown dtype {shown(tensor.dtype)}."
+            )
         if (
             tensor.offset != size_by_header
             or min(tensor.shape, default=0) < 0
@@ -157,7 +159,7 @@ def read_files(folder: str) -> tuple[TensorFile, ...]:
         )
     shards = sorted(set(named.values()))
     missing = [shard for shard in shards if not _is_beside(folder, shard)]
-    faults = [f"{shard if shard.isprintable() else shown(shard)} is not there" for shard in missing]
+    faults = [f"{name_shown(shard)} is not there" for shard in missing]
     if faults or not shards:
         raise InterchangeError(
             f"{index} names files that are missing. Download the folder again:{listed(faults or ['none at all'])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import logging
 import multiprocessing
 import os
@@ -10,10 +11,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from pasta_jax.verbs import quiet_threads
+from pasta_jax.verbs import set_unraisable_hook
 from tests.fuzz.runner import attempt, minimised, nth, target
 
 HANGS = 5
@@ -39,11 +41,11 @@ def stoppable() -> None:
         signal.signal(number, stop)
 
 
-def _end_if_it_was_lost(fault: Any) -> None:
+def _end_if_it_was_lost(report: Callable[[Any], Any], fault: Any) -> None:
     """An exception that is raised while Python frees objects stops nothing."""
     if isinstance(fault.exc_value, KeyboardInterrupt):
         os._exit(1)
-    sys.__unraisablehook__(fault)
+    report(fault)
 
 
 def _end_with_the_parent() -> None:
@@ -71,8 +73,8 @@ def work(
       found: a queue of findings.
     """
     stoppable()
-    sys.unraisablehook = _end_if_it_was_lost
-    quiet_threads()
+    set_unraisable_hook()
+    sys.unraisablehook = functools.partial(_end_if_it_was_lost, sys.unraisablehook)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         _work(names, seed, first, every, until, shared, found)
