@@ -28,7 +28,7 @@ from pasta_jax import overrides
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.files import write_json
 from pasta_jax.foreign import parse_object
-from pasta_jax.messages import message_of
+from pasta_jax.messages import message_of, shown
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import tokenizer_from_bytes
 from pasta_jax.tokens.tokenizer import MissingPackage, Tokenizer, TokenizerError
@@ -156,11 +156,13 @@ def read_metadata(path: epath.Path) -> CheckpointMetadata:
     try:
         fields = parse_object(file.read_bytes(), file.name, allow_nan=True)
         if fields["format"] != FORMAT:
-            raise CheckpointError(f"{path} is not a checkpoint of pasta_jax but of {fields['format']!r}.")
+            raise CheckpointError(
+                f"{path} is not a checkpoint of pasta_jax but of {shown(fields['format'])}."
+            )
         version = int(fields["format_version"])
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format {version}, this version of pasta_jax reads format {FORMAT_VERSION}. "
+                f"{path} has format {shown(version)}, this version of pasta_jax reads format {FORMAT_VERSION}. "
                 + (
                     "Upgrade pasta_jax."
                     if version > FORMAT_VERSION

@@ -15,7 +15,7 @@ from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.messages import shown
 from pasta_jax.tokens.detokenize import Role, Speller, scan_all
-from pasta_jax.tokens.tokenizer import Vocabulary, check_text
+from pasta_jax.tokens.tokenizer import TextError, Vocabulary, check_text
 
 
 def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
@@ -26,7 +26,10 @@ def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
             f'stop={shown(stops)}: give a list of texts to stop at, none of them empty, as in stop=["\\n\\n"].'
         )
     for stop in given:
-        check_text(stop)
+        try:
+            check_text(stop)
+        except TextError as error:
+            raise TextError(f"stop={shown(stop)}: {error}") from None
     return given
 
 

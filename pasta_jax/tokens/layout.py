@@ -22,6 +22,7 @@ from pasta_jax.arrays import NO_TARGET, ThreadedTokens, Tokens
 from pasta_jax.lang import tags
 from pasta_jax.lang.program import Node, Program, Promise, Text
 from pasta_jax.lang.render import promise_problem
+from pasta_jax.messages import shown
 from pasta_jax.tokens.detokenize import TOPIC_PREFIX
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer, Vocabulary
@@ -183,12 +184,12 @@ def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
     if promise.is_bare:
         return [vocabulary.tag_ids[tags.PROMISE_CLOSE]]
     if problem := promise_problem(promise.topic, promise.tokens):
-        raise LayoutError(f"The promise {promise.topic!r} cannot be written: {problem}.")
+        raise LayoutError(f"The promise {shown(promise.topic)} cannot be written: {problem}.")
     topic = tokenizer.encode(TOPIC_PREFIX + (promise.topic.strip() or promise.topic))
     if not 1 <= len(topic) <= tags.MAX_TOPIC_TOKENS:
         raise LayoutError(
-            f"The topic {promise.topic!r} takes {len(topic)} tokens; 1 to {tags.MAX_TOPIC_TOKENS} are allowed. "
-            "Shorten it."
+            f"The topic {shown(promise.topic)} takes {len(topic)} tokens; 1 to {tags.MAX_TOPIC_TOKENS} are allowed."
+            " Shorten it."
         )
     return [
         vocabulary.tag_ids[tags.PROMISE_OPEN],

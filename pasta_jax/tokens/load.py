@@ -104,7 +104,9 @@ def tokenizer_from_bytes(data: bytes) -> TextTokenizer:
                 raise
             except (ValueError, LookupError, TypeError, AttributeError) as error:  # of what the usage says
                 raise TokenizerError(f"The saved tokenizer is damaged: {message_of(error)}") from error
-    raise TokenizerError(f"The saved tokenizer is of the kind {kind!r}, which this pasta_jax does not know.")
+    raise TokenizerError(
+        f"The saved tokenizer is of the kind {shown(kind)}, which this pasta_jax does not know."
+    )
 
 
 def read_hints(files: Mapping[str, bytes], vocab_size: int | None = None) -> Hints:

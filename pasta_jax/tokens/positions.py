@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from pasta_jax.fields import check_fields, field
+from pasta_jax.messages import shown
 
 TAGS_OF_A_BLOCK = 2
 """`<async>` and `</async>` take a position each."""
@@ -40,7 +41,7 @@ class Positions:
     def __post_init__(self) -> None:
         if self.scheme not in get_args(Scheme):
             known = ", ".join(get_args(Scheme))
-            raise ValueError(f"Position scheme {self.scheme!r} is unknown. Use one of {known}.")
+            raise ValueError(f"Position scheme {shown(self.scheme)} is unknown. Use one of {known}.")
         check_fields(self)
 
     def resume(self, start: Any, tokens: Any, length: int | None = None) -> Any:
