@@ -194,7 +194,12 @@ def _own_devices(local: int, processes: int, env: Mapping[str, str]) -> tuple[in
     visible = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if processes <= 1 or len(visible) == 1:
         return None
-    share = max(1, (len(visible) or int(env.get("SLURM_GPUS_ON_NODE", "0"))) // processes)
+    gpus = len(visible) or int(env.get("SLURM_GPUS_ON_NODE", "0"))
+    if 0 < gpus < processes:
+        raise ProcessError(
+            f"{processes} processes were started on a host with {gpus} GPUs. Start at most {gpus}."
+        )
+    share = max(1, gpus // processes)
     return tuple(range(local * share, (local + 1) * share))
 
 
@@ -552,7 +557,7 @@ def ending_together() -> Iterator[None]:
 class Agreement:
     """The largest number that any process asks for, known to all at the same call.
 
-    The answer is to the call before, so that nobody waits for the others, who are a step ahead or behind.
+    The result is one call late: waiting for this call's result would stall the device.
     """
 
     def __init__(self) -> None:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from pasta_jax.checkpoints import save
-from pasta_jax.checkpoints.about import CheckpointError
+from pasta_jax.checkpoints.about import CheckpointError, DamagedCheckpoint
 from pasta_jax.checkpoints.fingerprint import _sum_there, checksums
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.checkpoints.save import Checkpoints
@@ -175,12 +176,12 @@ def test_going_on_from_half_a_checkpoint(workdir: pathlib.Path, caplog: pytest.L
         assert (int(state.step), about.step, run.latest()) == (20, 20, 20)
         run.save(state_at(30), data_index=0)
     assert int(resumed(workdir).step) == 30
-    assert f"{steps / '30'} is damaged, and renamed to 30.damaged. (optimizer: not there; " in caplog.text
+    assert f"{steps / '30'} is damaged, and renamed to 30.damaged2. (optimizer: not there; " in caplog.text
     assert "31 is damaged, and renamed to 31.damaged. (it has no pasta/pasta.json)" in caplog.text
     assert caplog.text.count("Going back to step 20.") == 1
-    names = ["20", "30", "30.damaged", "31.damaged"]
+    names = ["20", "30", "30.damaged", "30.damaged2", "31.damaged"]
     assert sorted(path.name for path in steps.iterdir()) == names
-    assert load_params(steps / "30.damaged")[1].step == 30
+    assert load_params(steps / "30.damaged2")[1].step == 30
 
     for step in (20, 30):
         shutil.rmtree(steps / str(step) / "optimizer")
@@ -205,6 +206,19 @@ def test_a_changed_bit_is_found(workdir: pathlib.Path, caplog: pytest.LogCapture
     about.write_text(text)
     assert int(resumed(workdir).step) == 20
     assert "renamed to 30.damaged. (params: layer_0/mlp: not what was saved, by its checksum)" in caplog.text
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **options: object) -> None:
+        raise ValueError("UNAVAILABLE: 503")
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", fails)
+    with pytest.raises(CheckpointError, match="could not be read: ValueError: UNAVAILABLE") as caught:
+        resumed(workdir)
+    assert not isinstance(caught.value, DamagedCheckpoint)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "30"]
 
 
 def test_checksums_do_not_depend_on_where_arrays_lie() -> None:

@@ -117,6 +117,8 @@ def test_a_share_of_the_examples_or_a_file(tmp_path: pathlib.Path) -> None:
         lengths(str(tmp_path / "none.jsonl"))
     with pytest.raises(ConfigError, match="config.data.held_out is a share .* the almanac generates"):
         make_sources(DataConfig(held_out="0.1"), tokenizer, 0)
+    with pytest.raises(ConfigError, match=r"config.data.held_out=.*data.jsonl is among config.data.sources"):
+        lengths(str(file))
     assert held_out(4, 0.0, 7) == ([0, 1, 2, 3], [])
 
 

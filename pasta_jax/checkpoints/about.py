@@ -26,7 +26,7 @@ from etils import epath
 
 from pasta_jax import overrides
 from pasta_jax.config import Config, ConfigError
-from pasta_jax.files import write_json
+from pasta_jax.files import LOCK, write_json
 from pasta_jax.foreign import parse_object
 from pasta_jax.messages import message_of, shown
 from pasta_jax.tokens.base import TextTokenizer
@@ -279,7 +279,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
             f"{root} has no checkpoints of its own, but these directories in it have. Give one of them: "
             f"{', '.join(os.path.join(text, run.name) for run in runs)}."
         )
-    names = ", ".join(child.name for child in children[:8]) or "nothing"
+    names = ", ".join(child.name for child in children[:8] if child.name != LOCK) or "nothing"
     raise CheckpointError(f"{root} has no complete checkpoint of pasta_jax (it contains: {names}).")
 
 

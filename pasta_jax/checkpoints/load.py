@@ -180,6 +180,16 @@ def saved_shapes(path: epath.Path, item: str) -> Any:
         raise DamagedCheckpoint(path, f"{item}: {error}") from error
 
 
+MAY_PASS = (
+    "RESOURCE_EXHAUSTED",
+    "PERMISSION_DENIED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "Input/output error",
+)
+"""In messages about a file that may be in order: another time it could be read."""
+
+
 def restore_arrays(
     path: epath.Path,
     item: str,
@@ -199,7 +209,7 @@ def restore_arrays(
 
     Raises:
       DamagedCheckpoint: they cannot be read, or are not what was saved.
-      CheckpointError: there is no memory for them.
+      CheckpointError: they cannot be read now, as without memory or permission.
     """
     try:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
@@ -207,7 +217,7 @@ def restore_arrays(
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             arrays = checkpointer.restore(path / item, args=arguments)
     except Exception as error:  # whatever a damaged file makes Orbax raise
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        if isinstance(error, MemoryError) or any(code in str(error) for code in MAY_PASS):
             raise CheckpointError(f"{path / item} could not be read: {message_of(error)}") from error
         damaged = DamagedCheckpoint(path, f"{item}: {error}", item)
         if several():  # the others may have read their parts, and would not look for an older one

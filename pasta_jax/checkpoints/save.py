@@ -129,10 +129,11 @@ class Checkpoints:
         self._saving = None
 
     def _remove_old(self) -> None:
-        """Deletes the steps that are no longer kept."""
+        """Deletes the steps that are no longer kept; what cannot be deleted now is tried again at the next save."""
         removed = self.directory / REMOVED
-        if is_writer() and removed.exists():
-            removed.rmtree()
+        with contextlib.suppress(OSError):  # as where another process still reads a step from a network disk
+            if is_writer() and removed.exists():
+                removed.rmtree()
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
@@ -303,9 +304,9 @@ class Checkpoints:
 
 def _set_aside(damaged: DamagedCheckpoint) -> None:
     """Renames a damaged checkpoint, so that the run can save its step again."""
-    path, aside = damaged.path, damaged.path.with_name(f"{damaged.path.name}.damaged")
+    path = damaged.path
+    names = (f"{path.name}.damaged{number}" for number in ("", *range(2, 1000)))
+    aside = next(free for name in names if not (free := path.with_name(name)).exists())
     LOG.warning("%s is damaged, and renamed to %s. (%s)", path, aside.name, damaged.reason)
     if is_writer():
-        if aside.exists():
-            aside.rmtree()
         path.rename(aside)

@@ -61,6 +61,11 @@ def make_sources(
     Raises:
       ConfigError: an unknown source, a file without a valid record, or a share of examples that cannot be held out.
     """
+    if os.path.realpath(config.held_out_file) in {os.path.realpath(name) for name, _ in config.sources}:
+        raise ConfigError(
+            f"config.data.held_out={config.held_out_file} is among config.data.sources. Name another file, or give "
+            "a share, as 0.05."
+        )
     problems: list[Problem] = []
     streams: list[Stream] = []
     held: list[ThreadedTokens] = []

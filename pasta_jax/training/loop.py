@@ -113,7 +113,7 @@ def train(
       CheckpointError: the workdir holds another experiment, or `init_from` another model; the data changed; a
         checkpoint cannot be written.
       NonFiniteLoss: checkpoints up to the last good one are kept.
-      Stopped: on SIGTERM or Ctrl-C; the state is saved.
+      Stopped: on SIGTERM or Ctrl-C; what was trained is saved.
     """
     # ----------------------------------------------------------------------------------- mesh and update
 
@@ -187,8 +187,9 @@ def train(
                 is_due = bool(schedule.every_steps) and step % schedule.every_steps == 0
                 minutes = (time.monotonic() - saved_at) / 60
                 late = int(bool(schedule.every_minutes) and minutes > schedule.every_minutes)
-                # The signal is read once: one that comes later waits for the next step.
-                late, leaving = agree(late, request.signal or 0, now=step == last)
+                # The signal is read once: one that comes later waits for the next step. A save waits for all
+                # processes anyway.
+                late, leaving = agree(late, request.signal or 0, now=is_due or step == last)
                 if is_due or late or step == last or leaving:
                     meter.check(lag=0)  # only finite states are saved
                     checkpoints.save(state, data_index, base_mark, meter.window)

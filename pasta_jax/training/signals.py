@@ -15,7 +15,7 @@ LOG = logging.getLogger("pasta_jax")
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop, saved, and can be resumed. The process ends with the usual status."""
+    """The run was asked to stop, saved what it had trained, and can be resumed. Its status is the usual one."""
 
     def __init__(self, signal_number: int):
         super().__init__(128 + signal_number)
@@ -24,8 +24,8 @@ class Stopped(SystemExit):
 class StopRequest:
     """The signal that asked, or None, and whether it is done as asked.
 
-    Of several processes each is asked, some a little later than the first: after that is_heeded, a SIGTERM changes
-    nothing.
+    A launcher signals every process, some a little late. Once the request has been heeded, a late SIGTERM is
+    ignored.
     """
 
     signal: int | None = None
