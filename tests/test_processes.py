@@ -178,14 +178,15 @@ def test_one_that_fails_ends_the_other(
 COMMAND = [
     *("-m", "pasta_jax.train", "--config=configs/tiny.py:base", "--config.model.num_layers=1"),
     *("--config.data.rows=8", "--config.log.every=1", "--config.steps=100000"),
-    *("--config.checkpoint.every_steps=0", "--config.checkpoint.every_minutes=0", "--processes=2"),
+    *("--config.checkpoint.every_minutes=0", "--processes=2"),
 ]
 
 
-def commands(work: pathlib.Path, *workdirs: pathlib.Path) -> list[subprocess.Popen[bytes]]:
+def commands(work: pathlib.Path, *workdirs: pathlib.Path, saves: int = 0) -> list[subprocess.Popen[bytes]]:
     port, logs = free_port(), [work.parent / f"log-{index}" for index in range(2)]
+    command = [*COMMAND, f"--config.checkpoint.every_steps={saves}"]
     return [
-        start([*COMMAND, f"--workdir={folder}", f"--coordinator=127.0.0.1:{port}", f"--process_id={i}"], log)
+        start([*command, f"--workdir={folder}", f"--coordinator=127.0.0.1:{port}", f"--process_id={i}"], log)
         for i, (folder, log) in enumerate(zip(workdirs, logs, strict=True))
     ]
 
@@ -199,9 +200,12 @@ def wait_for_step(work: pathlib.Path, step: int, started: list[subprocess.Popen[
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FULL, reason="one of .ci/run's full counts")
-def test_a_signal_or_the_loss_of_one_ends_both_and_the_next_start_goes_on(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("saves", [0, 1])
+def test_a_signal_or_the_loss_of_one_ends_both_and_the_next_start_goes_on(
+    saves: int, tmp_path: pathlib.Path
+) -> None:
     work = tmp_path / "work"
-    started = commands(work, work, work)
+    started = commands(work, work, work, saves=saves)
     wait_for_step(work, 2, started)
     started[1].send_signal(signal.SIGTERM)  # one host alone
     assert wait(started, 60) == [143, 143]
