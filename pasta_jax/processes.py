@@ -43,6 +43,9 @@ AGREED = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 GRACE_S = 2.0
 """How long a process may take to end by itself after another has failed: it often fails in the same way."""
 
+GPUS = ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE")
+"""Environment variables that tell of a host's GPUs."""
+
 TPU_PORT = 8482
 """As `jax.distributed` has it on TPUs."""
 
@@ -195,7 +198,7 @@ def _own_devices(local: int, processes: int, env: Mapping[str, str]) -> tuple[in
     if processes <= 1 or len(visible) == 1:
         return None
     gpus = len(visible) or int(env.get("SLURM_GPUS_ON_NODE", "0"))
-    if 0 < gpus < processes:
+    if 0 < gpus < processes and env.get("JAX_PLATFORMS") != "cpu":
         raise ProcessError(
             f"{processes} processes were started on a host with {gpus} GPUs. Start at most {gpus}."
         )

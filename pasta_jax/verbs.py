@@ -188,8 +188,9 @@ def begin() -> None:
 
 def begin_alone() -> None:
     """`begin` for a command that one process does, on its CPU: on the other hosts of a pod it does nothing."""
-    anywhere = "none:0"  # it meets nobody
-    if (group := processes.announced(address=anywhere)) is not None:
+    # It meets nobody, so no address is needed, and it uses no GPU.
+    env = {name: value for name, value in os.environ.items() if name not in processes.GPUS}
+    if (group := processes.announced(env, address="none:0")) is not None:
         if group.index:
             sys.exit(0)
         import jax

@@ -410,6 +410,6 @@ def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_one_host_does_the_others_leave_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an import, of which they all would write the files."""
-    monkeypatch.setattr(processes, "announced", lambda: Group(1, 2, "host:99"))
+    monkeypatch.setattr(processes, "announced", lambda *_, **__: Group(1, 2, "host:99"))
     with pytest.raises(SystemExit, match="^0$"):
         verbs.begin_alone()
