@@ -119,6 +119,8 @@ def test_a_share_of_the_examples_or_a_file(tmp_path: pathlib.Path) -> None:
         make_sources(DataConfig(held_out="0.1"), tokenizer, 0)
     with pytest.raises(ConfigError, match=r"config.data.held_out=.*data.jsonl is among config.data.sources"):
         lengths(str(file))
+    with pytest.raises(ConfigError, match=r"config.data.sources: '\.' is neither"):
+        make_sources(DataConfig(sources=((".", 1.0),)), tokenizer, 0)
     assert held_out(4, 0.0, 7) == ([0, 1, 2, 3], [])
 
 

@@ -61,9 +61,10 @@ def make_sources(
     Raises:
       ConfigError: an unknown source, a file without a valid record, or a share of examples that cannot be held out.
     """
-    if os.path.realpath(config.held_out_file) in {os.path.realpath(name) for name, _ in config.sources}:
+    held_file, paths = config.held_out_file, {os.path.realpath(name) for name, _ in config.sources}
+    if held_file and os.path.realpath(held_file) in paths:
         raise ConfigError(
-            f"config.data.held_out={config.held_out_file} is among config.data.sources. Name another file, or give "
+            f"config.data.held_out={held_file} is among config.data.sources. Name another file, or give "
             "a share, as 0.05."
         )
     problems: list[Problem] = []
