@@ -18,7 +18,9 @@ from pasta_jax.config import Config, ConfigError
 from pasta_jax.files import locked
 from pasta_jax.memory import with_large_pages
 from pasta_jax.overrides import describe, load_config, split_overrides
-from pasta_jax.processes import ProcessError, check_shared, report
+from pasta_jax.processes.agreement import check_shared
+from pasta_jax.processes.launchers import ProcessError
+from pasta_jax.processes.meeting import report
 from pasta_jax.verbs import begin, define_processes, refuse, run_main
 
 

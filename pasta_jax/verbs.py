@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from pasta_jax import processes
 from pasta_jax.files import InUse, WriteError, is_writer
 from pasta_jax.kept import keep_compiled
+from pasta_jax.processes import launchers, meeting
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -34,7 +34,7 @@ CHATS = ("auto", "plain", "gemma", "llama3", "chatml", "qwen3", "inst")
 
 def refuse(message: str) -> NoReturn:
     """Prints the message on stderr and exits with status 2."""
-    processes.report(message)
+    meeting.report(message)
     sys.exit(BAD_USAGE)
 
 
@@ -92,11 +92,11 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
         module_name=sys.argv[0],  # so that --help shows it
     )
     set_unraisable_hook()
-    with _ending(), processes.ending_together(), _quiet_pipe():
+    with _ending(), meeting.ending_together(), _quiet_pipe():
         try:
             app.run(main, argv=argv, flags_parser=parse)
         except KeyboardInterrupt:
-            processes.report("Interrupted.")
+            meeting.report("Interrupted.")
             sys.exit(128 + signal.SIGINT)
         except (WriteError, InUse) as error:
             refuse(str(error))
@@ -173,11 +173,11 @@ def begin() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)  # of what jax says while they meet
     if "coordinator" in values:
         try:
-            group = processes.asked(values.coordinator, values.processes, values.process_id)
-            processes.start(group)
-        except processes.SaidElsewhere:
+            group = launchers.asked(values.coordinator, values.processes, values.process_id)
+            meeting.start(group)
+        except meeting.SaidElsewhere:
             sys.exit(BAD_USAGE)
-        except processes.ProcessError as error:
+        except launchers.ProcessError as error:
             refuse(str(error))
     if not is_writer():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -189,8 +189,8 @@ def begin() -> None:
 def begin_alone() -> None:
     """`begin` for a command that one process does, on its CPU: on the other hosts of a pod it does nothing."""
     # It meets nobody, so no address is needed, and it uses no GPU.
-    env = {name: value for name, value in os.environ.items() if name not in processes.GPUS}
-    if (group := processes.announced(env, address="none:0")) is not None:
+    env = {name: value for name, value in os.environ.items() if name not in launchers.GPUS}
+    if (group := launchers.announced(env, address="none:0")) is not None:
         if group.index:
             sys.exit(0)
         import jax

@@ -19,10 +19,12 @@ import jax
 import numpy as np
 import pytest
 
-from pasta_jax import processes, verbs
+from pasta_jax import verbs
 from pasta_jax.checkpoints.about import find_checkpoint
 from pasta_jax.checkpoints.load import load_params
-from pasta_jax.processes import Group, ProcessError, announced, asked, meet
+from pasta_jax.processes import launchers
+from pasta_jax.processes.launchers import Group, ProcessError, announced, asked
+from pasta_jax.processes.meeting import SaidElsewhere, meet
 from pasta_jax.training.metrics import read_metrics
 from tests.helpers import FULL, ONE_DEVICE, full, several
 
@@ -271,7 +273,7 @@ def test_who_is_missing_is_said() -> None:
     """By the first, and by the others if it is the first that did not come."""
     found = meet_all(4, 0, 2, timeout_s=0.5)
     assert str(found[0]) == "2 of 4 processes came within 0 s; missing: 1, 3. Start them."
-    assert isinstance(found[1], processes.SaidElsewhere)
+    assert isinstance(found[1], SaidElsewhere)
     found = meet_all(2, 1, timeout_s=0.5)
     assert re.fullmatch(
         r"The first of 2 processes was not met at 127\.0\.0\.1:\d+ within 0 s \(.+\); this is process 1\. "
@@ -380,7 +382,7 @@ def test_a_slice_asks_its_metadata_and_nobody_else_does(monkeypatch: pytest.Monk
     assert announced({"TPU_SKIP_MDS_QUERY": "1"}, metadata) is None
     assert announced({"JAX_PLATFORMS": "cpu"}, metadata) is None
     assert not questions
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(launchers.importlib.util, "find_spec", lambda name: object())
     assert brief(announced({}, metadata)) == (1, 2, "10.0.0.2", None)
     found["worker-network-endpoints"] = "a:1:10.0.0.2"
     found["agent-worker-number"] = "0"
@@ -410,6 +412,6 @@ def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_one_host_does_the_others_leave_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an import, of which they all would write the files."""
-    monkeypatch.setattr(processes, "announced", lambda *_, **__: Group(1, 2, "host:99"))
+    monkeypatch.setattr(launchers, "announced", lambda *_, **__: Group(1, 2, "host:99"))
     with pytest.raises(SystemExit, match="^0$"):
         verbs.begin_alone()

@@ -26,7 +26,7 @@ from pasta_jax.checkpoints.fingerprint import checksums, fingerprint
 from pasta_jax.messages import message_of
 from pasta_jax.model import lora, param_shapes
 from pasta_jax.model.forms import Params
-from pasta_jax.processes import several
+from pasta_jax.processes.agreement import several
 
 
 def load_params(

@@ -33,7 +33,7 @@ from pasta_jax.config import Config
 from pasta_jax.files import is_writer, unwritten
 from pasta_jax.messages import message_of
 from pasta_jax.model.forms import Params
-from pasta_jax.processes import agreed
+from pasta_jax.processes.agreement import agreed
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 LOG = logging.getLogger("pasta_jax")

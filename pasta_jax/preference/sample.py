@@ -25,7 +25,7 @@ from pasta_jax.decoding.results import Stats, result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, document_order
 from pasta_jax.files import appending, json_line, read_jsonl, shows_progress, write_jsonl
-from pasta_jax.processes import agreed
+from pasta_jax.processes.agreement import agreed
 from pasta_jax.training.signals import Stopped, stop_requests
 
 LOG = logging.getLogger("pasta_jax")

@@ -33,7 +33,7 @@ from pasta_jax.data.batches import batches, prefetch
 from pasta_jax.data.packing import real_fraction
 from pasta_jax.model import param_shapes
 from pasta_jax.model.forms import Params
-from pasta_jax.processes import Agreement, agreed
+from pasta_jax.processes.agreement import Agreement, agreed
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
 from pasta_jax.training.held_out import HeldOut

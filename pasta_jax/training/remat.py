@@ -19,7 +19,7 @@ from pasta_jax.chips import chip_of
 from pasta_jax.config import Config, Remat
 from pasta_jax.memory import GIB, gib, host_size
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.processes import least
+from pasta_jax.processes.agreement import least
 
 SPARE = 0.1
 """The part of a device's memory that the estimate leaves free."""

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from pasta_jax.processes import several
+from pasta_jax.processes.agreement import several
 
 LOG = logging.getLogger("pasta_jax")
 

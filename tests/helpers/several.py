@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pasta_jax import processes, sharding
+from pasta_jax import sharding
 from pasta_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig, PreferenceConfig
 from pasta_jax.decoding import api
 from pasta_jax.decoding.engine import Decoder
@@ -26,6 +26,8 @@ from pasta_jax.decoding.results import result
 from pasta_jax.files import replacing, write_json
 from pasta_jax.loading import load
 from pasta_jax.model import ModelConfig
+from pasta_jax.processes import agreement, meeting
+from pasta_jax.processes.launchers import Group
 from pasta_jax.verbs import refuse
 from tests.helpers import chatty, training
 
@@ -108,7 +110,7 @@ def do(folder: pathlib.Path, parts: Iterable[str]) -> None:
                 if part == "refuse":
                     refuse("The data is not here.")
                 raise RuntimeError("a bug")
-            processes.agreed(1)
+            agreement.agreed(1)
         else:
             run(ROUND, os.fspath(folder / "round"))
 
@@ -133,9 +135,9 @@ def writes_below(folder: pathlib.Path) -> list[str]:
 
 
 def main(index: int, port: int, folder: pathlib.Path, parts: list[str]) -> None:
-    processes.start(processes.Group(index, 2, f"127.0.0.1:{port}"))
+    meeting.start(Group(index, 2, f"127.0.0.1:{port}"))
     assert (jax.device_count(), jax.local_device_count()) == (8, 4)
-    with processes.ending_together():
+    with meeting.ending_together():
         seen = writes_below(folder)
         do(folder, parts)
         (folder.parent / f"writes-{index}.json").write_text(json.dumps(seen))
