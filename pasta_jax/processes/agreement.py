@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from pasta_jax.processes.launchers import ProcessError
+from pasta_jax.processes.meeting import has_failed
 
 
 def several() -> bool:
@@ -89,6 +90,8 @@ def check_shared(folder: str | os.PathLike[str], wait_s: float = 10.0) -> None:
     if own == 0:
         os.remove(mark)
     if any(lacking):
+        if own:
+            has_failed(wait_s=5.0)  # the first says it for all: those that know that first end without a word
         others = ", ".join(str(i) for i, lacks in enumerate(lacking) if lacks)
         raise ProcessError(
             f"{os.fspath(folder)} of process {others} is not that of the first. The workdir must be on a file "

@@ -296,11 +296,16 @@ def start(group: Group | None, timeout_s: float = TIMEOUT_S) -> None:
 # ------------------------------------------------------------------------------------------------------- ending
 
 
+def has_failed(wait_s: float = 0.0) -> bool:
+    """Whether another process has failed, as far as is known within this time."""
+    return _connections is not None and _connections.has_failed(wait_s)
+
+
 def report(message: str) -> None:
     """Says on stderr why this process ends; of several the first says it for all."""
     if _connections is None:
         print(message, file=sys.stderr)
-    elif not _connections.has_failed():
+    elif not has_failed():
         _connections.report(message)
 
 
@@ -323,7 +328,7 @@ def ending_together() -> Iterator[None]:
     except Exception:
         if _connections is None:
             raise
-        if not _connections.has_failed(wait_s=1.0):  # else this only follows from that
+        if not has_failed(wait_s=1.0):  # else this only follows from that
             traceback.print_exc()
         end(1)
     else:
