@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from pasta_jax.fields import FieldError, check_fields, field
@@ -23,8 +22,14 @@ Remat: TypeAlias = Literal["auto", "none", "dots", "everything"]
 """What the backward pass computes again instead of keeping it, by growing time and shrinking memory: nothing; all
 but matrix products and attention; every layer. `auto` is the first that fits (`training.remat`)."""
 
-OLDER_REMAT: Mapping[Any, Remat] = {True: "everything", False: "none", "true": "everything", "false": "none"}
-"""How configurations and checkpoints wrote it when there were two."""
+
+def remat_of(value: Any) -> Any:
+    """The policy that a configuration or a checkpoint means, also by the true and false of older ones.
+
+    >>> remat_of(True), remat_of("False"), remat_of("dots")
+    ('everything', 'none', 'dots')
+    """
+    return {"true": "everything", "false": "none"}.get(str(value).lower(), value)
 
 
 class ConfigError(ValueError):
@@ -50,7 +55,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.held_out and not self.held_out.endswith((".jsonl", ".json")):
+        if self.held_out and not self.held_out_file:
             try:
                 share = float(self.held_out)
             except ValueError:
@@ -192,7 +197,7 @@ class Config:
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "remat", OLDER_REMAT.get(self.remat, self.remat))
+        object.__setattr__(self, "remat", remat_of(self.remat))
         try:
             check_fields(self)
         except FieldError as error:

@@ -135,7 +135,7 @@ def replacing(path: StrPath, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 class Lines:
-    """A text file to append lines to. Raises WriteError."""
+    """A text file to append to, line by line. Raises WriteError."""
 
     def __init__(self, path: StrPath):
         self._path = path
@@ -156,11 +156,6 @@ class Lines:
         """Closes the file."""
         with _writing(self._path):
             self._file.close()
-
-
-def appending(path: StrPath) -> Lines:
-    """A text file to append to, line by line."""
-    return Lines(path)
 
 
 # ----------------------------------------------------------------------------------------------------- JSON

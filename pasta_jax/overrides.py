@@ -20,7 +20,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from pasta_jax.config import OLDER_REMAT, Config, ConfigError
+from pasta_jax.config import Config, ConfigError, remat_of
 from pasta_jax.fields import FieldError
 from pasta_jax.files import changes
 
@@ -158,8 +158,8 @@ def convert(value: Any, kind: Any, path: str) -> Any:
     Raises:
       ConfigError: naming the field by `path`.
     """
-    if path == "remat" and isinstance(value, str | bool):
-        value = OLDER_REMAT.get(value.lower() if isinstance(value, str) else value, value)
+    if path == "remat":
+        value = remat_of(value)
     got = json.dumps(value, default=repr)
     got = got if len(got) <= LONGEST else got[:LONGEST] + " ..."
     wrong = ConfigError(f"config.{path} must be {_in_words(kind)}, got {got}.")

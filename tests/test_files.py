@@ -15,9 +15,9 @@ from pasta_jax import files
 from pasta_jax.files import (
     Change,
     InUse,
+    Lines,
     Stamp,
     WriteError,
-    appending,
     locked,
     read_jsonl,
     replacing,
@@ -41,7 +41,7 @@ def test_a_full_disk_is_said_with_the_file(tmp_path: pathlib.Path) -> None:
     if not full.exists():
         pytest.skip("no /dev/full here")
     message = "could not be written: the disk is full. Make room, then run the same command again."
-    with pytest.raises(WriteError, match=f"^/dev/full {message}$"), appending(full) as file:
+    with pytest.raises(WriteError, match=f"^/dev/full {message}$"), Lines(full) as file:
         file.write("line\n")
     (tmp_path / "a.tmp").symlink_to(full)
     with pytest.raises(WriteError, match=f"^{tmp_path / 'a'} {message}$"), replacing(tmp_path / "a") as file:
@@ -87,7 +87,7 @@ def test_only_the_first_process_writes(tmp_path: pathlib.Path, monkeypatch: pyte
     for process, written in ((1, []), (0, ["log", "tree"])):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         write_json(tmp_path / "tree", {})
-        with appending(tmp_path / "log") as file:
+        with Lines(tmp_path / "log") as file:
             file.write("line\n")
         assert sorted(path.name for path in tmp_path.iterdir()) == written
 

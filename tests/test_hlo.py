@@ -25,7 +25,7 @@ from pasta_jax.model import ModelConfig, empty_pool, init_params
 from pasta_jax.model.presets import presets
 from pasta_jax.testing import WordTokenizer
 from tests.helpers import AS_FOR_USERS, FULL, optimized
-from tests.helpers.hlo import written
+from tests.helpers.hlo import bytes_of_a_step, lowered, written
 
 pytestmark = pytest.mark.slow
 
@@ -133,7 +133,7 @@ def compiled_as_for_users() -> Iterator[None]:
 def lower(model: ModelConfig, mesh: Any, limits: Limits, rows: int) -> tuple[Any, int]:
     """The decode loop, lowered; and how many numbers a chip holds of a layer's keys."""
     compiled = ahead.decoder_programs(Config(model=model), mesh, limits=limits, rows=rows)
-    decode = ahead.lower_decode(compiled)["decode"]
+    decode = lowered(ahead.decoding_jobs(compiled))["decode"]
     pool = jax.eval_shape(lambda: empty_pool(model, rows, limits.pool + limits.lanes))
     keys = pool.k[0]
     return decode, math.prod(sharding.pool_shardings(pool, mesh).k[0].shard_shape(keys.shape))
@@ -227,7 +227,7 @@ def test_eight_lanes_move_the_bytes_of_one(topology: str, record_property: Any) 
     tpu_or_skip()
     compiled = {lanes: on_tpu(topology, lanes)[0] for lanes in (1, 8)}
     counted = {lanes: program.cost_analysis()["bytes accessed"] for lanes, program in compiled.items()}
-    moved = {lanes: ahead.bytes_of_a_step(program) or 0 for lanes, program in compiled.items()}
+    moved = {lanes: bytes_of_a_step(program) for lanes, program in compiled.items()}
     for name, count in (("bytes accessed", counted), ("of main memory", moved)):
         ratio = count[8] / count[1]
         print(f"{topology}, {LAYERS} layers, {name}: {count[8]:.4g} by {count[1]:.4g}, {ratio:.4f}")

@@ -23,6 +23,7 @@ from pasta_jax.model import ModelConfig, Transformer, init_params
 from pasta_jax.model.forms import LARGEST, Int8, contracted, is_plain, quantize, quantize_leaf
 from pasta_jax.training.state import TrainState
 from tests.helpers import full
+from tests.helpers.hlo import lowered
 from tests.helpers.models import GEMMA, LLAMA, TINY, inputs, random_params
 
 pytestmark = pytest.mark.slow
@@ -185,7 +186,7 @@ def test_a_decode_step_reads_half_the_bytes(record_property: Any) -> None:
         programs = ahead.decoder_programs(
             Config(model=model), mesh, int8=form == "int8", limits=limits, rows=1
         )
-        decode = ahead.lower_decode(programs)["decode"]
+        decode = lowered(ahead.decoding_jobs(programs))["decode"]
         read[form] = decode.compile().cost_analysis()["bytes accessed"]
     ratio = read["int8"] / read["plain"]
     record_property("bytes_int8_by_bfloat16", ratio)

@@ -16,6 +16,7 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.experiment import resolve
 from pasta_jax.overrides import load_config
 from tests.helpers import FULL, optimized
+from tests.helpers.hlo import lowered
 
 pytestmark = pytest.mark.tpu
 
@@ -44,7 +45,7 @@ def is_spread(compiled: Any) -> bool:
 
 
 def test_train_step(mesh):
-    compiled = ahead.lower_train(load_config(TINY, MESH), mesh).compile()
+    compiled = lowered(ahead.training_jobs(load_config(TINY, MESH), mesh))["train"].compile()
     assert "tpu" in str(mesh.devices.flat[0]).lower()
     assert not ahead.host_calls(compiled.as_text())
     assert is_spread(compiled)
@@ -56,7 +57,7 @@ def test_prefill_and_decode_loop(mesh):
     config = load_config(TINY, MESH)
     limits = Limits(lanes=8, threads=16, pool=512)
     decoder = ahead.decoder_programs(config, mesh, limits=limits, rows=8)
-    compiled = {verb: lowered.compile() for verb, lowered in ahead.lower_decode(decoder).items()}
+    compiled = {verb: program.compile() for verb, program in lowered(ahead.decoding_jobs(decoder)).items()}
     for program in compiled.values():
         assert not ahead.host_calls(program.as_text())
         assert is_spread(program)
@@ -79,14 +80,14 @@ def test_second_stage_with_adapters_in_parts(mesh):
     settings = ["stage=preference", "init_from=sft", "lora.rank=4", "param_dtype=float32", "remat=true"]
     settings += ["microbatches=2", "model.dtype=bfloat16", "model.num_layers=1"]
     config = load_config(TINY, MESH + settings)
-    programs = ahead.lower_stages(resolve(config, ahead=True)[0], mesh)
+    programs = lowered(ahead.training_jobs(resolve(config, ahead=True)[0], mesh))
     assert set(programs) == {"reference", "preference"}
-    for name, lowered in programs.items():
-        compiled = lowered.compile()
+    for name, program in programs.items():
+        compiled = program.compile()
         assert not ahead.host_calls(compiled.as_text())
         names = {
             str(path[-1].key)
-            for path, _ in jax.tree_util.tree_leaves_with_path(lowered.in_avals)
+            for path, _ in jax.tree_util.tree_leaves_with_path(program.in_avals)
             if hasattr(path[-1], "key")
         }
         assert ("q_proj_lora_a" in names) == (name == "preference")

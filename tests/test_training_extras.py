@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import gzip
 import io
 import json
 import pathlib
@@ -172,7 +173,7 @@ def test_a_profile_has_the_steps_and_the_names_of_the_code(tmp_path: pathlib.Pat
     ):
         assert re.search(rb"[/(]%b[/)]" % name.encode(), data), name
     [trace] = glob.glob(str(tmp_path / "profile/plugins/profile/*/*.trace.json.gz"))
-    with __import__("gzip").open(trace) as text:
+    with gzip.open(trace) as text:
         events = json.load(text)["traceEvents"]
     steps = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
     assert steps == {"2", "3"}

@@ -138,10 +138,12 @@ def machine() -> dict[str, Any]:
     """The hardware and the versions of a measurement. Starts jax's backend."""
     import jax
 
+    from pasta_jax.decoding.cpu import cores
+
     devices = jax.devices()
     return {
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_gib": _memory_gib(),
         "platform": devices[0].platform,
         "accelerator": None if devices[0].platform == "cpu" else devices[0].device_kind,

@@ -37,10 +37,13 @@ Generate: TypeAlias = Callable[[np.ndarray, int], np.ndarray]
 
 def missing() -> str | None:
     """Why peers cannot be measured; None if they can."""
-    for package in ("transformers", "torch"):
-        if importlib.util.find_spec(package) is None:
-            return f"Peers not measured: {package} is not installed."
-    return None
+    package = missing_package("transformers", "torch")
+    return f"Peers not measured: {package} is not installed." if package else None
+
+
+def missing_package(*packages: str) -> str | None:
+    """The first of these that is not installed."""
+    return next((package for package in packages if importlib.util.find_spec(package) is None), None)
 
 
 def peers(
@@ -141,16 +144,9 @@ def _ours(model: Model, effort: Effort, rows: int) -> Generate:
 
 def _hf_generates(model: Model) -> dict[str, Generate]:
     """The variants of `generate` in transformers, on our weights."""
-    torch: Any = importlib.import_module("torch")
-    transformers: Any = importlib.import_module("transformers")
-    tree = config_to_hf(model.config)
-    config = transformers.AutoConfig.for_model(**tree)
-    dtype = getattr(torch, model.config.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    copy_weights(torch, hf, model)
-    hf = hf.to(device).eval()
+    torch, transformers = map(importlib.import_module, ("torch", "transformers"))
+    hf, device = hf_model(model)
+    hf = hf.eval()
 
     def generate(prompts: np.ndarray, tokens: int, **options: Any) -> np.ndarray:
         ids = torch.from_numpy(prompts.astype(np.int64)).to(device)
@@ -170,7 +166,20 @@ def _hf_generates(model: Model) -> dict[str, Generate]:
     return {f"transformers {version}, eager": generate, f"transformers {version}, compiled": compiled}
 
 
-def copy_weights(torch: Any, hf: Any, model: Model) -> None:
+def hf_model(model: Model, **options: Any) -> tuple[Any, str]:
+    """A model of transformers with our weights, and the device that it is on; `options` of `from_config`."""
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.AutoConfig.for_model(**config_to_hf(model.config))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        dtype = getattr(torch, model.config.dtype)
+        hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    _copy_weights(torch, hf, model)
+    return hf.to(device), device
+
+
+def _copy_weights(torch: Any, hf: Any, model: Model) -> None:
     """Copies our parameters into a model of transformers, one tensor at a time."""
     named, params = dict(hf.named_parameters()), flatten_dict(model.params)
     with torch.no_grad():

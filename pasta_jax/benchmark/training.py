@@ -27,13 +27,12 @@ from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.benchmark.measure import Quartiles, TableRow, interleaved, median_ratio
 from pasta_jax.benchmark.measurements import Effort
 from pasta_jax.benchmark.models import model_of
-from pasta_jax.benchmark.peers import copy_weights
+from pasta_jax.benchmark.peers import hf_model, missing_package
 from pasta_jax.config import Config, DataConfig, OptimizerConfig
 from pasta_jax.decoding.model import Model
 from pasta_jax.memory import with_large_pages
 from pasta_jax.messages import message_of
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.families import config_to_hf
 from pasta_jax.training.loop import sft, training_mesh
 from pasta_jax.training.update import make_update
 
@@ -62,7 +61,7 @@ def train(model_name: str, dtype: str | None, effort: Effort, seed: int) -> list
     with contextlib.ExitStack() as running:
         workers: dict[str, Worker] = {}
         for name in SYSTEMS:
-            if package := _missing(name):
+            if package := missing_package(*NEEDED.get(name, ())):
                 LOG.warning("%s is not measured: %s is not installed.", name, package)
                 continue
             worker = running.enter_context(Worker(name, options))
@@ -194,15 +193,9 @@ def torch_compiled(model: Model, rows: int, length: int) -> Step:
 
 def _torch(model: Model, prepare: Callable[[Any, Any], Any]) -> Step:
     torch: Any = importlib.import_module("torch")
-    transformers: Any = importlib.import_module("transformers")
     # Only the eager attention of transformers has a softcap.
-    chosen = {"attn_implementation": "eager"} if model.config.attn_softcap else {}
-    config = transformers.AutoConfig.for_model(**config_to_hf(model.config))
-    dtype = getattr(torch, model.config.dtype)
-    hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
-    copy_weights(torch, hf, model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hf = hf.to(device).train()
+    hf, device = hf_model(model, **({"attn_implementation": "eager"} if model.config.attn_softcap else {}))
+    hf = hf.train()
     hf.config.use_cache = False
     rates = dict(lr=OPTIMIZER.lr, betas=(OPTIMIZER.b1, OPTIMIZER.b2), eps=OPTIMIZER.eps, weight_decay=0.0)
     optimizer = torch.optim.AdamW(hf.parameters(), fused=True, **rates)
@@ -308,11 +301,12 @@ SYSTEMS: dict[str, Callable[[Model, int, int], Step]] = {
 }
 """By name: from a model, rows and length to an update."""
 
-
-def _missing(name: str) -> str | None:
-    """A package that a system needs and that is not installed."""
-    needed = {OURS: (), "tunix": ("tunix",)}.get(name, ("transformers", "torch"))
-    return next((package for package in needed if importlib.util.find_spec(package) is None), None)
+NEEDED = {
+    "transformers, eager": ("transformers", "torch"),
+    "transformers, torch.compile": ("transformers", "torch"),
+    "tunix": ("tunix",),
+}
+"""The packages of a peer, by its name."""
 
 
 if __name__ == "__main__":

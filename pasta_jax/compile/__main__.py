@@ -56,6 +56,7 @@ def compile_all(config: Config, overrides: Sequence[str]) -> None:
     from pasta_jax.compile import choices
     from pasta_jax.compile.programs import decoder_programs, decoding_jobs, topology_devices, training_jobs
     from pasta_jax.compile.report import lines
+    from pasta_jax.decoding import cpu
     from pasta_jax.decoding.state import Limits
     from pasta_jax.experiment import resolve
 
@@ -87,7 +88,7 @@ def compile_all(config: Config, overrides: Sequence[str]) -> None:
             f"--only={','.join(unknown)}: this experiment has {', '.join(job.name for job in jobs)}."
         )
     jobs = [job for job in jobs if job.name in wanted]
-    cores = min(len(jobs), _cores())
+    cores = min(len(jobs), cpu.cores())
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(
         f"{values.topology}: {len(devices)} devices ({axes}), {gib(chip.hbm)} GiB each. Compiling "
@@ -134,10 +135,6 @@ def examined(jobs: Any, chip: Any, shape: tuple[int, ...], cores: int) -> Any:
                 yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _minutes(config: Config, names: Sequence[str], cores: int) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Unpack
 
 from pasta_jax.chips import chip_named
-from pasta_jax.compile import hlo
 from pasta_jax.config import Config
 
 if TYPE_CHECKING:
@@ -73,16 +72,6 @@ def lower_update(config: Config, update: Update, record: Any) -> Any:
     return update.step.lower(state, base, sharding.abstract(_batch(config, record), update.batch_sharding))
 
 
-def lower_train(config: Config, mesh: Any) -> Any:
-    """The update step of `config.stage`, lowered for a mesh."""
-    return lower_update(config, *update_of(config, mesh))
-
-
-def lower_stages(config: Config, mesh: Any) -> dict[str, Any]:
-    """The programs that training with `config.stage` runs, by name."""
-    return {job.name: job.lower() for job in training_jobs(config, mesh)}
-
-
 def lower_reference(config: Config, mesh: Any) -> Any:
     """The second stage's pass over the reference model for log-probabilities, lowered for a mesh."""
     from pasta_jax import sharding
@@ -136,11 +125,6 @@ def decoder_programs(
     params = sharding.abstract(params, places)
     vocabulary = (tokenizer or make_tokenizer(config.data)).vocabulary
     return Compiled(params, config.model, vocabulary, config.data.positions, **sizes)
-
-
-def lower_decode(compiled: Compiled) -> dict[str, Any]:
-    """The programs of `decoding_jobs`, lowered, by name."""
-    return {job.name: job.lower() for job in decoding_jobs(compiled)}
 
 
 # ------------------------------------------------------------------------------------------------------- jobs
@@ -209,9 +193,3 @@ def decoding_jobs(compiled: Compiled) -> list[Job]:
 def host_calls(text: str) -> list[str]:
     """The signs of waiting for the host in a compiled program's text (`compiled.as_text()`)."""
     return [sign for sign in HOST_CALLS if sign in text]
-
-
-def bytes_of_a_step(compiled: Any) -> int | None:
-    """Bytes that a step of a loop of one width moves to and from a chip's main memory; None without a loop."""
-    program = hlo.read(compiled)
-    return hlo.moved(program, program.loop) if program.loop else None

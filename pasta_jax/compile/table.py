@@ -14,7 +14,7 @@ from typing import Any
 from pasta_jax.chips import chip_named, devices_in
 from pasta_jax.compile.report import Report, examine
 from pasta_jax.config import Config, DataConfig, MeshConfig
-from pasta_jax.files import appending, json_line, read_jsonl, write_jsonl
+from pasta_jax.files import Lines, json_line, read_jsonl, write_jsonl
 from pasta_jax.memory import GIB, gib
 from pasta_jax.model.presets import preset
 from pasta_jax.terminal import markdown_table
@@ -135,7 +135,7 @@ def make_table(path: str, only: Sequence[str] = ()) -> None:
         except RuntimeError as error:  # a fault of the compiler: the others may still compile
             print(f"{case}: {' '.join(str(error).split())[:200]}", flush=True)
             continue
-        with appending(path) as file:
+        with Lines(path) as file:
             file.write(json_line(row))
         print(
             f"{case}: {'fits' if row['fits'] else 'does not fit'}, compiled in {row['compile_s']} s",

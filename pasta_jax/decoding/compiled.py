@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -397,8 +396,7 @@ class Compiled:
                 seconds = time.perf_counter() - start
                 LOG.info("compiled %d of %d after %.1f s: %s", len(done), len(todo), seconds, program)
 
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = concurrent.futures.ThreadPoolExecutor(cores)
+        threads = concurrent.futures.ThreadPoolExecutor(cpu.cores())
         try:
             jobs = []
             for key in todo:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import numpy as np
 
@@ -18,6 +20,11 @@ SMALL_BUCKET = 128
 XLA computes thin products of attention slowly, on one core, so entries that are not used yet are dear. With one row
 there is little of it; where weights are cached, compiling another loop takes longer than it saves
 (docs/lab-log.md)."""
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def widths_for(lanes: int, *, cached: bool) -> tuple[int, ...]:

@@ -27,8 +27,8 @@ from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.files import (
+    Lines,
     Stamp,
-    appending,
     json_line,
     locked,
     read_jsonl,
@@ -195,19 +195,13 @@ def evaluate(
       workdir: folder of the output. Answers in it are kept if they were stamped with the same `about`.
       about: identifies the systems, as JSON can hold it.
     """
-    with locked(workdir):
-        return _evaluate(systems, prompts, workdir, about)
-
-
-def _evaluate(
-    systems: Mapping[str, System], prompts: int, workdir: str, about: Mapping[str, Any]
-) -> dict[str, list[Measured]]:
     tasks = almanac.evaluation_tasks(prompts)
     paths = {name: os.path.join(workdir, f"{name}.jsonl") for name in systems}
-    answers = _resume(tasks, paths, Stamp(os.path.join(workdir, "about.json")), about)
-    done = min(map(len, answers.values()))
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(appending(path)) for name, path in paths.items()}
+        stack.enter_context(locked(workdir))
+        answers = _resume(tasks, paths, Stamp(os.path.join(workdir, "about.json")), about)
+        done = min(map(len, answers.values()))
+        files = {name: stack.enter_context(Lines(path)) for name, path in paths.items()}
         quiet = not shows_progress()
         bar = tqdm(tasks[done:], initial=done, total=len(tasks), unit="prompt", disable=quiet)
         for number, task in enumerate(bar, done + 1):

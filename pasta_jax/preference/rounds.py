@@ -64,19 +64,16 @@ def run(config: Config, workdir: str) -> str:
     """
     mesh, policy = training_mesh(config), config.init_from
     for number in range(1, config.preference.rounds + 1):
-        policy = run_round(config, mesh, number, policy, os.path.join(workdir, f"round-{number}"))
+        folder = os.path.join(workdir, f"round-{number}")
+        with locked(folder):
+            run_round(config, mesh, number, policy, folder)
+        policy = folder
     LOG.info("All rounds are done; the model is in %s.", policy)
     return policy
 
 
-def run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str) -> str:
-    """One round from the model in the workdir `policy`; returns `folder`, the workdir of the next policy."""
-    with locked(folder):
-        _run_round(config, mesh, number, policy, folder)
-    return folder
-
-
-def _run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str) -> None:
+def run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str) -> None:
+    """One round from the model in the workdir `policy`; `folder` becomes the workdir of the next policy."""
     _check_stamp(folder, config, policy)
     if os.path.exists(os.path.join(folder, "round.json")):
         LOG.info("Round %d was done before.", number)

@@ -24,7 +24,7 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import Stats, result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, document_order
-from pasta_jax.files import appending, json_line, read_jsonl, shows_progress, write_jsonl
+from pasta_jax.files import Lines, json_line, read_jsonl, shows_progress, write_jsonl
 from pasta_jax.processes.agreement import agreed
 from pasta_jax.training.signals import Stopped, stop_requests
 
@@ -119,7 +119,7 @@ def sample(
     todo = range(len(records), len(prompts), group)
     engine = decoder(policy, config.sampling_lanes)
     interactive, logged_at = shows_progress(), time.monotonic()
-    with appending(path) as file, stop_requests() as request:
+    with Lines(path) as file, stop_requests() as request:
         for start in tqdm(todo, unit="group", desc="sampling", disable=not interactive):
             members = order[start : start + group]
             asked = [(i, j) for i in members for j in range(config.samples)]

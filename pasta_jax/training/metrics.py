@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.extras import optional
-from pasta_jax.files import appending, is_writer, json_line, read_jsonl, shows_progress, write_jsonl
+from pasta_jax.files import Lines, is_writer, json_line, read_jsonl, shows_progress, write_jsonl
 from pasta_jax.messages import message_of
 from pasta_jax.overrides import to_dict
 
@@ -35,7 +35,7 @@ class MetricsWriter:
     def __init__(self, workdir: str, *, first_step: int, config: Config):
         path = os.path.join(workdir, "metrics.jsonl")
         write_jsonl(path, [line for line in read_metrics(path) if line["step"] <= first_step])
-        self._file = appending(path)
+        self._file = Lines(path)
         self._tb = _tensorboard(workdir) if config.log.tb and is_writer() else None
         self._wandb = _wandb(workdir, config) if config.log.wandb and is_writer() else None
         self._steps = config.steps

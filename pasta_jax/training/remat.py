@@ -50,7 +50,7 @@ class Needs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class RematChoice:
     """What the backward pass computes again, and why.
 
     Attributes:
@@ -73,7 +73,7 @@ class Choice:
         return f"Remat: {self.remat}{chosen}. An update takes about {of}{way_out if has and needs > has else ''}."
 
 
-def choose(config: Config, mesh: Any, state: Any, base: Any) -> Choice:
+def choose(config: Config, mesh: Any, state: Any, base: Any) -> RematChoice:
     """The policy of an experiment: its own, or for "auto" that which computes least again of those that fit.
 
     Args:
@@ -89,7 +89,7 @@ def choose(config: Config, mesh: Any, state: Any, base: Any) -> Choice:
         needs = estimate(config, mesh, state, base, name)
         if capacity is None or needs.total <= (1 - SPARE) * capacity:
             break
-    return Choice(name, needs, capacity, config.remat == "auto")
+    return RematChoice(name, needs, capacity, config.remat == "auto")
 
 
 def estimate(config: Config, mesh: Any, state: Any, base: Any, remat: Remat) -> Needs:

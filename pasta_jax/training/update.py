@@ -24,7 +24,7 @@ from pasta_jax.model.transformer import Transformer, init_params, logits, param_
 from pasta_jax.rounding import ceil_div
 from pasta_jax.training.losses import Scores, Sums, score
 from pasta_jax.training.microbatches import rows_sharding, sum_over_parts
-from pasta_jax.training.remat import LOGITS, Choice, choose
+from pasta_jax.training.remat import LOGITS, RematChoice, choose
 from pasta_jax.training.scores import score_hidden
 from pasta_jax.training.state import TrainState, make_optimizer, make_schedule, new_state
 from pasta_jax.visibility import visible
@@ -145,7 +145,7 @@ class Update:
     new_params: Callable[[], Params]
     new_adapters: Callable[[Params], Params]
     start: Callable[[Params], TrainState]
-    remat: Choice
+    remat: RematChoice
 
 
 def make_update(

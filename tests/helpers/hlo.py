@@ -1,10 +1,26 @@
-"""What a compiled program writes anew instead of changing it in place."""
+"""Programs compiled ahead of time, and what they write anew instead of changing it in place."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
+from pasta_jax.compile import hlo
 from pasta_jax.compile.hlo import CALLS, FREE, HloModule, results, updates
+from pasta_jax.compile.programs import Job
+
+
+def lowered(jobs: Iterable[Job]) -> dict[str, Any]:
+    """The programs of jobs, by name."""
+    return {job.name: job.lower() for job in jobs}
+
+
+def bytes_of_a_step(compiled: Any) -> int:
+    """Bytes that a step of a loop of one width moves to and from a chip's main memory."""
+    program = hlo.read(compiled)
+    assert program.loop
+    return hlo.moved(program, program.loop)
 
 
 def written(program: HloModule, smallest: int, largest: int) -> list[str]:
