@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import resource
 import shutil
 from typing import Any
 
@@ -12,10 +13,11 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from pasta_jax.checkpoints import save
+from pasta_jax.checkpoints import reading, save
 from pasta_jax.checkpoints.about import CheckpointError, DamagedCheckpoint
 from pasta_jax.checkpoints.fingerprint import _sum_there, checksums
 from pasta_jax.checkpoints.load import load_params
+from pasta_jax.checkpoints.reading import may_pass
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.data.sources import make_tokenizer
@@ -208,17 +210,84 @@ def test_a_changed_bit_is_found(workdir: pathlib.Path, caplog: pytest.LogCapture
     assert "renamed to 30.damaged. (params: layer_0/mlp: not what was saved, by its checksum)" in caplog.text
 
 
+@pytest.mark.parametrize("method", ["restore", "metadata"])
 def test_what_cannot_be_read_now_is_not_called_damaged(
-    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     def fails(*_: object, **options: object) -> None:
-        raise ValueError("UNAVAILABLE: 503")
+        raise ValueError("UNAVAILABLE: 503.")
 
-    monkeypatch.setattr(ocp.Checkpointer, "restore", fails)
-    with pytest.raises(CheckpointError, match="could not be read: ValueError: UNAVAILABLE") as caught:
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, method, fails)
+    message = (
+        r"could not be read: ValueError: UNAVAILABLE: 503\. It may be in order: run the same command again\.$"
+    )
+    with pytest.raises(CheckpointError, match=message) as caught:
         resumed(workdir)
     assert not isinstance(caught.value, DamagedCheckpoint)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "30"]
+
+
+@pytest.mark.parametrize(
+    ("where", "method", "part"),
+    [
+        (save, "read_metadata", "pasta/pasta.json"),
+        (ocp.PyTreeCheckpointHandler, "metadata", "params"),
+        (ocp.PyTreeCheckpointHandler, "restore", "params"),
+    ],
+)
+def test_too_many_open_files_damage_nothing(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, where: Any, method: str, part: str
+) -> None:
+    limits, read = resource.getrlimit(resource.RLIMIT_NOFILE), getattr(where, method)
+
+    def without_files(*args: Any, **options: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
+        try:
+            return read(*args, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, method, without_files)
+        message = f"30/{part} could not be read: .*Too many open files.* It may be in order: run the same"
+        with pytest.raises(CheckpointError, match=message):
+            resumed(workdir)
+    assert int(resumed(workdir).step) == 30
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ValueError('NOT_FOUND: Error opening "d/x" [OS error 2: ENOENT No such file or directory]'), False),
+        (ValueError('INTERNAL: Error reading "d/x" [OS error 116: ESTALE Stale file handle]'), True),
+        (ValueError("DATA_LOSS: Error decoding manifest [source locations='...']"), False),
+        (OSError(116, "Stale file handle"), True),
+        (FileNotFoundError(2, "No such file or directory"), False),
+        (ExceptionGroup("", [KeyError("head"), MemoryError()]), True),
+        (KeyError("head"), False),
+    ],
+)
+def test_what_may_pass(error: Exception, passes: bool) -> None:
+    assert may_pass(error) == passes
+    wrapped = RuntimeError("as Orbax says it")
+    wrapped.__cause__ = error
+    assert may_pass(wrapped) == passes
+
+
+def test_what_one_process_cannot_read_no_process_uses(
+    workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here it is another one that fails, at the third question: the optimizer of step 30."""
+    questions = iter([0, 0, 1])
+    monkeypatch.setattr(reading, "agreed", lambda mine: (max(mine, next(questions, 0)),))
+    read = save.restore_arrays
+
+    def as_if_spread(path: Any, *others: Any) -> Any:
+        return reading.together(path, lambda: read(path, *others))
+
+    monkeypatch.setattr(save, "restore_arrays", as_if_spread)
+    assert int(resumed(workdir).step) == 20
+    assert "30 is damaged, and renamed to 30.damaged. (another process cannot read it)" in caplog.text
 
 
 def test_checksums_do_not_depend_on_where_arrays_lie() -> None:

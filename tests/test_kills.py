@@ -9,7 +9,7 @@ import time
 import pytest
 
 from pasta_jax.checkpoints.about import checkpoints_in, read_metadata
-from pasta_jax.checkpoints.load import restore_arrays, saved_shapes
+from pasta_jax.checkpoints.reading import restore_arrays, saved_shapes
 from pasta_jax.files import LOCK
 from tests.fuzz.kills import LATE, assert_same, started
 from tests.helpers import FULL

@@ -151,7 +151,7 @@ def read_metadata(path: epath.Path) -> CheckpointMetadata:
         damaged, or cannot be read.
     """
     file = path / "pasta" / "pasta.json"
-    if not file.exists():
+    if not is_there(file):
         raise NoCheckpoint(path)
     try:
         fields = parse_object(file.read_bytes(), file.name, allow_nan=True)
@@ -192,9 +192,31 @@ def read_metadata(path: epath.Path) -> CheckpointMetadata:
             f"{file}: this version of pasta_jax cannot use the configuration: {error}"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{file} could not be read: {error}") from error
+        raise unread(file, error) from error
     except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         raise DamagedCheckpoint(path, f"{file.name}: {message_of(error)}") from error
+
+
+def unread(path: epath.Path, error: BaseException) -> CheckpointError:
+    """The error about a part of a checkpoint that may be in order, though it could not be read."""
+    reason = message_of(error).rstrip(".")
+    return CheckpointError(
+        f"{path} could not be read: {reason}. It may be in order: run the same command again."
+    )
+
+
+def is_there(path: epath.Path) -> bool:
+    """Whether something is at a path. Raises CheckpointError where that cannot be told: `exists` says no there."""
+    if path.exists():
+        return True
+    try:
+        if "://" not in os.fspath(path):
+            os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise unread(path, error) from error
+    return False
 
 
 def read_newest(workdir: str | os.PathLike[str]) -> CheckpointMetadata:

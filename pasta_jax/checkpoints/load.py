@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from pasta_jax import sharding
@@ -17,16 +16,14 @@ from pasta_jax.checkpoints.about import (
     BaseWeights,
     CheckpointError,
     CheckpointMetadata,
-    DamagedCheckpoint,
     absolute_path,
     find_checkpoint,
     read_metadata,
 )
-from pasta_jax.checkpoints.fingerprint import checksums, fingerprint
-from pasta_jax.messages import message_of
+from pasta_jax.checkpoints.fingerprint import fingerprint
+from pasta_jax.checkpoints.reading import restore_arrays, saved_shapes
 from pasta_jax.model import lora, param_shapes
 from pasta_jax.model.forms import Params
-from pasta_jax.processes.agreement import several
 
 
 def load_params(
@@ -168,68 +165,6 @@ def _placed(shapes: Params, shardings: Callable[[Params], Any] | None) -> Params
     """Shapes with shardings; by default those of the first device."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return sharding.abstract(shapes, first if shardings is None else shardings(shapes))
-
-
-def saved_shapes(path: epath.Path, item: str) -> Any:
-    """The tree of shapes and dtypes of an item ("params", "optimizer") of a checkpoint. Raises CheckpointError."""
-    try:
-        metadata = ocp.PyTreeCheckpointHandler().metadata(path / item)
-        tree = metadata.tree if hasattr(metadata, "tree") else metadata
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-    except Exception as error:  # whatever a damaged file makes Orbax raise
-        raise DamagedCheckpoint(path, f"{item}: {error}") from error
-
-
-MAY_PASS = (
-    "RESOURCE_EXHAUSTED",
-    "PERMISSION_DENIED",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "Input/output error",
-)
-"""In messages about a file that may be in order: another time it could be read."""
-
-
-def restore_arrays(
-    path: epath.Path,
-    item: str,
-    target: Any,
-    saved: CheckpointMetadata,
-    *,
-    partial: bool = False,
-) -> Any:
-    """Arrays as they were saved, with the shardings of `target`.
-
-    Args:
-      path: of the checkpoint.
-      item: "params" or "optimizer".
-      target: `jax.ShapeDtypeStruct`s with the shapes and dtypes that were saved.
-      saved: its metadata, for the checksums that the arrays must have.
-      partial: `target` is a part of what was saved.
-
-    Raises:
-      DamagedCheckpoint: they cannot be read, or are not what was saved.
-      CheckpointError: they cannot be read now, as without memory or permission.
-    """
-    try:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        arguments = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            arrays = checkpointer.restore(path / item, args=arguments)
-    except Exception as error:  # whatever a damaged file makes Orbax raise
-        if isinstance(error, MemoryError) or any(code in str(error) for code in MAY_PASS):
-            raise CheckpointError(f"{path / item} could not be read: {message_of(error)}") from error
-        damaged = DamagedCheckpoint(path, f"{item}: {error}", item)
-        if several():  # the others may have read their parts, and would not look for an older one
-            raise CheckpointError(str(damaged)) from error
-        raise damaged from error
-    if sums := saved.checksums.get(item):
-        wrong = [name for name, found in checksums(arrays).items() if sums.get(name, found) != found]
-        if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            reason = f"{item}: {wrong[0]}{more}: not what was saved, by its checksum"
-            raise DamagedCheckpoint(path, reason, item)
-    return arrays
 
 
 def check_shapes(path: epath.Path, saved: Any, expected: Any) -> None:

@@ -24,11 +24,13 @@ from pasta_jax.checkpoints.about import (
     DamagedCheckpoint,
     absolute_path,
     checkpoints_in,
+    is_there,
     read_metadata,
     versions,
 )
 from pasta_jax.checkpoints.fingerprint import checksums
-from pasta_jax.checkpoints.load import check_base, check_shapes, restore_arrays, saved_shapes
+from pasta_jax.checkpoints.load import check_base, check_shapes
+from pasta_jax.checkpoints.reading import restore_arrays, saved_shapes, together
 from pasta_jax.config import Config
 from pasta_jax.files import is_writer, unwritten
 from pasta_jax.messages import message_of
@@ -247,11 +249,8 @@ class Checkpoints:
     def _restore(
         self, path: epath.Path, target: State, base: BaseWeights | None
     ) -> tuple[State, CheckpointMetadata]:
-        metadata = read_metadata(path)
-        if metadata.step and not (path / "optimizer").exists():
-            reason = "optimizer: not there; --config.init_from starts from its weights, in a new --workdir"
-            raise DamagedCheckpoint(path, reason, "optimizer")
-        if not (path / "optimizer").exists():
+        metadata, has_optimizer, shapes = together(path, lambda: _described(path))
+        if not has_optimizer:
             raise CheckpointError(
                 f"{self.directory.parent} holds weights alone, of a model that was not trained there. "
                 f"Use a new --workdir; --config.init_from={self.directory.parent} starts from them."
@@ -275,7 +274,7 @@ class Checkpoints:
         self._check_data(metadata)
         if metadata.base and base:
             check_base(path, metadata.base, base)
-        check_shapes(path, saved_shapes(path, "params"), target.params)
+        check_shapes(path, shapes, target.params)
         params = restore_arrays(path, "params", target.params, metadata)
         opt_state = restore_arrays(path, "optimizer", target.opt_state, metadata)
         step = sharding.from_host(jnp.int32(metadata.step), target.step.sharding)
@@ -300,6 +299,15 @@ class Checkpoints:
                 "data that it began with. Put the file back, or use a new --workdir: "
                 f"--config.init_from={workdir} starts from its weights."
             )
+
+
+def _described(path: epath.Path) -> tuple[CheckpointMetadata, bool, Any]:
+    """The metadata, whether there is an optimizer, and the shapes of the weights. Raises CheckpointError."""
+    metadata, has_optimizer = read_metadata(path), is_there(path / "optimizer")
+    if metadata.step and not has_optimizer:
+        reason = "optimizer: not there; --config.init_from starts from its weights, in a new --workdir"
+        raise DamagedCheckpoint(path, reason, "optimizer")
+    return metadata, has_optimizer, saved_shapes(path, "params")
 
 
 def _set_aside(damaged: DamagedCheckpoint) -> None:

@@ -41,19 +41,21 @@ class HeldOut:
         self._sharding = update.batch_sharding
         self._batches = lambda: batches(examples, 0, config.data.rows, config.data.length, end=len(examples))
 
-    def __call__(self, params: Params, base: Params, cut_off: Callable[[], object]) -> dict[str, float]:
-        """Means over all targets or pairs, by name: held_out_loss and others.
+    def __call__(
+        self, params: Params, base: Params, cut_off: Callable[[], object]
+    ) -> dict[str, float] | None:
+        """Means over all targets or pairs, by name: held_out_loss and others; None if it was cut off.
 
         Args:
           params: the trained weights.
           base: those below adapters.
-          cut_off: asked before each batch; if true the result is empty.
+          cut_off: asked before each batch.
         """
         totals, count = collections.Counter[str](), 0
         with prefetch(self._batches()) as batches:
             for batch, _ in batches:
                 if cut_off():
-                    return {}
+                    return None
                 sums = jax.device_get(self._of(params, base, batch))
                 totals.update({name: float(value) for name, value in sums.values.items()})
                 count += int(sums.count)

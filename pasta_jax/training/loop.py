@@ -160,6 +160,23 @@ def train(
             contextlib.closing(profiler),
             prefetch(batches) as prefetched,
         ):
+
+            def reported(step: int) -> bool:
+                """Writes the step's line, if it has one; false if a request to stop cut its measurement off."""
+                is_measured = measure and (step % config.log.held_out_every == 0 or step == last)
+                if not (is_measured or step % config.log.every == 0 or step == last):
+                    return True
+                meter.check(lag=0)
+                found: dict[str, float] | None = {}
+                if measure and is_measured:
+                    with meter.paused():
+                        found = measure(state.params, base, lambda: agreed(request.signal or 0)[0])
+                if found is not None:
+                    metrics.write(step, meter.summary() | found)
+                return found is not None
+
+            if meter.window:
+                reported(step)  # a line that was cut off when the run was stopped
             (leaving,) = agreed(request.signal or 0)
             while step < last and not leaving:
                 batch, data_index = next(prefetched)
@@ -176,20 +193,14 @@ def train(
                 metrics.progress(step)
                 checkpoints.check()
 
-                is_measured = measure and (step % config.log.held_out_every == 0 or step == last)
-                if step % config.log.every == 0 or step == last or is_measured:
-                    line = meter.summary()
-                    if measure and is_measured:
-                        with meter.paused():
-                            line |= measure(state.params, base, lambda: agreed(request.signal or 0)[0])
-                    metrics.write(step, line)
-
+                is_cut_off = not reported(step)
                 is_due = bool(schedule.every_steps) and step % schedule.every_steps == 0
                 minutes = (time.monotonic() - saved_at) / 60
                 late = int(bool(schedule.every_minutes) and minutes > schedule.every_minutes)
                 # The signal is read once: one that comes later waits for the next step. A save waits for all
                 # processes anyway.
-                late, leaving = agree(late, request.signal or 0, now=is_due or step == last)
+                now = is_due or step == last or is_cut_off
+                late, leaving = agree(late, request.signal or 0, now=now)
                 if is_due or late or step == last or leaving:
                     meter.check(lag=0)  # only finite states are saved
                     checkpoints.save(state, data_index, base_mark, meter.window)
@@ -197,11 +208,9 @@ def train(
                     agree.forget()
                 request.is_heeded = bool(leaving)
 
-    # Also one that came while the last step was saved.
-    (leaving,) = agreed(leaving or request.signal or 0)
-    if leaving:
+    if request.signal:
         LOG.warning("Stopped at step %d. Run the same command again to go on.", step)
-        raise Stopped(leaving)
+        raise Stopped(request.signal)
     if step > config.steps:
         LOG.warning(
             "Nothing to train: %s is at step %d, past config.steps=%d. To go on, set --config.steps above %d.",
@@ -237,7 +246,6 @@ class Meter:
         self._checkpoints = checkpoints
         self._unread: list[tuple[int, dict[str, Any]]] = []
         self._sums = dict(window)
-        self._lr = 0.0
         self._tokens = 0
         self._since: float | None = None  # set after the first step, which compiles
 
@@ -265,7 +273,7 @@ class Meter:
                     )
             for name, value in {"steps": 1, **values}.items():
                 self._sums[name] = self._sums.get(name, 0) + value
-            self._lr = values["lr"]
+            self._sums["lr"] = values["lr"]
 
     def _safe(self) -> str:
         latest = self._checkpoints.latest()
@@ -283,14 +291,14 @@ class Meter:
 
     @property
     def window(self) -> dict[str, float]:
-        """Sums of what was read since the last summary, and the number of their "steps"."""
+        """Sums of what was read since the last summary, the number of their "steps", and the last step's lr."""
         return dict(self._sums)
 
     def summary(self) -> dict[str, float]:
         """Means since the last summary, tokens per second, and the fraction of tokens that are no padding."""
         self.check(lag=0)
-        steps = self._sums.pop("steps")
-        means = {name: value / steps for name, value in self._sums.items()} | {"lr": self._lr}
+        steps, lr = self._sums.pop("steps"), self._sums.pop("lr")
+        means = {name: value / steps for name, value in self._sums.items()} | {"lr": lr}
         packing, now = means.pop("packing"), time.monotonic()
         means = {name: means[name] for name in sorted(means, key=lambda name: (name != "loss", name))}
         if self._tokens and self._since is not None:

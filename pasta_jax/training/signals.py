@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from pasta_jax.processes.agreement import several
+from pasta_jax.processes.agreement import agreed, several
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -25,7 +25,7 @@ class StopRequest:
     """The signal that asked, or None, and whether it is done as asked.
 
     A launcher signals every process, some a little late. Once the request has been heeded, a late SIGTERM is
-    ignored.
+    ignored. After the block all processes have the same signal.
     """
 
     signal: int | None = None
@@ -41,6 +41,7 @@ def stop_requests() -> Iterator[StopRequest]:
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
+        _agree(request)
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -53,7 +54,14 @@ def stop_requests() -> Iterator[StopRequest]:
         signal.signal(number, ask)
     try:
         yield request
+        _agree(request)
     finally:
         for number, handler in before.items():
             is_late = request.is_heeded and several() and number == signal.SIGTERM
             signal.signal(number, signal.SIG_IGN if is_late else handler)
+
+
+def _agree(request: StopRequest) -> None:
+    """One that came to any process came to all, also while the last step was saved."""
+    (number,) = agreed(request.signal or 0)
+    request.signal, request.is_heeded = number or None, bool(number)

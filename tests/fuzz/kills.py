@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from pasta_jax.checkpoints.about import find_checkpoint, read_metadata
-from pasta_jax.checkpoints.load import restore_arrays, saved_shapes
+from pasta_jax.checkpoints.reading import restore_arrays, saved_shapes
 from pasta_jax.training.metrics import read_metrics
 from tests.fuzz.runner import HERE, Target
 from tests.helpers import ONE_DEVICE
