@@ -460,6 +460,7 @@ class Freed:
         signal.raise_signal(signal.SIGINT)
 
 set_unraisable_hook()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 Freed()
 try:
     signal.pause()
