@@ -250,12 +250,20 @@ class Stamp:
 
     path: str
 
-    def check(self, about: Mapping[str, Any]) -> list[Change]:
-        """The fields in which `about` differs from what was written: all if the file is missing or broken."""
+    def check(self, about: Mapping[str, Any], absent: Mapping[str, Any] | None = None) -> list[Change]:
+        """The fields in which `about` differs from what was written: all if the file is missing or broken.
+
+        Args:
+          about: what the files would be made from now.
+          absent: the values of fields that the stamp does not have, since an older version wrote it.
+        """
         written: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError, *BROKEN), open(self.path, encoding="utf-8") as file:
             written = dict(json.load(file))
-        return changes(written, json.loads(json.dumps(about)))
+        now, assumed = json.loads(json.dumps([about, absent or {}]))
+        known = dict(_leaves(assumed))
+        found = changes(written, now)
+        return [each for each in found if each.old is not None or each.new != known.get(each.name)]
 
     def write(self, about: Mapping[str, Any]) -> None:
         """Stamps the folder."""

@@ -8,6 +8,7 @@ communication. Everything works on arrays and on shapes alike, and on meshes of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import Any
@@ -50,6 +51,9 @@ PARAMETERS |= {
 
 POOL = "BKPH"
 
+NEIGHBOURS = 8
+"""Maximum devices among which `decoding_mesh` splits weights: what they exchange in each layer takes time too."""
+
 NAMES = dict(B="rows", D="model_dim", N="num_heads", K="num_kv_heads", F="mlp_dim", V="vocab_size")
 """The letters' names in error messages."""
 
@@ -83,6 +87,32 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = Non
         sizes[name] = len(devices) // given
     axis_types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+
+
+def decoding_mesh(mesh: Mesh, params: Any) -> Mesh:
+    """The devices of a mesh, arranged to decode: (data, 1, tensor).
+
+    Split over fsdp, weights would be gathered in every step. So they are split among neighbours by heads, mlp and
+    vocabulary alone: among a multiple of the mesh's tensor, the largest up to NEIGHBOURS that divides them. Rows
+    are split over the groups of neighbours, each of which holds all weights.
+
+    Args:
+      mesh: as for training.
+      params: arrays or `jax.ShapeDtypeStruct`s, for their shapes.
+
+    Raises:
+      ValueError: the mesh's own tensor does not divide the parameters.
+    """
+    devices, least = list(mesh.devices.flat), mesh.shape["tensor"]
+    for tensor in range(NEIGHBOURS - NEIGHBOURS % least, least, -least):
+        if len(devices) % tensor == 0:
+            with contextlib.suppress(ValueError):
+                arranged = make_mesh(-1, 1, tensor, devices)
+                param_shardings(params, arranged)
+                return arranged
+    arranged = make_mesh(-1, 1, least, devices)
+    param_shardings(params, arranged)
+    return arranged
 
 
 def sharding(dims: str, shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:

@@ -455,8 +455,19 @@ def test_prompts_that_changed_are_refused_before_anything_is_sampled(
     path.write_text(f"{line}\n{line}")
     with pytest.raises(ConfigError, match="another experiment: prompts.examples was 1 and is 2 now"):
         rounds._check_stamp(str(folder), config, "W")
-    (folder / "about.json").write_text(json.dumps({k: v for k, v in about.items() if k != "prompts"}))
+    older = {name: tree for name, tree in about.items() if name != "prompts"}
+    older["data"] = {name: value for name, value in about["data"].items() if name != "held_out"}
+    (folder / "about.json").write_text(json.dumps(older))
     rounds._check_stamp(str(folder), config, "W")  # as older versions stamped it
+    (folder / "about.json").write_text(json.dumps(older))
+    held_out = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out="0.1"))
+    with pytest.raises(ConfigError, match="another experiment: data.held_out was None and is '0.1' now"):
+        rounds._check_stamp(str(folder), held_out, "W")
+    same = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=str(path)))
+    with pytest.raises(
+        ConfigError, match=r"prompts.jsonl is trained on too: config.preference.prompts names it"
+    ):
+        rounds.run(same, str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------- golden (law 7)

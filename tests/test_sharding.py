@@ -1,5 +1,7 @@
 """Law 9: sharded == unsharded on eight fake devices; the table, its checks and what they say."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from pasta_jax.model import Lora, ModelConfig, Transformer, empty_pool, forms, i
 from pasta_jax.sharding import (
     abstract,
     batch_sharding,
+    decoding_mesh,
     make_mesh,
     param_shardings,
     pool_shardings,
@@ -156,6 +159,23 @@ def test_mesh_sizes() -> None:
         make_mesh(2, 2, 1)
     with pytest.raises(ValueError, match="one of them may be -1"):
         make_mesh(-1, -1, 1)
+
+
+def test_to_decode_weights_are_split_by_heads_alone() -> None:
+    """As many neighbours as divide them; rows over the rest."""
+    config = ModelConfig(vocab_size=48, num_layers=1, model_dim=32, num_heads=4, head_dim=8, mlp_dim=48)
+    for mesh, heads, expected in (
+        (make_mesh(), 4, (2, 1, 4)),
+        (make_mesh(), 8, (1, 1, 8)),
+        (make_mesh(2, 2, 2), 6, (4, 1, 2)),
+        (make_mesh(devices=jax.devices()[:6]), 6, (1, 1, 6)),
+        (make_mesh(devices=jax.devices()[:1]), 4, (1, 1, 1)),
+        (make_mesh(), 5, (8, 1, 1)),
+    ):
+        shapes = shapes_of(dataclasses.replace(config, num_heads=heads, num_kv_heads=1))
+        assert tuple(decoding_mesh(mesh, shapes).shape.values()) == expected
+    with pytest.raises(ValueError, match="does not divide num_heads"):
+        decoding_mesh(make_mesh(tensor=2), shapes_of(dataclasses.replace(config, num_heads=3)))
 
 
 def test_what_does_not_divide_is_said_in_words() -> None:

@@ -5,8 +5,10 @@ import glob
 import gzip
 import io
 import json
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ import pytest
 
 from pasta_jax import memory
 from pasta_jax.arrays import NO_TARGET, PairedTokens, ThreadedTokens
+from pasta_jax.checkpoints.about import find_checkpoint
 from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.data.batches import batches, held_out
 from pasta_jax.data.sources import make_sources, make_tokenizer
@@ -25,6 +28,7 @@ from pasta_jax.overrides import load_config
 from pasta_jax.preference.pairs import Pair, pair_batches
 from pasta_jax.training import loop, metrics
 from pasta_jax.training.metrics import MetricsWriter, read_metrics
+from pasta_jax.training.signals import Stopped
 from tests.helpers.training import CONFIG, Counting, assert_same, changed, train
 
 pytestmark = pytest.mark.slow
@@ -70,6 +74,36 @@ def test_the_held_out_loss_is_that_of_training_and_changes_nothing_else(
     for name in ("loss", "accuracy"):
         assert lines[7][f"held_out_{name}"] == pytest.approx(lines[8][name], rel=1e-5)
     assert lines[8]["held_out_loss"] < lines[7]["held_out_loss"] < lines[5]["held_out_loss"]
+
+
+def test_a_measurement_that_is_cut_off_is_done_by_the_next_start(
+    plain: tuple[Any, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line of that step is then the same as without an interruption."""
+    examples, config = First(*range(300, 330)), changed(log={"held_out_every": 3, "every": 2})
+    train(tmp_path / "whole", config, held_out=(loop.SFT, examples))
+
+    class Stopping(First):
+        def __getitem__(self, index: int) -> ThreadedTokens:
+            if index == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+            return super().__getitem__(index)
+
+    with pytest.raises(Stopped):
+        train(tmp_path / "cut", config, held_out=(loop.SFT, Stopping(*range(300, 330))))
+    assert find_checkpoint(tmp_path / "cut").name == "3"
+    assert [line["step"] for line in read_metrics(str(tmp_path / "cut" / "metrics.jsonl"))] == [2]
+    with pytest.raises(Stopped):  # again, before the first step
+        train(tmp_path / "cut", config, held_out=(loop.SFT, Stopping(*range(300, 330))))
+    state = train(tmp_path / "cut", config, held_out=(loop.SFT, examples))
+    assert_same(state, plain[0])
+    whole, cut = (read_metrics(str(tmp_path / name / "metrics.jsonl")) for name in ("whole", "cut"))
+    assert [line["step"] for line in cut] == [2, 3, 4, 6, 8] and "held_out_loss" in cut[1]
+    for lines in (whole, cut):
+        for line in lines:
+            line.pop("tokens_per_s", None)
+    assert cut == whole
 
 
 def test_every_held_out_example_counts_once() -> None:
@@ -118,11 +152,19 @@ def test_a_share_of_the_examples_or_a_file(tmp_path: pathlib.Path) -> None:
         lengths(str(tmp_path / "none.jsonl"))
     with pytest.raises(ConfigError, match="config.data.held_out is a share .* the almanac generates"):
         make_sources(DataConfig(held_out="0.1"), tokenizer, 0)
-    with pytest.raises(ConfigError, match=r"config.data.held_out=.*data.jsonl is among config.data.sources"):
+    with pytest.raises(
+        ConfigError, match=r"held_out=.*data.jsonl is trained on too: config.data.sources names"
+    ):
         lengths(str(file))
+    same = [*lines[:4], *({"prompt": "Which 9?", "response": "word " * n} for n in range(20, 23)), *lines[4:]]
+    file.write_text("\n".join(map(json.dumps, same)))
+    sides = [lengths("0.1", seed) for seed in range(12)]
+    assert {len(held) for _, held in sides} == {1, 4}, "those with the same prompt are on the same side"
+    assert all(not {*trained} & {*held} for trained, held in sides)
     with pytest.raises(ConfigError, match=r"config.data.sources: '\.' is neither"):
         make_sources(DataConfig(sources=((".", 1.0),)), tokenizer, 0)
-    assert held_out(4, 0.0, 7) == ([0, 1, 2, 3], [])
+    assert held_out("abca", 0.0, 7) == ([0, 1, 2, 3], [])
+    assert held_out(["", "", ""], 0.4, 7) == ([0, 1], [2])
 
 
 @pytest.mark.parametrize(

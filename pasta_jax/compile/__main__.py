@@ -59,6 +59,7 @@ def compile_all(config: Config, overrides: Sequence[str]) -> None:
     from pasta_jax.decoding import cpu
     from pasta_jax.decoding.state import Limits
     from pasta_jax.experiment import resolve
+    from pasta_jax.model import param_shapes
 
     values = flags.FLAGS
     devices = topology_devices(values.topology)
@@ -73,9 +74,8 @@ def compile_all(config: Config, overrides: Sequence[str]) -> None:
 
     def decoding(rows: int, pool: int, int8: bool, tensor: int) -> Any:
         limits = Limits(values.lanes, max(values.lanes, config.data.threads), pool)
-        return decoding_jobs(
-            decoder_programs(config, mesh_of(config, tensor), tokenizer, int8=int8, limits=limits, rows=rows)
-        )
+        mesh = sharding.decoding_mesh(mesh_of(config, tensor), param_shapes(config.model))
+        return decoding_jobs(decoder_programs(config, mesh, tokenizer, int8=int8, limits=limits, rows=rows))
 
     sizes = dict(
         rows=values.rows, pool=values.pool, int8=values.quantize == "int8", tensor=config.mesh.tensor
@@ -98,6 +98,11 @@ def compile_all(config: Config, overrides: Sequence[str]) -> None:
     )
     if any(job.name in ("train", "preference") for job in jobs):
         _say_remat(config, mesh)
+    if {"admit", "decode", "reference"} & {job.name for job in jobs}:
+        own = sharding.decoding_mesh(mesh, param_shapes(config.model)).shape
+        _say(
+            f"To decode: data {own['data']}, tensor {own['tensor']}; fsdp would gather weights in each step."
+        )
     reports = []
     for report in examined(jobs, chip, shape, cores):
         reports.append(report)

@@ -73,7 +73,7 @@ def lower_update(config: Config, update: Update, record: Any) -> Any:
 
 
 def lower_reference(config: Config, mesh: Any) -> Any:
-    """The second stage's pass over the reference model for log-probabilities, lowered for a mesh."""
+    """The second stage's pass over the reference model for log-probabilities, lowered for a mesh to decode on."""
     from pasta_jax import sharding
     from pasta_jax.arrays import ThreadedTokens
     from pasta_jax.model import param_shapes
@@ -162,8 +162,9 @@ def training_jobs(config: Config, mesh: Any) -> list[Job]:
         tokens = stage.data.rows * stage.data.length
         if stage.stage == "preference":
             params = param_shapes(stage.model)
-            params = sharding.abstract(params, sharding.param_shardings(params, mesh))
-            lower: Callable[[], Any] = functools.partial(lower_reference, stage, mesh)
+            own = sharding.decoding_mesh(mesh, params)
+            params = sharding.abstract(params, sharding.param_shardings(params, own))
+            lower: Callable[[], Any] = functools.partial(lower_reference, stage, own)
             jobs.append(Job("reference", lower, {"parameters": bytes_of(params)}, tokens))
         update, record = update_of(stage, mesh)
         needs = update.remat.needs

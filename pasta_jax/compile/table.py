@@ -33,12 +33,11 @@ LANES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A row: a published model, what it does, on which slice, and over how many devices heads are split."""
+    """A row: a published model, what it does, and on which slice."""
 
     model: str
     what: str
     slice: str
-    tensor: int = 1
 
     def __str__(self) -> str:
         return f"{self.model} {self.what} {self.slice}"
@@ -49,10 +48,8 @@ def cases() -> list[Case]:
     made = []
     for where in ("v5e-8", "v5p-8", "v6e-8", "v5e-64", "v6e-64", "v5e-256"):
         for model in ("gemma-2b", "gemma-7b"):
-            heads = 4 if where == "v5p-8" else 8
-            made += [Case(model, "train", where), Case(model, "decode", where, heads)]
-            made += [Case(model, "preference", where)]
-    made += [Case("gemma-2-27b", "decode", "v6e-8", 8), Case("gemma-2-27b", "decode", "v5p-16", 8)]
+            made += [Case(model, what, where) for what in ("train", "decode", "preference")]
+    made += [Case("gemma-2-27b", "decode", "v6e-8"), Case("gemma-2-27b", "decode", "v5p-16")]
     made += [Case("llama-3.1-8b", "train", "v5e-16"), Case("qwen3-8b", "train", "v5e-16")]
     return made
 
@@ -60,14 +57,14 @@ def cases() -> list[Case]:
 def config_of(case: Case) -> Config:
     """The experiment of a row: the recipe of configs/sft.py or preference.py, a row of tokens a device."""
     chip, shape = chip_named(SLICES[case.slice])
-    rows = max(8, devices_in(chip, shape) // case.tensor)
+    rows = max(8, devices_in(chip, shape))
     return Config(
         stage="preference" if case.what == "preference" else "sft",
         init_from="runs/model",
         model=preset(case.model).config,
         data=DataConfig(rows=rows, length=LENGTH, threads=32),
         param_dtype="float32",
-        mesh=MeshConfig(tensor=case.tensor),
+        mesh=MeshConfig(),
     )
 
 
@@ -76,21 +73,20 @@ def compiled_case(case: Case) -> dict[str, Any]:
     from pasta_jax import sharding
     from pasta_jax.compile.programs import decoder_programs, decoding_jobs, topology_devices, training_jobs
     from pasta_jax.decoding.state import Limits
+    from pasta_jax.model import param_shapes
 
     config, topology = config_of(case), SLICES[case.slice]
     chip, shape = chip_named(topology)
     devices = topology_devices(topology)
-    remat = ""
+    mesh, remat = sharding.make_mesh(devices=devices), ""
     if case.what == "decode":
-        # Weights are split over heads alone: over fsdp they would be gathered in each step.
-        mesh = sharding.make_mesh(-1, 1, case.tensor, devices)
+        mesh = sharding.decoding_mesh(mesh, param_shapes(config.model))
         limits = Limits(LANES, 32, LENGTH)
         rows = 8 * mesh.shape["data"]
         jobs = decoding_jobs(decoder_programs(config, mesh, limits=limits, rows=rows))
     else:
         from pasta_jax.compile.programs import update_of
 
-        mesh = sharding.make_mesh(1, -1, case.tensor, devices)
         remat = update_of(config, mesh)[0].remat.remat
         jobs = training_jobs(config, mesh)
     started = time.process_time()

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent import futures
 from typing import Protocol, TypeVar
 
@@ -154,15 +154,25 @@ def batches(
         yield batch, index
 
 
-def held_out(n: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Which of n examples are trained on, and which are held out: a share, at least one, drawn by the seed.
+def held_out(prompts: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Which examples are trained on, and which are held out: a share, at least one, drawn by the seed.
 
-    >>> held_out(5, 0.4, seed=0)
+    Examples with the same prompt are all on one side. Those with an empty one have nothing in common.
+
+    >>> held_out("abcde", 0.4, seed=0)
     ([0, 3, 4], [1, 2])
+    >>> held_out("abcbe", 0.4, seed=0)
+    ([0, 4], [1, 2, 3])
     """
-    count = max(1, round(share * n)) if share else 0
-    held = {permuted(i, n, seed) for i in range(count)}
-    return [i for i in range(n) if i not in held], sorted(held)
+    count = max(1, round(share * len(prompts))) if share else 0
+    same: dict[Hashable, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        same.setdefault(prompt or i, []).append(i)
+    held = set[int]()
+    for drawn in (permuted(i, len(prompts), seed) for i in range(len(prompts))):
+        if len(held) < count:
+            held.update(same[prompts[drawn] or drawn])
+    return [i for i in range(len(prompts)) if i not in held], sorted(held)
 
 
 def steps_until(batches: Iterator[tuple[ThreadedTokens, int]], documents: int) -> tuple[int, int]:

@@ -61,12 +61,7 @@ def make_sources(
     Raises:
       ConfigError: an unknown source, a file without a valid record, or a share of examples that cannot be held out.
     """
-    held_file, paths = config.held_out_file, {os.path.realpath(name) for name, _ in config.sources}
-    if held_file and os.path.realpath(held_file) in paths:
-        raise ConfigError(
-            f"config.data.held_out={held_file} is among config.data.sources. Name another file, or give "
-            "a share, as 0.05."
-        )
+    check_held_out(config, "data.sources", *(name for name, _ in config.sources))
     problems: list[Problem] = []
     streams: list[Stream] = []
     held: list[ThreadedTokens] = []
@@ -76,7 +71,8 @@ def make_sources(
             streams.append(_almanac(name.partition(":")[2], config, tokenizer, own_seed))
         elif name.endswith((".jsonl", ".json")):
             records = _records(name, config, tokenizer, problems)
-            trained, measured = held_out(len(records), config.held_out_share, own_seed)
+            prompts = [example.prompt for example in records.examples]
+            trained, measured = held_out(prompts, config.held_out_share, own_seed)
             if not trained:
                 raise ConfigError(f"config.data.held_out leaves nothing of {name} ({len(records)} examples).")
             held += [records[i] for i in measured]
@@ -96,6 +92,16 @@ def make_sources(
     if len(streams) == 1:
         return streams[0], held
     return Mixture(streams, [weight for _, weight in config.sources]), held
+
+
+def check_held_out(config: DataConfig, field: str, *files: str) -> None:
+    """Refuses a file to hold out that is among those of another field. Raises ConfigError."""
+    held = config.held_out_file
+    if held and os.path.realpath(held) in map(os.path.realpath, files):
+        raise ConfigError(
+            f"config.data.held_out={held} is trained on too: config.{field} names it. Name another file, or give "
+            "a share, as 0.05."
+        )
 
 
 def held_out_file(config: DataConfig, tokenizer: Tokenizer) -> list[ThreadedTokens]:

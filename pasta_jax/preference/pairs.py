@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pasta_jax.arrays import Array, PairedTokens, ThreadedTokens
+from pasta_jax.arrays import NO_TARGET, Array, PairedTokens, ThreadedTokens
 from pasta_jax.config import ConfigError
 from pasta_jax.data.batches import permuted, steps_until
 from pasta_jax.data.packing import Packer
@@ -37,6 +37,12 @@ class Pair:
 
     better: PairedTokens
     worse: PairedTokens
+
+    @property
+    def prompt(self) -> bytes:
+        """The tokens up to the first that is learnt, to tell whether two pairs have the same prompt."""
+        first = int(np.argmax(self.better.target != NO_TARGET))
+        return self.better.token[: first + 1].tobytes()
 
 
 def choose_pair(values: Sequence[float]) -> Choice | None:

@@ -24,22 +24,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pasta_jax.arrays import PairedTokens
-from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
+from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint, read_metadata
 from pasta_jax.config import Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import held_out, permuted
 from pasta_jax.data.records import RecordError, digest, read_records
-from pasta_jax.data.sources import held_out_file
+from pasta_jax.data.sources import check_held_out, held_out_file
 from pasta_jax.decoding.model import Model
 from pasta_jax.experiment import round_of
 from pasta_jax.files import Stamp, locked, write_json, write_jsonl
 from pasta_jax.interchange.origin import carry
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.loading import load
+from pasta_jax.model import param_shapes
 from pasta_jax.overrides import to_dict
 from pasta_jax.preference.pairs import Choice, Pair, choose_all, make_pairs, pair_batches, steps_for
 from pasta_jax.preference.sample import Prompt, Record, sample
 from pasta_jax.preference.score import scores
+from pasta_jax.sharding import decoding_mesh
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training.loop import SFT, Stage, train, training_mesh
 from pasta_jax.training.losses import bonbon_margin, preference_loss
@@ -62,6 +64,7 @@ def run(config: Config, workdir: str) -> str:
         of another experiment.
       CheckpointError: as `train`.
     """
+    check_held_out(config.data, "preference.prompts", config.preference.prompts)
     mesh, policy = training_mesh(config), config.init_from
     for number in range(1, config.preference.rounds + 1):
         folder = os.path.join(workdir, f"round-{number}")
@@ -85,7 +88,7 @@ def run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str)
     records, pairs, tokenizer = pairs_of_round(config, mesh, number, policy, folder)
     # The models that drew the samples are freed: training has all the memory.
     stage = stage_of(config, seed)
-    numbers, held_numbers = held_out(len(pairs), data.held_out_share, seed)
+    numbers, held_numbers = held_out([pair.prompt for pair in pairs], data.held_out_share, seed)
     if not numbers:
         raise ConfigError(f"config.data.held_out leaves none of {len(pairs)} pairs to train on.")
     trained = [pairs[i] for i in numbers]
@@ -125,9 +128,10 @@ def pairs_of_round(
 ) -> tuple[list[Record], list[Pair], Tokenizer]:
     """The records and training pairs of a round, and the policy's tokenizer. Raises ConfigError without pairs."""
     data = config.data
-    model = load(policy, mesh=mesh)
+    model = load_to_decode(policy, mesh)
     opponent = config.preference.baseline or config.init_from
-    baseline = model if find_checkpoint(opponent) == find_checkpoint(policy) else load(opponent, mesh=mesh)
+    same = find_checkpoint(opponent) == find_checkpoint(policy)
+    baseline = model if same else load_to_decode(opponent, mesh)
     records = draw(config, number, model, baseline, folder)
     del baseline
     all_scores = [scores(record, config.preference) for record in records]
@@ -141,6 +145,12 @@ def pairs_of_round(
     path, parts = os.path.join(folder, "reference.npz"), config.microbatches
     pairs = make_pairs(records, choices, model, rows=data.rows, length=data.length, path=path, parts=parts)
     return records, pairs, model.tokenizer
+
+
+def load_to_decode(path: str, mesh: Mesh) -> Model:
+    """A model over the devices of a mesh, arranged to decode."""
+    shapes = param_shapes(read_metadata(find_checkpoint(path)).config.model)
+    return load(path, mesh=decoding_mesh(mesh, shapes))
 
 
 def stage_of(config: Config, seed: int = 0) -> Stage:
@@ -213,11 +223,10 @@ def _check_stamp(folder: str, config: Config, policy: str) -> None:
     if config.preference.prompts != "almanac":
         about["prompts"] = digest(read_records(config.preference.prompts)[0])
     started = os.path.exists(stamp.path) and os.path.exists(os.path.join(folder, "samples.jsonl"))
-    changed = stamp.check(about) if started else []
-    # Older versions did not stamp the prompts.
-    changed = [
-        change for change in changed if change.old is not None or not change.name.startswith("prompts.")
-    ]
+    # Older versions had fewer fields, and did not stamp the prompts.
+    absent = {name: tree for name, tree in to_dict(Config()).items() if name in about}
+    absent["prompts"] = about.get("prompts", {})
+    changed = stamp.check(about, absent) if started else []
     if changed:
         more = f" ({len(changed)} fields differ)" if len(changed) > 1 else ""
         raise ConfigError(f"{folder} is of another experiment: {changed[0]}{more}. Use a new --workdir.")
