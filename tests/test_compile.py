@@ -96,6 +96,26 @@ def test_pieces_of_a_gather_in_an_inner_loop_are_one_gather() -> None:
     assert by_kind(cost.collectives)["all-gather"] == 64 * 64 * 2 * 3 / 4
 
 
+def test_of_what_is_fetched_in_slices_each_slice_counts() -> None:
+    """As the compiler writes it after it has generated code, and before."""
+    text = """HloModule slices, entry_computation_layout={()}
+
+%half (p.0: bf16[64,64]) -> bf16[32,64] {
+  %p.0 = bf16[64,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %s = bf16[32,64]{1,0:T(8,128)(2,1)S(1)} slice(%p.0), slice={[0:32], [0:64]}
+}
+
+ENTRY %main (a: bf16[64,64]) -> bf16[32,64] {
+  %a = bf16[64,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = ((bf16[64,64]{1,0}), bf16[32,64]{1,0:S(1)}, s32[]{:S(2)}) async-start(%a), calls=%half
+  %c = ((bf16[64,64]{1,0}), bf16[32,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[32:64], [0:64]}
+  %d = bf16[32,64]{1,0:S(1)} async-done(%b)
+  ROOT %e = bf16[32,64]{1,0:S(1)} slice-done(%c)
+}
+"""
+    assert cost_of(hlo.parse(text)).bytes == 64 * 64 * 2
+
+
 def test_a_loop_counts_as_often_as_it_goes_round() -> None:
     def run(x: Any, weights: Any) -> Any:
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]

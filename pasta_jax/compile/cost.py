@@ -155,11 +155,11 @@ def _whole(found: Iterator[tuple[str, Collective]]) -> tuple[Collective, ...]:
 def _with_fused(
     program: HloModule, name: str, i: Instruction, inside: bool = False
 ) -> Iterator[tuple[str, Instruction, bool]]:
-    """An instruction, and all within it if it is a fusion, with the computation of each.
+    """An instruction, or all within it, with the computation of each.
 
     The last value says that a part of the result is kept, as where an all-reduce is a reduce-scatter.
     """
-    if i.op == "fusion":
+    if i.op in hlo.WITHIN:
         body = program.computations[i.calls[0]]
         kept = sum(shape.bytes for shape in i.shapes)
         for inner in body.values():

@@ -27,6 +27,9 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
 CALLS = {"while", "conditional", "call"}
 """What runs other computations as they stand."""
 
+WITHIN = {"fusion", "async-start"}
+"""What runs a computation as one instruction, which reads of an operand what is used there."""
+
 SLICES = {"dynamic-slice", "slice", "gather"}
 """What reads of its first operand no more than it gives."""
 
@@ -267,7 +270,7 @@ def moved(program: HloModule, name: str, *, rounds: bool = False) -> int:
 
 def _read(program: HloModule, i: Instruction, number: int, whole: int) -> int:
     """Bytes that an instruction reads of its operand with this number, whose size is `whole`."""
-    if i.op != "fusion":
+    if i.op not in WITHIN:
         return whole
     body = program.computations[i.calls[0]]
     parameter = next(inner for inner in body.values() if (inner.op, inner.number) == ("parameter", number))
