@@ -76,16 +76,15 @@ def test_what_a_tpu_program_costs() -> None:
     """A batch of products is a convolution with a window; a loop that adds 2 up to 6 goes round three times."""
     cost = cost_of(hlo.parse(TPU_TEXT))
     assert cost.flops == 2 * 2 * 128 * 32 * 64
-    whole = 64 * 64 * 2
+    whole, small = 64 * 64 * 2, 16 * 64 * 2
     assert cost.collectives == (
-        Collective("all-gather", whole * 3 / 4, 4, 3),  # its two pieces share a channel
-        Collective("all-reduce", whole * 3 / 4, 4, 3),  # of which each device keeps a quarter
+        Collective("all-gather", whole * 3 / 4, 4, 3, whole + small),  # its two pieces share a channel
+        Collective("all-reduce", whole * 3 / 4, 4, 3, whole),  # of which each device keeps a quarter
     )
     assert by_kind(cost.collectives) == {"all-gather": 3 * whole * 3 / 4, "all-reduce": 3 * whole * 3 / 4}
     arguments = 2 * 128 * 64 * 2 + 2 * 32 * 64 * 2
-    small = 16 * 64 * 2
     counter = 2 * (4 + 4 + 4) + 4 + 4 + 1
-    assert cost.bytes == arguments + 2 * 128 * 32 * 4 + 3 * (3 * small + 3 * whole + counter)
+    assert cost.bytes == arguments + 2 * 128 * 32 * 4 + 3 * (2 * small + 2 * whole + counter)
 
 
 def test_pieces_of_a_gather_in_an_inner_loop_are_one_gather() -> None:

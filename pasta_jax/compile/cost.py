@@ -29,12 +29,14 @@ class Collective:
       bytes: that each device receives.
       group: number of devices.
       times: how often.
+      moved: bytes that each device reads from main memory and writes to it, where `hlo.moved` leaves them out.
     """
 
     op: str
     bytes: float
     group: int
     times: int = 1
+    moved: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +56,9 @@ class Cost:
 def cost_of(program: HloModule, name: str = "") -> Cost:
     """The cost of one run of a computation, by default of the whole program."""
     name = name or program.entry
-    return Cost(
-        _flops(program, name),
-        hlo.moved(program, name, rounds=True),
-        _whole(_collectives(program, name, 1)),
-    )
+    found = _whole(_collectives(program, name, 1))
+    moved = hlo.moved(program, name, rounds=True) + sum(c.times * c.moved for c in found)
+    return Cost(_flops(program, name), moved, found)
 
 
 # -------------------------------------------------------------------------------------------------- operations
@@ -136,10 +136,13 @@ def _collectives(program: HloModule, name: str, times: int) -> Iterator[tuple[st
             whole = made * (group if op == "reduce-scatter" else 1)
             often = 1 if scattered and op == "all-reduce" else RECEIVED[op]
             part = 1 if op == "collective-permute" else (group - 1) / group
+            body = program.computations[computation]
+            touched = [inner] * (not scattered) + [body[operand] for operand in inner.operands]
+            moved = sum(shape.bytes * shape.main for each in touched for shape in each.shapes)
             if group > 1 and whole:
                 yield (
                     channel[1] if channel else inner.name,
-                    Collective(op, often * whole * part, group, times),
+                    Collective(op, often * whole * part, group, times, moved if i.op in hlo.WITHIN else 0),
                 )
 
 

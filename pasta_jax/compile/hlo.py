@@ -33,6 +33,9 @@ WITHIN = {"fusion", "async-start"}
 SLICES = {"dynamic-slice", "slice", "gather"}
 """What reads of its first operand no more than it gives."""
 
+COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+"""What devices exchange. Cut into pieces, each in a fusion of its own, every piece has the whole as its result."""
+
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """What changes its first operand in place, by the operand with this number."""
 
@@ -180,7 +183,10 @@ def results(program: HloModule, computation: str, i: Instruction) -> tuple[Shape
 
 
 def updates(program: HloModule, i: Instruction) -> dict[int, int]:
-    """Which arrays of the result are an operand changed in place; for a fusion, with the bytes of the change."""
+    """Which arrays of the result are an operand changed in place; for a fusion, with the bytes of the change.
+
+    A fusion passes on what others write, and holds pieces of collectives, for which `cost` counts.
+    """
     if i.op in UPDATES:
         return {0: 0}
     if i.op != "fusion":
@@ -191,7 +197,9 @@ def updates(program: HloModule, i: Instruction) -> dict[int, int]:
     for place, member in enumerate([body[name] for name in root.operands] if root.op == "tuple" else [root]):
         while member.op == "bitcast":
             member = body[member.operands[0]]
-        if member.op in UPDATES:
+        if member.op == "parameter" or member.op in COLLECTIVES:
+            changed[place] = 0
+        elif member.op in UPDATES:
             update = body[member.operands[UPDATES[member.op]]]
             changed[place] = sum(shape.bytes for shape in update.shapes)
         elif member.op == "fusion" and 0 in updates(program, member):
@@ -290,6 +298,8 @@ def _used(program: HloModule, body: Computation, source: Instruction, whole: int
                 total += _used(program, body, user, whole)
             elif user.op in SLICES and number == 0:
                 total += sum(shape.bytes for shape in user.shapes)
+            elif user.op == "tuple" or user.op in COLLECTIVES:
+                continue  # passed on, or counted with the collective
             elif user.op not in UPDATES or number != 0:
                 total += _read(program, user, number, whole)
     return total
