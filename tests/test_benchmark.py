@@ -25,7 +25,7 @@ from pasta_jax.lang.assemble import assemble
 from pasta_jax.model import ModelConfig
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.layout import layout_example
-from tests.helpers import compilations
+from tests.helpers import compilations, only_full
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +111,7 @@ def test_what_was_lost_in_noise_is_no_number(
     assert (tmp_path / "width.png").read_bytes().startswith(PNG)
 
 
+@only_full
 def test_what_is_compared_goes_through_one_program(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +137,7 @@ def test_without_peers_it_says_so(
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
 
 
+@only_full
 def test_updates_are_made_in_turn_and_peers_that_are_not_there_are_named(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -106,7 +106,7 @@ FORMS: dict[int, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(
-    ("max_depth", "lanes"), [full(1, 1), slow(1, 3), (1, 8), full(3, 1), full(3, 3), slow(3, 8)]
+    ("max_depth", "lanes"), [full(1, 1), full(1, 3), (1, 8), full(3, 1), full(3, 3), slow(3, 8)]
 )
 def test_parity(max_depth, lanes, seed, monkeypatch):
     """Law 2: every token fed has all the logits, fed at once, that it had when it was decoded."""
@@ -274,7 +274,7 @@ def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("max_depth", "threads", "bias"), [(1, 16, 3.5), (3, 3, 10.0), (3, 16, 3.5)])
+@pytest.mark.parametrize(("max_depth", "threads", "bias"), [full(1, 16, 3.5), (3, 3, 10.0), (3, 16, 3.5)])
 def test_with_the_grammar_nothing_is_malformed(max_depth, threads, bias):
     """Not even where several threads want the last free one in the same step, as nearly always with 3 threads."""
     limits = Limits(min(4, threads), threads, 300, max_depth)

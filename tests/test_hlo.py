@@ -24,7 +24,7 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, empty_pool, init_params
 from pasta_jax.model.presets import presets
 from pasta_jax.testing import WordTokenizer
-from tests.helpers import AS_FOR_USERS, FULL, optimized
+from tests.helpers import AS_FOR_USERS, FULL, full, only_full, optimized
 from tests.helpers.hlo import bytes_of_a_step, lowered, written
 
 pytestmark = pytest.mark.slow
@@ -172,21 +172,22 @@ def on_tpu(topology: str, lanes: int) -> tuple[Any, int]:
 
 TOPOLOGIES = [
     pytest.param("v6e:1x1", marks=pytest.mark.tpu),
-    pytest.param(
-        "v5e:2x4",
-        marks=[pytest.mark.tpu, pytest.mark.skipif(not FULL, reason="one of .ci/run's full counts")],
-    ),
+    pytest.param("v5e:2x4", marks=[pytest.mark.tpu, only_full]),
 ]
 
 
 CPU = {
-    f"{rows} rows, {weights} weights": (rows, cached)
+    f"{rows} row{'s' * (rows > 1)}, {weights} weights": (rows, cached)
     for rows in (1, 3)
     for weights, cached in (("small", 2**23), ("large", 0))
 }
 
 
-@pytest.fixture(params=[*CPU, *TOPOLOGIES])
+TWICE = {"1 row, large weights", "3 rows, small weights"}
+"""Rows and weights are in the other two."""
+
+
+@pytest.fixture(params=[*(full(name) if name in TWICE else name for name in CPU), *TOPOLOGIES])
 def decoding(request: pytest.FixtureRequest) -> tuple[Any, int]:
     """The loop compiled, and how many numbers there are in a layer's keys."""
     if request.param in CPU:

@@ -15,7 +15,7 @@ from pasta_jax import sharding
 from pasta_jax.model import Lora, ModelConfig, Transformer, init_params, param_shapes
 from pasta_jax.model.initial import Initial, fold_of, leaf_program
 from pasta_jax.model.lora import split, start
-from tests.helpers import compilations, slow
+from tests.helpers import compilations, full, slow
 
 SMALL = ModelConfig(vocab_size=40, num_layers=2, model_dim=8, num_heads=2, head_dim=4, mlp_dim=16)
 ALL = dataclasses.replace(
@@ -35,7 +35,7 @@ def of_flax(config: ModelConfig, lora: Lora, key: Any) -> Any:
     return Transformer(config, lora).init(key, token, token, jnp.ones((1, 1, 1), bool))["params"]
 
 
-@pytest.mark.parametrize("config", [SMALL, slow(ALL)], ids=["gemma", "all"])
+@pytest.mark.parametrize("config", [full(SMALL), slow(ALL)], ids=["gemma", "all"])
 def test_leaf_by_leaf_the_values_are_those_of_one_program(config: ModelConfig) -> None:
     """Bit for bit, so that a training from scratch repeats one of before."""
     for lora in (Lora(), LORA):

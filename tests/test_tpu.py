@@ -15,7 +15,7 @@ from pasta_jax.compile import programs as ahead
 from pasta_jax.decoding.state import Limits
 from pasta_jax.experiment import resolve
 from pasta_jax.overrides import load_config
-from tests.helpers import FULL, optimized
+from tests.helpers import only_full, optimized
 from tests.helpers.hlo import lowered
 
 pytestmark = pytest.mark.tpu
@@ -74,7 +74,7 @@ def test_a_host_callback_would_be_found():
     assert ahead.host_calls(compiled.as_text() or "")
 
 
-@pytest.mark.skipif(not FULL, reason="one of .ci/run's full counts")
+@only_full
 def test_second_stage_with_adapters_in_parts(mesh):
     """What training runs is what is compiled: adapters, float32 masters, remat, microbatches, the reference."""
     settings = ["stage=preference", "init_from=sft", "lora.rank=4", "param_dtype=float32", "remat=true"]

@@ -17,7 +17,7 @@ from pasta_jax.data.sources import make_source, make_tokenizer, steps_of_epochs
 from pasta_jax.files import locked
 from pasta_jax.training import loop
 from pasta_jax.training.metrics import read_metrics
-from tests.helpers import ONE_DEVICE
+from tests.helpers import ONE_DEVICE, full
 
 pytestmark = pytest.mark.slow
 
@@ -40,10 +40,13 @@ def command(
     [
         ([], "Which experiment? Add --config=configs/tiny.py."),
         ([TINY], "Where to? Add --workdir=DIRECTORY."),
-        ([TINY, "--config.learning_rate=1"], 'No config field "learning_rate". Did you mean "optimizer.lr"?'),
+        full(
+            [TINY, "--config.learning_rate=1"],
+            'No config field "learning_rate". Did you mean "optimizer.lr"?',
+        ),
         ([TINY, "--config.steps=50k", "--print_config"], 'config.steps must be an int, got "50k".'),
-        (["--config=configs/none.py"], "No configuration file configs/none.py"),
-        ([TINY, "more"], "Cannot make sense of 'more'."),
+        full(["--config=configs/none.py"], "No configuration file configs/none.py"),
+        full([TINY, "more"], "Cannot make sense of 'more'."),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: str) -> None:
@@ -57,7 +60,7 @@ def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: st
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=-1", "config.seed must be at least 0, got -1."),
+        full("seed=-1", "config.seed must be at least 0, got -1."),
         ("data.threads=4", "The answer promises more than 3 branches. Raise --config.data.threads above 4"),
         ("data.length=8", "need more than the 8 tokens of a row. Set --config.data.length=512"),
     ],

@@ -32,6 +32,10 @@ def optimized() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+only_full = pytest.mark.skipif(not FULL, reason="one of .ci/run's full counts")
+"""For a test that only continuous integration runs."""
+
+
 def slow(*values: Any) -> Any:
     """A case of `pytest.mark.parametrize` that `make quick` leaves out."""
     return pytest.param(*values, marks=pytest.mark.slow)
@@ -39,7 +43,7 @@ def slow(*values: Any) -> Any:
 
 def full(*values: Any) -> Any:
     """A case of `pytest.mark.parametrize` that only continuous integration runs: it proves again what others do."""
-    return pytest.param(*values, marks=pytest.mark.skipif(not FULL, reason="one of .ci/run's full counts"))
+    return pytest.param(*values, marks=only_full)
 
 
 @contextlib.contextmanager
