@@ -21,6 +21,7 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.testing import WordTokenizer
+from tests.helpers import full
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +70,7 @@ def same(some: list[tuple[list[int], np.ndarray]], others: list[tuple[list[int],
     return all(a == b and np.array_equal(p, q) for (a, p), (b, q) in zip(some, others, strict=True))
 
 
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("spread", [full(False), True])
 def test_the_next_start_traces_no_program(
     spread: bool, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,7 +87,7 @@ def test_rounds_with_adapters(
     drawn: list[tuple[Model, Model]] = []
 
     def draw(config: Config, number: int, policy: Model, baseline: Model, folder: str) -> list[Record]:
-        assert policy.mesh is not None and dict(policy.mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+        assert policy.mesh is not None and dict(policy.mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
         drawn.append((policy, baseline))
         return records()
 

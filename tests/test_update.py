@@ -28,7 +28,7 @@ from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.microbatches import rows_sharding
 from pasta_jax.training.remat import kept_by_layer
 from pasta_jax.training.update import Update, make_update
-from tests.helpers import optimized
+from tests.helpers import full, optimized
 
 ROWS, LENGTH = 8, 12
 CONFIG = Config(
@@ -125,7 +125,7 @@ def whole(loss: str, parts: int) -> Any:
     return updated(CONFIG, loss, fields)
 
 
-@pytest.mark.parametrize("loss", ["sft", "preference"])
+@pytest.mark.parametrize("loss", [full("sft"), "preference"])
 @optimized()  # jaxlib 0.12 rounds a little more coarsely with less care
 def test_the_gradient_of_parts_is_that_of_the_whole(loss: str) -> None:
     """Though parts have different numbers of targets and of pairs; and with the rows of a part on devices."""

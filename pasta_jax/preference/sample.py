@@ -138,6 +138,8 @@ def sample(
             if not interactive and time.monotonic() - logged_at > LOG_EVERY_S:
                 LOG.info(progress)
                 logged_at = time.monotonic()
+    if request.signal:  # it came after the last group
+        raise Stopped(request.signal)
     return records
 
 
