@@ -40,6 +40,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.8.1"],
         "hf": ["huggingface_hub>=0.30", "jinja2>=3.1", "tokenizers>=0.20"],
         "plot": ["jinja2>=3.1", "matplotlib>=3.9"],
+        "kernels": ["tokamax==0.0.17; python_version >= '3.12'"],  # inner functions of it
         "tb": ["tensorboardX>=2.6.2.2"],
         "wandb": ["wandb>=0.31"],  # the first that goes with protobuf 7
     },

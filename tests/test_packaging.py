@@ -10,6 +10,7 @@ import pytest
 
 import pasta_jax
 from pasta_jax.extras import optional
+from pasta_jax.model import kernels
 
 ROOT = pathlib.Path(__file__).parents[1]
 yaml: Any = importlib.import_module("yaml")  # flax and orbax bring it; it has no types
@@ -37,12 +38,17 @@ def test_floors_are_the_lower_bounds_of_setup() -> None:
     extras = [
         line
         for name, lines in SETUP["extras_require"].items()
-        if name not in ("tpu", "cuda")
+        if name not in ("tpu", "cuda", "kernels")
         for line in lines
     ]
     bounds = pins("\n".join([*SETUP["install_requires"], *extras]), ">=")
     assert len(bounds) >= len({*SETUP["install_requires"], *extras}), "every package has a lower bound"
     assert pins((ROOT / "requirements-floors.txt").read_text(encoding="utf-8"), "==") == bounds
+
+
+def test_the_kernels_are_those_that_were_tested() -> None:
+    """Not a lower bound: they are inner functions of tokamax, which may change with each version."""
+    assert SETUP["extras_require"]["kernels"] == [f"tokamax=={kernels.TESTED}; python_version >= '3.12'"]
 
 
 def test_every_requirement_has_a_tested_version() -> None:

@@ -97,7 +97,7 @@ def compile_all(config: Config, overrides: Sequence[str]) -> None:
         flush=True,
     )
     if any(job.name in ("train", "preference") for job in jobs):
-        _say_remat(config, mesh)
+        _say_choices(config, mesh)
     if {"admit", "decode", "reference"} & {job.name for job in jobs}:
         own = sharding.decoding_mesh(mesh, param_shapes(config.model)).shape
         _say(
@@ -155,11 +155,13 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _say_remat(config: Config, mesh: Any) -> None:
+def _say_choices(config: Config, mesh: Any) -> None:
     from pasta_jax.compile.programs import update_of
     from pasta_jax.experiment import stages
+    from pasta_jax.model.kernels import words_for
 
-    print(update_of(stages(config)[-1], mesh)[0].remat, flush=True)
+    _say(str(update_of(stages(config)[-1], mesh)[0].remat))
+    _say(words_for(config.model, config.data.length, mesh))
 
 
 def _say_epochs(config: Config, tokenizer: Any, reports: Any) -> None:

@@ -119,6 +119,7 @@ def parse(text: str) -> HloModule:
     """The program in a compiled function's text."""
     computations: dict[str, Computation] = {}
     entry, body = "", {}
+    text = re.sub(r'\n(?="|}})', "", text)  # what a kernel says of itself has lines of its own
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if head:
@@ -126,6 +127,9 @@ def parse(text: str) -> HloModule:
             entry = head[2] if head[1] else entry
         elif match := re.match(r"\s+(ROOT )?%([\w.\-]+) = ", line):
             instruction = _instruction(match[2], line[match.end() :], bool(match[1]))
+            for operand in instruction.operands:
+                if "#" in operand and operand not in body:
+                    body[operand] = _element(body, operand)
             body[instruction.name] = instruction
     header = text[: text.index("\n")]
     aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", header)
@@ -144,10 +148,18 @@ def _instruction(name: str, rest: str, root: bool) -> Instruction:
     branches = re.search(r"branch_computations=\{(.*?)\}", attributes)
     called += re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
     number = int(operands[1:-1]) if re.fullmatch(r"\(\d+\)", operands) else -1
-    names = tuple(re.findall(r"%([\w.\-]+)", operands))
+    names = tuple(re.findall(r"%([\w.\-]+(?:#\d+)?)", operands))
     return Instruction(
         name, op, tuple(_shapes(rest[:end])), names, tuple(called), root, number, rest[opened:]
     )
+
+
+def _element(body: Computation, operand: str) -> Instruction:
+    """The `get-tuple-element` for which later compilers write `%tuple#index`."""
+    source, _, index = operand.partition("#")
+    shapes = body[source].shapes[int(index) :][:1]
+    text = f"(%{source}), index={index}"
+    return Instruction(operand, "get-tuple-element", shapes, (source,), (), False, -1, text)
 
 
 def _closed(text: str, start: int) -> int:

@@ -75,10 +75,15 @@ def dense(module: Attention | MLP, name: str, x: Array, shape: tuple[int, ...], 
 
 
 class Attention(nn.Module):
-    """Attention to this call's own tokens, or to a layer of the pool once their keys and values are there."""
+    """Attention to this call's own tokens, or to a layer of the pool once their keys and values are there.
+
+    Attributes:
+      attend_to_own: how tokens attend to themselves.
+    """
 
     config: ModelConfig
     lora: Lora
+    attend_to_own: Callable[..., Array] = attend_to_earlier
 
     @nn.compact
     def __call__(
@@ -99,8 +104,7 @@ class Attention(nn.Module):
         q_BxQxNxH = rotate(q_BxQxNxH, rotary)
         k_BxKxPxH = rotate(k_BxQxKxH, rotary).swapaxes(1, 2)
         v_BxKxPxH = v_BxQxKxH.swapaxes(1, 2)
-        attention: Callable[..., Array] = attend_to_earlier
-        keys, values = k_BxKxPxH, v_BxKxPxH
+        attention, keys, values = self.attend_to_own, k_BxKxPxH, v_BxKxPxH
         if pool_kv is not None:
             k_BxKxPxH = write(pool_kv[0], k_BxKxPxH, start_B)
             v_BxKxPxH = write(pool_kv[1], v_BxKxPxH, start_B)
@@ -153,11 +157,12 @@ class Layer(nn.Module):
 
     config: ModelConfig
     lora: Lora
+    attend_to_own: Callable[..., Array] = attend_to_earlier
 
     def setup(self) -> None:
         c = self.config
         self.attn_norm, self.mlp_norm = RMSNorm(c), RMSNorm(c)
-        self.attn, self.mlp = Attention(c, self.lora), MLP(c, self.lora)
+        self.attn, self.mlp = Attention(c, self.lora, self.attend_to_own), MLP(c, self.lora)
         if c.post_norms:
             self.attn_post_norm, self.mlp_post_norm = RMSNorm(c), RMSNorm(c)
 

@@ -16,6 +16,7 @@ from flax import struct
 from pasta_jax.arrays import Array
 from pasta_jax.model.blocks import ATTENDED, MayAttend, some
 from pasta_jax.model.forms import Params
+from pasta_jax.model.kernels import attention_of
 from pasta_jax.model.layers import Layer
 from pasta_jax.model.rotary import rotary_of
 from pasta_jax.model.transformer import Transformer
@@ -86,7 +87,7 @@ def hidden_states(
     rotary = rotary_of(c, positions_BxL)
     is_local_Z = jnp.array([kind == "local" for kind in c.kinds])
     endless = jnp.iinfo(jnp.int32).max
-    layer = Layer(c, model.lora)
+    layer = Layer(c, model.lora, attention_of(c, tokens_BxL.shape[1], mesh))
     # Unrolled, XLA would compute nothing again: it takes the second computation for the first.
     unroll = c.num_layers <= UNROLLED and remat == "none"
 

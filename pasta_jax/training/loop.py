@@ -33,6 +33,7 @@ from pasta_jax.data.batches import batches, prefetch
 from pasta_jax.data.packing import real_fraction
 from pasta_jax.model import param_shapes
 from pasta_jax.model.forms import Params
+from pasta_jax.model.kernels import words_for
 from pasta_jax.processes.agreement import Agreement, agreed
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training import losses
@@ -125,6 +126,7 @@ def train(
         raise ConfigError(f"config.mesh: {error}") from error
     check_vocabulary(config, tokenizer)
     LOG.info("%s", update.remat)
+    LOG.info("%s", words_for(config.model, config.data.length, mesh))
 
     with stop_requests() as request, Checkpoints(workdir, config, tokenizer, data) as checkpoints:
         # ------------------------------------------------------------- start, start from weights, or resume
