@@ -202,6 +202,23 @@ def test_a_pass_by_the_kernel_on_a_mesh_is_that_by_blocks(
         np.testing.assert_allclose(x, y, atol=1e-4 * max(1.0, float(jnp.abs(y).max())))
 
 
+@pytest.mark.usefixtures("tokamax")
+@pytest.mark.parametrize("remat", scan.POLICIES)
+def test_no_loop_over_layers_keeps_the_matrix(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the copies of it in blocks."""
+    monkeypatch.setattr(scan, "UNROLLED", 0)
+    monkeypatch.setattr(scan, "attention_of", lambda *_: functools.partial(kernels.attend_by_kernel, None))
+    L, params = 256, jax.eval_shape(lambda key: init_params(CONFIG, key), jax.random.key(0))
+    line = jnp.arange(L, dtype=jnp.int32)[None]
+    sees = Documents(line + 1, line, line, jnp.zeros((1, L, 1), jnp.uint32))
+
+    def loss(params: Any) -> Any:
+        return scan.hidden_states(Transformer(CONFIG), params, line, line, sees, remat).sum()
+
+    outside = [v.aval for eqn in jax.make_jaxpr(jax.grad(loss))(params).eqns for v in eqn.outvars]
+    assert not [aval for aval in outside if aval.dtype.itemsize == 1 and aval.size >= L * L]
+
+
 # ------------------------------------------------------------------------------------------------ ahead of time
 
 
@@ -232,7 +249,7 @@ def test_a_layer_compiles_for_a_slice_with_the_kernel_in_it() -> None:
     calls = [i for i in calls if "tpu_custom_call" in i.text]
     assert sorted(i.name[:10] for i in calls) == ["splash_mha", "splash_mha"]
     assert not ahead.host_calls(compiled.as_text() or "")
-    forward, backward = kernels._costs(L, config.num_heads // 2, config.head_dim, L, 2)
+    forward, backward = kernels._costs(L, config.num_heads // 2, config.head_dim, kernels.BLOCKS[-1], 2)
     others = {
         name: {key: i for key, i in body.items() if i not in calls}
         for name, body in program.computations.items()

@@ -33,7 +33,8 @@ SPLASH = "tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_ke
 program is compiled for another machine."""
 
 BLOCKS = (512, 256, 128)
-"""Queries, and keys, of a block; the first that divides the length."""
+"""Queries, and keys, of a block: the first that divides the length, four times or more; or else the last. Large
+ones take fewer steps, small ones compute less above the diagonal."""
 
 LONGEST = 8192
 """Maximum length: a row's matrix of 16,384 tokens would take 256 MiB, and it is held three times."""
@@ -124,7 +125,7 @@ def _attend(
     """`attend_by_kernel` on one device."""
     splash = optional(SPLASH, "kernels", "the kernel")
     L, N, H = q_BxLxNxH.shape[1:]
-    size = next(size for size in BLOCKS if L % size == 0)
+    size = next((size for size in BLOCKS if L % size == 0 and 4 * size <= L), BLOCKS[-1])
     forward, backward = _costs(L, N, H, size, q_BxLxNxH.dtype.itemsize)
     config = splash.SplashConfig(
         **dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), size),
@@ -135,10 +136,6 @@ def _attend(
         interpret=interpret,
     )
     may_attend_BxLxL = may_attend.block(0, L, L)
-    # A query that may attend to nothing attends to itself, and what it gets is taken away: for a block of such
-    # queries the kernel would write nothing at all.
-    is_alone_BxLx1 = ~may_attend_BxLxL.any(-1, keepdims=True)
-    may_attend_BxLxL |= is_alone_BxLx1 & jnp.eye(L, dtype=bool)
 
     def attend_row(may_attend_LxL: Array, *qkv: Array) -> Array:
         out: Array = splash.make_dynamic_splash_mha(may_attend_LxL, config=config)(*qkv)
@@ -146,7 +143,9 @@ def _attend(
 
     q_BxNxLxH = (q_BxLxNxH / math.sqrt(query_scale or H)).swapaxes(1, 2)
     out_BxNxLxH = jax.vmap(attend_row)(may_attend_BxLxL, q_BxNxLxH, k_BxKxLxH, v_BxKxLxH)
-    return jnp.where(is_alone_BxLx1[..., None], 0, out_BxNxLxH.swapaxes(1, 2))
+    # For a block of queries that may attend to nothing the kernel writes nothing at all.
+    is_alone_BxLx1x1 = ~may_attend_BxLxL.any(-1)[..., None, None]
+    return jnp.where(is_alone_BxLx1x1, 0, out_BxNxLxH.swapaxes(1, 2))
 
 
 def _costs(L: int, N: int, H: int, size: int, itemsize: int) -> tuple[Any, Any]:
