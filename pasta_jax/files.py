@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -51,8 +52,9 @@ class InUse(OSError):
 def locked(folder: StrPath) -> Iterator[None]:
     """Keeps other processes out of a folder while the block runs, by a lock that ends with the process.
 
-    FOLDER/run.lock names the holder. Processes that write no files, remote folders and file systems without locks
-    are let through.
+    FOLDER/run.lock names the holder. It is removed at the end, and the folder too if it was made here and is empty;
+    a file that a kill leaves keeps nobody out. Processes that write no files, remote folders and file systems
+    without locks are let through.
 
     Raises:
       InUse: another process has it.
@@ -61,25 +63,55 @@ def locked(folder: StrPath) -> Iterator[None]:
     if sys.platform == "win32" or "://" in path or not is_writer():
         yield
         return
-    os.makedirs(folder, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    is_new = not os.path.isdir(folder)
+    file = _open_locked(path, folder)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(file, 200).decode(errors="replace").strip() or "another"
-            raise InUse(
-                f"{os.fspath(folder)} is in use: process {holder} writes there. "
-                "Wait until it has ended, or use another folder."
-            ) from None
-        except OSError:  # no locks there
-            pass
         with contextlib.suppress(OSError):  # the disk is full
             os.truncate(file, 0)
             os.write(file, f"{os.getpid()} on {platform.node()}\n".encode())
         yield
     finally:
+        with contextlib.suppress(OSError):
+            if _is_at(path, file):
+                os.remove(path)  # before the lock ends: afterwards it may be another's
+            if is_new:
+                os.rmdir(folder)
         os.close(file)
+
+
+def _open_locked(path: str, folder: StrPath) -> int:
+    """A file that is open and locked. Raises InUse."""
+    for attempt in itertools.count(1):
+        os.makedirs(folder, exist_ok=True)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # its holder removed the folder
+            if attempt == 100:
+                raise
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 200).decode(errors="replace").strip() or "another"
+            os.close(file)
+            raise InUse(
+                f"{os.fspath(folder)} is in use: process {holder} writes there. "
+                "Wait until it has ended, or use another folder."
+            ) from None
+        except OSError:  # no locks there
+            return file
+        # A lock on a file that its holder removed keeps nobody out. Not every file system can tell.
+        if _is_at(path, file) or attempt == 100:
+            return file
+        os.close(file)
+    raise AssertionError
+
+
+def _is_at(path: str, file: int) -> bool:
+    """Whether an open file is the one at this path."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    return False
 
 
 @contextlib.contextmanager

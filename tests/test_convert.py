@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -19,6 +20,7 @@ from pasta_jax.checkpoints.load import load_params
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.experiment import resolve
+from pasta_jax.files import LOCK, locked
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.importing import ImportOptions, kind_of, open_published
 from pasta_jax.interchange.origin import carry, read_origin
@@ -324,10 +326,18 @@ def test_the_verb(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2", "--dtype=int4") == 2
     float16, int4 = capsys.readouterr().err.splitlines()
     assert "too small a range" in float16 and "none of float32, bfloat16, float16" in int4
+    (tmp_path / "used").mkdir()
+    with locked(tmp_path / "used"):
+        assert run(f"--from={tmp_path}/W", f"--to={tmp_path}/used") == 2
+        assert f"{tmp_path}/used is in use: process {os.getpid()} on " in capsys.readouterr().err
+    (tmp_path / "used" / LOCK).touch()  # of a run that was killed
+    assert run(f"--from={tmp_path}/W", f"--to={tmp_path}/used", "--noparity") == 0
+    assert contents(tmp_path / "used") == contents(tmp_path / "out")
+    capsys.readouterr()
     (tmp_path / "hf" / "model-00002-of-00002.safetensors").write_bytes(b"short")
     assert run(f"--from=hf:{tmp_path}/hf", f"--to={tmp_path}/W2") == 2
     assert "model-00002-of-00002.safetensors is truncated" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["W", "hf", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["W", "hf", "out", "used"]
 
 
 def test_parity_is_of_what_was_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

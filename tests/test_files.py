@@ -1,6 +1,7 @@
 """Files of a run: replaced whole, read up to where they broke off, and stamped with what they were made from."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from etils import epath
 
 from pasta_jax import files
 from pasta_jax.files import (
+    LOCK,
     Change,
     InUse,
     Lines,
@@ -75,11 +77,35 @@ def test_one_process_writes_to_a_folder(tmp_path: pathlib.Path, monkeypatch: pyt
             with locked(folder):
                 pass
         holder.kill()
-    for _ in range(2):  # a process that is killed lets go, and a block that ends
+    assert [path.name for path in folder.iterdir()] == [LOCK], "of a process that was killed, which lets go"
+    for _ in range(2):  # and a block that ends
         with locked(folder):
-            assert (folder / "run.lock").read_text().startswith(f"{os.getpid()} on ")
+            assert (folder / LOCK).read_text().startswith(f"{os.getpid()} on ")
+        assert not (folder / LOCK).exists()
     with locked("gs://bucket/run"):
         pass
+
+
+def test_a_lock_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the file, nor a folder that was made for it; also where another one comes as it is removed."""
+    folder, flock = tmp_path / "run", fcntl.flock
+    with pytest.raises(ValueError, match="refused"), locked(folder):
+        raise ValueError("refused")
+    assert not folder.exists()
+    before = contextlib.ExitStack()
+    before.enter_context(locked(folder))
+
+    def first_end_the_other(file: int, operation: int) -> None:
+        before.close()  # the file was opened, and now it is gone
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", first_end_the_other)
+    with locked(folder):
+        assert (folder / LOCK).exists()
+        with pytest.raises(InUse), locked(folder):
+            pass
+        (folder / "file").touch()
+    assert [path.name for path in folder.iterdir()] == ["file"]
 
 
 def test_only_the_first_process_writes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

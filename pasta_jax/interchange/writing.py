@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from pasta_jax.files import json_bytes
+from pasta_jax.files import LOCK, json_bytes, locked
 from pasta_jax.foreign import Fields, parse_object
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import Origin
@@ -108,12 +108,15 @@ def write_files(folder: str, files: Mapping[str, bytes]) -> None:
 
 
 def check_destination(destination: str | os.PathLike[str]) -> None:
-    """Refuses a destination that is not empty, or that is not on a local file system."""
+    """Refuses a destination that is not empty, in use, or not on a local file system."""
     if "://" in os.fspath(destination):
         raise InterchangeError(
             f"Cannot write to {os.fspath(destination)}: only local folders are supported. Write to a local folder "
             "and copy it."
         )
+    if os.path.isdir(destination) and os.listdir(destination) == [LOCK]:
+        with locked(destination):  # of a run that was killed: it is removed; of one that goes on: InUse
+            pass
     if os.path.exists(destination) and (not os.path.isdir(destination) or os.listdir(destination)):
         raise InterchangeError(f"{os.fspath(destination)} exists and is not empty. Choose another --to.")
 
