@@ -26,8 +26,9 @@ from pasta_jax.data.batches import batches, held_out
 from pasta_jax.data.sources import make_sources, make_tokenizer
 from pasta_jax.overrides import load_config
 from pasta_jax.preference.pairs import Pair, pair_batches
-from pasta_jax.training import loop, metrics
+from pasta_jax.training import loop, metrics, profile
 from pasta_jax.training.metrics import MetricsWriter, read_metrics
+from pasta_jax.training.profile import Profiler
 from pasta_jax.training.signals import Stopped
 from tests.helpers.training import CONFIG, Counting, assert_same, changed, train
 
@@ -219,6 +220,18 @@ def test_a_profile_has_the_steps_and_the_names_of_the_code(tmp_path: pathlib.Pat
         events = json.load(text)["traceEvents"]
     steps = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
     assert steps == {"2", "3"}
+
+
+def test_profiling_is_refused_where_it_would_crash(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what is loaded: libtpu, and no TPU."""
+    monkeypatch.setattr(profile, "MAPPINGS", tmp_path / "maps")
+    Profiler(range(2, 4), str(tmp_path))  # nothing is known
+    (tmp_path / "maps").write_text("7f00-7f10 r-xp 0 00:00 1  /site-packages/libtpu/libtpu.so\n")
+    with pytest.raises(ConfigError, match="libtpu is installed and there is no TPU; profiling would crash"):
+        Profiler(range(2, 4), str(tmp_path))
+    Profiler(range(0), str(tmp_path))
 
 
 class FakeWandb(types.ModuleType):
