@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from pasta_jax import __version__, verbs
-from pasta_jax.verbs import begin, define_loading, define_processes, loading_options, refuse
+from pasta_jax.verbs import begin_first, define_loading, define_processes, loading_options, refuse
 
 if TYPE_CHECKING:
     from pasta_jax.decoding.results import DecodeResult
@@ -33,7 +33,7 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
         refuse(f"Add {' and '.join(missing)}. {__doc__.splitlines()[0]}")
     if values.stream and values.annotated:
         refuse("--stream prints the text as it settles, --annotated the whole with its tags. Choose one.")
-    begin()
+    begin_first()
     result = _answer(argv[1], values, decoding)
     if not values.stream:
         print(result.annotated if values.annotated else result.text, flush=True)

@@ -186,6 +186,12 @@ def begin() -> None:
         keep_compiled(values.compilation_cache)
 
 
+def begin_first() -> None:
+    """`begin` for a command that the first process does, on a device of its own: the others wait here, and end."""
+    begin()
+    meeting.wait_for_first()
+
+
 def begin_alone() -> None:
     """`begin` for a command that one process does, on its CPU: on the other hosts of a pod it does nothing."""
     # It meets nobody, so no address is needed, and it uses no GPU.

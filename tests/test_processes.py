@@ -1,52 +1,27 @@
-"""Several processes: how they find each other, and that two of four devices do what one of eight does (law 9)."""
+"""Several processes: two of four devices do what one of eight does (law 9), and end together."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
-import re
 import signal
-import socket
 import subprocess
-import sys
-import threading
 import time
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from pasta_jax import verbs
 from pasta_jax.checkpoints.about import find_checkpoint
 from pasta_jax.checkpoints.load import load_params
-from pasta_jax.processes import launchers
-from pasta_jax.processes.launchers import Group, ProcessError, announced, asked
-from pasta_jax.processes.meeting import SaidElsewhere, meet
 from pasta_jax.training.metrics import read_metrics
-from tests.helpers import FULL, ONE_DEVICE, full, several
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.helpers import FULL, full, several
+from tests.helpers.started import free_port, start, wait
 
 MESHES = [*several.MESHES] if FULL else ["8x1", "2x4"]
 """One process starts on 8x1 and two go on; two start on 2x4 and one goes on."""
 
-PARTS = [*MESHES, "decode", *(["round", "load"] if FULL else [])]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def start(arguments: list[str], log: pathlib.Path, **env: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"} | env
-    with log.open("wb") as err, log.with_suffix(".out").open("wb") as out:
-        return subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=out, stderr=err
-        )
+PARTS = [*MESHES, "decode", *(["adapters", "round", "load"] if FULL else [])]
 
 
 # ------------------------------------------------------------------------------------------ two are one (law 9)
@@ -65,15 +40,6 @@ def said(work: pathlib.Path, index: int) -> list[str]:
     return [line for line in lines if "[Gloo]" not in line]
 
 
-def wait(started: list[subprocess.Popen[bytes]], seconds: float) -> list[int]:
-    """The statuses with which processes end. None of them is left."""
-    try:
-        return [process.wait(timeout=seconds) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathlib.Path]:
     """The folders of one process of eight devices, and of two of four."""
@@ -81,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathli
     for folder in (one, two):
         folder.mkdir()
     several.train(two, "8x1", stop_after=2)
-    started = pair(two, *(part + ":2" * (part == "2x4") for part in PARTS))
+    started = pair(two, *(part + ":signal" * (part == "2x4") for part in PARTS), "evaluate")
     several.do(one, PARTS)
     assert wait(started, 200) == [0, 0], said(two, 0) + said(two, 1)
     several.train(two, "2x4")
@@ -96,15 +62,34 @@ def assert_close(found: pathlib.Path, expected: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
-def test_two_processes_train_like_one(runs: tuple[pathlib.Path, pathlib.Path], mesh: str) -> None:
+@pytest.mark.parametrize("name", [*MESHES, full("lora")])
+def test_two_processes_train_like_one(runs: tuple[pathlib.Path, pathlib.Path], name: str) -> None:
     """The same losses, gradients, weights and optimizer; each also goes on where the other stopped."""
     one, two = runs
-    expected, found = (read_metrics(str(folder / mesh / "metrics.jsonl")) for folder in runs)
-    assert [line["step"] for line in found] == [1, 2, 3, 4]
-    for name in ("loss", "grad_norm", "packing", "lr"):
-        np.testing.assert_allclose([x[name] for x in found], [x[name] for x in expected], rtol=1e-5)
-    assert_close(two / f"{mesh}.npz", one / f"{mesh}.npz")
+    expected, found = (read_metrics(str(folder / name / "metrics.jsonl")) for folder in runs)
+    assert [line["step"] for line in found] == ([1, 2] if name == "lora" else [1, 2, 3, 4])
+    assert ("held_out_loss" in found[-1]) == (name == "lora")
+    for line, same in zip(found, expected, strict=True):
+        for key in {*same} - {"tokens_per_s"}:
+            assert line[key] == pytest.approx(same[key], rel=1e-5), key
+    assert_close(two / f"{name}.npz", one / f"{name}.npz")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_after_the_same_step(runs: tuple[pathlib.Path, pathlib.Path]) -> None:
+    """And is saved: `test_two_processes_train_like_one` has what one process made of it."""
+    _, two = runs
+    assert [(two.parent / f"stopped-{i}").read_text() for i in range(2)] == ["143", "143"]
+    assert [line for line in said(two, 0) if "Stopped at step 2. Run the same command again" in line]
+
+
+@pytest.mark.slow
+def test_the_first_alone_evaluates(runs: tuple[pathlib.Path, pathlib.Path]) -> None:
+    """The other waits for it, and ends as it does."""
+    _, two = runs
+    assert (two.parent / "evaluated").read_text() == "0\n"
+    if FULL:
+        assert len((two / "evaluation" / "PASTA.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow
@@ -239,179 +224,3 @@ def test_a_workdir_that_is_not_shared_is_refused(tmp_path: pathlib.Path) -> None
     assert lines[0].startswith(
         f"{work} of process 1 is not that of the first. The workdir must be on a file system"
     )
-
-
-# --------------------------------------------------------------------------------------- how they find each other
-
-
-def meet_all(count: int, *indices: int, timeout_s: float = 5.0) -> dict[int, Any]:
-    """What comes of processes that are started with these numbers, each in a thread."""
-    address, found = f"127.0.0.1:{free_port()}", dict[int, Any]()
-
-    def run(place: int, index: int) -> None:
-        try:
-            found[place] = meet(Group(index, count, address, advice="Start them."), timeout_s)
-        except ProcessError as error:
-            found[place] = error
-
-    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(indices)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-def test_they_meet_in_any_order() -> None:
-    found = meet_all(3, 2, 0, 1)
-    assert found[1].keys() == {1, 2} and found[0].keys() == found[2].keys() == {0}
-    found[1][2].sendall(b"x")
-    assert found[0][0].recv(1) == b"x"
-
-
-def test_who_is_missing_is_said() -> None:
-    """By the first, and by the others if it is the first that did not come."""
-    found = meet_all(4, 0, 2, timeout_s=0.5)
-    assert str(found[0]) == "2 of 4 processes came within 0 s; missing: 1, 3. Start them."
-    assert isinstance(found[1], SaidElsewhere)
-    found = meet_all(2, 1, timeout_s=0.5)
-    assert re.fullmatch(
-        r"The first of 2 processes was not met at 127\.0\.0\.1:\d+ within 0 s \(.+\); this is process 1\. "
-        r"Start them\.",
-        str(found[0]),
-    )
-
-
-def test_processes_that_do_not_belong_together() -> None:
-    assert "Process 1 came twice" in str(meet_all(3, 0, 1, 1)[0])
-    address = f"127.0.0.1:{free_port()}"
-    with (
-        socket.create_server(("127.0.0.1", int(address.split(":")[1]))),
-        pytest.raises(ProcessError, match="cannot be used"),
-    ):
-        meet(Group(0, 2, address), 0.5)
-
-
-def test_a_stranger_is_not_one_of_them() -> None:
-    address, found = f"127.0.0.1:{free_port()}", list[Any]()
-    first = threading.Thread(target=lambda: found.append(meet(Group(0, 2, address), 5.0)))
-    first.start()
-    while True:
-        with contextlib.suppress(ConnectionRefusedError):
-            other = socket.create_connection(("127.0.0.1", int(address[10:])))
-            break
-    with contextlib.suppress(ConnectionResetError), other:
-        other.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        assert other.recv(1) == b""
-    meet(Group(1, 2, address), 5.0)
-    first.join()
-    assert found[0].keys() == {1}
-
-
-SLURM = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NODELIST": "node[001-002],other3",
-    "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
-}
-OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "PMIX_NAMESPACE": "job"}
-GKE = {"TPU_WORKER_HOSTNAMES": "a-0.svc,a-1.svc", "TPU_WORKER_ID": "1"}
-
-
-def brief(group: Group | None) -> tuple[Any, ...] | None:
-    return (
-        None if group is None else (group.index, group.count, group.address.partition(":")[0], group.devices)
-    )
-
-
-@pytest.mark.parametrize(
-    ("env", "expected"),
-    [
-        ({}, None),
-        (SLURM, (1, 2, "node001", None)),
-        (SLURM | {"SLURM_STEP_NODELIST": "n7,n9"}, (1, 2, "n7", None)),
-        (SLURM | {"SLURM_STEP_NODELIST": "n[3,5]-ib"}, (1, 2, "n3-ib", None)),
-        # A shell of salloc has its job's tasks, and a step of one.
-        (SLURM | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1"}, None),
-        # Several processes on a node share its GPUs, unless each was given one.
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, (1, 4, "node001", (1,))),
-        (
-            SLURM | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_GPUS_ON_NODE": "8"},
-            (1, 4, "node001", (4, 5, 6, 7)),
-        ),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "4", "CUDA_VISIBLE_DEVICES": "3"}, (1, 4, "node001", None)),
-        (
-            OPEN_MPI
-            | {
-                "OMPI_MCA_orte_hnp_uri": "15.0;tcp://10.96.0.1,10.148.0.1:34911",
-                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-            },
-            (3, 4, "10.96.0.1", (1,)),
-        ),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, (3, 4, "127.0.0.1", (0,))),
-        (GKE, (1, 2, "a-0.svc", None)),
-        (GKE | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
-        (GKE | {"JAX_PLATFORMS": "cpu"}, None),
-        (
-            GKE
-            | {
-                "MEGASCALE_NUM_SLICES": "2",
-                "MEGASCALE_SLICE_ID": "1",
-                "MEGASCALE_COORDINATOR_ADDRESS": "b-0:8080",
-            },
-            (3, 4, "b-0", None),
-        ),
-    ],
-)
-def test_launchers_announce_themselves(env: dict[str, str], expected: tuple[Any, ...] | None) -> None:
-    assert brief(announced({"TPU_SKIP_MDS_QUERY": "1", **env})) == expected
-
-
-def test_a_slice_asks_its_metadata_and_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"agent-worker-number": "1", "worker-network-endpoints": "a:1:10.0.0.2,b:2:10.0.0.3"}
-    questions: list[str] = []
-
-    def metadata(name: str) -> str | None:
-        questions.append(name)
-        return found.get(name)
-
-    assert announced({"TPU_SKIP_MDS_QUERY": "1"}, metadata) is None
-    assert announced({"JAX_PLATFORMS": "cpu"}, metadata) is None
-    assert not questions
-    monkeypatch.setattr(launchers.importlib.util, "find_spec", lambda name: object())
-    assert brief(announced({}, metadata)) == (1, 2, "10.0.0.2", None)
-    found["worker-network-endpoints"] = "a:1:10.0.0.2"
-    found["agent-worker-number"] = "0"
-    assert announced({}, metadata) is None, "a single host"
-    found["tpu-env"] = "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
-    assert brief(announced({}, metadata)) == (1, 2, "10.0.0.2", None)
-
-
-def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert asked(None, None, None) is None
-    assert brief(asked("host:99", 3, 1)) == (1, 3, "host", None)
-    for flags, message in (
-        (("host:99", None, None), "Nothing here says which processes there are. Add --coordinator=HOST:PORT"),
-        ((None, 2, 0), "Nothing here says"),
-        (("host", 2, 0), "--coordinator=host is no HOST:PORT"),
-        (("host:99", 2, 2), "--process_id=2 must be at least 0 and less than --processes=2"),
-    ):
-        with pytest.raises(ProcessError, match=message):
-            asked(*flags)
-    for name, value in OPEN_MPI.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ProcessError, match="does not say where the first one is"):
-        asked(None, None, None)
-    assert brief(asked("host:99", None, None)) == (3, 4, "host", None)
-    assert asked(None, 1, None) is None
-
-
-def test_what_one_host_does_the_others_leave_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an import, of which they all would write the files."""
-    monkeypatch.setattr(launchers, "announced", lambda *_, **__: Group(1, 2, "host:99"))
-    with pytest.raises(SystemExit, match="^0$"):
-        verbs.begin_alone()

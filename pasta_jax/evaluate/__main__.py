@@ -4,7 +4,7 @@
 
 Both models answer each prompt in turn, at batch 1, through the same engine. Each request is decoded twice and the
 second decode is timed (paper section 5.1). The workdir gets a JSONL file of answers for each model, and table.md.
-Running the same command again resumes.
+Running the same command again resumes. Of several processes the first does it all, on one device; the others wait.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from absl import flags
 
 from pasta_jax import verbs
 from pasta_jax.evaluate.compare import compare, table
-from pasta_jax.verbs import begin, define_loading, define_processes, loading_options, refuse
+from pasta_jax.verbs import begin_first, define_loading, define_processes, loading_options, refuse
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if len(argv) > 1 or not (values.ckpt and values.baseline):
         refuse("Name both models: --ckpt=runs/pasta --baseline=runs/baseline.")
-    begin()
+    begin_first()
     try:
         tests, options = {"PASTA": values.ckpt}, loading_options(values)
         print(table(compare(values.baseline, tests, values.prompts, values.workdir, **options)))

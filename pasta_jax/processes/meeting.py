@@ -19,8 +19,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Generator, Iterator
+from typing import Any, NoReturn
 
 from pasta_jax.processes.launchers import Group, ProcessError
 
@@ -29,6 +29,9 @@ TIMEOUT_S = 60.0
 
 AGREED = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Statuses with which all processes end together: done, or asked to stop."""
+
+LONGEST_LINE = 4096
+"""Bytes that are read of what a process says when it comes."""
 
 GRACE_S = 2.0
 """How long a process may take to end by itself after another has failed: it often fails in the same way."""
@@ -57,6 +60,7 @@ class Connections:
         self._failed = threading.Event()
         self._failure, self._was_told = "", False
         self._gone = threading.Event()
+        self._first_ended = threading.Event()
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="processes", daemon=True).start()
 
@@ -78,6 +82,11 @@ class Connections:
     def has_failed(self, wait_s: float = 0.0) -> bool:
         """Whether another process failed, as far as is known within this time."""
         return self._failed.wait(wait_s)
+
+    def wait_for_first(self) -> int:
+        """Waits until the first process has ended, and returns the status with which this one has to end."""
+        self._first_ended.wait()
+        return int(self.has_failed())
 
     def done(self) -> None:
         """Tells the others that this process ends well."""
@@ -127,6 +136,8 @@ class Connections:
                     selector.unregister(key.fileobj)
                     if key.data not in self._done:
                         self._fail(key.data, "")
+                if 0 in self._done or self._failed.is_set():
+                    self._first_ended.set()
         self._gone.set()
 
     def _fail(self, index: int, text: str) -> None:
@@ -185,12 +196,10 @@ def _receive(group: Group, timeout_s: float) -> dict[int, socket.socket]:
     peers: dict[int, socket.socket] = {}
     came = list[socket.socket]()
     problem = ""
-    with listener:
+    with listener, contextlib.closing(_callers(listener, deadline)) as callers:
         while len(peers) < group.count - 1 and not problem:
-            try:
-                listener.settimeout(max(0.01, deadline - time.monotonic()))
-                peer, _ = listener.accept()
-            except TimeoutError:
+            peer, line = next(callers, (None, ""))
+            if peer is None:
                 missing = [str(i) for i in range(1, group.count) if i not in peers]
                 names = ", ".join(missing[:16]) + ", ..." * (len(missing) > 16)
                 problem = (
@@ -198,7 +207,7 @@ def _receive(group: Group, timeout_s: float) -> dict[int, socket.socket]:
                     f"missing: {names}. {group.advice}"
                 )
                 break
-            hello = re.fullmatch(r"pasta_jax (\d+) (\d+)", _read_line(peer, 5.0) or "")
+            hello = re.fullmatch(r"pasta_jax ([0-9]{1,6}) ([0-9]{1,6})", line)
             if hello is None:  # a stranger
                 peer.close()
                 continue
@@ -210,11 +219,45 @@ def _receive(group: Group, timeout_s: float) -> dict[int, socket.socket]:
                 problem = f"Process {index} came twice: each needs a number of its own. {group.advice}"
             peers.setdefault(index, peer)
     for peer in came:
+        peer.setblocking(True)
         with contextlib.suppress(OSError):
             peer.sendall(f"failed {problem}\n".encode() if problem else b"go\n")
     if problem:
         raise ProcessError(problem)
     return peers
+
+
+def _callers(listener: socket.socket, deadline: float) -> Generator[tuple[socket.socket, str], None, None]:
+    """Those that come until the deadline, each with its first line: nobody waits for one that says nothing."""
+    listener.setblocking(False)
+    unread = dict[socket.socket, bytes]()
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            while (left := deadline - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    peer: Any = key.fileobj
+                    if peer is listener:
+                        with contextlib.suppress(OSError):  # it went away
+                            peer, _ = listener.accept()
+                            peer.setblocking(False)
+                            unread[peer] = b""
+                            selector.register(peer, selectors.EVENT_READ)
+                        continue
+                    received = b""
+                    with contextlib.suppress(OSError):
+                        received = peer.recv(LONGEST_LINE)
+                    unread[peer] += received
+                    if b"\n" in received:
+                        selector.unregister(peer)
+                        yield peer, unread.pop(peer).decode(errors="replace").strip()
+                    elif not received or len(unread[peer]) >= LONGEST_LINE:
+                        selector.unregister(peer)
+                        del unread[peer]
+                        peer.close()
+    finally:
+        for peer in unread:
+            peer.close()
 
 
 def _join(group: Group, timeout_s: float) -> socket.socket:
@@ -244,13 +287,13 @@ def _join(group: Group, timeout_s: float) -> socket.socket:
 
 
 def _read_line(peer: socket.socket, timeout_s: float) -> str | None:
-    """The next line from a connection; None if there is none in time."""
-    peer.settimeout(timeout_s)
-    received = b""
+    """The next line from a connection, without what follows it; None if it is not whole in time."""
+    deadline, received = time.monotonic() + timeout_s, b""
     try:
-        while not received.endswith(b"\n") and len(received) < 4096:
+        while not received.endswith(b"\n") and len(received) < LONGEST_LINE:
+            peer.settimeout(max(0.001, deadline - time.monotonic()))
             byte = peer.recv(1)
-            if not byte:
+            if not byte or time.monotonic() > deadline:
                 return None
             received += byte
     except OSError:
@@ -294,6 +337,12 @@ def start(group: Group | None, timeout_s: float = TIMEOUT_S) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- ending
+
+
+def wait_for_first() -> None:
+    """Of several processes all but the first wait here until that one has ended, and end too."""
+    if _connections is not None and _connections.group.index > 0:
+        sys.exit(_connections.wait_for_first())
 
 
 def has_failed(wait_s: float = 0.0) -> bool:

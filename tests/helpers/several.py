@@ -10,26 +10,31 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Iterable
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 
-from pasta_jax import sharding
+from pasta_jax import sharding, verbs
 from pasta_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig, PreferenceConfig
 from pasta_jax.decoding import api
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import result
+from pasta_jax.evaluate import __main__ as evaluating
 from pasta_jax.files import replacing, write_json
 from pasta_jax.loading import load
-from pasta_jax.model import ModelConfig
+from pasta_jax.model import Lora, ModelConfig
 from pasta_jax.processes import agreement, meeting
 from pasta_jax.processes.launchers import Group
-from pasta_jax.verbs import refuse
-from tests.helpers import chatty, training
+from pasta_jax.training.loop import SFT
+from pasta_jax.training.metrics import MetricsWriter
+from pasta_jax.training.signals import Stopped
+from tests.helpers import FULL, chatty, training
 
 MESHES = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4), "1x8": (1, 8)}
 """Sizes of fsdp and tensor, by name."""
@@ -64,11 +69,57 @@ ROUND = Config(
 
 
 def train(folder: pathlib.Path, mesh: str, stop_after: int | None = None) -> None:
-    """Trains on a mesh, and writes the state after the last step, leaf by leaf."""
-    state = training.train(folder / mesh, config_of(mesh), stop_after=stop_after)
+    """Trains on a mesh, and writes the state after the last step."""
+    write_state(folder / f"{mesh}.npz", training.train(folder / mesh, config_of(mesh), stop_after=stop_after))
+
+
+def write_state(path: pathlib.Path, state: Any) -> None:
+    """Leaf by leaf."""
     leaves = jax.tree.leaves(sharding.on_host(state))
-    with replacing(folder / f"{mesh}.npz", "wb") as file:
+    with replacing(path, "wb") as file:
         np.savez(file, *leaves)
+
+
+def train_until_signal(folder: pathlib.Path, mesh: str) -> None:
+    """Trains until the second process alone gets SIGTERM, in its first step. Each writes the status of its end."""
+    progress = MetricsWriter.progress
+
+    def and_signal(self: MetricsWriter, step: int) -> None:
+        progress(self, step)
+        if step == 1 and jax.process_index() == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with mock.patch.object(MetricsWriter, "progress", and_signal):
+        try:
+            train(folder, mesh)
+        except Stopped as stopped:
+            (folder.parent / f"stopped-{jax.process_index()}").write_text(str(stopped.code))
+
+
+def train_adapters(folder: pathlib.Path) -> None:
+    """Adapters beside the weights that were trained on 8x1, and the loss of examples that are held out."""
+    config = config_of("4x2")
+    config = dataclasses.replace(config, steps=2, init_from=os.fspath(folder / "8x1"), lora=Lora(rank=2))
+    documents = training.Counting()
+    held_out = SFT, [documents[1000 + i] for i in range(40)]
+    write_state(folder / "lora.npz", training.train(folder / "lora", config, held_out=held_out))
+
+
+def evaluate(folder: pathlib.Path) -> None:
+    """The command. A process that does the work leaves its number; the work itself is one of the full counts."""
+
+    def compare(*arguments: Any, **options: Any) -> Any:
+        with open(folder.parent / "evaluated", "a", encoding="utf-8") as file:
+            file.write(f"{jax.process_index()}\n")
+        return work(*arguments, **options) if FULL else {}
+
+    work, (model, baseline) = evaluating.compare, (folder / "round" / name for name in ("preference", "sft"))
+    line = [f"--ckpt={model}", f"--baseline={baseline}", f"--workdir={folder}/evaluation", "--prompts=2"]
+    with (
+        mock.patch.object(evaluating, "compare", compare),
+        mock.patch.object(sys, "argv", ["evaluate", *line]),
+    ):
+        evaluating.command()
 
 
 def decode(folder: pathlib.Path) -> None:
@@ -94,13 +145,15 @@ def load_alone(folder: pathlib.Path) -> None:
 
 
 def do(folder: pathlib.Path, parts: Iterable[str]) -> None:
-    """Parts: a mesh to train on, MESH:STEP to stop after a step, decode, round, load; one of two: fail, refuse."""
+    """Parts: a mesh to train on, MESH:signal to be stopped, adapters, decode, round, load; of two: fail, refuse."""
     from pasta_jax.train import run
 
     for part in parts:
-        mesh, _, stop = part.partition(":")
+        mesh, _, signalled = part.partition(":")
         if mesh in MESHES:
-            train(folder, mesh, int(stop) if stop else None)
+            (train_until_signal if signalled else train)(folder, mesh)
+        elif part == "adapters":
+            train_adapters(folder)
         elif part == "decode":
             decode(folder)
         elif part == "load":
@@ -108,7 +161,7 @@ def do(folder: pathlib.Path, parts: Iterable[str]) -> None:
         elif part in ("fail", "refuse"):
             if jax.process_index() == 1:
                 if part == "refuse":
-                    refuse("The data is not here.")
+                    verbs.refuse("The data is not here.")
                 raise RuntimeError("a bug")
             agreement.agreed(1)
         else:
@@ -137,10 +190,13 @@ def writes_below(folder: pathlib.Path) -> list[str]:
 def main(index: int, port: int, folder: pathlib.Path, parts: list[str]) -> None:
     meeting.start(Group(index, 2, f"127.0.0.1:{port}"))
     assert (jax.device_count(), jax.local_device_count()) == (8, 4)
+    verbs.show_log()
     with meeting.ending_together():
         seen = writes_below(folder)
-        do(folder, parts)
+        do(folder, [part for part in parts if part != "evaluate"])
         (folder.parent / f"writes-{index}.json").write_text(json.dumps(seen))
+        if "evaluate" in parts:
+            evaluate(folder)
 
 
 if __name__ == "__main__":
