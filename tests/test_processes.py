@@ -15,13 +15,13 @@ import pytest
 from pasta_jax.checkpoints.about import find_checkpoint
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.training.metrics import read_metrics
-from tests.helpers import FULL, full, several
+from tests.helpers import FULL, full, only_full, several
 from tests.helpers.started import free_port, start, wait
 
 MESHES = [*several.MESHES] if FULL else ["8x1", "2x4"]
 """One process starts on 8x1 and two go on; two start on 2x4 and one goes on."""
 
-PARTS = [*MESHES, "decode", *(["adapters", "round", "load"] if FULL else [])]
+PARTS = [*MESHES, "decode", *(["adapters", "damage", "round", "load"] if FULL else [])]
 
 
 # ------------------------------------------------------------------------------------------ two are one (law 9)
@@ -62,7 +62,7 @@ def assert_close(found: pathlib.Path, expected: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*MESHES, full("lora")])
+@pytest.mark.parametrize("name", [*MESHES, full("lora"), full("damaged")])
 def test_two_processes_train_like_one(runs: tuple[pathlib.Path, pathlib.Path], name: str) -> None:
     """The same losses, gradients, weights and optimizer; each also goes on where the other stopped."""
     one, two = runs
@@ -73,6 +73,17 @@ def test_two_processes_train_like_one(runs: tuple[pathlib.Path, pathlib.Path], n
         for key in {*same} - {"tokens_per_s"}:
             assert line[key] == pytest.approx(same[key], rel=1e-5), key
     assert_close(two / f"{name}.npz", one / f"{name}.npz")
+
+
+@pytest.mark.slow
+@only_full
+def test_if_one_cannot_read_its_part_both_go_back(runs: tuple[pathlib.Path, pathlib.Path]) -> None:
+    """And train to the same end: that is in `test_two_processes_train_like_one`."""
+    _, two = runs
+    assert {path.name for path in (two / "damaged" / "checkpoints").iterdir()} == {"2", "4", "4.damaged"}
+    assert [
+        line for line in said(two, 0) if "4 is damaged, and renamed to 4.damaged. (another process" in line
+    ]
 
 
 @pytest.mark.slow
@@ -111,7 +122,7 @@ def test_two_processes_decode_like_one(runs: tuple[pathlib.Path, pathlib.Path]) 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FULL, reason="one of .ci/run's full counts")
+@only_full
 def test_two_processes_do_a_round_like_one(runs: tuple[pathlib.Path, pathlib.Path]) -> None:
     """The same samples, pairs, reference and losses; and each can decode with the model alone."""
     one, two = runs
@@ -186,7 +197,7 @@ def wait_for_step(work: pathlib.Path, step: int, started: list[subprocess.Popen[
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FULL, reason="one of .ci/run's full counts")
+@only_full
 @pytest.mark.parametrize("saves", [0, 1])
 def test_a_signal_or_the_loss_of_one_ends_both_and_the_next_start_goes_on(
     saves: int, tmp_path: pathlib.Path
@@ -214,7 +225,7 @@ def test_a_signal_or_the_loss_of_one_ends_both_and_the_next_start_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FULL, reason="one of .ci/run's full counts")
+@only_full
 def test_a_workdir_that_is_not_shared_is_refused(tmp_path: pathlib.Path) -> None:
     work, other = tmp_path / "a" / "work", tmp_path / "b" / "work"
     work.parent.mkdir()

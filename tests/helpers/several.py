@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from pasta_jax import sharding, verbs
+from pasta_jax.checkpoints.about import find_checkpoint
 from pasta_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig, PreferenceConfig
 from pasta_jax.decoding import api
 from pasta_jax.decoding.engine import Decoder
@@ -68,9 +69,10 @@ ROUND = Config(
 )
 
 
-def train(folder: pathlib.Path, mesh: str, stop_after: int | None = None) -> None:
+def train(folder: pathlib.Path, mesh: str, stop_after: int | None = None, workdir: str = "") -> None:
     """Trains on a mesh, and writes the state after the last step."""
-    write_state(folder / f"{mesh}.npz", training.train(folder / mesh, config_of(mesh), stop_after=stop_after))
+    name = workdir or mesh
+    write_state(folder / f"{name}.npz", training.train(folder / name, config_of(mesh), stop_after=stop_after))
 
 
 def write_state(path: pathlib.Path, state: Any) -> None:
@@ -103,6 +105,16 @@ def train_adapters(folder: pathlib.Path) -> None:
     documents = training.Counting()
     held_out = SFT, [documents[1000 + i] for i in range(40)]
     write_state(folder / "lora.npz", training.train(folder / "lora", config, held_out=held_out))
+
+
+def train_on_from_damage(folder: pathlib.Path) -> None:
+    """Trains again where the second process cannot read its part of the newest checkpoint, but the first can."""
+    train(folder, "4x2", workdir="damaged")
+    if jax.process_index() == 1:
+        for file in (find_checkpoint(folder / "damaged") / "params").glob("ocdbt.process_1/d/*"):
+            file.write_bytes(b"")
+    agreement.agreed(0)
+    train(folder, "4x2", workdir="damaged")
 
 
 def evaluate(folder: pathlib.Path) -> None:
@@ -145,7 +157,7 @@ def load_alone(folder: pathlib.Path) -> None:
 
 
 def do(folder: pathlib.Path, parts: Iterable[str]) -> None:
-    """Parts: a mesh to train on, MESH:signal to be stopped, adapters, decode, round, load; of two: fail, refuse."""
+    """Parts: a mesh, MESH:signal (stopped there), adapters, damage, decode, round, load; of two: fail, refuse."""
     from pasta_jax.train import run
 
     for part in parts:
@@ -154,6 +166,8 @@ def do(folder: pathlib.Path, parts: Iterable[str]) -> None:
             (train_until_signal if signalled else train)(folder, mesh)
         elif part == "adapters":
             train_adapters(folder)
+        elif part == "damage":
+            train_on_from_damage(folder)
         elif part == "decode":
             decode(folder)
         elif part == "load":
