@@ -26,7 +26,7 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.model.forms import quantize
 from pasta_jax.testing import WordTokenizer
-from tests.helpers import compilations
+from tests.helpers import compilations, full
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ def model_of(config: Config, *, int8: bool, mesh: Any) -> Model:
 @pytest.mark.parametrize(
     ("rows", "form", "int8", "spread", "settings"),
     [
-        (3, "outputs_first", False, False, {"cached_bytes": 0, "pool_buckets": (20,)}),
+        full(3, "outputs_first", False, False, {"cached_bytes": 0, "pool_buckets": (20,)}),
         (1, "fused", True, False, {"platform": "gpu", "pool_buckets": ()}),
         (3, "plain", True, True, {"widths": (), "pool_buckets": ()}),
     ],

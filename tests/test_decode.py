@@ -21,7 +21,7 @@ from pasta_jax.decoding.trace import Trace, as_document, critical_path
 from pasta_jax.lang import tags
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.positions import Positions
-from tests.helpers import AS_FOR_USERS, FULL, SEEDS_ARE_FIXED, full, optimized, slow
+from tests.helpers import AS_FOR_USERS, FULL, SEEDS_ARE_FIXED, full, only_full, optimized, slow
 from tests.helpers.chatty import PROMPTS, WORDS, chatty_model, ids, once_through
 
 LIMITS = Limits(lanes=8, threads=16, pool=300)
@@ -215,6 +215,7 @@ class TestInvariance:
         assert [schedule(t) for t in decode(SEEDS, greedy=greedy, limits=longer)] == expected
 
 
+@only_full
 def test_nested_branches_are_drawn_the_same_whatever_the_room_for_threads():
     """With at most 4 threads, and a tag begun in each, a table of 8 limits nothing."""
     narrow, wide = (

@@ -171,6 +171,7 @@ def test_a_model_on_a_mesh_says_what_it_says_on_one_device(written: pathlib.Path
 
 
 @pytest.mark.tpu
+@only_full
 def test_a_decode_step_reads_half_the_bytes(record_property: Any) -> None:
     """Compiled for a TPU, at a size where weights are nearly all that is read."""
     if not sys.platform.startswith("linux"):
