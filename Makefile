@@ -38,13 +38,12 @@ fuzz: .venv/.test-installed  ## random and hostile inputs for 30 minutes; option
 	$(call install,requirements-test.txt,$@)
 
 # A virtual environment that another python left behind is of no use: it is checked, not only the one that makes it.
-# --no-compile: Python compiles what is imported, pip would compile everything.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pasta_jax needs Python 3.11 or later; $(PYTHON) is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and ".venv was made with Python " + sys.version.split()[0] + "; remove it (make clean) and try again.")'
 	@echo "Installing $(1) into .venv"
-	$(BIN)/pip install --quiet --no-compile -r $(1)
+	$(BIN)/pip install --quiet -r $(1)
 	@touch $(2)
 endef
 

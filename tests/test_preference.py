@@ -46,7 +46,7 @@ from pasta_jax.training import loop
 from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.signals import Stopped
-from tests.helpers import optimized
+from tests.helpers import only_full, optimized
 from tests.helpers.samples import made_up
 
 # Small enough to train at once, long enough to answer something.
@@ -148,6 +148,7 @@ def test_a_signal_while_sampling_leaves_what_is_done(
 
 
 @pytest.mark.slow
+@only_full
 def test_samples_of_other_prompts_are_not_kept(
     model: Model, prompts: list[Prompt], records: list[Record], tmp_path: pathlib.Path
 ) -> None:

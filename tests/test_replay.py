@@ -30,7 +30,7 @@ from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.layout import LayoutError
-from tests.helpers import compilations
+from tests.helpers import compilations, only_full
 from tests.helpers.programs import random_program
 
 WORDS = WordTokenizer("A the river and the cities of a world")
@@ -161,6 +161,7 @@ def test_answers_that_a_rule_annotated_get_topics() -> None:
 
 
 @pytest.mark.slow
+@only_full
 def test_replay_measures_both_ways(rng: random.Random) -> None:
     trees = [
         random_tree(rng, WORDS, branches=8, tokens=14, syncs=True, depth=2),

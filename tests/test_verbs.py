@@ -13,7 +13,7 @@ import pytest
 import pasta_jax
 from pasta_jax import kept, verbs
 from pasta_jax.tokens import chat
-from tests.helpers import ONE_DEVICE
+from tests.helpers import ONE_DEVICE, only_full
 
 pytestmark = pytest.mark.slow
 
@@ -369,6 +369,7 @@ def squared(*arguments: str, **env: str) -> tuple[str, str, str]:
     return square, folder, done.stderr
 
 
+@only_full
 def test_compiled_programs_are_kept(tmp_path: pathlib.Path) -> None:
     """In the user's cache, where a flag or jax's own setting says, or nowhere."""
 
