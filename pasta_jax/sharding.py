@@ -8,7 +8,6 @@ communication. Everything works on arrays and on shapes alike, and on meshes of 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import Any
@@ -89,30 +88,46 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = Non
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
 
 
-def decoding_mesh(mesh: Mesh, params: Any) -> Mesh:
+def decoding_mesh(mesh: Mesh, params: Any, memory: int | None = None) -> Mesh:
     """The devices of a mesh, arranged to decode: (data, 1, tensor).
 
-    Split over fsdp, weights would be gathered in every step. So they are split among neighbours by heads, mlp and
-    vocabulary alone: among a multiple of the mesh's tensor, the largest up to NEIGHBOURS that divides them. Rows
-    are split over the groups of neighbours, each of which holds all weights.
+    Split over fsdp, weights would be gathered, or sums exchanged, in every layer of every step. So they are split
+    among neighbours by heads, mlp and vocabulary alone, and rows over the groups of these, each of which holds all
+    weights. Neighbours are a multiple of the mesh's tensor that divides the weights: the largest up to NEIGHBOURS,
+    or a larger one if their weights would take more than half of the memory. If none fits, the mesh is returned.
 
     Args:
       mesh: as for training.
       params: arrays or `jax.ShapeDtypeStruct`s, for their shapes.
+      memory: of a device, in bytes; None if it is unknown.
 
     Raises:
       ValueError: the mesh's own tensor does not divide the parameters.
     """
     devices, least = list(mesh.devices.flat), mesh.shape["tensor"]
-    for tensor in range(NEIGHBOURS - NEIGHBOURS % least, least, -least):
-        if len(devices) % tensor == 0:
-            with contextlib.suppress(ValueError):
-                arranged = make_mesh(-1, 1, tensor, devices)
-                param_shardings(params, arranged)
-                return arranged
-    arranged = make_mesh(-1, 1, least, devices)
-    param_shardings(params, arranged)
-    return arranged
+    found: Mesh | None = None
+    for tensor in range(least, len(devices) + 1, least):
+        if len(devices) % tensor or (tensor > NEIGHBOURS and found and _half_fits(params, found, memory)):
+            continue
+        arranged = make_mesh(-1, 1, tensor, devices)
+        try:
+            param_shardings(params, arranged)
+        except ValueError:
+            if tensor == least:
+                raise
+        else:
+            found = arranged
+    assert found is not None
+    return found if _half_fits(params, found, memory) else mesh
+
+
+def _half_fits(params: Any, mesh: Mesh, memory: int | None) -> bool:
+    """Whether a device's part of the weights takes at most half of its memory."""
+    if memory is None:
+        return True
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(param_shardings(params, mesh)), strict=True)
+    parts = (math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
+    return 2 * sum(parts) <= memory
 
 
 def sharding(dims: str, shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:

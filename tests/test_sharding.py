@@ -161,7 +161,7 @@ def test_mesh_sizes() -> None:
         make_mesh(-1, -1, 1)
 
 
-def test_to_decode_weights_are_split_by_heads_alone() -> None:
+def test_to_decode_weights_are_split_by_heads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many neighbours as divide them; rows over the rest."""
     config = ModelConfig(vocab_size=48, num_layers=1, model_dim=32, num_heads=4, head_dim=8, mlp_dim=48)
     for mesh, heads, expected in (
@@ -174,6 +174,12 @@ def test_to_decode_weights_are_split_by_heads_alone() -> None:
     ):
         shapes = shapes_of(dataclasses.replace(config, num_heads=heads, num_kv_heads=1))
         assert tuple(decoding_mesh(mesh, shapes).shape.values()) == expected
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes_of(config)))
+    for memory, expected in ((2 * whole, (2, 1, 4)), (whole, (2, 1, 4)), (whole // 4, (1, 8, 1))):
+        assert tuple(decoding_mesh(make_mesh(), shapes_of(config), memory).shape.values()) == expected
+    monkeypatch.setattr(sharding, "NEIGHBOURS", 2)
+    for memory, expected in ((2 * whole, (4, 1, 2)), (whole, (2, 1, 4))):
+        assert tuple(decoding_mesh(make_mesh(), shapes_of(config), memory).shape.values()) == expected
     with pytest.raises(ValueError, match="does not divide num_heads"):
         decoding_mesh(make_mesh(tensor=2), shapes_of(dataclasses.replace(config, num_heads=3)))
 

@@ -74,7 +74,7 @@ def compile_all(config: Config, overrides: Sequence[str]) -> None:
 
     def decoding(rows: int, pool: int, int8: bool, tensor: int) -> Any:
         limits = Limits(values.lanes, max(values.lanes, config.data.threads), pool)
-        mesh = sharding.decoding_mesh(mesh_of(config, tensor), param_shapes(config.model))
+        mesh = sharding.decoding_mesh(mesh_of(config, tensor), param_shapes(config.model), chip.hbm)
         return decoding_jobs(decoder_programs(config, mesh, tokenizer, int8=int8, limits=limits, rows=rows))
 
     sizes = dict(
@@ -99,7 +99,7 @@ def compile_all(config: Config, overrides: Sequence[str]) -> None:
     if any(job.name in ("train", "preference") for job in jobs):
         _say_choices(config, mesh)
     if {"admit", "decode", "reference"} & {job.name for job in jobs}:
-        own = sharding.decoding_mesh(mesh, param_shapes(config.model)).shape
+        own = sharding.decoding_mesh(mesh, param_shapes(config.model), chip.hbm).shape
         _say(
             f"To decode: data {own['data']}, tensor {own['tensor']}; fsdp would gather weights in each step."
         )

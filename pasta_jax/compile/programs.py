@@ -155,14 +155,14 @@ def training_jobs(config: Config, mesh: Any) -> list[Job]:
     from pasta_jax import sharding
     from pasta_jax.experiment import stages
     from pasta_jax.model import param_shapes
-    from pasta_jax.training.remat import bytes_of
+    from pasta_jax.training.remat import bytes_of, device_memory
 
     jobs = []
     for stage in stages(config):
         tokens = stage.data.rows * stage.data.length
         if stage.stage == "preference":
             params = param_shapes(stage.model)
-            own = sharding.decoding_mesh(mesh, params)
+            own = sharding.decoding_mesh(mesh, params, device_memory(mesh))
             params = sharding.abstract(params, sharding.param_shardings(params, own))
             lower: Callable[[], Any] = functools.partial(lower_reference, stage, own)
             jobs.append(Job("reference", lower, {"parameters": bytes_of(params)}, tokens))

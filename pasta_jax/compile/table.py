@@ -80,7 +80,7 @@ def compiled_case(case: Case) -> dict[str, Any]:
     devices = topology_devices(topology)
     mesh, remat = sharding.make_mesh(devices=devices), ""
     if case.what == "decode":
-        mesh = sharding.decoding_mesh(mesh, param_shapes(config.model))
+        mesh = sharding.decoding_mesh(mesh, param_shapes(config.model), chip.hbm)
         limits = Limits(LANES, 32, LENGTH)
         rows = 8 * mesh.shape["data"]
         jobs = decoding_jobs(decoder_programs(config, mesh, limits=limits, rows=rows))

@@ -45,6 +45,7 @@ from pasta_jax.sharding import decoding_mesh
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training.loop import SFT, Stage, train, training_mesh
 from pasta_jax.training.losses import bonbon_margin, preference_loss
+from pasta_jax.training.remat import device_memory
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -150,7 +151,7 @@ def pairs_of_round(
 def load_to_decode(path: str, mesh: Mesh) -> Model:
     """A model over the devices of a mesh, arranged to decode."""
     shapes = param_shapes(read_metadata(find_checkpoint(path)).config.model)
-    return load(path, mesh=decoding_mesh(mesh, shapes))
+    return load(path, mesh=decoding_mesh(mesh, shapes, device_memory(mesh)))
 
 
 def stage_of(config: Config, seed: int = 0) -> Stage:
