@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pasta_jax.rounding import round_up
@@ -84,8 +85,14 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = Non
         )
     for name in rest:
         sizes[name] = len(devices) // given
-    axis_types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(slices) > 1:
+        raise ValueError(
+            f"mesh {text}: the devices are of {len(slices)} TPU slices. A mesh needs those of one."
+        )
+    # Not `jax.make_mesh`: on most slices that does not divide an axis of chips between two axes of the mesh.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def decoding_mesh(mesh: Mesh, params: Any, memory: int | None = None) -> Mesh:
@@ -94,7 +101,8 @@ def decoding_mesh(mesh: Mesh, params: Any, memory: int | None = None) -> Mesh:
     Split over fsdp, weights would be gathered, or sums exchanged, in every layer of every step. So they are split
     among neighbours by heads, mlp and vocabulary alone, and rows over the groups of these, each of which holds all
     weights. Neighbours are a multiple of the mesh's tensor that divides the weights: the largest up to NEIGHBOURS,
-    or a larger one if their weights would take more than half of the memory. If none fits, the mesh is returned.
+    or a larger one if their weights would take more than a third of the memory, for two models may lie there and
+    their pools. If none fits, the mesh is returned.
 
     Args:
       mesh: as for training.
@@ -107,7 +115,7 @@ def decoding_mesh(mesh: Mesh, params: Any, memory: int | None = None) -> Mesh:
     devices, least = list(mesh.devices.flat), mesh.shape["tensor"]
     found: Mesh | None = None
     for tensor in range(least, len(devices) + 1, least):
-        if len(devices) % tensor or (tensor > NEIGHBOURS and found and _half_fits(params, found, memory)):
+        if len(devices) % tensor or (tensor > NEIGHBOURS and found and _fits_thrice(params, found, memory)):
             continue
         arranged = make_mesh(-1, 1, tensor, devices)
         try:
@@ -118,16 +126,16 @@ def decoding_mesh(mesh: Mesh, params: Any, memory: int | None = None) -> Mesh:
         else:
             found = arranged
     assert found is not None
-    return found if _half_fits(params, found, memory) else mesh
+    return found if _fits_thrice(params, found, memory) else mesh
 
 
-def _half_fits(params: Any, mesh: Mesh, memory: int | None) -> bool:
-    """Whether a device's part of the weights takes at most half of its memory."""
+def _fits_thrice(params: Any, mesh: Mesh, memory: int | None) -> bool:
+    """Whether a device's part of the weights takes at most a third of its memory."""
     if memory is None:
         return True
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(param_shardings(params, mesh)), strict=True)
     parts = (math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
-    return 2 * sum(parts) <= memory
+    return 3 * sum(parts) <= memory
 
 
 def sharding(dims: str, shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:

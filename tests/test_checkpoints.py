@@ -17,7 +17,7 @@ from pasta_jax.checkpoints import reading, save
 from pasta_jax.checkpoints.about import CheckpointError, DamagedCheckpoint
 from pasta_jax.checkpoints.fingerprint import _sum_there, checksums
 from pasta_jax.checkpoints.load import load_params
-from pasta_jax.checkpoints.reading import may_pass
+from pasta_jax.checkpoints.reading import is_transient
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.data.sources import make_tokenizer
@@ -268,10 +268,10 @@ def test_too_many_open_files_damage_nothing(
     ],
 )
 def test_what_may_pass(error: Exception, passes: bool) -> None:
-    assert may_pass(error) == passes
+    assert is_transient(error) == passes
     wrapped = RuntimeError("as Orbax says it")
     wrapped.__cause__ = error
-    assert may_pass(wrapped) == passes
+    assert is_transient(wrapped) == passes
 
 
 def test_what_one_process_cannot_read_no_process_uses(

@@ -287,6 +287,23 @@ def test_the_table_is_resumed_row_by_row(
     assert lines[1][2:4] == ["more than 16.0", "**no**"]
 
 
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "v6e:8x8", "v5p:4x4x4", "v4:4x4x4"])
+def test_heads_are_split_among_neighbours_on_every_slice(topology: str) -> None:
+    """A slice need not have an axis of that many chips."""
+    pytest.importorskip("libtpu")
+    from pasta_jax.model import param_shapes
+    from pasta_jax.model.presets import preset
+
+    mesh = sharding.make_mesh(devices=topology_devices(topology))
+    shapes = param_shapes(preset("gemma-7b").config)
+    assert dict(sharding.decoding_mesh(mesh, shapes).shape) == {
+        "data": mesh.size // 8,
+        "fsdp": 1,
+        "tensor": 8,
+    }
+
+
 def test_every_row_of_the_table_can_be_set_up() -> None:
     """The sizes divide each other: nothing is compiled here."""
     for case in table.cases():

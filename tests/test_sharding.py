@@ -175,10 +175,10 @@ def test_to_decode_weights_are_split_by_heads_alone(monkeypatch: pytest.MonkeyPa
         shapes = shapes_of(dataclasses.replace(config, num_heads=heads, num_kv_heads=1))
         assert tuple(decoding_mesh(mesh, shapes).shape.values()) == expected
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes_of(config)))
-    for memory, expected in ((2 * whole, (2, 1, 4)), (whole, (2, 1, 4)), (whole // 4, (1, 8, 1))):
+    for memory, expected in ((2 * whole, (2, 1, 4)), (whole // 4, (1, 8, 1))):
         assert tuple(decoding_mesh(make_mesh(), shapes_of(config), memory).shape.values()) == expected
     monkeypatch.setattr(sharding, "NEIGHBOURS", 2)
-    for memory, expected in ((2 * whole, (4, 1, 2)), (whole, (2, 1, 4))):
+    for memory, expected in ((2 * whole, (4, 1, 2)), (1.2 * whole, (2, 1, 4))):
         assert tuple(decoding_mesh(make_mesh(), shapes_of(config), memory).shape.values()) == expected
     with pytest.raises(ValueError, match="does not divide num_heads"):
         decoding_mesh(make_mesh(tensor=2), shapes_of(dataclasses.replace(config, num_heads=3)))

@@ -18,7 +18,7 @@ from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.checkpoints.about import CheckpointError, find_checkpoint, read_metadata
 from pasta_jax.config import ConfigError, LogConfig, OptimizerConfig
 from pasta_jax.data.batches import Shuffled
-from pasta_jax.training import loop
+from pasta_jax.training import loop, signals
 from pasta_jax.training.losses import Scores
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.signals import Stopped
@@ -142,6 +142,26 @@ def test_sigterm_while_the_last_step_is_saved(
     assert signal.getsignal(signal.SIGTERM) is before
     assert find_checkpoint(tmp_path).name == "8"
     assert_same(train(tmp_path), whole[0])
+
+
+def test_a_signal_that_comes_too_late_to_be_heeded_has_its_usual_effect(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While processes agree at the end that none has come."""
+    heard: list[int] = []
+
+    def agreed(number: int) -> tuple[int]:
+        signal.raise_signal(signal.SIGTERM)
+        return (number,)
+
+    monkeypatch.setattr(signals, "agreed", agreed)
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with signals.stop_requests() as request:
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM] and request.signal is None
 
 
 def test_sigterm_before_the_first_step(

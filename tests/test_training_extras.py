@@ -97,6 +97,16 @@ def test_a_measurement_that_is_cut_off_is_done_by_the_next_start(
     assert [line["step"] for line in read_metrics(str(tmp_path / "cut" / "metrics.jsonl"))] == [2]
     with pytest.raises(Stopped):  # again, before the first step
         train(tmp_path / "cut", config, held_out=(loop.SFT, Stopping(*range(300, 330))))
+    killed = metrics.MetricsWriter.write
+
+    def write_and_die(self: MetricsWriter, step: int, line: Any) -> None:
+        killed(self, step, line)
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.MetricsWriter, "write", write_and_die)
+        with pytest.raises(ZeroDivisionError):  # after that line, before a checkpoint
+            train(tmp_path / "cut", config, held_out=(loop.SFT, examples))
     state = train(tmp_path / "cut", config, held_out=(loop.SFT, examples))
     assert_same(state, plain[0])
     whole, cut = (read_metrics(str(tmp_path / name / "metrics.jsonl")) for name in ("whole", "cut"))

@@ -206,7 +206,7 @@ def unread(path: epath.Path, error: BaseException) -> CheckpointError:
 
 
 def is_there(path: epath.Path) -> bool:
-    """Whether something is at a path. Raises CheckpointError where that cannot be told: `exists` says no there."""
+    """Whether something is at a path. Raises CheckpointError where that cannot be told: `exists` is False then."""
     if path.exists():
         return True
     try:

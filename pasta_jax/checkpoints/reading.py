@@ -83,6 +83,7 @@ def together(path: epath.Path, read: Callable[[], T]) -> T:
 
     Raises:
       DamagedCheckpoint: in all of them, if in one.
+      CheckpointError: in one; the others wait until they are told of its end (`processes.meeting`).
     """
     result, failure = None, None
     try:
@@ -94,7 +95,7 @@ def together(path: epath.Path, read: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-PASSING = (
+TRANSIENT = (
     "RESOURCE_EXHAUSTED",
     "PERMISSION_DENIED",
     "UNAUTHENTICATED",
@@ -103,13 +104,13 @@ PASSING = (
     "ABORTED",
     "CANCELLED",
 )
-"""Statuses of TensorStore that say nothing about the file."""
+"""Statuses of TensorStore that say nothing about the file: another time it may be read."""
 
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-"""Errors of the system that do: of all others (stale handles, too many open files, ...) none does."""
+"""Errors of the system that mean that the file is not there. All others may pass."""
 
 
-def may_pass(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Whether a file that could not be read for this reason may be in order."""
     if error is None:
         return False
@@ -118,15 +119,15 @@ def may_pass(error: BaseException | None) -> bool:
     codes = map(int, re.findall(r"OS[ _]error(?:_code)?[ =:'\"]*(\d+)", str(error), re.IGNORECASE))
     return (
         isinstance(error, MemoryError)
-        or any(status in str(error) for status in PASSING)
+        or any(status in str(error) for status in TRANSIENT)
         or any(code not in MISSING for code in codes)
-        or any(map(may_pass, getattr(error, "exceptions", ())))
-        or may_pass(error.__cause__ or error.__context__)
+        or any(map(is_transient, getattr(error, "exceptions", ())))
+        or is_transient(error.__cause__ or error.__context__)
     )
 
 
 def _unreadable(path: epath.Path, item: str, error: Exception) -> CheckpointError:
     """What is to be said of a checkpoint when reading an item of it raised this."""
-    if may_pass(error):
+    if is_transient(error):
         return unread(path / item, error)
     return DamagedCheckpoint(path, f"{item}: {error}", item)

@@ -315,6 +315,6 @@ def _set_aside(damaged: DamagedCheckpoint) -> None:
     path = damaged.path
     names = (f"{path.name}.damaged{number}" for number in ("", *range(2, 1000)))
     aside = next(free for name in names if not (free := path.with_name(name)).exists())
-    LOG.warning("%s is damaged, and renamed to %s. (%s)", path, aside.name, damaged.reason)
     if is_writer():
+        LOG.warning("%s is damaged, and renamed to %s. (%s)", path, aside.name, damaged.reason)
         path.rename(aside)

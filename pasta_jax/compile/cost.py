@@ -141,7 +141,9 @@ def _collectives(program: HloModule, name: str, times: int) -> Iterator[tuple[st
             often = 1 if scattered and op == "all-reduce" else RECEIVED[op]
             part = 1 if op == "collective-permute" else (group - 1) / group
             body = program.computations[computation]
-            touched = [inner] * (not scattered) + [body[operand] for operand in inner.operands]
+            touched = [inner] * (i.op == "fusion" and not scattered) + [
+                body[operand] for operand in inner.operands
+            ]
             moved = sum(shape.bytes * shape.main for each in touched for shape in each.shapes)
             if group > 1 and whole:
                 yield (

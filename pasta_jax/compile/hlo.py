@@ -197,7 +197,7 @@ def results(program: HloModule, computation: str, i: Instruction) -> tuple[Shape
 def updates(program: HloModule, i: Instruction) -> dict[int, int]:
     """Which arrays of the result are an operand changed in place; for a fusion, with the bytes of the change.
 
-    A fusion passes on what others write, and holds pieces of collectives, for which `cost` counts.
+    What a fusion only passes on is not written; collectives within it are counted by `cost`.
     """
     if i.op in UPDATES:
         return {0: 0}

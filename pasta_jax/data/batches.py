@@ -170,8 +170,9 @@ def held_out(prompts: Sequence[Hashable], share: float, seed: int) -> tuple[list
         same.setdefault(prompt or i, []).append(i)
     held = set[int]()
     for drawn in (permuted(i, len(prompts), seed) for i in range(len(prompts))):
-        if len(held) < count:
-            held.update(same[prompts[drawn] or drawn])
+        if len(held) >= count:
+            break
+        held.update(same[prompts[drawn] or drawn])
     return [i for i in range(len(prompts)) if i not in held], sorted(held)
 
 

@@ -74,7 +74,10 @@ def make_sources(
             prompts = [example.prompt for example in records.examples]
             trained, measured = held_out(prompts, config.held_out_share, own_seed)
             if not trained:
-                raise ConfigError(f"config.data.held_out leaves nothing of {name} ({len(records)} examples).")
+                raise ConfigError(
+                    f"config.data.held_out leaves nothing of {name} ({len(records)} examples; those with the same "
+                    "prompt stay together)."
+                )
             held += [records[i] for i in measured]
             chosen = dataclasses.replace(records, examples=[records.examples[i] for i in trained])
             streams.append(Shuffled(chosen, own_seed))

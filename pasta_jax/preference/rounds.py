@@ -91,7 +91,10 @@ def run_round(config: Config, mesh: Mesh, number: int, policy: str, folder: str)
     stage = stage_of(config, seed)
     numbers, held_numbers = held_out([pair.prompt for pair in pairs], data.held_out_share, seed)
     if not numbers:
-        raise ConfigError(f"config.data.held_out leaves none of {len(pairs)} pairs to train on.")
+        raise ConfigError(
+            f"config.data.held_out leaves none of {len(pairs)} pairs to train on; those with the same prompt "
+            "stay together."
+        )
     trained = [pairs[i] for i in numbers]
     held: tuple[Stage, Sequence[Any]] | None = None
     if held_numbers:

@@ -139,6 +139,9 @@ def sample(
                 LOG.info(progress)
                 logged_at = time.monotonic()
     if request.signal:  # it came after the last group
+        LOG.warning(
+            "%d of %d prompts are sampled. Run the same command again to go on.", *(len(records),) * 2
+        )
         raise Stopped(request.signal)
     return records
 

@@ -158,7 +158,7 @@ def train(
         agree = Agreement()
         batches = stage.batches(source, data_index, config.data.rows, config.data.length)
         with (
-            MetricsWriter(workdir, first_step=step, config=config) as metrics,
+            MetricsWriter(workdir, first_step=step, config=config, owed="steps" in window) as metrics,
             contextlib.closing(profiler),
             prefetch(batches) as prefetched,
         ):
@@ -177,8 +177,8 @@ def train(
                     metrics.write(step, meter.summary() | found)
                 return found is not None
 
-            if meter.window:
-                reported(step)  # a line that was cut off when the run was stopped
+            if "lr" in meter.window:
+                reported(step)  # if its line was cut off when the run was stopped
             (leaving,) = agreed(request.signal or 0)
             while step < last and not leaving:
                 batch, data_index = next(prefetched)
@@ -305,7 +305,8 @@ class Meter:
         means = {name: means[name] for name in sorted(means, key=lambda name: (name != "loss", name))}
         if self._tokens and self._since is not None:
             means["tokens_per_s"] = self._tokens / max(now - self._since, 1e-9)
-        self._sums, self._tokens, self._since = {}, 0, now
+        self._sums, self._tokens = {}, 0
+        self._since = now if self._since is not None else None
         return means | {"packing": packing}
 
 

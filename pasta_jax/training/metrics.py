@@ -26,15 +26,16 @@ class MetricsWriter:
     Args:
       workdir: an existing directory.
       first_step: where this run starts; later lines, of an interrupted run, are removed.
+      owed: the line of that step was not written when it was saved, so it is removed too.
       config: of the run: its last step, and where else the measurements go.
 
     Raises:
       ConfigError: what `config.log` asks for is not installed, or does not start.
     """
 
-    def __init__(self, workdir: str, *, first_step: int, config: Config):
+    def __init__(self, workdir: str, *, first_step: int, config: Config, owed: bool = False):
         path = os.path.join(workdir, "metrics.jsonl")
-        write_jsonl(path, [line for line in read_metrics(path) if line["step"] <= first_step])
+        write_jsonl(path, [line for line in read_metrics(path) if line["step"] <= first_step - owed])
         self._file = Lines(path)
         self._tb = _tensorboard(workdir) if config.log.tb and is_writer() else None
         self._wandb = _wandb(workdir, config) if config.log.wandb and is_writer() else None

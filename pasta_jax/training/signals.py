@@ -52,16 +52,21 @@ def stop_requests() -> Iterator[StopRequest]:
 
     for number in before:
         signal.signal(number, ask)
+    late = None
     try:
         yield request
-        _agree(request)
+        late = _agree(request)
     finally:
         for number, handler in before.items():
             is_late = request.is_heeded and several() and number == signal.SIGTERM
             signal.signal(number, signal.SIG_IGN if is_late else handler)
+    if late:
+        signal.raise_signal(late)
 
 
-def _agree(request: StopRequest) -> None:
-    """One that came to any process came to all, also while the last step was saved."""
+def _agree(request: StopRequest) -> int | None:
+    """A signal to any process becomes that of all. Returns one that came too late for that."""
     (number,) = agreed(request.signal or 0)
+    late = None if number else request.signal
     request.signal, request.is_heeded = number or None, bool(number)
+    return late
