@@ -115,7 +115,7 @@ def decoding_mesh(mesh: Mesh, params: Any, memory: int | None = None) -> Mesh:
     devices, least = list(mesh.devices.flat), mesh.shape["tensor"]
     found: Mesh | None = None
     for tensor in range(least, len(devices) + 1, least):
-        if len(devices) % tensor or (tensor > NEIGHBOURS and found and _fits_thrice(params, found, memory)):
+        if len(devices) % tensor or (tensor > NEIGHBOURS and found and _leaves_room(params, found, memory)):
             continue
         arranged = make_mesh(-1, 1, tensor, devices)
         try:
@@ -126,11 +126,11 @@ def decoding_mesh(mesh: Mesh, params: Any, memory: int | None = None) -> Mesh:
         else:
             found = arranged
     assert found is not None
-    return found if _fits_thrice(params, found, memory) else mesh
+    return found if _leaves_room(params, found, memory) else mesh
 
 
-def _fits_thrice(params: Any, mesh: Mesh, memory: int | None) -> bool:
-    """Whether a device's part of the weights takes at most a third of its memory."""
+def _leaves_room(params: Any, mesh: Mesh, memory: int | None) -> bool:
+    """Whether the weights take at most a third of each device's memory."""
     if memory is None:
         return True
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(param_shardings(params, mesh)), strict=True)
