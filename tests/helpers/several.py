@@ -205,6 +205,7 @@ def main(index: int, port: int, folder: pathlib.Path, parts: list[str]) -> None:
     meeting.start(Group(index, 2, f"127.0.0.1:{port}"))
     assert (jax.device_count(), jax.local_device_count()) == (8, 4)
     verbs.show_log()
+    verbs.set_unraisable_hook()
     with meeting.ending_together():
         seen = writes_below(folder)
         do(folder, [part for part in parts if part != "evaluate"])
