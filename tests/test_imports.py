@@ -24,6 +24,7 @@ LEVELS = [
     {"checkpoints", "terminal"},
     {"training", "experiment", "interchange"},
     {"loading"},
+    {"judges"},
     {"preference"},
     {"train", "convert", "evaluate", "benchmark", "compile"},
     {"demo", "reproduce"},

@@ -18,7 +18,7 @@ from pasta_jax.arrays import NO_DOC, NO_TARGET, PairedTokens, ThreadedTokens
 from pasta_jax.checkpoints.about import find_checkpoint
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, PreferenceConfig
 from pasta_jax.data import almanac
-from pasta_jax.data.almanac.judge import Preference
+from pasta_jax.data.judgement import Preference
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams

@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 
 from pasta_jax.config import PreferenceConfig
 from pasta_jax.data import almanac
-from pasta_jax.data.almanac.judge import Preference
+from pasta_jax.data.judgement import Preference
 from pasta_jax.preference.sample import Record
 
 

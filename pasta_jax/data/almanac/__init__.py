@@ -38,7 +38,7 @@ from pasta_jax.data.almanac.families import (
     report_task,
     single_task,
 )
-from pasta_jax.data.almanac.judge import CONCLUSION_WEIGHT, Preference, Verdict, compare, truth
+from pasta_jax.data.almanac.judge import CONCLUSION_WEIGHT, Verdict, compare, truth
 from pasta_jax.data.almanac.prompts import task_of
 from pasta_jax.data.almanac.sources import SOURCES, AlmanacSource, load_tokenizer, source
 from pasta_jax.data.almanac.split import held_out

@@ -28,12 +28,12 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from pasta_jax.data.almanac import facts
 from pasta_jax.data.almanac.facts import KIND_OF, KINDS, Fact
 from pasta_jax.data.almanac.families import Task, say_step
 from pasta_jax.data.almanac.prompts import task_of
+from pasta_jax.data.judgement import Preference
 
 CONCLUSION_WEIGHT = 2
 
@@ -46,13 +46,6 @@ class Verdict:
     right: int
     expected: int
     wrong: tuple[str, ...]
-
-
-class Preference(NamedTuple):
-    """Which of two responses is better (0, 1; None for a tie), and the judge's confidence, 0.5 to 1."""
-
-    winner: int | None
-    confidence: float
 
 
 def truth(task: Task | str, response: str) -> Verdict:
