@@ -26,7 +26,7 @@ LEVELS = [
     {"loading"},
     {"judges"},
     {"preference"},
-    {"train", "convert", "evaluate", "benchmark", "compile"},
+    {"train", "convert", "annotate", "evaluate", "benchmark", "compile"},
     {"demo", "reproduce"},
     {"__init__"},
     {"__main__"},

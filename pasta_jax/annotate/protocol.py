@@ -1,0 +1,106 @@
+"""What every annotator is: a prompt and an answer in, a Program of the same text out.
+
+An annotator only inserts tags. The command checks it for all of them: `assemble(program) == answer`, byte for byte,
+or the record is listed and stays plain.
+
+A plain function with the signature of `Annotator` is one. An annotator that asks a server, or runs a model on many
+answers at once, has `annotate_all` as well and may return results in any order; `annotate_all` of this module is
+what the command calls for both kinds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from pasta_jax.lang.assemble import assemble
+from pasta_jax.lang.program import Program
+
+Messages: TypeAlias = Sequence[Mapping[str, str]]
+"""A conversation that ends with the user's message, each {"role": ..., "content": ...}."""
+
+
+class Declined(Exception):
+    """An annotator cannot annotate this answer; the reason is one line for the report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotated:
+    """An annotated answer.
+
+    Attributes:
+      program: the answer with its tags; its text is the answer's, unaltered. Without promises it stays plain.
+      notes: why blocks stayed in main, one short reason each; equal ones are counted together in the report.
+    """
+
+    program: Program
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """An answer to annotate; `key` names it among those of a run."""
+
+    key: str
+    prompt: str | Messages
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of an item: `annotated`, or the reason why it was declined."""
+
+    key: str
+    annotated: Annotated | None
+    declined: str = ""
+
+
+class Annotator(Protocol):
+    """Annotates one answer. Raises Declined."""
+
+    def __call__(self, prompt: str | Messages, answer: str) -> Annotated: ...
+
+
+@runtime_checkable
+class ManyAnnotator(Protocol):
+    """An annotator of many answers at once: one result for each item, in any order. Raises nothing for an item."""
+
+    def annotate_all(self, items: Iterable[Item]) -> Iterator[Result]: ...
+
+
+def annotate_all(annotator: Annotator | ManyAnnotator, items: Iterable[Item]) -> Iterator[Result]:
+    """A checked result for each item: one whose text was altered is declined.
+
+    >>> from pasta_jax.lang.program import Text
+    >>> shout = lambda prompt, answer: Annotated(Program((Text(answer.upper()),)))
+    >>> [result.declined for result in annotate_all(shout, [Item("1", "Who?", "Ada."), Item("2", "?", "OK")])]
+    ['the annotator altered the text at character 2', '']
+    """
+    answers: dict[str, str] = {}
+
+    def noted() -> Iterator[Item]:
+        for item in items:
+            answers[item.key] = item.answer
+            yield item
+
+    results = (
+        annotator.annotate_all(noted()) if isinstance(annotator, ManyAnnotator) else _each(annotator, noted())
+    )
+    for result in results:
+        yield _checked(result, answers.pop(result.key))
+
+
+def _each(annotator: Annotator, items: Iterable[Item]) -> Iterator[Result]:
+    for item in items:
+        try:
+            yield Result(item.key, annotator(item.prompt, item.answer))
+        except Declined as declined:
+            yield Result(item.key, None, str(declined))
+
+
+def _checked(result: Result, answer: str) -> Result:
+    if result.annotated is None or (text := assemble(result.annotated.program)) == answer:
+        return result
+    same = next((i for i, (a, b) in enumerate(zip(text, answer)) if a != b), min(len(text), len(answer)))
+    return Result(result.key, None, f"the annotator altered the text at character {same + 1}")
