@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from pasta_jax.data import almanac
-from pasta_jax.data.almanac.annotator import length_in_tens
 from pasta_jax.lang.assemble import text_of
-from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
+from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in_tens
 
 
 @pytest.fixture

@@ -15,7 +15,9 @@ from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import ParseError, parse, parse_lenient
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import escape, render
+from pasta_jax.lang.topics import shortened, with_short_topics
 from pasta_jax.lang.validate import validate
+from pasta_jax.tokens.tokenizer import check_text
 from tests.helpers.data import real_responses
 from tests.helpers.programs import random_program, random_text
 
@@ -334,6 +336,84 @@ def test_validate_accepts_what_is_good() -> None:
     nested = f"{A}<async>One {A}{BLOCK}<sync/> two.</async>"
     assert validate(nested, max_depth=2) == []
     assert validate(nested)[0].severity == "error"
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    def encode(self, text: str) -> list[int]:
+        check_text(text)
+        return [ord(letter) for letter in text]
+
+
+CITY = "Timbuktu is a city in Mali."
+COUNTED = [
+    # topic, tokens, block, problem, advice
+    (
+        "Timbuktu",
+        3,
+        CITY,
+        "the topic takes 9 tokens, more than 8",
+        "takes 'Timbukt'",
+    ),
+    (
+        "Mali",
+        9,
+        CITY,
+        "tokens=9 promises about 90 tokens, and the block has 27",
+        "tokens=3",
+    ),
+    (
+        "Mali",
+        1,
+        CITY,
+        "tokens=1 promises about 10 tokens, and the block has 27",
+        "tokens=3",
+    ),
+    (
+        "Mali",
+        3,
+        "Timbuktu is \ud83d in Mali.",
+        "no tokenizer can read it: The text holds half a character",
+        "drops",
+    ),
+]
+
+
+@pytest.mark.parametrize(("topic", "tokens", "block", "problem", "advice"), COUNTED)
+def test_validate_counts_with_a_tokenizer(
+    topic: str, tokens: int, block: str, problem: str, advice: str
+) -> None:
+    text = f'<promise topic="{topic}" tokens={tokens} /><async>{block}</async>'
+    assert validate(text) == []
+    (doubt,) = validate(text, tokenizer=Letters())
+    assert doubt.severity == "warning" and doubt.problem.startswith(problem) and advice in doubt.advice
+    right = '<promise topic="Mali" tokens=2 /><async>Timbuktu is a city in Mali.</async>'
+    assert validate(right, tokenizer=Letters()) == [], "20 is near enough to 27"
+
+
+def test_validate_counts_the_promises() -> None:
+    text = f"{A}{BLOCK}" * 16
+    assert [(doubt.column, doubt.advice) for doubt in validate(text)] == [
+        (15 * len(f"{A}{BLOCK}") + 1, "Promise less, or train with --config.data.threads=17 or more")
+    ]
+    assert validate(text, max_branches=16) == []
+
+
+def test_a_topic_is_shortened_to_whole_words() -> None:
+    wanted = {
+        "Nile": "Nile",
+        " a  b c ": " a  b c ",  # what fits stays as it is
+        "one of the many": "one",
+        "a b c d": "a b c",
+        "map of Mali": "map",
+        "Timbuktu": "Timbukt",
+        "the the the the": "the",
+        " " * 20: " ",
+    }
+    assert {topic: shortened(Letters(), topic) for topic in wanted} == wanted
+    program = parse(f'<promise topic="a b c d" tokens=1 /><async>x {A}{BLOCK}</async>', max_depth=2)
+    assert [p.topic for p in with_short_topics(Letters(), program).promises()] == ["a b c", "a"]
 
 
 def test_validate_lists_every_problem() -> None:

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined
-from pasta_jax.lang.tags import MAX_TOPIC_TOKENS
-from pasta_jax.tokens.detokenize import TOPIC_PREFIX
+from pasta_jax.lang.topics import fits
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 BETWEEN = 4
@@ -133,7 +132,7 @@ def complete_promises(program: Program, tokenizer: Tokenizer) -> Program:
             return dataclasses.replace(node, block=block)
         text = assemble(Program(block))
         topic = " ".join(re.findall(r"[^\W\d_]+", text)[:2])
-        if not topic or len(tokenizer.encode(TOPIC_PREFIX + topic)) > MAX_TOPIC_TOKENS:
+        if not topic or not fits(tokenizer, topic):
             topic = "part"
         return Promise(topic, promised_tens(len(tokenizer.encode(text))), block)
 

@@ -38,7 +38,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from pasta_jax.lang import tags
 from pasta_jax.lang.assemble import text_of
-from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text
+from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import BODY, joined, promise_problem
 
 TOKENS_PER_WORD = 1.3
@@ -339,5 +339,4 @@ def _broken_problem(text: str, offset: int) -> str:
 
 def _estimate(block: tuple[Node, ...]) -> int:
     """How many tens of tokens a block holds, from its words."""
-    tens = round(len(text_of(block).split()) * TOKENS_PER_WORD / 10)
-    return min(max(tens, MIN_TOKENS), MAX_TOKENS)
+    return length_in_tens(len(text_of(block).split()) * TOKENS_PER_WORD)

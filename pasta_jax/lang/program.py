@@ -13,6 +13,11 @@ from typing import TypeAlias
 MIN_TOKENS, MAX_TOKENS = 1, 99
 
 
+def length_in_tens(tokens: float) -> int:
+    """The number in the promise of a block of tokens (docs/design.md, decision 1: nearest ten, 1 to 99)."""
+    return min(max(MIN_TOKENS, round(tokens / 10)), MAX_TOKENS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """Ordinary text, decoded by the thread that it belongs to."""

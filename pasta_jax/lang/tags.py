@@ -26,5 +26,8 @@ PIECES = (PROMISE_OPEN, PROMISE_TOKENS, PROMISE_CLOSE, ASYNC_OPEN, ASYNC_CLOSE, 
 MAX_TOPIC_TOKENS = 8
 """A topic holds 1 to this many tokens; the tag grammar forbids more."""
 
+TOPIC_PREFIX = " "
+"""A topic's words are the tokens that they are in running text, after a space; the text of the tag omits it."""
+
 TOPIC_FORBIDS = '"<>\\\n\r'
 """Characters that a topic may not hold, since the tag could then not be read back."""

@@ -1,4 +1,4 @@
-"""Lists everything wrong or doubtful in an annotation, for its author or generator.
+"""Lists everything wrong or doubtful in an annotation, for its author or generator: the one validator of them all.
 
 >>> text = '<promise topic="the longest river anywhere" tokens=1 /><async>Nile</async><sync />'
 >>> for problem in validate(text):
@@ -17,12 +17,17 @@ from typing import Literal, TypeAlias
 
 from pasta_jax.lang import tags
 from pasta_jax.lang.parse import Fault, Lexeme, ParseError, Reader, parse, position
+from pasta_jax.lang.program import length_in_tens
+from pasta_jax.lang.tags import MAX_TOPIC_TOKENS
+from pasta_jax.lang.topics import MAX_TOPIC_WORDS, Encoder, shortened, topic_tokens
 
 Severity: TypeAlias = Literal["error", "warning"]
 
-MAX_TOPIC_WORDS = 3
 MIN_BLOCK_WORDS = 5
-"""Both limits are rules of the paper's annotation prompt (appendix A)."""
+"""A rule of the paper's annotation prompt (appendix A), as MAX_TOPIC_WORDS is."""
+
+MAX_BRANCHES = 15
+"""What training takes by default: `data.threads` less main."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +44,21 @@ class Problem:
         return f"line {self.line}, column {self.column}: {self.severity}: {self.problem}. {self.advice}."
 
 
-def validate(text: str, *, max_depth: int = 1) -> list[Problem]:
+def validate(
+    text: str, *, max_depth: int = 1, max_branches: int = MAX_BRANCHES, tokenizer: Encoder | None = None
+) -> list[Problem]:
     """Every problem of an annotation, in the order of the text; never raises.
 
     One of them is an error exactly when `parse` raises. Near misses of tags are errors if the text does not parse;
-    if it does, they were read as ordinary text and are warnings. Doubts are judged on the repaired text.
+    if it does, they were read as ordinary text and are warnings. Doubts are judged on the repaired text. What
+    passes without a problem is never dropped by training for its annotation, whatever it says of its length.
+
+    Args:
+      text: the annotated text.
+      max_depth: how deep promises may nest, `data.max_depth` in training.
+      max_branches: how many there may be, `data.threads` less 1 in training.
+      tokenizer: of the model, as in `pj.validate(text, tokenizer=model.tokenizer)`. With it topics must fit into
+        the 8 tokens that the tag grammar allows, and the promised lengths are compared with the real ones.
     """
     faults: list[Fault] = []
     lexemes = Reader(text, faults.append, lenient=True, max_depth=max_depth).read()
@@ -53,7 +68,10 @@ def validate(text: str, *, max_depth: int = 1) -> list[Problem]:
         return Problem(*position(text, offset), severity, problem, advice)
 
     problems = [at_offset(fault.offset, severity, fault.problem, fault.advice) for fault in faults]
-    problems += [at_offset(offset, "warning", doubt, advice) for offset, doubt, advice in _doubts(lexemes)]
+    problems += [
+        at_offset(offset, "warning", doubt, advice)
+        for offset, doubt, advice in _doubts(lexemes, max_branches, tokenizer)
+    ]
     return sorted(problems, key=lambda problem: (problem.line, problem.column))
 
 
@@ -67,8 +85,10 @@ class _Thread:
     last_sync: Lexeme | None = None
 
 
-def _doubts(lexemes: Iterable[Lexeme]) -> Iterator[tuple[int, str, str]]:
-    threads = [_Thread()]
+def _doubts(
+    lexemes: Iterable[Lexeme], max_branches: int, tokenizer: Encoder | None
+) -> Iterator[tuple[int, str, str]]:
+    threads, branches = [_Thread()], 0
     for lexeme in lexemes:
         thread = threads[-1]
         if lexeme.kind == "text":
@@ -81,25 +101,51 @@ def _doubts(lexemes: Iterable[Lexeme]) -> Iterator[tuple[int, str, str]]:
             thread.open_branches, thread.last_sync = 0, lexeme
         elif lexeme.kind == "open":
             thread.open_branches, thread.last_sync = thread.open_branches + 1, None
+            branches += 1
+            if branches == max_branches + 1:
+                advice = f"Promise less, or train with --config.data.threads={max_branches + 2} or more"
+                yield lexeme.offset, f"more than {max_branches} promises, which training refuses", advice
             threads.append(_Thread(promise=lexeme))
         elif lexeme.kind == "close":
-            yield from _thread_doubts(threads.pop())
+            yield from _thread_doubts(threads.pop(), tokenizer)
             threads[-1].text += thread.text
-    yield from _thread_doubts(threads[0])
+    yield from _thread_doubts(threads[0], tokenizer)
 
 
-def _thread_doubts(thread: _Thread) -> Iterator[tuple[int, str, str]]:
+def _thread_doubts(thread: _Thread, tokenizer: Encoder | None) -> Iterator[tuple[int, str, str]]:
     if thread.last_sync:
         yield thread.last_sync.offset, f"{tags.SYNC} with nothing after it", "Remove it"
     if thread.promise is None:
         return
-    offset, topic_words = thread.promise.offset, len(thread.promise.text.split())
+    offset, topic, block = thread.promise.offset, thread.promise.text, "".join(thread.text)
+    topic_words = len(topic.split())
     if topic_words > MAX_TOPIC_WORDS:
         yield offset, f"the topic has more than {MAX_TOPIC_WORDS} words", "Shorten it"
     if not topic_words:
         yield offset, "the topic is blank", "Say what the block is about"
-    if len("".join(thread.text).split()) < MIN_BLOCK_WORDS:
+    if len(block.split()) < MIN_BLOCK_WORDS:
         yield offset, f"the block has fewer than {MIN_BLOCK_WORDS} words", "Write it as ordinary text"
+    if tokenizer is not None:
+        for doubt, advice in _counted(topic, thread.promise.tokens, block, tokenizer):
+            yield offset, doubt, advice
+
+
+def _counted(topic: str, tens: int | None, block: str, tokenizer: Encoder) -> Iterator[tuple[str, str]]:
+    """What a tokenizer finds doubtful in a promise and its block."""
+    try:
+        length, topic_length = len(tokenizer.encode(block)), len(topic_tokens(tokenizer, topic))
+    except ValueError as error:  # half a character
+        yield f"no tokenizer can read it: {error}".rstrip("."), "Training drops the record"
+        return
+    if topic_length > MAX_TOPIC_TOKENS:
+        advice = f"Training takes {shortened(tokenizer, topic)!r}"
+        yield f"the topic takes {topic_length} tokens, more than {MAX_TOPIC_TOKENS}", advice
+    right = length_in_tens(length)
+    if tens is not None and tens != right and abs(10 * tens - length) > length / 2:
+        yield (
+            f"tokens={tens} promises about {10 * tens} tokens, and the block has {length}",
+            f"Write tokens={right}",
+        )
 
 
 def _parses(text: str, max_depth: int) -> bool:

@@ -22,10 +22,8 @@ from pasta_jax.lang import grammar
 from pasta_jax.lang.grammar import Effect, Kind
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text
 from pasta_jax.lang.render import joined
+from pasta_jax.lang.tags import TOPIC_PREFIX
 from pasta_jax.tokens.tokenizer import Vocabulary, whole_characters
-
-TOPIC_PREFIX = " "
-"""A topic's words are the tokens that they are in running text, after a space; the text of the tag omits it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ from pasta_jax.arrays import NO_TARGET, ThreadedTokens, Tokens
 from pasta_jax.lang import tags
 from pasta_jax.lang.program import Node, Program, Promise, Text
 from pasta_jax.lang.render import promise_problem
+from pasta_jax.lang.topics import topic_tokens, with_short_topics
 from pasta_jax.messages import shown
-from pasta_jax.tokens.detokenize import TOPIC_PREFIX
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Tokenizer, Vocabulary
 
@@ -45,7 +45,7 @@ def layout_example(
     Args:
       tokenizer: gives ids to text and tags.
       prompt: plain text; never empty.
-      program: the annotated answer.
+      program: the annotated answer; topics that are too long are shortened (`lang.topics`).
       positions: the position scheme.
       threads: T, how many threads the answer may use, main included; it fixes W.
 
@@ -55,6 +55,7 @@ def layout_example(
     Raises:
       LayoutError: more promises than threads, or one that the tag grammar forbids.
     """
+    program = with_short_topics(tokenizer, program)
     return layout(tokenizer, tokenizer.encode_prompt(prompt), program, positions, threads)
 
 
@@ -185,7 +186,7 @@ def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
         return [vocabulary.tag_ids[tags.PROMISE_CLOSE]]
     if problem := promise_problem(promise.topic, promise.tokens):
         raise LayoutError(f"The promise {shown(promise.topic)} cannot be written: {problem}.")
-    topic = tokenizer.encode(TOPIC_PREFIX + (promise.topic.strip() or promise.topic))
+    topic = topic_tokens(tokenizer, promise.topic)
     if not 1 <= len(topic) <= tags.MAX_TOPIC_TOKENS:
         raise LayoutError(
             f"The topic {shown(promise.topic)} takes {len(topic)} tokens; 1 to {tags.MAX_TOPIC_TOKENS} are allowed."

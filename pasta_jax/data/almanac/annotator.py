@@ -18,7 +18,7 @@ import numpy as np
 
 from pasta_jax.data.almanac.families import Task
 from pasta_jax.lang.assemble import text_of
-from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text
+from pasta_jax.lang.program import MAX_TOKENS, MIN_TOKENS, Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import joined
 
 CountTokens = Callable[[str], int]
@@ -81,11 +81,6 @@ def annotate(
 def annotate_exactly(task: Task, count_tokens: CountTokens) -> Program:
     """The annotated answer without errors."""
     return annotate(task, np.random.default_rng(0), count_tokens, PERFECT)
-
-
-def length_in_tens(tokens: int) -> int:
-    """The number in the promise of a block of tokens (docs/design.md, decision 1: nearest ten, 1 to 99)."""
-    return min(max(MIN_TOKENS, round(tokens / 10)), MAX_TOKENS)
 
 
 def _miss_parts(nodes: list[Node], rng: np.random.Generator, rate: float) -> list[Node]:
