@@ -61,7 +61,7 @@ def test_records_and_every_kind_of_fault(tmp_path: pathlib.Path) -> None:
         b'{"prompt": "\xc3\xa9\xff"}',
         b'{"prompt": "a", }',
         b"[1]",
-        {"instruction": "a", "output": "b"},
+        {"question": "a", "answer": "b"},
         {"prompt": " ", "response": "b"},
         {"prompt": "a", "response": "one\ntwo </async>"},
         {"prompt": "a", "response": PROMISE.replace("The Nile.", PROMISE)},
@@ -82,7 +82,7 @@ def test_records_and_every_kind_of_fault(tmp_path: pathlib.Path) -> None:
     messages = [str(p) for p in problems]
     assert messages[0] == f"{file} line 3, column 14: byte 0xff is not UTF-8. Save the file as UTF-8."
     assert "not JSON" in messages[1]
-    assert 'missing "prompt" (found: instruction, output). Map the names' in messages[3]
+    assert "no known layout (found: question, answer). Map the names" in messages[3]
     assert '"prompt" must be a text that is not empty' in messages[4]
     assert 'in "response", line 2, column 5: </async> without <async>' in messages[5]
     assert f'{file} line 9: in "response", line 1, column 43: a promise nested deeper' in messages[6]

@@ -1,8 +1,11 @@
-r"""Annotated answers in JSONL files, one record per line.
+r"""Annotated answers in files, one record per line.
 
     {"prompt": "Name two rivers.", "response": "<promise topic=\"rivers\" tokens=1 /><async>...</async>"}
 
-An invalid line does not stop the others and is not lost: it is reported with its position and a fix, and
+`layouts` has the other layouts. A record of several answers gives an example for each that is learnt; its prompt
+has the earlier answers without their tags, which is what decoding sees.
+
+An invalid record does not stop the others and is not lost: it is reported with its position and a fix, and
 `write_invalid` keeps it.
 """
 
@@ -12,18 +15,28 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any, Literal, TypeAlias
 
+from pasta_jax.data.layouts import COLUMNS, Fault, conversation
 from pasta_jax.files import replacing
+from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import ParseError, parse
 from pasta_jax.lang.program import Program
 from pasta_jax.lang.render import render
-from pasta_jax.messages import name_shown, shown
-from pasta_jax.tokens.tokenizer import TextError, check_text
+from pasta_jax.messages import shown
+from pasta_jax.tokens.tokenizer import Tokenizer
 
-KEYS = ("prompt", "response")
 SHOWN = 20
+
+Message: TypeAlias = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}"""
+
+Prompt: TypeAlias = str | tuple[Message, ...]
+"""What the model is asked: a text, or a conversation that ends with the user's message."""
+
+Turns: TypeAlias = Literal["all", "last"]
+"""Which answers of a record are learnt: all that may be, or the last of them."""
 
 
 class RecordError(ValueError):
@@ -32,114 +45,189 @@ class RecordError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A valid record."""
+    """A valid answer that is to be learnt.
 
-    prompt: str
+    Attributes:
+      prompt: what the model is asked. A single message of the user is a text.
+      program: the annotated answer.
+      line: of the record in the file, from 1.
+      raw: the record itself.
+      turn: the number of the answer among those of the record, from 0.
+    """
+
+    prompt: Prompt
     program: Program
-    line: int  # in the file, from 1
-    raw: str  # the line itself
+    line: int
+    raw: str
+    turn: int = 0
+
+    @property
+    def asked(self) -> str:
+        """What the user said first. Examples with the same are never split between training and held-out ones."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return next(message["content"] for message in self.prompt if message["role"] == "user")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """An invalid line: where it is, what is wrong, and what to do."""
+    """An invalid record: where it is, what is wrong, and what to do.
+
+    Attributes:
+      file: its name.
+      line: from 1.
+      column: from 1; None if the fault is not at one position.
+      message: what is wrong, and what to do.
+      raw: the record itself; invalid UTF-8 as lone surrogates, which keep the bytes.
+      reason: the kind of fault, one of few.
+    """
 
     file: str
-    line: int  # from 1
-    column: int | None  # from 1; None if the fault is not at one position
+    line: int
+    column: int | None
     message: str
-    raw: str  # the line itself; invalid UTF-8 as lone surrogates, which keep the bytes
+    raw: str
+    reason: str = ""
 
     def __str__(self) -> str:
         column = f", column {self.column}" if self.column else ""
         return f"{self.file} line {self.line}{column}: {self.message}"
 
 
-class _Fault(Exception):
-    """What is wrong with a line."""
-
-    def __init__(self, column: int | None, message: str):
-        super().__init__(column, message)
-        self.column, self.message = column, message
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Ids of a prompt, up to where the answer starts. Raises ValueError if the chat format cannot write it."""
+    return tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
 
-def read_records(
-    path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None, max_depth: int = 1
-) -> tuple[list[Example], list[Problem]]:
-    """The valid and the invalid records of a JSONL file.
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as a person or a judge reads it.
+
+    >>> print(prompt_text(({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})))
+    system: Be brief.
+    <BLANKLINE>
+    user: Hi
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    max_depth: int = 1,
+    turns: Turns = "all",
+) -> Iterator[Example | Problem]:
+    """The examples and the faults of a file, one after another; no more than a record is held.
 
     Args:
       path: of the file.
-      columns: the file's own names for "prompt" and "response".
+      columns: the file's own names for "prompt", "response", "system" or "messages" (`layouts.conversation`).
       max_depth: how deep promises may nest.
+      turns: which answers of a conversation to give.
 
     Raises:
       RecordError: the file cannot be read.
     """
-    names = {key: key for key in KEYS} | dict(columns or {})
-    if unknown := set(names) - set(KEYS):
+    columns = dict(columns or {})
+    if unknown := set(columns) - set(COLUMNS):
         raise RecordError(
-            f"columns maps {', '.join(map(shown, sorted(unknown)))}; only {' and '.join(KEYS)} can be mapped."
+            f"columns maps {', '.join(map(shown, sorted(unknown)))}; only {', '.join(COLUMNS)} can be mapped."
         )
     try:
-        with open(path, "rb") as file:
-            lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        file = open(path, "rb")  # noqa: SIM115
     except OSError as error:
         raise RecordError(f"Cannot read {os.fspath(path)}: {error.strerror}.") from error
-    examples, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        raw = line.rstrip(b"\r").decode("utf-8", errors="surrogateescape")
+    return _read(file, os.fspath(path), columns, max_depth, turns)
+
+
+def _read(
+    file: IO[bytes], path: str, columns: Mapping[str, str], max_depth: int, turns: Turns
+) -> Iterator[Example | Problem]:
+    with file:
         try:
-            prompt, program = _read_line(line, names, max_depth)
-            examples.append(Example(prompt, program, number, raw))
-        except _Fault as fault:
-            problems.append(Problem(os.fspath(path), number, fault.column, fault.message, raw))
+            for number, line in enumerate(file, start=1):
+                data = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                data = data.removesuffix(b"\n")
+                if not data.strip():
+                    continue
+                raw = data.rstrip(b"\r").decode("utf-8", errors="surrogateescape")
+                try:
+                    yield from examples_of(parsed(data), number, raw, columns, max_depth, turns)
+                except Fault as fault:
+                    yield Problem(path, number, fault.column, fault.message, raw, fault.reason)
+        except OSError as error:
+            raise RecordError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def read_records(
+    path: str | os.PathLike[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    max_depth: int = 1,
+    turns: Turns = "all",
+) -> tuple[list[Example], list[Problem]]:
+    """The examples and the faults of a file, as `read`, collected."""
+    examples: list[Example] = []
+    problems: list[Problem] = []
+    for each in read(path, columns=columns, max_depth=max_depth, turns=turns):
+        if isinstance(each, Example):
+            examples.append(each)
+        else:
+            problems.append(each)
     return examples, problems
 
 
-def _read_line(line: bytes, names: Mapping[str, str], max_depth: int) -> tuple[str, Program]:
+def parsed(line: bytes) -> Any:
+    """What a line of JSON holds. Raises Fault."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode("utf-8")) + 1
         byte = line[error.start]
-        raise _Fault(column, f"byte 0x{byte:02x} is not UTF-8. Save the file as UTF-8.") from None
+        raise Fault("not UTF-8", f"byte 0x{byte:02x} is not UTF-8. Save the file as UTF-8.", column) from None
     except json.JSONDecodeError as error:
-        raise _Fault(error.colno, f"not JSON: {error.msg}. Write one object on each line.") from None
+        message = f"not JSON: {error.msg}. Write one object on each line."
+        raise Fault("not JSON", message, error.colno) from None
     except ValueError:  # Python's limit of 4300 digits
-        raise _Fault(None, "a number of thousands of digits. Write it as a text, or leave it out.") from None
+        message = "a number of thousands of digits. Write it as a text, or leave it out."
+        raise Fault("a long number", message) from None
     except RecursionError:
-        raise _Fault(None, "not a record: nested too deeply. Write one flat object on each line.") from None
-    if not isinstance(record, dict):
-        raise _Fault(None, f"not an object. Write one with the keys {' and '.join(KEYS)}.")
-    for name in names.values():
-        if name not in record:
-            keys = ", ".join(map(name_shown, record))[:500] or "none"
-            raise _Fault(
-                None,
-                f'missing "{name}" (found: {keys}). Map the names that the file uses, as in '
-                "--config.data.columns=prompt=instruction,response=output.",
-            )
-        if not isinstance(record[name], str) or not record[name].strip():
-            raise _Fault(None, f'"{name}" must be a text that is not empty. Fix or remove the line.')
-        try:
-            check_text(record[name])
-        except TextError as error:
-            raise _Fault(None, f'in "{name}": {error}') from None
-    try:
-        return record[names["prompt"]], parse(record[names["response"]], max_depth=max_depth)
-    except ParseError as error:
-        raise _Fault(None, f'in "{names["response"]}", {error}') from None
+        message = "not a record: nested too deeply. Write one flat object on each line."
+        raise Fault("nested too deeply", message) from None
 
 
-def digest(examples: Sequence[Example]) -> dict[str, Any]:
+def examples_of(
+    record: Any, line: int, raw: str, columns: Mapping[str, str], max_depth: int, turns: Turns
+) -> list[Example]:
+    """An example for each answer of a record that is learnt, at least one. Raises Fault."""
+    examples: list[Example] = []
+    said: list[Message] = []
+    number = 0
+    for turn in conversation(record, columns).turns:
+        content = turn.text
+        if turn.role == "assistant":
+            try:
+                program = parse(turn.text, max_depth=max_depth)
+            except ParseError as error:
+                raise Fault("tags", f'in "{turn.key}", {error}') from None
+            if turn.is_learnt:
+                only = len(said) == 1
+                prompt: Prompt = said[0]["content"] if only else tuple(said)
+                examples.append(Example(prompt, program, line, raw, number))
+            content, number = assemble(program), number + 1
+        said.append({"role": turn.role, "content": content})
+    return examples[-1:] if turns == "last" else examples
+
+
+def digest(examples: Iterable[Example]) -> dict[str, Any]:
     """The number of examples, and a hash of their texts in their order, however the file spells them."""
-    texts = hashlib.sha256()
+    texts, count = hashlib.sha256(), 0
     for example in examples:
         texts.update(json.dumps([example.prompt, render(example.program)]).encode())
-    return {"examples": len(examples), "sha256": texts.hexdigest()}
+        count += 1
+    return {"examples": count, "sha256": texts.hexdigest()}
 
 
 def report(problems: Sequence[Problem], total: int) -> str:

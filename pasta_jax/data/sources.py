@@ -19,8 +19,17 @@ from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import Mixture, Shuffled, Stream, batches, held_out, steps_until
-from pasta_jax.data.records import Example, Problem, RecordError, digest, read_records, report, write_invalid
-from pasta_jax.tokens.layout import LayoutError, layout_example
+from pasta_jax.data.records import (
+    Example,
+    Problem,
+    RecordError,
+    digest,
+    encode_prompt,
+    read_records,
+    report,
+    write_invalid,
+)
+from pasta_jax.tokens.layout import LayoutError, layout
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -71,7 +80,7 @@ def make_sources(
             streams.append(_almanac(name.partition(":")[2], config, tokenizer, own_seed))
         elif name.endswith((".jsonl", ".json")):
             records = _records(name, config, tokenizer, problems)
-            prompts = [example.prompt for example in records.examples]
+            prompts = [example.asked for example in records.examples]
             trained, measured = held_out(prompts, config.held_out_share, own_seed)
             if not trained:
                 raise ConfigError(
@@ -175,10 +184,12 @@ def _records(
 ) -> Records:
     """The records of a file that can be read, laid out and packed. Adds the others to `problems`."""
 
-    def layout(example: Example) -> ThreadedTokens:
-        return layout_example(
-            tokenizer, example.prompt, example.program, positions=config.positions, threads=config.threads
-        )
+    def document(example: Example) -> ThreadedTokens:
+        try:
+            prompt = encode_prompt(tokenizer, example.prompt)
+        except ValueError as error:
+            raise LayoutError(str(error)) from error
+        return layout(tokenizer, prompt, example.program, config.positions, config.threads)
 
     try:
         examples, unusable = read_records(path, columns=dict(config.columns), max_depth=config.max_depth)
@@ -188,7 +199,7 @@ def _records(
     usable = []
     for example in examples:
         try:
-            if (length := len(layout(example))) <= config.length:
+            if (length := len(document(example))) <= config.length:
                 usable.append(example)
                 continue
             fault = (
@@ -202,4 +213,4 @@ def _records(
         raise ConfigError(f"config.data.{field}: {report(unusable, total)}" if total else f"{path} is empty.")
     if unusable:
         LOG.warning("%s", report(sorted(unusable, key=lambda p: p.line), total))
-    return Records(path, usable, layout)
+    return Records(path, usable, document)

@@ -28,7 +28,7 @@ from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint, re
 from pasta_jax.config import Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import held_out, permuted
-from pasta_jax.data.records import RecordError, digest, read_records
+from pasta_jax.data.records import Example, RecordError, digest, prompt_text, read_records
 from pasta_jax.data.sources import check_held_out, held_out_file
 from pasta_jax.decoding.model import Model
 from pasta_jax.experiment import round_of
@@ -204,7 +204,7 @@ def prompts_of(config: PreferenceConfig, seed: int) -> list[Prompt]:
             'response on each line, as in {"prompt": "...", "response": "..."}.'
         )
     chosen = [examples[permuted(i, len(examples), seed)] for i in range(min(count, len(examples)))]
-    prompts = [Prompt(example.prompt, assemble(example.program)) for example in chosen]
+    prompts = [prompt_of(example) for example in chosen]
     try:
         for prompt in prompts if config.judge == "almanac" else ():
             almanac.task_of(prompt.text)
@@ -212,6 +212,13 @@ def prompts_of(config: PreferenceConfig, seed: int) -> list[Prompt]:
         message = f"config.preference.judge: the almanac judges its own prompts only. {error}"
         raise ConfigError(message) from None
     return prompts
+
+
+def prompt_of(example: Example) -> Prompt:
+    """What a round asks, and the example's answer as the reference."""
+    asked = () if isinstance(example.prompt, str) else example.prompt
+    messages = tuple((message["role"], message["content"]) for message in asked)
+    return Prompt(prompt_text(example.prompt), assemble(example.program), messages)
 
 
 def _check_stamp(folder: str, config: Config, policy: str) -> None:

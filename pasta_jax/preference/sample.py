@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.config import PreferenceConfig
+from pasta_jax.data.records import Prompt as Asked
+from pasta_jax.data.records import encode_prompt
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
@@ -36,10 +38,22 @@ LOG_EVERY_S = 20.0
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the answer that the data gives."""
+    """A prompt, and the answer that the data gives.
+
+    Attributes:
+      text: as a judge reads it.
+      reference: the answer.
+      messages: (role, content) of each message, if `text` is not all that is asked.
+    """
 
     text: str
     reference: str
+    messages: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def asked(self) -> Asked:
+        """What the model is asked."""
+        return tuple({"role": role, "content": text} for role, text in self.messages) or self.text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +167,7 @@ def _drawn(length: int, temperature: float, *seed: int) -> SamplingParams:
 
 def _answers(decoder: Decoder, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[Sample]:
     tokenizer = decoder.model.tokenizer
-    traces, _ = decoder.decode([tokenizer.encode_prompt(prompt.text) for prompt in prompts], sampling)
+    traces, _ = decoder.decode([encode_prompt(tokenizer, prompt.asked) for prompt in prompts], sampling)
     return [
         Sample(r.text, r.annotated, r.stats, as_document(r.trace), r.trace.step[document_order(r.trace)])
         for r in (result(tokenizer, trace) for trace in traces)
@@ -171,7 +185,9 @@ def write_records(path: str, records: Sequence[Record]) -> None:
 def record_of(tree: dict[str, Any]) -> Record:
     """From a line of the file, for `files.read_jsonl`."""
     samples = tuple(map(_sample_of, tree["samples"]))
-    return Record(Prompt(**tree["prompt"]), _sample_of(tree["baseline"]), samples)
+    prompt = Prompt(**tree["prompt"])
+    prompt = dataclasses.replace(prompt, messages=tuple((role, text) for role, text in prompt.messages))
+    return Record(prompt, _sample_of(tree["baseline"]), samples)
 
 
 def _sample_of(tree: dict[str, Any]) -> Sample:
