@@ -25,7 +25,7 @@ from pasta_jax.data.almanac import Section
 from pasta_jax.data.almanac.facts import KIND_OF
 from pasta_jax.data.sources import make_source, make_tokenizer
 from pasta_jax.decoding.state import Limits, Stop
-from pasta_jax.decoding.trace import as_document, critical_path, trace_of_row
+from pasta_jax.decoding.trace import as_document, trace_of_row
 from pasta_jax.lang import tags
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.grammar import Kind
@@ -35,6 +35,7 @@ from pasta_jax.lang.render import joined, render
 from pasta_jax.model import init_params
 from pasta_jax.overrides import differences, load_config
 from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens.cost import critical_path
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.layout import LayoutError, layout, layout_example
 from pasta_jax.tokens.positions import Positions

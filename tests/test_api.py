@@ -15,10 +15,10 @@ import pasta_jax
 from pasta_jax.decoding.interpreter import rules_for
 from pasta_jax.decoding.results import result as result_of
 from pasta_jax.decoding.state import Limits
-from pasta_jax.decoding.trace import critical_path
 from pasta_jax.lang import tags
 from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.grammar import Kind
+from pasta_jax.tokens.cost import critical_path
 from tests.helpers.answers import OTHER, PROMPT, SEEDS, WORDS, model, options, results, what_was_said
 
 pytestmark = pytest.mark.slow

@@ -17,8 +17,9 @@ from pasta_jax.decoding import loop
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.state import Limits, Stop
-from pasta_jax.decoding.trace import Trace, as_document, critical_path
+from pasta_jax.decoding.trace import Trace, as_document
 from pasta_jax.lang import tags
+from pasta_jax.tokens.cost import critical_path
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.positions import Positions
 from tests.helpers import AS_FOR_USERS, FULL, SEEDS_ARE_FIXED, full, only_full, optimized, slow

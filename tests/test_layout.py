@@ -10,12 +10,13 @@ import pytest
 
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.decoding.state import Limits, Stop
-from pasta_jax.decoding.trace import as_document, critical_path, document_order, trace_of_row
+from pasta_jax.decoding.trace import as_document, document_order, trace_of_row
 from pasta_jax.lang import tags
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Program, Promise, Sync, Text
 from pasta_jax.lang.render import render
 from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens.cost import critical_path, threads_of_program
 from pasta_jax.tokens.detokenize import promise_of, read, threads_of
 from pasta_jax.tokens.layout import LayoutError, layout, layout_example, layout_text, promise_tokens
 from pasta_jax.tokens.load import load_tokenizer
@@ -69,6 +70,7 @@ def test_trace_laid_out_again_has_the_same_fields(seed):
         done += 1
         lines = lines_of(document)
         assert lines is not None
+        assert threads_of_program(tokenizer, program) == threads_of(document)
         ask = scripted.request(900, 900)
         rows = scripted.compiled(limits, Positions(), 3)(
             np.array([[2, 13, 14]], np.int32),

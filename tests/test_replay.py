@@ -21,13 +21,13 @@ from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams, script_size
 from pasta_jax.decoding.script import FREE, Script, depth_of, in_document_order, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
-from pasta_jax.decoding.trace import critical_path
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Program, Promise, Sync, Text
 from pasta_jax.lang.render import render
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens.cost import critical_path
 from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.layout import LayoutError
 from tests.helpers import compilations, only_full

@@ -26,9 +26,10 @@ from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import FREE, Script, depth_of, in_document_order, script_of, threads_in
 from pasta_jax.decoding.state import Limits, Stop
-from pasta_jax.decoding.trace import Trace, critical_path
+from pasta_jax.decoding.trace import Trace
 from pasta_jax.lang.program import Program
 from pasta_jax.rounding import round_up
+from pasta_jax.tokens.cost import critical_path
 from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.tokenizer import Tokenizer
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from pasta_jax.decoding.state import UNFED
 from pasta_jax.decoding.stops import cut, find_stop
-from pasta_jax.decoding.trace import Trace, critical_path, document_order
+from pasta_jax.decoding.trace import Trace, document_order
 from pasta_jax.lang.assemble import assemble, shortened
 from pasta_jax.lang.program import Program, Promise
 from pasta_jax.lang.render import render
+from pasta_jax.tokens.cost import critical_path
 from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -52,7 +53,7 @@ class Stats:
       prompt_tokens, output_tokens: tokens of the prompt, and of the answer in all threads with its tags.
       decode_steps: steps that the row took after the prompt.
       text_tokens: the answer's tokens without its tags: the steps that a sequential decode of the same text takes.
-      critical_path: decode steps that the answer needs with unlimited lanes (`trace.critical_path`), at least 1.
+      critical_path: decode steps that the answer needs with unlimited lanes (`tokens.cost.critical_path`), at least 1.
       step_speedup: text_tokens / decode_steps.
       wall_s: seconds of the whole call without compiling; for a streamed or submitted request, seconds that the
         decoder worked while the request had a row.

@@ -12,9 +12,8 @@ import numpy as np
 
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.lang.program import Program
-from pasta_jax.tokens.detokenize import Threads, threads_of
-from pasta_jax.tokens.layout import layout
-from pasta_jax.tokens.positions import Positions
+from pasta_jax.tokens.cost import threads_of_program
+from pasta_jax.tokens.detokenize import Threads
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 FREE = -1
@@ -89,8 +88,7 @@ def threads_in(answer: Program | Trace, tokenizer: Tokenizer) -> Threads:
     """The answer's threads in document order, its end included. Raises LayoutError for what cannot be spelled."""
     if isinstance(answer, Trace):
         return in_document_order(answer.threads)
-    count = 1 + sum(1 for _ in answer.promises())
-    return threads_of(layout(tokenizer, [tokenizer.vocabulary.bos], answer, Positions(), count))
+    return threads_of_program(tokenizer, answer)
 
 
 def in_document_order(threads: Threads) -> Threads:

@@ -1,4 +1,4 @@
-"""Host-side traces of decoded requests: threads, conversion to a training document, critical path.
+"""Host-side traces of decoded requests: threads, conversion to a training document.
 
 A trace is of one row and holds NumPy arrays. While a row runs, it has a prefix of its final trace.
 """
@@ -12,10 +12,8 @@ import numpy as np
 
 from pasta_jax.arrays import ThreadedTokens, Tokens
 from pasta_jax.decoding.state import DOC, MAIN, Limits, Phase, RowState, Stop
-from pasta_jax.lang.grammar import Kind
 from pasta_jax.tokens.detokenize import Threads, walk
 from pasta_jax.tokens.layout import next_of_thread
-from pasta_jax.tokens.tokenizer import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,32 +139,3 @@ def as_document(trace: Trace) -> ThreadedTokens:
     layout in document order.
     """
     return trace.tokens[document_order(trace)]
-
-
-def critical_path(threads: Threads, vocabulary: Vocabulary) -> int:
-    """The number of decode steps that an answer needs with unlimited lanes.
-
-    - A token is fed one step after the one before it in its thread.
-    - `<async>` is fed in the same step as its promise's ` />`.
-    - A token that waits for branches (a sync, the `</async>` of a branch, the end of the answer) is not fed before
-      the step that feeds the last `</async>` it waits for.
-    - The end of the answer is not counted: it is sampled, but never fed.
-
-    For an answer without promises this is its number of tokens, without the end.
-    """
-    # For each thread, the steps from its first token until it and all its branches have ended.
-    duration = [0] * len(threads.tokens)
-    for thread in reversed(range(len(duration))):  # a branch has a greater number than its parent
-        step = awaited = 0  # the step of the token; the step in which the last branch it may wait for ends
-        closing = Kind.END if thread == MAIN else Kind.ASYNC_CLOSE
-        for index, token in enumerate(threads.tokens[thread]):
-            step += 1
-            if vocabulary.kinds[token] in (Kind.SYNC, closing):
-                step, awaited = max(step, awaited), 0
-            if branch := threads.branches[thread].get(index):
-                # -1: the branch's first step is the one that feeds ` />`.
-                awaited = max(awaited, step - 1 + duration[branch])
-        duration[thread] = max(step, awaited)
-    main = threads.tokens[MAIN]
-    ended = bool(main) and main[-1] in vocabulary.stops
-    return duration[MAIN] - 1 if ended else duration[MAIN]

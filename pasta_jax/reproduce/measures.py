@@ -11,12 +11,12 @@ import numpy as np
 
 from pasta_jax.config import ConfigError
 from pasta_jax.data import almanac
-from pasta_jax.decoding.trace import critical_path
 from pasta_jax.evaluate.systems import Measured, concludes_last, geometric_mean, read_answers, realized, win
 from pasta_jax.lang.program import Program, Text
 from pasta_jax.preference.score import parallelism, theoretical_speedup
 from pasta_jax.reproduce.cells import Paths, Plan, bon
 from pasta_jax.reproduce.results import EFFICIENCY, POSITIONS, Estimate, Result
+from pasta_jax.tokens.cost import critical_path
 from pasta_jax.tokens.detokenize import threads_of
 from pasta_jax.tokens.layout import layout_example
 
