@@ -31,6 +31,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
         "protobuf>=7.36.1",  # what the protocol buffers of sentencepiece 0.2.3 need
+        "requests>=2.31",
         "safetensors>=0.5",
         "sentencepiece>=0.2.3",
         "tqdm>=4.66",

@@ -17,7 +17,18 @@ PACKAGE = ROOT / "pasta_jax"
 
 LEVELS = [
     {"lang", "arrays", "files", "messages", "rounding", "extras", "memory"},
-    {"fields", "foreign", "visibility", "sharding", "baselines", "figures", "kept", "chips", "processes"},
+    {
+        "fields",
+        "foreign",
+        "visibility",
+        "sharding",
+        "baselines",
+        "figures",
+        "kept",
+        "chips",
+        "processes",
+        "endpoint",
+    },
     {"tokens", "model", "verbs"},
     {"config"},
     {"decoding", "data", "overrides", "testing"},

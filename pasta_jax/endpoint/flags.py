@@ -1,0 +1,64 @@
+"""The flags of commands that ask an endpoint."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from pasta_jax.endpoint.client import KEY_VARIABLE, Endpoint
+from pasta_jax.endpoint.cost import Prices
+from pasta_jax.endpoint.post import EndpointError
+
+
+def define_endpoint() -> None:
+    """Defines them."""
+    flags.DEFINE_string("base_url", None, "Of the endpoint, up to the version: http://localhost:8000/v1.")
+    flags.DEFINE_string("model", None, "The endpoint's model, as it calls it.")
+    flags.DEFINE_string("key_variable", KEY_VARIABLE, "The variable of the environment that holds the key.")
+    flags.DEFINE_integer("concurrency", 8, "Requests under way at once.", lower_bound=1)
+    flags.DEFINE_float("timeout", 120.0, "Seconds to wait for the endpoint to answer.", lower_bound=0.001)
+    flags.DEFINE_float("temperature", 0.0, "Of the endpoint's sampling.", lower_bound=0.0)
+    flags.DEFINE_float("price_in", 0.0, "Dollars for a million tokens that are sent.", lower_bound=0.0)
+    flags.DEFINE_float("price_out", 0.0, "Dollars for a million tokens of replies.", lower_bound=0.0)
+    flags.DEFINE_integer(
+        "budget_requests", None, "The most requests, with those that the cache has.", lower_bound=0
+    )
+    flags.DEFINE_float(
+        "budget_dollars", None, "The most dollars, with those for what the cache has.", lower_bound=0.0
+    )
+    flags.DEFINE_string("cache", None, "Folder of replies that are never asked for again.")
+    flags.DEFINE_integer(
+        "dry_run", None, "Show this many requests and what all would cost; send nothing.", lower_bound=0
+    )
+
+
+def endpoint_of(values: flags.FlagValues, *, cache: str | None = None) -> Endpoint:
+    """The endpoint that the flags describe.
+
+    Args:
+      values: of the flags.
+      cache: the folder of replies unless --cache names another.
+
+    Raises:
+      EndpointError: they describe none.
+      InUse: another process uses the cache.
+    """
+    if not values.base_url or not values.model:
+        raise EndpointError(
+            "Name the endpoint and its model: --base_url=http://localhost:8000/v1 --model=NAME."
+        )
+    if values.budget_dollars is not None and not (values.price_in or values.price_out):
+        raise EndpointError(
+            "--budget_dollars needs the prices of a million tokens: --price_in and --price_out."
+        )
+    return Endpoint(
+        values.base_url,
+        values.model,
+        key_variable=values.key_variable,
+        concurrency=values.concurrency,
+        timeout=values.timeout,
+        temperature=values.temperature,
+        prices=Prices(values.price_in, values.price_out),
+        budget_requests=values.budget_requests,
+        budget_dollars=values.budget_dollars,
+        cache=values.cache or cache,
+    )
