@@ -14,6 +14,7 @@ predicted from `</async>`, the last token of its thread.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from pasta_jax.lang.program import Node, Program, Promise, Text
 from pasta_jax.lang.render import promise_problem
 from pasta_jax.lang.topics import topic_tokens, with_short_topics
 from pasta_jax.messages import shown
-from pasta_jax.tokens.positions import Positions
+from pasta_jax.tokens.positions import TAGS_OF_A_BLOCK, Positions
 from pasta_jax.tokens.tokenizer import Tokenizer, Vocabulary
 
 
@@ -70,15 +71,79 @@ def layout(
     tokenizer: Tokenizer, prompt: list[int], program: Program, positions: Positions, threads: int
 ) -> ThreadedTokens:
     """The same as `layout_example`, from the ids of the prompt."""
-    scribe = _Scribe(tokenizer, positions, threads)
-    main = scribe.new_thread(scribe.new_segment(), scribe.nothing, position=0, order=-len(prompt))
-    for token in prompt:
-        scribe.write(main, token)
-    scribe.write_nodes(main, program.nodes)
+    return layout_ids(tokenizer.vocabulary, prompt, answer_ids(tokenizer, program), positions, threads)
+
+
+def layout_ids(
+    vocabulary: Vocabulary, prompt: Sequence[int], answer: Sequence[int], positions: Positions, threads: int
+) -> ThreadedTokens:
+    """The same from the ids of the prompt and of the answer (`answer_ids`), which tell its structure too."""
+    check_threads(vocabulary, answer, threads)
+    ids = [*prompt, *answer]
+    scribe = _Scribe(positions, threads)
+    stack = [scribe.new_thread(scribe.new_segment(), scribe.nothing, position=0, order=-len(prompt))]
+    opens, closes, sync = (vocabulary.tag_ids[t] for t in (tags.ASYNC_OPEN, tags.ASYNC_CLOSE, tags.SYNC))
+    for i in range(len(prompt), len(ids)):
+        if ids[i] == opens:
+            scribe.write_until(i, stack[-1])
+            stack.append(scribe.fork(stack[-1], _promised(vocabulary, ids, i)))
+        elif ids[i] in (closes, sync):
+            scribe.write_until(i, stack[-1])
+            scribe.join(stack[-1])
+            if ids[i] == closes:
+                scribe.write_until(i + 1, stack[-1])
+                branch = stack.pop()
+                scribe.keep(stack[-1], branch)
+    [main] = stack
+    scribe.write_until(len(ids) - 1, main)
     scribe.join(main)
-    scribe.write(main, tokenizer.vocabulary.eos)
-    tokens = scribe.tokens()
+    scribe.write_until(len(ids), main)
+    tokens = scribe.tokens(ids)
     return ThreadedTokens(**tokens.fields(), target=next_of_thread(tokens))
+
+
+def answer_ids(tokenizer: Tokenizer, program: Program) -> list[int]:
+    """The ids of an annotated answer in document order, its end included. Raises LayoutError."""
+    vocabulary = tokenizer.vocabulary
+    ids: list[int] = []
+    todo: list[Node | int] = [*reversed(program.nodes)]  # a program may nest deeper than Python does
+    while todo:
+        match todo.pop():
+            case Text(text):
+                ids += tokenizer.encode(text)
+            case Promise() as promise:
+                ids += [*promise_tokens(tokenizer, promise), vocabulary.tag_ids[tags.ASYNC_OPEN]]
+                todo += [vocabulary.tag_ids[tags.ASYNC_CLOSE], *reversed(promise.block)]
+            case int(closing):
+                ids.append(closing)
+            case _:
+                check_dialect(vocabulary, "pasta")
+                ids.append(vocabulary.tag_ids[tags.SYNC])
+    return [*ids, vocabulary.eos]
+
+
+def threads_in(vocabulary: Vocabulary, answer: Sequence[int]) -> int:
+    """The threads of an answer by its ids, main included."""
+    return 1 + sum(token == vocabulary.tag_ids[tags.ASYNC_OPEN] for token in answer)
+
+
+def check_threads(vocabulary: Vocabulary, answer: Sequence[int], threads: int) -> None:
+    """Raises LayoutError if an answer has more threads than these."""
+    if threads_in(vocabulary, answer) > threads:
+        raise LayoutError(
+            f"The answer promises more than {threads - 1} branches. "
+            f"Raise --config.data.threads above {threads}, or promise less."
+        )
+
+
+def _promised(vocabulary: Vocabulary, ids: Sequence[int], end: int) -> int:
+    """The number in the promise that ends before this place; 0 in a bare one."""
+    tokens, place, i = 0, 1, end - 2
+    if vocabulary.dialect == "pasta":
+        while ids[i] != vocabulary.tag_ids[tags.PROMISE_TOKENS]:
+            tokens += place * int(vocabulary.digit_values[ids[i]])
+            place, i = place * 10, i - 1
+    return tokens
 
 
 def next_of_thread(tokens: Tokens) -> np.ndarray:
@@ -105,18 +170,19 @@ class _Thread:
     sees: np.ndarray
     position: int
     order: int
+    promised: int = 0  # tens of tokens
+    start: int = 0
     unjoined: list[_Thread] = dataclasses.field(default_factory=list)
 
 
 class _Scribe:
-    """Writes the tokens of a program in document order, and numbers threads and segments."""
+    """Numbers threads and segments of tokens in document order, and writes the fields that they fix."""
 
-    def __init__(self, tokenizer: Tokenizer, positions: Positions, threads: int):
-        self.tokenizer, self.vocabulary, self.positions = tokenizer, tokenizer.vocabulary, positions
-        self.max_threads = threads
+    def __init__(self, positions: Positions, threads: int):
+        self.positions = positions
         self.nothing = np.zeros(visibility.words_for(visibility.max_segments(threads)), np.uint32)
-        self.threads = self.segments = 0
-        self.rows: list[tuple[int, int, int, int, int]] = []
+        self.threads = self.segments = self.written = 0
+        self.runs: list[tuple[int, ...]] = []  # count, position, segment, order and thread of the first token
         self.sees: list[np.ndarray] = []
 
     def new_segment(self) -> int:
@@ -124,45 +190,30 @@ class _Scribe:
         return self.segments - 1
 
     def new_thread(self, segment: int, sees: np.ndarray, position: int, order: int = 0) -> _Thread:
-        if self.threads == self.max_threads:
-            raise LayoutError(
-                f"The answer promises more than {self.max_threads - 1} branches. "
-                f"Raise --config.data.threads above {self.max_threads}, or promise less."
-            )
         self.threads += 1
-        return _Thread(self.threads - 1, segment, sees, position, order)
+        return _Thread(self.threads - 1, segment, sees, position, order, start=position)
 
-    def write(self, thread: _Thread, token: int) -> None:
-        self.rows.append((token, thread.position, thread.segment, thread.order, thread.number))
+    def write_until(self, end: int, thread: _Thread) -> None:
+        """The tokens before `end` that are not written yet are this thread's."""
+        count, self.written = end - self.written, end
+        self.runs.append((count, thread.position, thread.segment, thread.order, thread.number))
         self.sees.append(thread.sees)
-        thread.position += 1
-        thread.order += 1
+        thread.position += count
+        thread.order += count
 
-    def write_nodes(self, thread: _Thread, nodes: tuple[Node, ...]) -> None:
-        for node in nodes:
-            if isinstance(node, Text):
-                for token in self.tokenizer.encode(node.text):
-                    self.write(thread, token)
-            elif isinstance(node, Promise):
-                self.write_promise(thread, node)
-            else:
-                check_dialect(self.vocabulary, "pasta")
-                self.join(thread)
-                self.write(thread, self.vocabulary.tag_ids[tags.SYNC])
-
-    def write_promise(self, thread: _Thread, promise: Promise) -> None:
-        for token in promise_tokens(self.tokenizer, promise):
-            self.write(thread, token)
+    def fork(self, thread: _Thread, promised: int) -> _Thread:
+        """The branch of a promise that `thread` has completed."""
         start = thread.position
         reach = visibility.reach(thread.sees, np.int32(thread.segment))
         thread.segment, thread.sees = self.new_segment(), reach
         branch = self.new_thread(self.new_segment(), reach, start)
-        self.write(branch, self.vocabulary.tag_ids[tags.ASYNC_OPEN])
-        self.write_nodes(branch, promise.block)
-        length = branch.order - 1
-        self.join(branch)
-        self.write(branch, self.vocabulary.tag_ids[tags.ASYNC_CLOSE])
-        thread.position = self.positions.resume(start, promise.tokens, length)
+        branch.promised = promised
+        return branch
+
+    def keep(self, thread: _Thread, branch: _Thread) -> None:
+        """`thread` goes on after the block of this branch."""
+        length = branch.order - TAGS_OF_A_BLOCK
+        thread.position = self.positions.resume(branch.start, branch.promised, length)
         thread.unjoined.append(branch)
 
     def join(self, thread: _Thread) -> None:
@@ -173,9 +224,17 @@ class _Scribe:
             thread.sees = thread.sees | visibility.reach(member.sees, np.int32(member.segment))
         thread.segment, thread.unjoined = self.new_segment(), []
 
-    def tokens(self) -> Tokens:
-        token, position, segment, order, thread = np.array(self.rows, np.int32).T.copy()
-        return Tokens(token, position, np.ones_like(token), segment, order, np.stack(self.sees), thread)
+    def tokens(self, ids: Sequence[int]) -> Tokens:
+        """[L] fields of all tokens."""
+        token = np.array(ids, np.int32)
+        runs = np.array(self.runs, np.int32)
+        count, position, segment, order, thread = runs.T
+        of = np.repeat(np.arange(len(runs)), count)  # the run of each token
+        step = np.arange(len(ids), dtype=np.int32) - (np.cumsum(count, dtype=np.int32) - count)[of]
+        sees = np.stack(self.sees)[of]
+        return Tokens(
+            token, position[of] + step, np.ones_like(token), segment[of], order[of] + step, sees, thread[of]
+        )
 
 
 def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
