@@ -22,7 +22,7 @@ from pasta_jax.checkpoints.about import (
     read_metadata,
     read_newest,
 )
-from pasta_jax.config import Config, ConfigError
+from pasta_jax.config import Config, ConfigError, DataConfig
 from pasta_jax.data.batches import Stream
 from pasta_jax.data.sources import make_tokenizer, steps_of_epochs
 from pasta_jax.overrides import differences
@@ -45,7 +45,7 @@ def resolve(
     Args:
       config: the experiment.
       workdir: of the run. Once it holds a checkpoint, that one is asked instead of `init_from`.
-      overrides: what the command line set, as `load_config` takes it.
+      overrides: what the command line set, as `load_config` takes it. A tokenizer that it names is meant.
       ahead: compile only: without a checkpoint in `init_from`, the model and tokenizer are those of the file.
 
     Raises:
@@ -53,8 +53,8 @@ def resolve(
       CheckpointError: `init_from` holds no checkpoint.
       TokenizerError: the tokenizer of an experiment from scratch cannot be loaded.
     """
+    goes_on = bool(workdir) and has_checkpoint(workdir)
     if config.init_from and not (ahead and not has_checkpoint(config.init_from)):
-        goes_on = bool(workdir) and has_checkpoint(workdir)
         start = workdir if goes_on else config.init_from
         metadata = read_newest(workdir) if goes_on else read_metadata(find_checkpoint(start))
         resolved, tokenizer = _inherited(config, metadata)
@@ -76,7 +76,22 @@ def resolve(
         config = resolved
     else:
         tokenizer = make_tokenizer(config.data)
+        if not goes_on and not any(text.startswith("data.tokenizer=") for text in overrides):
+            _warn_of_tokenizer(config.data)
     return with_lora_rows(config, tokenizer), tokenizer
+
+
+def _warn_of_tokenizer(config: DataConfig) -> None:
+    """Says so if a model learns texts of one's own with the almanac's tokenizer, and nobody asked for that."""
+    own = [name for name, _ in config.sources if not name.startswith("almanac:")]
+    if config.tokenizer == "almanac" and own:
+        LOG.warning(
+            "%s will be learnt with the almanac's tokenizer, which spells other words nearly letter by letter. "
+            "Make one for it: python -m pasta_jax.tokenizer --text=%s --vocab_size=8000 --to=own.model, and train "
+            "with --config.data.tokenizer=own.model. (--config.data.tokenizer=almanac says that it is meant.)",
+            ", ".join(own),
+            ",".join(own),
+        )
 
 
 def _inherited(config: Config, metadata: CheckpointMetadata) -> tuple[Config, Tokenizer]:

@@ -64,6 +64,21 @@ def test_a_run_that_goes_on_is_asked_itself(start: str, caplog: pytest.LogCaptur
         resolve(override(gone, layers), workdir=start, overrides=layers)
 
 
+def test_the_almanacs_tokenizer_is_not_taken_for_own_text_without_a_word(
+    start: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = Config(data=DataConfig(sources=(("almanac:plain", 1.0), ("mine.jsonl", 1.0))))
+    resolve(own)
+    assert caplog.text.count("mine.jsonl will be learnt with the almanac's tokenizer") == 1
+    assert "python -m pasta_jax.tokenizer --text=mine.jsonl --vocab_size=8000" in caplog.text
+    caplog.clear()
+    resolve(own, overrides=["data.tokenizer=almanac"])  # it is meant
+    resolve(own, workdir=start)  # it was said when the run began
+    resolve(dataclasses.replace(own, init_from=start))
+    resolve(Config())
+    assert "tokenizer" not in caplog.text
+
+
 def test_a_run_whose_newest_checkpoint_is_damaged_is_asked_at_the_one_before(
     start: str, tmp_path: pathlib.Path
 ) -> None:

@@ -18,7 +18,7 @@ from tests.helpers import ONE_DEVICE
 
 VERBS = (
     "pasta_jax",
-    *(f"pasta_jax.{verb}" for verb in ("train", "convert", "evaluate", "benchmark", "compile")),
+    *(f"pasta_jax.{verb}" for verb in ("train", "convert", "tokenizer", "evaluate", "benchmark", "compile")),
 )
 DECODE = ("pasta_jax", "--ckpt=WORKDIR", "--max_new_tokens=9")
 TRAIN = ("pasta_jax.train", "--workdir=WORKDIR", "--config=configs/tiny.py", "--config.data.rows=2")

@@ -8,14 +8,12 @@ ask for.
 from __future__ import annotations
 
 import collections
-import io
 import pathlib
 import re
 import tempfile
 from collections.abc import Iterator
 
 import numpy as np
-import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from pasta_jax.baselines import sot
@@ -23,10 +21,7 @@ from pasta_jax.data.almanac import facts
 from pasta_jax.data.almanac.draw import short_comparison, training_task
 from pasta_jax.data.almanac.facts import KIND_OF
 from pasta_jax.data.almanac.families import plain, points, say_step
-from pasta_jax.lang import tags
-
-TURNS = ("<user>", "<model>")
-"""Turn markers, as `pasta_jax.tokens` expects them."""
+from pasta_jax.tokens.pieces import train_pieces
 
 MOST_PIECES = 1536
 """An upper limit of the vocabulary, which is smaller."""
@@ -95,42 +90,25 @@ def tokenizer_corpus(documents: int = 6000, seed: int = 0) -> Iterator[str]:
 def train_tokenizer() -> bytes:
     """Trains a SentencePiece model on `tokenizer_corpus`, deterministically.
 
-    Decoding restores the text exactly (no normalisation, no added space, bytes for rare characters). A number is
-    one piece, a newline is a piece of its own, and tags and turn markers are control symbols, which no text can
-    produce. The language has fewer than a thousand words, and each is a candidate piece, so a name is one piece
-    per word; the vocabulary has about 1200 pieces.
+    A number is one piece. The language has fewer than a thousand words, and each is a candidate piece, so a name
+    is one piece per word; the vocabulary has about 1200 pieces.
     """
     corpus = list(tokenizer_corpus())
     words = collections.Counter(word for text in corpus for word in re.findall(" ?[A-Za-z]+| ?[0-9]+", text))
-    model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         seeds = pathlib.Path(folder, "words.tsv")
         lines = [f"{word.replace(' ', '▁')}\t{count}\n" for word, count in sorted(words.items())]
         seeds.write_text("".join(lines), encoding="utf-8")
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(corpus),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=MOST_PIECES,
+        model = train_pieces(
+            corpus,
+            MOST_PIECES,
             hard_vocab_limit=False,
+            model_type="unigram",
             seed_sentencepieces_file=str(seeds),
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            byte_fallback=True,
             split_digits=False,
             character_coverage=1.0,
-            user_defined_symbols=["\n"],
-            control_symbols=[*tags.PIECES, *TURNS],
-            pad_id=0,
-            eos_id=1,
-            bos_id=2,
-            unk_id=3,
-            num_threads=1,
-            shuffle_input_sentence=False,
-            minloglevel=2,
         )
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     proto.trainer_spec.ClearField("seed_sentencepieces_file")  # the model must not depend on that path
     trained: bytes = proto.SerializeToString(deterministic=True)
     return trained
