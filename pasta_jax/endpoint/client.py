@@ -220,12 +220,13 @@ class Endpoint:
                 last = error.reason
                 wait = min(60.0, self._backoff * 2**attempt) * random.uniform(0.5, 1.0)
                 wait = min(max(wait, error.after or 0.0), LONGEST_WAIT_S)
-                self._log_again(error.reason, wait, attempt)
             else:
                 self._is_heard, self._failed = True, 0
                 return reply
-            if attempt + 1 < self._attempts and self._stop.wait(wait):
-                break
+            if attempt + 1 < self._attempts:
+                self._log_again(last, wait, attempt)
+                if self._stop.wait(wait):
+                    break
         self._check_stop()
         with self._mutex:
             self._failed += 1

@@ -1,0 +1,310 @@
+"""The annotator that asks a language model: what it takes of a reply, what it refuses, what it asks next."""
+
+import collections
+import re
+import tomllib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pasta_jax.annotate import llm
+from pasta_jax.annotate.insertion import NotInserted, inserted
+from pasta_jax.annotate.llm import LlmAnnotator
+from pasta_jax.annotate.protocol import Declined, Item, annotate_all
+from pasta_jax.endpoint.client import Endpoint
+from pasta_jax.endpoint.post import EndpointError
+from pasta_jax.lang.assemble import assemble
+from pasta_jax.lang.program import length_in_tens
+from pasta_jax.lang.render import render
+from pasta_jax.lang.topics import fits
+from pasta_jax.lang.validate import validate
+from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens.cost import theoretical_speedup
+from tests.helpers import chat_models
+from tests.helpers.chat_server import KEY, Body, Rates, Status, chat_server
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+ANSWER = (
+    "Two rivers:\n\n"
+    "- Nile: it is the longest river of Africa, and flows north through eleven countries.\n"
+    "- Rhine: it is a river of Europe, and flows from the Alps to the sea near Rotterdam.\n\n"
+    "Both end in a delta."
+)
+TOKENIZER = WordTokenizer(ANSWER, *(example["annotated"] for example in llm.prompts()["examples"]))
+
+
+def annotate(replies: list[str] | Callable[[Body], str], answer: str = ANSWER, **options: Any) -> Any:
+    """What the annotator makes of an answer, and the requests that it sent, if the model replies so."""
+    bodies: list[Body] = []
+
+    def model(body: Body) -> str:
+        bodies.append(body)
+        if callable(replies):
+            return replies(body)
+        if len(bodies) > len(replies):
+            raise Status(404, "no more replies")
+        return replies[len(bodies) - 1]
+
+    with chat_server(model) as server, Endpoint(server.url, "tiny") as endpoint:
+        annotated = LlmAnnotator(endpoint, TOKENIZER, **options)("Name two rivers.", answer)
+    assert assemble(annotated.program) == answer
+    return annotated, bodies
+
+
+def tagged(answer: str = ANSWER) -> str:
+    return re.sub(r"(?m)^- (\w+): (.+)$", r'- \1: <async topic="\1">\2</async>', answer)
+
+
+# ---------------------------------------------------------------------------------------- the text of a reply
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text,
+        lambda text: f"\n{text}\n\n",
+        lambda text: f"```\n{text}\n```",
+        lambda text: f"<answer>\n{text}\n</answer>",
+        lambda text: f"<think>\nThe <sync/> goes\n</think>\n\n{text}",
+        lambda text: (
+            text.replace('topic="', "topic = '").replace('">', "' >").replace("</async>", "</ASYNC >")
+        ),
+        lambda text: text.replace(": <async", ":<async").replace("</async>\n", "</async>\n\n\n"),
+        lambda text: text.replace("</async>", "\n</async>"),
+        lambda text: text.replace('Nile">', 'Nile">\n  '),
+    ],
+)
+def test_what_does_not_touch_the_text_is_taken(change: Callable[[str], str]) -> None:
+    nodes = inserted(change(tagged().replace("\n\nBoth", "\n\n<sync/>Both")), ANSWER)
+    exact = inserted(tagged().replace("\n\nBoth", "\n\n<sync/>Both"), ANSWER)
+    assert [type(node) for node in nodes] == [type(node) for node in exact]
+    assert assemble(llm.Program(nodes)) == ANSWER
+    assert [promise.topic for promise in llm.Program(nodes).promises()] == ["Nile", "Rhine"]
+    for promise in llm.Program(nodes).promises():
+        assert promise.block[0].text.strip().startswith("it is")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda text: text.replace("longest", "largest"),
+            "the answer has 'longest river .*' where you wrote 'la",
+        ),
+        (lambda text: text.replace("of Africa", "of  Africa"), "altered"),
+        (lambda text: text.replace("\n\n- Nile", "\n- Nile"), "altered"),
+        (lambda text: text[:-30], "altered|cut off"),
+        (lambda text: text[:60], "cut off|altered"),
+        (lambda text: "", "cut off before 'Two rivers"),
+        (lambda text: f"Sure! {text}", "altered"),
+        (lambda text: f"{text} Anything else?", "altered"),
+        (lambda text: text.replace("</async>", "", 1).replace("</async>", ""), "an <async> has no </async>"),
+        (lambda text: "</async>" + text, "a </async> has no <async>"),
+        (lambda text: text.replace("- Nile: ", "- "), "altered"),
+    ],
+)
+def test_what_touches_the_text_is_not(change: Callable[[str], str], problem: str) -> None:
+    with pytest.raises(NotInserted, match=problem):
+        inserted(change(tagged()), ANSWER)
+
+
+def test_random_spaces_beside_tags_are_repaired_and_others_are_not() -> None:
+    """Every place of the tagged text gets a space, one at a time; where it is beside a tag it does no harm."""
+    text = tagged()
+    tags = [place for match in re.finditer(r"<[^>]*>", text) for place in (match.start(), match.end())]
+    inside = [i for match in re.finditer(r"<[^>]*>", text) for i in range(match.start() + 1, match.end())]
+    blank = [i for i in range(len(text)) if text[i].isspace() or text[i - 1].isspace()]
+    beside = {i for i in blank if any(not text[min(i, tag) : max(i, tag)].strip() for tag in tags)}
+    for place in {*range(1, len(text))} - {*inside}:
+        spaced = f"{text[:place]} {text[place:]}"
+        if place in tags or place in beside:
+            assert assemble(llm.Program(inserted(spaced, ANSWER))) == ANSWER
+        else:
+            with pytest.raises(NotInserted):
+                inserted(spaced, ANSWER)
+
+
+# ------------------------------------------------------------------------------------------------ the requests
+
+
+def test_seven_examples_of_the_prompt_keep_its_rules() -> None:
+    """Each is what an annotator of these rules returns for its answer, and would train without a doubt."""
+    texts = llm.prompts()
+    assert len(texts["examples"]) == 7
+    annotated = 0
+    for example in texts["examples"]:
+        reply = example["annotated"].removesuffix("\n")
+        program, bodies = annotate([reply], llm._stripped(reply), is_judged=False)
+        assert len(bodies) == 1 and not program.notes, "no block is dropped"
+        assert len([*program.program.promises()]) == reply.count("<async")
+        assert render(program.program).count("<sync/>") == reply.count("<sync/>")
+        annotated += "<async" in reply
+        if "<async" in reply:
+            assert theoretical_speedup(TOKENIZER, program.program) > 1.25
+        assert all(len(promise.topic.split()) <= 3 for promise in program.program.promises())
+    assert annotated == 5, "and two in which nothing is independent"
+    assert tomllib.loads((llm.pathlib.Path(llm.__file__).parent / "llm.toml").read_text()) == texts
+
+
+def test_an_annotated_answer_is_measured_and_judged() -> None:
+    answer = tagged().replace("\n\nBoth", "\n\n<sync/>Both")
+    annotated, (first, second) = annotate([answer, "1 true: alone\n2 true: alone"])
+    assert annotated.notes == () and render(annotated.program).count("<sync/>") == 1
+    for promise in annotated.program.promises():
+        assert promise.tokens == length_in_tens(len(TOKENIZER.encode(promise.block[0].text)))
+        assert fits(TOKENIZER, promise.topic)
+    assert not validate(render(annotated.program), tokenizer=TOKENIZER)
+    assert first["messages"][-1]["content"].endswith(f"<answer>\n{ANSWER}\n</answer>")
+    shown = second["messages"][-1]["content"]
+    assert "<question>\nName two rivers.\n</question>" in shown
+    assert "[part 1: Nile]it is" in shown and "[end of part 2]\n\n" in shown and "Both end" not in shown
+
+
+def test_an_altered_text_is_asked_for_once_more() -> None:
+    annotated, bodies = annotate([tagged().replace("Alps", "alps"), tagged(), "1 true: a\n2 true: b"])
+    assert len([*annotated.program.promises()]) == 2
+    roles = [message["role"] for message in bodies[1]["messages"]]
+    assert roles == [*(message["role"] for message in bodies[0]["messages"]), "assistant", "user"]
+    assert "has 'Alps to the sea near" in bodies[1]["messages"][-1]["content"]
+    with pytest.raises(Declined, match="did not return the answer with tags, twice: the text is altered"):
+        annotate([tagged().replace("Alps", "alps")] * 2)
+
+
+@pytest.mark.parametrize("answer", ["Write <async> here.", "It uses <sync/> a lot.", "half \ud83d of it"])
+def test_an_answer_that_cannot_be_told_from_tags_is_declined_unasked(answer: str) -> None:
+    with pytest.raises(Declined, match="spells a tag|half a character"):
+        annotate([], answer)
+
+
+VERDICTS = [
+    ("1 true: a\n2 true: b", "pp s", ()),
+    ("1 false 4: both\n2 true: b", "", ("text outside of blocks relies on it",)),
+    ("1 true: a\n2 false 1: the sum", "", ("uses what another block says",)),
+    ("1. **True**: a\n2) False, as", "", ("not independent",)),
+    ("1 false 3: a\n2 false 3: b", "", ("says the same as another block",) * 2),
+]
+
+
+@pytest.mark.parametrize(("verdicts", "kept", "notes"), VERDICTS)
+def test_blocks_that_are_not_independent_become_text(
+    verdicts: str, kept: str, notes: tuple[str, ...]
+) -> None:
+    """A single block that is left, with nothing beside it, becomes text too."""
+    reply = tagged().replace("\n\nBoth", "\n\n<sync/>Both")
+    annotated, bodies = annotate([reply, verdicts])
+    assert len([*annotated.program.promises()]) == kept.count("p"), bodies
+    assert annotated.notes in (notes, (*notes, llm.SLOWER))
+    assert render(annotated.program).count("<sync/>") == kept.count("s")
+
+
+def test_text_that_relies_on_a_block_comes_after_a_sync() -> None:
+    """Of four items the third uses the first: the third is written once the first two are."""
+    names = ("Nile", "Rhine", "Congo", "Volga")
+    answer = "".join(f"- {name}: it is a river with many towns along its banks.\n" for name in names)
+    annotated, _ = annotate([tagged(answer), "1 true: a\n2 true: b\n3 false 2: c\n4 true: d"], answer)
+    text = re.sub(r" tokens=\d+ />", "", render(annotated.program))
+    order = re.findall(r'<promise topic="(\w+)"|(<sync/>)|(Congo)', text)
+    assert [next(filter(None, found)) for found in order] == ["Nile", "Rhine", "Congo", "<sync/>"]
+    assert annotated.notes == ("needs another block first",)
+
+
+def test_a_verdict_that_is_missing_is_asked_for_once_more() -> None:
+    for last, promises, notes in (("1 true: a\n2 true: b", 2, ()), ("I cannot.", 0, (llm.NO_VERDICT,) * 2)):
+        annotated, bodies = annotate([tagged(), "They are fine.", last])
+        assert len([*annotated.program.promises()]) == promises and annotated.notes == notes
+        assert "one line for each of the 2 parts" in bodies[2]["messages"][-1]["content"]
+
+
+def test_blocks_that_are_short_or_have_an_earlier_topic_are_not_judged() -> None:
+    answer = (
+        "- Nile: it is long.\n- Nile: it flows through many countries of Africa, the longest of all.\n"
+        "- Nile: it flows north from Africa, and then to the sea near the delta."
+    )
+    annotated, bodies = annotate([tagged(answer), "1 true: alone"], answer)
+    assert (
+        annotated.notes == (llm.SHORT, llm.SAME_TOPIC)
+        and "[part 2" not in bodies[1]["messages"][-1]["content"]
+    )
+    assert len([*annotated.program.promises()]) == 1
+
+
+def test_long_topics_are_shortened_and_missing_ones_taken_from_the_text() -> None:
+    reply = tagged().replace('"Nile"', '"the very long river of Egypt"').replace('"Rhine"', '" "')
+    annotated, _ = annotate([reply], is_judged=False)
+    topics = [promise.topic for promise in annotated.program.promises()]
+    assert topics[1].startswith("it is") and all(fits(TOKENIZER, topic) for topic in topics)
+
+
+# ------------------------------------------------------------------------------------------------- many records
+
+
+def items(count: int) -> list[Item]:
+    def answer(i: int) -> str:
+        rivers = [
+            f"- River {i}.{j}: it flows past {i + j} towns and under {i * j} old stone bridges.\n"
+            for j in range(3)
+        ]
+        return (
+            "Rivers:\n"
+            + "".join(rivers)
+            + (f"- Delta {i}: it has {i} islands, and birds too.\n" if i % 7 == 3 else "")
+        )
+
+    return [Item(str(i), f"Name rivers of country {i}.", answer(i)) for i in range(count)]
+
+
+def test_every_item_is_annotated_or_declined_once_whatever_goes_wrong(tmp_path: Any) -> None:
+    todo, sent = items(60), 0
+    faults = Rates(busy=0.1, error=0.05, hang=0.02, broken=0.05, altered=0.1)
+    with chat_server(chat_models.annotator, faults) as server:
+        for _ in range(2):
+            with Endpoint(
+                server.url, "m", backoff=0.001, timeout=1.0, concurrency=16, cache=tmp_path
+            ) as endpoint:
+                results = [*annotate_all(LlmAnnotator(endpoint, TOKENIZER), todo)]
+            assert sorted(result.key for result in results) == sorted(item.key for item in todo)
+            annotated = [result.annotated for result in results if result.annotated]
+            reasons = collections.Counter(result.declined for result in results if not result.annotated)
+            assert len(annotated) > 50 and all("twice" in reason for reason in reasons)
+            assert sum("uses what another block says" in each.notes for each in annotated) >= 3
+            sent = sent or server.total
+        assert server.repeated() == {} and server.total == sent
+
+
+def test_what_the_endpoint_did_not_answer_is_declined_last_or_not_at_all() -> None:
+    """A request that it always refuses is declined; once it refuses all, nothing more is."""
+    gone = False
+
+    def model(body: Body) -> str:
+        if gone or "country 2." in body["messages"][-1]["content"]:
+            raise Status(400, "content filter")
+        return chat_models.annotator(body)
+
+    with chat_server(model) as server, Endpoint(server.url, "m", concurrency=1) as endpoint:
+        results = [*LlmAnnotator(endpoint, TOKENIZER).annotate_all(items(6))]
+        assert [result.key for result in results] == ["0", "1", "3", "4", "5", "2"]
+        assert "400 (content filter)" in results[-1].declined
+        done: list[str] = []
+
+        def run() -> None:
+            nonlocal gone
+            for result in LlmAnnotator(endpoint, TOKENIZER).annotate_all(items(40)):
+                done.append(result.key)
+                gone = len(done) > 10
+
+        with pytest.raises(EndpointError, match="so failed 5 requests"):
+            run()
+        assert "2" not in done and len(done) < 30
+
+
+def test_an_estimate_covers_both_requests() -> None:
+    with Endpoint("http://127.0.0.1:9/v1", "m") as endpoint:
+        shown = endpoint.estimate(LlmAnnotator(endpoint, TOKENIZER).planned(items(10)), shown=1)
+    assert "About 20 requests would be sent" in shown and "Name rivers of country 0." in shown
+    assert "Name rivers of country 1." not in shown and "used bicycle" in shown
