@@ -20,7 +20,15 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["pasta_jax", "pasta_jax.*"]), "pasta_jax.configs"],
     package_dir={"pasta_jax.configs": "configs"},
-    package_data={"pasta_jax": ["py.typed", "annotate/*.toml", "data/almanac/**", "judges/*.toml", "reproduce/templates/*"]},
+    package_data={
+        "pasta_jax": [
+            "py.typed",
+            "annotate/*.toml",
+            "data/almanac/**",
+            "judges/*.toml",
+            "reproduce/templates/*",
+        ]
+    },
     install_requires=[
         "absl-py>=2.1",
         "etils[epath]>=1.9",

@@ -71,7 +71,6 @@ def tagged(answer: str = ANSWER) -> str:
         lambda text: f"\n{text}\n\n",
         lambda text: f"```\n{text}\n```",
         lambda text: f"<answer>\n{text}\n</answer>",
-        lambda text: f"<think>\nThe <sync/> goes\n</think>\n\n{text}",
         lambda text: (
             text.replace('topic="', "topic = '").replace('">', "' >").replace("</async>", "</ASYNC >")
         ),
@@ -154,7 +153,8 @@ def test_seven_examples_of_the_prompt_keep_its_rules() -> None:
 
 def test_an_annotated_answer_is_measured_and_judged() -> None:
     answer = tagged().replace("\n\nBoth", "\n\n<sync/>Both")
-    annotated, (first, second) = annotate([answer, "1 true: alone\n2 true: alone"])
+    thought = "<think>\nThe <sync/> goes\n</think>\n\n"
+    annotated, (first, second) = annotate([thought + answer, thought + "1 true: alone\n2 true: alone"])
     assert annotated.notes == () and render(annotated.program).count("<sync/>") == 1
     for promise in annotated.program.promises():
         assert promise.tokens == length_in_tens(len(TOKENIZER.encode(promise.block[0].text)))

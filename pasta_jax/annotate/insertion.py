@@ -38,7 +38,6 @@ _TAG = re.compile(
 SPELLS_TAG = re.compile(r"<\s*/?\s*(?:async|sync|promise)\b", re.IGNORECASE)
 """What an answer of this annotator may not hold: nobody could tell it from a tag."""
 
-_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 _FENCE = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
 _WRAPPER = re.compile(r"\s*<answer>\n?(.*?)\n?</answer>\s*", re.DOTALL)
 
@@ -55,11 +54,6 @@ class _Tag(NamedTuple):
     topic: str = ""
 
 
-def without_thought(reply: str) -> str:
-    """A reply without the reasoning that some models put before it."""
-    return _THOUGHT.sub("", reply, count=1)
-
-
 def inserted(reply: str, answer: str) -> tuple[Node, ...]:
     """The answer with the tags of the reply; promises have no length yet (0), their blocks are text alone.
 
@@ -68,7 +62,6 @@ def inserted(reply: str, answer: str) -> tuple[Node, ...]:
     Raises:
       NotInserted: the text of the reply is another, or its tags do not pair.
     """
-    reply = without_thought(reply)
     if not answer.lstrip().startswith("<answer>") and (found := _WRAPPER.fullmatch(reply)):
         reply = found[1]
     if not answer.lstrip().startswith("```") and (found := _FENCE.fullmatch(reply)):

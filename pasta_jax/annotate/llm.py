@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pasta_jax.annotate.insertion import SPELLS_TAG, NotInserted, inserted, without_thought
+from pasta_jax.annotate.insertion import SPELLS_TAG, NotInserted, inserted
 from pasta_jax.annotate.protocol import Annotated, Declined, Item, Messages, Result
 from pasta_jax.endpoint.client import Endpoint, Planned
 from pasta_jax.endpoint.cost import estimated_tokens
@@ -129,13 +129,13 @@ class LlmAnnotator:
         expected = int(1.2 * len(self.tokenizer.encode(answer))) + 20
         reply = self.endpoint.ask(messages, expected=expected)
         try:
-            return inserted(reply.text, answer)
+            return inserted(reply.said, answer)
         except NotInserted as error:
             again = prompts()["correction"].strip().format(problem=error)
-        messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": again}]
+        messages += [{"role": "assistant", "content": reply.said}, {"role": "user", "content": again}]
         reply = self.endpoint.ask(messages, expected=expected)
         try:
-            return inserted(reply.text, answer)
+            return inserted(reply.said, answer)
         except NotInserted as error:
             cut = ", cut off by the endpoint" if reply.finish == "length" else ""
             raise Declined(f"the model did not return the answer with tags, twice{cut}: {error}") from None
@@ -187,11 +187,11 @@ class LlmAnnotator:
         messages = _judgement(question, before, _passage(group))
         expected = 20 * count + 10
         reply = self.endpoint.ask(messages, expected=expected)
-        verdicts = _read_verdicts(reply.text)
+        verdicts = _read_verdicts(reply.said)
         if not all(number in verdicts for number in range(1, count + 1)):
             again = prompts()["independence_correction"].strip().format(count=count)
-            messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": again}]
-            verdicts |= _read_verdicts(self.endpoint.ask(messages, expected=expected).text)
+            messages += [{"role": "assistant", "content": reply.said}, {"role": "user", "content": again}]
+            verdicts |= _read_verdicts(self.endpoint.ask(messages, expected=expected).said)
         return verdicts
 
 
@@ -201,7 +201,7 @@ def _read_verdicts(reply: str) -> dict[int, int]:
     >>> _read_verdicts("Here they are:\n1 true: alone\n2. **False** 1: the sum of 1\n3: false, because")
     {1: 0, 2: 1, 3: -1}
     """
-    found = filter(None, map(_VERDICT.match, without_thought(reply).splitlines()))
+    found = filter(None, map(_VERDICT.match, reply.splitlines()))
     return {int(match[1][:9]): 0 if match[2].lower() == "true" else int(match[3] or -1) for match in found}
 
 
@@ -269,7 +269,7 @@ def _groups(nodes: Sequence[Node]) -> Iterator[list[Node]]:
 
 
 def _useful(nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """The nodes without syncs that wait for nothing or end the answer, and blocks with nothing written beside them."""
+    """The nodes without syncs that wait for nothing or end the answer, and blocks that have nothing beside them."""
     kept: list[Node] = []
     for group in _groups(nodes):
         promised = [i for i, node in enumerate(group) if isinstance(node, Promise)]

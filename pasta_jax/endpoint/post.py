@@ -22,6 +22,7 @@ FATAL = (300, 301, 302, 303, 305, 307, 308, 401, 402, 404, 405)
 AGAIN = (408, 409, 425, 429)
 """Statuses below 500 after which the same request may succeed."""
 
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 _SPENT = re.compile(r"insufficient_quota|exceeded your current quota|insufficient balance", re.IGNORECASE)
 
 
@@ -40,6 +41,11 @@ class Reply:
     finish: str = ""
     first: tuple[tuple[str, float], ...] = ()
     usage: Usage | None = None
+
+    @property
+    def said(self) -> str:
+        """The text without the reasoning that some models put before it."""
+        return _THOUGHT.sub("", self.text, count=1)
 
 
 class EndpointError(ValueError):
