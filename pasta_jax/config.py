@@ -32,6 +32,21 @@ def remat_of(value: Any) -> Any:
     return {"true": "everything", "false": "none"}.get(str(value).lower(), value)
 
 
+Turns: TypeAlias = Literal["all", "last"]
+"""Which answers of a conversation are learnt: all of them, or the last."""
+
+_FILES = re.compile(r"hf:.+|.+\.(jsonl|json)(\.gz|\.zst)?|.+\.parquet", re.DOTALL)
+
+
+def is_records(name: str) -> bool:
+    """Whether a name is that of a file or data set of records (`data.reading`).
+
+    >>> is_records("mine.jsonl.gz"), is_records("hf:owner/name:test"), is_records("almanac:base")
+    (True, True, False)
+    """
+    return _FILES.fullmatch(name) is not None
+
+
 class ConfigError(ValueError):
     """A configuration that cannot work; the message says what to change."""
 
@@ -40,8 +55,19 @@ class ConfigError(ValueError):
 class DataConfig:
     """The training data, and how it is cut into batches."""
 
-    sources: tuple[tuple[str, float], ...] = field((("almanac:annotated", 1.0),), "almanac:NAME or JSONL")
-    columns: tuple[tuple[str, str], ...] = field((), "JSONL keys, as in prompt=instruction,response=output")
+    sources: tuple[tuple[str, float], ...] = field(
+        (("almanac:annotated", 1.0),), "almanac:NAME, or files of records as a.jsonl"
+    )
+    columns: tuple[tuple[str, str], ...] = field(
+        (), "a file's own keys for prompt, response, system, messages: prompt=title+body,response=answer"
+    )
+    turns: Turns = field("all", "answers of a conversation that are learnt: all, or the last")
+    too_long: Literal["drop", "turn", "sentence"] = field(
+        "drop", "for more than a row: drop the record, or only the turn, or cut after a sentence or block"
+    )
+    max_unusable: float = field(
+        0.1, "share of records that cannot be used; more stop the run", least=0, most=1
+    )
     tokenizer: str = field("almanac", "almanac, tokenizer.model, tokenizer.json, or a folder with one")
     extend_tokenizer: bool = field(False, "give tags new ids if the tokenizer has none to spare")
     chat: Chat = field("auto", "format of prompts; auto follows the chat template or the control tokens")
@@ -51,7 +77,7 @@ class DataConfig:
     max_depth: int = field(1, "how deep promises may nest; the paper uses 1", least=1)
     positions: Positions = Positions()
     dialect: Dialect = field("pasta", "which tags: pasta's, or apar's bare promises without sync")
-    held_out: str = field("", "a .jsonl file, or a share of the examples as 0.05: measured, never trained on")
+    held_out: str = field("", "a file of records, or a share as 0.05: measured, never trained on")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -61,7 +87,7 @@ class DataConfig:
             except ValueError:
                 share = math.nan
             if not 0 < share < 1:
-                message = "held_out must be a .jsonl file, or a share between 0 and 1, got"
+                message = "held_out must be a file of records, as a.jsonl, or a share between 0 and 1, got"
                 raise FieldError(f"{message} {shown(self.held_out)}.")
 
     @property
@@ -72,7 +98,7 @@ class DataConfig:
     @property
     def held_out_file(self) -> str:
         """The file whose examples are held out, or ""."""
-        return self.held_out if self.held_out.endswith((".jsonl", ".json")) else ""
+        return self.held_out if is_records(self.held_out) else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import NO_DOC, NO_TARGET, ThreadedTokens
-from pasta_jax.data import batches, packing, records
+from pasta_jax.data import batches, fitting, packing, records
 from pasta_jax.visibility import visible
 
 PROMISE = '<promise topic="rivers" tokens=1 /><async>The Nile.</async>'
@@ -125,12 +125,14 @@ def test_unusable_lines_are_counted_and_kept_to_the_byte(tmp_path: pathlib.Path)
     line = b'{"prompt": "\xff\xfe"}'
     examples, problems = records.read_records(write(tmp_path / "data.jsonl", *[line] * 30))
     assert examples == []
-    shown = records.report(problems, 40)
-    assert shown.startswith("30 of 40 records cannot be used (75.0%):")
-    assert shown.count("not UTF-8") == records.SHOWN
+    account = fitting.Account("data.jsonl", records=40)
+    for problem in problems:
+        account.add(problem)
+    shown = account.report()
+    assert shown.startswith("30 of 40 records cannot be used (75.0%): 30 not UTF-8\n")
+    assert shown.count("is not UTF-8") == fitting.SHOWN
     assert shown.endswith("... and 10 more")
-    records.write_invalid(tmp_path / "invalid.jsonl", problems)
-    kept = [json.loads(x) for x in (tmp_path / "invalid.jsonl").read_text().splitlines()]
+    kept = [json.loads(records.invalid_line(problem)) for problem in problems]
     assert [k["raw"].encode("utf-8", "surrogateescape") for k in kept] == [line] * 30
     assert kept[29]["line"] == 30
 

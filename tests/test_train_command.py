@@ -135,7 +135,8 @@ def test_the_run_is_told_what_its_data_are(tmp_path: pathlib.Path, monkeypatch: 
         [record | {"response": f"One: {PROMISE}".replace("rivers", "river")}],
     ):
         file.write_text("\n".join(map(json.dumps, lines)))
-        train.run(Config(data=DataConfig(sources=((str(file), 1.0),))), str(tmp_path / "run"))
+        data = DataConfig(sources=((str(file), 1.0),), max_unusable=0.5)
+        train.run(Config(data=data), str(tmp_path / "run"))
     assert [each[str(file)]["examples"] for each in seen] == [1, 1, 2, 1, 1]
     hashes = [each[str(file)]["sha256"] for each in seen]
     assert hashes[0] == hashes[1] and len(set(hashes)) == 4
@@ -159,12 +160,21 @@ def test_records_that_cannot_be_used_are_reported_and_kept(
     ]
     file, invalid = tmp_path / "data.jsonl", tmp_path / "invalid.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
-    config = DataConfig(sources=((str(file), 1.0),), length=256)
+    config = DataConfig(sources=((str(file), 1.0),), length=256, max_unusable=0.6)
     source = make_source(config, make_tokenizer(config), seed=0, invalid=invalid)
     assert len({tuple(source[i].token) for i in range(10)}) == 2
     kept = [json.loads(line) for line in invalid.read_text().splitlines()]
     assert sorted(k["line"] for k in kept) == [3, 4, 5]
-    assert "3 of 5 records cannot be used (60.0%)" in caplog.text
+    total = "3 of 5 records cannot be used (60.0%): 1 tags, 1 longer than a row, 1 too many branches"
+    assert total in caplog.text
+    strict = dataclasses.replace(config, max_unusable=0.59)
+    with pytest.raises(ConfigError) as stopped:
+        make_source(strict, make_tokenizer(config), seed=0, invalid=tmp_path / "again.jsonl")
+    said = str(stopped.value)
+    assert said.startswith(f"config.data.sources: {file}: {total}. ") and "\n" not in said
+    assert "by --config.data.max_unusable=0.6. The first: " in said
+    assert said.endswith(f"All are in {tmp_path / 'again.jsonl'}.")
+    assert (tmp_path / "again.jsonl").read_text() == invalid.read_text(), "kept although the run stops"
     assert "</async> without <async>" in caplog.text
     assert "tokens, a row holds 256. Set --config.data.length=" in caplog.text
     assert "promises more than 15 branches" in caplog.text
@@ -196,7 +206,7 @@ def test_unknown_and_unusable_sources(tmp_path: pathlib.Path) -> None:
     bad.write_text("{}\n")
     for name, message in {
         "almanac:none": "no almanac:none. Use one of almanac:base, almanac:plain",
-        "wikipedia": "'wikipedia' is neither almanac:NAME nor a .jsonl file",
+        "wikipedia": "'wikipedia' is neither almanac:NAME nor a file of records",
         str(tmp_path / "none.jsonl"): "No such file",
         str(empty): "is empty",
         str(bad): "1 of 1 records cannot be used",

@@ -183,9 +183,9 @@ def test_a_share_of_the_examples_or_a_file(tmp_path: pathlib.Path) -> None:
     [
         (
             "data.held_out=1.5",
-            "config.data.held_out must be a .jsonl file, or a share between 0 and 1, got '1.5'",
+            "config.data.held_out must be a file of records, as a.jsonl, or a share between 0 and 1, got '1.5'",
         ),
-        ("data.held_out=data.txt", "config.data.held_out must be a .jsonl file"),
+        ("data.held_out=data.txt", "config.data.held_out must be a file of records"),
         (
             "log.profile=10",
             "config.log.profile must be FIRST:END, as 10:13 for steps 10, 11 and 12, got '10'",

@@ -46,7 +46,7 @@ State = TypeVar("State", bound=Any)
 REMOVED = "removed"
 """Folder beside the checkpoints of those that are being deleted."""
 
-MAY_CHANGE = ("steps", "epochs", "mesh.", "microbatches", "remat", "checkpoint.", "log.")
+MAY_CHANGE = ("steps", "epochs", "mesh.", "microbatches", "remat", "checkpoint.", "log.", "data.max_unusable")
 """Fields that a rerun may change without being another experiment."""
 
 

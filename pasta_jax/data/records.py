@@ -6,7 +6,7 @@ r"""Annotated answers in files, one record per line.
 has the earlier answers without their tags, which is what decoding sees.
 
 An invalid record does not stop the others and is not lost: it is reported with its position and a fix, and
-`write_invalid` keeps it.
+training keeps it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, Literal, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
+from pasta_jax.config import Turns
 from pasta_jax.data.layouts import COLUMNS, Fault, conversation
-from pasta_jax.files import replacing
+from pasta_jax.data.reading import Entry, RecordError, entries
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import ParseError, parse
 from pasta_jax.lang.program import Program
@@ -27,20 +28,11 @@ from pasta_jax.lang.render import render
 from pasta_jax.messages import shown
 from pasta_jax.tokens.tokenizer import Tokenizer
 
-SHOWN = 20
-
 Message: TypeAlias = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
 
 Prompt: TypeAlias = str | tuple[Message, ...]
 """What the model is asked: a text, or a conversation that ends with the user's message."""
-
-Turns: TypeAlias = Literal["all", "last"]
-"""Which answers of a record are learnt: all that may be, or the last of them."""
-
-
-class RecordError(ValueError):
-    """A file cannot be used; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +42,7 @@ class Example:
     Attributes:
       prompt: what the model is asked. A single message of the user is a text.
       program: the annotated answer.
-      line: of the record in the file, from 1.
+      line: of the record in the file, from 1; in files without lines, the number of the record.
       raw: the record itself.
       turn: the number of the answer among those of the record, from 0.
     """
@@ -75,11 +67,12 @@ class Problem:
 
     Attributes:
       file: its name.
-      line: from 1.
+      line: from 1, or the number of the record.
       column: from 1; None if the fault is not at one position.
       message: what is wrong, and what to do.
       raw: the record itself; invalid UTF-8 as lone surrogates, which keep the bytes.
       reason: the kind of fault, one of few.
+      unit: "line", or "record" in a file without lines.
     """
 
     file: str
@@ -88,10 +81,11 @@ class Problem:
     message: str
     raw: str
     reason: str = ""
+    unit: str = "line"
 
     def __str__(self) -> str:
         column = f", column {self.column}" if self.column else ""
-        return f"{self.file} line {self.line}{column}: {self.message}"
+        return f"{self.file} {self.unit} {self.line}{column}: {self.message}"
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -112,6 +106,59 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How records are read.
+
+    Attributes:
+      columns: a file's own names for "prompt", "response", "system" or "messages" (`layouts.conversation`).
+      max_depth: how deep promises may nest.
+      turns: which answers of a conversation are learnt.
+    """
+
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    max_depth: int = 1
+    turns: Turns = "all"
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.columns) - set(COLUMNS):
+            raise RecordError(
+                f"columns maps {', '.join(map(shown, sorted(unknown)))}; only {', '.join(COLUMNS)} can be mapped."
+            )
+
+    def examples(self, entry: Entry) -> list[Example]:
+        """An example for each answer of a record that is learnt, at least one. Raises layouts.Fault."""
+        raw, record = raw_text(entry), _parsed(entry.data)
+        examples: list[Example] = []
+        said: list[Message] = []
+        number = 0
+        for turn in conversation(record, self.columns).turns:
+            content = turn.text
+            if turn.role == "assistant":
+                try:
+                    program = parse(turn.text, max_depth=self.max_depth)
+                except ParseError as error:
+                    raise Fault("tags", f'in "{turn.key}", {error}') from None
+                if turn.is_learnt:
+                    prompt: Prompt = said[0]["content"] if len(said) == 1 else tuple(said)
+                    examples.append(Example(prompt, program, entry.number, raw, number))
+                content, number = assemble(program), number + 1
+            said.append({"role": turn.role, "content": content})
+        return examples[-1:] if self.turns == "last" else examples
+
+
+def raw_text(entry: Entry) -> str:
+    """A record as it is written; bytes that are not UTF-8 as lone surrogates."""
+    return entry.data.decode("utf-8", errors="surrogateescape")
+
+
+def problem(path: str, entry: Entry, fault: Fault) -> Problem:
+    """A fault with its place."""
+    return Problem(
+        path, entry.number, fault.column, fault.message, raw_text(entry), fault.reason, unit=entry.unit
+    )
+
+
 def read(
     path: str | os.PathLike[str],
     *,
@@ -119,46 +166,24 @@ def read(
     max_depth: int = 1,
     turns: Turns = "all",
 ) -> Iterator[Example | Problem]:
-    """The examples and the faults of a file, one after another; no more than a record is held.
+    """The examples and the faults of a file or data set, one after another; a record is held at a time.
 
     Args:
-      path: of the file.
-      columns: the file's own names for "prompt", "response", "system" or "messages" (`layouts.conversation`).
-      max_depth: how deep promises may nest.
-      turns: which answers of a conversation to give.
+      path: of the file (`reading`).
+      columns, max_depth, turns: as in `Reader`.
 
     Raises:
-      RecordError: the file cannot be read.
+      RecordError: the file cannot be read, or columns are mapped that there are not.
     """
-    columns = dict(columns or {})
-    if unknown := set(columns) - set(COLUMNS):
-        raise RecordError(
-            f"columns maps {', '.join(map(shown, sorted(unknown)))}; only {', '.join(COLUMNS)} can be mapped."
-        )
-    try:
-        file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise RecordError(f"Cannot read {os.fspath(path)}: {error.strerror}.") from error
-    return _read(file, os.fspath(path), columns, max_depth, turns)
+    return _read(Reader(dict(columns or {}), max_depth, turns), entries(path), os.fspath(path))
 
 
-def _read(
-    file: IO[bytes], path: str, columns: Mapping[str, str], max_depth: int, turns: Turns
-) -> Iterator[Example | Problem]:
-    with file:
+def _read(reader: Reader, found: Iterable[Entry], path: str) -> Iterator[Example | Problem]:
+    for entry in found:
         try:
-            for number, line in enumerate(file, start=1):
-                data = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                data = data.removesuffix(b"\n")
-                if not data.strip():
-                    continue
-                raw = data.rstrip(b"\r").decode("utf-8", errors="surrogateescape")
-                try:
-                    yield from examples_of(parsed(data), number, raw, columns, max_depth, turns)
-                except Fault as fault:
-                    yield Problem(path, number, fault.column, fault.message, raw, fault.reason)
-        except OSError as error:
-            raise RecordError(f"Cannot read {path}: {error.strerror}.") from error
+            yield from reader.examples(entry)
+        except Fault as fault:
+            yield problem(path, entry, fault)
 
 
 def read_records(
@@ -179,7 +204,7 @@ def read_records(
     return examples, problems
 
 
-def parsed(line: bytes) -> Any:
+def _parsed(line: bytes) -> Any:
     """What a line of JSON holds. Raises Fault."""
     try:
         return json.loads(line.decode("utf-8"))
@@ -198,29 +223,6 @@ def parsed(line: bytes) -> Any:
         raise Fault("nested too deeply", message) from None
 
 
-def examples_of(
-    record: Any, line: int, raw: str, columns: Mapping[str, str], max_depth: int, turns: Turns
-) -> list[Example]:
-    """An example for each answer of a record that is learnt, at least one. Raises Fault."""
-    examples: list[Example] = []
-    said: list[Message] = []
-    number = 0
-    for turn in conversation(record, columns).turns:
-        content = turn.text
-        if turn.role == "assistant":
-            try:
-                program = parse(turn.text, max_depth=max_depth)
-            except ParseError as error:
-                raise Fault("tags", f'in "{turn.key}", {error}') from None
-            if turn.is_learnt:
-                only = len(said) == 1
-                prompt: Prompt = said[0]["content"] if only else tuple(said)
-                examples.append(Example(prompt, program, line, raw, number))
-            content, number = assemble(program), number + 1
-        said.append({"role": turn.role, "content": content})
-    return examples[-1:] if turns == "last" else examples
-
-
 def digest(examples: Iterable[Example]) -> dict[str, Any]:
     """The number of examples, and a hash of their texts in their order, however the file spells them."""
     texts, count = hashlib.sha256(), 0
@@ -230,17 +232,9 @@ def digest(examples: Iterable[Example]) -> dict[str, Any]:
     return {"examples": count, "sha256": texts.hexdigest()}
 
 
-def report(problems: Sequence[Problem], total: int) -> str:
-    """The first problems, and their number among `total` records."""
-    more = f"... and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
-    share = len(problems) / max(total, 1)
-    head = f"{len(problems):,} of {total:,} records cannot be used ({share:.1%}):"
-    return "\n  ".join(filter(None, [head, *map(str, problems[:SHOWN]), more]))
+def invalid_line(problem: Problem) -> str:
+    """An invalid record with its position and what is wrong with it, as a line of JSON.
 
-
-def write_invalid(path: str | os.PathLike[str], problems: Sequence[Problem]) -> None:
-    """Writes every invalid line, with its position and what is wrong with it, as JSONL."""
-    with replacing(path) as file:
-        for problem in problems:
-            # ASCII escapes preserve the surrogates of `raw`, and so the original bytes.
-            file.write(json.dumps(dataclasses.asdict(problem), ensure_ascii=True) + "\n")
+    ASCII escapes preserve the surrogates of `raw`, and so the original bytes.
+    """
+    return json.dumps(dataclasses.asdict(problem), ensure_ascii=True) + "\n"

@@ -4,32 +4,28 @@ almanac:base        facts as plain text, and plain instructions with plain answe
 almanac:plain       instructions with plain answers
 almanac:annotated   the same answers, annotated imperfectly
 almanac:apar        the same answers, forked by APAR's rules; needs dialect=apar
-FILE.jsonl          records with a prompt and an annotated response (see `records`)
+FILE.jsonl          records of prompts and annotated answers, in any layout and kind of file (`layouts`, `reading`)
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
+
+from tqdm import tqdm
 
 from pasta_jax.arrays import ThreadedTokens
-from pasta_jax.config import ConfigError, DataConfig
+from pasta_jax.config import ConfigError, DataConfig, is_records
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import Mixture, Shuffled, Stream, batches, held_out, steps_until
-from pasta_jax.data.records import (
-    Example,
-    Problem,
-    RecordError,
-    digest,
-    encode_prompt,
-    read_records,
-    report,
-    write_invalid,
-)
-from pasta_jax.tokens.layout import LayoutError, layout
+from pasta_jax.data.fitting import Account, Fitter
+from pasta_jax.data.reading import RecordError, entries
+from pasta_jax.data.records import Problem, digest, invalid_line
+from pasta_jax.data.stored import Chained, Stored, store
+from pasta_jax.files import replacing, shows_progress
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -71,39 +67,49 @@ def make_sources(
       ConfigError: an unknown source, a file without a valid record, or a share of examples that cannot be held out.
     """
     check_held_out(config, "data.sources", *(name for name, _ in config.sources))
-    problems: list[Problem] = []
+    for name, _ in config.sources:
+        if not is_records(name) and not name.startswith("almanac:"):
+            raise ConfigError(
+                f"config.data.sources: {name!r} is neither almanac:NAME nor a file of records, as mine.jsonl."
+            )
+    with _keeping(invalid) as keep:
+        files = {
+            number: _stored(name, config, tokenizer, keep)
+            for number, (name, _) in enumerate(config.sources)
+            if is_records(name)
+        }
+    kept = os.fspath(invalid) if invalid is not None else ""
+    for _, account in files.values():
+        _check(account, config, kept)
+    if kept and any(account.unusable for _, account in files.values()):
+        LOG.warning("All invalid records are kept in %s.", kept)
     streams: list[Stream] = []
-    held: list[ThreadedTokens] = []
+    held: list[Stored] = []
     for number, (name, _) in enumerate(config.sources):
         own_seed = seed * 1000 + number
         if name.startswith("almanac:"):
             streams.append(_almanac(name.partition(":")[2], config, tokenizer, own_seed))
-        elif name.endswith((".jsonl", ".json")):
-            records = _records(name, config, tokenizer, problems)
-            prompts = [example.asked for example in records.examples]
-            trained, measured = held_out(prompts, config.held_out_share, own_seed)
+            continue
+        stored, _ = files[number]
+        if config.held_out_share:
+            trained, measured = held_out(stored.asked, config.held_out_share, own_seed)
             if not trained:
                 raise ConfigError(
-                    f"config.data.held_out leaves nothing of {name} ({len(records)} examples; those with the same "
+                    f"config.data.held_out leaves nothing of {name} ({len(stored)} examples; those with the same "
                     "prompt stay together)."
                 )
-            held += [records[i] for i in measured]
-            chosen = dataclasses.replace(records, examples=[records.examples[i] for i in trained])
-            streams.append(Shuffled(chosen, own_seed))
-        else:
-            raise ConfigError(f"config.data.sources: {name!r} is neither almanac:NAME nor a .jsonl file.")
-    if problems and invalid is not None:
-        write_invalid(invalid, problems)
-        LOG.warning("All invalid records are kept in %s.", os.fspath(invalid))
+            held.append(stored.of(measured))
+            stored = stored.of(trained)
+        streams.append(Shuffled(stored, own_seed))
     if config.held_out_share and not held:
         raise ConfigError(
-            "config.data.held_out is a share of the examples of .jsonl files, and the almanac generates its own. "
+            "config.data.held_out is a share of the examples of files, and the almanac generates its own. "
             "Name a file of examples instead."
         )
-    held = held or held_out_file(config, tokenizer)
+    measured_on = Chained(held) if held else held_out_file(config, tokenizer)
     if len(streams) == 1:
-        return streams[0], held
-    return Mixture(streams, [weight for _, weight in config.sources]), held
+        return streams[0], measured_on
+    return Mixture(streams, [weight for _, weight in config.sources]), measured_on
 
 
 def check_held_out(config: DataConfig, field: str, *files: str) -> None:
@@ -116,19 +122,20 @@ def check_held_out(config: DataConfig, field: str, *files: str) -> None:
         )
 
 
-def held_out_file(config: DataConfig, tokenizer: Tokenizer) -> list[ThreadedTokens]:
+def held_out_file(config: DataConfig, tokenizer: Tokenizer) -> Sequence[ThreadedTokens]:
     """The documents of the file that `config.held_out` names, if it names one. Raises ConfigError."""
     if not config.held_out_file:
         return []
-    records = _records(config.held_out_file, config, tokenizer, [], field="held_out")
-    return [records[i] for i in range(len(records))]
+    stored, account = _stored(config.held_out_file, config, tokenizer, lambda _: None, field="held_out")
+    _check(account, config, field="held_out")
+    return stored
 
 
 def contents(source: Stream) -> dict[str, dict[str, Any]]:
     """The number and a hash of the examples of each file that `source` reads, by the name of the file."""
     streams = source.streams if isinstance(source, Mixture) else [source]
     read = [stream.source for stream in streams if isinstance(stream, Shuffled)]
-    return {each.path: digest(each.examples) for each in read if isinstance(each, Records)}
+    return {each.path: digest(each.examples()) for each in read if isinstance(each, Stored)}
 
 
 def steps_of_epochs(config: DataConfig, source: Stream, epochs: float) -> int:
@@ -139,7 +146,7 @@ def steps_of_epochs(config: DataConfig, source: Stream, epochs: float) -> int:
     """
     if not isinstance(source, Shuffled):
         raise ConfigError(
-            "config.epochs counts passes over one .jsonl file; the almanac is endless, and a mixture has no "
+            "config.epochs counts passes over one file of records; the almanac is endless, and a mixture has no "
             "common pass. Set --config.epochs=0 and --config.steps."
         )
     count, seen = steps_until(batches(source, 0, config.rows, config.length), len(source))
@@ -164,53 +171,43 @@ def _almanac(which: str, config: DataConfig, tokenizer: Tokenizer, seed: int) ->
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Records:
-    """The examples of a file, laid out on demand."""
-
-    path: str
-    examples: Sequence[Example]
-    layout: Callable[[Example], ThreadedTokens]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> ThreadedTokens:
-        return self.layout(self.examples[index])
-
-
-def _records(
-    path: str, config: DataConfig, tokenizer: Tokenizer, problems: list[Problem], field: str = "sources"
-) -> Records:
-    """The records of a file that can be read, laid out and packed. Adds the others to `problems`."""
-
-    def document(example: Example) -> ThreadedTokens:
-        try:
-            prompt = encode_prompt(tokenizer, example.prompt)
-        except ValueError as error:
-            raise LayoutError(str(error)) from error
-        return layout(tokenizer, prompt, example.program, config.positions, config.threads)
-
+def _stored(
+    path: str,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    keep: Callable[[Problem], object],
+    field: str = "sources",
+) -> tuple[Stored, Account]:
+    """The examples of a file that fit into a row, and the account of all. Raises ConfigError."""
+    account = Account(path)
     try:
-        examples, unusable = read_records(path, columns=dict(config.columns), max_depth=config.max_depth)
+        found = tqdm(entries(path), f"reading {path}", unit=" records", delay=2, disable=not shows_progress())
+        fitter = Fitter(config, tokenizer)
+        return store(path, found, fitter, account, keep, is_grouped=bool(config.held_out_share)), account
     except RecordError as error:
         raise ConfigError(f"config.data.{field}: {error}") from error
-    total = len(examples) + len(unusable)
-    usable = []
-    for example in examples:
-        try:
-            if (length := len(document(example))) <= config.length:
-                usable.append(example)
-                continue
-            fault = (
-                f"{length} tokens, a row holds {config.length}. Set --config.data.length={length} or more."
-            )
-        except LayoutError as error:
-            fault = str(error)
-        unusable.append(Problem(path, example.line, None, fault, example.raw))
-    problems += unusable
-    if not usable:
-        raise ConfigError(f"config.data.{field}: {report(unusable, total)}" if total else f"{path} is empty.")
-    if unusable:
-        LOG.warning("%s", report(sorted(unusable, key=lambda p: p.line), total))
-    return Records(path, usable, document)
+
+
+def _check(account: Account, config: DataConfig, kept: str = "", field: str = "sources") -> None:
+    """Says what of a file cannot be used. Raises ConfigError if that is too much."""
+    try:
+        account.check(config.max_unusable, kept)
+    except ConfigError as error:
+        raise ConfigError(f"config.data.{field}: {error}") from None
+    if report := account.report():
+        LOG.warning("%s", report)
+
+
+@contextlib.contextmanager
+def _keeping(path: str | os.PathLike[str] | None) -> Iterator[Callable[[Problem], object]]:
+    """Takes problems and writes them to a file, which is made with the first of them."""
+    with contextlib.ExitStack() as stack:
+        files: list[IO[str]] = []
+
+        def keep(problem: Problem) -> None:
+            if path is not None:
+                if not files:
+                    files.append(stack.enter_context(replacing(path)))
+                files[0].write(invalid_line(problem))
+
+        yield keep

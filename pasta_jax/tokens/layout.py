@@ -28,9 +28,18 @@ from pasta_jax.messages import shown
 from pasta_jax.tokens.positions import TAGS_OF_A_BLOCK, Positions
 from pasta_jax.tokens.tokenizer import Tokenizer, Vocabulary
 
+TOPIC_TOO_LONG = "topic too long"
+
 
 class LayoutError(ValueError):
-    """A program that cannot be laid out within the limits, and what to do about it."""
+    """A program that cannot be laid out within the limits, and what to do about it.
+
+    `reason` is the kind of fault in a few words that do not vary, to be counted.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 def layout_example(
@@ -77,7 +86,10 @@ def layout(
 def layout_ids(
     vocabulary: Vocabulary, prompt: Sequence[int], answer: Sequence[int], positions: Positions, threads: int
 ) -> ThreadedTokens:
-    """The same from the ids of the prompt and of the answer (`answer_ids`), which tell its structure too."""
+    """The same from the ids of the prompt and of the answer (`answer_ids`), which tell its structure too.
+
+    Of an answer that was cut off, without its end, no end is learnt: nothing follows its last token.
+    """
     check_threads(vocabulary, answer, threads)
     ids = [*prompt, *answer]
     scribe = _Scribe(positions, threads)
@@ -95,8 +107,9 @@ def layout_ids(
                 branch = stack.pop()
                 scribe.keep(stack[-1], branch)
     [main] = stack
-    scribe.write_until(len(ids) - 1, main)
-    scribe.join(main)
+    if ids[-1] == vocabulary.eos:
+        scribe.write_until(len(ids) - 1, main)
+        scribe.join(main)
     scribe.write_until(len(ids), main)
     tokens = scribe.tokens(ids)
     return ThreadedTokens(**tokens.fields(), target=next_of_thread(tokens))
@@ -132,7 +145,8 @@ def check_threads(vocabulary: Vocabulary, answer: Sequence[int], threads: int) -
     if threads_in(vocabulary, answer) > threads:
         raise LayoutError(
             f"The answer promises more than {threads - 1} branches. "
-            f"Raise --config.data.threads above {threads}, or promise less."
+            f"Raise --config.data.threads above {threads}, or promise less.",
+            "too many branches",
         )
 
 
@@ -244,12 +258,13 @@ def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
     if promise.is_bare:
         return [vocabulary.tag_ids[tags.PROMISE_CLOSE]]
     if problem := promise_problem(promise.topic, promise.tokens):
-        raise LayoutError(f"The promise {shown(promise.topic)} cannot be written: {problem}.")
+        raise LayoutError(f"The promise {shown(promise.topic)} cannot be written: {problem}.", "promise")
     topic = topic_tokens(tokenizer, promise.topic)
     if not 1 <= len(topic) <= tags.MAX_TOPIC_TOKENS:
         raise LayoutError(
             f"The topic {shown(promise.topic)} takes {len(topic)} tokens; 1 to {tags.MAX_TOPIC_TOKENS} are allowed."
-            " Shorten it."
+            " Shorten it.",
+            TOPIC_TOO_LONG,
         )
     return [
         vocabulary.tag_ids[tags.PROMISE_OPEN],
@@ -265,5 +280,6 @@ def check_dialect(vocabulary: Vocabulary, needed: tags.Dialect) -> None:
     if vocabulary.dialect != needed:
         raise LayoutError(
             f"The answer has tags of the {needed} dialect, the tokenizer those of {vocabulary.dialect}. "
-            f"Set --config.data.dialect={needed}."
+            f"Set --config.data.dialect={needed}.",
+            "tags of another dialect",
         )

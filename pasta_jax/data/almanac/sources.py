@@ -75,7 +75,8 @@ class AlmanacSource:
                 return document
         raise LayoutError(
             f"Almanac documents need more than the {self.length} tokens of a row. "
-            "Set --config.data.length=512, which holds them all."
+            "Set --config.data.length=512, which holds them all.",
+            "longer than a row",
         )
 
     def _document(self, rng: np.random.Generator) -> ThreadedTokens:
