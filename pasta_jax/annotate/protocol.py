@@ -11,13 +11,13 @@ what the command calls for both kinds.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.program import Program
 
-Messages: TypeAlias = Sequence[Mapping[str, str]]
+Messages: TypeAlias = tuple[Mapping[str, str], ...]
 """A conversation that ends with the user's message, each {"role": ..., "content": ...}."""
 
 

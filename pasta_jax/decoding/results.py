@@ -53,7 +53,7 @@ class Stats:
       prompt_tokens, output_tokens: tokens of the prompt, and of the answer in all threads with its tags.
       decode_steps: steps that the row took after the prompt.
       text_tokens: the answer's tokens without its tags: the steps that a sequential decode of the same text takes.
-      critical_path: decode steps that the answer needs with unlimited lanes (`tokens.cost.critical_path`), at least 1.
+      critical_path: decode steps that the answer needs with unlimited lanes (`tokens.cost`), at least 1.
       step_speedup: text_tokens / decode_steps.
       wall_s: seconds of the whole call without compiling; for a streamed or submitted request, seconds that the
         decoder worked while the request had a row.

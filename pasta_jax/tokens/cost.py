@@ -11,10 +11,10 @@ from pasta_jax.lang.grammar import Kind
 from pasta_jax.lang.program import Node, Program, Promise, Text
 from pasta_jax.tokens.detokenize import Threads
 from pasta_jax.tokens.layout import check_dialect, promise_tokens
-from pasta_jax.tokens.tokenizer import Tokenizer, Vocabulary
+from pasta_jax.tokens.tokenizer import TextEncoder, Vocabulary
 
 
-def theoretical_speedup(tokenizer: Tokenizer, program: Program) -> float:
+def theoretical_speedup(tokenizer: TextEncoder, program: Program) -> float:
     """The tokens of the answer as plain text, divided by its critical path; 1 for an empty answer."""
     tokens = len(tokenizer.encode(assemble(program)))
     return max(1, tokens) / max(
@@ -22,7 +22,7 @@ def theoretical_speedup(tokenizer: Tokenizer, program: Program) -> float:
     )
 
 
-def threads_of_program(tokenizer: Tokenizer, program: Program) -> Threads:
+def threads_of_program(tokenizer: TextEncoder, program: Program) -> Threads:
     """The threads that write an annotated answer, in document order, its end included: those of its layout.
 
     Raises LayoutError for a promise or sync that the tokenizer cannot spell.
@@ -67,10 +67,12 @@ def critical_path(threads: Threads, vocabulary: Vocabulary) -> int:
     duration = [0] * len(threads.tokens)
     for thread in reversed(range(len(duration))):  # a branch has a greater number than its parent
         step = awaited = 0  # the step of the token; the step in which the last branch it may wait for ends
-        closing = Kind.END if thread == 0 else Kind.ASYNC_CLOSE
-        for index, token in enumerate(threads.tokens[thread]):
+        waiting = {int(Kind.SYNC), int(Kind.END if thread == 0 else Kind.ASYNC_CLOSE)}
+        tokens = threads.tokens[thread]
+        waits = {token for token in {*tokens} if int(vocabulary.kinds[token]) in waiting}
+        for index, token in enumerate(tokens):
             step += 1
-            if vocabulary.kinds[token] in (Kind.SYNC, closing):
+            if token in waits:
                 step, awaited = max(step, awaited), 0
             if branch := threads.branches[thread].get(index):
                 # -1: the branch's first step is the one that feeds ` />`.

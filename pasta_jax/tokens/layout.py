@@ -26,7 +26,7 @@ from pasta_jax.lang.render import promise_problem
 from pasta_jax.lang.topics import topic_tokens, with_short_topics
 from pasta_jax.messages import shown
 from pasta_jax.tokens.positions import TAGS_OF_A_BLOCK, Positions
-from pasta_jax.tokens.tokenizer import Tokenizer, Vocabulary
+from pasta_jax.tokens.tokenizer import TextEncoder, Tokenizer, Vocabulary
 
 TOPIC_TOO_LONG = "topic too long"
 
@@ -251,7 +251,7 @@ class _Scribe:
         )
 
 
-def promise_tokens(tokenizer: Tokenizer, promise: Promise) -> list[int]:
+def promise_tokens(tokenizer: TextEncoder, promise: Promise) -> list[int]:
     """The ids of a promise's tag. Raises LayoutError if the tag grammar forbids it."""
     vocabulary = tokenizer.vocabulary
     check_dialect(vocabulary, "apar" if promise.is_bare else "pasta")

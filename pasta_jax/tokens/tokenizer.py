@@ -173,8 +173,8 @@ def whole_characters(spelled: bytes, *, ended: bool) -> tuple[str, bytes]:
     return text, spelled[used:]
 
 
-class Tokenizer(Protocol):
-    """What the rest of the package needs of a tokenizer."""
+class TextEncoder(Protocol):
+    """What an answer needs of a tokenizer."""
 
     @property
     def vocabulary(self) -> Vocabulary: ...
@@ -184,6 +184,10 @@ class Tokenizer(Protocol):
 
         Raises TextError for half a character.
         """
+
+
+class Tokenizer(TextEncoder, Protocol):
+    """What the rest of the package needs of a tokenizer."""
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Ids of a prompt, up to where the model's answer starts. Raises ValueError if it is empty."""
