@@ -6,9 +6,9 @@ The variant is the model, as in configs/sft.py: gemma-2b (the default), gemma-7b
 
 The paper's recipe: ten samples a prompt at temperature 1, two rounds, BoNBoN at 5e-7 with alpha 0.005.
 
-The paper's prompts are SlimOrca's and its judge is Gemini 1.5 Pro. A judge for such prompts is not built yet, so
-these are Almanac's, which a program judges. The opponent is the sequential model, if one is named by
---config.preference.baseline=WORKDIR, else the model of init_from.
+The paper's prompts are SlimOrca's and its judge is Gemini 1.5 Pro. These are Almanac's, which a program judges; for
+others add --config.preference.prompts=FILE and --config.preference.judge=likelihood or llm (docs/usage.md). The
+opponent is the sequential model, if one is named by --config.preference.baseline=WORKDIR, else that of init_from.
 
 --config.preference.quality_weight is lambda: the paper's are 1, 2, 4, 8 and inf.
 

@@ -23,6 +23,18 @@ Remat: TypeAlias = Literal["auto", "none", "dots", "everything"]
 but matrix products and attention; every layer. `auto` is the first that fits (`training.remat`)."""
 
 
+JUDGES = ("almanac", "likelihood", "llm")
+
+
+def is_judge(name: str) -> bool:
+    """Whether a name is that of a judge, or could be a function of the user's own.
+
+    >>> is_judge("likelihood"), is_judge("my_judges:polite"), is_judge("polite")
+    (True, True, False)
+    """
+    return name in JUDGES or all(part.strip() for part in name.partition(":"))
+
+
 def remat_of(value: Any) -> Any:
     """The policy that a configuration or a checkpoint means, also by the true and false of older ones.
 
@@ -172,7 +184,9 @@ class PreferenceConfig:
     """The second stage, in rounds: sample, score, pair, train (paper section 4)."""
 
     baseline: str = field("", "workdir of a sequential model, the opponent; empty: that of init_from")
-    prompts: str = field("almanac", "almanac (new prompts each round), or JSONL of prompts and responses")
+    prompts: str = field(
+        "almanac", "almanac (new prompts each round), or a file; its answers are opponents too"
+    )
     prompts_per_round: int = field(256, "prompts sampled and judged in a round", least=1)
     rounds: int = field(2, "of sampling and training", least=1)
     samples: int = field(8, "N, answers to each prompt", least=2)
@@ -183,7 +197,12 @@ class PreferenceConfig:
     efficiency: Literal["speedup", "parallelism", "harmonic", "arithmetic"] = field(
         "speedup", "speedup, parallelism, or their harmonic or arithmetic mean"
     )
-    judge: Literal["almanac"] = field("almanac", "compares two answers")
+    efficiency_when: Literal["always", "not_worse"] = field(
+        "always", "not_worse: speed counts only where the answer is judged no worse, quality >= 1"
+    )
+    judge: str = field("almanac", "almanac, likelihood, llm or MODULE:FUNCTION; compares two answers")
+    judge_model: str = field("", "likelihood: workdir, empty: the baseline; llm: the endpoint's model")
+    judge_url: str = field("", "llm: the endpoint, as http://localhost:8000/v1; the key is $OPENAI_API_KEY")
     loss: Literal["bonbon", "ipo", "dpo"] = field(
         "bonbon", "bonbon is the paper's; formulas: training.losses"
     )
@@ -197,6 +216,15 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not is_judge(self.judge):
+            raise FieldError(
+                f"judge must be {', '.join(JUDGES)} or MODULE:FUNCTION, got {shown(self.judge)}."
+            )
+        if self.judge == "llm" and not (self.judge_model and self.judge_url):
+            raise FieldError(
+                "judge_url and judge_model must be set for judge=llm: http://localhost:8000/v1, and the endpoint's "
+                "name of a model."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,13 @@ from pasta_jax.arrays import NO_DOC, NO_TARGET, PairedTokens, ThreadedTokens
 from pasta_jax.checkpoints.about import find_checkpoint
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, PreferenceConfig
 from pasta_jax.data import almanac
-from pasta_jax.data.judgement import Preference
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, document_order
 from pasta_jax.files import read_jsonl
+from pasta_jax.judges.protocol import JudgeError, Preference
 from pasta_jax.lang.parse import parse
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.preference import rounds
@@ -35,14 +35,14 @@ from pasta_jax.preference.pairs import (
     choose_pair,
     make_pairs,
     pair_batches,
-    reference_logprobs,
     steps_for,
 )
 from pasta_jax.preference.sample import Prompt, Record, record_of, sample, write_records
-from pasta_jax.preference.score import EFFICIENCIES, Judge, combined, quality, scores
+from pasta_jax.preference.score import EFFICIENCIES, combined, qualities, scores
 from pasta_jax.tokens.layout import layout_example
 from pasta_jax.train import run as train
 from pasta_jax.training import loop
+from pasta_jax.training.logprobs import reference_logprobs
 from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.signals import Stopped
@@ -175,20 +175,71 @@ def test_records_come_back_from_a_file_as_they_were(records: list[Record], tmp_p
 # -------------------------------------------------------------------------------------------------- scoring
 
 
-def fixed(winner: int | None, confidence: float) -> Judge:
-    return lambda prompt, a, b: Preference(winner, confidence)
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A judge that does not read."""
+
+    winner: int | None
+    confidence: float
+
+    def compare(self, prompt: str, a: str, b: str, /) -> Preference:
+        return Preference(self.winner, self.confidence)
+
+
+@dataclasses.dataclass(frozen=True)
+class Likes:
+    """A judge that likes one text, and counts what it is asked."""
+
+    text: str
+    asked: list[str] = dataclasses.field(default_factory=list)
+
+    def compare(self, prompt: str, a: str, b: str, /) -> Preference:
+        self.asked.append(f"{prompt}: {a} or {b}")
+        return Preference(0 if a == self.text else 1, 1.0)
+
+
+NOTHING = ThreadedTokens(**{name: np.zeros(4, np.int32) for name in ThreadedTokens.__dataclass_fields__})
+
+
+def answered(baseline: str, reference: str | None, *texts: str, prompt: str = "Why?") -> Record:
+    """A record of made-up answers."""
+    drawn = [made_up(text, NOTHING, critical_path=20) for text in (baseline, *texts)]
+    return Record(Prompt(prompt, reference), drawn[0], tuple(drawn[1:]))
 
 
 def test_quality_asks_in_both_orders() -> None:
     # A judge that always prefers what it reads first wins one of two: (1 + 0.8) / (1 + 0.8).
-    assert quality(fixed(0, 0.8), "", "x", ["y"]) == 1.0
-    assert quality(fixed(None, 0.5), "", "x", ["y", "z"]) == 1.0
+    assert qualities([answered("y", None, "x")], Fixed(0, 0.8)) == [[1.0]]
+    assert qualities([answered("y", "z", "x")], Fixed(None, 0.5)) == [[1.0]]
+    # Four wins and the one for free, over the one for free; equal answers are ties that nobody is asked about.
+    judge = Likes("x")
+    found = qualities([answered("y", "z", "x", "y", "z"), answered("x", "x", "y", "x", "x")], judge)
+    assert found == [[5.0, 1.0, 1.0], [0.2, 1.0, 1.0]]
+    assert len(judge.asked) == len(set(judge.asked)) == 6
+    mixed = qualities([answered("y", "z", "y", "z")], Likes("z"))
+    assert mixed == [[(1 + 0.5) / (1 + 0.5 + 2), (1 + 2 + 0.5) / (1 + 0.5)]]
 
-    def likes(prompt: str, a: str, b: str) -> Preference:
-        return Preference(0 if a == "x" else 1, 1.0)
 
-    assert quality(likes, "", "x", ["y", "z"]) == 5.0  # four wins and the one for free, over the one for free
-    assert quality(likes, "", "y", ["x", "x"]) == 0.2
+def test_what_was_judged_is_not_asked_again(tmp_path: pathlib.Path) -> None:
+    path, record = tmp_path / "judged.jsonl", answered("y", "z", "x", "w")
+    judge, other = Likes("x"), Likes("x")
+    found = qualities([record], judge, str(path))
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == len(judge.asked) == 8
+    path.write_text("".join(lines[:5]) + lines[5][:20])  # killed while it wrote
+    assert qualities([record], other, str(path)) == found
+    assert other.asked == judge.asked[5:] and path.read_text() == "".join(lines)
+    assert qualities([record], Fixed(0, 1.0), str(path)) == found
+
+
+@pytest.mark.parametrize("said", [(2, 0.9), (0, 0.4), (0, math.nan), 1, None, (0, 0.9, 1)])
+def test_what_is_no_preference_is_refused(said: Any) -> None:
+    class Odd:
+        def compare(self, prompt: str, a: str, b: str, /) -> Any:
+            return said
+
+    with pytest.raises(JudgeError, match=r"must return \(winner, confidence\).* This one returned"):
+        qualities([answered("y", None, "x")], Odd())
 
 
 def test_efficiency_terms_by_hand() -> None:
@@ -196,9 +247,6 @@ def test_efficiency_terms_by_hand() -> None:
     assert found == {"speedup": 3.0, "parallelism": 1.5, "harmonic": 2.0, "arithmetic": 2.25}
     assert combined(2.0, 0.5, 4.0) == 4.0
     assert combined(2.0, 0.5, math.inf) == 0.5
-
-
-NOTHING = ThreadedTokens(**{name: np.zeros(4, np.int32) for name in ThreadedTokens.__dataclass_fields__})
 
 
 def test_scores_by_hand_and_what_lambda_does() -> None:
@@ -213,11 +261,19 @@ def test_scores_by_hand_and_what_lambda_does() -> None:
         ),
     )
     # Right: two ties in both orders, (1 + 4/4) / (1 + 4/4) = 1. Wrong: four losses for sure, 1 / 5.
-    assert scores(record, PreferenceConfig(quality_weight=1.0)) == [2.0 + 1.0, 4.0 + 0.2, 1.0 + 1.0]
-    assert scores(record, PreferenceConfig(quality_weight=math.inf)) == [1.0, 0.2, 1.0]
-    fast, safe = (choose_pair(scores(record, PreferenceConfig(quality_weight=w))) for w in (1.0, 4.0))
+    (found,) = qualities([record], almanac)
+    assert found == [1.0, 0.2, 1.0]
+    assert scores(record, found, PreferenceConfig(quality_weight=1.0)) == [2.0 + 1.0, 4.0 + 0.2, 1.0 + 1.0]
+    assert scores(record, found, PreferenceConfig(quality_weight=math.inf)) == [1.0, 0.2, 1.0]
+    fast, safe = (choose_pair(scores(record, found, PreferenceConfig(quality_weight=w))) for w in (1.0, 4.0))
     assert fast and safe
     assert (fast.better, fast.worse, safe.better, safe.worse) == (1, 2, 0, 1)
+    # The wrong one is the fastest, whatever it says, unless speed counts for what is no worse alone.
+    gated = PreferenceConfig(quality_weight=1.0, efficiency_when="not_worse")
+    assert scores(record, found, gated) == [2.0 + 1.0, 0.0 + 0.2, 1.0 + 1.0]
+    assert choose_pair(scores(record, found, gated)) == (0, 1)
+    almost = 1 - 1e-12  # an equal, but for the order of a sum
+    assert scores(record, [almost] * 3, gated) == pytest.approx([3.0, 5.0, 2.0])
 
 
 # ---------------------------------------------------------------------------------------------------- pairs
@@ -259,7 +315,8 @@ def test_reference_log_probabilities_do_not_depend_on_packing(model: Model, reco
 
 
 def scored(records: list[Record]) -> list[list[float]]:
-    return [scores(record, PREFERENCE) for record in records]
+    found = qualities(records, almanac)
+    return [scores(record, values, PREFERENCE) for record, values in zip(records, found, strict=True)]
 
 
 def pairs_of(model: Model, records: list[Record], path: pathlib.Path) -> list[Pair]:
@@ -432,8 +489,11 @@ def test_prompts_from_a_file(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(PREFERENCE, prompts=str(path))
     assert rounds.prompts_of(config, 0) == [Prompt(line["prompt"], line["response"])]
     path.write_text(json.dumps(line | {"prompt": "Why?"}) + "\n")
-    with pytest.raises(ConfigError, match=r"almanac judges its own prompts only.*'Why\?'"):
+    with pytest.raises(ConfigError, match=r"almanac judges its own prompts only.*'Why\?'.*judge=likelihood"):
         rounds.prompts_of(config, 0)
+    free = dataclasses.replace(config, judge="likelihood")
+    path.write_text('{"prompt": "Why?"}\n{"instruction": "And", "input": "why?"}\n{"prompt": "Why?"}\n')
+    assert {*rounds.prompts_of(free, 0)} == {Prompt("Why?", None), Prompt("And\n\nwhy?", None)}
     with pytest.raises(ConfigError, match=r"preference\.prompts: Cannot read"):
         rounds.prompts_of(dataclasses.replace(PREFERENCE, prompts=str(tmp_path / "none.jsonl")), 0)
 

@@ -20,9 +20,10 @@ from pasta_jax.model.layers import Layer
 from pasta_jax.model.presets import preset
 from pasta_jax.model.rotary import rotary_of
 from pasta_jax.model.scan import rematerialized
-from pasta_jax.preference.pairs import Pair, pair_batches, reference_pass
+from pasta_jax.preference.pairs import Pair, pair_batches
 from pasta_jax.training import remat as remat_module
 from pasta_jax.training import update as update_module
+from pasta_jax.training.logprobs import reference_pass
 from pasta_jax.training.loop import sft
 from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.microbatches import rows_sharding

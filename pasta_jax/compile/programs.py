@@ -77,7 +77,7 @@ def lower_reference(config: Config, mesh: Any) -> Any:
     from pasta_jax import sharding
     from pasta_jax.arrays import ThreadedTokens
     from pasta_jax.model import param_shapes
-    from pasta_jax.preference.pairs import reference_pass
+    from pasta_jax.training.logprobs import reference_pass
     from pasta_jax.training.microbatches import rows_sharding
 
     params = param_shapes(config.model)

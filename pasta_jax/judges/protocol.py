@@ -11,11 +11,13 @@ questions at once, has a method of that name as well.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pasta_jax.data.judgement import Preference
+from pasta_jax.data.records import Prompt, prompt_text
+from pasta_jax.messages import shown
 
-__all__ = ["Comparison", "Judge", "JudgeError", "Preference", "compare_all"]
+__all__ = ["Comparison", "Judge", "JudgeError", "Preference", "Prompt", "compare_all"]
 
 
 class JudgeError(ValueError):
@@ -25,7 +27,7 @@ class JudgeError(ValueError):
 class Comparison(NamedTuple):
     """A prompt and two answers to it."""
 
-    prompt: str
+    prompt: Any  # a `Prompt`; its text for judges that take no messages
     a: str
     b: str
 
@@ -33,14 +35,18 @@ class Comparison(NamedTuple):
 class Judge(Protocol):
     """Compares two answers to a prompt.
 
-    A judge may also have `compare_all(comparisons: Sequence[Comparison]) -> Iterable[Preference]`, one for each in
-    the same order. What it has yielded is kept, so a judge that takes long yields early.
+    A judge may also have
+
+      compare_all(comparisons: Sequence[Comparison]) -> Iterable[Preference]   one for each in the same order; what
+          it has yielded is kept if the run is cut off, so one that takes long yields early
+      takes_messages = True   if it takes prompts of several messages as they are, not as one text
+      on_all_devices = True   if it computes with a model that is spread over the devices of all processes
     """
 
     def compare(self, prompt: str, a: str, b: str, /) -> Preference:
         """Which answer is better: 0 for a, 1 for b, None for a tie, and how sure that is, 0.5 to 1.
 
-        Raises JudgeError if it cannot say, and cannot for other answers either.
+        Raises JudgeError if it cannot say.
         """
 
 
@@ -50,26 +56,28 @@ def compare_all(judge: Judge, comparisons: Sequence[Comparison]) -> Iterator[Pre
     Raises:
       JudgeError: what it said is no preference, or there are too many or too few.
     """
-    asked = getattr(judge, "compare_all", None)
-    said: Iterable[Preference] = (
-        asked(comparisons) if asked else (judge.compare(*each) for each in comparisons)
-    )
+    asked: Sequence[Any] = comparisons
+    if not getattr(judge, "takes_messages", False):
+        asked = [Comparison(prompt_text(prompt), a, b) for prompt, a, b in comparisons]
+    at_once = getattr(judge, "compare_all", None)
+    said: Iterable[object] = at_once(asked) if at_once else (judge.compare(*each) for each in asked)
     count = 0
-    for preference in said:
-        yield checked(preference)
-        count += 1
+    for count, preference in enumerate(said, start=1):
+        if count <= len(comparisons):
+            yield checked(preference)
     if count != len(comparisons):
-        raise JudgeError(f"The judge was asked {len(comparisons)} comparisons and answered {count}.")
+        raise JudgeError(f"The judge was asked about {len(comparisons)} comparisons, and answered {count}.")
 
 
-def checked(preference: object) -> Preference:
-    """A preference that any judge gave, as a `Preference`. Raises JudgeError if it is none."""
+def checked(preference: Any) -> Preference:
+    """What any judge said, as a `Preference`. Raises JudgeError if it is none."""
     try:
-        winner, confidence = preference  # type: ignore[misc]
-        if winner in (0, 1, None) and 0.5 <= confidence <= 1.0:
+        winner, confidence = preference
+        if (winner is None or winner in (0, 1)) and 0.5 <= confidence <= 1.0:
             return Preference(None if winner is None else int(winner), float(confidence))
     except (TypeError, ValueError):
         pass
     raise JudgeError(
-        f"A judge must return (winner, confidence): 0, 1 or None, and a number from 0.5 to 1; got {preference!r}."
+        "A judge must return (winner, confidence): 0, 1 or None, and a number from 0.5 to 1. This one returned "
+        f"{shown(preference)}."
     )

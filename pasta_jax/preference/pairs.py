@@ -6,22 +6,18 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from pasta_jax.arrays import NO_TARGET, Array, PairedTokens, ThreadedTokens
+from pasta_jax.arrays import NO_TARGET, PairedTokens
 from pasta_jax.config import ConfigError
 from pasta_jax.data.batches import permuted, steps_until
 from pasta_jax.data.packing import Packer
 from pasta_jax.decoding.model import Model
 from pasta_jax.files import replacing
-from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.preference.sample import Record
-from pasta_jax.sharding import from_host, replicated
-from pasta_jax.training.microbatches import map_parts, rows_sharding
-from pasta_jax.training.update import scores_of
+from pasta_jax.training.logprobs import reference_logprobs
 
 
 class Choice(NamedTuple):
@@ -114,49 +110,6 @@ def _cached(path: str, token: np.ndarray) -> np.ndarray | None:
             if "token" in file and np.array_equal(file["token"], token):
                 return np.asarray(file["logprob"])
     return None
-
-
-def reference_pass(config: ModelConfig, mesh: Any, parts: int = 1) -> Any:
-    """A jitted function of parameters and a batch's fields: the log-probability of each target, float32 [B, L].
-
-    Args:
-      config: of the model.
-      mesh: of its parameters; None is one device.
-      parts: microbatches, so that the logits of one are held at a time.
-    """
-    transformer = Transformer(config)
-
-    def forward(params: Any, fields: dict[str, Array]) -> Array:
-        def part_logprobs(part: dict[str, Array]) -> Array:
-            batch = ThreadedTokens(**part)
-            return scores_of(transformer, params, batch, mesh=mesh).logprob
-
-        return map_parts(part_logprobs, fields, parts, mesh)
-
-    return jax.jit(forward, out_shardings=None if mesh is None else replicated(mesh))
-
-
-def reference_logprobs(
-    model: Model, documents: Sequence[ThreadedTokens], rows: int, length: int, parts: int = 1
-) -> list[np.ndarray]:
-    """The log-probability of each token's target, 0 without one: float32 [n] for each document.
-
-    Raises:
-      ValueError: the model's mesh does not divide the rows of a microbatch.
-    """
-    forward = reference_pass(model.config, model.mesh, parts)
-    batch_sharding = rows_sharding(model.mesh, rows, parts) if model.mesh else None
-    logprobs: list[np.ndarray] = []
-    start = 0
-    while start < len(documents):
-        packer, end = Packer(rows, length), start
-        while end < len(documents) and packer.add(documents[end]):
-            end += 1
-        fields = from_host(packer.pack().fields(), batch_sharding)
-        logprob_BxL = np.asarray(forward(model.params, fields))
-        logprobs += [logprob_BxL[row, span] for row, span in packer.spans()]
-        start = end
-    return logprobs
 
 
 def pair_batches(

@@ -1,6 +1,7 @@
 """Preference optimization in rounds: sample, score, pair, train, and again from the trained model.
 
     WORKDIR/round-1/samples.jsonl    the policy's and the baseline's answers
+                    judged.jsonl     what the judge said of each comparison
                     pairs.jsonl      scores, and the samples of each pair
                     reference.npz    log-probabilities of those under the policy that drew them
                     checkpoints/     the next policy, metrics.jsonl beside it
@@ -28,19 +29,23 @@ from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint, re
 from pasta_jax.config import Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import held_out, permuted
-from pasta_jax.data.records import Example, RecordError, digest, prompt_text, read_records
+from pasta_jax.data.prompts import Question, read_questions
+from pasta_jax.data.records import Example, Problem, RecordError, digest, prompt_text, read_records
 from pasta_jax.data.sources import check_held_out, held_out_file
 from pasta_jax.decoding.model import Model
 from pasta_jax.experiment import round_of
-from pasta_jax.files import Stamp, locked, write_json, write_jsonl
+from pasta_jax.files import Stamp, is_writer, locked, write_json, write_jsonl
 from pasta_jax.interchange.origin import carry
-from pasta_jax.lang.assemble import assemble
+from pasta_jax.judges import make_judge
+from pasta_jax.judges.llm import LlmJudge
+from pasta_jax.judges.protocol import Judge, JudgeError
+from pasta_jax.lang.program import Program
 from pasta_jax.loading import load
 from pasta_jax.model import param_shapes
 from pasta_jax.overrides import to_dict
 from pasta_jax.preference.pairs import Choice, Pair, choose_all, make_pairs, pair_batches, steps_for
 from pasta_jax.preference.sample import Prompt, Record, sample
-from pasta_jax.preference.score import scores
+from pasta_jax.preference.score import qualities, scores
 from pasta_jax.sharding import decoding_mesh
 from pasta_jax.tokens.tokenizer import Tokenizer
 from pasta_jax.training.loop import SFT, Stage, train, training_mesh
@@ -48,6 +53,8 @@ from pasta_jax.training.losses import bonbon_margin, preference_loss
 from pasta_jax.training.remat import device_memory
 
 LOG = logging.getLogger("pasta_jax")
+
+AGAIN = "What it said is kept: run the same command again to go on."
 
 
 def run(config: Config, workdir: str) -> str:
@@ -137,8 +144,20 @@ def pairs_of_round(
     same = find_checkpoint(opponent) == find_checkpoint(policy)
     baseline = model if same else load_to_decode(opponent, mesh)
     records = draw(config, number, model, baseline, folder)
-    del baseline
-    all_scores = [scores(record, config.preference) for record in records]
+    LOG.info("Round %d: judging.", number)
+    judge = judge_of(config, mesh, folder, baseline)
+    try:
+        found = qualities(records, judge, os.path.join(folder, "judged.jsonl"))
+    except JudgeError as error:
+        raise ConfigError(f"config.preference.judge: {error} {AGAIN}") from error
+    finally:
+        if isinstance(judge, LlmJudge):
+            LOG.info("%s", judge.report())
+            judge.endpoint.close()
+    del baseline, judge  # and their weights
+    all_scores = [
+        scores(record, values, config.preference) for record, values in zip(records, found, strict=True)
+    ]
     choices = choose_all(records, all_scores, data.length)
     _write_pairs(os.path.join(folder, "pairs.jsonl"), records, all_scores, choices)
     if not any(choices):
@@ -192,33 +211,70 @@ def prompts_of(config: PreferenceConfig, seed: int) -> list[Prompt]:
         families = enumerate(itertools.islice(itertools.cycle(almanac.FAMILIES), count))
         tasks = [almanac.training_task(np.random.default_rng([seed, i]), name) for i, name in families]
         return [Prompt(task.prompt, almanac.plain(task)) for task in tasks]
-    try:
-        examples, problems = read_records(config.prompts)
-    except RecordError as error:
-        raise ConfigError(f"config.preference.prompts: {error}") from error
+    questions, problems = questions_of(config)
     if problems:
         LOG.warning("%d prompts cannot be used, the first: %s", len(problems), problems[0])
-    if not examples:
+    if not questions:
         raise ConfigError(
-            f"config.preference.prompts: nothing in {config.prompts} can be used. It takes a prompt and a "
-            'response on each line, as in {"prompt": "...", "response": "..."}.'
+            f"config.preference.prompts: nothing in {config.prompts} can be used. It takes a prompt on each line, "
+            'as in {"prompt": "..."}, or a record of any other layout that training takes.'
         )
-    chosen = [examples[permuted(i, len(examples), seed)] for i in range(min(count, len(examples)))]
-    prompts = [prompt_of(example) for example in chosen]
+    order = (permuted(i, len(questions), seed) for i in range(len(questions)))
+    distinct = dict.fromkeys(prompt_of(questions[i]) for i in order)
+    prompts = [*itertools.islice(distinct, count)]
     try:
         for prompt in prompts if config.judge == "almanac" else ():
             almanac.task_of(prompt.text)
     except ValueError as error:
-        message = f"config.preference.judge: the almanac judges its own prompts only. {error}"
-        raise ConfigError(message) from None
+        raise ConfigError(
+            f"config.preference.judge: the almanac judges its own prompts only. {error} For others use "
+            "--config.preference.judge=likelihood, llm or MODULE:FUNCTION."
+        ) from None
     return prompts
 
 
-def prompt_of(example: Example) -> Prompt:
-    """What a round asks, and the example's answer as the reference."""
-    asked = () if isinstance(example.prompt, str) else example.prompt
+def questions_of(config: PreferenceConfig) -> tuple[list[Question], list[Problem]]:
+    """The questions of the file that `config.prompts` names, and what cannot be used. Raises ConfigError."""
+    try:
+        return read_questions(config.prompts)
+    except RecordError as error:
+        raise ConfigError(f"config.preference.prompts: {error}") from error
+
+
+def prompt_of(question: Question) -> Prompt:
+    """What a round asks, and the answer of the data as the reference."""
+    asked = () if isinstance(question.prompt, str) else question.prompt
     messages = tuple((message["role"], message["content"]) for message in asked)
-    return Prompt(prompt_text(example.prompt), assemble(example.program), messages)
+    return Prompt(prompt_text(question.prompt), question.answer, messages)
+
+
+def judge_of(config: Config, mesh: Mesh, folder: str, baseline: Model | None = None) -> Judge:
+    """The judge of a round.
+
+    Args:
+      config: of the experiment.
+      mesh: of the devices, for a judge that is a model.
+      folder: of the round, for the replies of an endpoint.
+      baseline: the opponent, if it is loaded.
+
+    Raises:
+      ConfigError: it cannot be made.
+      CheckpointError: its model cannot be loaded.
+    """
+    preference, data = config.preference, config.data
+    options: dict[str, Any] = {}
+    if preference.judge == "likelihood":
+        path = preference.judge_model or preference.baseline or config.init_from
+        loaded = baseline is not None and not preference.judge_model
+        model = baseline if loaded else load_to_decode(path, mesh)
+        options = {"model": model, "rows": data.rows, "length": data.length, "parts": config.microbatches}
+    elif preference.judge == "llm":
+        options = {"base_url": preference.judge_url, "model": preference.judge_model}
+        options["cache"] = os.path.join(folder, "judge") if is_writer() else None
+    try:
+        return make_judge(preference.judge, **options)
+    except JudgeError as error:
+        raise ConfigError(f"config.preference.judge: {error}") from error
 
 
 def _check_stamp(folder: str, config: Config, policy: str) -> None:
@@ -232,7 +288,7 @@ def _check_stamp(folder: str, config: Config, policy: str) -> None:
     about["policy"], about["opponent"] = checkpoint_identity(policy), checkpoint_identity(baseline)
     stamp = Stamp(os.path.join(folder, "about.json"))
     if config.preference.prompts != "almanac":
-        about["prompts"] = digest(read_records(config.preference.prompts)[0])
+        about["prompts"] = _digest_of(config.preference)
     started = os.path.exists(stamp.path) and os.path.exists(os.path.join(folder, "samples.jsonl"))
     # Older versions had fewer fields, and did not stamp the prompts.
     absent = {name: tree for name, tree in to_dict(Config()).items() if name in about}
@@ -242,6 +298,14 @@ def _check_stamp(folder: str, config: Config, policy: str) -> None:
         more = f" ({len(changed)} fields differ)" if len(changed) > 1 else ""
         raise ConfigError(f"{folder} is of another experiment: {changed[0]}{more}. Use a new --workdir.")
     stamp.write(about)
+
+
+def _digest_of(config: PreferenceConfig) -> dict[str, Any]:
+    """What the file of prompts holds: that of its answers, as older versions stamped it, and of what has none."""
+    unanswered = [question for question in questions_of(config)[0] if question.answer is None]
+    examples = [Example(each.prompt, Program(()), each.line, each.raw) for each in unanswered]
+    found = digest(read_records(config.prompts)[0])
+    return found | ({"unanswered": digest(examples)} if examples else {})
 
 
 def _write_pairs(

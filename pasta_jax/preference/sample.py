@@ -42,12 +42,12 @@ class Prompt:
 
     Attributes:
       text: as a judge reads it.
-      reference: the answer.
+      reference: the answer; None if the data gives none.
       messages: (role, content) of each message, if `text` is not all that is asked.
     """
 
     text: str
-    reference: str
+    reference: str | None
     messages: tuple[tuple[str, str], ...] = ()
 
     @property

@@ -7,11 +7,16 @@ import functools
 import os
 import secrets
 import sys
+import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from pasta_jax.processes.launchers import ProcessError
 from pasta_jax.processes.meeting import has_failed
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def several() -> bool:
@@ -61,6 +66,44 @@ def least(size: int) -> int:
     return size if not several() else -agreed(-(size >> 20))[0] << 20
 
 
+def from_first(work: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
+    """What the first process computes, known to all; the others wait for it, however long it takes.
+
+    Args:
+      work: called in the first process alone, in a thread of its own if there are others.
+      like: an array of the shape and dtype that it returns, the same in all processes.
+
+    Raises:
+      BaseException: in the first process, what `work` raised.
+    """
+    if not several():
+        return work()
+    import jax
+    import numpy as np
+
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(np.ascontiguousarray(work(), like.dtype).reshape(like.shape))
+        except BaseException as error:
+            outcome.append(error)
+
+    if jax.process_index() == 0:
+        worker = threading.Thread(target=run, name="first", daemon=True)
+        worker.start()
+    # One collective call that waited for hours would be given up.
+    while agreed(int(jax.process_index() == 0 and not outcome))[0]:
+        time.sleep(0.2)
+    found = outcome[0] if outcome else np.zeros_like(like)
+    if isinstance(found, BaseException):
+        raise found
+    bits = found.view(np.int32).reshape(1, -1)
+    sharding, _ = _reduction()
+    given = jax.make_array_from_callback((jax.process_count(), bits.size), sharding, lambda _: bits)
+    return np.asarray(_first()(given)).view(like.dtype).reshape(like.shape)
+
+
 def check_shared(folder: str | os.PathLike[str], wait_s: float = 10.0) -> None:
     """Refuses a folder that is not the same one in all processes.
 
@@ -108,6 +151,15 @@ def _largest(asked: tuple[int, ...]) -> Any:
     shape = (jax.process_count(), len(asked))
     own = np.array([asked], np.int32)
     return largest(jax.make_array_from_callback(shape, sharding, lambda index: own))
+
+
+@functools.cache
+def _first() -> Any:
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    everywhere = NamedSharding(_reduction()[0].mesh, PartitionSpec())
+    return jax.jit(lambda numbers: numbers[0], out_shardings=everywhere)
 
 
 @functools.cache

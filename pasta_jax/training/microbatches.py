@@ -72,9 +72,9 @@ def sum_over_parts(
     return jax.lax.scan(add, constrain(zeros), split)[0]
 
 
-def map_parts(of_part: Callable[[Fields], Array], fields: Fields, parts: int, mesh: Any) -> Array:
-    """A function of rows, part by part: [B, ...]."""
+def map_parts(of_part: Callable[[Fields], T], fields: Fields, parts: int, mesh: Any) -> T:
+    """A function of rows, part by part: a tree of arrays [B, ...]."""
     if parts == 1:
         return of_part(fields)
     parts_of_rows = jax.lax.map(of_part, split_rows(fields, parts, mesh))
-    return parts_of_rows.reshape(-1, *parts_of_rows.shape[2:])
+    return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), parts_of_rows)

@@ -61,8 +61,21 @@ def scores_of(
     Logits of a large vocabulary are computed, and recomputed in the backward pass, for some tokens of each row at a
     time: a row of 2,048 tokens has 2 GB of them in Gemma, and gradients of the same size.
     """
+    return scores_at(model, params, hidden_of(model, params, batch, remat, mesh), batch.target, mesh)
+
+
+def hidden_of(
+    model: Transformer, params: Params, batch: ThreadedTokens, remat: str = "none", mesh: Any = None
+) -> Array:
+    """The hidden states of a batch ([B, L] fields), all tokens fed at once: [B, L, D]."""
     sees = Documents(batch.doc, batch.segment, batch.order, batch.sees)
-    hidden_BxLxD = hidden_states(model, params, batch.token, batch.position, sees, remat, mesh)
+    return hidden_states(model, params, batch.token, batch.position, sees, remat, mesh)
+
+
+def scores_at(
+    model: Transformer, params: Params, hidden_BxLxD: Array, target_BxL: Array, mesh: Any = None
+) -> Scores:
+    """The scores of targets, int32 [B, L], from the hidden states; as `scores_of`."""
     B, L, D = hidden_BxLxD.shape
     V = model.config.vocab_size
     size = min(L, max(1, LOGITS // V))
@@ -86,10 +99,10 @@ def scores_of(
         return score(logits(model, tables, place(hidden_BxCxD, "BCD")), target_BxC)
 
     if count == 1:
-        return score_some(tables, hidden_BxLxD, batch.target)
+        return score_some(tables, hidden_BxLxD, target_BxL)
     padding = count * size - L
     hidden_BxLxD = jnp.pad(hidden_BxLxD, ((0, 0), (0, padding), (0, 0)))
-    target_BxL = jnp.pad(batch.target, ((0, 0), (0, padding)), constant_values=NO_TARGET)
+    target_BxL = jnp.pad(target_BxL, ((0, 0), (0, padding)), constant_values=NO_TARGET)
     hidden = jnp.moveaxis(hidden_BxLxD.reshape(B, count, size, D), 1, 0)
     target = jnp.moveaxis(target_BxL.reshape(B, count, size), 1, 0)
 
