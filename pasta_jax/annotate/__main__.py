@@ -1,0 +1,150 @@
+"""Annotates answers: text in, the same text with promises out.
+
+    python -m pasta_jax.annotate --input=data.jsonl --output=annotated.jsonl --annotator=rule:structure \
+        --tokenizer=tokenizer.model
+
+    rule:structure    promises list items, sections and paragraphs where that pays; needs nothing else
+    rule:apar         the forks of APAR's rules; train with --config.data.dialect=apar
+    llm               a language model behind an endpoint inserts the tags, and judges each block
+    self              candidates by rule, filtered by your own model: the independence audit
+    MODULE:FUNCTION   your own, with the signature of pasta_jax.annotate.protocol.Annotator
+
+Every layout of records is read (docs/usage.md), and the same layout is written. The text of an answer is never
+altered, which is checked, and no annotated answer is slower than without tags in theory. A run that was
+interrupted goes on when the same command is given again. OUTPUT.report.json, .md and .png say what was made, and
+what stayed as it was and why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from pasta_jax import __version__
+from pasta_jax.annotate.annotators import MAKERS, AnnotatorError, Options, dialect_of, make_annotator
+from pasta_jax.annotate.report import one_line, write_report
+from pasta_jax.annotate.run import RunError, annotate_file
+from pasta_jax.config import ConfigError, DataConfig
+from pasta_jax.data.reading import HUB, RecordError
+from pasta_jax.data.records import Reader
+from pasta_jax.lang.validate import MAX_BRANCHES
+from pasta_jax.tokens.tokenizer import TokenizerError
+from pasta_jax.verbs import CHATS, begin_alone, refuse, run_main
+
+RULE_FLAGS = ("marker", "min_block", "max_branches", "length", "min_speedup")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line. A mistake ends in one line and status 2."""
+    values = flags.FLAGS
+    if len(argv) > 1 or not values.input or not values.output:
+        refuse("Name both files: --input=data.jsonl --output=annotated.jsonl.")
+    if not values.output.endswith(".jsonl"):
+        refuse(f"--output={values.output} must end in .jsonl: one record a line is written.")
+    if not values.tokenizer:
+        refuse("Name the tokenizer of the model to train: --tokenizer=FILE, a folder, or almanac.")
+    begin_alone()
+    try:
+        print(annotate(values))
+    except (AnnotatorError, RunError, ConfigError, RecordError, TokenizerError, ValueError, OSError) as error:
+        refuse(" ".join(str(error).split()))
+
+
+def annotate(values: flags.FlagValues) -> str:
+    """Annotates what the flags name, writes the report, and returns its most important line."""
+    from pasta_jax.data.sources import make_tokenizer
+
+    dialect = dialect_of(values.annotator)
+    config = DataConfig(
+        tokenizer=values.tokenizer,
+        extend_tokenizer=values.extend_tokenizer,
+        chat=values.chat,
+        columns=_columns(values.columns),
+    )
+    tokenizer = make_tokenizer(config).with_dialect(dialect)
+    options = Options(
+        tokenizer,
+        folder=f"{values.output}.run",
+        flags=values.flag_values_dict(),
+        marker=values.marker,
+        min_block=values.min_block,
+        max_branches=values.max_branches,
+        length=values.length,
+        min_speedup=values.min_speedup,
+    )
+    about = {
+        "version": __version__,
+        "input": values.input,
+        "contents": _digest(values.input),
+        "annotator": values.annotator,
+        "tokenizer": hashlib.sha256(tokenizer.to_bytes()).hexdigest(),
+        "columns": dict(config.columns),
+        "turns": values.turns,
+        **{name: values[name].value for name in RULE_FLAGS},
+    }
+    reader = Reader(dict(config.columns), turns=values.turns)
+    annotator = make_annotator(values.annotator, options)
+    lines = annotate_file(
+        values.input, values.output, annotator, tokenizer, reader, about, max_branches=values.max_branches
+    )
+    figures = write_report(values.output, lines, about)
+    result = [one_line(figures), f"{values.output}.report.md has the shapes and the reasons."]
+    if figures["unusable"]:
+        result.append(f"{values.output}.invalid.jsonl has the records that cannot be read.")
+    if dialect != "pasta":
+        result.append(f"Train on it with --config.data.dialect={dialect}.")
+    return "\n".join(result)
+
+
+def _columns(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    pairs = [word.partition("=") for word in words]
+    if bad := [word for word, (_, equals, _) in zip(words, pairs) if not equals]:
+        refuse(f"--columns={bad[0]} is no NAME=COLUMN, as in --columns=prompt=question,response=answer.")
+    return tuple((name, column) for name, _, column in pairs)
+
+
+def _digest(path: str) -> str:
+    """Of a file's bytes; "" of what is none."""
+    if path.startswith(HUB):
+        return ""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RecordError(f"Cannot read {os.fspath(path)}: {error.strerror}.") from error
+
+
+def command() -> None:
+    """Parses the command line and runs `main`."""
+    text: Any = flags.DEFINE_string
+    text("input", None, "The records: .jsonl, .json, .gz, .zst, .parquet or hf:OWNER/NAME.")
+    text("output", None, "The file to write, FILE.jsonl.")
+    text("annotator", "rule:structure", f"One of {', '.join(MAKERS)}, or MODULE:FUNCTION.")
+    text("tokenizer", None, "Of the model to train: a file, a folder, or almanac. It counts all lengths.")
+    flags.DEFINE_bool("extend_tokenizer", False, "Give the tags new ids if the tokenizer has none to spare.")
+    flags.DEFINE_enum("chat", "auto", CHATS, "Format of prompts.")
+    flags.DEFINE_list("columns", [], "The file's own names, as in prompt=question,response=answer.")
+    flags.DEFINE_enum("turns", "all", ["all", "last"], "Which answers of a conversation to annotate.")
+    flags.DEFINE_enum(
+        "marker", "main", ["main", "block"], "Rules: where marks, numbers and bold heads of items go."
+    )
+    flags.DEFINE_integer("min_block", 16, "Rules: shorter blocks stay in main, in tokens.", lower_bound=1)
+    flags.DEFINE_integer("max_branches", MAX_BRANCHES, "The most promises of an answer.", lower_bound=1)
+    flags.DEFINE_integer(
+        "length",
+        0,
+        "Rules: the most tokens of prompt and answer, data.length in training; 0: any.",
+        lower_bound=0,
+    )
+    flags.DEFINE_float(
+        "min_speedup", 1.1, "Rules: answers with a lower theoretical speedup stay plain.", lower_bound=1.0
+    )
+    run_main(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,352 @@
+"""A run of the command: a file of records in, the same records with annotated answers out.
+
+While it runs it keeps two files to append to in OUTPUT.run: `records.jsonl`, the finished records in the order in
+which they were finished, and `journal.jsonl`, with a line for each record that says what became of it. A run that
+was killed goes on after the last line that both have. At the end OUTPUT is written at once, in the input's order.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from pasta_jax.annotate.protocol import Annotator, Item, ManyAnnotator, Result, annotate_all
+from pasta_jax.data.layouts import Fault, replaced
+from pasta_jax.data.reading import Entry, entries
+from pasta_jax.data.records import Example, Reader, problem, raw_text
+from pasta_jax.files import Lines, Stamp, json_line, locked, read_jsonl, replacing, shows_progress
+from pasta_jax.lang.assemble import assemble, text_of
+from pasta_jax.lang.program import Program, Promise, Sync, Text
+from pasta_jax.lang.render import render
+from pasta_jax.lang.topics import with_short_topics
+from pasta_jax.lang.validate import validate
+from pasta_jax.tokens.cost import critical_path, threads_of_program
+from pasta_jax.tokens.tokenizer import Tokenizer
+
+LOG = logging.getLogger("pasta_jax")
+LOG_EVERY_S = 20.0
+
+HAS_TAGS = "it has tags already"
+SLOWER = "slower than without tags"
+
+
+class RunError(ValueError):
+    """A run cannot start; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of an answer.
+
+    Attributes:
+      turn: its number among the answers of the record.
+      reason: why it stays as it was; "" if it is annotated.
+      notes: how many blocks stayed in main, by the reason.
+      blocks: tokens of each block, in document order.
+      depth: how deep promises nest.
+      syncs: how many there are.
+      tokens, steps: tokens of the plain answer, and the critical path of the annotated one.
+    """
+
+    turn: int
+    reason: str = ""
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    blocks: Sequence[int] = ()
+    depth: int = 0
+    syncs: int = 0
+    tokens: int = 0
+    steps: int = 0
+
+    @property
+    def speedup(self) -> float:
+        """Theoretical; 1 of an answer that is not annotated."""
+        return 1.0 if self.reason else self.tokens / max(1, self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the journal: a record, and what became of its answers or what makes it unusable."""
+
+    number: int
+    outcomes: Sequence[Outcome] = ()
+    problem: Mapping[str, Any] | None = None
+
+
+def annotate_file(
+    path: str,
+    output: str,
+    annotator: Annotator | ManyAnnotator,
+    tokenizer: Tokenizer,
+    reader: Reader,
+    about: Mapping[str, Any],
+    *,
+    max_branches: int,
+) -> list[Line]:
+    """Annotates a file, or what an earlier run has left of it.
+
+    Args:
+      path: of the records.
+      output: a .jsonl file that is written at the end. OUTPUT.invalid.jsonl gets records that cannot be read.
+      annotator: of the answers.
+      tokenizer: of the model, in the dialect of the annotator.
+      reader: how records are read.
+      about: what the output is made from, as JSON can hold it; a run goes on only with the same.
+      max_branches: the most promises of an answer.
+
+    Returns:
+      The journal, in the order of the input.
+
+    Raises:
+      RunError: `output` is of another run.
+      RecordError: the file cannot be read.
+      InUse: another process works on the same output.
+    """
+    folder = f"{output}.run"
+    records, journal = os.path.join(folder, "records.jsonl"), os.path.join(folder, "journal.jsonl")
+    with locked(folder):
+        stamp = Stamp(os.path.join(folder, "about.json"))
+        lines = _begun(output, stamp, about, records, journal)
+        if os.path.exists(output):
+            LOG.info("%s is complete.", output)
+            return sorted(lines, key=lambda line: line.number)
+        if lines:
+            LOG.info("%d records were annotated before.", len(lines))
+        check = _Check(tokenizer, reader.max_depth, max_branches)
+        with Lines(records) as to_records, Lines(journal) as to_journal, _Progress(lines) as progress:
+            for line, raw in _worked(path, annotator, reader, check, {line.number for line in lines}):
+                if line.problem is None:
+                    to_records.write(raw)
+                to_journal.write(json_line(dataclasses.asdict(line)))
+                lines.append(line)
+                progress.add(line)
+        _finish(output, lines, records)
+    return sorted(lines, key=lambda line: line.number)
+
+
+# ------------------------------------------------------------------------------------------------ the work
+
+
+@dataclasses.dataclass
+class _Record:
+    """A record whose answers are being annotated."""
+
+    entry: Entry
+    waiting: dict[int, Example]
+    outcomes: list[Outcome] = dataclasses.field(default_factory=list)
+    texts: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def finished(self, columns: Mapping[str, str]) -> tuple[Line, str]:
+        """Its line of the journal, and the record with its annotated answers as a line."""
+        outcomes = sorted(self.outcomes, key=lambda outcome: outcome.turn)
+        raw = raw_text(self.entry).strip()
+        if self.texts or "\n" in raw:
+            record = json.loads(raw)
+            for turn, text in self.texts.items():
+                record = replaced(record, turn, text, columns)
+            raw = _as_json(record)
+        return Line(self.entry.number, outcomes), raw + "\n"
+
+
+def _worked(
+    path: str, annotator: Annotator | ManyAnnotator, reader: Reader, check: _Check, done: set[int]
+) -> Iterator[tuple[Line, str]]:
+    """A line for each record that is not done yet, as they are finished, and the record as text."""
+    open_records: dict[int, _Record] = {}
+    finished: collections.deque[tuple[Line, str]] = collections.deque()
+
+    def items() -> Iterator[Item]:
+        for entry in entries(path):
+            if entry.number in done:
+                continue
+            try:
+                examples = reader.examples(entry)
+            except Fault as fault:
+                fields = dataclasses.asdict(problem(path, entry, fault))
+                finished.append((Line(entry.number, problem=fields), ""))
+                continue
+            record = _Record(entry, {example.turn: example for example in examples})
+            for example in examples:
+                if any(not isinstance(node, Text) for node in example.program.nodes):
+                    del record.waiting[example.turn]
+                    record.outcomes.append(Outcome(example.turn, HAS_TAGS))
+            if not record.waiting:
+                finished.append(record.finished(reader.columns))
+                continue
+            open_records[entry.number] = record
+            for turn, example in [*record.waiting.items()]:
+                yield Item(f"{entry.number}:{turn}", example.prompt, assemble(example.program))
+
+    for result in annotate_all(annotator, items()):
+        number, turn = map(int, result.key.split(":"))
+        record = open_records[number]
+        outcome, text = check.outcome(turn, assemble(record.waiting.pop(turn).program), result)
+        record.outcomes.append(outcome)
+        if not outcome.reason:
+            record.texts[turn] = text
+        if not record.waiting:
+            finished.append(open_records.pop(number).finished(reader.columns))
+        while finished:
+            yield finished.popleft()
+    yield from finished
+
+
+@dataclasses.dataclass(frozen=True)
+class _Check:
+    """Looks at what an annotator returns: the one border that all of them pass."""
+
+    tokenizer: Tokenizer
+    max_depth: int
+    max_branches: int
+
+    def outcome(self, turn: int, answer: str, result: Result) -> tuple[Outcome, str]:
+        """What becomes of an answer, and its annotated text."""
+        if result.annotated is None:
+            return Outcome(turn, result.declined), ""
+        notes = dict(collections.Counter(result.annotated.notes).most_common())
+        program = with_short_topics(self.tokenizer, result.annotated.program)
+        promises = [*program.promises()]
+        tokens = len(self.tokenizer.encode(answer))
+        if not promises:
+            reason = next(iter(notes), "no structure")
+            return Outcome(turn, reason, notes, tokens=tokens), ""
+        text = render(program)
+        if not promises[0].is_bare:
+            found = validate(
+                text, max_depth=self.max_depth, max_branches=self.max_branches, tokenizer=self.tokenizer
+            )
+            if found:
+                return Outcome(turn, f"validator: {found[0].problem}", notes, tokens=tokens), ""
+        steps = critical_path(threads_of_program(self.tokenizer, program), self.tokenizer.vocabulary)
+        if steps > tokens:
+            return Outcome(turn, SLOWER, notes, tokens=tokens), ""
+        blocks = [len(self.tokenizer.encode(text_of(promise.block))) for promise in promises]
+        depth, syncs = _depth_and_syncs(program)
+        return Outcome(turn, "", notes, blocks, depth, syncs, tokens, steps), text
+
+
+def _depth_and_syncs(program: Program) -> tuple[int, int]:
+    depth, syncs = 0, 0
+    todo = [(node, 1) for node in program.nodes]
+    while todo:
+        node, level = todo.pop()
+        if isinstance(node, Promise):
+            depth = max(depth, level)
+            todo += [(inner, level + 1) for inner in node.block]
+        syncs += isinstance(node, Sync)
+    return depth, syncs
+
+
+def _as_json(record: Mapping[str, Any]) -> str:
+    """A record on one line; in ASCII if it holds half a character somewhere, which UTF-8 cannot write."""
+    try:
+        return json.dumps(record, ensure_ascii=False).encode().decode()
+    except UnicodeEncodeError:
+        return json.dumps(record)
+
+
+# ----------------------------------------------------------------------------------------- beginning and end
+
+
+def _begun(output: str, stamp: Stamp, about: Mapping[str, Any], records: str, journal: str) -> list[Line]:
+    """The journal of an earlier run with the same `about`; both files are cut to what they have in common."""
+    changed = stamp.check(about)
+    if changed and (os.path.exists(output) or os.path.exists(journal)):
+        why = "; ".join(map(str, changed[:3])) if os.path.exists(stamp.path) else "it is not of this command"
+        raise RunError(
+            f"{output} is of another run: {why}. Remove it and {output}.run, or give another --output."
+        )
+    stamp.write(about)
+    lines = read_jsonl(journal, _line_of)
+    if os.path.exists(output):
+        return lines
+    whole = _whole_lines(records)
+    kept = 0
+    for i, line in enumerate(lines):
+        if line.problem is None:
+            if kept == whole:
+                lines = lines[:i]
+                break
+            kept += 1
+    _cut(records, kept)
+    _cut(journal, len(lines))
+    return lines
+
+
+def _finish(output: str, lines: Sequence[Line], records: str) -> None:
+    """Writes the output in the order of the input, and removes the records as they were finished."""
+    if invalid := [line for line in lines if line.problem is not None]:
+        with replacing(f"{output}.invalid.jsonl") as file:
+            for line in sorted(invalid, key=lambda line: line.number):
+                file.write(json.dumps(line.problem, ensure_ascii=True) + "\n")
+    offsets = []
+    with open(records, "rb") as file, replacing(output, "wb") as to:
+        at = 0
+        for raw in file:
+            offsets.append(at)
+            at += len(raw)
+        numbers = [line.number for line in lines if line.problem is None]
+        for _, offset in sorted(zip(numbers, offsets, strict=True)):
+            file.seek(offset)
+            to.write(file.readline())
+    os.remove(records)
+
+
+def _line_of(fields: dict[str, Any]) -> Line:
+    return Line(fields["number"], [Outcome(**each) for each in fields["outcomes"]], fields["problem"])
+
+
+def _whole_lines(path: str) -> int:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
+    return 0
+
+
+def _cut(path: str, lines: int) -> None:
+    """Leaves this many lines of a file."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb+") as file:
+        for _ in range(lines):
+            file.readline()
+        file.truncate(file.tell())
+
+
+class _Progress:
+    """A bar on a terminal, elsewhere a line in the log now and then: answers so far, and how many a second."""
+
+    def __init__(self, lines: Sequence[Line]):
+        self._bar = tqdm(unit=" answers", initial=_answers(lines), disable=not shows_progress())
+        self._count, self._annotated = 0, 0
+        self._start = self._logged = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self._bar.disable:
+            self._log()
+
+    def add(self, line: Line) -> None:
+        """Counts a record."""
+        self._count += len(line.outcomes)
+        self._annotated += sum(not outcome.reason for outcome in line.outcomes)
+        self._bar.update(len(line.outcomes))
+        if self._bar.disable and time.monotonic() - self._logged > LOG_EVERY_S:
+            self._log()
+
+    def _log(self) -> None:
+        self._logged = time.monotonic()
+        rate = self._count / max(self._logged - self._start, 1e-9)
+        LOG.info("%d answers, %.1f a second; %d are annotated", self._count, rate, self._annotated)
+
+
+def _answers(lines: Sequence[Line]) -> int:
+    return sum(len(line.outcomes) for line in lines)
