@@ -24,7 +24,6 @@ from typing import Any
 
 from absl import flags
 
-from pasta_jax import __version__
 from pasta_jax.annotate.annotators import MAKERS, AnnotatorError, Options, dialect_of, make_annotator
 from pasta_jax.annotate.report import one_line, write_report
 from pasta_jax.annotate.run import RunError, annotate_file
@@ -77,7 +76,6 @@ def annotate(values: flags.FlagValues) -> str:
         min_speedup=values.min_speedup,
     )
     about = {
-        "version": __version__,
         "input": values.input,
         "contents": _digest(values.input),
         "annotator": values.annotator,

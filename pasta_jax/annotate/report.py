@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,8 +90,8 @@ def one_line(figures: Mapping[str, Any]) -> str:
     speedup = figures["speedup"]
     unusable = f", {figures['unusable']:,} unusable records" if figures["unusable"] else ""
     return (
-        f"{figures['annotated']:,} of {figures['answers']:,} answers are annotated ({figures['share']:.1%}){unusable}. "
-        f"Theoretical speedup {speedup['annotated']:.2f}x where annotated, at least "
+        f"{figures['annotated']:,} of {figures['answers']:,} answers are annotated ({figures['share']:.1%})"
+        f"{unusable}. Theoretical speedup {speedup['annotated']:.2f}x where annotated, at least "
         f"{speedup['least']:.2f}x; {speedup['all']:.2f}x over all."
     )
 
@@ -154,8 +155,10 @@ def _draw(path: str, lines: Sequence[Line], figures: Mapping[str, Any]) -> None:
     from pasta_jax.figures import PALE, SERIES, dress, new_figure, save
 
     annotated = [outcome for line in lines for outcome in line.outcomes if not outcome.reason]
-    figure = new_figure(10, 7)
-    (speeds, branches), (lengths, reasons) = figure.subplots(2, 2)
+    figure = new_figure(11, 6.4)
+    names = ("speeds", "branches", "lengths", "reasons")
+    panels = figure.subplot_mosaic([[*names[:3]], [names[3]] * 3])
+    speeds, branches, lengths, reasons = (panels[name] for name in names)
     color = SERIES[0].color
 
     speeds.hist([outcome.speedup for outcome in annotated], bins=30, color=color)
@@ -167,6 +170,7 @@ def _draw(path: str, lines: Sequence[Line], figures: Mapping[str, Any]) -> None:
     counts = {int(number): count for number, count in figures["shapes"]["branches"].items()}
     branches.bar(list(counts), list(counts.values()), color=color)
     dress(branches, "Branches of an answer", "Annotated answers")
+    branches.set_xticks(range(0, max(counts) + 1, max(1, max(counts) // 5)))
 
     tokens = [block for outcome in annotated for block in outcome.blocks]
     top = max(tokens) + 1
@@ -175,17 +179,20 @@ def _draw(path: str, lines: Sequence[Line], figures: Mapping[str, Any]) -> None:
     lengths.hist(tokens, bins=edges, color=color)
     lengths.set_xscale("log")
     dress(lengths, "Tokens of a block", "Blocks")
+    ticks = [tick * 10**power for power in range(5) for tick in (1, 2, 5)]
+    lengths.set_xticks([tick for tick in ticks if low <= tick <= top])
+    lengths.minorticks_off()
+    lengths.xaxis.set_major_formatter("{x:g}")
 
     kept = [*figures["blocks_in_main"].items()][:8] or [*figures["reasons"].items()][:8]
     reasons.barh(range(len(kept)), [count for _, count in kept], color=PALE)
-    reasons.set_yticks(
-        range(len(kept)), [reason if len(reason) < 44 else f"{reason[:42]}…" for reason, _ in kept]
-    )
     dress(
         reasons,
         "Blocks that stayed in main" if figures["blocks_in_main"] else "Answers that stayed plain",
         "",
     )
-    reasons.set_yticks(range(len(kept)))
+    reasons.set_yticks(
+        range(len(kept)), [textwrap.shorten(reason, 60, placeholder="…") for reason, _ in kept]
+    )
     reasons.invert_yaxis()
     save(figure, path)
