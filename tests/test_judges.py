@@ -1,6 +1,7 @@
 """Judges: the likelihood of a reference model by hand and in batches, and those of a user's own."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.data import almanac
+from pasta_jax.data.prompts import read_questions
 from pasta_jax.decoding.model import Model
 from pasta_jax.judges import make_judge
 from pasta_jax.judges.likelihood import Likelihood, preferred, score
@@ -157,3 +159,43 @@ def test_a_judge_that_answers_too_little_or_too_much_is_refused() -> None:
     for count in (1, 3):
         with pytest.raises(JudgeError, match=f"asked about 2 comparisons, and answered {count}"):
             [*compare_all(Careless(count), two)]
+
+
+# ----------------------------------------------------------------------------------------------- what is asked
+
+
+def test_the_questions_of_a_file_need_no_answers(tmp_path: pathlib.Path) -> None:
+    def said(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    tagged = '<promise topic="b" tokens=1 /><async>B.</async>'
+    records: list[Any] = [
+        {"prompt": "a"},
+        {"prompt": "b", "response": tagged},
+        {"instruction": "c", "input": "d"},
+        {"instruction": "e", "output": ""},
+        {"messages": [said("user", "f"), said("assistant", tagged), said("user", "g")]},
+        {"messages": [said("user", "h"), said("assistant", "i")]},
+        {"conversations": [{"from": "human", "value": "j"}]},
+        {"question": "k"},
+        {"prompt": ""},
+        [1],
+        {"messages": []},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)) + "\nno JSON\n")
+    questions, problems = read_questions(path)
+    assert [(each.line, each.prompt, each.answer) for each in questions] == [
+        (1, "a", None),
+        (2, "b", "B."),
+        (3, "c\n\nd", None),
+        (4, "e", None),
+        (5, (said("user", "f"), said("assistant", "B."), said("user", "g")), None),
+        (6, "h", "i"),
+        (7, "j", None),
+    ]
+    assert questions[4].raw == json.dumps(records[4])
+    assert [problem.line for problem in problems] == [8, 9, 10, 11, 12]
+    assert "no known layout" in problems[0].message and "not JSON" in problems[-1].message
+    (found,), _ = read_questions(path, {"prompt": "question"})
+    assert (found.prompt, found.answer, found.line) == ("k", None, 8)

@@ -14,8 +14,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from pasta_jax.data.layouts import Fault
-from pasta_jax.data.records import Example, Problem, Prompt, examples_of, read
+from pasta_jax.data.layouts import ROLES, Fault
+from pasta_jax.data.reading import Entry, entries
+from pasta_jax.data.records import Problem, Prompt, Reader, problem, raw_text
 from pasta_jax.files import BROKEN
 from pasta_jax.lang.assemble import assemble
 
@@ -50,36 +51,43 @@ def read_questions(
 
     Args:
       path: of the file.
-      columns: as in `data.records.read`.
+      columns: as in `data.records.Reader`.
 
     Raises:
       RecordError: the file cannot be read.
     """
-    columns = dict(columns or {})
+    reader = Reader(dict(columns or {}), turns="last")
     questions: list[Question] = []
     problems: list[Problem] = []
-    for each in read(path, columns=columns, turns="last"):
+    for entry in entries(path):
         try:
-            completed = _completed(json.loads(each.raw), columns)
-            if completed is not None:
-                (example,) = examples_of(completed, each.line, each.raw, columns, 1, "last")
-                questions.append(Question(example.prompt, None, each.line, each.raw))
-                continue
-        except (Fault, *BROKEN):
-            pass  # what `read` found says more
-        if isinstance(each, Example):
-            questions.append(Question(each.prompt, assemble(each.program), each.line, each.raw))
-        else:
-            problems.append(each)
+            questions.append(_question(entry, reader))
+        except Fault as fault:
+            problems.append(problem(os.fspath(path), entry, fault))
     return questions, problems
 
 
+def _question(entry: Entry, reader: Reader) -> Question:
+    """What a record asks. Raises Fault."""
+    try:
+        completed = _completed(json.loads(entry.data), reader.columns)
+    except BROKEN:
+        completed = None  # `reader` says what is wrong
+    if completed is None:
+        (example,) = reader.examples(entry)
+        return Question(example.prompt, assemble(example.program), entry.number, example.raw)
+    (example,) = reader.examples(entry._replace(data=json.dumps(completed).encode()))
+    return Question(example.prompt, None, entry.number, raw_text(entry))
+
+
 def _completed(record: Any, columns: Mapping[str, str]) -> dict[str, Any] | None:
-    """A record with an answer to its last question, if it has none."""
+    """A record with an answer to its last question, if it has none. Raises what BROKEN has if it is no record."""
+    if not isinstance(record, dict):
+        raise TypeError("no object")
     for key in (columns["messages"],) if "messages" in columns else ("messages", "conversations"):
-        if isinstance(said := record.get(key), list):
+        if isinstance(said := record.get(key), list) and said and isinstance(said[-1], dict):
             name, text = ("from", "value") if "from" in said[-1] else ("role", "content")
-            asks = said[-1][name].lower() in ("user", "human", "prompter")
+            asks = ROLES.get(str(said[-1].get(name)).lower()) == "user"
             return {**record, key: [*said, {name: "assistant", text: NOTHING}]} if asks else None
     if columns:
         answers: tuple[str, ...] = (columns.get("response", "response"),)

@@ -116,8 +116,8 @@ def length_controlled_win_rate(
     check_order([row["instruction"] for row in annotations], instructions)
     if len({row["generator_1"] for row in annotations} | {row["generator_2"] for row in annotations}) == 1:
         return Estimate(50.0, 0.0)  # a model against itself, by definition
-    lengths = ([len(row[f"output_{i}"]) for row in annotations] for i in (1, 2))
-    return percent(length_controlled(preferences(annotations), *map(np.array, lengths), gamed))
+    theirs, mine = (np.array([len(row[f"output_{i}"]) for row in annotations]) for i in (1, 2))
+    return percent(length_controlled(preferences(annotations), theirs, mine, gamed))
 
 
 def check_order(found: Sequence[str], official: Sequence[str]) -> None:
