@@ -143,6 +143,8 @@ def is_full(error: BaseException) -> bool:
 def replacing(path: StrPath, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write that replaces `path` once the block has ended without an error, and never before.
 
+    Its folder is made if there is none.
+
     Args:
       path: of the file, local, or an `epath.Path` such as gs://bucket/file.
       mode: "w" for text (UTF-8), "wb" for bytes.
@@ -157,6 +159,7 @@ def replacing(path: StrPath, mode: str = "w") -> Iterator[IO[Any]]:
     unfinished = target.with_name(target.name + ".tmp")
     try:
         with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open(mode, encoding=encoding) as file:
                 yield file
             unfinished.replace(target)

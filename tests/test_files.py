@@ -29,7 +29,7 @@ from pasta_jax.files import (
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
-    for path in (tmp_path / "a", epath.Path(tmp_path) / "b", str(tmp_path / "c")):
+    for path in (tmp_path / "a", epath.Path(tmp_path) / "b", str(tmp_path / "new" / "c")):
         with replacing(path) as file:
             file.write("ä")
         with contextlib.suppress(ZeroDivisionError), replacing(path) as file:
