@@ -55,7 +55,10 @@ class Part:
 
 # ------------------------------------------------------------------------------------------------------ lines
 
-_BULLET = "[-*+\u2022\u2023\u25aa\u25cf\u25e6\u2013\u2014]"
+_BULLET = (
+    "[-*+\u2013\u2014\u2022\u2023\u25a0\u25a1\u25aa\u25ab\u25b6\u25ba\u25cf\u25e6\u2605\u2713\u2714\u2705"
+    "\u27a2\u27a4\U0001f449\U0001f536-\U0001f53b]\ufe0f?"
+)
 _COUNTED = r"\d{1,3}[.)]|[A-Za-z][.)]|[ivxIVX]{2,5}[.)]|\((?:\d{1,3}|[A-Za-z]|[ivxIVX]{2,5})\)"
 _WORD = "(?:Day|Example|Idea|Month|Option|Part|Phase|Question|Reason|Scene|Step|Tip|Week|Year) \\d{1,2}[:.)]"
 _ITEM = re.compile(rf"[ \t]*(?:\*\*|__)?(?P<marker>{_BULLET}|{_COUNTED}|{_WORD})(?:\*\*|__)?(?=[ \t]+\S)")

@@ -17,6 +17,8 @@ LONG_NAME = 40
 _WORD = re.compile(r"[^\W_](?:[\w'\u2019&+#.-]*[\w+#])?")
 _MARK = re.compile(r"\W*(?:(?:(?:Chapter|Day|Part|Phase|Step|Week) )?\d+|[A-Za-z]|[ivxIVX]+)[.):]\W+(?=\w)")
 _CLAUSE = re.compile(r"[:;,(\[|/\n\u2013\u2014\u3001\u3002\uff0c]|\s-\s|[.!?](?:\s|\Z)")
+_INTRODUCES = re.compile(r"\b(?:here|below|following)\b", re.IGNORECASE)
+_POSSESSIVE = re.compile(r"['\u2019]s\Z")
 _JOINTS = "a|an|the|of|to|in|on|at|by|for|from|with|as|into|and|or|is|are|be|your|its|their"
 _JOINT = re.compile(_JOINTS, re.IGNORECASE)
 """Words that a name can do without."""
@@ -24,7 +26,7 @@ _JOINT = re.compile(_JOINTS, re.IGNORECASE)
 _FILLER = re.compile(
     f"{_JOINTS}|this|that|these|those|some|any|was|were|been|being|has|have|had|do|does|did|will|would|can|could|may"
     "|might|should|must|it|it's|they|there|he|his|she|her|we|our|you|i|my|but|so|if|about|than|then|also|very|more"
-    "|most|which|who|what|when|how|while|not|only|just|such|one|one's|both|all|many|other|often|where",
+    "|even|don't|doesn't|can't|isn't|please|note|here|let|most|which|who|what|when|how|while|not|only|just|such|one|one's|both|all|many|other|often|where",
     re.IGNORECASE,
 )
 """Words that tell nothing of what a text is about."""
@@ -44,7 +46,7 @@ def topics(tokenizer: Encoder, blocks: Sequence[tuple[str, str]]) -> list[str]:
         topic = next(
             topic
             for words in _candidates(name, details, " ".join(chosen.values()))
-            if (topic := shortened(tokenizer, words)) and topic.casefold() not in chosen
+            if (topic := shortened(tokenizer, _POSSESSIVE.sub("", words))) and topic.casefold() not in chosen
         )
         chosen[topic.casefold()] = topic
     return list(chosen.values())
@@ -52,8 +54,10 @@ def topics(tokenizer: Encoder, blocks: Sequence[tuple[str, str]]) -> list[str]:
 
 def _candidates(name: str, details: str, others: str) -> Iterator[str]:
     """Names of a block, the best first, without end. `others`: the topics so far."""
-    told = _content(_WORD.findall(details[:400]))
-    named = _name_words(_MARK.sub("", name, count=1))
+    is_sentence = name.rstrip("*_\"'\u201d ").endswith((".", "!", "?", "\u3002"))
+    is_no_name = is_sentence or _INTRODUCES.search(name)
+    named = [] if is_no_name else _name_words(_MARK.sub("", name, count=1))
+    told = _content(_WORD.findall(name * is_sentence + details[:400]))
     base = named or told[:MAX_TOPIC_WORDS] or ["part"]
     yield " ".join(base)
     rest = [*_content(_WORD.findall(name)), *told] if len(name) > LONG_NAME or not named else []
@@ -69,7 +73,7 @@ def _candidates(name: str, details: str, others: str) -> Iterator[str]:
 def _name_words(name: str) -> list[str]:
     """The first words of a name's first clause; without those that it can do without, if there are too many."""
     clause = next((part for part in _CLAUSE.split(name.replace("*", "")) if _WORD.search(part)), "")
-    words = _WORD.findall(clause)
+    words = _WORD.findall(clause) if re.search(r"[^\W\d_]", clause) else []
     while len(words) > 1 and words[0].lower() in ("the", "a", "an"):
         words = words[1:]
     if len(words) > MAX_TOPIC_WORDS:

@@ -41,6 +41,15 @@ _FOLLOWS = _phrases(
 )
 """How a step begins that follows the one before."""
 
+_STEPS = _phrases(
+    "instructions?|directions?|steps?|methods?|procedure|recipe|how to|to do (?:this|so)", start=False
+)
+
+_USES = _phrases(
+    "(?:with|using|from|given|by|based on|combining|adding|applying) (?:these|this|those|the above|both|that)"
+)
+"""How a block with a name begins that builds on the one before."""
+
 _POINTS = _phrases(
     "as above|the above|above-mentioned|aforementioned|preceding|the previous",
     "(?:listed|described|shown|mentioned|discussed|noted|outlined) (?:above|earlier|before|previously)",
@@ -58,7 +67,8 @@ _CLOSES = _phrases(
     "(?:\\d+\\W+)?(?:in |key |final |main |the |example )?(?:conclusions?|summary|takeaways?|thoughts?|answer",
     "verdict",
     "results?|recommendations?|instructions?|directions?|methods?|steps|preparation|procedure|output|usage|analysis",
-    "discussion|explanation|comparison|solution|reasoning|notes?|overall|bottom line|how (?:it|this) works)",
+    "discussion|explanation|comparison|solution|reasoning|notes?|overall|bottom line|how (?:it|this) works",
+    "calculations?|totals?)",
 )
 """Names of parts that need those before them."""
 
@@ -80,8 +90,17 @@ def builds_on(name: str, details: str) -> bool:
     True
     """
     is_named = any(character.isalpha() for character in name)
-    leans = _CLOSES.match(name) if is_named else _LEANS.match(details)
+    leans = (_CLOSES.match(name) or _USES.match(details)) if is_named else _LEANS.match(details)
     return bool(leans or _POINTS.search(details))
+
+
+def gives_steps(heading: str) -> bool:
+    """Whether what stands above a numbered list says that its items are steps.
+
+    >>> gives_steps("**Instructions:**"), gives_steps("Here are five rivers:")
+    (True, False)
+    """
+    return bool(_STEPS.search(heading))
 
 
 def follows(details: str) -> bool:

@@ -10,7 +10,7 @@ import os
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pasta_jax.annotate.run import Line, Outcome
 from pasta_jax.extras import advice
@@ -156,16 +156,15 @@ def _draw(path: str, lines: Sequence[Line], figures: Mapping[str, Any]) -> None:
 
     annotated = [outcome for line in lines for outcome in line.outcomes if not outcome.reason]
     figure = new_figure(11, 6.4)
-    names = ("speeds", "branches", "lengths", "reasons")
-    panels = figure.subplot_mosaic([[*names[:3]], [names[3]] * 3])
-    speeds, branches, lengths, reasons = (panels[name] for name in names)
+    above, below = cast("Any", figure.subfigures(2, 1))
+    speeds, branches, lengths = above.subplots(1, 3)
+    reasons = below.subplots()
     color = SERIES[0].color
 
     speeds.hist([outcome.speedup for outcome in annotated], bins=30, color=color)
     mean = figures["speedup"]["annotated"]
-    speeds.axvline(mean, color=SERIES[1].color, linestyle="--", label=f"geometric mean, {mean:.2f}")
-    speeds.legend(frameon=False)
-    dress(speeds, "Theoretical speedup (x)", "Annotated answers")
+    speeds.axvline(mean, color=SERIES[1].color, linestyle="--")
+    dress(speeds, f"Theoretical speedup (x), geometric mean {mean:.2f}", "Annotated answers")
 
     counts = {int(number): count for number, count in figures["shapes"]["branches"].items()}
     branches.bar(list(counts), list(counts.values()), color=color)

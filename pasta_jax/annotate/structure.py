@@ -35,7 +35,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator
 from typing import Literal, TypeAlias
 
@@ -109,20 +108,28 @@ class _Draft:
     def _cut(self, part: Part) -> int:
         return part.head if self.rules.marker == "main" else part.start
 
-    def _judged(self, siblings: Parts) -> Iterator[tuple[Part, str]]:
-        in_chain = {part for chain in chains(self.answer, siblings) for part in chain}
-        for index, part in enumerate(siblings):
-            reason = CHAIN if part in in_chain else self._reason_to_keep(part, index)
+    def _judged(self, siblings: Parts, heading: str = "") -> Iterator[tuple[Part, str]]:
+        in_chain = {part for chain in chains(self.answer, siblings, heading) for part in chain}
+        reasons = {
+            part: CHAIN if part in in_chain else self._reason_to_keep(part, siblings[:index])
+            for index, part in enumerate(siblings)
+        }
+        for run in runs(siblings):
+            if 2 * sum(not reasons[part] for part in run) < len(run):
+                reasons |= {part: reasons[part] or "most of its list are short" for part in run}
+        for part, reason in reasons.items():
             yield part, reason
             if reason not in (CHAIN, REFERS) or part.kind == "section":
-                yield from self._judged(part.children)
+                yield from self._judged(part.children, part.name(self.answer))
 
-    def _reason_to_keep(self, part: Part, index: int) -> str:
-        """Why a part cannot be a block, or ""."""
+    def _reason_to_keep(self, part: Part, before: Parts) -> str:
+        """Why a part cannot be a block, or "". `before`: its siblings before it."""
         name, details, block = part.name(self.answer), part.details(self.answer), self.block(part)
         if part.kind in ("code", "rule", "verse"):
             return part.kind
-        if part.kind == "paragraph" and index == 0:
+        if part.kind == "row" and not any(sibling.kind == "rule" for sibling in before):
+            return "the head of a table"
+        if part.kind == "paragraph" and not before:
             return FIRST
         if needs_earlier(self.answer, part) or references.builds_on(name, details):
             return REFERS
@@ -260,21 +267,46 @@ def needs_earlier(answer: str, part: Part) -> bool:
     return part.kind == "item" and references.builds_on(name, part.details(answer))
 
 
-def chains(answer: str, siblings: Parts) -> Iterator[list[Part]]:
-    """The runs of items or sections of which each needs the one before: several refer back, or hold code."""
+def runs(siblings: Parts) -> Iterator[list[Part]]:
+    """The lists among some parts: items of a kind that follow one another, or sections."""
 
     def style(part: Part) -> tuple[str, bool]:
-        return part.kind, bool(re.search(r"\d", part.marker))
+        return part.kind, has_number(part)
 
-    for (kind, is_numbered), group in itertools.groupby(siblings, key=style):
+    for (kind, _), group in itertools.groupby(siblings, key=style):
         run = list(group)
-        if kind not in ("item", "section") or len(run) < 2:
-            continue
-        code = sum(FENCE in part.details(answer) for part in run)
-        back = sum(kind == "item" and needs_earlier(answer, part) for part in run)
-        steps = sum(is_numbered and references.follows(part.details(answer)) for part in run)
-        if code > 1 or back > max(1, len(run) // 4) or 3 * steps >= len(run):
+        if kind in ("item", "section") and len(run) > 1:
             yield run
+
+
+def chains(answer: str, siblings: Parts, heading: str) -> Iterator[list[Part]]:
+    """The lists of which each part needs the one before: steps, several that refer back, or that hold code.
+
+    Args:
+      answer: the text.
+      siblings: the parts among which the lists are.
+      heading: the name of what they are in.
+    """
+    for run in runs(siblings):
+        details = [part.details(answer) for part in run]
+        above = siblings[siblings.index(run[0]) - 1 : siblings.index(run[0])]
+        headings = " ".join(
+            [heading, *(answer[part.start : part.end] for part in above if part.kind == "paragraph")]
+        )
+        is_named = sum(any(letter.isalpha() for letter in part.name(answer)) for part in run) > len(run) / 2
+        back = sum(part.kind == "item" and needs_earlier(answer, part) for part in run)
+        following = sum(map(references.follows, details))
+        if (
+            sum(FENCE in text for text in details) > 1
+            or back > max(1, len(run) // 4)
+            or (has_number(run[0]) and 3 * following >= len(run))
+            or (has_number(run[0]) and not is_named and references.gives_steps(headings))
+        ):
+            yield run
+
+
+def has_number(part: Part) -> bool:
+    return any(letter.isdigit() for letter in part.marker)
 
 
 def with_closing_apart(answer: str, parts: Parts) -> Parts:
