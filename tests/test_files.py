@@ -49,7 +49,8 @@ def test_a_full_disk_is_said_with_the_file(tmp_path: pathlib.Path) -> None:
     with pytest.raises(WriteError, match=f"^{tmp_path / 'a'} {message}$"), replacing(tmp_path / "a") as file:
         file.write("line\n")
     assert list(tmp_path.iterdir()) == [], "what was half written makes room"
-    with pytest.raises(FileNotFoundError, match="none"), replacing(tmp_path / "none" / "a"):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file"), replacing(tmp_path / "file" / "a"):
         pass
 
 
