@@ -48,6 +48,9 @@ setup(
         "tpu": ["jax[tpu]>=0.8.1"],
         "cuda": ["jax[cuda12]>=0.8.1"],
         "hf": ["huggingface_hub>=0.30", "jinja2>=3.1", "tokenizers>=0.20"],
+        "zstd": ["zstandard>=0.22; python_version < '3.14'"],  # later Pythons have it
+        "parquet": ["pyarrow>=17.0"],
+        "datasets": ["datasets>=3.0"],
         "plot": ["jinja2>=3.1", "matplotlib>=3.9"],
         "kernels": ["tokamax==0.0.17; python_version >= '3.12'"],  # inner functions of it
         "tb": ["tensorboardX>=2.6.2.2"],

@@ -12,12 +12,14 @@ import pytest
 
 from pasta_jax import train
 from pasta_jax.arrays import NO_TARGET
+from pasta_jax.checkpoints.about import find_checkpoint, read_metadata
 from pasta_jax.config import Config, ConfigError, DataConfig
 from pasta_jax.data.sources import make_source, make_tokenizer, steps_of_epochs
 from pasta_jax.files import locked
 from pasta_jax.training import loop
 from pasta_jax.training.metrics import read_metrics
 from tests.helpers import ONE_DEVICE, full
+from tests.helpers.layouts import write_files
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +98,21 @@ def test_two_steps_and_two_more(tmp_path: pathlib.Path) -> None:
     assert other.returncode == 2
     assert "already has step 3 of a different config (seed). Use a new --workdir" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+@pytest.mark.slow
+def test_files_of_every_layout_are_trained_on(tmp_path: pathlib.Path) -> None:
+    """Two steps on all of them together: the first document of each is in the first batch."""
+    files, workdir = write_files(tmp_path), tmp_path / "run"
+    names = ",".join(map(str, files.values()))
+    arguments = [TINY + ":pasta", f"--workdir={workdir}", *SMALL, "--config.steps=2"]
+    done = command(*arguments, f"--config.data.sources={names}")
+    assert done.returncode == 0, done.stderr
+    metadata = read_metadata(find_checkpoint(workdir))
+    assert metadata.step == 2 and metadata.data_index >= 2 * len(files)
+    assert {each["examples"] for each in metadata.data.values()} == {2}
+    assert len({each["sha256"] for each in metadata.data.values()}) == 1
+    assert metadata.data.keys() == {*map(str, files.values())}
 
 
 def test_a_disk_that_takes_no_more_ends_in_one_line(tmp_path: pathlib.Path) -> None:

@@ -209,7 +209,7 @@ class Account:
         if self.left_out:
             lines.append(f"{self.path}: answers left out of records that are used: {_counted(self.left_out)}")
         if self.cut:
-            lines.append(f"{self.path}: {self.cut:,} answers {TOO_LONG} are cut after a sentence or a block")
+            lines.append(f"{self.path}: answers cut after a sentence or a block: {self.cut:,} {TOO_LONG}")
         return "\n".join(lines)
 
     def check(self, most: float, kept: str = "") -> None:

@@ -109,7 +109,7 @@ def store(
         copy.flush()
     places = np.frombuffer(rows, np.int64).reshape(-1, _FIELDS)
     is_copied = bool(copy.tell()) or not len(places)
-    file: IO[bytes] = copy if is_copied else open(path, "rb")  # noqa: SIM115
+    file: IO[bytes] = copy if is_copied else open(path, "rb", buffering=0)  # noqa: SIM115
     return Stored(path, fitter, file, places, asked)
 
 
