@@ -5,7 +5,7 @@
 #   launch/tpu_run.sh NAME ZONE --stop                    ask the command to save and leave
 #   launch/tpu_run.sh NAME ZONE --delete                  give the slice back; what is on its disks is lost
 #
-#   --type=v5litepod-8    the slice to create; processes on several hosts find each other (docs/tpu.md)
+#   --type=v5litepod-8    the slice to create, v5e-8 for short; several hosts find each other (docs/tpu.md)
 #   --version=...         its software; by default the one that belongs to the type
 #   --spot                cheaper, and may be taken away: it is then created again, and the command run again
 #   --queued              wait in the queue for capacity
@@ -27,7 +27,8 @@ while (($#)); do
   case $1 in
     --) shift; break ;;
     --help | -h) usage; exit 0 ;;
-    --type=* | --version=* | --project=* | --bucket=*) key=${1%%=*}; printf -v "${key#--}" %s "${1#*=}" ;;
+    --type=?* | --version=?* | --project=?* | --bucket=?*) key=${1%%=*}; printf -v "${key#--}" %s "${1#*=}" ;;
+    --type= | --version= | --project= | --bucket=) fail "$1 needs a value." ;;
     --type | --version | --project | --bucket)
       (($# > 1)) || fail "$1 needs a value."
       printf -v "${1#--}" %s "$2"
@@ -45,6 +46,7 @@ done
 [[ -n $name && -n $zone ]] || fail "which slice? launch/tpu_run.sh NAME ZONE -- COMMAND...; --help shows the options."
 [[ $# -gt 0 || -n $stop$delete ]] || fail "which command? launch/tpu_run.sh $name $zone -- COMMAND..."
 [[ $# -eq 0 || -z $stop ]] || fail "--stop takes no command."
+type=${type/#v5e-/v5litepod-} # as gcloud calls them
 if [[ -z $version ]]; then
   case $type in
     v5litepod-*) version=v2-alpha-tpuv5-lite ;;
@@ -158,7 +160,10 @@ fi
 
 command=$(printf '%q ' "$@")
 going="" # whether the command was started before
-[[ -n $dry || $(vm_state) != READY ]] || going=$(status || true)
+state=""
+[[ -n $dry ]] || state=$(vm_state)
+[[ $state != UNKNOWN ]] || fail "gcloud cannot tell whether there is $name, see above."
+[[ $state != READY ]] || going=$(status || true)
 case $going in
   "running $command") say "the command is running already; this is its log." ;;
   running*) fail "$name is ${going% }. Stop it first: launch/tpu_run.sh $name $zone --stop" ;;
@@ -182,10 +187,10 @@ while true; do
     said=$(status || true)
     case $said in
       ended*)
-        say "the command ended with status ${said#ended }."
+        [[ -n $dry ]] || say "the command ended with status ${said#ended }."
         if [[ -n $delete && $said == "ended 0" ]]; then
           remove
-        else
+        elif [[ -z $dry ]]; then
           say "$name is still there, and costs: launch/tpu_run.sh $name $zone --delete gives it back."
         fi
         exit "${said#ended }"

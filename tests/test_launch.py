@@ -98,12 +98,13 @@ def test_shellcheck_has_nothing_to_say(file: pathlib.Path) -> None:
     assert os.access(file, os.X_OK)
 
 
-@pytest.mark.parametrize("options", [(), ("--spot", "--queued", "--type", "v6e-8", "--project=mine")])
+@pytest.mark.parametrize("options", [(), ("--type=v5e-8",), ("--spot", "--queued", "--type", "v6e-8", "--project=mine")])
 def test_a_dry_run_prints_the_commands_that_a_run_gives(fake: pathlib.Path, options: tuple[str, ...]) -> None:
     command = ("--delete", "--", "python", "-c", "print('done')")
     dry = tpu_run(fake, *options, "--dry_run", *command)
     assert dry.returncode == 0, dry.stderr
     assert not (fake / "calls").exists()
+    assert all(line.startswith("+ ") for line in dry.stderr.splitlines()), "it says what was not done"
     real = tpu_run(fake, *options, *command)
     assert real.returncode == 0, real.stderr
     assert "done" in real.stdout
@@ -118,7 +119,7 @@ def test_a_dry_run_prints_the_commands_that_a_run_gives(fake: pathlib.Path, opti
 
     assert plain(printed) == plain(calls(fake))
     create = next(line for line in printed if line[3] == "create")
-    if options:
+    if "--queued" in options:
         assert create[2:] == [
             *("queued-resources", "create", "pod", "--node-id=pod", "--zone=us-west4-a", "--project=mine"),
             *("--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e", "--spot"),
@@ -194,6 +195,7 @@ def test_the_same_line_again_shows_the_log_and_stop_ends_it(fake: pathlib.Path) 
         (("python", "train.py"), "put -- before the command: -- python train.py"),
         (("--stop", "--", "ls"), "--stop takes no command"),
         (("--type",), "--type needs a value"),
+        (("--bucket=", "--", "ls"), "--bucket= needs a value"),
     ],
 )
 def test_mistakes_are_one_line(fake: pathlib.Path, arguments: tuple[str, ...], message: str) -> None:
@@ -214,6 +216,18 @@ def test_what_gcloud_cannot_make_ends_in_a_line(fake: pathlib.Path) -> None:
         "no capacity",
         "tpu_run: pod could not be made ready, see above. With no capacity: --queued waits for it.",
     ]
+
+
+def test_without_an_answer_of_gcloud_nothing_is_begun(fake: pathlib.Path) -> None:
+    gcloud = fake / "bin" / "gcloud"
+    gcloud.write_text(gcloud.read_text().replace("*describe)", "*describe) echo no project >&2; exit 1;;\n  never)"))
+    done = tpu_run(fake, "--", "ls")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "tpu_run: no project",
+        "tpu_run: gcloud cannot tell whether there is pod, see above.",
+    ]
+    assert not calls(fake)
 
 
 def test_the_jobset_has_a_pod_for_each_host() -> None:
