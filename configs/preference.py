@@ -12,8 +12,9 @@ opponent is the sequential model, if one is named by --config.preference.baselin
 
 --config.preference.quality_weight is lambda: the paper's are 1, 2, 4, 8 and inf.
 
-It was neither compiled nor run:
-python -m pasta_jax.compile --config=configs/preference.py:gemma-2b --topology=v5e:2x4 says what a chip needs.
+gemma-2b on 8 chips of v5e (2x4): an update needs 7.9 GiB a chip, by the compiler (pasta_jax.compile, jax 0.10.2,
+libtpu 0.0.51); it was not run. docs/tpu.md has others, and
+python -m pasta_jax.compile --config=configs/preference.py:gemma-7b --topology=v5e:4x4 says what a chip needs.
 """
 
 from pasta_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, PreferenceConfig

@@ -13,7 +13,7 @@ annotated.jsonl holds a prompt and an annotated response a line (docs/usage.md, 
 The paper's batch holds 8 examples. Rows here are packed: 8 of 2048 tokens hold several times as many, so there are
 fewer steps in its four epochs. --config.data.length=512 comes close to its batch.
 
-gemma-2b on 8 chips of v5e (2x4): an update needs 8.1 GiB a chip, by the compiler (pasta_jax.compile, jax 0.10.2,
+gemma-2b on 8 chips of v5e (2x4): an update needs 8.0 GiB a chip, by the compiler (pasta_jax.compile, jax 0.10.2,
 libtpu 0.0.51); it was not run. docs/tpu.md has others, and
 python -m pasta_jax.compile --config=configs/sft.py:gemma-7b --topology=v5e:4x4 says what a chip needs.
 """

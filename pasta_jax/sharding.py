@@ -297,8 +297,9 @@ def _axes(letter: str, size: int, mesh: AnyMesh) -> tuple[str, ...]:
     # query heads and the mlp stay split.
     if letter == "K" and parts % size == 0:
         return ()
+    rows = f", or a multiple of {parts} rows" if letter == "B" else ""
     raise ValueError(
-        f"{'*'.join(axes)}={parts} does not divide {NAMES[letter]} {letter}={size}. Use {_divisors(size)}."
+        f"{'*'.join(axes)}={parts} does not divide {NAMES[letter]} {letter}={size}. Use {_divisors(size)}{rows}."
     )
 
 

@@ -13,8 +13,10 @@ import sys
 from typing import Any
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from pasta_jax.overrides import load_config, split_overrides
+from pasta_jax.training.microbatches import rows_sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "tpu_run.sh"
@@ -98,7 +100,9 @@ def test_shellcheck_has_nothing_to_say(file: pathlib.Path) -> None:
     assert os.access(file, os.X_OK)
 
 
-@pytest.mark.parametrize("options", [(), ("--type=v5e-8",), ("--spot", "--queued", "--type", "v6e-8", "--project=mine")])
+@pytest.mark.parametrize(
+    "options", [(), ("--type=v5e-8",), ("--spot", "--queued", "--type", "v6e-8", "--project=mine")]
+)
 def test_a_dry_run_prints_the_commands_that_a_run_gives(fake: pathlib.Path, options: tuple[str, ...]) -> None:
     command = ("--delete", "--", "python", "-c", "print('done')")
     dry = tpu_run(fake, *options, "--dry_run", *command)
@@ -220,7 +224,9 @@ def test_what_gcloud_cannot_make_ends_in_a_line(fake: pathlib.Path) -> None:
 
 def test_without_an_answer_of_gcloud_nothing_is_begun(fake: pathlib.Path) -> None:
     gcloud = fake / "bin" / "gcloud"
-    gcloud.write_text(gcloud.read_text().replace("*describe)", "*describe) echo no project >&2; exit 1;;\n  never)"))
+    gcloud.write_text(
+        gcloud.read_text().replace("*describe)", "*describe) echo no project >&2; exit 1;;\n  never)")
+    )
     done = tpu_run(fake, "--", "ls")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
@@ -265,5 +271,11 @@ def test_the_commands_of_the_page_can_be_given(line: str) -> None:
         assert package.__file__ is not None
         for name in (word[2:].partition("=")[0] for word in rest if word.startswith("--")):
             assert name == "config" or f'"{name}"' in FLAGS, f"--{name}"
-        for config in (word.removeprefix("--config=") for word in rest if word.startswith("--config=")):
-            load_config(str(ROOT / config), overrides)
+        chips = int((re.search(r"--type=v5litepod-(\d+)", line) or [1, 1])[1])
+        for name in (word.removeprefix("--config=") for word in rest if word.startswith("--config=")):
+            config = load_config(str(ROOT / name), overrides)
+            tensor = config.mesh.tensor
+            mesh = AbstractMesh((1, max(1, chips // tensor), tensor), ("data", "fsdp", "tensor"))
+            assert rows_sharding(mesh, config.data.rows, config.microbatches), (
+                "its rows divide among the chips"
+            )

@@ -193,7 +193,9 @@ def test_what_does_not_divide_is_said_in_words() -> None:
         place("DKH", 16, 8, 4, mesh=three)
     with pytest.raises(ValueError, match=r"^tensor=3 does not divide num_heads N=7. Use 1 or 7.$"):
         place("DNH", 16, 7, 4, mesh=three)
-    with pytest.raises(ValueError, match=r"^data\*fsdp=8 does not divide rows B=4. Use 1, 2 or 4.$"):
+    with pytest.raises(
+        ValueError, match=r"^data\*fsdp=8 does not divide rows B=4. Use 1, 2 or 4, or a multiple of 8 rows.$"
+    ):
         batch_sharding(eight(), rows=4)
     with pytest.raises(ValueError, match="two dimensions on mesh axis fsdp"):
         place("BLD", 8, 10, 16, mesh=eight())
