@@ -246,6 +246,8 @@ def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         (("host:99", None, None), "Nothing here says which processes there are. Add --coordinator=HOST:PORT"),
         ((None, 2, 0), "Nothing here says"),
         (("host", 2, 0), "--coordinator=host is no HOST:PORT"),
+        (("host:0", 2, 0), "--coordinator=host:0 is no HOST:PORT"),
+        (("host:65536", 2, 0), "--coordinator=host:65536 is no HOST:PORT"),
         (("host:99", 2, 2), "--process_id=2 must be at least 0 and less than --processes=2"),
     ):
         with pytest.raises(ProcessError, match=message):

@@ -68,7 +68,8 @@ def asked(coordinator: str | None, processes: int | None, process_id: int | None
     address = coordinator or (group.address if group else "")
     count = processes if processes is not None else group.count if group else 0
     index = process_id if process_id is not None else group.index if group else 0
-    if not re.fullmatch(r".+:\d{1,5}", address):
+    port = re.fullmatch(r".+:(\d{1,5})", address)
+    if port is None or not 0 < int(port[1]) < 65536:
         raise ProcessError(f"--coordinator={address} is no HOST:PORT, as in 10.0.0.2:8482.")
     if not 0 <= index < count:
         raise ProcessError(f"--process_id={index} must be at least 0 and less than --processes={count}.")
