@@ -25,7 +25,12 @@ class HeldOut:
       update: of the run, for shardings.
       loss_fn, record, batches: as in `training.loop.Stage`.
       examples: what `batches` takes as its source; of a known length.
+
+    Attributes:
+      compiles: whether the next measurement compiles what it runs.
     """
+
+    compiles = True
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class HeldOut:
                 if cut_off():
                     return None
                 sums = jax.device_get(self._of(params, base, batch))
+                self.compiles = False
                 totals.update({name: float(value) for name, value in sums.values.items()})
                 count += int(sums.count)
         return {f"held_out_{name}": total / max(count, 1) for name, total in sorted(totals.items())}

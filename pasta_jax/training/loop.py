@@ -153,7 +153,8 @@ def train(
         measure = None
         if held_out:
             measured_as, examples = held_out
-            LOG.info("Held out: %d examples, every %d steps.", len(examples), config.log.held_out_every)
+            counted = f"{len(examples)} example{'s' * (len(examples) != 1)}"
+            LOG.info("Held out: %s, every %d steps.", counted, config.log.held_out_every)
             measure = HeldOut(config, mesh, update, **measured_as.about(), examples=examples)
         agree = Agreement()
         batches = stage.batches(source, data_index, config.data.rows, config.data.length)
@@ -171,7 +172,8 @@ def train(
                 meter.check(lag=0)
                 found: dict[str, float] | None = {}
                 if measure and is_measured:
-                    with meter.paused():
+                    uncounted = metrics.not_counted() if measure.compiles else contextlib.nullcontext()
+                    with meter.paused(), uncounted:
                         found = measure(state.params, base, lambda: agreed(request.signal or 0)[0])
                 if found is not None:
                     metrics.write(step, meter.summary() | found)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -61,6 +62,16 @@ class MetricsWriter:
             self._bar.initial = self._bar.n = step
             self._bar.unpause()
         self._bar.update(step - self._bar.n)
+
+    @contextlib.contextmanager
+    def not_counted(self) -> Iterator[None]:
+        """What is done meanwhile does not count for the time left: it is not done again."""
+        began = time.monotonic()
+        yield
+        if self._timed_from is not None:
+            first, since = self._timed_from
+            self._timed_from = first, since + time.monotonic() - began
+            self._bar.unpause()
 
     def _left(self, step: int) -> str:
         """The time that the other steps will take, as "time left 1:02:03"; nothing before the second step."""
