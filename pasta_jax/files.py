@@ -58,6 +58,7 @@ def locked(folder: StrPath) -> Iterator[None]:
 
     Raises:
       InUse: another process has it.
+      WriteError: nothing can be written there.
     """
     path = os.path.join(folder, LOCK)
     if sys.platform == "win32" or "://" in path or not is_writer():
@@ -80,15 +81,15 @@ def locked(folder: StrPath) -> Iterator[None]:
 
 
 def _open_locked(path: str, folder: StrPath) -> int:
-    """A file that is open and locked. Raises InUse."""
+    """A file that is open and locked. Raises InUse, WriteError."""
     for attempt in itertools.count(1):
-        os.makedirs(folder, exist_ok=True)
         try:
+            os.makedirs(folder, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # its holder removed the folder
-            if attempt == 100:
-                raise
-            continue
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempt < 100:  # its holder removed the folder
+                continue
+            raise WriteError(unwritten(os.fspath(folder), error)) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -131,7 +132,8 @@ def unwritten(what: str, error: BaseException) -> str:
     """The message about something that could not be written."""
     if is_full(error):
         return f"{what} could not be written: the disk is full. Make room, then run the same command again."
-    return f"{what} could not be written: {' '.join(str(error).split())[:300]}."
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return f"{what} could not be written: {' '.join(reason.split())[:300]}."
 
 
 def is_full(error: BaseException) -> bool:

@@ -77,7 +77,8 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
         try:
             rest = flags.FLAGS(words)
         except flags.Error as error:
-            refuse(f"{' '.join(str(error).split())} --help shows the flags.")
+            text = " ".join(str(error).split())
+            refuse(f"{text}{'' if text.endswith(('.', '?')) else '.'} --help shows the flags.")
         except SystemExit:  # help was shown
             sys.exit(0)
         for name in {"workdir", "out"} & {*flags.FLAGS}:

@@ -87,6 +87,13 @@ def test_one_process_writes_to_a_folder(tmp_path: pathlib.Path, monkeypatch: pyt
         pass
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError) as raised, locked(tmp_path / "file" / "run"):
+        pass
+    assert str(raised.value) == f"{tmp_path}/file/run could not be written: Not a directory."
+
+
 def test_a_lock_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the file, nor a folder that was made for it; also where another one comes as it is removed."""
     folder, flock = tmp_path / "run", fcntl.flock

@@ -236,8 +236,8 @@ def test_remat_is_chosen_by_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     tight = chosen(2**27)
     assert tight.remat == "everything", "what there is, if nothing fits"
     assert str(tight) == (
-        "Remat: everything, chosen by memory. An update takes about 0.22 of a device's 0.12 GiB: it may not fit, "
-        "and python -m pasta_jax.compile finds what does."
+        "Remat: everything, chosen by memory. An update takes about 0.22 GiB of a device's 0.12 GiB: it may not "
+        "fit, and python -m pasta_jax.compile finds what does."
     )
     assert chosen(1000, remat="none").remat == "none", "what the configuration says, it gets"
     assert "chosen" not in str(chosen(1000, remat="none"))

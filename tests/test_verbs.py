@@ -54,7 +54,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["pasta_jax.tokenizer"], "Add --text=FILE,FILE --vocab_size=8000 --to=FILE.model."),
         (["pasta_jax.evaluate"], "Name both models: --ckpt=runs/pasta --baseline=runs/baseline."),
         (["pasta_jax.train", "--workdri=W"], "Unknown command line flag 'workdri'. Did you mean: workdir ?"),
-        (["pasta_jax", "--lanes=many", "Rivers?"], "flag --lanes=many: invalid literal"),
+        (
+            ["pasta_jax", "--lanes=many", "Rivers?"],
+            "flag --lanes=many: invalid literal for int() with base 10: 'many'. --help shows the flags.",
+        ),
         (["pasta_jax.evaluate", "--ckpt=no/such", "--baseline=no/such"], "No checkpoint at "),
     ],
 )

@@ -68,7 +68,7 @@ class RematChoice:
     def __str__(self) -> str:
         needs, has = self.needs.total, self.capacity
         chosen = ", chosen by memory" if self.was_chosen else ""
-        of = f"{gib(needs)} of a device's {gib(has)} GiB" if has else f"{gib(needs)} GiB of a device"
+        of = f"{gib(needs)} GiB of a device's {gib(has)} GiB" if has else f"{gib(needs)} GiB of a device"
         way_out = ": it may not fit, and python -m pasta_jax.compile finds what does"
         return f"Remat: {self.remat}{chosen}. An update takes about {of}{way_out if has and needs > has else ''}."
 
