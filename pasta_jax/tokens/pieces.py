@@ -36,7 +36,7 @@ NEEDED: dict[str, Any] = {
 """The flags that every vocabulary needs."""
 
 OWN: dict[str, Any] = {
-    "model_type": "unigram",
+    "model_type": "bpe",  # on little or repetitive text unigram finds few pieces: half as many bytes a token
     "split_digits": True,
     "required_chars": "0123456789",  # of the numbers in promises
     "allow_whitespace_only_pieces": True,  # indentation
