@@ -58,7 +58,7 @@ def annotate(replies: list[str] | Callable[[Body], str], answer: str = ANSWER, *
 
 
 def tagged(answer: str = ANSWER) -> str:
-    return re.sub(r"(?m)^- (\w+): (.+)$", r'- \1: <async topic="\1">\2</async>', answer)
+    return re.sub(r"(?m)^- ([^:\n]+): (.+)$", r'- \1: <async topic="\1">\2</async>', answer)
 
 
 # ---------------------------------------------------------------------------------------- the text of a reply
@@ -232,6 +232,17 @@ def test_blocks_that_are_short_or_have_an_earlier_topic_are_not_judged() -> None
         and "[part 2" not in bodies[1]["messages"][-1]["content"]
     )
     assert len([*annotated.program.promises()]) == 1
+
+
+def test_of_too_many_blocks_the_longest_are_kept() -> None:
+    answer = "".join(
+        f"- Town {i}: it has a river, {'many ' * (9 - i)}bridges and a harbour.\n" for i in range(8)
+    )
+    annotated, _ = annotate([tagged(answer)], answer, is_judged=False, max_branches=3)
+    assert [promise.topic for promise in annotated.program.promises()] == [f"Town {i}" for i in range(3)]
+    assert annotated.notes == ("more than 3 blocks",) * 5
+    annotated, _ = annotate([tagged(answer)], answer, is_judged=False, min_speedup=50.0)
+    assert annotated.notes == (llm.SLOWER,) * 8 and annotated.program.nodes == (llm.Text(answer),)
 
 
 def test_long_topics_are_shortened_and_missing_ones_taken_from_the_text() -> None:

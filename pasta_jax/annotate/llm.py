@@ -25,14 +25,14 @@ from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import joined
 from pasta_jax.lang.topics import shortened
-from pasta_jax.lang.validate import MIN_BLOCK_WORDS
+from pasta_jax.lang.validate import MAX_BRANCHES, MIN_BLOCK_WORDS
 from pasta_jax.tokens.cost import theoretical_speedup
 from pasta_jax.tokens.tokenizer import TextError, Tokenizer, check_text
 
 SHORT = f"shorter than {MIN_BLOCK_WORDS} words"
 SAME_TOPIC = "same topic as another block"
 NO_VERDICT = "no verdict of the independence judge"
-SLOWER = "slower than the answer without tags"
+SLOWER = "saves too little time"
 FAILED_RULES = {
     -1: "not independent",
     1: "uses what another block says",
@@ -59,11 +59,15 @@ class LlmAnnotator:
       endpoint: which is asked.
       tokenizer: of the model that will be trained; it measures blocks and topics.
       is_judged: whether blocks are judged for independence.
+      max_branches: the most promises of an answer; of more blocks the longest are kept.
+      min_speedup: an answer whose theoretical speedup is lower stays plain; at least 1.
     """
 
     endpoint: Endpoint
     tokenizer: Tokenizer
     is_judged: bool = True
+    max_branches: int = MAX_BRANCHES
+    min_speedup: float = 1.0
 
     def __call__(self, prompt: str | Messages, answer: str) -> Annotated:
         """Annotates one answer.
@@ -84,9 +88,10 @@ class LlmAnnotator:
         nodes = _useful(self._without_doubtful(self._inserted(question, answer), notes))
         if self.is_judged:
             nodes = self._independent(question, nodes, notes)
-        program = Program(_measured(self.tokenizer, _useful(nodes)))
-        if any(True for _ in program.promises()) and theoretical_speedup(self.tokenizer, program) < 1:
-            notes += [SLOWER] * sum(1 for _ in program.promises())
+        program = Program(self._measured(_useful(nodes), notes))
+        promises = sum(1 for _ in program.promises())
+        if promises and theoretical_speedup(self.tokenizer, program) < self.min_speedup:
+            notes += [SLOWER] * promises
             program = Program((Text(answer),))
         return Annotated(program, tuple(notes))
 
@@ -181,6 +186,25 @@ class LlmAnnotator:
                     is_open = True
                 kept.append(node)
         return tuple(kept)
+
+    def _measured(self, nodes: Sequence[Node], notes: list[str]) -> tuple[Node, ...]:
+        """The nodes with the length of each block in its promise, and without the shortest of too many blocks."""
+        lengths = {
+            i: len(self.tokenizer.encode(text_of(node.block)))
+            for i, node in enumerate(nodes)
+            if isinstance(node, Promise)
+        }
+        kept = {*sorted(lengths, key=lambda i: -lengths[i])[: self.max_branches]}
+        notes += [f"more than {self.max_branches} blocks"] * (len(lengths) - len(kept))
+
+        def measured(i: int, node: Node) -> Node:
+            if not isinstance(node, Promise):
+                return node
+            if i not in kept:
+                return Text(text_of(node.block))
+            return dataclasses.replace(node, tokens=length_in_tens(lengths[i]))
+
+        return joined(measured(i, node) for i, node in enumerate(nodes))
 
     def _verdicts(self, question: str, before: str, group: Sequence[Node], count: int) -> dict[int, int]:
         """Of each block by its number from 1: 0 if it is independent, else a key of FAILED_RULES."""
@@ -288,16 +312,6 @@ def _useful(nodes: Sequence[Node]) -> tuple[Node, ...]:
         is_open |= isinstance(node, Promise)
         useful.append(node)
     return joined(useful)
-
-
-def _measured(tokenizer: Tokenizer, nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """The nodes with the length of each block in its promise."""
-    return tuple(
-        dataclasses.replace(node, tokens=length_in_tens(len(tokenizer.encode(text_of(node.block)))))
-        if isinstance(node, Promise)
-        else node
-        for node in nodes
-    )
 
 
 def _clean_start(text: str) -> str:

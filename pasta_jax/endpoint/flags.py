@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from absl import flags
 
 from pasta_jax.endpoint.client import KEY_VARIABLE, Endpoint
@@ -31,34 +34,28 @@ def define_endpoint() -> None:
     )
 
 
-def endpoint_of(values: flags.FlagValues, *, cache: str | None = None) -> Endpoint:
+def endpoint_of(values: Mapping[str, Any], *, cache: str | None = None) -> Endpoint:
     """The endpoint that the flags describe.
 
     Args:
-      values: of the flags.
+      values: of the flags, by name.
       cache: the folder of replies unless --cache names another.
 
     Raises:
       EndpointError: they describe none.
       InUse: another process uses the cache.
     """
-    if not values.base_url or not values.model:
+    if not values["base_url"] or not values["model"]:
         raise EndpointError(
             "Name the endpoint and its model: --base_url=http://localhost:8000/v1 --model=NAME."
         )
-    if values.budget_dollars is not None and not (values.price_in or values.price_out):
+    prices = Prices(values["price_in"], values["price_out"])
+    if values["budget_dollars"] is not None and prices == Prices():
         raise EndpointError(
             "--budget_dollars needs the prices of a million tokens: --price_in and --price_out."
         )
+    same = ("key_variable", "concurrency", "timeout", "temperature", "budget_requests", "budget_dollars")
+    options = {name: values[name] for name in same}
     return Endpoint(
-        values.base_url,
-        values.model,
-        key_variable=values.key_variable,
-        concurrency=values.concurrency,
-        timeout=values.timeout,
-        temperature=values.temperature,
-        prices=Prices(values.price_in, values.price_out),
-        budget_requests=values.budget_requests,
-        budget_dollars=values.budget_dollars,
-        cache=values.cache or cache,
+        values["base_url"], values["model"], prices=prices, cache=values["cache"] or cache, **options
     )

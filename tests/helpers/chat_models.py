@@ -9,10 +9,9 @@ from tests.helpers.chat_server import Body
 
 def annotator(body: Body) -> str:
     """Marks what follows the colon of each item of a list; as a judge it finds what says "too" to be dependent."""
-    system, task = body["messages"][0]["content"], body["messages"][-1]["content"]
-    if system.startswith("You check"):
-        parts = re.findall(r"\[part (\d+): .*?\](.*?)\[end of part \1\]", task, re.DOTALL)
-        return "\n".join(f"{i} {'false 1: too' if ' too' in text else 'true: alone'}" for i, text in parts)
     tasks = [each["content"] for each in body["messages"] if each["content"].startswith("<question>")]
+    if body["messages"][0]["content"].startswith("You check"):
+        parts = re.findall(r"\[part (\d+): .*?\](.*?)\[end of part \1\]", tasks[-1], re.DOTALL)
+        return "\n".join(f"{i} {'false 1: too' if ' too' in text else 'true: alone'}" for i, text in parts)
     answer = tasks[-1].split("<answer>\n", 1)[1].removesuffix("\n</answer>")
     return re.sub(r"(?m)^- ([^:\n]+): (.+)$", r'- \1: <async topic="\1">\2</async>', answer)

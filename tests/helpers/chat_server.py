@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import http.server
 import json
 import random
@@ -17,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from pasta_jax.endpoint.cache import key_of
 
 KEY = "sk-test-0123456789abcdef"
 
@@ -45,7 +46,7 @@ class ChatServer:
 
     url: str
     outcomes: dict[str, list[str]]
-    """Of each request, by hash: "busy", "error", "hang", "broken", "altered", "answered"."""
+    """Of each request, by the name that it has in the cache: "busy", "error", "hang", "broken", "altered", "answered"."""
     busiest: int = 0
     """Requests that were answered at once."""
 
@@ -64,10 +65,6 @@ class ChatServer:
             for name, outcomes in self.outcomes.items()
             if any(each in good for each in outcomes[:-1])
         }
-
-
-def hash_of(body: Body) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -108,7 +105,7 @@ def chat_server(
                 return self._send(404, {"error": {"message": f"no such path: {self.path}"}})
             if key and given != f"Bearer {key}":
                 return self._send(401, {"error": {"message": f"Incorrect API key provided: {given}"}})
-            name = hash_of(body)
+            name = key_of([f"{server.url}/chat/completions", body])
             with mutex:
                 draw = random.Random(f"{seed} {name} {len(outcomes[name])}").random()
                 fault = "answered"
