@@ -46,7 +46,7 @@ class ChatServer:
 
     url: str
     outcomes: dict[str, list[str]]
-    """Of each request, by the name that it has in the cache: "busy", "error", "hang", "broken", "altered", "answered"."""
+    """Of each request, by its name in the cache: "busy", "error", "hang", "broken", "altered" or "answered"."""
     busiest: int = 0
     """Requests that were answered at once."""
 
