@@ -1,6 +1,7 @@
 """The annotator that asks a language model: what it takes of a reply, what it refuses, what it asks next."""
 
 import collections
+import pathlib
 import re
 import tomllib
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from pasta_jax.annotate import llm
+from pasta_jax.annotate.annotators import AnnotatorError, Options, make_annotator
 from pasta_jax.annotate.insertion import NotInserted, inserted
 from pasta_jax.annotate.llm import LlmAnnotator
 from pasta_jax.annotate.protocol import Declined, Item, annotate_all
@@ -286,6 +288,8 @@ def test_every_item_is_annotated_or_declined_once_whatever_goes_wrong(tmp_path: 
             assert sum("uses what another block says" in each.notes for each in annotated) >= 3
             sent = sent or server.total
         assert server.repeated() == {} and server.total == sent
+    kept = b"".join(file.read_bytes() for file in tmp_path.rglob("*.jsonl"))
+    assert b"[key]" in kept and KEY.encode() not in kept, "altered replies hold the key"
 
 
 def test_what_the_endpoint_did_not_answer_is_declined_last_or_not_at_all() -> None:
@@ -312,6 +316,24 @@ def test_what_the_endpoint_did_not_answer_is_declined_last_or_not_at_all() -> No
         with pytest.raises(EndpointError, match="so failed 5 requests"):
             run()
         assert "2" not in done and len(done) < 30
+
+
+def test_the_flags_make_an_annotator(tmp_path: pathlib.Path) -> None:
+    flags = {
+        "base_url": "http://127.0.0.1:9/v1",
+        "model": "m",
+        "key_variable": "OPENAI_API_KEY",
+        "concurrency": 3,
+    }
+    flags |= {"timeout": 1.0, "temperature": 0.0, "price_in": 0.0, "price_out": 0.0, "cache": None}
+    flags |= {"budget_requests": 5, "budget_dollars": None, "dry_run": None}
+    made = make_annotator("llm", Options(TOKENIZER, str(tmp_path), max_branches=4, flags=flags))
+    assert isinstance(made, LlmAnnotator) and (made.max_branches, made.endpoint.concurrency) == (4, 3)
+    assert (tmp_path / "replies").is_dir()
+    made.endpoint.close()
+    for change, message in (({"model": None}, "--model=NAME"), ({"budget_dollars": 1.0}, "--price_in and")):
+        with pytest.raises(AnnotatorError, match=message):
+            make_annotator("llm", Options(TOKENIZER, str(tmp_path), flags=flags | change))
 
 
 def test_an_estimate_covers_both_requests() -> None:

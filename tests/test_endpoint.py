@@ -130,6 +130,50 @@ def test_what_every_request_would_get_ends_the_run_at_once(
     assert server.total == 0
 
 
+def test_an_account_without_money_ends_the_run_at_once() -> None:
+    def model(body: Body) -> str:
+        raise Status(429, "You exceeded your current quota, please check your plan and billing details.")
+
+    with chat_server(model) as server, endpoint(server) as asked:
+        with pytest.raises(EndpointError, match="^POST http.*: 429 .You exceeded your current quota"):
+            asked.ask(said("hello"))
+        assert server.total == 1
+
+
+def test_a_redirection_is_not_followed() -> None:
+    """The key is for one address."""
+    with chat_server(echo) as server, endpoint(server) as elsewhere:
+        aside = Status(307, "moved", {"Location": elsewhere.url})
+
+        def moved(body: Body) -> str:
+            raise aside
+
+        lost = pytest.raises(EndpointError, match="307 .moved")
+        with chat_server(moved) as first, endpoint(first) as asked, lost:
+            asked.ask(said("hello"))
+        assert (first.total, server.total) == (1, 0)
+
+
+def test_what_follows_a_failure_is_not_taken_for_it() -> None:
+    """In order, with a failure amid answers: what comes after the end of the run is not yielded."""
+
+    def model(body: Body) -> str:
+        if body["messages"][0]["content"] == "3":
+            time.sleep(0.1)
+            raise Status(401, "no")
+        return echo(body)
+
+    def run(asked: Endpoint) -> None:
+        for text in asked.each(lambda number: asked.ask(said(str(number))).text, range(9), in_order=True):
+            done.append(text)
+
+    done: list[str] = []
+    lost = pytest.raises(EndpointError, match="401 .no")
+    with chat_server(model) as server, endpoint(server, concurrency=3) as asked, lost:
+        run(asked)
+    assert done == [f"You said: {number}" for number in range(3)]
+
+
 def test_nobody_there() -> None:
     with pytest.raises(
         EndpointError, match="^POST http://127.0.0.1:9/v1/chat/completions: Connection refused"
@@ -190,7 +234,7 @@ def test_a_dry_run_sends_nothing(tmp_path: pathlib.Path) -> None:
 
 def test_fields_that_a_model_refuses_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     def reasoning(body: Body) -> str:
-        for name in ("temperature", "logprobs", "max_tokens"):
+        for name in ("temperature", "logprobs", "top_logprobs", "max_tokens"):
             if name in body:
                 raise Status(400, f"Unsupported parameter: '{name}' is not supported with this model.")
         return "B"

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pasta_jax.annotate.annotators import AnnotatorError, Options
 from pasta_jax.annotate.insertion import SPELLS_TAG, NotInserted, inserted
 from pasta_jax.annotate.protocol import Annotated, Declined, Item, Messages, Result
 from pasta_jax.endpoint.client import Endpoint, Planned
 from pasta_jax.endpoint.cost import estimated_tokens
-from pasta_jax.endpoint.post import RequestError
+from pasta_jax.endpoint.flags import endpoint_of
+from pasta_jax.endpoint.post import EndpointError, RequestError
 from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import joined
@@ -317,3 +320,19 @@ def _useful(nodes: Sequence[Node]) -> tuple[Node, ...]:
 def _clean_start(text: str) -> str:
     """Words for the topic of a block that has none."""
     return " ".join(re.findall(r"\w[\w'-]*", text)[:3])
+
+
+def make(options: Options) -> LlmAnnotator:
+    """The annotator that the flags of the command describe; the folder of the run keeps the replies.
+
+    Raises:
+      AnnotatorError: the endpoint's flags cannot be used.
+      InUse: another process uses the replies.
+    """
+    try:
+        endpoint = endpoint_of(options.flags, cache=os.path.join(options.folder, "replies"))
+    except EndpointError as error:
+        raise AnnotatorError(str(error)) from None
+    return LlmAnnotator(
+        endpoint, options.tokenizer, max_branches=options.max_branches, min_speedup=options.min_speedup
+    )

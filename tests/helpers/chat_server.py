@@ -133,7 +133,7 @@ def chat_server(
                 said = answer(body)
             except Status as status:
                 outcomes[name][-1] = str(status.code)
-                return self._send(status.code, {"error": {"message": status.message}})
+                return self._send(status.code, {"error": {"message": status.message}}, status.headers)
             finally:
                 time.sleep(seconds)
                 with mutex:
@@ -192,6 +192,6 @@ def chat_server(
 class Status(Exception):
     """An answer with another status than 200."""
 
-    def __init__(self, code: int, message: str):
+    def __init__(self, code: int, message: str, headers: dict[str, str] | None = None):
         super().__init__(code, message)
-        self.code, self.message = code, message
+        self.code, self.message, self.headers = code, message, headers
