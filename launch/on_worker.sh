@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What launch/tpu_run.sh does on each host of a slice; the state of the run is in ~/pasta_jax-run.
 #
-#   on_worker.sh setup [BUCKET]     an environment with jax for TPUs; BUCKET is mounted at ~/bucket
-#   on_worker.sh start COMMAND...   in the background; does nothing if the same command runs already
-#   on_worker.sh follow             shows the log until the command ends
-#   on_worker.sh status             prints "running COMMAND" or "ended STATUS"; nothing if the host went down with it
-#   on_worker.sh stop               SIGTERM: the command saves and leaves
+#   on_worker.sh setup BUCKET EXTRAS   an environment with jax for TPUs; BUCKET, if not "", is mounted at ~/bucket
+#   on_worker.sh start COMMAND...      in the background; does nothing if the same command runs already
+#   on_worker.sh follow                shows the log until the command ends
+#   on_worker.sh status                prints "running COMMAND" or "ended STATUS"; nothing if the host went down
+#   on_worker.sh stop                  SIGTERM: the command saves and leaves
 set -euo pipefail
 
 repo=$HOME/pasta_jax
@@ -19,8 +19,8 @@ setup() {
   # The images have Python 3.10; uv brings a later one.
   [[ -x $HOME/.local/bin/uv ]] || python3 -m pip install --user --quiet uv
   [[ -x .venv/bin/python ]] || "$HOME/.local/bin/uv" venv --quiet --python 3.12 .venv
-  "$HOME/.local/bin/uv" pip install --quiet --python .venv/bin/python -e ".[tpu,hf,tb]"
-  [[ -z ${1:-} ]] || mount_bucket "$1"
+  "$HOME/.local/bin/uv" pip install --quiet --python .venv/bin/python -e ".[tpu,hf,tb${2:+,$2}]"
+  [[ -z $1 ]] || mount_bucket "$1"
 }
 
 mount_bucket() {

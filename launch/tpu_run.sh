@@ -11,6 +11,7 @@
 #   --queued              wait in the queue for capacity
 #   --project=...         as of gcloud
 #   --bucket=NAME         mount this bucket at ~/bucket on every host: where a --workdir must be if there are several
+#   --extras=wandb,...    install these extras too (README.md); tpu, hf and tb always are
 #   --delete              after COMMAND: give the slice back when it is done
 #   --dry_run             print the gcloud commands, run none
 #
@@ -22,14 +23,17 @@ usage() { sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p;}' "$0"; }
 fail() { echo "tpu_run: $*" >&2; exit 2; }
 say() { echo "tpu_run: $*" >&2; }
 
-name="" zone="" type=v5litepod-8 version="" project="" bucket="" spot="" queued="" stop="" delete="" dry=""
+name="" zone="" type=v5litepod-8 version="" project="" bucket="" extras="" spot="" queued="" stop="" delete="" dry=""
 while (($#)); do
   case $1 in
     --) shift; break ;;
     --help | -h) usage; exit 0 ;;
-    --type=?* | --version=?* | --project=?* | --bucket=?*) key=${1%%=*}; printf -v "${key#--}" %s "${1#*=}" ;;
-    --type= | --version= | --project= | --bucket=) fail "$1 needs a value." ;;
-    --type | --version | --project | --bucket)
+    --type=?* | --version=?* | --project=?* | --bucket=?* | --extras=?*)
+      key=${1%%=*}
+      printf -v "${key#--}" %s "${1#*=}"
+      ;;
+    --type= | --version= | --project= | --bucket= | --extras=) fail "$1 needs a value." ;;
+    --type | --version | --project | --bucket | --extras)
       (($# > 1)) || fail "$1 needs a value."
       printf -v "${1#--}" %s "$2"
       shift
@@ -143,7 +147,9 @@ prepare() {
   fi
   vm scp "$archive" "$name:pasta_jax.tar.gz" "${where[@]}" --worker=all || return 1
   [[ -z $folder ]] || rm -r "$folder"
-  on all "mkdir -p pasta_jax && tar -xzf pasta_jax.tar.gz -C pasta_jax && $worker setup $(printf %q "$bucket")"
+  local setup
+  setup="$worker setup $(printf '%q %q' "$bucket" "$extras")"
+  on all "mkdir -p pasta_jax && tar -xzf pasta_jax.tar.gz -C pasta_jax && $setup"
 }
 
 # What worker 0 says of the command: "running COMMAND", "ended STATUS" or nothing, also where it cannot be asked.

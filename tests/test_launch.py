@@ -63,8 +63,9 @@ esac
 
 @pytest.fixture
 def fake(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A machine with gcloud, and hosts on which uv is installed and has nothing to do."""
-    for name, text in {"gcloud": GCLOUD, "uv": "#!/bin/sh\n", "python3": "#!/bin/sh\n"}.items():
+    """A machine with gcloud, and hosts on which uv is installed, and only notes what it is asked."""
+    uv = '#!/bin/sh\necho "$@" >>$FAKE/installed\n'
+    for name, text in {"gcloud": GCLOUD, "uv": uv, "python3": "#!/bin/sh\n"}.items():
         file = tmp_path / "bin" / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
@@ -101,7 +102,12 @@ def test_shellcheck_has_nothing_to_say(file: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--type=v5e-8",), ("--spot", "--queued", "--type", "v6e-8", "--project=mine")]
+    "options",
+    [
+        (),
+        ("--type=v5e-8",),
+        ("--spot", "--queued", "--type", "v6e-8", "--project=mine", "--extras=wandb,kernels"),
+    ],
 )
 def test_a_dry_run_prints_the_commands_that_a_run_gives(fake: pathlib.Path, options: tuple[str, ...]) -> None:
     command = ("--delete", "--", "python", "-c", "print('done')")
@@ -122,6 +128,9 @@ def test_a_dry_run_prints_the_commands_that_a_run_gives(fake: pathlib.Path, opti
         ]
 
     assert plain(printed) == plain(calls(fake))
+    installed = "hf,tb,wandb,kernels" if options[:1] == ("--spot",) else "hf,tb"
+    lines = (fake / "installed").read_text().splitlines()
+    assert {line.split()[-1] for line in lines if "pip" in line} == {f".[tpu,{installed}]"}
     create = next(line for line in printed if line[3] == "create")
     if "--queued" in options:
         assert create[2:] == [
