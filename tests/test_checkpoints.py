@@ -187,7 +187,10 @@ def test_going_on_from_half_a_checkpoint(workdir: pathlib.Path, caplog: pytest.L
 
     for step in (20, 30):
         shutil.rmtree(steps / str(step) / "optimizer")
-    message = r"30 is damaged\. There is no whole one beside it\. \(optimizer: not there; --config\.init_from"
+    message = (
+        r"30 is damaged\. There is no whole one beside it: start again in a new --workdir\. "
+        r"\(optimizer: not there; --config\.init_from"
+    )
     with pytest.raises(CheckpointError, match=message):
         resumed(workdir)
     assert sorted(path.name for path in steps.iterdir()) == names, "nothing is renamed in vain"

@@ -243,7 +243,8 @@ class Checkpoints:
             return found
         newest = damaged[0]
         raise CheckpointError(
-            f"{newest.path} is damaged. There is no whole one beside it. ({newest.reason})"
+            f"{newest.path} is damaged. There is no whole one beside it: start again in a new --workdir. "
+            f"({newest.reason})"
         ) from newest
 
     def _restore(
