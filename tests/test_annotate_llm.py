@@ -174,7 +174,7 @@ def test_an_altered_text_is_asked_for_once_more() -> None:
     roles = [message["role"] for message in bodies[1]["messages"]]
     assert roles == [*(message["role"] for message in bodies[0]["messages"]), "assistant", "user"]
     assert "has 'Alps to the sea near" in bodies[1]["messages"][-1]["content"]
-    with pytest.raises(Declined, match="did not return the answer with tags, twice: the text is altered"):
+    with pytest.raises(Declined, match="did not return the answer with tags, twice: the text is altered$"):
         annotate([tagged().replace("Alps", "alps")] * 2)
 
 
@@ -338,6 +338,6 @@ def test_the_flags_make_an_annotator(tmp_path: pathlib.Path) -> None:
 
 def test_an_estimate_covers_both_requests() -> None:
     with Endpoint("http://127.0.0.1:9/v1", "m") as endpoint:
-        shown = endpoint.estimate(LlmAnnotator(endpoint, TOKENIZER).planned(items(10)), shown=1)
+        shown = LlmAnnotator(endpoint, TOKENIZER).estimate(items(10), shown=1)
     assert "About 20 requests would be sent" in shown and "Name rivers of country 0." in shown
     assert "Name rivers of country 1." not in shown and "used bicycle" in shown

@@ -25,11 +25,13 @@ from typing import Any
 from absl import flags
 
 from pasta_jax.annotate.annotators import MAKERS, AnnotatorError, Options, dialect_of, make_annotator
+from pasta_jax.annotate.protocol import Estimating
 from pasta_jax.annotate.report import one_line, write_report
-from pasta_jax.annotate.run import RunError, annotate_file
+from pasta_jax.annotate.run import RunError, annotate_file, answers_of
 from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.data.reading import HUB, RecordError
 from pasta_jax.data.records import Reader
+from pasta_jax.endpoint import flags as endpoint_flags
 from pasta_jax.lang.validate import MAX_BRANCHES
 from pasta_jax.tokens.tokenizer import TokenizerError
 from pasta_jax.verbs import CHATS, begin_alone, refuse, run_main
@@ -82,10 +84,17 @@ def annotate(values: flags.FlagValues) -> str:
         "tokenizer": hashlib.sha256(tokenizer.to_bytes()).hexdigest(),
         "columns": dict(config.columns),
         "turns": values.turns,
+        "model": values.model,
         **{name: values[name].value for name in RULE_FLAGS},
     }
     reader = Reader(dict(config.columns), turns=values.turns)
     annotator = make_annotator(values.annotator, options)
+    if values.dry_run is not None:
+        if not isinstance(annotator, Estimating):
+            raise AnnotatorError(
+                f"--dry_run is of no use with --annotator={values.annotator}: it asks nobody."
+            )
+        return annotator.estimate(answers_of(values.input, reader), shown=values.dry_run)
     lines = annotate_file(
         values.input, values.output, annotator, tokenizer, reader, about, max_branches=values.max_branches
     )
@@ -141,6 +150,8 @@ def command() -> None:
     flags.DEFINE_float(
         "min_speedup", 1.1, "Rules: answers with a lower theoretical speedup stay plain.", lower_bound=1.0
     )
+    endpoint_flags.define_endpoint()
+    flags.adopt_module_key_flags(endpoint_flags)  # so that --help shows them
     run_main(main)
 
 

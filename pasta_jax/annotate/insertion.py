@@ -46,7 +46,15 @@ SHOWN = 40
 
 
 class NotInserted(ValueError):
-    """A reply that is not the answer with tags inserted; says what is wrong, for the model."""
+    """A reply that is not the answer with tags inserted; says what is wrong, for the model.
+
+    Attributes:
+      kind: what is wrong, without quoting the texts.
+    """
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(kind + detail)
+        self.kind = kind
 
 
 class _Tag(NamedTuple):
@@ -102,14 +110,14 @@ def _repaired(texts: list[str], tags: list[_Tag], answer: str) -> list[str]:
         if core:
             start = _not_blank(answer, at)
             if not answer.startswith(core, start):
-                raise NotInserted(_difference(answer[start:], core + "".join(texts[i + 1 :])))
+                raise NotInserted(*_difference(answer[start:], core + "".join(texts[i + 1 :])))
             give(answer[at:start])
             fixed[-1] += core
             at = start + len(core)
         if i < len(tags):
             pending.append(tags[i])
     if answer[at:].strip():
-        raise NotInserted(_difference(answer[at:], ""))
+        raise NotInserted(*_difference(answer[at:], ""))
     give(answer[at:])
     return fixed
 
@@ -119,14 +127,14 @@ def _not_blank(text: str, start: int) -> int:
     return len(text) - len(text[start:].lstrip())
 
 
-def _difference(answer: str, text: str) -> str:
+def _difference(answer: str, text: str) -> tuple[str, str]:
     """Where a text leaves the answer."""
     same = next((i for i, (a, b) in enumerate(zip(answer, text)) if a != b), min(len(answer), len(text)))
     start = answer.rfind(" ", 0, same) + 1 if " " in answer[max(0, same - SHOWN // 2) : same] else same
     there, here = answer[start : start + SHOWN], text[start : start + SHOWN]
     if not text.strip():
-        return f"the text is cut off before {there!r}"
-    return f"the text is altered: the answer has {there!r} where you wrote {here!r}"
+        return "the text is cut off", f" before {there!r}"
+    return "the text is altered", f": the answer has {there!r} where you wrote {here!r}"
 
 
 def _nodes(texts: list[str], tags: list[_Tag]) -> tuple[Node, ...]:

@@ -123,13 +123,21 @@ class LlmAnnotator:
                 unanswered.append(result)
         yield from unanswered
 
-    def planned(self, items: Iterable[Item]) -> Iterator[Planned]:
-        """The requests for some items, for an estimate: the judge's as if each answer were one group of blocks."""
-        for item in items:
-            question, tokens = _question(item.prompt), estimated_tokens(item.answer)
-            yield Planned(_insertion(question, item.answer), int(1.2 * tokens) + 20)
-            if self.is_judged:
-                yield Planned(_judgement(question, "", item.answer), 80)
+    def estimate(self, items: Iterable[Item], *, shown: int = 0) -> str:
+        """What annotating the items would take. A judge is counted for each, as if all blocks were one group."""
+
+        def planned() -> Iterator[Planned]:
+            for item in items:
+                question, tokens = _question(item.prompt), estimated_tokens(item.answer)
+                yield Planned(_insertion(question, item.answer), int(1.2 * tokens) + 20)
+                if self.is_judged:
+                    yield Planned(_judgement(question, "", item.answer), 80, follows=True)
+
+        return self.endpoint.estimate(planned(), shown=shown)
+
+    def status(self) -> str:
+        """What was asked so far, and what that cost."""
+        return str(self.endpoint.meter)
 
     def _inserted(self, question: str, answer: str) -> tuple[Node, ...]:
         """The answer with the model's tags. Raises Declined."""
@@ -146,7 +154,9 @@ class LlmAnnotator:
             return inserted(reply.said, answer)
         except NotInserted as error:
             cut = ", cut off by the endpoint" if reply.finish == "length" else ""
-            raise Declined(f"the model did not return the answer with tags, twice{cut}: {error}") from None
+            raise Declined(
+                f"the model did not return the answer with tags, twice: {error.kind}{cut}"
+            ) from None
 
     def _without_doubtful(self, nodes: Sequence[Node], notes: list[str]) -> tuple[Node, ...]:
         """The nodes with topics that fit, and without blocks that are too short or have an earlier one's topic."""

@@ -69,6 +69,17 @@ class ManyAnnotator(Protocol):
     def annotate_all(self, items: Iterable[Item]) -> Iterator[Result]: ...
 
 
+@runtime_checkable
+class Estimating(Protocol):
+    """An annotator that asks others, which may take hours and cost money."""
+
+    def estimate(self, items: Iterable[Item], *, shown: int) -> str:
+        """What annotating the items would take, for people, with the first requests in full; asks nothing."""
+
+    def status(self) -> str:
+        """What it asked so far, and what that cost, in a few words."""
+
+
 def annotate_all(annotator: Annotator | ManyAnnotator, items: Iterable[Item]) -> Iterator[Result]:
     """A checked result for each item: one whose text was altered is declined.
 

@@ -19,10 +19,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pasta_jax.annotate.protocol import Annotator, Item, ManyAnnotator, Result, annotate_all
+from pasta_jax.annotate.protocol import (
+    Annotator,
+    Estimating,
+    Item,
+    ManyAnnotator,
+    Result,
+    annotate_all,
+)
 from pasta_jax.data.layouts import Fault, replaced
 from pasta_jax.data.reading import Entry, entries
 from pasta_jax.data.records import Example, Reader, problem, raw_text
+from pasta_jax.endpoint.post import EndpointError
 from pasta_jax.files import Lines, Stamp, json_line, locked, read_jsonl, replacing, shows_progress
 from pasta_jax.lang.assemble import assemble, text_of
 from pasta_jax.lang.program import Program, Promise, Sync, Text
@@ -108,6 +116,7 @@ def annotate_file(
     Raises:
       RunError: `output` is of another run.
       RecordError: the file cannot be read.
+      EndpointError: the annotator asks an endpoint, which does not answer any more; what is done is kept.
       InUse: another process works on the same output.
     """
     folder = f"{output}.run"
@@ -121,13 +130,18 @@ def annotate_file(
         if lines:
             LOG.info("%d records were annotated before.", len(lines))
         check = _Check(tokenizer, reader.max_depth, max_branches)
-        with Lines(records) as to_records, Lines(journal) as to_journal, _Progress(lines) as progress:
-            for line, raw in _worked(path, annotator, reader, check, {line.number for line in lines}):
-                if line.problem is None:
-                    to_records.write(raw)
-                to_journal.write(json_line(dataclasses.asdict(line)))
-                lines.append(line)
-                progress.add(line)
+        progress = _Progress(lines, _total(path), annotator)
+        try:
+            with Lines(records) as to_records, Lines(journal) as to_journal, progress:
+                for line, raw in _worked(path, annotator, reader, check, {line.number for line in lines}):
+                    if line.problem is None:
+                        to_records.write(raw)
+                    to_journal.write(json_line(dataclasses.asdict(line)))
+                    lines.append(line)
+                    progress.add(line)
+        except EndpointError as error:
+            done = f"{progress.done} are done and kept; run the same command again to go on."
+            raise EndpointError(f"{str(error).rstrip('.')}. {done}") from None
         _finish(output, lines, records)
     return sorted(lines, key=lambda line: line.number)
 
@@ -156,6 +170,20 @@ class _Record:
         return Line(self.entry.number, outcomes), raw + "\n"
 
 
+def answers_of(path: str, reader: Reader) -> Iterator[Item]:
+    """The answers that a run annotates."""
+    for entry in entries(path):
+        with contextlib.suppress(Fault):
+            for example in reader.examples(entry):
+                if _is_plain(example):
+                    yield Item(f"{entry.number}:{example.turn}", example.prompt, assemble(example.program))
+
+
+def _is_plain(example: Example) -> bool:
+    """Whether an answer has no tags yet."""
+    return all(isinstance(node, Text) for node in example.program.nodes)
+
+
 def _worked(
     path: str, annotator: Annotator | ManyAnnotator, reader: Reader, check: _Check, done: set[int]
 ) -> Iterator[tuple[Line, str]]:
@@ -175,7 +203,7 @@ def _worked(
                 continue
             record = _Record(entry, {example.turn: example for example in examples})
             for example in examples:
-                if any(not isinstance(node, Text) for node in example.program.nodes):
+                if not _is_plain(example):
                     del record.waiting[example.turn]
                     record.outcomes.append(Outcome(example.turn, HAS_TAGS))
             if not record.waiting:
@@ -318,11 +346,24 @@ def _cut(path: str, lines: int) -> None:
         file.truncate(file.tell())
 
 
-class _Progress:
-    """A bar on a terminal, elsewhere a line in the log now and then: answers so far, and how many a second."""
+def _total(path: str) -> int | None:
+    """How many records a file has, if that is quickly told: at most as many as it has lines."""
+    if not path.endswith(".jsonl"):
+        return None
+    with open(path, "rb") as file:
+        return sum(1 for line in file if line.strip())
 
-    def __init__(self, lines: Sequence[Line]):
-        self._bar = tqdm(unit=" answers", initial=_answers(lines), disable=not shows_progress())
+
+class _Progress:
+    """A bar on a terminal, elsewhere a line in the log now and then: records so far, their rate, the time left.
+
+    Of an annotator that asks others, also what it asked and what that cost.
+    """
+
+    def __init__(self, lines: Sequence[Line], total: int | None, annotator: object):
+        self._first, self._total = len(lines), total
+        self._bar = tqdm(unit="record", initial=len(lines), total=total, disable=not shows_progress())
+        self._status = annotator.status if isinstance(annotator, Estimating) else None
         self._count, self._annotated = 0, 0
         self._start = self._logged = time.monotonic()
 
@@ -334,19 +375,28 @@ class _Progress:
         if self._bar.disable:
             self._log()
 
+    @property
+    def done(self) -> str:
+        """How many records are done, of how many."""
+        done = f"{self._first + self._count:,}"
+        return done if self._total is None else f"{done} of {self._total:,}"
+
     def add(self, line: Line) -> None:
         """Counts a record."""
-        self._count += len(line.outcomes)
-        self._annotated += sum(not outcome.reason for outcome in line.outcomes)
-        self._bar.update(len(line.outcomes))
+        self._count += 1
+        self._annotated += any(not outcome.reason for outcome in line.outcomes)
+        if self._status and not self._bar.disable:
+            self._bar.set_postfix_str(self._status(), refresh=False)
+        self._bar.update()
         if self._bar.disable and time.monotonic() - self._logged > LOG_EVERY_S:
             self._log()
 
     def _log(self) -> None:
         self._logged = time.monotonic()
         rate = self._count / max(self._logged - self._start, 1e-9)
-        LOG.info("%d answers, %.1f a second; %d are annotated", self._count, rate, self._annotated)
-
-
-def _answers(lines: Sequence[Line]) -> int:
-    return sum(len(line.outcomes) for line in lines)
+        parts = [f"{self.done} records, {rate:.1f} a second; {self._annotated:,} of these are annotated"]
+        if self._status:
+            parts.append(self._status())
+        if self._total is not None and self._count and (left := self._total - self._first - self._count) > 0:
+            parts.append(f"time left {tqdm.format_interval(left / rate)}")
+        LOG.info("; ".join(parts))

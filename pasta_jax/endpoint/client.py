@@ -58,10 +58,17 @@ LOG_EVERY_S = 20.0
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A request for an estimate, and about how many tokens its reply will have."""
+    """A request for an estimate.
+
+    Attributes:
+      messages: of the request.
+      output: about how many tokens its reply will have.
+      follows: it depends on the reply to the one before, and is as good as sent if the cache has that.
+    """
 
     messages: Messages
     output: int
+    follows: bool = False
 
 
 class Endpoint:
@@ -338,9 +345,12 @@ class Endpoint:
         """
         parts: list[str] = []
         kept = sent = 0
+        is_kept = False
         usage = Usage(0, 0)
         for planned in requests:
-            if key_of([self.url, self._body(planned.messages)]) in self._cache:
+            if not (planned.follows and is_kept):
+                is_kept = key_of([self.url, self._body(planned.messages)]) in self._cache
+            if is_kept:
                 kept += 1
                 continue
             sent += 1

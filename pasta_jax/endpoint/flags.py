@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,7 @@ def endpoint_of(values: Mapping[str, Any], *, cache: str | None = None) -> Endpo
         )
     same = ("key_variable", "concurrency", "timeout", "temperature", "budget_requests", "budget_dollars")
     options = {name: values[name] for name in same}
-    return Endpoint(
-        values["base_url"], values["model"], prices=prices, cache=values["cache"] or cache, **options
-    )
+    folder = values["cache"] or cache
+    if values["dry_run"] is not None and not os.path.isdir(folder or ""):
+        folder = None  # nothing is written
+    return Endpoint(values["base_url"], values["model"], prices=prices, cache=folder, **options)
