@@ -494,6 +494,10 @@ def test_prompts_from_a_file(tmp_path: pathlib.Path) -> None:
     free = dataclasses.replace(config, judge="likelihood")
     path.write_text('{"prompt": "Why?"}\n{"instruction": "And", "input": "why?"}\n{"prompt": "Why?"}\n')
     assert {*rounds.prompts_of(free, 0)} == {Prompt("Why?", None), Prompt("And\n\nwhy?", None)}
+    path.write_text('{"prompt": "Why?"}\n{"question": "Why?"}\n')
+    with pytest.raises(ConfigError, match=r"preference\.prompts: .*1 of 2 records cannot be used \(50.0%\)"):
+        rounds.prompts_of(free, 0, most=0.1)
+    assert len(rounds.prompts_of(free, 0, most=0.5)) == 1
     with pytest.raises(ConfigError, match=r"preference\.prompts: Cannot read"):
         rounds.prompts_of(dataclasses.replace(PREFERENCE, prompts=str(tmp_path / "none.jsonl")), 0)
 

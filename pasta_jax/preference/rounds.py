@@ -29,6 +29,7 @@ from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint, re
 from pasta_jax.config import Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import held_out, permuted
+from pasta_jax.data.fitting import Account
 from pasta_jax.data.prompts import Question, read_questions
 from pasta_jax.data.records import Example, Problem, RecordError, digest, prompt_text, read_records
 from pasta_jax.data.sources import check_held_out, held_out_file
@@ -193,7 +194,8 @@ def stage_of(config: Config, seed: int = 0) -> Stage:
 def draw(config: Config, number: int, policy: Model, baseline: Model, folder: str) -> list[Record]:
     """The samples of one round, in FOLDER/samples.jsonl; those that are there already are kept."""
     data, seed = config.data, _seed(config, number)
-    prompts, path = prompts_of(config.preference, seed), os.path.join(folder, "samples.jsonl")
+    prompts = prompts_of(config.preference, seed, data.max_unusable)
+    path = os.path.join(folder, "samples.jsonl")
     LOG.info("Round %d: sampling.", number)
     sizes = {"length": data.length, "threads": data.threads}
     return sample(policy, baseline, prompts, config.preference, **sizes, seed=seed, path=path)
@@ -204,21 +206,31 @@ def _seed(config: Config, number: int) -> int:
     return config.seed * 1000 + number
 
 
-def prompts_of(config: PreferenceConfig, seed: int) -> list[Prompt]:
-    """The prompts of a round: new training prompts of the almanac, its families in turn, or those of a file."""
+def prompts_of(config: PreferenceConfig, seed: int, most: float = 1.0) -> list[Prompt]:
+    """The prompts of a round: new training prompts of the almanac, its families in turn, or those of a file.
+
+    Raises ConfigError if the judge cannot judge them, or more than the share `most` of a file cannot be used.
+    """
     count = config.prompts_per_round
     if config.prompts == "almanac":
         families = enumerate(itertools.islice(itertools.cycle(almanac.FAMILIES), count))
         tasks = [almanac.training_task(np.random.default_rng([seed, i]), name) for i, name in families]
         return [Prompt(task.prompt, almanac.plain(task)) for task in tasks]
     questions, problems = questions_of(config)
-    if problems:
-        LOG.warning("%d prompts cannot be used, the first: %s", len(problems), problems[0])
+    account = Account(config.prompts, len(questions) + len(problems))
+    for problem in problems:
+        account.add(problem)
     if not questions:
         raise ConfigError(
             f"config.preference.prompts: nothing in {config.prompts} can be used. It takes a prompt on each line, "
             'as in {"prompt": "..."}, or a record of any other layout that training takes.'
         )
+    try:
+        account.check(most)
+    except ConfigError as error:
+        raise ConfigError(f"config.preference.prompts: {error}") from None
+    if problems:
+        LOG.warning("%s", account.report())
     order = (permuted(i, len(questions), seed) for i in range(len(questions)))
     distinct = dict.fromkeys(prompt_of(questions[i]) for i in order)
     prompts = [*itertools.islice(distinct, count)]
@@ -282,6 +294,7 @@ def _check_stamp(folder: str, config: Config, policy: str) -> None:
     tree = to_dict(config)
     about = {name: tree[name] for name in ("seed", "data", "optimizer", "preference")}
     about["preference"].pop("rounds")  # more rounds may follow
+    about["data"].pop("max_unusable")
     if config.lora.rank:
         about["lora"] = tree["lora"]
     baseline = config.preference.baseline or config.init_from
