@@ -162,13 +162,18 @@ def test_the_text_is_never_altered(seed):
 # ---------------------------------------------------------------------------------------------- the language
 
 
-def test_bare_promises_are_written_for_people_and_never_read():
-    text = render(Program((Text("a:"), Promise("", 0, (Text("b"),)))))
+def test_bare_promises_are_read_in_their_dialect_only():
+    program = Program((Text("a:"), Promise("", 0, (Text("b"),))))
+    text = render(program)
     assert text == "a:<promise/><async>b</async>"
     with pytest.raises(ParseError, match="the promise has no topic"):
         parse(text)
     assert assemble(parse_lenient(text)[0]) == "a:<promise/>b"
     assert parse("<promise/>").nodes == (Text("<promise/>"),)
+    assert parse(text, dialect="apar") == program
+    assert parse("<promise/> ", dialect="apar").nodes == (Text("<promise/> "),)
+    with pytest.raises(ParseError, match="line 1, column 20: a promise nested deeper"):
+        parse(f"<promise/><async>a {text}</async>".replace("a:", ""), max_depth=1, dialect="apar")
 
 
 def test_dialects_share_ids_and_no_kind_of_promise():

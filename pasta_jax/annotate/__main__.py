@@ -87,7 +87,7 @@ def annotate(values: flags.FlagValues) -> str:
         "model": values.model,
         **{name: values[name].value for name in RULE_FLAGS},
     }
-    reader = Reader(dict(config.columns), turns=values.turns)
+    reader = Reader(dict(config.columns), turns=values.turns, dialect=dialect)
     annotator = make_annotator(values.annotator, options)
     if values.dry_run is not None:
         if not isinstance(annotator, Estimating):

@@ -14,6 +14,8 @@ from pasta_jax.lang.topics import MAX_TOPIC_WORDS, Encoder, shortened
 LONG_NAME = 40
 """Characters of a name, such as a first sentence, of which other words can tell it from its like."""
 
+SENTENCE_ENDS = (".", "!", "?", "\u3002")
+
 _WORD = re.compile(r"[^\W_](?:[\w'\u2019&+#.-]*[\w+#])?")
 _MARK = re.compile(r"\W*(?:(?:(?:Chapter|Day|Part|Phase|Step|Week) )?\d+|[A-Za-z]|[ivxIVX]+)[.):]\W+(?=\w)")
 _CLAUSE = re.compile(r"[:;,(\[|/\n\u2013\u2014\u3001\u3002\uff0c]|\s-\s|[.!?](?:\s|\Z)")
@@ -54,7 +56,7 @@ def topics(tokenizer: Encoder, blocks: Sequence[tuple[str, str]]) -> list[str]:
 
 def _candidates(name: str, details: str, others: str) -> Iterator[str]:
     """Names of a block, the best first, without end. `others`: the topics so far."""
-    is_sentence = name.rstrip("*_\"'\u201d ").endswith((".", "!", "?", "\u3002"))
+    is_sentence = re.search(r"\w\w", name) is not None and name.rstrip("*_\"'\u201d ")[-1:] in SENTENCE_ENDS
     is_no_name = is_sentence or _INTRODUCES.search(name)
     named = [] if is_no_name else _name_words(_MARK.sub("", name, count=1))
     told = _content(_WORD.findall(name * is_sentence + details[:400]))
@@ -82,6 +84,6 @@ def _name_words(name: str) -> list[str]:
 
 
 def _content(words: Iterable[str]) -> list[str]:
-    """The words that tell what a text is about; all of them if none does."""
-    words = list(words)
+    """The words that tell what a text is about, each once; all of them if none does."""
+    words = list(dict.fromkeys(words))
     return [word for word in words if not _FILLER.fullmatch(word)] or words

@@ -119,7 +119,7 @@ class _Draft:
                 reasons |= {part: reasons[part] or "most of its list are short" for part in run}
         for part, reason in reasons.items():
             yield part, reason
-            if reason not in (CHAIN, REFERS) or part.kind == "section":
+            if reason != CHAIN and (reason != REFERS or part.kind == "section"):
                 yield from self._judged(part.children, part.name(self.answer))
 
     def _reason_to_keep(self, part: Part, before: Parts) -> str:
@@ -164,12 +164,9 @@ class _Draft:
             lengths = {part: len(self.tokenizer.encode(self.block(part))) for part in promised}
             long = [part for part in promised if lengths[part] >= AS_LONG * max(lengths.values())]
             finer = {part: finer for part in long if (finer := self.cover(part.children))}
-            trial = _in_order(
-                [*(part for part in promised if part not in finer), *itertools.chain(*finer.values())]
-            )
-            if not finer or len(trial) > self.rules.max_branches:
-                break
-            if self.steps(trial) > SPLIT_GAIN * self.steps(promised):
+            rest = (part for part in promised if part not in finer)
+            trial = self.longest(_in_order([*rest, *itertools.chain(*finer.values())]))
+            if not finer or self.steps(trial) > SPLIT_GAIN * self.steps(promised):
                 break
             promised = trial
         return promised

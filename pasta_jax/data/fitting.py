@@ -67,7 +67,9 @@ class Fitter:
     @functools.cached_property
     def reader(self) -> Reader:
         """Reads the records. Raises RecordError."""
-        return Reader(dict(self.config.columns), self.config.max_depth, self.config.turns)
+        return Reader(
+            dict(self.config.columns), self.config.max_depth, self.config.turns, self.config.dialect
+        )
 
     def document(self, fit: Fit) -> ThreadedTokens:
         """The training document. [L] fields."""

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 from pasta_jax.config import Turns
 from pasta_jax.data.layouts import COLUMNS, Fault, conversation
 from pasta_jax.data.reading import Entry, RecordError, entries
+from pasta_jax.lang import tags
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import ParseError, parse
 from pasta_jax.lang.program import Program
@@ -114,11 +115,13 @@ class Reader:
       columns: a file's own names for "prompt", "response", "system" or "messages" (`layouts.conversation`).
       max_depth: how deep promises may nest.
       turns: which answers of a conversation are learnt.
+      dialect: of the tags.
     """
 
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     max_depth: int = 1
     turns: Turns = "all"
+    dialect: tags.Dialect = "pasta"
 
     def __post_init__(self) -> None:
         if unknown := set(self.columns) - set(COLUMNS):
@@ -136,7 +139,7 @@ class Reader:
             content = turn.text
             if turn.role == "assistant":
                 try:
-                    program = parse(turn.text, max_depth=self.max_depth)
+                    program = parse(turn.text, max_depth=self.max_depth, dialect=self.dialect)
                 except ParseError as error:
                     raise Fault("tags", f'in "{turn.key}", {error}') from None
                 if turn.is_learnt:

@@ -94,13 +94,16 @@ class Lexeme(NamedTuple):
     tokens: int | None = None
 
 
-def parse(text: str, *, lenient: bool = False, max_depth: int | None = None) -> Program:
+def parse(
+    text: str, *, lenient: bool = False, max_depth: int | None = None, dialect: tags.Dialect = "pasta"
+) -> Program:
     """Reads annotated text.
 
     Args:
       text: the annotated text.
       lenient: repair instead of raising, as `parse_lenient` does.
       max_depth: how deep promises may nest; 1 is the paper's language, None means any depth.
+      dialect: "apar" reads `<promise/>` before a block as the bare promise that it is there; `lenient` never does.
 
     Raises:
       ParseError: the text is not a program, and `lenient` is False.
@@ -111,7 +114,7 @@ def parse(text: str, *, lenient: bool = False, max_depth: int | None = None) -> 
     def fail(fault: Fault) -> None:
         raise ParseError(*position(text, fault.offset), fault.problem, fault.advice)
 
-    return build(Reader(text, fail, lenient=False, max_depth=max_depth).read())
+    return build(Reader(text, fail, lenient=False, max_depth=max_depth, dialect=dialect).read())
 
 
 def parse_lenient(text: str, *, max_depth: int | None = None) -> tuple[Program, list[Repair]]:
@@ -184,8 +187,16 @@ BlockKind: TypeAlias = Literal["block", "bare", "deep"]
 class Reader:
     """One pass over a text. A strict reader's `report` raises, so the code after a report is the repair."""
 
-    def __init__(self, text: str, report: Callable[[Fault], None], *, lenient: bool, max_depth: int | None):
-        self.text = text
+    def __init__(
+        self,
+        text: str,
+        report: Callable[[Fault], None],
+        *,
+        lenient: bool,
+        max_depth: int | None,
+        dialect: tags.Dialect = "pasta",
+    ):
+        self.text, self.dialect = text, dialect
         self.lenient = lenient
         self.max_depth = max_depth
         self._report = report
@@ -255,6 +266,12 @@ class Reader:
     def _near_promise(self, tag: re.Match[str]) -> int:
         """Reads what looks like a promise but is not spelled exactly."""
         offset = tag.start()
+        if (
+            self.dialect == "apar"
+            and tag[0] == tags.FORK
+            and self.text.startswith(tags.ASYNC_OPEN, tag.end())
+        ):
+            return self._promise(tag, "", 0)
         claims = tag[0].startswith(tags.PROMISE_OPEN) or self.text.startswith(tags.ASYNC_OPEN, tag.end())
         if not self.lenient and not claims:
             self._emit(offset, "text", tag[0])

@@ -12,7 +12,7 @@ are never written alike:
 >>> print(render(Program((Text("Write <sync/> to wait, not <\\sync/> or <b>."),))))
 Write <\sync/> to wait, not <\\sync/> or <b>.
 
-A bare promise (of the apar dialect) is written for people only; `parse` does not read it back:
+A bare promise (of the apar dialect) is read back by `parse` in that dialect only:
 
 >>> print(render(Program((Text("- Nile:"), Promise("", tokens=0, block=(Text(" In Africa."),))))))
 - Nile:<promise/><async> In Africa.</async>
