@@ -6,13 +6,18 @@
     rule:structure    promises list items, sections and paragraphs where that pays; needs nothing else
     rule:apar         the forks of APAR's rules; train with --config.data.dialect=apar
     llm               a language model behind an endpoint inserts the tags, and judges each block
-    self              candidates by rule, filtered by your own model: the independence audit
+    self              candidates of --candidates, filtered by your model: --ckpt=WORKDIR (the independence audit)
     MODULE:FUNCTION   your own, with the signature of pasta_jax.annotate.protocol.Annotator
 
 Every layout of records is read (docs/usage.md), and the same layout is written. The text of an answer is never
 altered, which is checked, and no annotated answer is slower than without tags in theory. A run that was
 interrupted goes on when the same command is given again. OUTPUT.report.json, .md and .png say what was made, and
 what stayed as it was and why.
+
+    python -m pasta_jax.annotate --audit --input=annotated.jsonl --output=FOLDER --ckpt=WORKDIR
+
+Audits annotated answers instead: how many nats each block loses by not seeing its siblings, in FOLDER/audit.md,
+.png and .jsonl. WORKDIR is a model that knows texts of this kind; it need not know tags.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from typing import Any
 
 from absl import flags
 
+from pasta_jax.annotate import auditing
 from pasta_jax.annotate.annotators import MAKERS, AnnotatorError, Options, dialect_of, make_annotator
 from pasta_jax.annotate.protocol import Estimating
 from pasta_jax.annotate.report import one_line, write_report
@@ -42,15 +48,19 @@ RULE_FLAGS = ("marker", "min_block", "max_branches", "length", "min_speedup")
 def main(argv: Sequence[str]) -> None:
     """Runs the command line. A mistake ends in one line and status 2."""
     values = flags.FLAGS
+    if values.audit and not (len(argv) == 1 and values.input and values.output and values.ckpt):
+        refuse(
+            "Name what to audit, where to, and a model: --input=annotated.jsonl --output=FOLDER --ckpt=WORKDIR."
+        )
     if len(argv) > 1 or not values.input or not values.output:
         refuse("Name both files: --input=data.jsonl --output=annotated.jsonl.")
-    if not values.output.endswith(".jsonl"):
+    if not values.audit and not values.output.endswith(".jsonl"):
         refuse(f"--output={values.output} must end in .jsonl: one record a line is written.")
-    if not values.tokenizer:
+    if not values.audit and not values.tokenizer:
         refuse("Name the tokenizer of the model to train: --tokenizer=FILE, a folder, or almanac.")
     begin_alone()
     try:
-        print(annotate(values))
+        print(audit(values) if values.audit else annotate(values))
     except (AnnotatorError, RunError, ConfigError, RecordError, TokenizerError, ValueError, OSError) as error:
         refuse(" ".join(str(error).split()))
 
@@ -86,6 +96,7 @@ def annotate(values: flags.FlagValues) -> str:
         "turns": values.turns,
         "model": values.model,
         **{name: values[name].value for name in RULE_FLAGS},
+        **(auditing.model_of(values) if values.annotator == "self" else {}),
     }
     reader = Reader(dict(config.columns), turns=values.turns, dialect=dialect)
     annotator = make_annotator(values.annotator, options)
@@ -105,6 +116,12 @@ def annotate(values: flags.FlagValues) -> str:
     if dialect != "pasta":
         result.append(f"Train on it with --config.data.dialect={dialect}.")
     return "\n".join(result)
+
+
+def audit(values: flags.FlagValues) -> str:
+    """Audits what the flags name, writes the report, and returns its most important lines."""
+    about = {"input": values.input, "contents": _digest(values.input)}
+    return auditing.audit(values, dict(_columns(values.columns)), about)
 
 
 def _columns(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -152,6 +169,8 @@ def command() -> None:
     )
     endpoint_flags.define_endpoint()
     flags.adopt_module_key_flags(endpoint_flags)  # so that --help shows them
+    auditing.define()
+    flags.adopt_module_key_flags(auditing)
     run_main(main)
 
 

@@ -21,6 +21,9 @@ MAKERS = {
 }
 """The module of each annotator; its function `make(options)` gives one."""
 
+MAX_LOSS = 3.0
+"""Nats that a block may lose by not seeing its siblings (`audit`)."""
+
 
 class AnnotatorError(ValueError):
     """There is no such annotator, or it cannot be made; the message says what to do."""

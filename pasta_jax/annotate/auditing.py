@@ -1,0 +1,62 @@
+"""The flags of `--audit` and of `--annotator=self`, and what `--audit` does. Needs no jax until it begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from pasta_jax.annotate.annotators import MAX_LOSS
+from pasta_jax.data.records import read
+
+
+def audit(values: flags.FlagValues, columns: Mapping[str, str], about: Mapping[str, Any]) -> str:
+    """Audits --input, writes the report to --output, and returns its most important lines.
+
+    Args:
+      values: of the command's flags.
+      columns: as in `data.records.Reader`.
+      about: identifies the input, as JSON can hold it.
+    """
+    from pasta_jax.annotate.audited import audit_file, write_report
+    from pasta_jax.annotate.itself import auditor_of
+
+    model = model_of(values)
+    del model["max_loss"], model["candidates"]  # the losses do not depend on them
+    reading = {"columns": dict(columns), "turns": values.turns, "max_depth": values.max_depth}
+    about = {**about, **reading, "length": values.length, **model}
+    auditor = auditor_of(values.flag_values_dict(), values.length)
+    examples = read(values.input, **reading)
+    audited = audit_file(auditor, examples, values.output, about)
+    title = f"{os.path.basename(values.input)} read by {values.ckpt}"
+    report = write_report(audited, values.output, values.max_loss, title)
+    return f"{report.splitlines()[2]}\n{os.path.join(values.output, 'audit.md')} has what they lose."
+
+
+def model_of(values: flags.FlagValues) -> dict[str, Any]:
+    """What identifies the model that reads and the options of `self`, as JSON can hold it."""
+    from pasta_jax.checkpoints.about import checkpoint_identity
+
+    options = {name: values[name].value for name in ("ckpt", "dtype", "max_loss", "candidates")}
+    if values.ckpt and os.path.isdir(values.ckpt):
+        options |= checkpoint_identity(values.ckpt)
+    return options
+
+
+def define() -> None:
+    """Defines the flags."""
+    text: Any = flags.DEFINE_string
+    flags.DEFINE_bool("audit", False, "Audit the annotated answers of --input; --output is a folder then.")
+    text("ckpt", None, "self and --audit: the model that reads, a workdir or hf:FOLDER.")
+    text("base", None, "Of adapters in --ckpt: their base weights, if these have moved.")
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"], "Of that model's weights; by default as they are."
+    )
+    flags.DEFINE_integer("rows", 4, "self and --audit: rows of a batch.", lower_bound=1)
+    flags.DEFINE_float(
+        "max_loss", MAX_LOSS, "self and --audit: nats that a block may lose by not seeing its siblings."
+    )
+    text("candidates", "rule:structure", "self: the annotator that proposes promises.")
+    flags.DEFINE_integer("max_depth", 1, "--audit: how deep promises may nest.", lower_bound=1)
