@@ -1,4 +1,4 @@
-"""Annotators by name. What an annotator needs is imported when it is made, so the rules need no jax."""
+"""Annotators by name. What an annotator needs is imported when it is made."""
 
 from __future__ import annotations
 

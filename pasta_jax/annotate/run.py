@@ -31,7 +31,7 @@ from pasta_jax.data.layouts import Fault, replaced
 from pasta_jax.data.reading import Entry, entries
 from pasta_jax.data.records import Example, Reader, problem, raw_text
 from pasta_jax.endpoint.post import EndpointError
-from pasta_jax.files import Lines, Stamp, json_line, locked, read_jsonl, replacing, shows_progress
+from pasta_jax.files import Lines, Stamp, locked, read_jsonl, replacing, shows_progress
 from pasta_jax.lang.assemble import assemble, text_of
 from pasta_jax.lang.program import Program, Promise, Sync, Text
 from pasta_jax.lang.render import render
@@ -136,7 +136,9 @@ def annotate_file(
                 for line, raw in _worked(path, annotator, reader, check, {line.number for line in lines}):
                     if line.problem is None:
                         to_records.write(raw)
-                    to_journal.write(json_line(dataclasses.asdict(line)))
+                    to_journal.write(
+                        json.dumps(dataclasses.asdict(line)) + "\n"
+                    )  # ASCII: bytes that are no text
                     lines.append(line)
                     progress.add(line)
         except EndpointError as error:
@@ -160,7 +162,7 @@ class _Record:
 
     def finished(self, columns: Mapping[str, str]) -> tuple[Line, str]:
         """Its line of the journal, and the record with its annotated answers as a line."""
-        outcomes = sorted(self.outcomes, key=lambda outcome: outcome.turn)
+        outcomes = tuple(sorted(self.outcomes, key=lambda outcome: outcome.turn))
         raw = raw_text(self.entry).strip()
         if self.texts or "\n" in raw:
             record = json.loads(raw)
@@ -240,25 +242,29 @@ class _Check:
         if result.annotated is None:
             return Outcome(turn, result.declined), ""
         notes = dict(collections.Counter(result.annotated.notes).most_common())
+        tokens = len(self.tokenizer.encode(answer))
         program = with_short_topics(self.tokenizer, result.annotated.program)
         promises = [*program.promises()]
-        tokens = len(self.tokenizer.encode(answer))
-        if not promises:
-            reason = next(iter(notes), "no structure")
+        reason, text, steps = "" if promises else next(iter(notes), "no structure"), "", 0
+        try:
+            text = render(program)
+            steps = critical_path(threads_of_program(self.tokenizer, program), self.tokenizer.vocabulary)
+        except ValueError as error:  # a promise that cannot be written
+            reason = str(error)
+        reason = reason or self._doubt(text, program) or (SLOWER if steps > tokens else "")
+        if reason:
             return Outcome(turn, reason, notes, tokens=tokens), ""
-        text = render(program)
-        if not promises[0].is_bare:
-            found = validate(
-                text, max_depth=self.max_depth, max_branches=self.max_branches, tokenizer=self.tokenizer
-            )
-            if found:
-                return Outcome(turn, f"validator: {found[0].problem}", notes, tokens=tokens), ""
-        steps = critical_path(threads_of_program(self.tokenizer, program), self.tokenizer.vocabulary)
-        if steps > tokens:
-            return Outcome(turn, SLOWER, notes, tokens=tokens), ""
-        blocks = [len(self.tokenizer.encode(text_of(promise.block))) for promise in promises]
+        blocks = tuple(len(self.tokenizer.encode(text_of(promise.block))) for promise in promises)
         depth, syncs = _depth_and_syncs(program)
         return Outcome(turn, "", notes, blocks, depth, syncs, tokens, steps), text
+
+    def _doubt(self, text: str, program: Program) -> str:
+        """What the validator finds first, or ""."""
+        if next(program.promises()).is_bare:
+            return ""
+        limits: dict[str, Any] = dict(max_depth=self.max_depth, max_branches=self.max_branches)
+        found = validate(text, **limits, tokenizer=self.tokenizer)
+        return f"validator: {found[0].problem}" if found else ""
 
 
 def _depth_and_syncs(program: Program) -> tuple[int, int]:
@@ -329,7 +335,8 @@ def _finish(output: str, lines: Sequence[Line], records: str) -> None:
 
 
 def _line_of(fields: dict[str, Any]) -> Line:
-    return Line(fields["number"], [Outcome(**each) for each in fields["outcomes"]], fields["problem"])
+    outcomes = tuple(Outcome(**each | {"blocks": tuple(each["blocks"])}) for each in fields["outcomes"])
+    return Line(fields["number"], outcomes, fields["problem"])
 
 
 def _whole_lines(path: str) -> int:

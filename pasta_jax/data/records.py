@@ -168,17 +168,18 @@ def read(
     columns: Mapping[str, str] | None = None,
     max_depth: int = 1,
     turns: Turns = "all",
+    dialect: tags.Dialect = "pasta",
 ) -> Iterator[Example | Problem]:
     """The examples and the faults of a file or data set, one after another; a record is held at a time.
 
     Args:
       path: of the file (`reading`).
-      columns, max_depth, turns: as in `Reader`.
+      columns, max_depth, turns, dialect: as in `Reader`.
 
     Raises:
       RecordError: the file cannot be read, or columns are mapped that there are not.
     """
-    return _read(Reader(dict(columns or {}), max_depth, turns), entries(path), os.fspath(path))
+    return _read(Reader(dict(columns or {}), max_depth, turns, dialect), entries(path), os.fspath(path))
 
 
 def _read(reader: Reader, found: Iterable[Entry], path: str) -> Iterator[Example | Problem]:

@@ -1,0 +1,300 @@
+"""The annotate command: every layout as it was but for the tags, runs that go on, the border, the report."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from pasta_jax.annotate.protocol import Annotated, Declined, Item, Messages, Result
+from pasta_jax.annotate.report import one_line, summary, write_report
+from pasta_jax.annotate.run import Line, RunError, annotate_file
+from pasta_jax.annotate.structure import Structure
+from pasta_jax.data.records import Example, Problem, Reader, read
+from pasta_jax.files import InUse, locked
+from pasta_jax.lang.assemble import assemble
+from pasta_jax.lang.parse import parse
+from pasta_jax.lang.program import Node, Program, Promise, Text
+from pasta_jax.testing import WordTokenizer
+from tests.helpers import ONE_DEVICE
+
+ROOT = pathlib.Path(__file__).parents[1]
+NILE = "The river flows north through ten dry countries and has fed the fields of Egypt for ages. " * 2
+ANSWER = f"Rivers:\n- **Nile**: {NILE}\n- **Rhine**: {NILE}\n\nBoth are long. é🌍"
+TOKENIZER = WordTokenizer(ANSWER)
+RULE = Structure(TOKENIZER)
+ABOUT = {"input": "in", "annotator": "rule:structure"}
+
+
+def run(
+    path: pathlib.Path,
+    output: pathlib.Path,
+    annotator: Any = RULE,
+    about: dict[str, str] = ABOUT,
+    **reader: Any,
+) -> list[Line]:
+    return annotate_file(
+        str(path), str(output), annotator, TOKENIZER, Reader(**reader), about, max_branches=15
+    )
+
+
+def without_tags(value: Any) -> Any:
+    """JSON with every text as its reader gets it."""
+    if isinstance(value, dict):
+        return {key: without_tags(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_tags(item) for item in value]
+    return assemble(parse(value)) if isinstance(value, str) else value
+
+
+USER, GPT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "prompt/response": {"prompt": "Hi", "response": ANSWER, "id": 7},
+    "Alpaca": {"instruction": "Hi", "input": "there", "output": ANSWER},
+    "Dolly": {"instruction": "Hi", "context": "", "response": ANSWER, "category": None},
+    "prompt/completion": {"prompt": "Hi", "completion": ANSWER},
+    "prompt/completion as messages": {"prompt": [USER], "completion": [GPT]},
+    "messages": {"messages": [{"role": "system", "content": "S"}, USER, GPT, USER, GPT]},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ANSWER}]},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_layout_comes_out_as_it_was(name: str, tmp_path: pathlib.Path) -> None:
+    record = LAYOUTS[name]
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    (line,) = run(path, output)
+    annotated = json.loads(output.read_text(encoding="utf-8"))
+    assert without_tags(annotated) == record and annotated != record
+    examples = [each for each in read(output) if isinstance(each, Example)]
+    assert len(examples) == len(line.outcomes) == (2 if name == "messages" else 1)
+    assert [[p.topic for p in example.program.promises()] for example in examples] == [
+        ["Nile", "Rhine"]
+    ] * len(examples)
+    assert all(outcome.blocks and outcome.syncs == outcome.depth == 1 for outcome in line.outcomes)
+
+
+def test_arrays_archives_and_columns(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "out.jsonl"
+    array = tmp_path / "in.json"
+    array.write_text(json.dumps([{"q": "Hi", "a": ANSWER}, {"q": "Hi", "a": "No."}], indent=2))
+    lines = run(array, output, columns={"prompt": "q", "response": "a"})
+    assert [[outcome.reason for outcome in line.outcomes] for line in lines] == [[""], ["no structure"]]
+    first, second = map(json.loads, output.read_text(encoding="utf-8").splitlines())
+    assert without_tags(first) == {"q": "Hi", "a": ANSWER} and second == {"q": "Hi", "a": "No."}
+    packed = tmp_path / "in.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps({"prompt": "Hi", "response": ANSWER}).encode()))
+    (line,) = run(packed, tmp_path / "unpacked.jsonl")
+    assert not line.outcomes[0].reason
+
+
+def numbered(count: int) -> list[str]:
+    return [json.dumps({"prompt": f"{i}?", "response": ANSWER if i % 3 else f"{i}."}) for i in range(count)]
+
+
+class Killed(BaseException):
+    """As a kill: nothing in the package catches it."""
+
+
+def dying(after: int) -> Any:
+    left = [after]
+
+    def annotator(prompt: str | Messages, answer: str) -> Annotated:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return RULE(prompt, answer)
+
+    return annotator
+
+
+def test_a_killed_run_goes_on(tmp_path: pathlib.Path) -> None:
+    """The output is that of a run that was not killed; nothing is annotated twice but what was under way."""
+    path, whole, output = (tmp_path / name for name in ("in.jsonl", "whole.jsonl", "out.jsonl"))
+    path.write_bytes(
+        "\n".join([*numbered(7), "", "no record\udcff", *numbered(2)]).encode("utf-8", "surrogateescape")
+    )
+    lines = run(path, whole)
+    journal, records = (tmp_path / "out.jsonl.run" / name for name in ("journal.jsonl", "records.jsonl"))
+    for torn, damage in enumerate((None, journal, records)):
+        with pytest.raises(Killed):
+            run(path, output, dying(2))
+        assert not output.exists() and len(journal.read_text().splitlines()) == 2 * (torn + 1) - max(
+            0, torn - 1
+        )
+        if damage is not None:  # cut off within its last line
+            damage.write_bytes(damage.read_bytes()[:-9])
+    asked: list[str] = []
+
+    def last(prompt: str | Messages, answer: str) -> Annotated:
+        asked.append(str(prompt))
+        return RULE(prompt, answer)
+
+    assert run(path, output, last) == lines
+    assert output.read_bytes() == whole.read_bytes() and asked == ["4?", "5?", "6?", "0?", "1?"]
+    assert [line.number for line in lines if line.problem] == [9]
+    (invalid,) = map(json.loads, pathlib.Path(f"{output}.invalid.jsonl").read_text().splitlines())
+    assert invalid["line"] == 9 and invalid["raw"] == "no record\udcff"
+    assert run(path, output, dying(0)) == lines, "a complete one is not done again"
+
+
+def test_results_may_come_in_any_order(tmp_path: pathlib.Path) -> None:
+    class Backwards:
+        def annotate_all(self, items: Iterable[Item]) -> Iterator[Result]:
+            for item in reversed(list(items)):
+                yield Result(item.key, RULE(item.prompt, item.answer))
+
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join([*numbered(5), json.dumps(LAYOUTS["messages"])]))
+    lines = run(path, tmp_path / "a.jsonl"), run(path, tmp_path / "b.jsonl", Backwards())
+    assert lines[0] == lines[1]
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_other_runs_are_refused(tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text("\n".join(numbered(2)))
+    run(path, output)
+    with pytest.raises(
+        RunError, match=r"out.jsonl is of another run: annotator was 'rule:structure' and is 'x'"
+    ):
+        run(path, output, about=ABOUT | {"annotator": "x"})
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("precious")
+    with pytest.raises(RunError, match=r"it is not of this command"):
+        run(path, mine)
+    assert mine.read_text() == "precious"
+    with locked(f"{tmp_path}/c.jsonl.run"), pytest.raises(InUse):
+        run(path, tmp_path / "c.jsonl")
+
+
+def promised(*nodes: Node) -> Any:
+    return lambda prompt, answer: Annotated(Program(nodes))
+
+
+BLOCK = (Text(NILE),)
+BORDER = [
+    # what an annotator returns, and why the answer stays as it was
+    (promised(Text(NILE), Promise("a", 1, (Text("x"),))), "the annotator altered the text at character"),
+    (promised(Promise("a", 99, BLOCK)), "validator: tokens=99 promises about 990 tokens, and the block has"),
+    (
+        promised(Promise("a", 4, (Text(NILE[:9]),)), Text(NILE[9:])),
+        "validator: the block has fewer than 5 words",
+    ),
+    (promised(Promise("a", 3, BLOCK)), "slower than without tags"),
+    (promised(Promise('"', 4, BLOCK)), "cannot render the promise '\"': the topic holds"),
+    (
+        promised(Promise("", 0, BLOCK)),
+        "The answer has tags of the apar dialect, the tokenizer those of pasta",
+    ),
+    (
+        promised(Promise("a", 3, (Promise("b", 3, BLOCK),))),
+        "validator: a promise nested deeper than max_depth=1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("annotator", "reason"), BORDER)
+def test_what_an_annotator_may_not_do(annotator: Any, reason: str, tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi", "response": NILE}) + "\n")
+    (line,) = run(path, output, annotator)
+    assert line.outcomes[0].reason.startswith(reason)
+    assert output.read_text() == path.read_text()
+
+
+def test_what_has_tags_already_stays(tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    first, again = tmp_path / "in.jsonl", tmp_path / "again.jsonl"
+    path.write_text(json.dumps(LAYOUTS["Alpaca"]))
+    run(first, output)
+    assert [outcome.reason for line in run(output, again) for outcome in line.outcomes] == [
+        "it has tags already"
+    ]
+    assert again.read_bytes() == output.read_bytes()
+
+
+def test_long_topics_are_shortened(tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi", "response": NILE * 2}))
+    tens = round(len(TOKENIZER.encode(NILE)) / 10)
+    annotator = promised(Promise("the river of ten dry countries", tens, BLOCK), Text(NILE))
+    (line,) = run(path, output, annotator)
+    assert not line.outcomes[0].reason and 'topic="the river"' in json.loads(output.read_text())["response"]
+
+
+def test_the_report(tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text(
+        "\n".join([*numbered(6), "{}", json.dumps({"prompt": "Hi", "response": "Write <sync/ >."})])
+    )
+    lines = run(path, output)
+    figures = write_report(str(output), lines, ABOUT)
+    assert (
+        figures == summary(lines)
+        and json.loads(pathlib.Path(f"{output}.report.json").read_text())["answers"] == 7
+    )
+    assert (figures["annotated"], figures["records"], figures["unusable"]) == (4, 8, 1)
+    assert figures["reasons"] == {"no structure": 2, "the text looks as if it had tags": 1}
+    assert figures["shapes"]["branches"] == {"2": 4} and figures["unusable_reasons"] == {"no known layout": 1}
+    assert figures["left"][0] == {"record": 1, "answer": 0, "reason": "no structure"}
+    speedup = figures["speedup"]
+    assert speedup["annotated"] == pytest.approx(speedup["least"]) and speedup["least"] > 1.1
+    assert speedup["all"] == pytest.approx(speedup["annotated"] ** (4 / 7))
+    assert one_line(figures).startswith("4 of 7 answers are annotated (57.1%), 1 unusable records.")
+    text = pathlib.Path(f"{output}.report.md").read_text()
+    assert "| annotated answers                   | 4 (57.1%) |" in text and "(out.jsonl.report.png)" in text
+    assert pathlib.Path(f"{output}.report.png").read_bytes().startswith(b"\x89PNG")
+    nothing = summary([])
+    assert nothing["speedup"] == {"annotated": 1.0, "all": 1.0, "least": 1.0} and "0 of 0" in one_line(
+        nothing
+    )
+
+
+def verb(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line, env = (
+        [sys.executable, "-m", "pasta_jax.annotate", *arguments],
+        os.environ | {"XLA_FLAGS": ONE_DEVICE},
+    )
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"instruction": "Hi", "output": ANSWER}))
+    done = verb(f"--input={path}", f"--output={output}", "--tokenizer=almanac", "--annotator=rule:apar")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 answers are annotated" in done.stdout and "--config.data.dialect=apar" in done.stdout
+    assert "<promise/><async>" in output.read_text()
+    assert [each.reason for each in read(output) if isinstance(each, Problem)] == ["tags"]
+    (example,) = (each for each in read(output, dialect="apar"))
+    assert isinstance(example, Example) and assemble(example.program) == ANSWER
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "out.jsonl"
+    done = verb("--input=README.md", f"--output={output}", "--tokenizer=almanac", "--annotator=x")
+    assert done.returncode == 2 and not output.exists()
+    assert done.stderr.splitlines()[-1].startswith("--annotator='x' is none of rule:structure"), done.stderr
+
+
+def test_declined_for_one_is_not_declined_for_all(tmp_path: pathlib.Path) -> None:
+    def picky(prompt: str | Messages, answer: str) -> Annotated:
+        if prompt == "1?":
+            raise Declined("I would rather not")
+        return RULE(prompt, answer)
+
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text("\n".join(numbered(3)))
+    reasons = [outcome.reason for line in run(path, output, picky) for outcome in line.outcomes]
+    assert reasons == ["no structure", "I would rather not", ""]
