@@ -50,6 +50,10 @@ Turns: TypeAlias = Literal["all", "last"]
 _FILES = re.compile(r"hf:.+|.+\.(jsonl|json)(\.gz|\.zst)?|.+\.parquet", re.DOTALL)
 
 
+PREPARED = "prepared:"
+"""Before the name of a folder of prepared data, where names of files stand too (`data.prepared`)."""
+
+
 def is_records(name: str) -> bool:
     """Whether a name is that of a file or data set of records (`data.reading`).
 
@@ -68,7 +72,7 @@ class DataConfig:
     """The training data, and how it is cut into batches."""
 
     sources: tuple[tuple[str, float], ...] = field(
-        (("almanac:annotated", 1.0),), "almanac:NAME, or files of records as a.jsonl"
+        (("almanac:annotated", 1.0),), "almanac:NAME, files of records as a.jsonl, or prepared:FOLDER"
     )
     columns: tuple[tuple[str, str], ...] = field(
         (), "a file's own keys for prompt, response, system, messages: prompt=title+body,response=answer"
@@ -110,7 +114,8 @@ class DataConfig:
     @property
     def held_out_file(self) -> str:
         """The file whose examples are held out, or ""."""
-        return self.held_out if is_records(self.held_out) else ""
+        is_file = is_records(self.held_out) or self.held_out.startswith(PREPARED)
+        return self.held_out if is_file else ""
 
 
 @dataclasses.dataclass(frozen=True)

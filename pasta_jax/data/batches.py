@@ -12,9 +12,9 @@ import dataclasses
 import math
 import queue
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent import futures
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.data.packing import Packer
@@ -49,8 +49,12 @@ class Shuffled:
         return len(self.source)
 
     def __getitem__(self, index: int) -> ThreadedTokens:
+        return self.source[self.place(index)]
+
+    def place(self, index: int) -> int:
+        """Where in the source a document is."""
         epoch, i = divmod(index, len(self.source))
-        return self.source[permuted(i, len(self.source), self.seed + epoch * 0x9E37)]
+        return permuted(i, len(self.source), self.seed + epoch * 0x9E37)
 
 
 class Mixture:
@@ -131,9 +135,16 @@ def next_batch(
     Raises:
       ValueError: a document is longer than L.
     """
+    packer, index = _filled(stream.__getitem__, index, rows, length, end)
+    return packer.pack(), index
+
+
+def _filled(
+    document_at: Callable[[int], Any], index: int, rows: int, length: int, end: float
+) -> tuple[Packer, int]:
     packer = Packer(rows, length)
     while index < end:
-        document = stream[index]
+        document = document_at(index)
         if len(document) > length:
             raise ValueError(
                 f"Document {index} has {len(document)} tokens; a row holds {length}. "
@@ -142,7 +153,7 @@ def next_batch(
         if not packer.add(document):
             break
         index += 1
-    return packer.pack(), index
+    return packer, index
 
 
 def batches(
@@ -179,6 +190,16 @@ def held_out(prompts: Sequence[Hashable], share: float, seed: int) -> tuple[list
 def steps_until(batches: Iterator[tuple[ThreadedTokens, int]], documents: int) -> tuple[int, int]:
     """The number of batches that hold at least this many documents, and how many they hold."""
     return next((step, index) for step, (_, index) in enumerate(batches, start=1) if index >= documents)
+
+
+def steps_of_sizes(size_at: Callable[[int], int], rows: int, length: int, documents: int) -> tuple[int, int]:
+    """As `steps_until` for a stream from its start, by the sizes of its documents alone."""
+    step = index = 0
+    while index < documents:
+        # A packer looks at nothing but the length of what it packs.
+        _, index = _filled(lambda i: range(size_at(i)), index, rows, length, math.inf)
+        step += 1
+    return step, index
 
 
 @contextlib.contextmanager

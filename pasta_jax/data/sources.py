@@ -4,6 +4,7 @@ almanac:base        facts as plain text, and plain instructions with plain answe
 almanac:plain       instructions with plain answers
 almanac:annotated   the same answers, annotated imperfectly
 almanac:apar        the same answers, forked by APAR's rules; needs dialect=apar
+prepared:FOLDER     what `python -m pasta_jax.prepare` has made of such records (`prepared`)
 FILE.jsonl          records of prompts and annotated answers, in any layout and kind of file (`layouts`, `reading`)
 """
 
@@ -20,8 +21,9 @@ from tqdm import tqdm
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.config import ConfigError, DataConfig, is_records
 from pasta_jax.data import almanac
-from pasta_jax.data.batches import Mixture, Shuffled, Stream, batches, held_out, steps_until
+from pasta_jax.data.batches import Mixture, Shuffled, Stream, batches, held_out, steps_of_sizes, steps_until
 from pasta_jax.data.fitting import Account, Fitter
+from pasta_jax.data.prepared import Prepared, is_prepared, open_for
 from pasta_jax.data.reading import RecordError, entries
 from pasta_jax.data.records import Problem, digest, invalid_line
 from pasta_jax.data.stored import Chained, Stored, store
@@ -68,15 +70,16 @@ def make_sources(
     """
     check_held_out(config, "data.sources", *(name for name, _ in config.sources))
     for name, _ in config.sources:
-        if not is_records(name) and not name.startswith("almanac:"):
+        if not is_records(name) and not name.startswith("almanac:") and not is_prepared(name):
             raise ConfigError(
-                f"config.data.sources: {name!r} is neither almanac:NAME nor a file of records, as mine.jsonl."
+                f"config.data.sources: {name!r} is neither almanac:NAME nor a file of records, as mine.jsonl, nor "
+                "a folder of prepared ones."
             )
     with _keeping(invalid) as keep:
         files = {
             number: _stored(name, config, tokenizer, keep)
             for number, (name, _) in enumerate(config.sources)
-            if is_records(name)
+            if is_records(name) and not is_prepared(name)
         }
     kept = os.fspath(invalid) if invalid is not None else ""
     for _, account in files.values():
@@ -84,13 +87,13 @@ def make_sources(
     if kept and any(account.unusable for _, account in files.values()):
         LOG.warning("All invalid records are kept in %s.", kept)
     streams: list[Stream] = []
-    held: list[Stored] = []
+    held: list[Stored | Prepared] = []
     for number, (name, _) in enumerate(config.sources):
         own_seed = seed * 1000 + number
         if name.startswith("almanac:"):
             streams.append(_almanac(name.partition(":")[2], config, tokenizer, own_seed))
             continue
-        stored, _ = files[number]
+        stored = files[number][0] if number in files else _prepared(name, config, tokenizer)
         if config.held_out_share:
             trained, measured = held_out(stored.asked, config.held_out_share, own_seed)
             if not trained:
@@ -126,6 +129,8 @@ def held_out_file(config: DataConfig, tokenizer: Tokenizer) -> Sequence[Threaded
     """The documents of the file that `config.held_out` names, if it names one. Raises ConfigError."""
     if not config.held_out_file:
         return []
+    if is_prepared(config.held_out_file):
+        return _prepared(config.held_out_file, config, tokenizer, field="held_out")
     stored, account = _stored(config.held_out_file, config, tokenizer, lambda _: None, field="held_out")
     _check(account, config, field="held_out")
     return stored
@@ -135,7 +140,8 @@ def contents(source: Stream) -> dict[str, dict[str, Any]]:
     """The number and a hash of the examples of each file that `source` reads, by the name of the file."""
     streams = source.streams if isinstance(source, Mixture) else [source]
     read = [stream.source for stream in streams if isinstance(stream, Shuffled)]
-    return {each.path: digest(each.examples()) for each in read if isinstance(each, Stored)}
+    stored = {each.path: digest(each.examples()) for each in read if isinstance(each, Stored)}
+    return stored | {each.path: each.digest for each in read if isinstance(each, Prepared)}
 
 
 def steps_of_epochs(config: DataConfig, source: Stream, epochs: float) -> int:
@@ -149,7 +155,12 @@ def steps_of_epochs(config: DataConfig, source: Stream, epochs: float) -> int:
             "config.epochs counts passes over one file of records; the almanac is endless, and a mixture has no "
             "common pass. Set --config.epochs=0 and --config.steps."
         )
-    count, seen = steps_until(batches(source, 0, config.rows, config.length), len(source))
+    if isinstance(source.source, Prepared):
+        lengths = source.source.lengths
+        sizes = (config.rows, config.length, len(source))
+        count, seen = steps_of_sizes(lambda index: int(lengths[source.place(index)]), *sizes)
+    else:
+        count, seen = steps_until(batches(source, 0, config.rows, config.length), len(source))
     steps = max(1, round(epochs * len(source) * count / seen))
     LOG.info("%g passes over %d documents are %d steps.", epochs, len(source), steps)
     if steps == 1 and seen > epochs * len(source):
@@ -184,6 +195,14 @@ def _stored(
         found = tqdm(entries(path), f"reading {path}", unit=" records", delay=2, disable=not shows_progress())
         fitter = Fitter(config, tokenizer)
         return store(path, found, fitter, account, keep, is_grouped=bool(config.held_out_share)), account
+    except RecordError as error:
+        raise ConfigError(f"config.data.{field}: {error}") from error
+
+
+def _prepared(name: str, config: DataConfig, tokenizer: Tokenizer, field: str = "sources") -> Prepared:
+    """The documents of a folder. Raises ConfigError."""
+    try:
+        return open_for(name, config, tokenizer)
     except RecordError as error:
         raise ConfigError(f"config.data.{field}: {error}") from error
 

@@ -103,14 +103,18 @@ def store(
             place = offset, len(entry.data), zlib.crc32(entry.data), entry.number, example.turn, fit.cut
             rows.extend(place)
             if is_grouped:
-                digest = hashlib.blake2b(example.asked.encode(), digest_size=8)
-                asked.append(int.from_bytes(digest.digest()))
+                asked.append(hash_of(example.asked))
     with _writing(path):
         copy.flush()
     places = np.frombuffer(rows, np.int64).reshape(-1, _FIELDS)
     is_copied = bool(copy.tell()) or not len(places)
     file: IO[bytes] = copy if is_copied else open(path, "rb", buffering=0)  # noqa: SIM115
     return Stored(path, fitter, file, places, asked)
+
+
+def hash_of(asked: str) -> int:
+    """A number of 64 bits that tells apart what users asked."""
+    return int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=8).digest())
 
 
 @contextlib.contextmanager
