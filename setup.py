@@ -51,6 +51,8 @@ setup(
         "zstd": ["zstandard>=0.22; python_version < '3.14'"],  # later Pythons have it
         "parquet": ["pyarrow>=17.0"],
         "datasets": ["datasets>=3.0"],
+        "tfds": ["array_record>=0.8.1", "tensorflow-datasets>=4.9.10"],
+        "grain": ["array_record>=0.8.1", "grain>=0.2.15"],
         "plot": ["jinja2>=3.1", "matplotlib>=3.9"],
         "kernels": ["tokamax==0.0.17; python_version >= '3.12'"],  # inner functions of it
         "tb": ["tensorboardX>=2.6.2.2"],

@@ -51,6 +51,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         (["pasta_jax.benchmark", "--responses=no/such"], "--responses=no/such: there is no such file."),
         (["pasta_jax.convert"], "Add --from=hf:google/gemma-2b-it --to=WORKDIR to import"),
+        (["pasta_jax.prepare"], "Add --sources=FILE.jsonl --tokenizer=FILE.model --to=FOLDER."),
         (["pasta_jax.tokenizer"], "Add --text=FILE,FILE --vocab_size=8000 --to=FILE.model."),
         (["pasta_jax.evaluate"], "Name both models: --ckpt=runs/pasta --baseline=runs/baseline."),
         (["pasta_jax.train", "--workdri=W"], "Unknown command line flag 'workdri'. Did you mean: workdir ?"),
@@ -74,7 +75,18 @@ def test_a_folder_that_cannot_be_looked_at_is_left_to_those_who_write() -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["", ".train", ".convert", ".tokenizer", ".evaluate", ".benchmark", ".compile", ".demo", ".reproduce"],
+    [
+        "",
+        ".train",
+        ".convert",
+        ".tokenizer",
+        ".prepare",
+        ".evaluate",
+        ".benchmark",
+        ".compile",
+        ".demo",
+        ".reproduce",
+    ],
 )
 def test_help_is_no_failure(verb: str) -> None:
     done = run("-m", f"pasta_jax{verb}", "--help")

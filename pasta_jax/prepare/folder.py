@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from pasta_jax import __version__
 from pasta_jax.config import ConfigError
 from pasta_jax.data.fitting import SHOWN, Account
 from pasta_jax.data.prepared import ABOUT, DROPPED, FORMAT, INDEX, TOKENIZER, read_about
@@ -175,7 +174,7 @@ def finish(
     with replacing(os.path.join(folder, TOKENIZER), "wb") as file:
         file.write(tokenizer.to_bytes())
     names = ", ".join(account.path for account in state.accounts)
-    text = f"Ids of prompts and annotated answers of {names}, prepared by pasta_jax {__version__}."
+    text = f"Ids of prompts and annotated answers of {names}, prepared by pasta_jax."
     write_descriptions(folder, version, state.shards, state.size, text)
     unusable, left_out = collections.Counter[str](), collections.Counter[str]()
     for account in state.accounts:
@@ -184,7 +183,6 @@ def finish(
     finished = about | {
         "format": FORMAT,
         "version": version,
-        "pasta_jax": __version__,
         "examples": len(index),
         "tokens": int(index["tokens"].sum(dtype=np.int64)),
         "longest": int(index["tokens"].max()),
