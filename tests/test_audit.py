@@ -191,9 +191,13 @@ def itself(max_loss: float = 10.0, min_speedup: float = 0.1) -> SelfAudit:
     return SelfAudit(rule, COPYING, max_loss=max_loss, min_speedup=min_speedup, chunk=2)
 
 
+NEEDY = " the Lena Nile Egypt Rhine Basel"
+LIMIT = lost(2) / 4
+"""The Rhine, which takes two words of five from the Nile, is below; what says little of its own is above."""
+
 CANDIDATES = (
-    THREE,
-    f"{ENDS}{block('Basel', ' west west west')} Both flow: Nile, Egypt, Rhine, Basel, west",
+    f"Rivers:{block('Nile', NILE)} and{block('Rhine', RHINE)} and{block('Lena', NEEDY)}",
+    f"{ENDS}{block('Basel', ' west west west')} Both flow: {NILE + RHINE}",
     "Rivers: and",
 )
 
@@ -209,15 +213,15 @@ def annotated(*options: float) -> Iterator[tuple[str, Annotated]]:
 
 
 def test_blocks_that_need_siblings_stay_sequential() -> None:
-    (three, notes), (waits, more), (plain, _) = annotated(lost(3) - 0.1)
-    assert three == THREE.replace(block("Lena", LENA), f"<sync/>{LENA}")
+    (three, notes), (waits, more), (plain, _) = annotated(LIMIT)
+    assert three == CANDIDATES[0].replace(block("Lena", NEEDY), f"<sync/>{NEEDY}")
     assert notes.notes == ("a note", NEEDS)
     assert "<sync/> Both flow" in waits and waits.count("<promise") == 3 and WAITS in more.notes
     assert plain == "Rivers: and"
     (strict, notes), _, _ = annotated(0.1, 1.1)
     assert "<promise" not in strict and notes.notes == ("a note", NEEDS, NEEDS, DOES_NOT_PAY)
     (lax, notes), _, _ = annotated(100)
-    assert lax == THREE and notes.notes == ("a note",)
+    assert lax == CANDIDATES[0] and notes.notes == ("a note",)
 
 
 def test_promises_that_do_not_pay_go() -> None:
@@ -237,7 +241,7 @@ def test_promises_that_do_not_pay_go() -> None:
 
 def test_an_answer_that_does_not_fit_is_declined() -> None:
     short = dataclasses.replace(itself(), auditor=dataclasses.replace(COPYING, length=16))
-    [result] = short.annotate_all([Item("0", "Name some rivers.", assemble(parse(THREE)))])
+    [result] = short.annotate_all([Item("0", "Name some rivers.", assemble(parse(CANDIDATES[0])))])
     assert result.annotated is None and "16 tokens" in result.declined
 
 
@@ -277,14 +281,14 @@ def test_the_audit_of_a_file_resumes_and_reports(
     assert run() == whole and sum(asked) == 1, "one line was cut short, one missing"
     assert run("another model") == whole and sum(asked) == 3
 
-    text = audited.write_report(whole, str(folder), lost(2) + 1, "own.jsonl")
+    text = audited.write_report(whole, str(folder), LIMIT - 0.5, "own.jsonl")
     assert (folder / "audit.md").read_text() == text
     assert (folder / "audit.png").stat().st_size > 5000
     assert "3 answers with promises were audited. 4 of their blocks have siblings" in text
     assert "1 answers could not be audited" in text and "tokens of a row" in text
     [worst] = [line for line in text.splitlines() if line.startswith("| 1 ")]
-    assert "3 Lena" in worst and f"{lost(3):.1f}" in worst and worst.rstrip(" |").endswith("Nile")
-    assert "25.0%" in text, "one of four blocks is above the limit"
+    assert "2 Rhine" in worst and f"{lost(2) / 5:.2f}" in worst and worst.rstrip(" |").endswith("river")
+    assert "75.0%" in text, "of four blocks the Lena is below the limit"
 
 
 def test_problems_in_a_file_are_left_to_its_readers(tmp_path: pathlib.Path) -> None:

@@ -3,7 +3,8 @@
 A model reads the answer twice, with two masks (`tokens.views`): as its threads see it, and as sequential writing
 would. The loss of a block is the log-probability of its text with sight of the earlier blocks less that without, in
 nats. A block that needs none of them loses about nothing. One that repeats a name, number or decision of a sibling
-loses several nats on the few tokens that say it. No labels and no other model are needed.
+loses several nats on the few tokens that say it. Per token of the block the loss can be compared between blocks. No
+labels and no other model are needed.
 
 Text of main that stands beside open branches, where a sync may be missing, is measured in the same way.
 

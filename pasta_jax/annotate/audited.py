@@ -141,7 +141,7 @@ def report(audited: Sequence[Audited], max_loss: float, title: str) -> str:
 
     Args:
       audited: the answers.
-      max_loss: nats; the parts that lose more are counted and listed.
+      max_loss: nats per token; the parts that lose more are counted and listed.
       title: names file and model.
     """
     blocks, texts = (
@@ -157,27 +157,40 @@ def report(audited: Sequence[Audited], max_loss: float, title: str) -> str:
         f"that they do not see; {first:,} have none, and lose nothing.",
         "",
         markdown_table(
-            ["nats lost", "parts", "5 %", "median", "95 %", "mean", "per token", f"above {max_loss:g}"],
+            [
+                "nats lost per token",
+                "parts",
+                "5 %",
+                "median",
+                "95 %",
+                "mean",
+                f"above {max_loss:g}",
+                "in all",
+            ],
             [_row("blocks", blocks, max_loss), _row("text beside open branches", texts, max_loss)],
         ),
     ]
     worst = sorted(
-        ((part, each) for each in audited for part in each.measured if part.loss > max_loss),
-        key=lambda pair: -pair[0].loss,
+        ((part, each) for each in audited for part in each.measured if part.per_token > max_loss),
+        key=lambda pair: -pair[0].per_token,
     )
     if worst:
         rows = [
             [
                 f"{each.line}" + f", turn {each.turn + 1}" * bool(each.turn),
                 f"{part.branch} {_cell(part.topic)}" + ", text after" * (not part.is_block),
-                f"{part.loss:.1f}",
                 f"{part.per_token:.2f}",
+                f"{part.loss:.1f}",
                 _cell(part.worst),
             ]
             for part, each in worst[:SHOWN]
         ]
-        lines += ["", f"{len(worst):,} parts lose more than {max_loss:g} nats. Those that lose most:", ""]
-        lines += [markdown_table(["line", "promise", "nats", "per token", "most at"], rows)]
+        lines += [
+            "",
+            f"{len(worst):,} parts lose more than {max_loss:g} nats per token. Those that lose most:",
+            "",
+        ]
+        lines += [markdown_table(["line", "promise", "per token", "in all", "most at"], rows)]
     if faults := collections.Counter(each.fault for each in audited if each.fault):
         lines += ["", f"{faults.total():,} answers could not be audited:", ""]
         lines += [f"- {count:,}: {fault}" for fault, count in faults.most_common(SHOWN)]
@@ -187,12 +200,11 @@ def report(audited: Sequence[Audited], max_loss: float, title: str) -> str:
 def _row(name: str, parts: Sequence[Part], max_loss: float) -> list[str]:
     if not parts:
         return [name, "0", *["-"] * 6]
-    loss = np.array([part.loss for part in parts])
+    loss = np.array([part.per_token for part in parts])
     low, median, high = np.percentile(loss, [5, 50, 95])
-    per_token = loss.sum() / sum(part.tokens for part in parts)
-    above = f"{(loss > max_loss).mean():.1%}"
-    numbers = [f"{value:.2f}" for value in (low, median, high, loss.mean(), per_token)]
-    return [name, f"{len(parts):,}", *numbers, above]
+    numbers = [f"{value:.2f}" for value in (low, median, high, loss.mean())]
+    total = sum(part.loss for part in parts)
+    return [name, f"{len(parts):,}", *numbers, f"{(loss > max_loss).mean():.1%}", f"{total:,.0f}"]
 
 
 def _cell(text: str) -> str:
@@ -203,9 +215,9 @@ def _cell(text: str) -> str:
 def draw(audited: Sequence[Audited], max_loss: float, path: str) -> None:
     """Writes the histogram of what parts lose, as a PNG."""
     groups = {
-        "blocks": [part.loss for each in audited for part in each.measured if part.is_block],
+        "blocks": [part.per_token for each in audited for part in each.measured if part.is_block],
         "text beside open branches": [
-            part.loss for each in audited for part in each.measured if not part.is_block
+            part.per_token for each in audited for part in each.measured if not part.is_block
         ],
     }
     losses = np.concatenate([*map(np.asarray, groups.values())])
@@ -218,6 +230,6 @@ def draw(audited: Sequence[Audited], max_loss: float, path: str) -> None:
     colors = [SERIES[i].color for i in range(len(shown))]
     axes.hist([*shown.values()], bins=list(edges), stacked=True, label=labels, color=colors)
     axes.axvline(max_loss, color=INK, linestyle="--", linewidth=1, label=f"limit, {max_loss:g}")
-    dress(axes, "Nats lost without sight of the blocks before (ends: and beyond)", "Parts")
+    dress(axes, "Nats per token lost without sight of the blocks before (ends: and beyond)", "Parts")
     axes.legend(frameon=False)
     save(figure, path)

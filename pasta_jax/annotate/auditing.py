@@ -56,7 +56,7 @@ def define() -> None:
     )
     flags.DEFINE_integer("rows", 4, "self and --audit: rows of a batch.", lower_bound=1)
     flags.DEFINE_float(
-        "max_loss", MAX_LOSS, "self and --audit: nats that a block may lose by not seeing its siblings."
+        "max_loss", MAX_LOSS, "self and --audit: nats per token that a block may lose without its siblings."
     )
     text("candidates", "rule:structure", "self: the annotator that proposes promises.")
     flags.DEFINE_integer("max_depth", 1, "--audit: how deep promises may nest.", lower_bound=1)

@@ -1,9 +1,10 @@
 """`self`: the promises of a rule, filtered by a model that reads the answers, without any endpoint.
 
 Another annotator proposes. The model then measures what each block loses by not seeing its siblings (`audit`). A
-block that loses more than a set number of nats becomes text of main again, after a sync, so that main has read what
-it needs; text of main that loses as much gets a sync before it. That changes what others see, so the answer is
-audited again until nothing more is taken back. Last, promises that no longer make the answer faster go too.
+block that loses more than a set number of nats per token becomes text of main again, after a sync, so that main has
+read what it needs; longer text of main that loses as much gets a sync before it. That changes what others see, so
+the answer is audited again until nothing more is taken back. Last, promises that no longer make the answer faster
+go too.
 
 Every round takes a promise back or adds a sync where branches were open, so there is an end; most answers need one
 or two rounds.
@@ -24,6 +25,9 @@ from pasta_jax.annotate.sequential import taken_back, that_pay
 LOADING = ("dtype", "base")
 """Flags that `loading.load` takes."""
 
+MIN_TEXT = 12
+"""Tokens. Shorter text of main beside its branches is marks and names of items, which main plans by itself."""
+
 NEEDS = "needs its siblings"
 WAITS = "a sync before what needs the blocks"
 DOES_NOT_PAY = "would not pay"
@@ -36,7 +40,7 @@ class SelfAudit:
     Attributes:
       candidates: proposes promises.
       auditor: the model that reads.
-      max_loss: nats; a block that loses more stays sequential.
+      max_loss: nats per token; a block that loses more stays sequential.
       min_speedup: an answer that is not this much faster stays plain, by theoretical speedup.
       chunk: answers audited together.
     """
@@ -96,7 +100,7 @@ class SelfAudit:
 
     def is_needy(self, part: Part) -> bool:
         """Whether a part loses more than is allowed."""
-        return part.loss > self.max_loss
+        return part.per_token > self.max_loss and (part.is_block or part.tokens >= MIN_TEXT)
 
     def _that_pay(self, annotated: Annotated) -> Annotated:
         program, fewer = that_pay(self.auditor.model.tokenizer, annotated.program, self.min_speedup)
