@@ -12,8 +12,9 @@ it finetunes a sequential baseline and PASTA from one base, then optimizes prefe
     $T --config=configs/tiny.py:preference --workdir=runs/bon      --config.init_from=runs/pasta \
         --config.preference.baseline=runs/baseline
 
-Without init_from and baseline, `preference` starts from what `make demo` leaves in runs/demo; `both` runs `pasta`
-and `preference` in one. --config.preference.quality_weight is lambda: 1 for speed, inf for quality alone.
+Without init_from, `preference` starts from what `make demo` leaves in runs/demo; without a baseline the opponent is
+the model of init_from itself, decoding sequentially. `both` runs `pasta` and `preference` in one.
+--config.preference.quality_weight is lambda: 1 for speed, inf for quality alone.
 
 The rivals, on the same engine and from the same base, trained for as long: APAR, and the model of
 Skeleton-of-Thought, on skeletons and points:
@@ -82,7 +83,6 @@ def preference(variant: str) -> Config:
         # An answer of this model has about -5 nats in all: the 18 nats that best of 8 implies are out of reach, and
         # training towards them ruins what it knows. Hence a small margin, and more weight on the better answer.
         preference=PreferenceConfig(
-            baseline="runs/demo/baseline",
             prompts_per_round=256,
             samples=8,
             rounds=2,

@@ -78,7 +78,25 @@ def resolve(
         tokenizer = make_tokenizer(config.data)
         if not goes_on and not any(text.startswith("data.tokenizer=") for text in overrides):
             _warn_of_tokenizer(config.data)
+    _warn_of_steps(config, overrides)
     return with_lora_rows(config, tokenizer), tokenizer
+
+
+def _warn_of_steps(config: Config, overrides: Iterable[str]) -> None:
+    """Says so if steps were asked for that do not count."""
+    if "steps" not in {text.partition("=")[0] for text in overrides}:
+        return
+    if config.stage == "preference":
+        LOG.warning(
+            "config.steps=%d does not count in the second stage: config.preference.epochs_per_round=%g does.",
+            *(config.steps, config.preference.epochs_per_round),
+        )
+    elif config.epochs:
+        LOG.warning(
+            "config.steps=%d does not count: config.epochs=%g sets the steps. To count in steps add "
+            "--config.epochs=0.",
+            *(config.steps, config.epochs),
+        )
 
 
 def _warn_of_tokenizer(config: DataConfig) -> None:

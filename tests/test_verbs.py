@@ -54,6 +54,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["pasta_jax.prepare"], "Add --sources=FILE.jsonl --tokenizer=FILE.model --to=FOLDER."),
         (["pasta_jax.tokenizer"], "Add --text=FILE,FILE --vocab_size=8000 --to=FILE.model."),
         (["pasta_jax.evaluate"], "Name both models: --ckpt=runs/pasta --baseline=runs/baseline."),
+        (["pasta_jax.evaluate", "--ckpt=W", "--baseline=B", "--judge=llm"], "--judge and --opponent are for"),
+        (["pasta_jax.evaluate", "--annotations=no/such"], "Cannot read no/such: No such file"),
         (["pasta_jax.train", "--workdri=W"], "Unknown command line flag 'workdri'. Did you mean: workdir ?"),
         (
             ["pasta_jax", "--lanes=many", "Rivers?"],
@@ -220,6 +222,7 @@ def test_options_reach_load_of_both_models() -> None:
         from pasta_jax.evaluate import __main__ as evaluate
         from pasta_jax import loading
         from pasta_jax.checkpoints import about as checkpoints
+        from pasta_jax.evaluate import compare
         seen = []
         def load(path, **options):
             assert options == {LOADED}, options
@@ -227,6 +230,7 @@ def test_options_reach_load_of_both_models() -> None:
             if len(seen) == 2:
                 raise ValueError(f"loaded {{seen}}")
         loading.load, checkpoints.find_checkpoint = load, lambda path: path
+        compare.warn_of_strangers = compare.folder_of = lambda *about: "folder"
         sys.argv = ["evaluate", "--ckpt=W", "--baseline=B", *{flags}]
         evaluate.command()
     """

@@ -1,34 +1,195 @@
-"""Evaluates a model against a sequential baseline on Almanac's held-out prompts.
+"""Evaluates a model against a sequential baseline, on Almanac's held-out prompts or on your own.
 
     python -m pasta_jax.evaluate --ckpt=runs/pasta --baseline=runs/baseline --workdir=runs/evaluation
+    python -m pasta_jax.evaluate --ckpt=W --baseline=B --prompts=prompts.jsonl --judge=likelihood
+    python -m pasta_jax.evaluate --ckpt=W --prompts=alpaca_eval.json --judge=llm --base_url=http://localhost:8000/v1
+    python -m pasta_jax.evaluate --annotations=annotations.json --prompts=alpaca_eval.json --df_gamed=df_gamed.csv
 
 Both models answer each prompt in turn, at batch 1, through the same engine. Each request is decoded twice and the
-second decode is timed (paper section 5.1). The workdir gets a JSONL file of answers for each model, and table.md.
-Running the same command again resumes. Of several processes the first does it all, on one device; the others wait.
+second decode is timed (paper section 5.1). The workdir gets every answer, and the tables. Running the same command
+again resumes. Of several processes the first does it all, on one device; the others wait.
+
+A file of prompts has any layout that training reads; it needs no answers. Without --judge, speed is measured. With
+one, the model's answers are compared with the baseline's, or with those of --opponent, in both orders. Without
+--baseline the model's own sequential decoding is the baseline. --annotations computes the win rates of a judge's
+annotations as AlpacaEval publishes them, and loads no model.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from pasta_jax import verbs
+from pasta_jax.config import JUDGES, is_judge
+from pasta_jax.endpoint import flags as endpoint_flags
 from pasta_jax.evaluate.compare import compare, table
 from pasta_jax.verbs import begin_first, define_loading, define_processes, loading_options, refuse
+
+if TYPE_CHECKING:
+    from pasta_jax.evaluate.length_controlled import Gamed
+    from pasta_jax.evaluate.own import Contests, Evaluated
+    from pasta_jax.judges.protocol import Judge
+
+LOG = logging.getLogger("pasta_jax")
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command line. A mistake ends in one line and status 2."""
     values = flags.FLAGS
-    if len(argv) > 1 or not (values.ckpt and values.baseline):
+    is_own = not values.prompts.isdecimal()
+    if len(argv) > 1 or not (values.ckpt or values.annotations):
         refuse("Name both models: --ckpt=runs/pasta --baseline=runs/baseline.")
+    if values.annotations and values.ckpt:
+        refuse("--annotations are of answers that were judged already. Leave --ckpt out.")
+    if not (values.annotations or is_own or values.baseline):
+        refuse("Name both models: --ckpt=runs/pasta --baseline=runs/baseline.")
+    if not is_own and not values.annotations and (values.judge or values.opponent):
+        refuse(
+            "--judge and --opponent are for prompts of your own: --prompts=FILE. Almanac has its own judge."
+        )
+    if values.judge and not is_judge(values.judge):
+        refuse(f"--judge={values.judge}: use {', '.join(JUDGES)} or MODULE:FUNCTION.")
+    if (values.opponent or values.df_gamed) and not (values.judge or values.annotations):
+        refuse("--opponent and --df_gamed are for a judge: add --judge=llm, for one.")
+    if not is_own and not values.annotations and int(values.prompts) < 1:
+        refuse("--prompts must be a file, or at least 1 of Almanac's.")
     begin_first()
     try:
-        tests, options = {"PASTA": values.ckpt}, loading_options(values)
-        print(table(compare(values.baseline, tests, values.prompts, values.workdir, **options)))
+        if values.annotations:
+            annotated(values)
+        elif is_own:
+            own(values)
+        else:
+            almanac(values)
     except (ValueError, OSError) as error:
         refuse(str(error))
+
+
+def almanac(values: flags.FlagValues) -> None:
+    """Evaluates on Almanac's held-out prompts."""
+    from pasta_jax.evaluate.compare import folder_of, warn_of_strangers
+
+    tests, options = {"PASTA": values.ckpt}, loading_options(values)
+    warn_of_strangers(values.ckpt, values.baseline)
+    folder = os.path.join(values.workdir, folder_of(values.ckpt, values.baseline, options))
+    print(table(compare(values.baseline, tests, int(values.prompts), folder, **options)))
+    LOG.info("The answers and table.md are in %s.", folder)
+
+
+def annotated(values: flags.FlagValues) -> None:
+    """Prints the win rates of a file of annotations."""
+    from pasta_jax.evaluate import alpaca_eval, own
+    from pasta_jax.evaluate.report import NO_LC
+
+    keys = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "preference")
+    annotations = alpaca_eval.read_list(values.annotations, *(keys if values.df_gamed else keys[-1:]))
+    raw = alpaca_eval.win_rate(annotations)
+    print(f"Win rate {raw} %.")
+    gamed = _gamed(values)
+    if gamed is None:
+        print(f"{NO_LC} Raw win rate {raw}.")
+    elif values.prompts.isdecimal():
+        refuse("--df_gamed goes by the order of the prompts: add --prompts=alpaca_eval.json, to compare it.")
+    else:
+        questions = own.questions_of(values.prompts, _columns(values))
+        official = [own.instruction_of(question) for question in questions]
+        print(f"LC win rate {alpaca_eval.length_controlled_win_rate(annotations, gamed, official)} %.")
+
+
+def own(values: flags.FlagValues) -> None:
+    """Evaluates on the prompts of a file."""
+    from pasta_jax.evaluate import own
+
+    settings = own.Settings(
+        ckpt=values.ckpt,
+        baseline=values.baseline or "",
+        prompts=values.prompts,
+        columns=_columns(values),
+        workdir=values.workdir,
+        max_new_tokens=values.max_new_tokens,
+        loading=loading_options(values),
+    )
+    gamed = _gamed(values)
+    questions = own.questions_of(settings.prompts, settings.columns)
+    if values.opponent:  # before minutes of decoding
+        own.opponent_of(questions, values.opponent, settings.columns)
+    evaluated = own.answer_all(settings, questions)
+    asked, quality = None, None
+    if values.judge:
+        opponent = (
+            own.opponent_of(questions, values.opponent, settings.columns)
+            if values.opponent
+            else own.baseline_as_opponent(evaluated)
+        )
+        asked = own.contests_of(evaluated, opponent, _judge_name(values))
+        judge = _judge(values, evaluated, asked)
+        if values.dry_run is not None:
+            return
+        try:
+            quality = own.judge_contests(evaluated, asked, judge, _judge_name(values), gamed)
+        finally:
+            if (said := getattr(judge, "report", None)) is not None:
+                LOG.info("%s", said())
+    print(own.write_report(settings, evaluated, quality, _judge_name(values), asked))
+    folder = asked.folder if asked else evaluated.folder
+    print(f"{os.path.join(folder, 'report.html')} has it with its figure.")
+
+
+def _judge_name(values: flags.FlagValues) -> str:
+    """The judge for people, with what it depends on."""
+    if not values.judge:
+        return ""
+    model = {"llm": values.model, "likelihood": values.judge_model or values.baseline}.get(values.judge)
+    return f"{values.judge} of {model}" if model else str(values.judge)
+
+
+def _judge(values: flags.FlagValues, evaluated: Evaluated, asked: Contests) -> Judge:
+    """The judge that the flags name. With --dry_run it shows what an endpoint would be asked."""
+    from pasta_jax.judges import make_judge
+    from pasta_jax.loading import load
+
+    options: dict[str, Any] = {}
+    if values.judge == "likelihood":
+        if not (values.judge_model or values.baseline):
+            refuse(
+                "--judge=likelihood needs a reference model: --judge_model=WORKDIR, or --baseline=WORKDIR."
+            )
+        options["model"] = (
+            load(values.judge_model, **loading_options(values))
+            if values.judge_model
+            else evaluated.baseline_model
+        )
+    elif values.judge == "llm":
+        options["endpoint"] = endpoint_flags.endpoint_of(
+            values.flag_values_dict(), cache=os.path.join(asked.folder, "replies")
+        )
+    judge = make_judge(values.judge, **options)
+    if values.judge == "llm" and values.dry_run is not None:
+        from pasta_jax.judges.llm import LlmJudge
+
+        assert isinstance(judge, LlmJudge)
+        comparisons = [each for contest in asked.contests for each in contest.comparisons]
+        print(judge.endpoint.estimate(judge.planned(comparisons), shown=values.dry_run))
+    return judge
+
+
+def _gamed(values: flags.FlagValues) -> Gamed | None:
+    from pasta_jax.evaluate.length_controlled import read_gamed
+
+    return read_gamed(values.df_gamed) if values.df_gamed else None
+
+
+def _columns(values: flags.FlagValues) -> dict[str, str]:
+    """--columns, as prompt=question,response=answer."""
+    pairs = [pair.partition("=") for pair in (values.columns or "").split(",") if pair]
+    if not all(equals and name for name, equals, _ in pairs):
+        refuse("--columns must be like prompt=question,response=answer.")
+    return {name: own_name for name, _, own_name in pairs}
 
 
 def command() -> None:
@@ -37,8 +198,17 @@ def command() -> None:
     flags.DEFINE_string("baseline", None, "Workdir or checkpoint of the sequential baseline.")
     define_loading()
     flags.adopt_module_key_flags(verbs)  # so that --help shows them
-    flags.DEFINE_string("workdir", "runs/evaluation", "Folder of the answers and the table.")
-    flags.DEFINE_integer("prompts", 500, "Number of held-out prompts.", lower_bound=1)
+    flags.DEFINE_string("workdir", "runs/evaluation", "Folder of the answers and the tables.")
+    flags.DEFINE_string("prompts", "500", "Number of Almanac's held-out prompts, or a file of your own.")
+    flags.DEFINE_string("columns", None, "The file's own names, as in prompt=question,response=answer.")
+    flags.DEFINE_integer("max_new_tokens", 512, "Of an answer to a prompt of your own.", lower_bound=1)
+    flags.DEFINE_string("judge", None, f"Compares answers: {', '.join(JUDGES)} or MODULE:FUNCTION.")
+    flags.DEFINE_string("judge_model", None, "Of likelihood: workdir of the reference; else the baseline.")
+    flags.DEFINE_string("opponent", None, "File of answers to compare with, such as model_outputs.json.")
+    flags.DEFINE_string("annotations", None, "A judge's annotations as AlpacaEval has them: their win rates.")
+    flags.DEFINE_string("df_gamed", None, "AlpacaEval's df_gamed.csv: length-controlled win rate too.")
+    endpoint_flags.define_endpoint()
+    flags.adopt_module_key_flags(endpoint_flags)
     define_processes()
     verbs.run_main(main)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pasta_jax.evaluate.names import name_of, sha256
 from pasta_jax.evaluate.systems import LIMITS, Measured, decoding, evaluate, geometric_mean, realized, win
 from pasta_jax.files import replacing
 from pasta_jax.preference.score import parallelism, theoretical_speedup
 from pasta_jax.terminal import markdown_table
+
+LOG = logging.getLogger("pasta_jax")
 
 HEADER = [
     "model",
@@ -133,11 +137,60 @@ def compare(
     models = {name: load(path, **options) for name, path in checkpoints.items()}
     engine = Decoder(models["baseline"], limits=LIMITS)
     systems = {name: decoding(model, like=engine) for name, model in models.items()}
-    # The base of adapters is identified by its fingerprint, not by its path.
-    given = {name: v for name, v in options.items() if name != "base" and v not in (None, False, "auto")}
-    about = {name: checkpoint_identity(path) | given for name, path in checkpoints.items()}
+    about = {name: checkpoint_identity(path) | given_of(options) for name, path in checkpoints.items()}
     answers = evaluate(systems, prompts, workdir, about)
     rows = {name: summarise(answers["baseline"], answers[name]) for name in tests}
     with replacing(os.path.join(workdir, "table.md")) as file:
         file.write(table(rows) + "\n")
     return rows
+
+
+def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `load` that change what a model answers."""
+    # The base of adapters is identified by its fingerprint, not by its path.
+    return {name: v for name, v in options.items() if name != "base" and v not in (None, False, "auto")}
+
+
+def folder_of(test: str, baseline: str, options: Mapping[str, Any]) -> str:
+    """The name of a folder for a model against a baseline, other for other checkpoints or options of `load`.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
+
+    checkpoint = find_checkpoint(test)
+    identities = [checkpoint_identity(path) for path in (checkpoint, baseline)]
+    return f"{name_of(checkpoint)}-{sha256([*identities, given_of(options)])[:8]}"
+
+
+def warn_of_strangers(*paths: str) -> None:
+    """Says which of these models never saw Almanac, as far as their checkpoints tell. Raises CheckpointError."""
+    for path in paths:
+        if not saw_almanac(path):
+            LOG.warning(
+                "%s was not trained on Almanac, so its answers to Almanac's prompts say little. For prompts of "
+                "your own add --prompts=FILE.",
+                path,
+            )
+
+
+def saw_almanac(path: str, most: int = 8) -> bool:
+    """Whether a model was trained on Almanac, by its checkpoint or by those it started from, where they are there.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    from pasta_jax.checkpoints.about import find_checkpoint, has_checkpoint, read_metadata
+
+    metadata = read_metadata(find_checkpoint(path))
+    config = metadata.config
+    if config.stage == "preference":
+        saw = config.preference.prompts == "almanac"
+    else:
+        saw = any(name.startswith("almanac:") for name, _ in config.data.sources)
+    if saw and metadata.step:
+        return True
+    if config.init_from and has_checkpoint(config.init_from) and most:
+        return saw_almanac(config.init_from, most - 1)
+    return False

@@ -13,8 +13,9 @@ import functools
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
@@ -78,6 +79,12 @@ COSTS = ("output_tokens", "text_tokens", "critical_path", "decode_steps", "wall_
 """Fields that `Measured` shares with `Stats`."""
 
 System: TypeAlias = Callable[[almanac.Task], Measured]
+
+Task = TypeVar("Task")
+Answer = TypeVar("Answer", bound=Any)
+
+LOG_EVERY_S = 20.0
+"""Seconds between log lines on progress where no progress bar is shown."""
 
 
 # ------------------------------------------------------------------------------------------------- systems
@@ -196,43 +203,62 @@ def evaluate(
       about: identifies the systems, as JSON can hold it.
     """
     tasks = almanac.evaluation_tasks(prompts)
+    return take_turns(
+        systems, tasks, workdir, about, read_answers, lambda task, answer: answer.prompt == task.prompt
+    )
+
+
+def take_turns(
+    systems: Mapping[str, Callable[[Task], Answer]],
+    tasks: Sequence[Task],
+    workdir: str,
+    about: Mapping[str, Any],
+    read: Callable[[str], list[Answer]],
+    belongs: Callable[[Task, Answer], bool],
+) -> dict[str, list[Answer]]:
+    """`evaluate` for any tasks, and any dataclass of answers.
+
+    Args:
+      systems, workdir, about: as there.
+      tasks: what they are asked.
+      read: the answers in a file, up to the first broken line.
+      belongs: whether an answer is one to this task.
+    """
     paths = {name: os.path.join(workdir, f"{name}.jsonl") for name in systems}
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(workdir))
-        answers = _resume(tasks, paths, Stamp(os.path.join(workdir, "about.json")), about)
-        done = min(map(len, answers.values()))
+        stamp = Stamp(os.path.join(workdir, "about.json"))
+        answers: dict[str, list[Answer]] = {name: [] for name in paths}
+        if not stamp.check(about):
+            answers = {name: read(path) for name, path in paths.items()}
+        done = 0  # as many of the first tasks as all systems answered
+        for task, *row in zip(tasks, *answers.values()):
+            if not all(belongs(task, answer) for answer in row):
+                break
+            done += 1
+        for name, path in paths.items():
+            answers[name] = answers[name][:done]
+            write_answers(path, answers[name])
+        stamp.write(about)  # last: until now the files may have been of other systems
+        if done < len(tasks):
+            LOG.info(
+                "%d prompts, each answered twice by %s; %d are done. The first take longer: programs are compiled.",
+                *(len(tasks), " and ".join(systems), done),
+            )
         files = {name: stack.enter_context(Lines(path)) for name, path in paths.items()}
-        quiet = not shows_progress()
+        quiet, logged_at = not shows_progress(), time.monotonic()
         bar = tqdm(tasks[done:], initial=done, total=len(tasks), unit="prompt", disable=quiet)
         for number, task in enumerate(bar, done + 1):
             for name, system in systems.items():
                 answers[name].append(system(task))
                 files[name].write(json_line(dataclasses.asdict(answers[name][-1])))
-            if quiet and number % 100 == 0:
+            if quiet and time.monotonic() - logged_at > LOG_EVERY_S:
                 LOG.info("%d of %d prompts", number, len(tasks))
+                logged_at = time.monotonic()
     return answers
 
 
-def _resume(
-    tasks: Sequence[almanac.Task], paths: Mapping[str, str], stamp: Stamp, about: Mapping[str, Any]
-) -> dict[str, list[Measured]]:
-    """The answers of an earlier call to the first tasks, as many as all systems gave; the files keep only those."""
-    answers: dict[str, list[Measured]] = {name: [] for name in paths}
-    if not stamp.check(about):
-        answers = {name: read_answers(path) for name, path in paths.items()}
-    done = 0
-    for task, *row in zip(tasks, *answers.values()):
-        if any(answer.prompt != task.prompt for answer in row):
-            break
-        done += 1
-    for name, path in paths.items():
-        answers[name] = answers[name][:done]
-        write_answers(path, answers[name])
-    stamp.write(about)  # last: until now the files may have been of other systems
-    return answers
-
-
-def write_answers(path: str, answers: Sequence[Measured]) -> None:
+def write_answers(path: str, answers: Sequence[Any]) -> None:
     """Replaces a JSONL file of answers."""
     write_jsonl(path, map(dataclasses.asdict, answers))
 

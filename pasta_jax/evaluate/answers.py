@@ -1,0 +1,132 @@
+"""Models that answer a user's own prompts, and what is measured of their answers.
+
+Speeds are measured as on Almanac's prompts (`systems`): at batch 1, the second of two decodes is timed. A prompt
+that a model cannot be asked is an answer too, an empty one that failed; nothing is asked again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from typing import Any
+
+from pasta_jax.data.prompts import Question
+from pasta_jax.data.records import Prompt, encode_prompt
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
+from pasta_jax.decoding.results import result
+from pasta_jax.decoding.state import MAX_POOL, Limits
+from pasta_jax.evaluate.systems import COSTS
+from pasta_jax.files import read_jsonl
+from pasta_jax.rounding import next_power_of_two
+
+LOG = logging.getLogger("pasta_jax")
+
+LANES, THREADS = 8, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """One model's answer to one prompt.
+
+    The counts and wall_s are fields of `Stats` and mean the same.
+
+    Attributes:
+      prompt: what was asked, as JSON.
+      text, annotated, stop_reason, issues: as in `DecodeResult`.
+      wall_s: of the second of two decodes.
+      promises: number of branches.
+      error: why the model could not be asked; "" if it was.
+    """
+
+    prompt: str
+    text: str = ""
+    annotated: str = ""
+    output_tokens: int = 0
+    text_tokens: int = 0
+    critical_path: int = 1
+    decode_steps: int = 0
+    wall_s: float = 0.0
+    stop_reason: str = ""
+    issues: tuple[str, ...] = ()
+    promises: int = 0
+    error: str = ""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a limit ended it."""
+        return self.stop_reason in ("length", "cache_full")
+
+    @property
+    def is_malformed(self) -> bool:
+        """Whether a tag or a branch was not in order."""
+        return bool(self.issues) and not self.is_cut
+
+
+class Respondent:
+    """A model in the engine at batch 1, called with a question.
+
+    Args:
+      model: with its tokenizer.
+      max_new_tokens: of an answer.
+      sequential: forbid promises.
+      like: another one; what it compiled is shared if it fits.
+    """
+
+    def __init__(
+        self, model: Model, max_new_tokens: int, *, sequential: bool = False, like: Respondent | None = None
+    ):
+        self.model, self.max_new_tokens, self.like = model, max_new_tokens, like
+        bias = -math.inf if sequential else 0.0
+        self.sampling = SamplingParams(max_new_tokens, max_branch_tokens=max_new_tokens, open_bias=bias)
+        self._decoders: dict[int, Decoder] = {}
+
+    def decoder(self, pool: int) -> Decoder:
+        """That of a pool of this many tokens."""
+        if pool not in self._decoders:
+            other = self.like.decoder(pool) if self.like else None
+            if other and other.fits(self.model):
+                self._decoders[pool] = other.for_model(self.model)
+            else:
+                limits = Limits(LANES, THREADS, pool, self.model.max_depth)
+                self._decoders[pool] = Decoder(self.model, limits=limits)
+        return self._decoders[pool]
+
+    def __call__(self, question: Question) -> Answered:
+        """The answer to a question; an empty one with an error if the model cannot be asked."""
+        prompt, tokenizer = key_of(question.prompt), self.model.tokenizer
+        try:
+            ids = encode_prompt(tokenizer, question.prompt)
+            engine = self.decoder(min(MAX_POOL, next_power_of_two(len(ids) + self.max_new_tokens)))
+            engine.decode([ids], [self.sampling])
+            (trace,), timing = engine.decode([ids], [self.sampling])
+        except ValueError as error:
+            LOG.warning("A prompt has no answer, and counts as failed: %s", error)
+            return Answered(prompt, error=str(error))
+        decoded = result(tokenizer, trace, timing.wall_s)
+        return Answered(
+            prompt,
+            decoded.text,
+            decoded.annotated,
+            **{name: getattr(decoded.stats, name) for name in COSTS},
+            stop_reason=decoded.stop_reason,
+            issues=decoded.issues,
+            promises=len(decoded.branches),
+        )
+
+
+def key_of(prompt: Prompt) -> str:
+    """A prompt as JSON."""
+    return json.dumps(prompt, ensure_ascii=False)
+
+
+def read_answered(path: str) -> list[Answered]:
+    """The answers in a JSONL file, up to the first broken line."""
+
+    def make(fields: dict[str, Any]) -> Answered:
+        return Answered(**fields | {"issues": tuple(fields["issues"])})
+
+    return read_jsonl(path, make)

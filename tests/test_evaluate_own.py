@@ -1,0 +1,273 @@
+"""A model on a user's own prompts: what counts, what is asked, the reports, and folders that stay apart."""
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pasta_jax.data.prompts import Question
+from pasta_jax.data.records import Prompt
+from pasta_jax.evaluate import compare, own
+from pasta_jax.evaluate.answers import Answered, Respondent, key_of
+from pasta_jax.evaluate.report import read_results
+from pasta_jax.evaluate.summary import Contest, chances, geometric, quality_of, speed_of
+from pasta_jax.judges.protocol import Preference
+from tests.helpers import only_full
+
+# --------------------------------------------------------------------------------------------------- numbers
+
+
+def answered(prompt: str = '"?"', text: str = "yes", **fields: Any) -> Answered:
+    counts: dict[str, Any] = {
+        "output_tokens": 10,
+        "text_tokens": 10,
+        "critical_path": 10,
+        "wall_s": 1.0,
+        "stop_reason": "eos",
+    }
+    return Answered(prompt, text, text, **counts | fields)
+
+
+def test_speeds_count_every_answer_that_there_is() -> None:
+    baseline = [answered(output_tokens=40, wall_s=4.0), answered(output_tokens=90), answered()]
+    test = [
+        answered(critical_path=20, text_tokens=36, promises=2),
+        answered(critical_path=5, text_tokens=20, wall_s=1.0, stop_reason="length", issues=("cut",)),
+        answered(error="too long", text="", text_tokens=0, output_tokens=0),
+    ]
+    speed = speed_of(baseline, test)
+    assert speed.theoretical.mean == pytest.approx(6.0)  # 40 / 20 and 90 / 5
+    assert speed.theoretical.error == pytest.approx(6.0 * math.log(9) / math.sqrt(2) / math.sqrt(2))
+    assert (speed.realized.mean, speed.parallelism.mean) == pytest.approx((2.0, math.sqrt(1.8 * 4)))
+    assert (speed.prompts, speed.cut, speed.malformed, speed.failed) == (3, 1, 0, 1)
+    assert (speed.tokens, speed.baseline_tokens) == pytest.approx((56 / 3, 10.0))
+    assert speed.promising.mean == pytest.approx(100 / 3)
+    assert math.isnan(geometric([]).mean) and str(geometric([2.0])) == "2.00x"
+    assert (
+        answered(issues=("a tag",)).is_malformed
+        and not answered(issues=("cut",), stop_reason="length").is_malformed
+    )
+
+
+def test_chances_of_both_orders_and_of_what_failed() -> None:
+    contests = [
+        Contest("?", "a", "b"),
+        Contest("?", None, "b"),
+        Contest("?", "a", None),
+        Contest("?", None, None),
+    ]
+    contests += [Contest("?", "a", "c"), Contest("?", "a", "a")]
+    assert [len(contest.comparisons) for contest in contests] == [2, 0, 0, 0, 2, 2]
+    said = [Preference(0, 0.9), Preference(1, 0.7)]  # the model's answer won in both orders
+    said += [Preference(0, 0.8), Preference(0, 0.8)]  # whatever came first
+    said += [Preference(None, 0.5)] * 2
+    found, agreed = chances(contests, said)
+    assert found == pytest.approx([0.8, 0.0, 1.0, 0.5, 0.5, 0.5])
+    assert agreed == [True, False]
+    quality = quality_of(found, agreed)
+    assert (quality.won, quality.tied, quality.lost, quality.same_winner) == (2, 3, 1, 50.0)
+    assert quality.win_rate.mean == pytest.approx(55.0)
+    assert quality.win_rate.error == pytest.approx(100 * np.std(found, ddof=1) / math.sqrt(6))
+
+
+# ---------------------------------------------------------------------------------------------- the whole way
+
+PROMPTS = ["Name a river.", "Name a city.", "What is long?"]
+
+
+class Fake:
+    """In place of `Respondent`: answers by the name of its model, without decoding."""
+
+    def __init__(self, model: str, max_new_tokens: int, *, sequential: bool = False, like: Any = None):
+        self.model, self.sequential = model, sequential
+
+    def __call__(self, question: Question) -> Answered:
+        prompt = key_of(question.prompt)
+        if question.prompt == PROMPTS[2] and not self.sequential:
+            return Answered(prompt, error="The prompt is too long.")
+        return answered(
+            prompt,
+            f"{self.model} says {question.prompt}",
+            critical_path=10 if self.sequential else 5,
+            wall_s=1.0 if self.sequential else 0.5,
+            promises=0 if self.sequential else 2,
+        )
+
+
+class Prefers:
+    """A judge that prefers what a model says, and keeps what it was asked."""
+
+    def __init__(self, model: str):
+        self.model, self.asked = model, list[Sequence[Any]]()
+
+    def compare(self, prompt: str, a: str, b: str, /) -> Preference:
+        self.asked.append((prompt, a, b))
+        return Preference(0 if a.startswith(self.model) else 1, 0.9)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(path: Any) -> pathlib.Path:
+        return pathlib.Path(path) / "checkpoints" / "7"
+
+    monkeypatch.setattr(own, "Respondent", Fake)
+    monkeypatch.setattr(own, "find_checkpoint", find)
+    monkeypatch.setattr(own, "load", lambda path, **options: path.parent.parent.name)
+    monkeypatch.setattr(own, "checkpoint_identity", lambda path: {"checkpoint": str(path), "written": 1.0})
+
+
+def settings_of(folder: pathlib.Path, ckpt: str = "runs/fast", baseline: str = "runs/slow") -> own.Settings:
+    path = folder / "prompts.json"
+    rows = [
+        {"instruction": text, "output": "It is so.", "generator": "gpt4", "dataset": "own"}
+        for text in PROMPTS
+    ]
+    path.write_text(json.dumps(rows))
+    return own.Settings(ckpt, baseline, str(path), {}, str(folder / "out"), 32, {})
+
+
+@pytest.mark.usefixtures("fakes")
+def test_an_evaluation_and_what_it_leaves(tmp_path: pathlib.Path) -> None:
+    settings = settings_of(tmp_path)
+    questions = own.questions_of(settings.prompts, {})
+    found = own.answer_all(settings, questions)
+    folder = pathlib.Path(found.folder)
+    assert (found.name, found.baseline_name) == ("fast-7", "slow-7")
+    outputs = json.loads((folder / "model_outputs.json").read_text())
+    assert [row["instruction"] for row in outputs] == PROMPTS
+    assert outputs[0] == {
+        "instruction": PROMPTS[0], "output": "fast says Name a river.", "generator": "fast-7", "dataset": "own",
+    }  # fmt: skip
+    markdown = own.write_report(settings, found, None, "", None)
+    assert "| fast-7" in markdown and "2.00x" in markdown and "win rate" not in markdown
+    # Against the baseline: two prompts are won, the one that failed is lost without a word of the judge.
+    judge = Prefers("fast")
+    asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:Prefers")
+    quality = own.judge_contests(found, asked, judge, "tests:Prefers")
+    assert (quality.won, quality.tied, quality.lost) == (2, 0, 1)
+    assert quality.win_rate.mean == pytest.approx(100 * (0.9 + 0.9 + 0) / 3)
+    assert len(judge.asked) == 4
+    rows = json.loads((pathlib.Path(asked.folder) / "annotations.json").read_text())
+    assert [row["preference"] for row in rows] == pytest.approx([1.9, 1.9, 1.0])
+    assert (rows[0]["generator_1"], rows[0]["generator_2"]) == ("slow-7", "fast-7")
+    assert (rows[0]["output_1"], rows[2]["output_2"]) == ("slow says Name a river.", "")
+    markdown = own.write_report(settings, found, quality, "tests:Prefers", asked)
+    assert "60.0 +- 30.0 %" in markdown and "same verdict in both orders for 100.0 %" in markdown
+    assert (
+        "LC win rate not computed: df_gamed.csv is missing" in markdown
+        and "Raw win rate 60.0 +- 30.0." in markdown
+    )
+    page = (pathlib.Path(asked.folder) / "report.html").read_text()
+    assert "<td>fast-7</td>" in page and 'src="data:image/png;base64,' in page
+    # The same again asks nobody: not the models, not the judge.
+    before = (folder / "model.jsonl").read_text()
+    again = own.answer_all(settings, questions)
+    own.judge_contests(again, asked, judge, "tests:Prefers")
+    assert (folder / "model.jsonl").read_text() == before and len(judge.asked) == 4
+
+
+@pytest.mark.usefixtures("fakes")
+def test_two_checkpoints_in_one_workdir_stay_apart_and_share_a_table(tmp_path: pathlib.Path) -> None:
+    folders = []
+    for ckpt in ("runs/fast", "runs/faster"):
+        settings = settings_of(tmp_path, ckpt)
+        found = own.answer_all(settings, own.questions_of(settings.prompts, {}))
+        asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:Prefers")
+        quality = own.judge_contests(found, asked, Prefers("slow"), "tests:Prefers")
+        markdown = own.write_report(settings, found, quality, "tests:Prefers", asked)
+        folders.append(pathlib.Path(found.folder))
+    assert folders[0] != folders[1]
+    for folder, name in zip(folders, ("fast", "faster")):
+        assert json.loads((folder / "model_outputs.json").read_text())[0]["output"].startswith(f"{name} says")
+    assert "| fast-7" in markdown and "| faster-7" in markdown
+    assert [result.name for result in read_results(settings.workdir)] == ["fast-7", "faster-7"]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_given_answers_are_opponents_and_must_be_of_the_same_prompts(tmp_path: pathlib.Path) -> None:
+    settings = settings_of(tmp_path, baseline="")
+    questions = own.questions_of(settings.prompts, {})
+    given = own.opponent_of(questions, settings.prompts, {})
+    assert (given.name, given.answers) == ("gpt4", ["It is so."] * 3)
+    found = own.answer_all(settings, questions)
+    assert found.baseline_name == "fast-7, sequential"
+    asked = own.contests_of(found, given, "tests:Prefers")
+    assert own.judge_contests(found, asked, Prefers("fast"), "j").lost == 1
+    other = tmp_path / "other.json"
+    rows = json.loads(pathlib.Path(settings.prompts).read_text())
+    for changed, message in (
+        (rows[:2], r"has 2 records, and there are 3 prompts"),
+        (
+            [rows[1], rows[0], rows[2]],
+            r"record 1: the prompt is 'Name a city.', where 'Name a river.' is asked",
+        ),
+        ([*rows[:2], {"instruction": PROMPTS[2]}], r"record 3 has no answer"),
+        ([*rows[:2], {"nothing": 1}], r"record 3: no known layout.* Every prompt counts"),
+    ):
+        other.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            own.opponent_of(questions, str(other), {})
+
+
+def test_a_prompt_that_cannot_be_asked_is_an_answer_that_failed() -> None:
+    class Model:
+        class tokenizer:
+            @staticmethod
+            def encode_prompt(prompt: Prompt) -> list[int]:
+                raise ValueError("The prompt is empty.")
+
+    model: Any = Model()
+    found = Respondent(model, 8)(Question(" ", None, 1, ""))
+    assert (found.text, found.error, found.stop_reason) == ("", "The prompt is empty.", "")
+
+
+@pytest.mark.slow
+@only_full
+def test_a_real_model_answers_and_its_sequential_self_is_the_baseline() -> None:
+    from tests.helpers.answers import OTHER, PROMPT, model
+
+    sequential = Respondent(model(), 24, sequential=True)
+    parallel = Respondent(model(), 24, like=sequential)
+    for prompt in (PROMPT, OTHER):
+        alone, found = (each(Question(prompt, None, 1, "")) for each in (sequential, parallel))
+        assert (alone.promises, alone.critical_path) == (0, max(1, alone.decode_steps))
+        assert found.wall_s > 0 and found.promises > 0 and not found.error
+    assert parallel._decoders[32].compiled is sequential._decoders[32].compiled
+
+
+def test_who_never_saw_almanac_is_told_so_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import dataclasses
+
+    from pasta_jax.checkpoints import about
+    from pasta_jax.config import Config, DataConfig, PreferenceConfig
+
+    @dataclasses.dataclass
+    class Metadata:
+        config: Config
+        step: int = 3
+
+    foreign = DataConfig(sources=(("own.jsonl", 1.0),))
+    preference = Config(stage="preference", init_from="own", preference=PreferenceConfig(prompts="own.jsonl"))
+    runs = {
+        "almanac": Metadata(Config()),
+        "imported": Metadata(Config(), step=0),
+        "own": Metadata(Config(data=foreign, init_from="imported")),
+        "later": Metadata(Config(data=foreign, init_from="almanac")),
+        "bon": Metadata(preference),
+    }
+    monkeypatch.setattr(about, "find_checkpoint", lambda path: path)
+    monkeypatch.setattr(about, "has_checkpoint", lambda path: path in runs)
+    monkeypatch.setattr(about, "read_metadata", runs.__getitem__)
+    assert {name: compare.saw_almanac(name) for name in runs} == {
+        "almanac": True, "imported": False, "own": False, "later": True, "bon": False,
+    }  # fmt: skip
+    with caplog.at_level("WARNING", logger="pasta_jax"):
+        compare.warn_of_strangers("own", "almanac")
+    (line,) = caplog.messages
+    assert line.startswith("own was not trained on Almanac") and "--prompts=FILE" in line
