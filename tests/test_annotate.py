@@ -18,6 +18,7 @@ from pasta_jax.annotate.protocol import Annotated, Declined, Item, Result, annot
 from pasta_jax.annotate.structure import Structure
 from pasta_jax.config import DataConfig
 from pasta_jax.data.fitting import Fitter
+from pasta_jax.data.layouts import Fault
 from pasta_jax.data.records import Example
 from pasta_jax.lang.assemble import assemble, text_of
 from pasta_jax.lang.parse import parse
@@ -238,12 +239,12 @@ def test_laws_on_random_answers(rng: random.Random) -> None:
 
 @pytest.mark.parametrize("every", [12, full(1)])
 def test_laws_on_real_answers(every: int) -> None:
-    """And training refuses none of them."""
+    """And training refuses none of them that it does not refuse without tags, as too long."""
     tokenizer = load_tokenizer(data_file("llama2_tokenizer.model"), extend=True)
     fitter = Fitter(DataConfig(length=2048), tokenizer)
     forks = Fitter(DataConfig(length=2048, dialect="apar"), tokenizer.with_dialect("apar"))
-    rules = Structure(tokenizer, length=2048), Apar(tokenizer.with_dialect("apar"), 15)
-    speedups = []
+    rules = Structure(tokenizer, length=2048), Apar(tokenizer.with_dialect("apar"), 15, length=2048)
+    speedups, trained = [], 0
     for name, key in (("alpaca_eval_responses.jsonl", "response"), ("instruction_seeds.jsonl", "output")):
         for line in data_file(name).read_text(encoding="utf-8").splitlines()[::every]:
             record = json.loads(line)
@@ -252,8 +253,14 @@ def test_laws_on_real_answers(every: int) -> None:
             speedups.append(assert_lawful(tokenizer, answer, structured))
             assert assemble(forked.program) == answer
             assert parse(render(forked.program), dialect="apar") == forked.program
-            for fit, program in ((fitter, structured.program), (forks, forked.program)):
-                assert fit.fit(Example(prompt, program, 1, "")).prompt
+            try:
+                fitter.fit(Example(prompt, Program((Text(answer),)), 1, ""))
+            except Fault:
+                continue
+            fitter.fit(Example(prompt, structured.program, 1, ""))
+            forks.fit(Example(prompt, forked.program, 1, ""))
+            trained += 1
+    assert trained >= 578 // every
     if every == 1:
         assert statistics.geometric_mean(speedups) > 1.2
 

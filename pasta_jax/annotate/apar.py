@@ -7,11 +7,12 @@ import dataclasses
 from pasta_jax.annotate.annotators import Options
 from pasta_jax.annotate.protocol import Annotated, Declined, Messages
 from pasta_jax.baselines import apar
+from pasta_jax.data.records import encode_prompt
 from pasta_jax.lang import tags
-from pasta_jax.lang.assemble import assemble
+from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.program import Node, Program, Promise, Text
 from pasta_jax.lang.render import escape, joined
-from pasta_jax.tokens.cost import theoretical_speedup
+from pasta_jax.tokens.cost import threads_of_program
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 
@@ -22,29 +23,29 @@ class Apar:
     Attributes:
       tokenizer: of the model, in the dialect of APAR.
       max_branches: the most forks of an answer.
+      length: the most tokens of a prompt and its annotated answer; 0 for any number.
     """
 
     tokenizer: Tokenizer
     max_branches: int
+    length: int = 0
 
     def __call__(self, prompt: str | Messages, answer: str) -> Annotated:
         if escape(answer) != answer or tags.FORK in answer:
             raise Declined("the text looks as if it had tags")
-        program = apar.annotate(answer)
-        nodes = list[Node]()
+        nodes: list[Node] = []
         forks = 0
-        for node in program.nodes:
+        for node in apar.annotate(answer).nodes:
             forks += isinstance(node, Promise)
-            nodes.append(node if forks <= self.max_branches else Text(assemble(Program((node,)))))
-        program, notes = (
-            Program(joined(nodes)),
-            ("more forks than an answer may have",) * (forks - self.max_branches),
-        )
-        if forks and theoretical_speedup(self.tokenizer, program) < 1:
-            return Annotated(Program((Text(answer),)), ("would not pay",))
-        return Annotated(program, notes)
+            nodes.append(node if forks <= self.max_branches else Text(text_of([node])))
+        program = Program(joined(nodes))
+        if self.length:
+            tokens = sum(map(len, threads_of_program(self.tokenizer, program).tokens))
+            if tokens + len(encode_prompt(self.tokenizer, prompt)) > self.length:
+                return Annotated(Program((Text(answer),)), ("longer than a row",) * forks)
+        return Annotated(program, ("more forks than an answer may have",) * (forks - self.max_branches))
 
 
 def make(options: Options) -> Apar:
     """The annotator of these options."""
-    return Apar(options.tokenizer.with_dialect("apar"), options.max_branches)
+    return Apar(options.tokenizer.with_dialect("apar"), options.max_branches, options.length)
