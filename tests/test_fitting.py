@@ -175,7 +175,7 @@ def test_a_file_of_which_little_can_be_used_stops_the_run_in_one_line(tmp_path: 
     assert str(stopped.value) == (
         f"config.data.sources: {file}: 198 of 200 records cannot be used (99.0%): 197 longer than a row, 1 tags. "
         "Raise --config.data.length, set --config.data.too_long=sentence, or go on with the others by "
-        f"--config.data.max_unusable=0.99. The first: {file} line 1: 108 tokens, a row holds 64. "
+        f"--config.data.max_unusable=0.99. The first: line 1: 108 tokens, a row holds 64. "
         "Set --config.data.length=108 or more, or --config.data.too_long."
     )
     assert len(stored(config(file, max_unusable=0.99))) == 2

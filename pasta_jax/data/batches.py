@@ -16,6 +16,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.data.packing import Packer
 
@@ -176,14 +178,17 @@ def held_out(prompts: Sequence[Hashable], share: float, seed: int) -> tuple[list
     ([0, 4], [1, 2, 3])
     """
     count = max(1, round(share * len(prompts))) if share else 0
-    same: dict[Hashable, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        same.setdefault(prompt or i, []).append(i)
+    # Hashes in order instead of a dict: there may be millions of prompts.
+    hashes = (hash(prompt or ("empty", i)) for i, prompt in enumerate(prompts))
+    keys = np.fromiter(hashes, np.int64, len(prompts))
+    order = np.argsort(keys, kind="stable")
+    ranked = keys[order]
     held = set[int]()
     for drawn in (permuted(i, len(prompts), seed) for i in range(len(prompts))):
         if len(held) >= count:
             break
-        held.update(same[prompts[drawn] or drawn])
+        first, end = (np.searchsorted(ranked, keys[drawn], side) for side in ("left", "right"))
+        held.update(order[first:end].tolist())
     return [i for i in range(len(prompts)) if i not in held], sorted(held)
 
 

@@ -214,12 +214,13 @@ class Account:
             lines.append(f"{self.path}: answers cut after a sentence or a block: {self.cut:,} {TOO_LONG}")
         return "\n".join(lines)
 
-    def check(self, most: float, kept: str = "") -> None:
+    def check(self, most: float, kept: str = "", *, may_cut: bool = False) -> None:
         """Refuses a file of which too little can be used.
 
         Args:
           most: the share of unusable records that is allowed.
           kept: where they are kept, for the message.
+          may_cut: whether to propose that answers are cut.
 
         Raises:
           ConfigError: in one line.
@@ -231,11 +232,11 @@ class Account:
             return
         advice = "Fix them"
         if self.unusable.most_common(1)[0][0] == TOO_LONG:
-            advice = "Raise --config.data.length, set --config.data.too_long=sentence"
+            advice = "Raise --config.data.length" + ", set --config.data.too_long=sentence" * may_cut
         allow = f", or go on with the others by --config.data.max_unusable={_share(count / self.records)}"
         raise ConfigError(
             f"{self.path}: {self.total}. {advice}{allow if count < self.records else ''}. "
-            f"The first: {self.first[0]}" + (f" All are in {kept}." if kept else "")
+            f"The first: {self.first[0].in_file}" + (f" All are in {kept}." if kept else "")
         )
 
 

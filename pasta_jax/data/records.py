@@ -84,9 +84,14 @@ class Problem:
     reason: str = ""
     unit: str = "line"
 
-    def __str__(self) -> str:
+    @property
+    def in_file(self) -> str:
+        """The problem without the name of the file."""
         column = f", column {self.column}" if self.column else ""
-        return f"{self.file} {self.unit} {self.line}{column}: {self.message}"
+        return f"{self.unit} {self.line}{column}: {self.message}"
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.in_file}"
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

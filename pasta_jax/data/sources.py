@@ -210,7 +210,7 @@ def _prepared(name: str, config: DataConfig, tokenizer: Tokenizer, field: str = 
 def _check(account: Account, config: DataConfig, kept: str = "", field: str = "sources") -> None:
     """Says what of a file cannot be used. Raises ConfigError if that is too much."""
     try:
-        account.check(config.max_unusable, kept)
+        account.check(config.max_unusable, kept, may_cut=config.too_long == "drop")
     except ConfigError as error:
         raise ConfigError(f"config.data.{field}: {error}") from None
     if report := account.report():
