@@ -1,6 +1,5 @@
 """The annotator that asks a language model: what it takes of a reply, what it refuses, what it asks next."""
 
-import collections
 import pathlib
 import re
 import tomllib
@@ -13,9 +12,12 @@ from pasta_jax.annotate import llm
 from pasta_jax.annotate.annotators import AnnotatorError, Options, make_annotator
 from pasta_jax.annotate.insertion import NotInserted, inserted
 from pasta_jax.annotate.llm import LlmAnnotator
-from pasta_jax.annotate.protocol import Declined, Item, annotate_all
+from pasta_jax.annotate.protocol import Declined, Item
+from pasta_jax.annotate.run import Line, annotate_file
+from pasta_jax.data.records import Reader, read_records
 from pasta_jax.endpoint.client import Endpoint
 from pasta_jax.endpoint.post import EndpointError
+from pasta_jax.files import write_jsonl
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.program import length_in_tens
 from pasta_jax.lang.render import render
@@ -258,38 +260,44 @@ def test_long_topics_are_shortened_and_missing_ones_taken_from_the_text() -> Non
 
 
 def items(count: int) -> list[Item]:
-    def answer(i: int) -> str:
-        rivers = [
-            f"- River {i}.{j}: it flows past {i + j} towns and under {i * j} old stone bridges.\n"
-            for j in range(3)
-        ]
-        return (
-            "Rivers:\n"
-            + "".join(rivers)
-            + (f"- Delta {i}: it has {i} islands, and birds too.\n" if i % 7 == 3 else "")
-        )
-
-    return [Item(str(i), f"Name rivers of country {i}.", answer(i)) for i in range(count)]
+    return [Item(str(i), *chat_models.rivers(i)) for i in range(count)]
 
 
-def test_every_item_is_annotated_or_declined_once_whatever_goes_wrong(tmp_path: Any) -> None:
-    todo, sent = items(60), 0
-    faults = Rates(busy=0.1, error=0.05, hang=0.02, broken=0.05, altered=0.1)
-    with chat_server(chat_models.annotator, faults) as server:
-        for _ in range(2):
-            with Endpoint(
-                server.url, "m", backoff=0.001, timeout=1.0, concurrency=16, cache=tmp_path
-            ) as endpoint:
-                results = [*annotate_all(LlmAnnotator(endpoint, TOKENIZER), todo)]
-            assert sorted(result.key for result in results) == sorted(item.key for item in todo)
-            annotated = [result.annotated for result in results if result.annotated]
-            reasons = collections.Counter(result.declined for result in results if not result.annotated)
-            assert len(annotated) > 50 and all("twice" in reason for reason in reasons)
-            assert sum("uses what another block says" in each.notes for each in annotated) >= 3
-            sent = sent or server.total
-        assert server.repeated() == {} and server.total == sent
-    kept = b"".join(file.read_bytes() for file in tmp_path.rglob("*.jsonl"))
-    assert b"[key]" in kept and KEY.encode() not in kept, "altered replies hold the key"
+def test_every_record_is_annotated_or_listed_once_whatever_goes_wrong(tmp_path: pathlib.Path) -> None:
+    """Through the command's own run: ended by the budget, gone on with, and complete."""
+    data, output, todo = tmp_path / "data.jsonl", tmp_path / "out.jsonl", items(60)
+    write_jsonl(data, ({"prompt": item.prompt, "response": item.answer} for item in todo))
+    replies = tmp_path / "out.jsonl.run" / "replies"
+
+    def run(**budget: Any) -> list[Line]:
+        options = {"backoff": 0.001, "timeout": 1.0, "concurrency": 16, **budget}
+        with Endpoint(server.url, "m", cache=replies, **options) as endpoint:
+            annotator = LlmAnnotator(endpoint, TOKENIZER)
+            return annotate_file(
+                str(data), str(output), annotator, TOKENIZER, Reader({}), {"model": "m"}, max_branches=15
+            )
+
+    with chat_server(chat_models.annotator, Rates(hang=0.02, altered=0.1)) as server:
+        kept = r"^The budget is used up: 70 requests are sent\. \d+ of 60 are done and kept; run the same command"
+        with pytest.raises(EndpointError, match=kept):
+            run(budget_requests=70)
+        assert not output.exists() and server.total == 70
+        lines = run()
+        sent = server.total
+        assert len(run()) == len(lines) and server.total == sent and server.repeated() == {}
+    assert [line.number for line in lines] == [*range(1, 61)] and all(
+        len(line.outcomes) == 1 for line in lines
+    )
+    outcomes = [line.outcomes[0] for line in lines]
+    assert sum(not outcome.reason for outcome in outcomes) > 45
+    assert all("twice" in each.reason for each in outcomes if each.reason and not each.notes)
+    assert sum("uses what another block says" in outcome.notes for outcome in outcomes) >= 3
+    examples, problems = read_records(output)
+    assert not problems and [assemble(each.program) for each in examples] == [item.answer for item in todo]
+    annotated = [any(True for _ in each.program.promises()) for each in examples]
+    assert annotated == [not outcome.reason for outcome in outcomes]
+    text = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert b"[key]" in text and KEY.encode() not in text, "altered replies hold the key"
 
 
 def test_what_the_endpoint_did_not_answer_is_declined_last_or_not_at_all() -> None:

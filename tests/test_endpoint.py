@@ -110,7 +110,7 @@ def test_a_request_that_fails_is_no_end_but_five_in_a_row_are(attempts: int) -> 
     ("path", "key", "message"),
     [
         ("/v1", "", r"401 \(Incorrect API key provided: nothing\) \(\$OPENAI_API_KEY is not set\)"),
-        ("/v1", "sk-another-secret", r"401 \(Incorrect API key provided: Bearer \[key\]\)$"),
+        ("/v1", "sk-another-secret", r"401 \(Incorrect API key provided: Bearer \[key\]\)\.$"),
         ("/v1", "a b", r"\$OPENAI_API_KEY holds what cannot be a key"),
         ("/v2", KEY, r"404 \(no such path: /v2/chat/completions\)"),
     ],

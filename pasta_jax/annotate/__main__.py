@@ -165,7 +165,7 @@ def command() -> None:
         lower_bound=0,
     )
     flags.DEFINE_float(
-        "min_speedup", 1.1, "Rules: answers with a lower theoretical speedup stay plain.", lower_bound=1.0
+        "min_speedup", 1.1, "Answers with a lower theoretical speedup stay plain.", lower_bound=1.0
     )
     endpoint_flags.define_endpoint()
     flags.adopt_module_key_flags(endpoint_flags)  # so that --help shows them

@@ -143,7 +143,7 @@ def annotate_file(
                     progress.add(line)
         except EndpointError as error:
             done = f"{progress.done} are done and kept; run the same command again to go on."
-            raise EndpointError(f"{str(error).rstrip('.')}. {done}") from None
+            raise EndpointError(f"{error} {done}") from None
         _finish(output, lines, records)
     return sorted(lines, key=lambda line: line.number)
 

@@ -71,6 +71,14 @@ class Planned:
     follows: bool = False
 
 
+class _Stop:
+    """Ends the threads that work for one caller, and says why."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.fault: EndpointError | None = None
+
+
 class Endpoint:
     """Asks one model; its methods may be called from several threads.
 
@@ -138,8 +146,7 @@ class Endpoint:
         self._refused: set[str] = set()  # of OPTIONAL
         self._under_way: dict[str, threading.Lock] = {}
         self._mutex = threading.Lock()
-        self._stop = threading.Event()
-        self._fault: EndpointError | None = None
+        self._stop = _Stop()
         self._is_heard = False  # whether the endpoint ever answered
         self._failed = 0  # requests that failed since one succeeded
         self._logged_at = float("-inf")
@@ -232,7 +239,7 @@ class Endpoint:
                 return reply
             if attempt + 1 < self._attempts:
                 self._log_again(last, wait, attempt)
-                if self._stop.wait(wait):
+                if self._run.event.wait(wait):
                     break
         self._check_stop()
         with self._mutex:
@@ -240,7 +247,7 @@ class Endpoint:
             failed = self._failed
         times = "" if attempt == 0 else f", {attempt + 1} times"
         if failed >= LOST:
-            problem = f"POST {self.url}: {last}{times}; so failed {failed} requests one after another."
+            problem = f"POST {self.url}: {last}{times}; so failed {failed} requests one after another"
             raise self._given_up(problem)
         raise RequestError(f"the endpoint gave no answer: {last}{times}")
 
@@ -261,7 +268,7 @@ class Endpoint:
                 sent.used = reply.usage or Usage(estimate.input, estimated_tokens(reply.text))
                 return reply
         except BudgetError as error:
-            raise self._given_up(f"T{str(error)[1:]}.") from None
+            raise self._given_up(f"T{str(error)[1:]}") from None
         except EndpointError as error:
             raise self._given_up(str(error)) from None
 
@@ -275,16 +282,24 @@ class Endpoint:
             LOG.warning("%s is left out of requests: POST %s: %s", ", ".join(sorted(new)), self.url, error)
         return {name: value for name, value in body.items() if name not in names}
 
+    @property
+    def _run(self) -> _Stop:
+        """The stop of the `each` that this thread works for, or of all others."""
+        run: _Stop = getattr(self._local, "stop", self._stop)
+        return run
+
     def _check_stop(self) -> None:
-        if self._stop.is_set():
-            raise self._fault or EndpointError("The requests were stopped.")
+        if self._run.event.is_set():
+            raise self._run.fault or EndpointError("The requests were stopped.")
 
     def _given_up(self, problem: str) -> EndpointError:
         """The error that ends the run; threads that wait end too."""
+        problem += "" if problem.endswith((".", "?")) else "."
+        run = self._run
         with self._mutex:
-            self._fault = self._fault or EndpointError(problem)
-        self._stop.set()
-        return self._fault
+            run.fault = run.fault or EndpointError(problem)
+        run.event.set()
+        return run.fault
 
     def _log_again(self, reason: str, wait: float, attempt: int) -> None:
         """Says now and then that requests fail."""
@@ -304,6 +319,12 @@ class Endpoint:
         Raises:
           EndpointError: the endpoint does not answer any more.
         """
+        stop = _Stop()
+
+        def started(item: Item) -> Done:
+            self._local.stop = stop
+            return work(item)
+
         todo, has_more = iter(items), True
         under_way: list[concurrent.futures.Future[Done]] = []
         is_lost = False
@@ -312,7 +333,7 @@ class Endpoint:
             while True:
                 while has_more and not is_lost and len(under_way) < 2 * self.concurrency:
                     try:
-                        under_way.append(pool.submit(work, next(todo)))
+                        under_way.append(pool.submit(started, next(todo)))
                     except StopIteration:
                         has_more = False
                 if not under_way:
@@ -329,12 +350,10 @@ class Endpoint:
                         if not (in_order and is_lost):
                             yield result
             if is_lost:
-                self._check_stop()
+                raise stop.fault or EndpointError("The requests were stopped.")
         finally:
-            self._stop.set()
-            pool.shutdown(cancel_futures=True)
-            self._stop.clear()
-            self._fault = None
+            stop.event.set()
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C need not wait for the endpoint
 
     def estimate(self, requests: Iterable[Planned], *, shown: int = 0) -> str:
         """What requests would be sent and cost, for people; sends nothing.

@@ -22,7 +22,17 @@ PACKAGE = HERE.parents[1] / "pasta_jax"
 CORPUS = HERE / "corpus"
 
 NAMES = (
-    *("texts", "tokenizers", "records", "folders", "checkpoints", "options", "overrides", "decoding"),
+    *(
+        "texts",
+        "replies",
+        "tokenizers",
+        "records",
+        "folders",
+        "checkpoints",
+        "options",
+        "overrides",
+        "decoding",
+    ),
     *("verbs", "kills"),
 )
 """A module of this package each, which is imported when it is needed."""

@@ -7,6 +7,16 @@ import re
 from tests.helpers.chat_server import Body
 
 
+def rivers(i: int) -> tuple[str, str]:
+    """A prompt, and an answer that `annotator` marks; of some answers the last block is not independent."""
+    items = [
+        f"- River {i}.{j}: it flows past {i + j} towns and under {i * j} old stone bridges.\n"
+        for j in range(3)
+    ]
+    delta = f"- Delta {i}: it has {i} islands, and birds too.\n" if i % 7 == 3 else ""
+    return f"Name rivers of country {i}.", "Rivers:\n" + "".join(items) + delta
+
+
 def annotator(body: Body) -> str:
     """Marks what follows the colon of each item of a list; as a judge it finds what says "too" to be dependent."""
     tasks = [each["content"] for each in body["messages"] if each["content"].startswith("<question>")]

@@ -55,7 +55,7 @@ class ChatServer:
         return sum(map(len, self.outcomes.values()))
 
     def counts(self) -> collections.Counter[str]:
-        return collections.Counter(each for outcomes in self.outcomes.values() for each in outcomes)
+        return collections.Counter(each for outcomes in [*self.outcomes.values()] for each in outcomes)
 
     def repeated(self) -> dict[str, list[str]]:
         """Requests that came again after they had been answered."""
@@ -107,7 +107,7 @@ def chat_server(
                 return self._send(401, {"error": {"message": f"Incorrect API key provided: {given}"}})
             name = key_of([f"{server.url}/chat/completions", body])
             with mutex:
-                draw = random.Random(f"{seed} {name} {len(outcomes[name])}").random()
+                draw = random.Random(f"{seed} {key_of(body)} {len(outcomes[name])}").random()
                 fault = "answered"
                 for kind, rate in dataclasses.asdict(rates).items():
                     if draw < rate:
