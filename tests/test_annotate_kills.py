@@ -75,6 +75,8 @@ def test_a_run_that_is_killed_goes_on(count: int, kills: int, tmp_path: pathlib.
         assert any(True for _ in example.program.promises()) == (not reasons[number])
     assert sum(not reason for reason in reasons.values()) > 0.95 * count
 
+    assert sum(1 for each in examples for _ in each.program.promises()) > 2.8 * count
+
     report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
     assert report["answers"] == count and sum(report["reasons"].values()) == sum(map(bool, reasons.values()))
     for folder, _, files in os.walk(tmp_path):

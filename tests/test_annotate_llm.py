@@ -249,11 +249,16 @@ def test_of_too_many_blocks_the_longest_are_kept() -> None:
     assert annotated.notes == (llm.SLOWER,) * 8 and annotated.program.nodes == (llm.Text(answer),)
 
 
-def test_long_topics_are_shortened_and_missing_ones_taken_from_the_text() -> None:
+def test_topics_fit_and_differ() -> None:
+    """A model's topic is kept where it can be; one that it did not give is taken from the text."""
     reply = tagged().replace('"Nile"', '"the very long river of Egypt"').replace('"Rhine"', '" "')
     annotated, _ = annotate([reply], is_judged=False)
-    topics = [promise.topic for promise in annotated.program.promises()]
-    assert topics[1].startswith("it is") and all(fits(TOKENIZER, topic) for topic in topics)
+    long, missing = [promise.topic for promise in annotated.program.promises()]
+    assert "river" in long and missing and fits(TOKENIZER, long) and fits(TOKENIZER, missing)
+    answer = "".join(f"- {i * 'a'}: the town number {i} has a river and a harbour.\n" for i in (20, 30, 40))
+    annotated, _ = annotate([tagged(answer)], answer, is_judged=False)
+    names = [promise.topic for promise in annotated.program.promises()]
+    assert len({*names}) == 3 and all(fits(TOKENIZER, name) for name in names), "they begin alike"
 
 
 # ------------------------------------------------------------------------------------------------- many records

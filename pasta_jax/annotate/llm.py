@@ -19,6 +19,7 @@ from typing import Any
 
 from pasta_jax.annotate.annotators import AnnotatorError, Options
 from pasta_jax.annotate.insertion import SPELLS_TAG, NotInserted, inserted
+from pasta_jax.annotate.naming import topics
 from pasta_jax.annotate.protocol import Annotated, Declined, Item, Messages, Result
 from pasta_jax.endpoint.client import Endpoint, Planned
 from pasta_jax.endpoint.cost import estimated_tokens
@@ -27,7 +28,6 @@ from pasta_jax.endpoint.post import EndpointError, RequestError
 from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import joined
-from pasta_jax.lang.topics import shortened
 from pasta_jax.lang.validate import MAX_BRANCHES, MIN_BLOCK_WORDS
 from pasta_jax.tokens.cost import theoretical_speedup
 from pasta_jax.tokens.tokenizer import TextError, Tokenizer, check_text
@@ -159,24 +159,28 @@ class LlmAnnotator:
             ) from None
 
     def _without_doubtful(self, nodes: Sequence[Node], notes: list[str]) -> tuple[Node, ...]:
-        """The nodes with topics that fit, and without blocks that are too short or have an earlier one's topic."""
-        topics: set[str] = set()
-
-        def checked(node: Node) -> Node:
+        """The nodes with topics that fit and differ, and without short blocks and those of an earlier one's topic."""
+        kept: dict[int, Promise] = {}
+        given: set[str] = set()
+        for i, node in enumerate(nodes):
             if not isinstance(node, Promise):
-                return node
-            text = text_of(node.block)
-            topic = shortened(self.tokenizer, node.topic or _clean_start(text))
-            if len(text.split()) < MIN_BLOCK_WORDS:
+                continue
+            if len(text_of(node.block).split()) < MIN_BLOCK_WORDS:
                 notes.append(SHORT)
-            elif topic.lower() in topics or not topic:
+            elif node.topic.lower() in given - {""}:
                 notes.append(SAME_TOPIC)
             else:
-                topics.add(topic.lower())
-                return dataclasses.replace(node, topic=topic)
-            return Text(text)
+                kept[i] = node
+                given.add(node.topic.lower())
+        blocks = [(promise.topic, text_of(promise.block)) for promise in kept.values()]
+        chosen = dict(zip(kept, topics(self.tokenizer, blocks), strict=True))
 
-        return tuple(map(checked, nodes))
+        def checked(i: int, node: Node) -> Node:
+            if i in kept:
+                return dataclasses.replace(kept[i], topic=chosen[i])
+            return Text(text_of(node.block)) if isinstance(node, Promise) else node
+
+        return tuple(checked(i, node) for i, node in enumerate(nodes))
 
     def _independent(self, question: str, nodes: Sequence[Node], notes: list[str]) -> tuple[Node, ...]:
         """The nodes without blocks that are not independent; what relies on a block comes after a sync."""
@@ -325,11 +329,6 @@ def _useful(nodes: Sequence[Node]) -> tuple[Node, ...]:
         is_open |= isinstance(node, Promise)
         useful.append(node)
     return joined(useful)
-
-
-def _clean_start(text: str) -> str:
-    """Words for the topic of a block that has none."""
-    return " ".join(re.findall(r"\w[\w'-]*", text)[:3])
 
 
 def make(options: Options) -> LlmAnnotator:
