@@ -159,7 +159,7 @@ class LlmAnnotator:
             ) from None
 
     def _without_doubtful(self, nodes: Sequence[Node], notes: list[str]) -> tuple[Node, ...]:
-        """The nodes with topics that fit and differ, and without short blocks and those of an earlier one's topic."""
+        """The nodes with topics that fit and differ; short blocks, and those of an earlier topic, become text."""
         kept: dict[int, Promise] = {}
         given: set[str] = set()
         for i, node in enumerate(nodes):
