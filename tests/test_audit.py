@@ -1,6 +1,7 @@
 """The independence audit: its two views, what blocks lose, and the annotator that it makes."""
 
 import dataclasses
+import json
 import math
 import pathlib
 from collections.abc import Iterator
@@ -8,25 +9,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+from absl import flags
 
 from pasta_jax import visibility
-from pasta_jax.annotate import audited
-from pasta_jax.annotate.annotators import AnnotatorError, Options, make_annotator
+from pasta_jax.annotate import audited, auditing
+from pasta_jax.annotate.annotators import MAX_LOSS, AnnotatorError, Options, make_annotator
 from pasta_jax.annotate.audit import Auditor, Part
 from pasta_jax.annotate.itself import DOES_NOT_PAY, NEEDS, WAITS, SelfAudit
 from pasta_jax.annotate.protocol import Annotated, Item
 from pasta_jax.annotate.sequential import that_pay
 from pasta_jax.arrays import ThreadedTokens
+from pasta_jax.data import almanac
 from pasta_jax.data.records import Problem, read
 from pasta_jax.decoding.model import Model
 from pasta_jax.files import write_jsonl
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import parse
+from pasta_jax.lang.program import Program, Promise
 from pasta_jax.lang.render import render
+from pasta_jax.loading import load
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.cost import theoretical_speedup
 from pasta_jax.tokens.layout import layout_example
 from pasta_jax.tokens.views import is_text, with_siblings, without_siblings
+from tests.helpers import only_full
 from tests.helpers.models import TINY, random_params
 
 
@@ -180,6 +186,31 @@ def padded(document: ThreadedTokens, length: int = 64) -> dict[str, np.ndarray]:
     }
 
 
+@only_full
+def test_it_separates_steps_of_chains_from_items_of_lists_and_prose() -> None:
+    """With the base model of `make demo`, which knows the texts and no tags."""
+    folder = pathlib.Path(__file__).parents[1] / "runs" / "demo" / "base"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not there; `make demo` trains it")
+    model = load(folder)
+    auditor = Auditor(model, rows=8, length=512, threads=16)
+    tasks = [task for task in almanac.evaluation_tasks(140) if task.family in ("chain", "list", "prose")]
+    programs = []
+    for task in tasks:
+        program = almanac.annotate_exactly(task, lambda text: len(model.tokenizer.encode(text)))
+        if task.family == "chain":
+            steps = enumerate(task.plan.nodes, start=1)
+            program = Program(tuple(Promise(f"item {number}", 1, (step,)) for number, step in steps))
+        programs.append((auditor.document(task.prompt, program), program))
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    for task, parts in zip(tasks, auditor.audit(programs), strict=True):
+        losses[task.family == "chain"] += [part.per_token for part in parts if part.is_block and part.unseen]
+    needy, free = np.array(losses[True]), np.array(losses[False])
+    more = needy[:, None] - free
+    assert np.mean((more > 0) + 0.5 * (more == 0)) > 0.99, "the area under the ROC curve"
+    assert np.mean(needy > MAX_LOSS) > 0.97 and np.mean(free > MAX_LOSS) < 0.03
+
+
 # ------------------------------------------------------------------------------------------------- annotator
 
 
@@ -296,14 +327,48 @@ def test_problems_in_a_file_are_left_to_its_readers(tmp_path: pathlib.Path) -> N
     assert audited.audit_file(COPYING, [problem], str(tmp_path), {}) == []
 
 
+def test_the_command_audits_a_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, data, folder = flags.FlagValues(), tmp_path / "own.jsonl", tmp_path / "out"
+    auditing.define(values)
+    for name in ("input", "output", "turns"):
+        flags.DEFINE_string(name, "all", "", flag_values=values)
+    flags.DEFINE_integer("length", 128, "", flag_values=values)
+    write_jsonl(data, [{"q": "Name some rivers.", "a": THREE}])
+    asked: list[Any] = []
+
+    def loaded(path: str, **options: Any) -> Model:
+        asked.append((path, options))
+        return COPYING.model
+
+    monkeypatch.setattr("pasta_jax.loading.load", loaded)
+    monkeypatch.setattr("pasta_jax.annotate.itself.Auditor", Copying)
+
+    def run(*words: str) -> str:
+        values(
+            ["annotate", f"--input={data}", f"--output={folder}", "--ckpt=hf:W", "--dtype=float32", *words]
+        )
+        return auditing.audit(values, {"prompt": "q", "response": "a"}, {"input": str(data)})
+
+    assert run().startswith("1 answers with promises were audited. 2 of their blocks have siblings")
+    assert asked == [("hf:W", {"dtype": "float32"})]
+    about = json.loads((folder / "about.json").read_text())
+    assert about["ckpt"] == "hf:W" and about["length"] == 128
+    (folder / "audit.jsonl").write_text((folder / "audit.jsonl").read_text().replace("Lena", "kept"))
+    run("--max_loss=1.5")
+    assert "above 1.5" in (folder / "audit.md").read_text(), "another limit needs no other audit"
+    assert "kept" in (folder / "audit.jsonl").read_text()
+    run("--length=256")
+    assert "kept" not in (folder / "audit.jsonl").read_text()
+
+
 def test_what_it_cannot_be_made_of_is_refused(tmp_path: pathlib.Path) -> None:
-    for flags, message in (
+    for given, message in (
         ({}, "add --ckpt=WORKDIR"),
         ({"ckpt": "W", "candidates": "self"}, "--candidates=self proposes nothing"),
         ({"ckpt": "W", "candidates": "rule:apar"}, "--candidates=rule:apar has no syncs"),
         ({"ckpt": "W", "candidates": "rule:none"}, "--annotator='rule:none' is none of"),
     ):
         with pytest.raises(AnnotatorError, match=message):
-            make_annotator("self", Options(WORDS, str(tmp_path), flags=flags))
+            make_annotator("self", Options(WORDS, str(tmp_path), flags=given))
     with pytest.raises(ValueError, match="no complete checkpoint"):
         make_annotator("self", Options(WORDS, str(tmp_path), flags={"ckpt": str(tmp_path)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -45,18 +46,18 @@ def model_of(values: flags.FlagValues) -> dict[str, Any]:
     return options
 
 
-def define() -> None:
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags."""
-    text: Any = flags.DEFINE_string
-    flags.DEFINE_bool("audit", False, "Audit the annotated answers of --input; --output is a folder then.")
+    text: Any = functools.partial(flags.DEFINE_string, flag_values=values)
+    whole: Any = functools.partial(flags.DEFINE_integer, lower_bound=1, flag_values=values)
+    about = "Audit the annotated answers of --input; --output is a folder then."
+    flags.DEFINE_bool("audit", False, about, flag_values=values)
     text("ckpt", None, "self and --audit: the model that reads, a workdir or hf:FOLDER.")
     text("base", None, "Of adapters in --ckpt: their base weights, if these have moved.")
-    flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16"], "Of that model's weights; by default as they are."
-    )
-    flags.DEFINE_integer("rows", 4, "self and --audit: rows of a batch.", lower_bound=1)
-    flags.DEFINE_float(
-        "max_loss", MAX_LOSS, "self and --audit: nats per token that a block may lose without its siblings."
-    )
+    about = "Of that model's weights; by default as they are."
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], about, flag_values=values)
+    whole("rows", 4, "self and --audit: rows of a batch.")
+    about = "self and --audit: nats per token that a block may lose without its siblings."
+    flags.DEFINE_float("max_loss", MAX_LOSS, about, flag_values=values)
     text("candidates", "rule:structure", "self: the annotator that proposes promises.")
-    flags.DEFINE_integer("max_depth", 1, "--audit: how deep promises may nest.", lower_bound=1)
+    whole("max_depth", 1, "--audit: how deep promises may nest.")
