@@ -32,6 +32,7 @@ from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.tokenizer import Tokenizer
 from tests.helpers import full
 from tests.helpers.data import data_file
+from tests.helpers.programs import random_program
 
 NILE = "The river flows north through ten dry countries and has fed the fields of Egypt for ages."
 ROUNDS = 60
@@ -323,3 +324,21 @@ def test_tags_cost_what_they_are_worth() -> None:
     branch = Promise("a", 1, (Text(" b c d e"),))
     assert len(PIECES) == 6
     assert theoretical_speedup(tokenizer, Program((Text("a"), branch))) == 5 / (1 + 5 - 1 + 6)
+
+
+def test_what_validates_is_trained_on(rng: random.Random) -> None:
+    """Whatever the tokenizer: this one spells topics letter by letter, often longer than the grammar allows."""
+    tokenizer = WordTokenizer("the Nile is long")
+    fitter = Fitter(DataConfig(length=10_000), tokenizer)
+    warned = 0
+    for _ in range(10 * ROUNDS):
+        text = render(random_program(rng, max_nodes=40))
+        problems = [doubt.problem for doubt in validate(text, tokenizer=tokenizer)]
+        example = Example("the Nile", parse(text), 1, "")
+        if any("more than 15 promises" in problem for problem in problems):
+            with pytest.raises(Fault, match="more than 15 branches"):
+                fitter.fit(example)
+        else:
+            assert fitter.fit(example).answer
+            warned += any("tokens, more than 8" in problem for problem in problems)
+    assert warned > ROUNDS
