@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -125,3 +126,23 @@ def test_stages_and_rounds(start: str) -> None:
     round_1 = round_of(config, start, steps=30)
     assert (round_1.init_from, round_1.steps) == (start, 30)
     assert (round_1.optimizer.lr, round_1.optimizer.warmup_steps) == (config.preference.lr, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "message"),
+    [
+        (Config(epochs=3.0, steps=7), ["steps=7"], r"config.steps=7 does not count: config.epochs=3 sets"),
+        (Config(steps=7), ["steps=7"], ""),
+        (Config(epochs=3.0), ["seed=1"], ""),
+    ],
+)
+def test_steps_that_do_not_count_are_said_at_the_start(
+    config: Config, overrides: list[str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    resolve(config, overrides=overrides)
+    assert bool(caplog.messages) == bool(message) and re.match(message, "".join(caplog.messages))
+
+
+def test_steps_do_not_count_in_the_second_stage(start: str, caplog: pytest.LogCaptureFixture) -> None:
+    resolve(Config(stage="preference", init_from=start, steps=9), overrides=["steps=9"])
+    assert "config.steps=9 does not count in the second stage" in caplog.text
