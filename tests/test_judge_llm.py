@@ -116,6 +116,7 @@ def test_many_comparisons_whatever_goes_wrong(tmp_path: Any) -> None:
                 server.url, "m", backoff=0.001, timeout=1.0, cache=tmp_path, concurrency=16
             ) as endpoint:
                 said = [*compare_all(LlmJudge(endpoint), comparisons)]
+                assert "About 0 requests" in endpoint.estimate(LlmJudge(endpoint).planned(comparisons))
             assert said == [Preference(0, 0.75)] * 100
         assert server.repeated() == {} and server.counts()["answered"] == 100
 

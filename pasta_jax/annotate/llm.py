@@ -28,6 +28,7 @@ from pasta_jax.endpoint.post import EndpointError, RequestError
 from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import joined
+from pasta_jax.lang.topics import shortened
 from pasta_jax.lang.validate import MAX_BRANCHES, MIN_BLOCK_WORDS
 from pasta_jax.tokens.cost import theoretical_speedup
 from pasta_jax.tokens.tokenizer import TextError, Tokenizer, check_text
@@ -172,8 +173,11 @@ class LlmAnnotator:
             else:
                 kept[i] = node
                 given.add(node.topic.lower())
-        blocks = [(promise.topic, text_of(promise.block)) for promise in kept.values()]
-        chosen = dict(zip(kept, topics(self.tokenizer, blocks), strict=True))
+        names = [shortened(self.tokenizer, promise.topic) for promise in kept.values()]
+        if not all(names) or len({name.casefold() for name in names}) < len(names):
+            blocks = [(promise.topic, text_of(promise.block)) for promise in kept.values()]
+            names = topics(self.tokenizer, blocks)
+        chosen = dict(zip(kept, names, strict=True))
 
         def checked(i: int, node: Node) -> Node:
             if i in kept:

@@ -64,11 +64,13 @@ class Planned:
       messages: of the request.
       output: about how many tokens its reply will have.
       follows: it depends on the reply to the one before, and is as good as sent if the cache has that.
+      top_logprobs: as in `Endpoint.ask`.
     """
 
     messages: Messages
     output: int
     follows: bool = False
+    top_logprobs: int = 0
 
 
 class _Stop:
@@ -368,7 +370,8 @@ class Endpoint:
         usage = Usage(0, 0)
         for planned in requests:
             if not (planned.follows and is_kept):
-                is_kept = key_of([self.url, self._body(planned.messages)]) in self._cache
+                body = self._body(planned.messages, top_logprobs=planned.top_logprobs)
+                is_kept = key_of([self.url, body]) in self._cache
             if is_kept:
                 kept += 1
                 continue

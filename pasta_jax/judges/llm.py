@@ -106,7 +106,11 @@ class LlmJudge:
 
     def planned(self, comparisons: Sequence[Comparison]) -> Iterator[Planned]:
         """The requests for some comparisons, for an estimate."""
-        return (Planned(_messages(each), REPLY_TOKENS) for each in comparisons if each.a != each.b)
+        return (
+            Planned(_messages(each), REPLY_TOKENS, top_logprobs=TOP)
+            for each in comparisons
+            if each.a != each.b
+        )
 
     def report(self) -> str:
         """What was asked, how the judge answered, and what it cost, in one line."""
