@@ -181,7 +181,7 @@ def report(audited: Sequence[Audited], max_loss: float, title: str) -> str:
                 f"{part.branch} {_cell(part.topic)}" + ", text after" * (not part.is_block),
                 f"{part.per_token:.2f}",
                 f"{part.loss:.1f}",
-                _cell(part.worst),
+                _cell(part.worst.replace("\n", "⏎")),
             ]
             for part, each in worst[:SHOWN]
         ]
