@@ -9,7 +9,7 @@
 ...     pass
 Traceback (most recent call last):
     ...
-pasta_jax.endpoint.cost.BudgetError: the budget is used up: $0.0020 of $0.01, and the next one takes about $0.009
+pasta_jax.endpoint.cost.BudgetError: the budget is used up: $0.0020 of $0.01, and the next takes about $0.0090
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Meter:
                 if not self._has(expected):
                     raise BudgetError(
                         f"the budget is used up: ${self.dollars:.4f} of ${self._most_dollars:g}, and the next "
-                        f"one takes about ${expected:.3f}"
+                        f"takes about ${expected:.4f}"
                     )
             if self._most_requests is not None and self.requests >= self._most_requests:
                 raise BudgetError(f"the budget is used up: {self._most_requests:,} requests are sent")
