@@ -10,6 +10,7 @@ import pathlib
 import random
 import shutil
 import sys
+import time
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,7 @@ from pasta_jax.prepare.__main__ import prepare
 from pasta_jax.tokens.positions import Positions
 from tests.helpers import only_full
 from tests.helpers.programs import random_program
+from tests.helpers.started import start, wait
 
 pytest.importorskip("array_record", reason="array_record is not installed")
 
@@ -195,6 +197,42 @@ def test_several_workers_do_the_same(
     assert contents(tmp_path / "mine") == contents(data / "mine")
 
 
+@only_full
+def test_killed_at_random_it_goes_on_and_leaves_no_worker(tmp_path: pathlib.Path) -> None:
+    """The command with two workers, killed five times."""
+    with (tmp_path / "mine.jsonl").open("w") as file:
+        for i in range(12_000):
+            file.write(json.dumps({"prompt": f"Say {i}.", "response": f"It is {i}. " * (i % 9 + 1)}) + "\n")
+    to, rng = tmp_path / "mine", random.Random(0)
+    words = [
+        f"--sources={tmp_path / 'mine.jsonl'}",
+        f"--to={to}",
+        "--tokenizer=almanac",
+        "--shard_examples=1000",
+    ]
+    for _ in range(5):
+        process = start(["-m", "pasta_jax.prepare", *words, "--workers=2"], tmp_path / "log")
+        until, shards = time.monotonic() + 60, len([*to.glob("*.array_record-*")])
+        while process.poll() is None and len([*to.glob("*.array_record-*")]) <= shards < 10:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(rng.random() / 5)
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        process.wait()
+        while any(pathlib.Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() < until, "a worker is left"
+            time.sleep(0.05)
+    assert wait([start(["-m", "pasta_jax.prepare", *words], tmp_path / "log")], 60) == [0]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(encoding, "BATCH", 256)  # as in the command
+        prepare(
+            of(tmp_path / "mine.jsonl", config=DataConfig()), TOKENIZER, str(tmp_path / "other"), shard=1000
+        )
+    assert contents(to) == contents(tmp_path / "other")
+    assert len(open_prepared(str(to))) == 12_000
+
+
 def test_records_are_dropped_as_in_training(
     data: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -241,6 +279,7 @@ def test_damage_is_told_in_one_line(data: pathlib.Path, tmp_path: pathlib.Path) 
         ("pasta-train.array_record-00001", None, "is missing or not whole. Copy the folder again"),
         ("index.npy", b"", "index.npy is damaged: .*Prepare the data again"),
         ("prepared.json", b"{", "prepared.json is damaged: JSONDecodeError.*Prepare the data again"),
+        ("prepared.json", b'{"format": 1}', "prepared.json is damaged: its checksum differs"),
         ("prepared.json", b'{"format": 2}', "has the format 2; this version reads 1"),
         ("prepared.json", None, "has no prepared.json"),
     ):

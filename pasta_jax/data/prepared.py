@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from pasta_jax.data.fitting import TOO_LONG
 from pasta_jax.data.reading import RecordError
 from pasta_jax.data.shards import Reader, shard_name
 from pasta_jax.files import BROKEN
-from pasta_jax.messages import message_of
+from pasta_jax.messages import message_of, shown
 from pasta_jax.tokens.base import unpack
 from pasta_jax.tokens.layout import layout_ids
 from pasta_jax.tokens.load import tokenizer_from_bytes
@@ -152,15 +153,17 @@ def open_prepared(
     folder = folder.removeprefix(PREPARED)
     about = read_about(folder)
     try:
-        index = np.load(os.path.join(folder, INDEX))
-        if index.dtype != ROW or len(index) != about["examples"] or len(index) != sum(about["shards"]):
-            raise ValueError(f"it lists {len(index)} examples of {about['examples']}")
-        vocabulary = (tokenizer or own_tokenizer(folder, about)).vocabulary
-        threads = about["made"]["threads"] if threads is None else threads
-    except (OSError, EOFError, *BROKEN) as error:
+        with open(os.path.join(folder, INDEX), "rb") as file:
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() != about["index"]:
+            raise ValueError("its checksum differs")
+    except (OSError, ValueError) as error:
         raise RecordError(
             f"{folder}/{INDEX} is damaged: {message_of(error)}. Prepare the data again."
         ) from error
+    index = np.load(io.BytesIO(data))
+    vocabulary = (tokenizer or own_tokenizer(folder, about)).vocabulary
+    threads = about["made"]["threads"] if threads is None else threads
     for number, size in enumerate(about["bytes"]):
         path = os.path.join(folder, shard_name(number))
         if not os.path.isfile(path) or os.path.getsize(path) != size:
@@ -187,14 +190,28 @@ def read_about(folder: str) -> dict[str, Any]:
     except (OSError, *BROKEN) as error:
         raise RecordError(f"{path} is damaged: {message_of(error)}. Prepare the data again.") from error
     if about.get("format") != FORMAT:
-        raise RecordError(f"{path} has the format {about.get('format')}; this version reads {FORMAT}.")
+        raise RecordError(f"{path} has the format {shown(about.get('format'))}; this version reads {FORMAT}.")
+    if about.pop("check", None) != checksum(about):
+        raise RecordError(f"{path} is damaged: its checksum differs. Prepare the data again.")
     return about
 
 
+def checksum(about: Mapping[str, Any]) -> str:
+    """Of what prepared.json says."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
 def own_tokenizer(folder: str, about: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer with which a folder was prepared. Raises OSError, TokenizerError."""
-    with open(os.path.join(folder, TOKENIZER), "rb") as file:
-        return tokenizer_from_bytes(file.read()).with_dialect(about["made"]["dialect"])
+    """The tokenizer with which a folder was prepared. Raises RecordError."""
+    path = os.path.join(folder, TOKENIZER)
+    try:
+        with open(path, "rb") as file:
+            tokenizer = tokenizer_from_bytes(file.read())
+        if fingerprint(tokenizer) != about["made"]["tokenizer"]["sha256"]:
+            raise ValueError("its checksum differs")
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} is damaged: {message_of(error)}. Prepare the data again.") from error
+    return tokenizer.with_dialect(about["made"]["dialect"])
 
 
 def open_for(name: str, config: DataConfig, tokenizer: Tokenizer) -> Prepared:

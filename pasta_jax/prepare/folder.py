@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from pasta_jax.config import ConfigError
 from pasta_jax.data.fitting import SHOWN, Account
-from pasta_jax.data.prepared import ABOUT, DROPPED, FORMAT, INDEX, TOKENIZER, read_about
+from pasta_jax.data.prepared import ABOUT, DROPPED, FORMAT, INDEX, TOKENIZER, checksum, read_about
 from pasta_jax.data.records import Problem, invalid_line
 from pasta_jax.data.shards import shard_name, write_descriptions, writing
 from pasta_jax.files import LOCK, Stamp, changes, json_line, read_jsonl, replacing, write_json
@@ -169,8 +170,10 @@ def finish(
     """Writes what describes the shards, prepared.json last, and removes what was needed on the way."""
     parts = [os.path.join(folder, PARTS, f"{number:05d}.npy") for number in range(len(state.shards))]
     index = np.concatenate([np.load(part) for part in parts])
+    table = io.BytesIO()
+    np.save(table, index)
     with replacing(os.path.join(folder, INDEX), "wb") as file:
-        np.save(file, index)
+        file.write(table.getvalue())
     with replacing(os.path.join(folder, TOKENIZER), "wb") as file:
         file.write(tokenizer.to_bytes())
     names = ", ".join(account.path for account in state.accounts)
@@ -192,12 +195,13 @@ def finish(
         "left_out": dict(left_out),
         "cut": sum(account.cut for account in state.accounts),
         "hash": state.hash,
+        "index": hashlib.sha256(table.getvalue()).hexdigest(),
         "shards": list(state.shards),
         "bytes": list(state.bytes),
     }
     if not state.dropped:
         os.remove(os.path.join(folder, DROPPED))
-    write_json(os.path.join(folder, ABOUT), finished)
+    write_json(os.path.join(folder, ABOUT), finished | {"check": checksum(finished)})
     for path in (*parts, os.path.join(folder, BEGUN), os.path.join(folder, PROGRESS)):
         with contextlib.suppress(OSError):
             os.remove(path)

@@ -25,6 +25,7 @@ from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.training.metrics import MetricsWriter, read_metrics
 from pasta_jax.training.state import TrainState, new_state
 from tests.fuzz import hostile
+from tests.fuzz.hostile import hurt as hurt
 from tests.fuzz.runner import Target, outcome
 from tests.helpers.hf_folders import small_tokenizer
 from tests.helpers.models import random_params
@@ -125,16 +126,6 @@ def check(case: Any) -> None:
         check_load(workdir, exact=not case["edits"])
         check_resume(workdir, exact=not case["edits"])
         check_metrics(workdir)
-
-
-def hurt(file: pathlib.Path, damage: hostile.Damage) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    data = hostile.damaged(file.read_bytes() if file.is_file() else b"", damage)
-    file.unlink(missing_ok=True)
-    if data is not None:
-        file.write_bytes(data)
-    elif damage == ["folder"]:
-        file.mkdir()
 
 
 def check_load(workdir: pathlib.Path, exact: bool) -> None:

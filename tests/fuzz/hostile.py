@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -310,6 +311,16 @@ def damaged(data: bytes, what: Damage) -> bytes | None:
     """The bytes after the damage; None if the file is gone ("folder": a folder has its name)."""
     verb, *arguments = what
     return _VERBS[verb](data, *arguments)
+
+
+def hurt(file: pathlib.Path, damage: Damage) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    data = damaged(file.read_bytes() if file.is_file() else b"", damage)
+    file.unlink(missing_ok=True)
+    if data is not None:
+        file.write_bytes(data)
+    elif damage == ["folder"]:
+        file.mkdir()
 
 
 def latin(junk: Any) -> bytes:

@@ -27,6 +27,7 @@ NAMES = (
         "replies",
         "tokenizers",
         "records",
+        "prepared",
         "folders",
         "checkpoints",
         "options",
