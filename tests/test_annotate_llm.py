@@ -180,7 +180,9 @@ def test_an_altered_text_is_asked_for_once_more() -> None:
         annotate([tagged().replace("Alps", "alps")] * 2)
 
 
-@pytest.mark.parametrize("answer", ["Write <async> here.", "It uses <sync/> a lot.", "half \ud83d of it"])
+@pytest.mark.parametrize(
+    "answer", ["Write <async topic='x'> here.", "It uses <sync/> a lot.", "half \ud83d of it"]
+)
 def test_an_answer_that_cannot_be_told_from_tags_is_declined_unasked(answer: str) -> None:
     with pytest.raises(Declined, match="spells a tag|half a character"):
         annotate([], answer)

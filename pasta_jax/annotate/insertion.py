@@ -35,9 +35,6 @@ _TAG = re.compile(
     r"|(?P<close><\s*/\s*async\s*>)|(?P<sync><\s*sync\s*/?\s*>(?:<\s*/\s*sync\s*>)?)",
     re.IGNORECASE,
 )
-SPELLS_TAG = re.compile(r"<\s*/?\s*(?:async|sync|promise)\b", re.IGNORECASE)
-"""What an answer of this annotator may not hold: nobody could tell it from a tag."""
-
 _FENCE = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
 _WRAPPER = re.compile(r"\s*<answer>\n?(.*?)\n?</answer>\s*", re.DOTALL)
 
@@ -60,6 +57,15 @@ class NotInserted(ValueError):
 class _Tag(NamedTuple):
     kind: Kind
     topic: str = ""
+
+
+def spells_tag(answer: str) -> bool:
+    """Whether an answer itself has what would be read as a tag, so that nobody could tell the two apart.
+
+    >>> spells_tag("Write <sync/> to wait."), spells_tag("Map<Promise<void>> and <async>")
+    (True, False)
+    """
+    return _TAG.search(answer) is not None
 
 
 def inserted(reply: str, answer: str) -> tuple[Node, ...]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pasta_jax.annotate.annotators import AnnotatorError, Options
-from pasta_jax.annotate.insertion import SPELLS_TAG, NotInserted, inserted
+from pasta_jax.annotate.insertion import NotInserted, inserted, spells_tag
 from pasta_jax.annotate.naming import topics
 from pasta_jax.annotate.protocol import Annotated, Declined, Item, Messages, Result
 from pasta_jax.endpoint.client import Endpoint, Planned
@@ -81,7 +81,7 @@ class LlmAnnotator:
           RequestError: the endpoint does not answer the request.
           EndpointError: the endpoint does not answer any more.
         """
-        if SPELLS_TAG.search(answer):
+        if spells_tag(answer):
             raise Declined("the answer itself spells a tag")
         try:
             check_text(answer)
