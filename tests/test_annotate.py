@@ -342,3 +342,13 @@ def test_what_validates_is_trained_on(rng: random.Random) -> None:
             assert fitter.fit(example).answer
             warned += any("tokens, more than 8" in problem for problem in problems)
     assert warned > ROUNDS
+
+
+def test_forks_keep_to_their_limits() -> None:
+    text = marked(*(f"- **R{i}**:{N1}" for i in range(20)))
+    tokenizer = WordTokenizer(text).with_dialect("apar")
+    many = Apar(tokenizer, 15)("Hi", text)
+    assert len([*many.program.promises()]) == 15 and many.notes == ("more forks than an answer may have",) * 5
+    plain = len(tokenizer.encode(text)) + len(tokenizer.encode_prompt("Hi"))
+    assert Apar(tokenizer, 15, length=plain + 40)("Hi", text) == many
+    assert Apar(tokenizer, 15, length=plain + 10)("Hi", text).program == Program((Text(text),))

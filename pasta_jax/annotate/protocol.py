@@ -30,7 +30,8 @@ class Annotated:
     """An annotated answer.
 
     Attributes:
-      program: the answer with its tags; its text is the answer's, unaltered. Without promises it stays plain.
+      program: the answer with its tags; its text is the answer's, unaltered. Without promises it stays plain. The
+        command counts the lengths of blocks by the tokenizer and shortens topics, so 1 and any name will do.
       notes: why blocks stayed in main, one short reason each; equal ones are counted together in the report.
     """
 

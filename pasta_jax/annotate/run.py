@@ -33,7 +33,7 @@ from pasta_jax.data.records import Example, Reader, problem, raw_text
 from pasta_jax.endpoint.post import EndpointError
 from pasta_jax.files import Lines, Stamp, locked, read_jsonl, replacing, shows_progress
 from pasta_jax.lang.assemble import assemble, text_of
-from pasta_jax.lang.program import Program, Promise, Sync, Text
+from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import render
 from pasta_jax.lang.topics import with_short_topics
 from pasta_jax.lang.validate import validate
@@ -243,7 +243,7 @@ class _Check:
             return Outcome(turn, result.declined), ""
         notes = dict(collections.Counter(result.annotated.notes).most_common())
         tokens = len(self.tokenizer.encode(answer))
-        program = with_short_topics(self.tokenizer, result.annotated.program)
+        program = with_short_topics(self.tokenizer, measured(self.tokenizer, result.annotated.program))
         promises = [*program.promises()]
         reason, text, steps = "" if promises else next(iter(notes), "no structure"), "", 0
         try:
@@ -265,6 +265,18 @@ class _Check:
         limits: dict[str, Any] = dict(max_depth=self.max_depth, max_branches=self.max_branches)
         found = validate(text, **limits, tokenizer=self.tokenizer)
         return f"validator: {found[0].problem}" if found else ""
+
+
+def measured(tokenizer: Tokenizer, program: Program) -> Program:
+    """The program with the length of every block counted by the tokenizer, whatever its promise says."""
+
+    def count(node: Node) -> Node:
+        if not isinstance(node, Promise) or node.is_bare:
+            return node
+        tens = length_in_tens(len(tokenizer.encode(text_of(node.block))))
+        return dataclasses.replace(node, tokens=tens, block=tuple(map(count, node.block)))
+
+    return Program(tuple(map(count, program.nodes)))
 
 
 def _depth_and_syncs(program: Program) -> tuple[int, int]:
