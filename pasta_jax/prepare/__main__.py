@@ -129,7 +129,7 @@ def prepare(
                 LOG.info("%s", _rate(state, begun, first))
     kept = os.path.join(folder, DROPPED)
     for account in state.accounts:
-        account.check(config.max_unusable, kept)
+        account.check(config.max_unusable, kept, may_cut=config.too_long == "drop")
         if report := account.report():
             LOG.warning("%s", report)
     if any(account.unusable for account in state.accounts):
