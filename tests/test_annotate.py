@@ -350,5 +350,5 @@ def test_forks_keep_to_their_limits() -> None:
     many = Apar(tokenizer, 15)("Hi", text)
     assert len([*many.program.promises()]) == 15 and many.notes == ("more forks than an answer may have",) * 5
     plain = len(tokenizer.encode(text)) + len(tokenizer.encode_prompt("Hi"))
-    assert Apar(tokenizer, 15, length=plain + 40)("Hi", text) == many
+    assert Apar(tokenizer, 15, length=plain + 60)("Hi", text) == many
     assert Apar(tokenizer, 15, length=plain + 10)("Hi", text).program == Program((Text(text),))
