@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.arrays import ThreadedTokens
-from pasta_jax.config import Config, PreferenceConfig
+from pasta_jax.config import Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.judges.protocol import JudgeError, Preference
 from pasta_jax.preference import rounds
@@ -139,3 +139,14 @@ def test_scores_by_hand_and_what_lambda_does() -> None:
     assert choose_pair(scores(record, found, gated)) == (0, 1)
     almost = 1 - 1e-12  # an equal, but for the order of a sum
     assert scores(record, [almost] * 3, gated) == pytest.approx([3.0, 5.0, 2.0])
+
+
+def test_a_judge_that_cannot_be_made_is_refused_before_anything_is_sampled(tmp_path: pathlib.Path) -> None:
+    preference = PreferenceConfig(judge="no_such_module:f")
+    with pytest.raises(
+        ConfigError, match=r"config.preference.judge: The judge no_such_module:f: .*cannot be imp"
+    ):
+        rounds.run(Config(stage="preference", init_from="W", preference=preference), str(tmp_path))
+    for judge in ("polite", ":", "a:", "llm"):
+        with pytest.raises(ValueError, match="^judge"):
+            PreferenceConfig(judge=judge)

@@ -116,7 +116,9 @@ def own(values: flags.FlagValues) -> None:
     )
     gamed = _gamed(values)
     questions = own.questions_of(settings.prompts, settings.columns)
-    if values.opponent:  # before minutes of decoding
+    # What cannot work is said before minutes of decoding.
+    _check_judge(values, [own.instruction_of(question) for question in questions])
+    if values.opponent:
         own.opponent_of(questions, values.opponent, settings.columns)
     evaluated = own.answer_all(settings, questions)
     asked, quality = None, None
@@ -146,6 +148,28 @@ def _judge_name(values: flags.FlagValues) -> str:
         return ""
     model = {"llm": values.model, "likelihood": values.judge_model or values.baseline}.get(values.judge)
     return f"{values.judge} of {model}" if model else str(values.judge)
+
+
+def _check_judge(values: flags.FlagValues, prompts: Sequence[str]) -> None:
+    """Refuses a judge that cannot be made, or cannot judge these prompts."""
+    from pasta_jax.checkpoints.about import find_checkpoint
+    from pasta_jax.data import almanac as built_in
+    from pasta_jax.judges import make_judge
+
+    if values.judge == "likelihood":
+        if not (values.judge_model or values.baseline):
+            refuse(
+                "--judge=likelihood needs a reference model: --judge_model=WORKDIR, or --baseline=WORKDIR."
+            )
+        find_checkpoint(values.judge_model or values.baseline)
+    elif values.judge == "llm":
+        if not (values.base_url and values.model):
+            refuse("--judge=llm needs an endpoint: --base_url=http://localhost:8000/v1 --model=NAME.")
+    elif values.judge == "almanac":
+        for prompt in prompts:
+            built_in.task_of(prompt)
+    elif values.judge:
+        make_judge(values.judge)
 
 
 def _judge(values: flags.FlagValues, evaluated: Evaluated, asked: Contests) -> Judge:

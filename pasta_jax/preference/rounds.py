@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from pasta_jax.arrays import PairedTokens
 from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint, read_metadata
-from pasta_jax.config import Config, ConfigError, PreferenceConfig
+from pasta_jax.config import JUDGES, Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import held_out, permuted
 from pasta_jax.data.fitting import Account
@@ -74,6 +74,11 @@ def run(config: Config, workdir: str) -> str:
       CheckpointError: as `train`.
     """
     check_held_out(config.data, "preference.prompts", config.preference.prompts)
+    if config.preference.judge not in JUDGES:  # before hours of sampling
+        try:
+            make_judge(config.preference.judge)
+        except JudgeError as error:
+            raise ConfigError(f"config.preference.judge: {error}") from error
     mesh, policy = training_mesh(config), config.init_from
     for number in range(1, config.preference.rounds + 1):
         folder = os.path.join(workdir, f"round-{number}")
