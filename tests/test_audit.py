@@ -219,7 +219,7 @@ def itself(max_loss: float = 10.0, min_speedup: float = 0.1) -> SelfAudit:
         [found] = [each for each in CANDIDATES if assemble(parse(each)) == answer]
         return Annotated(parse(found), ("a note",))
 
-    return SelfAudit(rule, COPYING, max_loss=max_loss, min_speedup=min_speedup, chunk=2)
+    return SelfAudit(rule, COPYING, WORDS, max_loss=max_loss, min_speedup=min_speedup, chunk=2)
 
 
 NEEDY = " the Lena Nile Egypt Rhine Basel"
@@ -253,6 +253,15 @@ def test_blocks_that_need_siblings_stay_sequential() -> None:
     assert "<promise" not in strict and notes.notes == ("a note", NEEDS, NEEDS, DOES_NOT_PAY)
     (lax, notes), _, _ = annotated(100)
     assert lax == CANDIDATES[0] and notes.notes == ("a note",)
+
+
+def test_topics_that_are_too_long_are_shortened_first() -> None:
+    answer = f"Rivers:{block('Nile', 3 * NILE, 2)}{block('Rhine', 3 * RHINE, 2)}"
+    long = answer.replace('"Rhine"', '"Rhine Rhine Rhine Rhine"')
+    twice = SelfAudit(lambda *_: Annotated(parse(long)), COPYING, WORDS, max_loss=100)
+    [result] = twice.annotate_all([Item("0", "Name some rivers.", assemble(parse(answer)))])
+    assert result.annotated is not None
+    assert render(result.annotated.program) == answer.replace('"Rhine"', '"Rhine Rhine Rhine"')
 
 
 def test_promises_that_do_not_pay_go() -> None:
@@ -345,14 +354,21 @@ def test_the_command_audits_a_file(tmp_path: pathlib.Path, monkeypatch: pytest.M
 
     def run(*words: str) -> str:
         values(
-            ["annotate", f"--input={data}", f"--output={folder}", "--ckpt=hf:W", "--dtype=float32", *words]
+            [
+                "annotate",
+                f"--input={data}",
+                f"--output={folder}",
+                "--ckpt=hf:org/name",
+                "--dtype=float32",
+                *words,
+            ]
         )
         return auditing.audit(values, {"prompt": "q", "response": "a"}, {"input": str(data)})
 
     assert run().startswith("1 answers with promises were audited. 2 of their blocks have siblings")
-    assert asked == [("hf:W", {"dtype": "float32"})]
+    assert asked == [("hf:org/name", {"dtype": "float32", "extend_tokenizer": True})]
     about = json.loads((folder / "about.json").read_text())
-    assert about["ckpt"] == "hf:W" and about["length"] == 128
+    assert about["ckpt"] == "hf:org/name" and about["length"] == 128
     (folder / "audit.jsonl").write_text((folder / "audit.jsonl").read_text().replace("Lena", "kept"))
     run("--max_loss=1.5")
     assert "above 1.5" in (folder / "audit.md").read_text(), "another limit needs no other audit"

@@ -21,6 +21,8 @@ from pasta_jax.annotate.annotators import MAX_LOSS, AnnotatorError, Options, mak
 from pasta_jax.annotate.audit import Auditor, Part
 from pasta_jax.annotate.protocol import Annotated, Annotator, Item, ManyAnnotator, Result, annotate_all
 from pasta_jax.annotate.sequential import taken_back, that_pay
+from pasta_jax.lang.topics import with_short_topics
+from pasta_jax.tokens.tokenizer import Tokenizer
 
 LOADING = ("dtype", "base")
 """Flags that `loading.load` takes."""
@@ -40,6 +42,7 @@ class SelfAudit:
     Attributes:
       candidates: proposes promises.
       auditor: the model that reads.
+      tokenizer: of the model to train; it counts what promises cost.
       max_loss: nats per token; a block that loses more stays sequential.
       min_speedup: an answer that is not this much faster stays plain, by theoretical speedup.
       chunk: answers audited together.
@@ -47,6 +50,7 @@ class SelfAudit:
 
     candidates: Annotator | ManyAnnotator
     auditor: Auditor
+    tokenizer: Tokenizer
     max_loss: float = MAX_LOSS
     min_speedup: float = 1.1
     chunk: int = 64
@@ -66,7 +70,11 @@ class SelfAudit:
 
     def _filtered(self, proposed: list[tuple[Item, Result]]) -> Iterator[Result]:
         results = {item.key: result for item, result in proposed}
-        waiting = [(item, result.annotated) for item, result in proposed if result.annotated is not None]
+        waiting = [
+            (item, self._with_short_topics(result.annotated))
+            for item, result in proposed
+            if result.annotated is not None
+        ]
         while waiting:
             documents = []
             for item, annotated in waiting:
@@ -102,16 +110,23 @@ class SelfAudit:
         """Whether a part loses more than is allowed."""
         return part.per_token > self.max_loss and (part.is_block or part.tokens >= MIN_TEXT)
 
+    def _with_short_topics(self, annotated: Annotated) -> Annotated:
+        program = with_short_topics(self.tokenizer, annotated.program)
+        return dataclasses.replace(annotated, program=program)
+
     def _that_pay(self, annotated: Annotated) -> Annotated:
-        program, fewer = that_pay(self.auditor.model.tokenizer, annotated.program, self.min_speedup)
+        program, fewer = that_pay(self.tokenizer, annotated.program, self.min_speedup)
         return Annotated(program, (*annotated.notes, *[DOES_NOT_PAY] * fewer))
 
 
 def auditor_of(flags: Mapping[str, Any], length: int = 0) -> Auditor:
     """The model of --ckpt as an auditor. Raises what `loading.load` raises."""
+    from pasta_jax.interchange.importing import kind_of
     from pasta_jax.loading import load
 
     options: dict[str, Any] = {name: flags.get(name) for name in LOADING if flags.get(name)}
+    if kind_of(flags["ckpt"])[0] != "workdir":
+        options["extend_tokenizer"] = True  # the tags are out of view: any ids will do
     model = load(flags["ckpt"], **options)
     sizes = {"rows": flags.get("rows"), "length": length}
     return Auditor(model, **{name: size for name, size in sizes.items() if size})
@@ -135,6 +150,7 @@ def make(options: Options) -> SelfAudit:
     return SelfAudit(
         make_annotator(candidates, options),
         auditor_of(flags, options.length),
+        options.tokenizer,
         flags.get("max_loss") or MAX_LOSS,
         options.min_speedup,
     )
