@@ -22,6 +22,7 @@ from pasta_jax.files import InUse, locked
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Node, Program, Promise, Text
+from pasta_jax.lang.render import render
 from pasta_jax.testing import WordTokenizer
 from tests.helpers import ONE_DEVICE
 
@@ -144,6 +145,16 @@ def test_a_killed_run_goes_on(tmp_path: pathlib.Path) -> None:
     (invalid,) = map(json.loads, pathlib.Path(f"{output}.invalid.jsonl").read_text().splitlines())
     assert invalid["line"] == 9 and invalid["raw"] == "no record\udcff"
     assert run(path, output, dying(0)) == lines, "a complete one is not done again"
+
+
+def test_what_needs_no_annotator_is_kept_at_once(tmp_path: pathlib.Path) -> None:
+    """However many records come before the next plain answer, a kill loses none of them."""
+    path, journal = tmp_path / "in.jsonl", tmp_path / "out.jsonl.run" / "journal.jsonl"
+    tagged = json.dumps({"prompt": "Hi", "response": render(RULE("Hi", ANSWER).program)})
+    path.write_text("\n".join([*numbered(1), tagged, "{}", tagged, *numbered(1)]))
+    with pytest.raises(Killed):
+        run(path, tmp_path / "out.jsonl", dying(1))
+    assert [json.loads(line)["number"] for line in journal.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_results_may_come_in_any_order(tmp_path: pathlib.Path) -> None:

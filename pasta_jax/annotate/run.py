@@ -13,8 +13,9 @@ import dataclasses
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from tqdm import tqdm
@@ -130,17 +131,21 @@ def annotate_file(
         if lines:
             LOG.info("%d records were annotated before.", len(lines))
         check = _Check(tokenizer, reader.max_depth, max_branches)
+        one_at_a_time = threading.Lock()  # an annotator may take items in a thread of its own
         progress = _Progress(lines, _total(path), annotator)
         try:
             with Lines(records) as to_records, Lines(journal) as to_journal, progress:
-                for line, raw in _worked(path, annotator, reader, check, {line.number for line in lines}):
-                    if line.problem is None:
-                        to_records.write(raw)
-                    to_journal.write(
-                        json.dumps(dataclasses.asdict(line)) + "\n"
-                    )  # ASCII: bytes that are no text
-                    lines.append(line)
-                    progress.add(line)
+
+                def keep(line: Line, raw: str) -> None:
+                    with one_at_a_time:
+                        if line.problem is None:
+                            to_records.write(raw)
+                        # ASCII: bytes that are no text
+                        to_journal.write(json.dumps(dataclasses.asdict(line)) + "\n")
+                        lines.append(line)
+                        progress.add(line)
+
+                _work(path, annotator, reader, check, {line.number for line in lines}, keep)
         except EndpointError as error:
             done = f"{progress.done} are done and kept; run the same command again to go on."
             raise EndpointError(f"{error} {done}") from None
@@ -186,12 +191,16 @@ def _is_plain(example: Example) -> bool:
     return all(isinstance(node, Text) for node in example.program.nodes)
 
 
-def _worked(
-    path: str, annotator: Annotator | ManyAnnotator, reader: Reader, check: _Check, done: set[int]
-) -> Iterator[tuple[Line, str]]:
-    """A line for each record that is not done yet, as they are finished, and the record as text."""
+def _work(
+    path: str,
+    annotator: Annotator | ManyAnnotator,
+    reader: Reader,
+    check: _Check,
+    done: Set[int],
+    keep: Callable[[Line, str], None],
+) -> None:
+    """Keeps a line for each record that is not done yet, and the record as text, as soon as it is finished."""
     open_records: dict[int, _Record] = {}
-    finished: collections.deque[tuple[Line, str]] = collections.deque()
 
     def items() -> Iterator[Item]:
         for entry in entries(path):
@@ -200,8 +209,7 @@ def _worked(
             try:
                 examples = reader.examples(entry)
             except Fault as fault:
-                fields = dataclasses.asdict(problem(path, entry, fault))
-                finished.append((Line(entry.number, problem=fields), ""))
+                keep(Line(entry.number, problem=dataclasses.asdict(problem(path, entry, fault))), "")
                 continue
             record = _Record(entry, {example.turn: example for example in examples})
             for example in examples:
@@ -209,7 +217,7 @@ def _worked(
                     del record.waiting[example.turn]
                     record.outcomes.append(Outcome(example.turn, HAS_TAGS))
             if not record.waiting:
-                finished.append(record.finished(reader.columns))
+                keep(*record.finished(reader.columns))
                 continue
             open_records[entry.number] = record
             for turn, example in [*record.waiting.items()]:
@@ -223,10 +231,7 @@ def _worked(
         if not outcome.reason:
             record.texts[turn] = text
         if not record.waiting:
-            finished.append(open_records.pop(number).finished(reader.columns))
-        while finished:
-            yield finished.popleft()
-    yield from finished
+            keep(*open_records.pop(number).finished(reader.columns))
 
 
 @dataclasses.dataclass(frozen=True)
