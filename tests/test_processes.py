@@ -122,6 +122,15 @@ def test_two_processes_decode_like_one(runs: tuple[pathlib.Path, pathlib.Path]) 
 
 
 @pytest.mark.slow
+def test_what_the_first_computes_is_told_to_the_others_bit_for_bit(
+    runs: tuple[pathlib.Path, pathlib.Path],
+) -> None:
+    one, two = runs
+    told = [(folder.parent / f"told-{i}").read_text() for folder, i in ((one, 0), (two, 0), (two, 1))]
+    assert told == [str([0.0, -1 / 3])] * 3
+
+
+@pytest.mark.slow
 @only_full
 def test_two_processes_do_a_round_like_one(runs: tuple[pathlib.Path, pathlib.Path]) -> None:
     """The same samples, pairs, reference and losses; and each can decode with the model alone."""
