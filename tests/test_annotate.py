@@ -344,6 +344,16 @@ def test_what_validates_is_trained_on(rng: random.Random) -> None:
     assert warned > ROUNDS
 
 
+def test_text_without_spaces_has_words_too() -> None:
+    """A list in Chinese, its names with a wide colon; the tokenizer spells bytes, so topics have two letters."""
+    blocks = ["尼罗河向北流过十个国家。" * 4, "莱茵河发源于瑞士。" * 5]
+    text = f"- **尼罗河**：{blocks[0]}\n- **莱茵河**：{blocks[1]}"
+    nodes = Structure(WordTokenizer(""))("Hi", text).program.nodes
+    promises = [(node.topic, text_of(node.block)) for node in nodes if isinstance(node, Promise)]
+    assert promises == [("尼罗", blocks[0]), ("莱茵", blocks[1])]
+    assert nodes[0] == Text("- **尼罗河**：")
+
+
 def test_forks_keep_to_their_limits() -> None:
     text = marked(*(f"- **R{i}**:{N1}" for i in range(20)))
     tokenizer = WordTokenizer(text).with_dialect("apar")

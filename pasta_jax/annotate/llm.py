@@ -29,7 +29,7 @@ from pasta_jax.lang.assemble import text_of
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import joined
 from pasta_jax.lang.topics import shortened
-from pasta_jax.lang.validate import MAX_BRANCHES, MIN_BLOCK_WORDS
+from pasta_jax.lang.validate import MAX_BRANCHES, MIN_BLOCK_WORDS, count_words
 from pasta_jax.tokens.cost import theoretical_speedup
 from pasta_jax.tokens.tokenizer import TextError, Tokenizer, check_text
 
@@ -166,7 +166,7 @@ class LlmAnnotator:
         for i, node in enumerate(nodes):
             if not isinstance(node, Promise):
                 continue
-            if len(text_of(node.block).split()) < MIN_BLOCK_WORDS:
+            if count_words(text_of(node.block)) < MIN_BLOCK_WORDS:
                 notes.append(SHORT)
             elif node.topic.lower() in given - {""}:
                 notes.append(SAME_TOPIC)

@@ -228,7 +228,7 @@ def _is_verse(paragraph: str) -> bool:
 
 _BOLD_NAME = re.compile(
     r"[ \t]*(?:\*\*|__)(?=\S)[^*_\n]{1,80}?(?:\*\*|__)"
-    r"(?:[ \t]*\([^)\n]{1,40}\))?(?:[ \t]*[:\u2013\u2014-](?=\s|\Z))?"
+    r"(?:[ \t]*\([^)\n]{1,40}\))?(?:[ \t]*(?:\uff1a|[:\u2013\u2014-](?=\s|\Z)))?"
 )
 _REST_OF_BOLD = re.compile(r"[ \t]*[^*_\n]{1,160}?(?:\*\*|__)(?:[ \t]*:)?")
 _PLAIN_NAME = re.compile(

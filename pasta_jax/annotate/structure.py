@@ -47,7 +47,7 @@ from pasta_jax.data.records import encode_prompt
 from pasta_jax.lang.parse import parse_lenient
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import joined
-from pasta_jax.lang.validate import MAX_BRANCHES, MIN_BLOCK_WORDS
+from pasta_jax.lang.validate import MAX_BRANCHES, MIN_BLOCK_WORDS, count_words
 from pasta_jax.tokens.cost import critical_path, threads_of_program
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -137,7 +137,7 @@ class _Draft:
             return "a paragraph of a story or a letter"
         if 0 < details.count(FENCE) < self.answer.count(FENCE):
             return "its code may build on code elsewhere"
-        if len(block.split()) < MIN_BLOCK_WORDS or len(self.tokenizer.encode(block)) < self.rules.min_block:
+        if count_words(block) < MIN_BLOCK_WORDS or len(self.tokenizer.encode(block)) < self.rules.min_block:
             return f"shorter than {self.rules.min_block} tokens"
         return ""
 

@@ -12,6 +12,7 @@ line 1, column 75: warning: <sync/> with nothing after it. Remove it.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator
 from typing import Literal, TypeAlias
 
@@ -20,6 +21,12 @@ from pasta_jax.lang.parse import Fault, Lexeme, ParseError, Reader, parse, posit
 from pasta_jax.lang.program import length_in_tens
 from pasta_jax.lang.tags import MAX_TOPIC_TOKENS
 from pasta_jax.lang.topics import MAX_TOPIC_WORDS, Encoder, shortened, topic_tokens
+
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Thai, Lao, Burmese, Khmer, Chinese, Japanese."""
+_WORDS = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 
 Severity: TypeAlias = Literal["error", "warning"]
 
@@ -123,11 +130,20 @@ def _thread_doubts(thread: _Thread, tokenizer: Encoder | None) -> Iterator[tuple
         yield offset, f"the topic has more than {MAX_TOPIC_WORDS} words", "Shorten it"
     if not topic_words:
         yield offset, "the topic is blank", "Say what the block is about"
-    if len(block.split()) < MIN_BLOCK_WORDS:
+    if count_words(block) < MIN_BLOCK_WORDS:
         yield offset, f"the block has fewer than {MIN_BLOCK_WORDS} words", "Write it as ordinary text"
     if tokenizer is not None:
         for doubt, advice in _counted(topic, thread.promise.tokens, block, tokenizer):
             yield offset, doubt, advice
+
+
+def count_words(text: str) -> int:
+    r"""The words of a text; where a script writes no spaces, every letter counts as one.
+
+    >>> count_words("The Nile is long."), count_words("\u5c3c\u7f57\u6cb3\u5f88\u957f\u3002")
+    (4, 6)
+    """
+    return len(_WORDS.findall(text))
 
 
 def _counted(topic: str, tens: int | None, block: str, tokenizer: Encoder) -> Iterator[tuple[str, str]]:
