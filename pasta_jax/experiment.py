@@ -24,6 +24,7 @@ from pasta_jax.checkpoints.about import (
 )
 from pasta_jax.config import Config, ConfigError, DataConfig
 from pasta_jax.data.batches import Stream
+from pasta_jax.data.prepared import is_prepared
 from pasta_jax.data.sources import make_tokenizer, steps_of_epochs
 from pasta_jax.overrides import differences
 from pasta_jax.tokens.tokenizer import Tokenizer
@@ -101,7 +102,7 @@ def _warn_of_steps(config: Config, overrides: Iterable[str]) -> None:
 
 def _warn_of_tokenizer(config: DataConfig) -> None:
     """Says so if a model learns texts of one's own with the almanac's tokenizer, and nobody asked for that."""
-    own = [name for name, _ in config.sources if not name.startswith("almanac:")]
+    own = [name for name, _ in config.sources if not name.startswith("almanac:") and not is_prepared(name)]
     if config.tokenizer == "almanac" and own:
         LOG.warning(
             "%s will be learnt with the almanac's tokenizer, which spells other words nearly letter by letter. "

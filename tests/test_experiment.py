@@ -77,6 +77,7 @@ def test_the_almanacs_tokenizer_is_not_taken_for_own_text_without_a_word(
     resolve(own, workdir=start)  # it was said when the run began
     resolve(dataclasses.replace(own, init_from=start))
     resolve(Config())
+    resolve(Config(data=DataConfig(sources=(("prepared:mine", 1.0),))))  # its tokenizer is checked
     assert "tokenizer" not in caplog.text
 
 

@@ -137,7 +137,7 @@ def answer_ids(tokenizer: Tokenizer, program: Program) -> list[int]:
 
 def threads_in(vocabulary: Vocabulary, answer: Sequence[int]) -> int:
     """The threads of an answer by its ids, main included."""
-    return 1 + sum(token == vocabulary.tag_ids[tags.ASYNC_OPEN] for token in answer)
+    return 1 + answer.count(vocabulary.tag_ids[tags.ASYNC_OPEN])
 
 
 def check_threads(vocabulary: Vocabulary, answer: Sequence[int], threads: int) -> None:
