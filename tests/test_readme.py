@@ -1,4 +1,4 @@
-"""Law 11: every command of README.md and docs/usage.md runs, in the order of a reader, on fewer steps."""
+"""Law 11: every command of the pages for users runs, in the order of a reader, on fewer steps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ONE_DEVICE
+from tests.helpers import ONE_DEVICE, only_full
 from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/usage.md")
+PAGES = ("README.md", "docs/usage.md", "docs/own-data.md")
 TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
 SHORTER = {
@@ -27,17 +27,22 @@ SHORTER = {
         f"configs/tiny.py{which}": ["--config.model.num_layers=1"]
         for which in ("", ":base", ":baseline", ":pasta")
     },
+    **{f"configs/own_data.py:{which}": ["--config.model.num_layers=1"] for which in ("baseline", "pasta")},
     "pasta_jax.train": ["--config.steps=2", "--config.data.rows=2"],
-    "configs/tiny.py:preference": [
-        "--config.model.num_layers=1",
-        "--config.preference.prompts_per_round=2",
-        "--config.preference.samples=4",
-        "--config.preference.sampling_rows=8",
-        "--config.preference.sampling_lanes=2",
-        "--config.preference.rounds=1",
-    ],
+    **{
+        f"configs/{which}.py:preference": [
+            "--config.model.num_layers=1",
+            "--config.preference.prompts_per_round=2",
+            "--config.preference.samples=4",
+            "--config.preference.sampling_rows=8",
+            "--config.preference.sampling_lanes=2",
+            "--config.preference.rounds=1",
+        ]
+        for which in ("tiny", "own_data")
+    },
     "configs/sft.py": ["--config.epochs=0", "--config.data.length=256"],
     "pasta_jax.evaluate": ["--prompts=2"],
+    "--prompts=questions.jsonl": ["--prompts=questions.jsonl", "--max_new_tokens=64"],
     "pasta_jax.demo": ["--prompts=2"],
     "pasta_jax.compile": ["--pool=256", "--lanes=2"],
 }
@@ -61,6 +66,11 @@ def workspace(tmp_path_factory):
     json.loads(record)
     (folder / "mine.jsonl").write_text((record + "\n") * 8, encoding="utf-8")
     (folder / "runs").mkdir()
+    plants = next(block for block in blocks("python") if "data.jsonl" in block)
+    subprocess.run([sys.executable, "-c", plants], cwd=folder, check=True)
+    for name, count in {"data.jsonl": 200, "questions.jsonl": 2}.items():
+        lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:count]), encoding="utf-8")
     write_hf_folder(folder / "my-gemma", CONFIGS["gemma"])
     return folder
 
@@ -100,13 +110,23 @@ def test_the_pages_have_commands():
     )
 
 
-@pytest.mark.parametrize("chain", chains(), ids=lambda chain: " ".join(chain[0][:4]))
+def is_long(chain: list[list[str]]) -> bool:
+    return any("runs/own/" in part for command in chain for part in command)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [pytest.param(chain, marks=[only_full] if is_long(chain) else []) for chain in chains()],
+    ids=lambda chain: " ".join(chain[0][:4]),
+)
 def test_every_command(workspace, chain):
     """Installing is what the test run itself did."""
     for command in chain:
         if command[0] == "make":
             done = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, check=False)
             assert done.returncode == 0, command
+        elif command == ["python", "plants.py"]:
+            assert (workspace / "data.jsonl").exists()
         elif command[:2] == ["python", "-m"]:
             named = [command[2], *(part.removeprefix("--config=") for part in command)]
             shorter = [
