@@ -206,7 +206,7 @@ class PreferenceConfig:
         "always", "not_worse: speed counts only where the answer is judged no worse, quality >= 1"
     )
     judge: str = field("almanac", "almanac, likelihood, llm or MODULE:FUNCTION; compares two answers")
-    judge_model: str = field("", "likelihood: workdir, empty: the baseline; llm: the endpoint's model")
+    judge_model: str = field("", "likelihood: workdir, empty: that of init_from; llm: the endpoint's model")
     judge_url: str = field("", "llm: the endpoint, as http://localhost:8000/v1; the key is $OPENAI_API_KEY")
     loss: Literal["bonbon", "ipo", "dpo"] = field(
         "bonbon", "bonbon is the paper's; formulas: training.losses"

@@ -18,6 +18,7 @@ from pasta_jax.arrays import NO_DOC, NO_TARGET, PairedTokens, ThreadedTokens
 from pasta_jax.checkpoints.about import find_checkpoint
 from pasta_jax.config import CheckpointConfig, Config, ConfigError, DataConfig, PreferenceConfig
 from pasta_jax.data import almanac
+from pasta_jax.data.records import encode_prompt
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
@@ -391,8 +392,57 @@ def test_prompts_from_a_file(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"preference\.prompts: .*1 of 2 records cannot be used \(50.0%\)"):
         rounds.prompts_of(free, 0, most=0.1)
     assert len(rounds.prompts_of(free, 0, most=0.5)) == 1
+    path.write_text('{"question": "Why?"}\n')
+    assert rounds.prompts_of(free, 0, columns=(("prompt", "question"),)) == [Prompt("Why?", None)]
     with pytest.raises(ConfigError, match=r"preference\.prompts: Cannot read"):
         rounds.prompts_of(dataclasses.replace(PREFERENCE, prompts=str(tmp_path / "none.jsonl")), 0)
+
+
+def test_prompts_that_cannot_be_asked_are_left_out_and_counted(
+    model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rounds, "sample", lambda policy, baseline, prompts, *rest, **more: prompts)
+
+    def encode(tokenizer: Any, prompt: Any) -> list[int]:
+        if not isinstance(prompt, str):
+            raise ValueError("The format has no system message.")
+        return encode_prompt(tokenizer, prompt)
+
+    monkeypatch.setattr(rounds, "encode_prompt", encode)
+    path = tmp_path / "prompts.jsonl"
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    asked = [{"prompt": "Which?"}, {"prompt": "Why? " * LENGTH}, {"prompt": "Who?"}, {"messages": said}]
+    path.write_text("\n".join(map(json.dumps, asked)))
+    preference = dataclasses.replace(PREFERENCE, prompts=str(path), judge="likelihood")
+    config = dataclasses.replace(CONFIG, preference=preference)
+    with pytest.raises(ConfigError, match=r"2 of 4 records cannot be used \(50.0%\)"):
+        rounds.draw(config, 1, model, model, str(tmp_path))
+    lenient = dataclasses.replace(config, data=dataclasses.replace(config.data, max_unusable=0.5))
+    with caplog.at_level("WARNING", logger="pasta_jax"):
+        drawn: Any = rounds.draw(lenient, 1, model, model, str(tmp_path))
+    assert {prompt.text for prompt in drawn} == {"Which?", "Who?"}
+    assert (
+        "record 2: " in caplog.text and "a row holds" in caplog.text and "record 4: The format" in caplog.text
+    )
+
+
+def test_the_reference_of_likelihood_is_not_the_opponent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rounds, "find_checkpoint", lambda path: path)
+    monkeypatch.setattr(rounds, "load_to_decode", lambda path, mesh: f"loaded {path}")
+    monkeypatch.setattr(rounds, "make_judge", lambda name, **options: options["model"])
+    mesh: Any = None
+
+    def judge(baseline: str = "", judge_model: str = "") -> Any:
+        preference = PreferenceConfig(baseline=baseline, judge="likelihood", judge_model=judge_model)
+        loaded: Any = {"sft": "policy", "slow": "baseline"}
+        return rounds.judge_of(Config(init_from="sft", preference=preference), mesh, "", loaded)
+
+    with caplog.at_level("WARNING", logger="pasta_jax"):
+        assert (judge("slow"), judge("slow", "other")) == ("policy", "loaded other") and not caplog.messages
+        assert (judge("slow", "slow"), judge()) == ("baseline", "policy")
+    assert len(caplog.messages) == 2 and "most others lose to what a model says itself" in caplog.text
 
 
 def test_prompts_that_changed_are_refused_before_anything_is_sampled(

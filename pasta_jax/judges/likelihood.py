@@ -40,6 +40,12 @@ RUN, REPEATED = 8, -5.0
 END_WEIGHT, LEAST_END = 0.1, -20.0
 SCALE = 0.25
 
+ITS_OWN = (
+    "The judge likelihood reads with %s, which gave the answers that it compares with: most others lose to what a "
+    "model says itself. Name another reference model (judge_model)."
+)
+"""Said where reference and opponent are one model."""
+
 
 class Likelihood:
     """The judge of a reference model.

@@ -18,8 +18,9 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import numpy as np
 from jax.sharding import Mesh
@@ -29,15 +30,26 @@ from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint, re
 from pasta_jax.config import JUDGES, Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import held_out, permuted
-from pasta_jax.data.fitting import Account
+from pasta_jax.data.fitting import TOO_LONG, Account
+from pasta_jax.data.layouts import Fault
 from pasta_jax.data.prompts import Question, read_questions
-from pasta_jax.data.records import Example, Problem, RecordError, digest, prompt_text, read_records
+from pasta_jax.data.records import (
+    Example,
+    Problem,
+    RecordError,
+    digest,
+    encode_prompt,
+    prompt_text,
+    read_records,
+)
+from pasta_jax.data.records import Prompt as Asked
 from pasta_jax.data.sources import check_held_out, held_out_file
 from pasta_jax.decoding.model import Model
 from pasta_jax.experiment import round_of
 from pasta_jax.files import Stamp, is_writer, locked, write_json, write_jsonl
 from pasta_jax.interchange.origin import carry
 from pasta_jax.judges import make_judge
+from pasta_jax.judges.likelihood import ITS_OWN
 from pasta_jax.judges.llm import LlmJudge
 from pasta_jax.judges.protocol import Judge, JudgeError
 from pasta_jax.lang.program import Program
@@ -54,6 +66,8 @@ from pasta_jax.training.losses import bonbon_margin, preference_loss
 from pasta_jax.training.remat import device_memory
 
 LOG = logging.getLogger("pasta_jax")
+
+Columns: TypeAlias = tuple[tuple[str, str], ...]
 
 AGAIN = "What it said is kept: run the same command again to go on."
 
@@ -151,7 +165,8 @@ def pairs_of_round(
     baseline = model if same else load_to_decode(opponent, mesh)
     records = draw(config, number, model, baseline, folder)
     LOG.info("Round %d: judging.", number)
-    judge = judge_of(config, mesh, folder, baseline)
+    loaded = {find_checkpoint(policy): model, find_checkpoint(opponent): baseline}
+    judge = judge_of(config, mesh, folder, loaded)
     try:
         found = qualities(records, judge, os.path.join(folder, "judged.jsonl"))
     except JudgeError as error:
@@ -160,7 +175,7 @@ def pairs_of_round(
         if isinstance(judge, LlmJudge):
             LOG.info("%s", judge.report())
             judge.endpoint.close()
-    del baseline, judge  # and their weights
+    del baseline, judge, loaded  # and their weights
     all_scores = [
         scores(record, values, config.preference) for record, values in zip(records, found, strict=True)
     ]
@@ -199,7 +214,8 @@ def stage_of(config: Config, seed: int = 0) -> Stage:
 def draw(config: Config, number: int, policy: Model, baseline: Model, folder: str) -> list[Record]:
     """The samples of one round, in FOLDER/samples.jsonl; those that are there already are kept."""
     data, seed = config.data, _seed(config, number)
-    prompts = prompts_of(config.preference, seed, data.max_unusable)
+    fault = functools.partial(_fault, models=(policy, baseline), length=data.length)
+    prompts = prompts_of(config.preference, seed, data.max_unusable, data.columns, fault)
     path = os.path.join(folder, "samples.jsonl")
     LOG.info("Round %d: sampling.", number)
     sizes = {"length": data.length, "threads": data.threads}
@@ -211,17 +227,52 @@ def _seed(config: Config, number: int) -> int:
     return config.seed * 1000 + number
 
 
-def prompts_of(config: PreferenceConfig, seed: int, most: float = 1.0) -> list[Prompt]:
+def _fault(asked: Asked, models: Sequence[Model], length: int) -> Fault | None:
+    """Why a prompt cannot be asked of all these models in rows of this length, if it cannot."""
+    for model in models:
+        try:
+            tokens = len(encode_prompt(model.tokenizer, asked))
+        except ValueError as error:
+            return Fault("chat format", str(error))
+        if not 0 < tokens < length:
+            return Fault(
+                TOO_LONG if tokens else "empty", f"{tokens} tokens, a row holds {length} with the answer."
+            )
+    return None
+
+
+def prompts_of(
+    config: PreferenceConfig,
+    seed: int,
+    most: float = 1.0,
+    columns: Columns = (),
+    fault: Callable[[Asked], Fault | None] = lambda asked: None,
+) -> list[Prompt]:
     """The prompts of a round: new training prompts of the almanac, its families in turn, or those of a file.
 
-    Raises ConfigError if the judge cannot judge them, or more than the share `most` of a file cannot be used.
+    Args:
+      config: names them.
+      seed: of the round.
+      most: the share of a file that may be unusable.
+      columns: the file's own names, `config.data.columns`.
+      fault: why the models cannot be asked a prompt, None if they can.
+
+    Raises:
+      ConfigError: the judge cannot judge them, or more of a file cannot be used.
     """
     count = config.prompts_per_round
     if config.prompts == "almanac":
         families = enumerate(itertools.islice(itertools.cycle(almanac.FAMILIES), count))
         tasks = [almanac.training_task(np.random.default_rng([seed, i]), name) for i, name in families]
         return [Prompt(task.prompt, almanac.plain(task)) for task in tasks]
-    questions, problems = questions_of(config)
+    found, problems = questions_of(config, columns)
+    faults = [fault(question.prompt) for question in found]
+    questions = [question for question, each in zip(found, faults, strict=True) if each is None]
+    problems += [
+        Problem(config.prompts, question.line, None, each.message, question.raw, each.reason, unit="record")
+        for question, each in zip(found, faults, strict=True)
+        if each is not None
+    ]
     account = Account(config.prompts, len(questions) + len(problems))
     for problem in problems:
         account.add(problem)
@@ -250,10 +301,10 @@ def prompts_of(config: PreferenceConfig, seed: int, most: float = 1.0) -> list[P
     return prompts
 
 
-def questions_of(config: PreferenceConfig) -> tuple[list[Question], list[Problem]]:
+def questions_of(config: PreferenceConfig, columns: Columns) -> tuple[list[Question], list[Problem]]:
     """The questions of the file that `config.prompts` names, and what cannot be used. Raises ConfigError."""
     try:
-        return read_questions(config.prompts)
+        return read_questions(config.prompts, dict(columns))
     except RecordError as error:
         raise ConfigError(f"config.preference.prompts: {error}") from error
 
@@ -265,14 +316,16 @@ def prompt_of(question: Question) -> Prompt:
     return Prompt(prompt_text(question.prompt), question.answer, messages)
 
 
-def judge_of(config: Config, mesh: Mesh, folder: str, baseline: Model | None = None) -> Judge:
+def judge_of(
+    config: Config, mesh: Mesh, folder: str, loaded: Mapping[Any, Model] = MappingProxyType({})
+) -> Judge:
     """The judge of a round.
 
     Args:
       config: of the experiment.
       mesh: of the devices, for a judge that is a model.
       folder: of the round, for the replies of an endpoint.
-      baseline: the opponent, if it is loaded.
+      loaded: models by their checkpoints.
 
     Raises:
       ConfigError: it cannot be made.
@@ -281,9 +334,10 @@ def judge_of(config: Config, mesh: Mesh, folder: str, baseline: Model | None = N
     preference, data = config.preference, config.data
     options: dict[str, Any] = {}
     if preference.judge == "likelihood":
-        path = preference.judge_model or preference.baseline or config.init_from
-        loaded = baseline is not None and not preference.judge_model
-        model = baseline if loaded else load_to_decode(path, mesh)
+        path = find_checkpoint(preference.judge_model or config.init_from)
+        if path == find_checkpoint(preference.baseline or config.init_from):
+            LOG.warning("%s", ITS_OWN % path)
+        model = loaded[path] if path in loaded else load_to_decode(str(path), mesh)
         options = {"model": model, "rows": data.rows, "length": data.length, "parts": config.microbatches}
     elif preference.judge == "llm":
         options = {"base_url": preference.judge_url, "model": preference.judge_model}
@@ -306,7 +360,7 @@ def _check_stamp(folder: str, config: Config, policy: str) -> None:
     about["policy"], about["opponent"] = checkpoint_identity(policy), checkpoint_identity(baseline)
     stamp = Stamp(os.path.join(folder, "about.json"))
     if config.preference.prompts != "almanac":
-        about["prompts"] = _digest_of(config.preference)
+        about["prompts"] = _digest_of(config.preference, config.data.columns)
     started = os.path.exists(stamp.path) and os.path.exists(os.path.join(folder, "samples.jsonl"))
     # Older versions had fewer fields, and did not stamp the prompts.
     absent = {name: tree for name, tree in to_dict(Config()).items() if name in about}
@@ -318,11 +372,11 @@ def _check_stamp(folder: str, config: Config, policy: str) -> None:
     stamp.write(about)
 
 
-def _digest_of(config: PreferenceConfig) -> dict[str, Any]:
+def _digest_of(config: PreferenceConfig, columns: Columns) -> dict[str, Any]:
     """What the file of prompts holds: that of its answers, as older versions stamped it, and of what has none."""
-    unanswered = [question for question in questions_of(config)[0] if question.answer is None]
+    unanswered = [question for question in questions_of(config, columns)[0] if question.answer is None]
     examples = [Example(each.prompt, Program(()), each.line, each.raw) for each in unanswered]
-    found = digest(read_records(config.prompts)[0])
+    found = digest(read_records(config.prompts, columns=dict(columns))[0])
     return found | ({"unanswered": digest(examples)} if examples else {})
 
 
