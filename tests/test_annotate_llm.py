@@ -308,18 +308,22 @@ def test_every_record_is_annotated_or_listed_once_whatever_goes_wrong(tmp_path: 
 
 
 def test_what_the_endpoint_did_not_answer_is_declined_last_or_not_at_all() -> None:
-    """A request that it always refuses is declined; once it refuses all, nothing more is."""
+    """What it refuses is declined at once, what it fails at after all others, and once it is gone nothing more."""
     gone = False
 
     def model(body: Body) -> str:
         if gone or "country 2." in body["messages"][-1]["content"]:
+            raise Status(503, "crashed")
+        if re.search(r"country 1?[5-9]\.", body["messages"][-1]["content"]):
             raise Status(400, "content filter")
         return chat_models.annotator(body)
 
-    with chat_server(model) as server, Endpoint(server.url, "m", concurrency=1) as endpoint:
-        results = [*LlmAnnotator(endpoint, TOKENIZER).annotate_all(items(6))]
-        assert [result.key for result in results] == ["0", "1", "3", "4", "5", "2"]
-        assert "400 (content filter)" in results[-1].declined
+    options: dict[str, Any] = {"concurrency": 1, "attempts": 2, "backoff": 0.001}
+    with chat_server(model) as server, Endpoint(server.url, "m", **options) as endpoint:
+        results = [*LlmAnnotator(endpoint, TOKENIZER).annotate_all(items(12))]
+        assert [int(result.key) for result in results] == [0, 1, *range(3, 12), 2]
+        refused = [result.key for result in results if "400 (content filter)" in result.declined]
+        assert refused == ["5", "6", "7", "8", "9"] and "503 (crashed), 2 times" in results[-1].declined
         done: list[str] = []
 
         def run() -> None:
@@ -331,6 +335,35 @@ def test_what_the_endpoint_did_not_answer_is_declined_last_or_not_at_all() -> No
         with pytest.raises(EndpointError, match="so failed 5 requests"):
             run()
         assert "2" not in done and len(done) < 30
+
+
+def test_runs_come_to_an_end_however_many_requests_are_refused(tmp_path: pathlib.Path) -> None:
+    """Each run goes on where the one before was ended, and asks nothing again that was refused."""
+    data, output = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    write_jsonl(data, ({"prompt": item.prompt, "response": item.answer} for item in items(16)))
+    refused: list[str] = []
+
+    def model(body: Body) -> str:
+        if found := re.search(r"country \d?[02468]\.", body["messages"][-1]["content"]):
+            refused.append(found[0])
+            raise Status(400, "content filter")
+        return chat_models.annotator(body)
+
+    def run(**budget: Any) -> list[Line]:
+        replies = tmp_path / "out.jsonl.run" / "replies"
+        with Endpoint(server.url, "m", cache=replies, concurrency=1, **budget) as endpoint:
+            annotator = LlmAnnotator(endpoint, TOKENIZER)
+            return annotate_file(
+                str(data), str(output), annotator, TOKENIZER, Reader({}), {"model": "m"}, max_branches=15
+            )
+
+    with chat_server(model) as server:
+        with pytest.raises(EndpointError, match="The budget is used up.* are done and kept"):
+            run(budget_requests=26)
+        assert 5 <= len(refused) < 8
+        lines = run()
+    assert [line.number for line in lines if line.outcomes[0].reason] == [*range(1, 16, 2)]
+    assert sorted(refused) == sorted({*refused}) and len(refused) == 8
 
 
 def test_the_flags_make_an_annotator(tmp_path: pathlib.Path) -> None:

@@ -85,25 +85,33 @@ def test_it_waits_as_long_as_it_is_told() -> None:
 
 
 @pytest.mark.parametrize("attempts", [1, 4])
-def test_a_request_that_fails_is_no_end_but_five_in_a_row_are(attempts: int) -> None:
-    def refuses_odd(body: Body) -> str:
-        if body["messages"][0]["content"] in ("1", "bad"):
-            raise Status(400, f"maximum context length exceeded by Bearer {KEY}")
+@pytest.mark.parametrize("status", [400, 500])
+def test_requests_that_fail_are_no_end_while_others_are_answered(status: int, attempts: int) -> None:
+    """However many fail one after another; an endpoint that answers nothing at all is given up."""
+    is_gone = False
+
+    def fails(body: Body) -> str:
+        if is_gone or body["messages"][0]["content"].startswith("bad"):
+            raise Status(status, f"maximum context length exceeded by Bearer {KEY}")
         return echo(body)
 
-    with chat_server(refuses_odd) as server, endpoint(server, attempts=attempts, concurrency=1) as asked:
-        with pytest.raises(RequestError, match=r"no answer: 400 \(maximum context .* by Bearer \[key\]\)$"):
-            asked.ask(said("1"))
+    times = ", 4 times" if (status, attempts) == (500, 4) else ""
+    message = rf"no answer: {status} \(maximum context .* by Bearer \[key\]\){times}$"
+    with chat_server(fails) as server, endpoint(server, attempts=attempts, concurrency=1) as asked:
+        for number in range(12):
+            with pytest.raises(RequestError, match=message) as caught:
+                asked.ask(said(f"bad {number}"))
+            assert caught.value.is_refusal == (status == 400)
         assert asked.ask(said("2")).text == "You said: 2"
-        for _ in range(4):
+        is_gone = True
+        for number in range(4 if status == 500 else 0):
             with pytest.raises(RequestError):
-                asked.ask(said("bad"))
-        with pytest.raises(
-            EndpointError, match="^POST http.*: 400 .*; so failed 5 requests one after another"
-        ):
-            asked.ask(said("bad"))
-        with pytest.raises(EndpointError, match="so failed 5"):
-            asked.ask(said("3"))
+                asked.ask(said(f"word {number}"))
+        failed = "so failed 5 requests one after another" if status == 500 else "so failed a request"
+        lost = f"^POST http.*: {status} .*{failed}, and the question"
+        for word in ("last", "next"):
+            with pytest.raises(EndpointError, match=lost):
+                asked.ask(said(word))
 
 
 @pytest.mark.parametrize(

@@ -121,20 +121,21 @@ def test_many_comparisons_whatever_goes_wrong(tmp_path: Any) -> None:
         assert server.repeated() == {} and server.counts()["answered"] == 100
 
 
-def test_an_endpoint_that_is_gone_ends_it_and_one_refusal_does_not() -> None:
+def test_an_endpoint_that_is_gone_ends_it_and_refusals_do_not() -> None:
+    is_gone = False
+
     def model(body: Body) -> str:
-        if "bad" in body["messages"][1]["content"]:
+        if is_gone or "bad" in body["messages"][-1]["content"]:
             raise Status(400, "content filter")
-        return shorter(body)
+        return shorter(body) if len(body["messages"]) > 1 else "OK"
 
     with chat_server(model) as server, Endpoint(server.url, "m", concurrency=2) as endpoint:
         judge = LlmJudge(endpoint)
-        assert [*compare_all(judge, [Comparison("bad", "a", "bb"), Comparison("good", "a", "bb")])] == [
-            Preference(None, 0.5),
-            Preference(0, 0.75),
-        ]
-        with pytest.raises(JudgeError, match="^POST .*400 .content filter.; so failed 5 requests"):
-            [*compare_all(judge, [Comparison(f"bad {i}", "a", "bb") for i in range(9)])]
+        asked = [*(Comparison(f"bad {i}", "a", "bb") for i in range(9)), Comparison("good", "a", "bb")]
+        assert [*compare_all(judge, asked)] == [*[Preference(None, 0.5)] * 9, Preference(0, 0.75)]
+        is_gone = True
+        with pytest.raises(JudgeError, match="^POST .*400 .content filter.; so failed .* and the question"):
+            [*compare_all(judge, [Comparison(f"new {i}", "a", "bb") for i in range(9)])]
     with pytest.raises(JudgeError, match="^The judge llm: base_url must be"):
         llm.make("localhost", "m")
     with pytest.raises(JudgeError, match="Connection refused"):

@@ -100,9 +100,10 @@ class LlmAnnotator:
         return Annotated(program, tuple(notes))
 
     def annotate_all(self, items: Iterable[Item]) -> Iterator[Result]:
-        """A result for each item, as they come; those that the endpoint did not answer last.
+        """A result for each item, as they come; those that the endpoint failed at last.
 
         So a run that ends because the endpoint is gone has declined none for that, and the next one asks again.
+        What it refuses, while it answers others, is declined at once.
 
         Raises:
           EndpointError: the endpoint does not answer any more. What is done was yielded before.
@@ -115,10 +116,10 @@ class LlmAnnotator:
             except Declined as declined:
                 return Result(item.key, None, str(declined)), True
             except RequestError as error:
-                return Result(item.key, None, str(error)), False
+                return Result(item.key, None, str(error)), error.is_refusal
 
-        for result, is_answered in self.endpoint.each(work, items):
-            if is_answered:
+        for result, is_final in self.endpoint.each(work, items):
+            if is_final:
                 yield result
             else:
                 unanswered.append(result)

@@ -45,7 +45,12 @@ Done = TypeVar("Done")
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 LOST = 5
-"""Requests that fail one after another before the endpoint is given up."""
+"""Requests that fail one after another, each as often as it is sent, before the endpoint is put to the test."""
+
+TEST = ({"role": "user", "content": "Reply with OK."},)
+"""What is asked to learn whether an endpoint that refuses or fails at requests answers any at all."""
+
+TEST_ATTEMPTS = 2
 
 LONGEST_WAIT_S = 600.0
 """Between two attempts, however long the endpoint asks to wait."""
@@ -151,6 +156,7 @@ class Endpoint:
         self._stop = _Stop()
         self._is_heard = False  # whether the endpoint ever answered
         self._failed = 0  # requests that failed since one succeeded
+        self._testing = threading.Lock()
         self._logged_at = float("-inf")
         self._local = threading.local()
 
@@ -217,18 +223,43 @@ class Endpoint:
         return body
 
     def _answered(self, body: dict[str, Any], estimate: Usage) -> Reply:
-        """Sends a request until it is answered, or has failed for good."""
+        """Sends a request until it is answered or has failed for good. Then makes sure that others are answered."""
+        try:
+            return self._persisted(body, estimate, self._attempts)
+        except RequestError as error:
+            with self._mutex:
+                self._failed += 1
+            self._test(error)
+            raise RequestError(f"the endpoint gave no answer: {error}", is_refusal=error.is_refusal) from None
+
+    def _test(self, failure: RequestError) -> None:
+        """After a refusal, or LOST other failures, asks what any model answers. EndpointError if it fails."""
+        with self._testing:  # one thread asks; those that wait learn from it
+            self._check_stop()
+            failed = self._failed
+            if failed < (1 if failure.is_refusal else LOST):
+                return
+            try:
+                self._persisted(self._body(TEST), Usage(estimated_input(TEST), 8), TEST_ATTEMPTS)
+            except RequestError:
+                so = (
+                    "so failed a request" if failed == 1 else f"so failed {failed} requests one after another"
+                )
+                problem = f"POST {self.url}: {failure}; {so}, and the question {TEST[0]['content']!r} too"
+                raise self._given_up(problem) from None
+
+    def _persisted(self, body: dict[str, Any], estimate: Usage, attempts: int) -> Reply:
+        """Sends a request until it is answered. Raises RequestError if it is refused, or fails so often."""
         last = ""
-        for attempt in range(self._attempts):
+        for attempt in range(attempts):
             wait = 0.0
             try:
                 reply = self._sent(body, estimate)
             except RequestError as error:
                 if left_out := [name for name in OPTIONAL if name in body and name in str(error)]:
-                    body = self._without(left_out, body, error)
+                    body, last = self._without(left_out, body, error), str(error)
                     continue
-                last = str(error)
-                break
+                raise
             except AskAgain as error:
                 if isinstance(error, Unanswered) and not self._is_heard:
                     problem = f"POST {self.url}: {error.reason}. Is the server running there?"
@@ -239,19 +270,12 @@ class Endpoint:
             else:
                 self._is_heard, self._failed = True, 0
                 return reply
-            if attempt + 1 < self._attempts:
+            if attempt + 1 < attempts:
                 self._log_again(last, wait, attempt)
                 if self._run.event.wait(wait):
                     break
         self._check_stop()
-        with self._mutex:
-            self._failed += 1
-            failed = self._failed
-        times = "" if attempt == 0 else f", {attempt + 1} times"
-        if failed >= LOST:
-            problem = f"POST {self.url}: {last}{times}; so failed {failed} requests one after another"
-            raise self._given_up(problem)
-        raise RequestError(f"the endpoint gave no answer: {last}{times}")
+        raise RequestError(last if attempt == 0 else f"{last}, {attempt + 1} times")
 
     def _sent(self, body: dict[str, Any], estimate: Usage) -> Reply:
         """Sends a request once."""

@@ -53,7 +53,15 @@ class EndpointError(ValueError):
 
 
 class RequestError(ValueError):
-    """The endpoint does not answer this request; others it may."""
+    """The endpoint does not answer this request; others it may.
+
+    Attributes:
+      is_refusal: it would refuse the request again, as one that a content filter stops or that is too long.
+    """
+
+    def __init__(self, reason: str, *, is_refusal: bool = False):
+        super().__init__(reason)
+        self.is_refusal = is_refusal
 
 
 class AskAgain(Exception):
@@ -134,7 +142,7 @@ def post(session: requests.Session, url: str, body: dict[str, Any], key: Key, ti
         raise EndpointError(problem)
     if answer.status_code in AGAIN or answer.status_code >= 500:
         raise AskAgain(f"{answer.status_code}{detail}", after=_retry_after(answer.headers.get("Retry-After")))
-    raise RequestError(f"{answer.status_code}{detail}")
+    raise RequestError(f"{answer.status_code}{detail}", is_refusal=True)
 
 
 def _read(answer: requests.Response, key: Key) -> Reply:

@@ -20,6 +20,8 @@ def rivers(i: int) -> tuple[str, str]:
 def annotator(body: Body) -> str:
     """Marks what follows the colon of each item of a list; as a judge it finds what says "too" to be dependent."""
     tasks = [each["content"] for each in body["messages"] if each["content"].startswith("<question>")]
+    if not tasks:
+        return "OK"
     if body["messages"][0]["content"].startswith("You check"):
         parts = re.findall(r"\[part (\d+): .*?\](.*?)\[end of part \1\]", tasks[-1], re.DOTALL)
         return "\n".join(f"{i} {'false 1: too' if ' too' in text else 'true: alone'}" for i, text in parts)
