@@ -48,6 +48,7 @@ def with_logprobs(text: str, tokens: dict[str, float]) -> Answer:
         (with_logprobs("A 99", {"A": 0.1, " A": 0.1, "\u2581B": 0.6}), (1, 0.75)),
         (with_logprobs("A 70", {"The": 0.6, "<think>": 0.2}), (0, 0.7)),
         (with_logprobs("A", {"A": 0.4, "B": 0.4}), (None, 0.5)),
+        (with_logprobs("Answer B 90", {"Answer": 0.95, "A": 0.03, "B": 0.01}), (1, 0.9)),
     ],
 )
 def test_a_verdict_is_read(said: Answer, preference: tuple[int | None, float]) -> None:

@@ -30,6 +30,9 @@ LOG = logging.getLogger("pasta_jax")
 TOP = 5
 """Likeliest first tokens that are asked for."""
 
+LEAST_CHANCE = 0.5
+"""Of A and B together as the first token; else the reply begins otherwise, and its text has the verdict."""
+
 REPLY_TOKENS = 8
 
 _VERDICT = re.compile(
@@ -206,7 +209,7 @@ def _preference(chance: float | None) -> Preference:
 
 
 def _by_logprobs(reply: Reply) -> float | None:
-    """The chance of A by the likeliest first tokens; None if they are neither letter.
+    """The chance of A by the likeliest first tokens; None if the two letters have less than LEAST_CHANCE together.
 
     >>> round(_by_logprobs(Reply("A 90", first=(("A", math.log(0.6)), (" B", math.log(0.2)), ("The", -2.0)))), 6)
     0.75
@@ -217,7 +220,7 @@ def _by_logprobs(reply: Reply) -> float | None:
         if letter in chances and not math.isnan(logprob):
             chances[letter] += math.exp(min(logprob, 0.0))
     total = sum(chances.values())
-    return chances["A"] / total if total else None
+    return chances["A"] / total if total >= LEAST_CHANCE else None
 
 
 def _by_text(said: str) -> float | None:
