@@ -221,6 +221,11 @@ def write_jsonl(path: StrPath, trees: Iterable[Any]) -> None:
 
 
 def read_jsonl(path: StrPath, make: Callable[[dict[str, Any]], T], *, skip: bool = False) -> list[T]:
+    """The records of `stream_jsonl`, collected."""
+    return [*stream_jsonl(path, make, skip=skip)]
+
+
+def stream_jsonl(path: StrPath, make: Callable[[dict[str, Any]], T], *, skip: bool = False) -> Iterator[T]:
     """The records of a JSONL file up to the first broken line, such as an interrupted run leaves at the end.
 
     Args:
@@ -229,18 +234,20 @@ def read_jsonl(path: StrPath, make: Callable[[dict[str, Any]], T], *, skip: bool
         one of BROKEN.
       skip: leave broken lines out, wherever they are.
     """
-    records: list[T] = []
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
         for line in file:
             try:
                 fields = json.loads(line.decode())
                 if not isinstance(fields, dict):
                     raise TypeError("no object")
-                records.append(make(fields))
+                record = make(fields)
             except BROKEN:
-                if not skip:
-                    break
-    return records
+                if skip:
+                    continue
+                return
+            yield record
 
 
 # --------------------------------------------------------------------------------- what a folder was made from

@@ -13,7 +13,7 @@ from pasta_jax.annotate.annotators import AnnotatorError, Options, make_annotato
 from pasta_jax.annotate.insertion import NotInserted, inserted
 from pasta_jax.annotate.llm import LlmAnnotator
 from pasta_jax.annotate.protocol import Declined, Item
-from pasta_jax.annotate.run import Line, annotate_file
+from pasta_jax.annotate.run import Line, annotate_file, journal_of
 from pasta_jax.data.records import Reader, read_records
 from pasta_jax.endpoint.client import Endpoint
 from pasta_jax.endpoint.post import EndpointError
@@ -280,9 +280,10 @@ def test_every_record_is_annotated_or_listed_once_whatever_goes_wrong(tmp_path: 
         options = {"backoff": 0.001, "timeout": 1.0, "concurrency": 16, **budget}
         with Endpoint(server.url, "m", cache=replies, **options) as endpoint:
             annotator = LlmAnnotator(endpoint, TOKENIZER)
-            return annotate_file(
+            annotate_file(
                 str(data), str(output), annotator, TOKENIZER, Reader({}), {"model": "m"}, max_branches=15
             )
+        return sorted(journal_of(str(output)), key=lambda line: line.number)
 
     with chat_server(chat_models.annotator, Rates(hang=0.02, altered=0.1)) as server:
         kept = r"^The budget is used up: 70 requests are sent\. \d+ of 60 are done and kept; run the same command"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import gzip
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pasta_jax.annotate.protocol import Annotated, Declined, Item, Messages, Result
-from pasta_jax.annotate.report import one_line, summary, write_report
-from pasta_jax.annotate.run import Line, RunError, annotate_file
+from pasta_jax.annotate.report import Tally, _quantiles, one_line, write_report
+from pasta_jax.annotate.run import Line, RunError, annotate_file, journal_of
 from pasta_jax.annotate.structure import Structure
 from pasta_jax.data.records import Example, Problem, Reader, read
 from pasta_jax.files import InUse, locked
@@ -41,9 +44,8 @@ def run(
     about: dict[str, str] = ABOUT,
     **reader: Any,
 ) -> list[Line]:
-    return annotate_file(
-        str(path), str(output), annotator, TOKENIZER, Reader(**reader), about, max_branches=15
-    )
+    annotate_file(str(path), str(output), annotator, TOKENIZER, Reader(**reader), about, max_branches=15)
+    return sorted(journal_of(str(output)), key=lambda line: line.number)
 
 
 def without_tags(value: Any) -> Any:
@@ -250,7 +252,7 @@ def test_the_report(tmp_path: pathlib.Path) -> None:
     lines = run(path, output)
     figures = write_report(str(output), lines, ABOUT)
     assert (
-        figures == summary(lines)
+        figures == Tally(lines).figures()
         and json.loads(pathlib.Path(f"{output}.report.json").read_text())["answers"] == 7
     )
     assert (figures["annotated"], figures["records"], figures["unusable"]) == (4, 8, 1)
@@ -264,10 +266,36 @@ def test_the_report(tmp_path: pathlib.Path) -> None:
     text = pathlib.Path(f"{output}.report.md").read_text()
     assert "| annotated answers                   | 4 (57.1%) |" in text and "(out.jsonl.report.png)" in text
     assert pathlib.Path(f"{output}.report.png").read_bytes().startswith(b"\x89PNG")
-    nothing = summary([])
+    nothing = Tally([]).figures()
     assert nothing["speedup"] == {"annotated": 1.0, "all": 1.0, "least": 1.0} and "0 of 0" in one_line(
         nothing
     )
+
+
+def test_memory_does_not_grow_with_the_records(tmp_path: pathlib.Path) -> None:
+    """The texts of these are 8 MB, and half of them are in the journal as well."""
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    count, long = 400, "x" * 20_000
+    record = json.dumps({"prompt": "Hi", "response": f"<sync/>{long}"})
+    bad = json.dumps({"question": long})
+    path.write_text("".join(f"{record if i % 2 else bad}\n" for i in range(count)))
+
+    def peak() -> int:
+        tracemalloc.start()
+        annotate_file(str(path), str(output), RULE, TOKENIZER, Reader(), ABOUT, max_branches=15)
+        write_report(str(output), journal_of(str(output)), ABOUT)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert max(peak(), peak()) < 2**20
+    assert sum(1 for _ in journal_of(str(output))) == count
+
+
+def test_quantiles_of_counts() -> None:
+    values = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    found = _quantiles(collections.Counter(values))
+    assert [*found.values()] == pytest.approx([*np.percentile(values, [5, 25, 50, 75, 95])])
 
 
 def verb(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -33,7 +33,7 @@ from pasta_jax.annotate import auditing
 from pasta_jax.annotate.annotators import MAKERS, AnnotatorError, Options, dialect_of, make_annotator
 from pasta_jax.annotate.protocol import Estimating
 from pasta_jax.annotate.report import one_line, write_report
-from pasta_jax.annotate.run import RunError, annotate_file, answers_of
+from pasta_jax.annotate.run import RunError, annotate_file, answers_of, journal_of
 from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.data.reading import HUB, RecordError
 from pasta_jax.data.records import Reader
@@ -106,10 +106,10 @@ def annotate(values: flags.FlagValues) -> str:
                 f"--dry_run is of no use with --annotator={values.annotator}: it asks nobody."
             )
         return annotator.estimate(answers_of(values.input, reader), shown=values.dry_run)
-    lines = annotate_file(
+    annotate_file(
         values.input, values.output, annotator, tokenizer, reader, about, max_branches=values.max_branches
     )
-    figures = write_report(values.output, lines, about)
+    figures = write_report(values.output, journal_of(values.output), about)
     result = [one_line(figures), f"{values.output}.report.md has the shapes and the reasons."]
     if figures["unusable"]:
         result.append(f"{values.output}.invalid.jsonl has the records that cannot be read.")

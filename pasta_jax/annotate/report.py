@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import importlib.util
 import logging
 import math
 import os
-import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
+
+import numpy as np
 
 from pasta_jax.annotate.run import Line, Outcome
 from pasta_jax.extras import advice
@@ -23,66 +25,91 @@ LISTED = 1000
 """Answers that stayed as they were, named in the report; the journal has all."""
 
 
-def summary(lines: Sequence[Line]) -> dict[str, Any]:
-    """The figures of a run.
+class Tally:
+    """Counts what became of the answers of a run. Of an annotated answer it keeps a number, of the others none."""
 
-    Speedups are geometric means; those of `all` count answers that are not annotated as 1.
-    """
-    outcomes = [outcome for line in lines for outcome in line.outcomes]
-    annotated = [outcome for outcome in outcomes if not outcome.reason]
-    blocks = [block for outcome in annotated for block in outcome.blocks]
-    notes: collections.Counter[str] = collections.Counter()
-    for outcome in outcomes:
-        notes.update(outcome.notes)
-    left = [
-        {"record": line.number, "answer": outcome.turn, "reason": outcome.reason}
-        for line in lines
-        for outcome in line.outcomes
-        if outcome.reason
-    ]
-    return {
-        "records": len(lines),
-        "unusable": sum(line.problem is not None for line in lines),
-        "answers": len(outcomes),
-        "annotated": len(annotated),
-        "share": len(annotated) / max(1, len(outcomes)),
-        "speedup": {
-            "annotated": _geometric(annotated),
-            "all": _geometric(outcomes),
-            "least": min((outcome.speedup for outcome in annotated), default=1.0),
-        },
-        "shapes": {
-            "branches": _counts(len(outcome.blocks) for outcome in annotated),
-            "depth": _counts(outcome.depth for outcome in annotated),
-            "syncs": _counts(outcome.syncs for outcome in annotated),
-            "block_tokens": _quantiles(blocks),
-        },
-        "reasons": dict(
-            collections.Counter(outcome.reason for outcome in outcomes if outcome.reason).most_common()
-        ),
-        "blocks_in_main": dict(notes.most_common()),
-        "unusable_reasons": dict(
-            collections.Counter(
-                line.problem["reason"] for line in lines if line.problem is not None
-            ).most_common()
-        ),
-        "left": left[:LISTED],
-    }
+    def __init__(self, lines: Iterable[Line]):
+        self.records = self.unusable = self.answers = 0
+        self.speedups = array.array("d")
+        self.branches, self.depth, self.syncs, self.blocks = (collections.Counter[int]() for _ in range(4))
+        self.reasons, self.notes, self.faults = (collections.Counter[str]() for _ in range(3))
+        self._left: list[tuple[int, int, str]] = []
+        for line in lines:
+            self.records += 1
+            if line.problem is not None:
+                self.unusable += 1
+                self.faults[line.problem["reason"]] += 1
+            for outcome in line.outcomes:
+                self._add(line.number, outcome)
+
+    def _add(self, record: int, outcome: Outcome) -> None:
+        self.answers += 1
+        self.notes.update(outcome.notes)
+        if outcome.reason:
+            self.reasons[outcome.reason] += 1
+            self._left.append((record, outcome.turn, outcome.reason))
+            if len(self._left) == 2 * LISTED:
+                self._left = sorted(self._left)[:LISTED]
+            return
+        self.speedups.append(outcome.speedup)
+        self.branches[len(outcome.blocks)] += 1
+        self.depth[outcome.depth] += 1
+        self.syncs[outcome.syncs] += 1
+        self.blocks.update(outcome.blocks)
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of the run.
+
+        Speedups are geometric means; those of `all` count answers that are not annotated as 1.
+        """
+        logs = math.fsum(map(math.log, self.speedups))
+        return {
+            "records": self.records,
+            "unusable": self.unusable,
+            "answers": self.answers,
+            "annotated": len(self.speedups),
+            "share": len(self.speedups) / max(1, self.answers),
+            "speedup": {
+                "annotated": math.exp(logs / max(1, len(self.speedups))),
+                "all": math.exp(logs / max(1, self.answers)),
+                "least": min(self.speedups, default=1.0),
+            },
+            "shapes": {
+                "branches": _counts(self.branches),
+                "depth": _counts(self.depth),
+                "syncs": _counts(self.syncs),
+                "block_tokens": _quantiles(self.blocks),
+            },
+            "reasons": dict(self.reasons.most_common(LISTED)),
+            "blocks_in_main": dict(self.notes.most_common(LISTED)),
+            "unusable_reasons": dict(self.faults.most_common(LISTED)),
+            "left": [
+                {"record": record, "answer": turn, "reason": reason}
+                for record, turn, reason in sorted(self._left)[:LISTED]
+            ],
+        }
 
 
-def _geometric(outcomes: Sequence[Outcome]) -> float:
-    return math.exp(statistics.fmean(math.log(outcome.speedup) for outcome in outcomes)) if outcomes else 1.0
+def _counts(counter: collections.Counter[int]) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(counter.items())}
 
 
-def _counts(values: Any) -> dict[str, int]:
-    return {str(value): count for value, count in sorted(collections.Counter(values).items())}
-
-
-def _quantiles(values: Sequence[int]) -> dict[str, float]:
-    if len(values) < 2:
+def _quantiles(counter: collections.Counter[int]) -> dict[str, float]:
+    """Of the values that are counted, as `numpy.quantile` of all of them."""
+    if counter.total() < 2:
         return {}
-    cuts = statistics.quantiles(values, n=20, method="inclusive")
-    return {"5 %": cuts[0], "25 %": cuts[4], "50 %": cuts[9], "75 %": cuts[14], "95 %": cuts[18]}
+    values = sorted(counter)
+    ends = np.cumsum([counter[value] for value in values])
+
+    def at(place: int) -> int:
+        return values[int(np.searchsorted(ends, place, side="right"))]
+
+    found = {}
+    for percent in (5, 25, 50, 75, 95):
+        place, rest = divmod(percent * (counter.total() - 1), 100)
+        low = at(place)
+        found[f"{percent} %"] = low + rest / 100 * (at(place + 1) - low) if rest else float(low)
+    return found
 
 
 def one_line(figures: Mapping[str, Any]) -> str:
@@ -96,16 +123,17 @@ def one_line(figures: Mapping[str, Any]) -> str:
     )
 
 
-def write_report(output: str, lines: Sequence[Line], about: Mapping[str, Any]) -> dict[str, Any]:
+def write_report(output: str, lines: Iterable[Line], about: Mapping[str, Any]) -> dict[str, Any]:
     """Writes OUTPUT.report.json, .md and, with matplotlib, .png; returns the figures."""
-    figures = summary(lines)
+    tally = Tally(lines)
+    figures = tally.figures()
     write_json(f"{output}.report.json", {"about": dict(about), **figures})
     picture = f"{output}.report.png"
     has_picture = figures["annotated"] and importlib.util.find_spec("matplotlib") is not None
     with replacing(f"{output}.report.md") as file:
         file.write(_markdown(figures, about, os.path.basename(picture) if has_picture else ""))
     if has_picture:
-        _draw(picture, lines, figures)
+        _draw(picture, tally, figures)
     elif figures["annotated"]:
         LOG.warning("No figure, which needs matplotlib: %s.", advice("matplotlib", "plot"))
     return figures
@@ -150,18 +178,17 @@ def _markdown(figures: Mapping[str, Any], about: Mapping[str, Any], picture: str
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _draw(path: str, lines: Sequence[Line], figures: Mapping[str, Any]) -> None:
+def _draw(path: str, tally: Tally, figures: Mapping[str, Any]) -> None:
     """Speedups, branches, lengths of blocks, and reasons."""
     from pasta_jax.figures import PALE, SERIES, dress, new_figure, save
 
-    annotated = [outcome for line in lines for outcome in line.outcomes if not outcome.reason]
     figure = new_figure(11, 6.4)
     above, below = cast("Any", figure.subfigures(2, 1))
     speeds, branches, lengths = above.subplots(1, 3)
     reasons = below.subplots()
     color = SERIES[0].color
 
-    speeds.hist([outcome.speedup for outcome in annotated], bins=30, color=color)
+    speeds.hist(tally.speedups, bins=30, color=color)
     mean = figures["speedup"]["annotated"]
     speeds.axvline(mean, color=SERIES[1].color, linestyle="--")
     dress(speeds, f"Theoretical speedup (x), geometric mean {mean:.2f}", "Annotated answers")
@@ -171,11 +198,10 @@ def _draw(path: str, lines: Sequence[Line], figures: Mapping[str, Any]) -> None:
     dress(branches, "Branches of an answer", "Annotated answers")
     branches.set_xticks(range(0, max(counts) + 1, max(1, max(counts) // 5)))
 
-    tokens = [block for outcome in annotated for block in outcome.blocks]
-    top = max(tokens) + 1
-    low = max(1, min(tokens))
+    tokens = sorted(tally.blocks)
+    top, low = tokens[-1] + 1, max(1, tokens[0])
     edges = [low * (top / low) ** (i / 30) for i in range(31)]
-    lengths.hist(tokens, bins=edges, color=color)
+    lengths.hist(tokens, bins=edges, weights=[tally.blocks[each] for each in tokens], color=color)
     lengths.set_xscale("log")
     dress(lengths, "Tokens of a block", "Blocks")
     ticks = [tick * 10**power for power in range(5) for tick in (1, 2, 5)]

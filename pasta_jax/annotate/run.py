@@ -7,6 +7,7 @@ was killed goes on after the last line that both have. At the end OUTPUT is writ
 
 from __future__ import annotations
 
+import array
 import collections
 import contextlib
 import dataclasses
@@ -15,9 +16,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from pasta_jax.annotate.protocol import (
@@ -32,7 +34,7 @@ from pasta_jax.data.layouts import Fault, replaced
 from pasta_jax.data.reading import Entry, entries
 from pasta_jax.data.records import Example, Reader, problem, raw_text
 from pasta_jax.endpoint.post import EndpointError
-from pasta_jax.files import Lines, Stamp, locked, read_jsonl, replacing, shows_progress
+from pasta_jax.files import Lines, Stamp, locked, replacing, shows_progress, stream_jsonl
 from pasta_jax.lang.assemble import assemble, text_of
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import render
@@ -99,8 +101,8 @@ def annotate_file(
     about: Mapping[str, Any],
     *,
     max_branches: int,
-) -> list[Line]:
-    """Annotates a file, or what an earlier run has left of it.
+) -> None:
+    """Annotates a file, or what an earlier run has left of it; `journal_of` says what became of each record.
 
     Args:
       path: of the records.
@@ -111,28 +113,25 @@ def annotate_file(
       about: what the output is made from, as JSON can hold it; a run goes on only with the same.
       max_branches: the most promises of an answer.
 
-    Returns:
-      The journal, in the order of the input.
-
     Raises:
       RunError: `output` is of another run.
       RecordError: the file cannot be read.
       EndpointError: the annotator asks an endpoint, which does not answer any more; what is done is kept.
       InUse: another process works on the same output.
     """
-    folder = f"{output}.run"
-    records, journal = os.path.join(folder, "records.jsonl"), os.path.join(folder, "journal.jsonl")
+    folder, journal = f"{output}.run", _journal(output)
+    records = os.path.join(folder, "records.jsonl")
     with locked(folder):
         stamp = Stamp(os.path.join(folder, "about.json"))
-        lines = _begun(output, stamp, about, records, journal)
+        done = _begun(output, stamp, about, records, journal)
         if os.path.exists(output):
             LOG.info("%s is complete.", output)
-            return sorted(lines, key=lambda line: line.number)
-        if lines:
-            LOG.info("%d records were annotated before.", len(lines))
+            return
+        if len(done):
+            LOG.info("%d records were annotated before.", len(done))
         check = _Check(tokenizer, reader.max_depth, max_branches)
         one_at_a_time = threading.Lock()  # an annotator may take items in a thread of its own
-        progress = _Progress(lines, _total(path), annotator)
+        progress = _Progress(len(done), _total(path), annotator)
         try:
             with Lines(records) as to_records, Lines(journal) as to_journal, progress:
 
@@ -142,15 +141,22 @@ def annotate_file(
                             to_records.write(raw)
                         # ASCII: bytes that are no text
                         to_journal.write(json.dumps(dataclasses.asdict(line)) + "\n")
-                        lines.append(line)
                         progress.add(line)
 
-                _work(path, annotator, reader, check, {line.number for line in lines}, keep)
+                _work(path, annotator, reader, check, done, keep)
         except EndpointError as error:
-            done = f"{progress.done} are done and kept; run the same command again to go on."
-            raise EndpointError(f"{error} {done}") from None
-        _finish(output, lines, records)
-    return sorted(lines, key=lambda line: line.number)
+            kept = f"{progress.done} are done and kept; run the same command again to go on."
+            raise EndpointError(f"{error} {kept}") from None
+        _finish(output, journal, records)
+
+
+def journal_of(output: str) -> Iterator[Line]:
+    """What became of each record, in the order in which they were finished."""
+    return stream_jsonl(_journal(output), _line_of)
+
+
+def _journal(output: str) -> str:
+    return os.path.join(f"{output}.run", "journal.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------ the work
@@ -196,7 +202,7 @@ def _work(
     annotator: Annotator | ManyAnnotator,
     reader: Reader,
     check: _Check,
-    done: Set[int],
+    done: _Numbers,
     keep: Callable[[Line, str], None],
 ) -> None:
     """Keeps a line for each record that is not done yet, and the record as text, as soon as it is finished."""
@@ -307,8 +313,8 @@ def _as_json(record: Mapping[str, Any]) -> str:
 # ----------------------------------------------------------------------------------------- beginning and end
 
 
-def _begun(output: str, stamp: Stamp, about: Mapping[str, Any], records: str, journal: str) -> list[Line]:
-    """The journal of an earlier run with the same `about`; both files are cut to what they have in common."""
+def _begun(output: str, stamp: Stamp, about: Mapping[str, Any], records: str, journal: str) -> _Numbers:
+    """What an earlier run with the same `about` has done; both files are cut to what they have in common."""
     changed = stamp.check(about)
     if changed and (os.path.exists(output) or os.path.exists(journal)):
         why = "; ".join(map(str, changed[:3])) if os.path.exists(stamp.path) else "it is not of this command"
@@ -316,39 +322,63 @@ def _begun(output: str, stamp: Stamp, about: Mapping[str, Any], records: str, jo
             f"{output} is of another run: {why}. Remove it and {output}.run, or give another --output."
         )
     stamp.write(about)
-    lines = read_jsonl(journal, _line_of)
+    done = _Numbers()
     if os.path.exists(output):
-        return lines
-    whole = _whole_lines(records)
-    kept = 0
-    for i, line in enumerate(lines):
+        return done
+    whole, kept = _whole_lines(records), 0
+    for line in stream_jsonl(journal, _line_of):
         if line.problem is None:
             if kept == whole:
-                lines = lines[:i]
                 break
             kept += 1
+        done.add(line.number)
     _cut(records, kept)
-    _cut(journal, len(lines))
-    return lines
+    _cut(journal, len(done))
+    return done
 
 
-def _finish(output: str, lines: Sequence[Line], records: str) -> None:
+class _Numbers:
+    """Numbers of records, a byte each: there may be millions."""
+
+    def __init__(self) -> None:
+        self._bytes, self._count = bytearray(), 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, number: int) -> bool:
+        return number < len(self._bytes) and bool(self._bytes[number])
+
+    def add(self, number: int) -> None:
+        self._bytes.extend(bytes(max(0, number + 1 - len(self._bytes))))
+        self._bytes[number] = 1
+        self._count += 1
+
+
+def _finish(output: str, journal: str, records: str) -> None:
     """Writes the output in the order of the input, and removes the records as they were finished."""
-    if invalid := [line for line in lines if line.problem is not None]:
+    numbers, invalid = array.array("q"), array.array("q")
+    usable = array.array("b")
+    for line in stream_jsonl(journal, _line_of):
+        (numbers if line.problem is None else invalid).append(line.number)
+        usable.append(line.problem is None)
+    if invalid:
         with replacing(f"{output}.invalid.jsonl") as file:
-            for line in sorted(invalid, key=lambda line: line.number):
-                file.write(json.dumps(line.problem, ensure_ascii=True) + "\n")
-    offsets = []
-    with open(records, "rb") as file, replacing(output, "wb") as to:
-        at = 0
-        for raw in file:
-            offsets.append(at)
-            at += len(raw)
-        numbers = [line.number for line in lines if line.problem is None]
-        for _, offset in sorted(zip(numbers, offsets, strict=True)):
-            file.seek(offset)
-            to.write(file.readline())
+            for raw in _in_order(journal, invalid, np.flatnonzero(~np.array(usable, bool))):
+                file.write(json.dumps(json.loads(raw)["problem"], ensure_ascii=True) + "\n")
+    with replacing(output, "wb") as to:
+        to.writelines(_in_order(records, numbers, np.arange(len(numbers))))
     os.remove(records)
+
+
+def _in_order(path: str, numbers: Sequence[int], lines: np.ndarray) -> Iterator[bytes]:
+    """Some lines of a file, by index, in the order of their numbers."""
+    with open(path, "rb") as file:
+        sizes = np.fromiter(map(len, file), np.int64)
+        starts = np.cumsum(sizes) - sizes
+        for start in starts[lines[np.argsort(np.array(numbers, np.int64))]]:
+            file.seek(start)
+            yield file.readline()
 
 
 def _line_of(fields: dict[str, Any]) -> Line:
@@ -384,9 +414,9 @@ class _Progress:
     Of an annotator that asks others, also what it asked and what that cost.
     """
 
-    def __init__(self, lines: Sequence[Line], total: int | None, annotator: object):
-        self._first, self._total = len(lines), total
-        self._bar = tqdm(unit="record", initial=len(lines), total=total, disable=not shows_progress())
+    def __init__(self, done: int, total: int | None, annotator: object):
+        self._first, self._total = done, total
+        self._bar = tqdm(unit="record", initial=done, total=total, disable=not shows_progress())
         self._status = annotator.status if isinstance(annotator, Estimating) else None
         self._count, self._annotated = 0, 0
         self._start = self._logged = time.monotonic()
