@@ -182,8 +182,12 @@ def test_other_runs_are_refused(tmp_path: pathlib.Path) -> None:
         run(path, output, about=ABOUT | {"annotator": "x"})
     mine = tmp_path / "mine.jsonl"
     mine.write_text("precious")
-    with pytest.raises(RunError, match=r"it is not of this command"):
+    with pytest.raises(RunError, match=r"mine.jsonl exists, and is not of this command. Give another --out"):
         run(path, mine)
+    (tmp_path / "same.jsonl").symlink_to(mine)
+    for same in (mine, tmp_path / "same.jsonl"):
+        with pytest.raises(RunError, match=r"is --input itself. Give another --output"):
+            run(mine, same)
     assert mine.read_text() == "precious"
     with locked(f"{tmp_path}/c.jsonl.run"), pytest.raises(InUse):
         run(path, tmp_path / "c.jsonl")
@@ -194,6 +198,12 @@ def promised(*nodes: Node) -> Any:
 
 
 BLOCK = (Text(NILE),)
+
+
+def failing(prompt: str | Messages, answer: str) -> Annotated:
+    raise KeyError("no\nsuch")
+
+
 BORDER = [
     # what an annotator returns, and why the answer stays as it was
     (promised(Text(NILE), Promise("a", 1, (Text("x"),))), "the annotator altered the text at character"),
@@ -201,6 +211,9 @@ BORDER = [
         promised(Promise("a", 4, (Text(NILE[:9]),)), Text(NILE[9:])),
         "validator: the block has fewer than 5 words",
     ),
+    (failing, "tests.test_annotate_run:failing failed: KeyError: 'no\\nsuch' (test_annotate_run.py, line "),
+    (lambda prompt, answer: answer, "tests.test_annotate_run:<lambda> returned a str, and not an Annotated"),
+    (lambda prompt, answer: Annotated(answer), "tests.test_annotate_run:<lambda> failed: AttributeError: "),
     (promised(Promise("a", 3, BLOCK)), "slower than without tags"),
     (promised(Promise('"', 4, BLOCK)), "cannot render the promise '\"': the topic holds"),
     (

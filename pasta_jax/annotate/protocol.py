@@ -11,9 +11,12 @@ what the command calls for both kinds.
 from __future__ import annotations
 
 import dataclasses
+import os
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, TypeAlias, runtime_checkable
 
+from pasta_jax.endpoint.post import EndpointError
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.program import Program
 
@@ -58,7 +61,7 @@ class Result:
 
 
 class Annotator(Protocol):
-    """Annotates one answer. Raises Declined."""
+    """Annotates one answer. Raises Declined; whatever else it raises, this answer is listed with it."""
 
     def __call__(self, prompt: str | Messages, answer: str) -> Annotated: ...
 
@@ -82,7 +85,7 @@ class Estimating(Protocol):
 
 
 def annotate_all(annotator: Annotator | ManyAnnotator, items: Iterable[Item]) -> Iterator[Result]:
-    """A checked result for each item: one whose text was altered is declined.
+    """A checked result for each item: one whose text was altered, or whose annotator failed, is declined.
 
     >>> from pasta_jax.lang.program import Text
     >>> shout = lambda prompt, answer: Annotated(Program((Text(answer.upper()),)))
@@ -100,7 +103,7 @@ def annotate_all(annotator: Annotator | ManyAnnotator, items: Iterable[Item]) ->
         annotator.annotate_all(noted()) if isinstance(annotator, ManyAnnotator) else _each(annotator, noted())
     )
     for result in results:
-        yield _checked(result, answers.pop(result.key))
+        yield _checked(annotator, result, answers.pop(result.key))
 
 
 def _each(annotator: Annotator, items: Iterable[Item]) -> Iterator[Result]:
@@ -109,10 +112,35 @@ def _each(annotator: Annotator, items: Iterable[Item]) -> Iterator[Result]:
             yield Result(item.key, annotator(item.prompt, item.answer))
         except Declined as declined:
             yield Result(item.key, None, str(declined))
+        except EndpointError:  # no other answer would fare better
+            raise
+        except Exception as error:  # one answer does not stop the others
+            yield Result(item.key, None, _failure(annotator, error))
 
 
-def _checked(result: Result, answer: str) -> Result:
-    if result.annotated is None or (text := assemble(result.annotated.program)) == answer:
+def _failure(annotator: object, error: Exception) -> str:
+    """What happened in the user's code, and where, in a line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return f"{_name(annotator)} failed: {what} ({os.path.basename(place.filename)}, line {place.lineno})"
+
+
+def _name(annotator: object) -> str:
+    named = annotator if hasattr(annotator, "__qualname__") else type(annotator)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _checked(annotator: object, result: Result, answer: str) -> Result:
+    if result.annotated is None:
+        return result
+    if not isinstance(result.annotated, Annotated):
+        kind = type(result.annotated).__name__
+        return Result(result.key, None, f"{_name(annotator)} returned a {kind}, and not an Annotated")
+    try:
+        text = assemble(result.annotated.program)
+    except Exception as error:  # it holds anything
+        return Result(result.key, None, _failure(annotator, error))
+    if text == answer:
         return result
     same = next((i for i, (a, b) in enumerate(zip(text, answer)) if a != b), min(len(text), len(answer)))
     return Result(result.key, None, f"the annotator altered the text at character {same + 1}")

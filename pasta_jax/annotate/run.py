@@ -114,11 +114,13 @@ def annotate_file(
       max_branches: the most promises of an answer.
 
     Raises:
-      RunError: `output` is of another run.
+      RunError: `output` is of another run, not of this command, or the input.
       RecordError: the file cannot be read.
       EndpointError: the annotator asks an endpoint, which does not answer any more; what is done is kept.
       InUse: another process works on the same output.
     """
+    if os.path.realpath(output) == os.path.realpath(path):
+        raise RunError(f"--output={output} is --input itself. Give another --output.")
     folder, journal = f"{output}.run", _journal(output)
     records = os.path.join(folder, "records.jsonl")
     with locked(folder):
@@ -317,7 +319,9 @@ def _begun(output: str, stamp: Stamp, about: Mapping[str, Any], records: str, jo
     """What an earlier run with the same `about` has done; both files are cut to what they have in common."""
     changed = stamp.check(about)
     if changed and (os.path.exists(output) or os.path.exists(journal)):
-        why = "; ".join(map(str, changed[:3])) if os.path.exists(stamp.path) else "it is not of this command"
+        if not os.path.exists(stamp.path):
+            raise RunError(f"{output} exists, and is not of this command. Give another --output.")
+        why = "; ".join(map(str, changed[:3]))
         raise RunError(
             f"{output} is of another run: {why}. Remove it and {output}.run, or give another --output."
         )
