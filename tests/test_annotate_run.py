@@ -236,6 +236,26 @@ def test_what_an_annotator_may_not_do(annotator: Any, reason: str, tmp_path: pat
     assert output.read_text() == path.read_text()
 
 
+LIMITS = [
+    ({}, ""),
+    ({"min_speedup": 1.67}, "saves too little time"),
+    ({"length": 90}, "longer than a row with its tags"),
+    ({"length": 91, "min_speedup": 75 / 45}, ""),
+]
+
+
+@pytest.mark.parametrize(("limits", "reason"), LIMITS)
+def test_limits_hold_for_every_annotator(limits: dict[str, Any], reason: str, tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi", "response": NILE * 2}) + "\n")
+    annotator = promised(Promise("a", 3, BLOCK), Text(NILE))
+    annotate_file(
+        str(path), str(output), annotator, TOKENIZER, Reader(), ABOUT, **{"max_branches": 15} | limits
+    )
+    (line,) = journal_of(str(output))
+    assert line.outcomes[0].reason == reason
+
+
 def test_what_has_tags_already_stays(tmp_path: pathlib.Path) -> None:
     path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     first, again = tmp_path / "in.jsonl", tmp_path / "again.jsonl"

@@ -30,7 +30,7 @@ from typing import Any
 from absl import flags
 
 from pasta_jax.annotate import auditing
-from pasta_jax.annotate.annotators import MAKERS, AnnotatorError, Options, dialect_of, make_annotator
+from pasta_jax.annotate.annotators import MAKERS, ROW, AnnotatorError, Options, dialect_of, make_annotator
 from pasta_jax.annotate.protocol import Estimating
 from pasta_jax.annotate.report import one_line, write_report
 from pasta_jax.annotate.run import RunError, annotate_file, answers_of, journal_of
@@ -107,7 +107,15 @@ def annotate(values: flags.FlagValues) -> str:
             )
         return annotator.estimate(answers_of(values.input, reader), shown=values.dry_run)
     annotate_file(
-        values.input, values.output, annotator, tokenizer, reader, about, max_branches=values.max_branches
+        values.input,
+        values.output,
+        annotator,
+        tokenizer,
+        reader,
+        about,
+        max_branches=values.max_branches,
+        length=values.length,
+        min_speedup=values.min_speedup,
     )
     figures = write_report(values.output, journal_of(values.output), about)
     result = [one_line(figures), f"{values.output}.report.md has the shapes and the reasons."]
@@ -160,8 +168,8 @@ def command() -> None:
     flags.DEFINE_integer("max_branches", MAX_BRANCHES, "The most promises of an answer.", lower_bound=1)
     flags.DEFINE_integer(
         "length",
-        0,
-        "Rules: the most tokens of prompt and answer, data.length in training; 0: any.",
+        ROW,
+        "Answers that are longer with their prompt stay plain, in tokens: data.length in training; 0: any.",
         lower_bound=0,
     )
     flags.DEFINE_float(

@@ -26,6 +26,10 @@ MAX_LOSS = 0.2
 such texts, the steps of chains lose more, and 99 of 100 items of lists and prose lose less."""
 
 
+ROW = 2048
+"""Tokens of a row, if --length does not say; long enough for almost all answers of chat models."""
+
+
 class AnnotatorError(ValueError):
     """There is no such annotator, or it cannot be made; the message says what to do."""
 

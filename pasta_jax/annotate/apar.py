@@ -41,7 +41,11 @@ class Apar:
         program = Program(joined(nodes))
         if self.length:
             tokens = sum(map(len, threads_of_program(self.tokenizer, program).tokens))
-            if tokens + len(encode_prompt(self.tokenizer, prompt)) > self.length:
+            try:
+                tokens += len(encode_prompt(self.tokenizer, prompt))
+            except ValueError as error:  # the chat format cannot write it
+                raise Declined(str(error)) from None
+            if tokens > self.length:
                 return Annotated(Program((Text(answer),)), ("longer than a row",) * forks)
         return Annotated(program, ("more forks than an answer may have",) * (forks - self.max_branches))
 

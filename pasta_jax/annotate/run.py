@@ -32,7 +32,7 @@ from pasta_jax.annotate.protocol import (
 )
 from pasta_jax.data.layouts import Fault, replaced
 from pasta_jax.data.reading import Entry, entries
-from pasta_jax.data.records import Example, Reader, problem, raw_text
+from pasta_jax.data.records import Example, Reader, encode_prompt, problem, raw_text
 from pasta_jax.endpoint.post import EndpointError
 from pasta_jax.files import Lines, Stamp, locked, replacing, shows_progress, stream_jsonl
 from pasta_jax.lang.assemble import assemble, text_of
@@ -48,6 +48,8 @@ LOG_EVERY_S = 20.0
 
 HAS_TAGS = "it has tags already"
 SLOWER = "slower than without tags"
+SAVES_LITTLE = "saves too little time"
+TOO_LONG = "longer than a row with its tags"
 
 
 class RunError(ValueError):
@@ -101,6 +103,8 @@ def annotate_file(
     about: Mapping[str, Any],
     *,
     max_branches: int,
+    length: int = 0,
+    min_speedup: float = 1.0,
 ) -> None:
     """Annotates a file, or what an earlier run has left of it; `journal_of` says what became of each record.
 
@@ -112,6 +116,8 @@ def annotate_file(
       reader: how records are read.
       about: what the output is made from, as JSON can hold it; a run goes on only with the same.
       max_branches: the most promises of an answer.
+      length: an answer stays plain that is longer with its tags and its prompt, in tokens; 0 for any number.
+      min_speedup: an answer whose theoretical speedup is lower stays plain.
 
     Raises:
       RunError: `output` is of another run, not of this command, or the input.
@@ -131,7 +137,7 @@ def annotate_file(
             return
         if len(done):
             LOG.info("%d records were annotated before.", len(done))
-        check = _Check(tokenizer, reader.max_depth, max_branches)
+        check = _Check(tokenizer, reader.max_depth, max_branches, length, min_speedup)
         one_at_a_time = threading.Lock()  # an annotator may take items in a thread of its own
         progress = _Progress(len(done), _total(path), annotator)
         try:
@@ -234,7 +240,7 @@ def _work(
     for result in annotate_all(annotator, items()):
         number, turn = map(int, result.key.split(":"))
         record = open_records[number]
-        outcome, text = check.outcome(turn, assemble(record.waiting.pop(turn).program), result)
+        outcome, text = check.outcome(record.waiting.pop(turn), result)
         record.outcomes.append(outcome)
         if not outcome.reason:
             record.texts[turn] = text
@@ -249,27 +255,44 @@ class _Check:
     tokenizer: Tokenizer
     max_depth: int
     max_branches: int
+    length: int
+    min_speedup: float
 
-    def outcome(self, turn: int, answer: str, result: Result) -> tuple[Outcome, str]:
+    def outcome(self, example: Example, result: Result) -> tuple[Outcome, str]:
         """What becomes of an answer, and its annotated text."""
+        turn, answer = example.turn, assemble(example.program)
         if result.annotated is None:
             return Outcome(turn, result.declined), ""
         notes = dict(collections.Counter(result.annotated.notes).most_common())
         tokens = len(self.tokenizer.encode(answer))
         program = with_short_topics(self.tokenizer, measured(self.tokenizer, result.annotated.program))
         promises = [*program.promises()]
-        reason, text, steps = "" if promises else next(iter(notes), "no structure"), "", 0
-        try:
-            text = render(program)
-            steps = critical_path(threads_of_program(self.tokenizer, program), self.tokenizer.vocabulary)
-        except ValueError as error:  # a promise that cannot be written
-            reason = str(error)
-        reason = reason or self._doubt(text, program) or (SLOWER if steps > tokens else "")
+        text, steps = "", 0
+        reason = "" if promises else next(iter(notes), "no structure")
+        if not reason:
+            try:
+                text = render(program)
+                threads = threads_of_program(self.tokenizer, program)
+                steps = critical_path(threads, self.tokenizer.vocabulary)
+                size = sum(map(len, threads.tokens)) + len(encode_prompt(self.tokenizer, example.prompt))
+                reason = self._doubt(text, program) or self._limit(tokens, steps, size)
+            except (
+                ValueError
+            ) as error:  # a promise that cannot be written, a prompt that the chat format lacks
+                reason = str(error)
         if reason:
             return Outcome(turn, reason, notes, tokens=tokens), ""
         blocks = tuple(len(self.tokenizer.encode(text_of(promise.block))) for promise in promises)
         depth, syncs = _depth_and_syncs(program)
         return Outcome(turn, "", notes, blocks, depth, syncs, tokens, steps), text
+
+    def _limit(self, tokens: int, steps: int, size: int) -> str:
+        """Which limit an answer exceeds, or ""."""
+        if steps > tokens:
+            return SLOWER
+        if tokens < self.min_speedup * steps:
+            return SAVES_LITTLE
+        return TOO_LONG if 0 < self.length < size else ""
 
     def _doubt(self, text: str, program: Program) -> str:
         """What the validator finds first, or ""."""

@@ -86,7 +86,10 @@ class Structure:
         parts = with_closing_apart(answer, markdown.read(answer))
         draft = _Draft(self, answer, parts)
         promised = draft.split(draft.longest(draft.cover(parts)))
-        room = self.length - len(encode_prompt(self.tokenizer, prompt)) if self.length else math.inf
+        try:
+            room = self.length - len(encode_prompt(self.tokenizer, prompt)) if self.length else math.inf
+        except ValueError as error:  # the chat format cannot write it
+            raise Declined(str(error)) from None
         enough = draft.steps(()) / self.min_speedup
         while promised and not (draft.steps(promised) <= enough and draft.tokens(promised) <= room):
             promised = draft.without_the_least(promised)
