@@ -354,9 +354,10 @@ def test_runs_come_to_an_end_however_many_requests_are_refused(tmp_path: pathlib
         replies = tmp_path / "out.jsonl.run" / "replies"
         with Endpoint(server.url, "m", cache=replies, concurrency=1, **budget) as endpoint:
             annotator = LlmAnnotator(endpoint, TOKENIZER)
-            return annotate_file(
+            annotate_file(
                 str(data), str(output), annotator, TOKENIZER, Reader({}), {"model": "m"}, max_branches=15
             )
+        return sorted(journal_of(str(output)), key=lambda line: line.number)
 
     with chat_server(model) as server:
         with pytest.raises(EndpointError, match="The budget is used up.* are done and kept"):
