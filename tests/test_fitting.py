@@ -129,6 +129,10 @@ def test_what_is_too_long_is_dropped_left_out_or_cut_and_counted(
     ("answer", "kept"),
     [
         (f"One two three. {BLOCK} One two three. {BLOCK} One two.", "One two three. {B} One two three."),
+        (
+            "\u5c3c\u7f57\u6cb3\u3002\u300c\u957f\u3002\u300d\u5b83\u5411\u5317\u6d41",
+            "\u5c3c\u7f57\u6cb3\u3002\u300c\u957f\u3002\u300d",
+        ),
         (f"One. {BLOCK}<sync/> One two three a b c d e f g h. One.", "One. {B}"),
         ("- One two\n- three a b c d e f g h\n- One a b c d e f g h\n", "- One two\n- three a b c d e f g h"),
     ],

@@ -22,6 +22,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
+from pasta_jax.lang.sentences import SENTENCE_END
+
 Kind: TypeAlias = Literal["section", "item", "paragraph", "verse", "row", "code", "rule"]
 
 
@@ -235,7 +237,6 @@ _PLAIN_NAME = re.compile(
     r"[ \t]*(?:[^\n:.!?;]{1,60}:(?=\s|\Z)|[^\n:.!?;,]{1,40}?[ \t][\u2013\u2014-](?=[ \t]))"
 )
 _PLAIN_WORDS = 8
-_SENTENCE_END = re.compile("[.!?][\"'\u201d\u2019)\\]*]*(?=\\s)|[\u3002\uff01\uff1f]")
 _ABBREVIATED = re.compile(
     r"(?:\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|vs|etc|e\.g|i\.e|No|approx|U\.S|a\.m|p\.m)|^\W*\d+)\Z"
 )
@@ -275,7 +276,7 @@ def sentence_end(text: str) -> int:
     >>> text[:sentence_end(text)]
     'Dr. No met Mr. T. in the U.S. of 1950.'
     """
-    for found in _SENTENCE_END.finditer(text):
+    for found in SENTENCE_END.finditer(text):
         if not _ABBREVIATED.search(text[: found.start()][-12:]):
             return found.end()
     return len(text)

@@ -21,6 +21,7 @@ from pasta_jax.data.layouts import Fault
 from pasta_jax.data.reading import Entry
 from pasta_jax.data.records import Example, Problem, Reader, encode_prompt, problem
 from pasta_jax.lang.program import Program, Promise, Text
+from pasta_jax.lang.sentences import SENTENCE_END
 from pasta_jax.lang.topics import with_short_topics
 from pasta_jax.tokens.layout import TOPIC_TOO_LONG, LayoutError, answer_ids, check_threads, layout_ids
 from pasta_jax.tokens.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ TOO_LONG = "longer than a row"
 WHOLE = -1
 """Instead of the number of a cut."""
 
-_SENTENCE = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"'\u201d\u2019)\]*_]*(?=\s)|\S(?=\s*\n)")
+_SENTENCE = re.compile(rf"{SENTENCE_END.pattern}|\u2026[\"'\u201d\u2019)\]*_]*(?=\s)|\S(?=\s*\n)")
 """The end of a sentence or of a line, before the white space that follows."""
 
 _MARKER = re.compile(r"\s*(\d{1,3}[.)]|[A-Za-z][.)]|[^\w\s])")
