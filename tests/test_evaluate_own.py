@@ -15,7 +15,7 @@ from pasta_jax.evaluate import compare, own
 from pasta_jax.evaluate.answers import Answered, Respondent, key_of
 from pasta_jax.evaluate.report import read_results
 from pasta_jax.evaluate.summary import Contest, chances, geometric, quality_of, speed_of
-from pasta_jax.judges.protocol import Preference
+from pasta_jax.judges.protocol import NO_VERDICT, JudgeError, Preference
 from tests.helpers import only_full
 
 # --------------------------------------------------------------------------------------------------- numbers
@@ -68,10 +68,24 @@ def test_chances_of_both_orders_and_of_what_failed() -> None:
     found, agreed = chances(contests, said)
     assert found == pytest.approx([0.8, 0.0, 1.0, 0.5, 0.5, 0.5])
     assert agreed == [True, False]
+    assert chances(contests[:1], [Preference(None, 0.5)] * 2) == ([0.5], []), (
+        "a tie is no verdict to agree on"
+    )
     quality = quality_of(found, agreed)
     assert (quality.won, quality.tied, quality.lost, quality.same_winner) == (2, 3, 1, 50.0)
     assert quality.win_rate.mean == pytest.approx(55.0)
     assert quality.win_rate.error == pytest.approx(100 * np.std(found, ddof=1) / math.sqrt(6))
+
+
+def test_what_the_judge_did_not_say_is_left_out() -> None:
+    """Not a tie: neither of the win rate nor of the agreement."""
+    contests = [Contest("?", "a", "b")] * 3
+    said = [Preference(0, 0.9), NO_VERDICT, NO_VERDICT, NO_VERDICT, Preference(0, 1.0), Preference(1, 1.0)]
+    found, agreed = chances(contests, said)
+    assert np.array_equal(found, [np.nan, np.nan, 1.0], equal_nan=True) and agreed == [True]
+    quality = quality_of(found, agreed)
+    assert (quality.won, quality.tied, quality.lost, quality.unjudged) == (1, 0, 0, 2)
+    assert quality.win_rate.mean == 100.0
 
 
 # ---------------------------------------------------------------------------------------------- the whole way
@@ -107,6 +121,16 @@ class Prefers:
     def compare(self, prompt: str, a: str, b: str, /) -> Preference:
         self.asked.append((prompt, a, b))
         return Preference(0 if a.startswith(self.model) else 1, 0.9)
+
+
+class Says:
+    """A judge that says these, one after another."""
+
+    def __init__(self, said: Sequence[Preference]):
+        self.said = iter(said)
+
+    def compare(self, prompt: str, a: str, b: str, /) -> Preference:
+        return next(self.said)
 
 
 @pytest.fixture
@@ -168,6 +192,18 @@ def test_an_evaluation_and_what_it_leaves(tmp_path: pathlib.Path) -> None:
     again = own.answer_all(settings, questions)
     own.judge_contests(again, asked, judge, "tests:Prefers")
     assert (folder / "model.jsonl").read_text() == before and len(judge.asked) == 4
+    # A judge that does not answer everything.
+    asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:silent")
+    silent: list[Preference] = [Preference(0, 0.9), NO_VERDICT, Preference(0, 0.9), Preference(1, 0.9)]
+    quality = own.judge_contests(found, asked, Says(silent), "tests:silent")
+    assert (quality.won, quality.tied, quality.lost, quality.unjudged) == (1, 0, 1, 1)
+    rows = json.loads((pathlib.Path(asked.folder) / "annotations.json").read_text())
+    assert [row["preference"] for row in rows] == [None, pytest.approx(1.9), 1.0]
+    markdown = own.write_report(settings, found, quality, "tests:silent", asked)
+    assert "The judge gave no verdict on 1 of 3 prompts" in markdown
+    asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:mute")
+    with pytest.raises(JudgeError, match="gave no verdict on any"):
+        own.judge_contests(found, asked, Says([NO_VERDICT] * 4), "tests:mute")
 
 
 @pytest.mark.usefixtures("fakes")

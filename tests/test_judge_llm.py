@@ -1,6 +1,7 @@
 """The judge that asks a language model."""
 
 import math
+import pathlib
 import random
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 
 from pasta_jax.endpoint.client import Endpoint
 from pasta_jax.judges import llm
+from pasta_jax.judges.bulk import judge_all
 from pasta_jax.judges.llm import LlmJudge
-from pasta_jax.judges.protocol import Comparison, JudgeError, Preference, compare_all
+from pasta_jax.judges.protocol import NO_VERDICT, Comparison, JudgeError, Preference, compare_all
 from tests.helpers.chat_server import KEY, Answer, Body, Rates, Status, chat_server
 
 
@@ -74,7 +76,7 @@ def test_what_is_asked() -> None:
     assert body["logprobs"] is True and body["top_logprobs"] == 5 and "max_tokens" not in body
 
 
-def test_a_judge_that_says_nothing_is_asked_once_more_and_then_it_is_a_tie() -> None:
+def test_a_judge_that_says_nothing_is_asked_once_more_and_then_it_has_no_verdict() -> None:
     replies = iter(["I like both.", "B 60", "A good question!", "", "Both"])
     with (
         chat_server(lambda body: next(replies)) as server,
@@ -82,7 +84,7 @@ def test_a_judge_that_says_nothing_is_asked_once_more_and_then_it_is_a_tie() -> 
     ):
         judge = LlmJudge(endpoint)
         assert judge.compare("1", "a", "bb") == Preference(1, 0.6)
-        assert judge.compare("2", "a", "bb") == Preference(None, 0.5)
+        assert judge.compare("2", "a", "bb") == NO_VERDICT != Preference(None, 0.5)
     assert judge.tally.unreadable == 1 and "1 without a verdict" in judge.report()
 
 
@@ -105,6 +107,45 @@ def test_agreement_in_both_orders_and_its_report() -> None:
     assert server.total == 10, "the second time from the cache"
     assert "the same winner in both orders for 60.0% of 10 pairs" in judge.report()
     assert "the answer shown first won 70.0%" in judge.report() and "10 requests" in judge.report()
+
+
+def test_agreement_is_of_pairs_that_have_a_winner() -> None:
+    """Ties in both orders are no verdict, and neither is silence; a tie in one order is another verdict."""
+
+    def model(body: Body) -> str:
+        a, b = answers(body)
+        return {"t": "A 50", "x": "It depends.", "w": "A 90" if a > b else "B 90"}.get(
+            a[0], "A 50" if a > b else "A 90"
+        )
+
+    comparisons = [
+        Comparison(*each) for c in "txwu" for each in (("p", f"{c}1", f"{c}2"), ("p", f"{c}2", f"{c}1"))
+    ]
+    with chat_server(model) as server, Endpoint(server.url, "m") as endpoint:
+        judge = LlmJudge(endpoint)
+        said = [*compare_all(judge, comparisons)]
+    assert said[:4] == [Preference(None, 0.5)] * 2 + [NO_VERDICT] * 2
+    assert (judge.tally.both_orders, judge.tally.agreed, judge.tally.unreadable) == (2, 1, 2)
+
+
+def test_what_has_no_verdict_is_not_kept(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is asked again by the next run; only what was said is in the file."""
+    is_silent = True
+
+    def model(body: Body) -> str:
+        if is_silent and "<answer_A>" in body["messages"][-1]["content"] and answers(body)[0] == "a":
+            raise Status(400, "content filter")
+        return shorter(body) if len(body["messages"]) > 1 else "OK"
+
+    path = tmp_path / "judged.jsonl"
+    comparisons = [Comparison(prompt, *each) for prompt in "12" for each in (("a", "bb"), ("bb", "a"))]
+    for silent, said in ((True, NO_VERDICT), (False, Preference(0, 0.75))):
+        is_silent = silent
+        with chat_server(model) as server, Endpoint(server.url, "m") as endpoint:
+            assert judge_all(LlmJudge(endpoint), comparisons, path) == [said, Preference(1, 0.75)] * 2
+        assert len(path.read_text().splitlines()) == (2 if silent else 4)
+    assert server.total == 2
+    assert "2 of 4 comparisons have no verdict" in caplog.text
 
 
 def test_many_comparisons_whatever_goes_wrong(tmp_path: Any) -> None:
@@ -133,7 +174,7 @@ def test_an_endpoint_that_is_gone_ends_it_and_refusals_do_not() -> None:
     with chat_server(model) as server, Endpoint(server.url, "m", concurrency=2) as endpoint:
         judge = LlmJudge(endpoint)
         asked = [*(Comparison(f"bad {i}", "a", "bb") for i in range(9)), Comparison("good", "a", "bb")]
-        assert [*compare_all(judge, asked)] == [*[Preference(None, 0.5)] * 9, Preference(0, 0.75)]
+        assert [*compare_all(judge, asked)] == [*[NO_VERDICT] * 9, Preference(0, 0.75)]
         is_gone = True
         with pytest.raises(JudgeError, match="^POST .*400 .content filter.; so failed .* and the question"):
             [*compare_all(judge, [Comparison(f"new {i}", "a", "bb") for i in range(9)])]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +33,7 @@ from pasta_jax.evaluate.report import Result, write_reports
 from pasta_jax.evaluate.summary import Contest, Quality, Speed, chances, quality_of, speed_of
 from pasta_jax.evaluate.systems import take_turns
 from pasta_jax.judges.bulk import judge_all
-from pasta_jax.judges.protocol import Judge
+from pasta_jax.judges.protocol import Judge, JudgeError
 from pasta_jax.loading import load
 
 LOG = logging.getLogger("pasta_jax")
@@ -218,15 +219,17 @@ def contests_of(evaluated: Evaluated, opponent: Opponent, judge: str) -> Contest
 def judge_contests(
     evaluated: Evaluated, asked: Contests, judge: Judge, name: str, gamed: Gamed | None = None
 ) -> Quality:
-    """What a judge says of all of them; also writes annotations.json.
+    """What a judge says of all of them; also writes annotations.json, where no verdict is null.
 
     Raises:
-      JudgeError: the judge cannot say.
+      JudgeError: the judge cannot say, of one or of any.
       AnnotationError, DifficultyError: `gamed` belongs to other prompts.
     """
     os.makedirs(asked.folder, exist_ok=True)
     comparisons = [each for contest in asked.contests for each in contest.comparisons]
     said = judge_all(judge, comparisons, os.path.join(asked.folder, "judged.jsonl"))
+    if said and not any(each.is_verdict for each in said):
+        raise JudgeError(f"The judge {name} gave no verdict on any of {len(said)} comparisons.")
     chance, agreed = chances(asked.contests, said)
     annotations = [
         {
@@ -237,7 +240,7 @@ def judge_contests(
             "generator_2": evaluated.name,
             "dataset": _dataset(question),
             "annotator": name,
-            "preference": 1 + float(value),
+            "preference": None if math.isnan(value) else 1 + float(value),
         }
         for instruction, question, contest, value in zip(
             evaluated.instructions, evaluated.questions, asked.contests, chance, strict=True

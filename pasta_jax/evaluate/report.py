@@ -168,6 +168,11 @@ def notes(result: Result) -> list[str]:
             said.append(
                 f"The judge had the same verdict in both orders for {quality.same_winner:.1f} % of pairs."
             )
+        if quality.unjudged:
+            said.append(
+                f"The judge gave no verdict on {quality.unjudged} of {result.speed.prompts} prompts, which are "
+                "left out of the win rate; the same command asks for them again."
+            )
         if quality.length_controlled is None and result.is_alpaca_eval:
             said.append(f"{NO_LC} Raw win rate {quality.win_rate}.")
     return said

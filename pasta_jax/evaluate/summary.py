@@ -96,10 +96,12 @@ class Quality:
 
     Attributes:
       win_rate: the mean of the judge's probability that the answer is better, in per cent; 50 against equals.
+        Prompts without a verdict are left out.
       won, tied, lost: prompts by which side of a half that is.
-      same_winner: of the prompts whose answers differ, the share with the same verdict in both orders, in per
-        cent; None if there are none.
+      same_winner: of the prompts with a verdict in both orders and a winner in one at least, the share with the
+        same winner in both, in per cent; None if there are none.
       length_controlled: AlpacaEval's, if it could be computed.
+      unjudged: prompts without a verdict in one order at least.
     """
 
     win_rate: Estimate
@@ -108,6 +110,7 @@ class Quality:
     lost: int
     same_winner: float | None
     length_controlled: Estimate | None = None
+    unjudged: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +138,15 @@ class Contest:
 
 
 def chances(contests: Sequence[Contest], said: Sequence[Preference]) -> tuple[np.ndarray, list[bool]]:
-    """The judge's probability that the model's answer is better, the mean of both orders: float64 [n], 0 to 1.
+    """The judge's probability that the model's answer is better, the mean of both orders; nan without a verdict.
 
     Args:
       contests: one for each prompt.
       said: of their comparisons, in order.
 
     Returns:
-      the probabilities, and for each comparison of different answers whether both orders had the same verdict.
+      the probabilities, float64 [n], 0 to 1 or nan; and for each prompt that has a winner in one order at least,
+      whether it has the same in both.
     """
     told = iter(said)
     found: list[float] = []
@@ -154,28 +158,31 @@ def chances(contests: Sequence[Contest], said: Sequence[Preference]) -> tuple[np
             continue
         forth, back = next(told), next(told).swapped
         found.append((_chance(forth) + _chance(back)) / 2)
-        if contest.answer != contest.opponent:
-            agreed.append(forth.winner == back.winner)
+        if (same := forth.agrees(back)) is not None:
+            agreed.append(same)
     return np.array(found, np.float64), agreed
 
 
 def _chance(preference: Preference) -> float:
-    """That the first is better.
+    """That the first is better; nan without a verdict.
 
     >>> [_chance(Preference(winner, 0.75)) for winner in (0, 1, None)]
     [0.75, 0.25, 0.5]
     """
+    if not preference.is_verdict:
+        return math.nan
     if preference.winner is None:
         return 0.5
     return preference.confidence if preference.winner == 0 else 1.0 - preference.confidence
 
 
 def quality_of(chance: np.ndarray, agreed: Sequence[bool]) -> Quality:
-    """The quality from `chances`."""
+    """The quality from `chances`, of which one at least is a number."""
     return Quality(
-        win_rate=percent(chance),
+        win_rate=percent(chance[np.isfinite(chance)]),
         won=int((chance > 0.5).sum()),
         tied=int((chance == 0.5).sum()),
         lost=int((chance < 0.5).sum()),
         same_winner=100 * sum(agreed) / len(agreed) if agreed else None,
+        unjudged=int(np.isnan(chance).sum()),
     )

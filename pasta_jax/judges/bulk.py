@@ -30,7 +30,8 @@ def judge_all(
       judge: asked once about each comparison that PATH does not have.
       comparisons: any number, some perhaps the same.
       path: a JSONL file of this judge's preferences, each under a hash of its comparison. It is appended to as the
-        judge answers, so that a run that was cut off goes on there. By default nothing is kept.
+        judge answers, so that a run that was cut off goes on there. What has no verdict is not written. By default
+        nothing is kept.
 
     Raises:
       JudgeError: the judge cannot say.
@@ -52,10 +53,17 @@ def judge_all(
         with Lines(path or os.devnull) as file:
             for count, (key, said) in enumerate(zip(todo, bar, strict=True), start=1):
                 known[key] = said
-                file.write(json_line(_line(key, said)))
+                if said.is_verdict:
+                    file.write(json_line(_line(key, said)))
                 if not interactive and time.monotonic() - logged_at > LOG_EVERY_S:
                     LOG.info("%d of %d comparisons are judged.", count, len(todo))
                     logged_at = time.monotonic()
+        if missing := sum(not known[key].is_verdict for key in todo):
+            LOG.warning(
+                "%d of %d comparisons have no verdict. None is kept of these, so that another run asks again.",
+                missing,
+                len(todo),
+            )
     return [
         Preference(None, 0.5) if each.a == each.b else known[key]
         for key, each in zip(keys, comparisons, strict=True)

@@ -23,7 +23,7 @@ from pasta_jax.endpoint.client import Endpoint, Planned
 from pasta_jax.endpoint.cost import Prices
 from pasta_jax.endpoint.post import EndpointError, Reply, RequestError
 from pasta_jax.files import InUse
-from pasta_jax.judges.protocol import Comparison, JudgeError, Preference
+from pasta_jax.judges.protocol import NO_VERDICT, Comparison, JudgeError, Preference
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -53,10 +53,10 @@ class Tally:
     Attributes:
       comparisons: that it was asked. Two equal answers are a tie and not counted.
       by_logprobs: of these, how many had probabilities of the first token.
-      unreadable: to how many it gave no verdict. They are ties.
+      unreadable: to how many it gave no verdict.
       first: how many were won by the answer shown first.
-      both_orders: pairs of answers that were compared in both orders.
-      agreed: of these, how many had the same winner.
+      both_orders: pairs of answers with a verdict in both orders, and a winner in one at least.
+      agreed: of these, how many had the same winner in both.
     """
 
     comparisons: int = 0
@@ -75,7 +75,7 @@ class Tally:
             parts.append(f"the answer shown first won {self.first / decided:.1%}")
             parts.append(f"probabilities of tokens for {self.by_logprobs / decided:.1%}")
         if self.unreadable:
-            parts.append(f"{self.unreadable:,} without a verdict, counted as ties")
+            parts.append(f"{self.unreadable:,} without a verdict")
         return "; ".join(parts)
 
 
@@ -91,10 +91,14 @@ class LlmJudge:
         self.endpoint = endpoint
         self.tally = Tally()
         self._mutex = threading.Lock()
-        self._seen: dict[bytes, tuple[bool, int | None]] = {}
+        self._seen: dict[bytes, tuple[bool, Preference]] = {}
 
     def compare(self, prompt: str, a: str, b: str, /) -> Preference:
-        """Which answer is better. Raises JudgeError if the endpoint does not answer any more."""
+        """Which answer is better; NO_VERDICT if the endpoint refuses, or what it says cannot be read.
+
+        Raises:
+          JudgeError: the endpoint does not answer any more.
+        """
         try:
             return self._compared(Comparison(prompt, a, b))
         except EndpointError as error:
@@ -125,23 +129,24 @@ class LlmJudge:
         try:
             chance, by_logprobs = self._chance(comparison)
         except RequestError as error:
-            LOG.warning("A comparison counts as a tie: %s", error)
+            LOG.warning("A comparison has no verdict: %s.", error)
             chance, by_logprobs = None, False
         preference = _preference(chance)
         is_sorted = comparison.a < comparison.b
         pair = [comparison.prompt, *sorted((comparison.a, comparison.b))]
         name = hashlib.sha256("\0".join(pair).encode(errors="replace")).digest()
-        winner = preference.winner if is_sorted or preference.winner is None else 1 - preference.winner
+        of_sorted = preference if is_sorted else preference.swapped
         with self._mutex:
             tally = self.tally
             tally.comparisons += 1
             tally.by_logprobs += by_logprobs
             tally.unreadable += chance is None
             tally.first += preference.winner == 0
-            before = self._seen.setdefault(name, (is_sorted, winner))
-            if before[0] != is_sorted:
-                tally.both_orders += 1
-                tally.agreed += before[1] == winner
+            was_sorted, before = self._seen.setdefault(name, (is_sorted, of_sorted))
+            if was_sorted != is_sorted:
+                if (agreed := before.agrees(of_sorted)) is not None:
+                    tally.both_orders += 1
+                    tally.agreed += agreed
                 del self._seen[name]
         return preference
 
@@ -203,7 +208,9 @@ def _preference(chance: float | None) -> Preference:
     >>> _preference(0.75), _preference(0.25), _preference(0.5)
     (Preference(winner=0, confidence=0.75), Preference(winner=1, confidence=0.75), Preference(winner=None, confidence=0.5))
     """  # noqa: E501
-    if chance is None or chance == 0.5:
+    if chance is None:
+        return NO_VERDICT
+    if chance == 0.5:
         return Preference(None, 0.5)
     return Preference(int(chance < 0.5), max(chance, 1 - chance))
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from pasta_jax.data.judgement import Preference
+from pasta_jax.data.judgement import NO_VERDICT, Preference
 from pasta_jax.data.records import Prompt, prompt_text
 from pasta_jax.messages import shown
 
-__all__ = ["Comparison", "Judge", "JudgeError", "Preference", "Prompt", "compare_all"]
+__all__ = ["NO_VERDICT", "Comparison", "Judge", "JudgeError", "Preference", "Prompt", "compare_all"]
 
 
 class JudgeError(ValueError):
@@ -46,7 +46,8 @@ class Judge(Protocol):
     def compare(self, prompt: str, a: str, b: str, /) -> Preference:
         """Which answer is better: 0 for a, 1 for b, None for a tie, and how sure that is, 0.5 to 1.
 
-        Raises JudgeError if it cannot say.
+        `NO_VERDICT` if it cannot say of these two: it is left out, and asked again by a later run. Raises
+        JudgeError if it cannot say any more.
         """
 
 
@@ -73,6 +74,8 @@ def checked(preference: Any) -> Preference:
     """What any judge said, as a `Preference`. Raises JudgeError if it is none."""
     try:
         winner, confidence = preference
+        if winner is None and confidence == 0:
+            return NO_VERDICT
         if (winner is None or winner in (0, 1)) and 0.5 <= confidence <= 1.0:
             return Preference(None if winner is None else int(winner), float(confidence))
     except (TypeError, ValueError):
