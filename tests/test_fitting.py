@@ -12,7 +12,7 @@ import pytest
 
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.config import ConfigError, DataConfig
-from pasta_jax.data.batches import Shuffled
+from pasta_jax.data.batches import Mixture, Shuffled
 from pasta_jax.data.fitting import places, up_to
 from pasta_jax.data.records import RecordError
 from pasta_jax.data.sources import contents, make_source, make_sources
@@ -99,6 +99,19 @@ def test_examples_of_a_conversation_are_held_out_together(tmp_path: pathlib.Path
     ]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 8
     assert len(held) + len(source) == 17
+
+
+def test_what_is_asked_in_several_files_is_on_one_side(tmp_path: pathlib.Path) -> None:
+    plain, annotated = (
+        lines(tmp_path / name, *({"prompt": f"{n} Rivers?", "response": said} for n in "abcdefgh"))
+        for name, said in (("a.jsonl", "One."), ("b.jsonl", f"One. {BLOCK}"))
+    )
+    source, held = make_sources(config(plain, annotated, held_out="0.3"), TOKENIZER, seed=0)
+    assert isinstance(source, Mixture)
+    trained = [[text(stream[i]) for i in range(len(stream.source))] for stream in source.streams]  # type: ignore[attr-defined]
+    asked = [{each.split("?")[0] for each in some} for some in (map(text, held), *trained)]
+    assert asked[1] == asked[2] and not asked[0] & asked[1] and len(asked[0] | asked[1]) == 8
+    assert len(held) == 2 * len(asked[0]) == 6
 
 
 # ------------------------------------------------------------------------------------- longer than a row

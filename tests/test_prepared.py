@@ -110,6 +110,13 @@ def test_documents_are_those_of_the_records(data: pathlib.Path, changes: dict[st
     assert sources.steps_of_epochs(config, again, 2.5) == expected > 5
 
 
+def test_what_is_prepared_is_not_held_out_of_its_records(data: pathlib.Path) -> None:
+    mine, folder = str(data / "mine.jsonl"), str(data / "mine")
+    for held, source in ((f"prepared:{folder}", folder), (f"prepared:{folder}", mine), (mine, folder)):
+        with pytest.raises(ConfigError, match="is trained on too: config.data.sources names it"):
+            sources.make_sources(of(source, held_out=held), TOKENIZER, seed=0)
+
+
 def test_what_a_run_knows_of_its_data(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """A folder is known by its name; one that was prepared from other records has another digest."""
     mine = data / "mine"

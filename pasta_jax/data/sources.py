@@ -11,19 +11,21 @@ FILE.jsonl          records of prompts and annotated answers, in any layout and 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from pasta_jax.arrays import ThreadedTokens
-from pasta_jax.config import ConfigError, DataConfig, is_records
+from pasta_jax.config import PREPARED, ConfigError, DataConfig, is_records
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import Mixture, Shuffled, Stream, batches, held_out, steps_of_sizes, steps_until
 from pasta_jax.data.fitting import Account, Fitter
-from pasta_jax.data.prepared import Prepared, is_prepared, open_for
+from pasta_jax.data.prepared import Prepared, is_prepared, open_for, read_about
 from pasta_jax.data.reading import RecordError, entries
 from pasta_jax.data.records import Problem, digest, invalid_line
 from pasta_jax.data.stored import Chained, Stored, store
@@ -86,43 +88,73 @@ def make_sources(
         _check(account, config, kept)
     if kept and any(account.unusable for _, account in files.values()):
         LOG.warning("All invalid records are kept in %s.", kept)
-    streams: list[Stream] = []
-    held: list[Stored | Prepared] = []
-    for number, (name, _) in enumerate(config.sources):
-        own_seed = seed * 1000 + number
-        if name.startswith("almanac:"):
-            streams.append(_almanac(name.partition(":")[2], config, tokenizer, own_seed))
-            continue
-        stored = files[number][0] if number in files else _prepared(name, config, tokenizer)
-        if config.held_out_share:
-            trained, measured = held_out(stored.asked, config.held_out_share, own_seed)
-            if not trained:
-                raise ConfigError(
-                    f"config.data.held_out leaves nothing of {name} ({len(stored)} examples; those with the same "
-                    "prompt stay together)."
-                )
-            held.append(stored.of(measured))
-            stored = stored.of(trained)
-        streams.append(Shuffled(stored, own_seed))
-    if config.held_out_share and not held:
-        raise ConfigError(
-            "config.data.held_out is a share of the examples of files, and the almanac generates its own. "
-            "Name a file of examples instead."
-        )
+    read: dict[int, Stored | Prepared] = {
+        number: files[number][0] if number in files else _prepared(name, config, tokenizer)
+        for number, (name, _) in enumerate(config.sources)
+        if not name.startswith("almanac:")
+    }
+    trained, held = _divided(read, config, seed) if config.held_out_share else (read, [])
+    streams = [
+        Shuffled(trained[number], seed * 1000 + number)
+        if number in trained
+        else _almanac(name.partition(":")[2], config, tokenizer, seed * 1000 + number)
+        for number, (name, _) in enumerate(config.sources)
+    ]
     measured_on = Chained(held) if held else held_out_file(config, tokenizer)
     if len(streams) == 1:
         return streams[0], measured_on
     return Mixture(streams, [weight for _, weight in config.sources]), measured_on
 
 
+def _divided(
+    read: Mapping[int, Stored | Prepared], config: DataConfig, seed: int
+) -> tuple[dict[int, Stored | Prepared], list[Stored | Prepared]]:
+    """Of each source, by its number, what is trained on; and what is held out of them.
+
+    One draw for all, so that what is asked in several sources is on one side. Raises ConfigError.
+    """
+    if not read:
+        raise ConfigError(
+            "config.data.held_out is a share of the examples of files, and the almanac generates its own. "
+            "Name a file of examples instead."
+        )
+    asked: Any = np.concatenate([np.asarray(stored.asked, np.uint64) for stored in read.values()])
+    is_held = np.zeros(len(asked), bool)
+    is_held[held_out(asked, config.held_out_share, seed * 1000 + min(read))[1]] = True
+    trained, held = dict[int, Stored | Prepared](), list[Stored | Prepared]()
+    first = 0
+    for number, stored in read.items():
+        own = is_held[first : first + len(stored)]
+        first += len(stored)
+        if own.all():
+            raise ConfigError(
+                f"config.data.held_out leaves nothing of {config.sources[number][0]} ({len(stored)} examples; "
+                "those with the same prompt stay together)."
+            )
+        trained[number] = stored.of(np.flatnonzero(~own).tolist())
+        if own.any():
+            held.append(stored.of(np.flatnonzero(own).tolist()))
+    return trained, held
+
+
 def check_held_out(config: DataConfig, field: str, *files: str) -> None:
-    """Refuses a file to hold out that is among those of another field. Raises ConfigError."""
+    """Refuses to hold out records that another field names: by their file, or prepared. Raises ConfigError."""
     held = config.held_out_file
-    if held and os.path.realpath(held) in map(os.path.realpath, files):
+    if held and _files_of(held) & {*itertools.chain(*map(_files_of, files))}:
         raise ConfigError(
             f"config.data.held_out={held} is trained on too: config.{field} names it. Name another file, or give "
             "a share, as 0.05."
         )
+
+
+def _files_of(name: str) -> set[str]:
+    """The file or folder of a source, and the files that a folder was prepared from."""
+    folder = name.removeprefix(PREPARED)
+    made_from = []
+    if is_prepared(name):
+        with contextlib.suppress(RecordError):  # a damaged folder is refused when it is read
+            made_from = [each["name"] for each in read_about(folder)["sources"]]
+    return {*map(os.path.realpath, [folder, *made_from])}
 
 
 def held_out_file(config: DataConfig, tokenizer: Tokenizer) -> Sequence[ThreadedTokens]:
