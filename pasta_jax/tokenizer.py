@@ -16,11 +16,13 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import flags
 from tqdm import tqdm
 
-from pasta_jax.config import Config, ConfigError, DataConfig
+from pasta_jax.config import Config, ConfigError, DataConfig, is_records
+from pasta_jax.data.fitting import Account
 from pasta_jax.data.records import Problem, RecordError, read
 from pasta_jax.files import replacing, shows_progress
 from pasta_jax.lang.assemble import assemble
@@ -118,14 +120,14 @@ def train(
     Args:
       files: records, or plain text.
       vocab_size: V.
-      config: how to read records: `columns`, `max_depth`.
+      config: how to read records: `columns`, `max_depth`, `dialect`, and how many may be unusable.
       sample: bytes to train on, at most. The memory needed is about 15 times as much.
       held_out: the share of texts that is kept apart to measure the tokenizer.
       coverage: share of characters (not of different ones) that get pieces of their own.
       seed: of the sample.
 
     Raises:
-      RecordError, OSError: a file cannot be read, or has no text.
+      RecordError, ConfigError, OSError: a file cannot be read, has no text, or too little of it can be used.
       TokenizerError: this vocabulary cannot be made from this text.
     """
     kept, apart = Sample(sample, seed), Sample(MEASURED_BYTES, seed)
@@ -183,7 +185,7 @@ def _all(files: Sequence[str], config: DataConfig) -> Iterator[str]:
     """The texts of all files: paragraphs of plain text, or prompts and answers of records."""
     for path in files:
         empty = True
-        for text in _records(path, config) if path.endswith((".jsonl", ".json")) else _paragraphs(path):
+        for text in _records(path, config) if is_records(path) else _paragraphs(path):
             empty = False
             yield text
         if empty:
@@ -191,24 +193,40 @@ def _all(files: Sequence[str], config: DataConfig) -> Iterator[str]:
 
 
 def _records(path: str, config: DataConfig) -> Iterator[str]:
-    """What is said in each record: in its last prompt, and in the answer to it."""
-    problems: list[Problem] = []
-    for each in read(path, columns=dict(config.columns), max_depth=config.max_depth, turns="last"):
+    """What is said in each record: in its last prompt, and in the answer to it. Raises ConfigError."""
+    account = Account(path)
+    reading: Any = {"columns": dict(config.columns), "max_depth": config.max_depth, "dialect": config.dialect}
+    for each in read(path, turns="last", **reading):
+        account.records += 1
         if isinstance(each, Problem):
-            problems = [*problems, each][:1]
+            account.add(each)
             continue
         asked = [each.prompt] if isinstance(each.prompt, str) else [m["content"] for m in each.prompt]
         yield from (*asked, assemble(each.program))
-    if problems:
-        LOG.warning("Some records of %s cannot be used. The first: %s", path, problems[0])
+    if account.unusable:
+        account.check(config.max_unusable)
+        LOG.warning("%s", account.report())
 
 
 def _paragraphs(path: str) -> Iterator[str]:
-    """Runs of lines between empty ones, which come with the run before them, of 1 MiB at most."""
+    """Runs of lines between empty ones, which come with the run before them, of 1 MiB at most.
+
+    Raises ConfigError if they are not UTF-8.
+    """
+
+    def read_line() -> str:
+        try:
+            return file.readline(LONGEST_LINE)
+        except UnicodeDecodeError:
+            raise ConfigError(
+                f"{path} is not text in UTF-8. Save it as that; records are known by the ends of their files: "
+                ".jsonl or .json, also .gz or .zst, and .parquet."
+            ) from None
+
     with open(path, encoding="utf-8-sig", newline="") as file:
         lines: list[str] = []
         size = 0
-        while line := file.readline(LONGEST_LINE):
+        while line := read_line():
             lines.append(line)
             size += len(line)
             if not line.strip() or size >= LONGEST_LINE:
@@ -220,7 +238,11 @@ def _paragraphs(path: str) -> Iterator[str]:
 
 def command() -> None:
     """Parses the command line and runs `main`."""
-    flags.DEFINE_list("text", [], "Files: records (.jsonl), or plain text in UTF-8.")
+    flags.DEFINE_list(
+        "text",
+        [],
+        "Files: records (.jsonl, .json, .gz, .zst, .parquet, hf:OWNER/NAME), or plain text in UTF-8.",
+    )
     flags.DEFINE_integer(
         "vocab_size", None, "Pieces of the vocabulary, with 268 or so for bytes and control."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pathlib
 import random
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from pasta_jax import tokenizer
-from pasta_jax.config import DataConfig
+from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.lang import tags
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.pieces import LONGEST, sentences_of
@@ -93,9 +94,27 @@ def test_columns_conversations_and_plain_text(tmp_path: pathlib.Path) -> None:
     (tmp_path / "c.txt").write_text(text, newline="")
     read = [*tokenizer._all([str(tmp_path / "c.txt")], DataConfig())]
     assert "".join(read) == text[1:] and read[0] == "One.\r\nTwo.\n\n" and max(map(len, read)) <= 2**20
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(asked).encode()))
+    assert [*tokenizer._all([str(tmp_path / "a.jsonl.gz")], columns)] == ["What is zinc?", "A metal."]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "Hi", "response": "<promise/><async>Ho</async>"}))
+    forks = DataConfig(dialect="apar")
+    assert [*tokenizer._all([str(tmp_path / "d.jsonl")], forks)] == ["Hi", "Ho"]
     long = " ".join(WORDS * 100) + "\u6771" * 3000
     cut = sentences_of(f"{long}\n{long}")
     assert "".join(cut) == long * 2 and max(len(each.encode()) for each in cut) <= LONGEST
+
+
+def test_unusable_records_are_counted(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = records(tmp_path / "shop.jsonl", 8)
+    with path.open("a") as file:
+        file.write('{"text": 1}\n?\n')
+    with pytest.raises(
+        ConfigError,
+        match=r"2 of 10 records cannot be used \(20.0%\): 1 no known layout, 1 not JSON\. Fix them",
+    ):
+        [*tokenizer._all([str(path)], DataConfig())]
+    assert len([*tokenizer._all([str(path)], DataConfig(max_unusable=0.2))]) == 16
+    assert "2 of 10 records cannot be used (20.0%): 1 no known layout, 1 not JSON" in caplog.text
 
 
 def test_of_much_text_a_sample_is_kept() -> None:
@@ -145,6 +164,7 @@ def test_mistakes_are_one_line(
         tmp_path / "to.model",
     )
     pathlib.Path(empty).write_text("\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
 
     def said(*overrides: str, **changes: Any) -> str:
         given = dict(
@@ -164,6 +184,9 @@ def test_mistakes_are_one_line(
     assert said(to=str(ROOT / "LICENSE")).startswith("--to=")
     assert said(text=["no/such.jsonl"]).startswith("Cannot read no/such.jsonl")
     assert said(text=["no/such.txt"]).startswith("[Errno 2] No such file or directory: 'no/such.txt'")
+    assert said(text=[str(tmp_path / "latin.txt")]).startswith(
+        f"{tmp_path}/latin.txt is not text in UTF-8. Save"
+    )
     assert said(text=[empty]) == f"{empty} has no text.\n"
     assert said("data.colums=a=b").startswith('No config field "data.colums". Did you mean')
     assert said(vocab_size=9000).startswith("This text gives at most ")
