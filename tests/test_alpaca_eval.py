@@ -12,13 +12,13 @@ import pytest
 from pasta_jax.evaluate import alpaca_eval
 from pasta_jax.evaluate.alpaca_eval import AnnotationError, Estimate, length_controlled_win_rate, win_rate
 from pasta_jax.evaluate.length_controlled import (
+    Difficulties,
     DifficultyError,
-    Gamed,
     Weights,
     fitted,
     minimum,
     predicted,
-    read_gamed,
+    read_difficulties,
 )
 
 N = 120
@@ -73,10 +73,10 @@ def write_gamed(path: pathlib.Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def gamed(tmp_path_factory: pytest.TempPathFactory) -> Gamed:
-    path = tmp_path_factory.mktemp("gamed") / "df_gamed.csv"
+def difficulties(tmp_path_factory: pytest.TempPathFactory) -> Difficulties:
+    path = tmp_path_factory.mktemp("difficulties") / "df_gamed.csv"
     write_gamed(path)
-    return read_gamed(path)
+    return read_difficulties(path)
 
 
 INSTRUCTIONS = [f"Task {i}" for i in range(N)]
@@ -96,20 +96,20 @@ def test_the_raw_win_rate_is_that_of_the_leaderboard(tmp_path: pathlib.Path) -> 
     assert win_rate(by_hand).mean == pytest.approx(100 * (0 + 1 + 0.25 + 0.5) / 4, abs=1e-9)
 
 
-def test_the_length_controlled_win_rate_is_that_of_the_package(gamed: Gamed) -> None:
-    found = length_controlled_win_rate(annotations(), gamed, INSTRUCTIONS)
+def test_the_length_controlled_win_rate_is_that_of_the_package(difficulties: Difficulties) -> None:
+    found = length_controlled_win_rate(annotations(), difficulties, INSTRUCTIONS)
     assert (found.mean, found.error) == pytest.approx((CONTROLLED.mean, CONTROLLED.error), abs=1e-6)
     rows = annotations()
     lengths = [np.array([len(row[f"output_{i}"]) for row in rows]) for i in (1, 2)]
-    assert fitted(alpaca_eval.preferences(rows), lengths[0], lengths[1], gamed) == pytest.approx(
+    assert fitted(alpaca_eval.preferences(rows), lengths[0], lengths[1], difficulties) == pytest.approx(
         WEIGHTS, abs=1e-8
     )
     itself = [{**row, "generator_2": row["generator_1"]} for row in rows]
-    assert length_controlled_win_rate(itself, gamed, INSTRUCTIONS) == Estimate(50.0, 0.0)
+    assert length_controlled_win_rate(itself, difficulties, INSTRUCTIONS) == Estimate(50.0, 0.0)
 
 
 def test_known_weights_give_known_win_rates() -> None:
-    """The published weights of a model predict its published win rate by this formula."""
+    """The formula by hand, with weights that are made up, and targets whose weights are known."""
     difficulty = np.array([0.0, 1.0, -2.0])
     expected = [1 / (1 + math.exp(-x)) for x in (-0.7, -0.7 + 0.4, -0.7 - 0.8)]
     assert predicted(Weights(9.0, 0.4, -0.7), difficulty) == pytest.approx(expected, abs=1e-12)
@@ -126,19 +126,32 @@ def test_known_weights_give_known_win_rates() -> None:
     assert np.abs(slope)[small != 0] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_difficulties_go_by_place_so_another_order_is_refused(gamed: Gamed) -> None:
+def test_difficulties_go_by_place_so_another_order_is_refused(difficulties: Difficulties) -> None:
     rows = annotations()
     with pytest.raises(
         AnnotationError, match=r"There are 119 annotations of 120 prompts.*none may be missing"
     ):
-        length_controlled_win_rate(rows[1:], gamed, INSTRUCTIONS)
+        length_controlled_win_rate(rows[1:], difficulties, INSTRUCTIONS)
     rows[4], rows[5] = rows[5], rows[4]
     with pytest.raises(
         AnnotationError, match=r"Row 4 .* is not that of the prompts: 'Task 5', expected 'Task 4'"
     ):
-        length_controlled_win_rate(rows, gamed, INSTRUCTIONS)
+        length_controlled_win_rate(rows, difficulties, INSTRUCTIONS)
     with pytest.raises(DifficultyError, match="119 annotations and difficulties of 120 instructions"):
-        length_controlled_win_rate(annotations()[:119], gamed, INSTRUCTIONS[:119])
+        length_controlled_win_rate(annotations()[:119], difficulties, INSTRUCTIONS[:119])
+
+
+def test_prompts_that_are_not_the_official_ones_have_no_difficulties(difficulties: Difficulties) -> None:
+    names = [name for name, count in alpaca_eval.OFFICIAL.items() for _ in range(count)]
+    official = Difficulties(np.zeros(805), np.zeros((0, 3)), np.zeros(0))
+    alpaca_eval.check_official(names, official)
+    for other in ([""] * 805, names[::-1], ["own", *names[1:]]):
+        with pytest.raises(
+            DifficultyError, match="The prompts are not AlpacaEval's.*129 of helpful_base, 156 of"
+        ):
+            alpaca_eval.check_official(other, official)
+    with pytest.raises(DifficultyError, match="805 prompts and difficulties of 120"):
+        alpaca_eval.check_official(names, difficulties)
 
 
 def test_files_that_are_none_of_alpaca_eval(tmp_path: pathlib.Path) -> None:
@@ -169,4 +182,4 @@ def test_files_that_are_none_of_alpaca_eval(tmp_path: pathlib.Path) -> None:
     ):
         path.write_text(text)
         with pytest.raises(DifficultyError, match=message):
-            read_gamed(path)
+            read_difficulties(path)

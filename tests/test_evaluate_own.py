@@ -1,8 +1,11 @@
 """A model on a user's own prompts: what counts, what is asked, the reports, and folders that stay apart."""
 
+import collections
+import dataclasses
 import json
 import math
 import pathlib
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +14,12 @@ import pytest
 
 from pasta_jax.data.prompts import Question
 from pasta_jax.data.records import Prompt
+from pasta_jax.evaluate import __main__ as command
 from pasta_jax.evaluate import compare, own
 from pasta_jax.evaluate.answers import Answered, Respondent, key_of
 from pasta_jax.evaluate.report import read_results
 from pasta_jax.evaluate.summary import Contest, chances, geometric, quality_of, speed_of
+from pasta_jax.files import InUse, locked
 from pasta_jax.judges.protocol import NO_VERDICT, JudgeError, Preference
 from tests.helpers import only_full
 
@@ -62,6 +67,9 @@ def test_chances_of_both_orders_and_of_what_failed() -> None:
     ]
     contests += [Contest("?", "a", "c"), Contest("?", "a", "a")]
     assert [len(contest.comparisons) for contest in contests] == [2, 0, 0, 0, 2, 2]
+    # Two ties say nothing of the order; one does.
+    ties = chances(contests[:1] * 2, [Preference(None, 0.5)] * 3 + [Preference(0, 0.7)])
+    assert (ties[0].tolist(), ties[1]) == ([0.5, pytest.approx(0.4)], [False])
     said = [Preference(0, 0.9), Preference(1, 0.7)]  # the model's answer won in both orders
     said += [Preference(0, 0.8), Preference(0, 0.8)]  # whatever came first
     said += [Preference(None, 0.5)] * 2
@@ -170,7 +178,11 @@ def test_an_evaluation_and_what_it_leaves(tmp_path: pathlib.Path) -> None:
     assert "| fast-7" in markdown and "2.00x" in markdown and "win rate" not in markdown
     # Against the baseline: two prompts are won, the one that failed is lost without a word of the judge.
     judge = Prefers("fast")
-    asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:Prefers")
+    asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:Prefers", "source")
+    # Verdicts of another judge of the same name, or of one whose source changed, are not these.
+    assert own.contests_of(found, asked.opponent, "tests:Prefers", "other source").folder != asked.folder
+    with locked(asked.folder), pytest.raises(InUse):
+        own.judge_contests(found, asked, judge, "tests:Prefers")
     quality = own.judge_contests(found, asked, judge, "tests:Prefers")
     assert (quality.won, quality.tied, quality.lost) == (2, 0, 1)
     assert quality.win_rate.mean == pytest.approx(100 * (0.9 + 0.9 + 0) / 3)
@@ -179,8 +191,9 @@ def test_an_evaluation_and_what_it_leaves(tmp_path: pathlib.Path) -> None:
     assert [row["preference"] for row in rows] == pytest.approx([1.9, 1.9, 1.0])
     assert (rows[0]["generator_1"], rows[0]["generator_2"]) == ("slow-7", "fast-7")
     assert (rows[0]["output_1"], rows[2]["output_2"]) == ("slow says Name a river.", "")
-    markdown = own.write_report(settings, found, quality, "tests:Prefers", asked)
-    assert "60.0 +- 30.0 %" in markdown and "same verdict in both orders for 100.0 %" in markdown
+    markdown = own.write_report(settings, found, quality, "tests:Prefers", asked, "It judges itself.")
+    assert "- It judges itself.\n" in markdown
+    assert "60.0 +- 30.0 %" in markdown and "same verdict in both orders for 100.0 % of" in markdown
     assert (
         "LC win rate not computed: df_gamed.csv is missing" in markdown
         and "Raw win rate 60.0 +- 30.0." in markdown
@@ -221,6 +234,16 @@ def test_two_checkpoints_in_one_workdir_stay_apart_and_share_a_table(tmp_path: p
         assert json.loads((folder / "model_outputs.json").read_text())[0]["output"].startswith(f"{name} says")
     assert "| fast-7" in markdown and "| faster-7" in markdown
     assert [result.name for result in read_results(settings.workdir)] == ["fast-7", "faster-7"]
+    # Another baseline of the same name is another table, and so is the same one in int8.
+    for settings in (
+        settings_of(tmp_path, baseline="others/slow"),
+        dataclasses.replace(settings_of(tmp_path), loading={"quantize": "int8"}),
+    ):
+        found = own.answer_all(settings, own.questions_of(settings.prompts, {}))
+        asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:Prefers")
+        markdown = own.write_report(settings, found, quality, "tests:Prefers", asked)
+        assert markdown.count("| fast-7") == 1 and "| faster-7" not in markdown
+    assert "| fast-7-int8 " in markdown
 
 
 @pytest.mark.usefixtures("fakes")
@@ -234,6 +257,9 @@ def test_given_answers_are_opponents_and_must_be_of_the_same_prompts(tmp_path: p
     asked = own.contests_of(found, given, "tests:Prefers")
     assert own.judge_contests(found, asked, Prefers("fast"), "j").lost == 1
     other = tmp_path / "other.json"
+    other.write_text(json.dumps([{"instruction": text, "output": text[:0]} for text in PROMPTS[:3]]))
+    failed = own.contests_of(found, own.opponent_of(questions, str(other), {}), "tests:Prefers")
+    assert own.judge_contests(found, failed, Prefers("fast"), "j").win_rate.mean == pytest.approx(250 / 3)
     rows = json.loads(pathlib.Path(settings.prompts).read_text())
     for changed, message in (
         (rows[:2], r"has 2 records, and there are 3 prompts"),
@@ -278,8 +304,6 @@ def test_a_real_model_answers_and_its_sequential_self_is_the_baseline() -> None:
 def test_who_never_saw_almanac_is_told_so_at_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import dataclasses
-
     from pasta_jax.checkpoints import about
     from pasta_jax.config import Config, DataConfig, PreferenceConfig
 
@@ -307,3 +331,96 @@ def test_who_never_saw_almanac_is_told_so_at_once(
         compare.warn_of_strangers("own", "almanac")
     (line,) = caplog.messages
     assert line.startswith("own was not trained on Almanac") and "--prompts=FILE" in line
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_what_cannot_work_is_refused_before_anything_is_decoded(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*args: Any) -> Any:
+        raise AssertionError("it decodes")
+
+    monkeypatch.setattr(own, "answer_all", never)
+    monkeypatch.setattr(command, "begin_first", lambda: None)
+    gamed = tmp_path / "df_gamed.csv"
+    gamed.write_text(
+        "index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n0,0.5,0,0,False\n"
+    )
+    llm = {"judge": "llm", "model": "m", "base_url": "http://localhost:1/v1"}
+    for given, message in (
+        ({"dry_run": 1}, "--dry_run shows what an endpoint would be asked: add --judge=llm."),
+        ({"dry_run": 1, "judge": "json:loads"}, "--dry_run shows what an endpoint would be asked"),
+        ({"judge": "json:loads", "df_gamed": str(gamed)}, "There are 3 prompts and difficulties of 1"),
+        ({**llm, "budget_dollars": 1.0}, "--budget_dollars needs the prices"),
+        ({**llm, "base_url": "localhost"}, "localhost"),
+    ):
+        monkeypatch.setattr(command.flags, "FLAGS", values_of(settings_of(tmp_path), given))
+        with pytest.raises(SystemExit):
+            command.main(["evaluate"])
+        assert message in capsys.readouterr().err, message
+
+
+def test_a_judge_is_known_by_what_its_verdicts_depend_on(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pasta_jax.checkpoints import about
+
+    monkeypatch.setattr(about, "find_checkpoint", lambda path: path)
+    monkeypatch.setattr(about, "checkpoint_identity", lambda path: {"checkpoint": path})
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / "some_judges.py"
+    source.write_text("def judge(prompt, a, b):\n    return 0, 0.9\n")
+    settings = settings_of(tmp_path)
+
+    def identity(**given: Any) -> Any:
+        return command._judge_identity(values_of(settings, given))
+
+    def caution(**given: Any) -> str:
+        return command._caution(values_of(settings, {"judge": "likelihood", **given}))
+
+    llm = {"judge": "llm", "model": "m", "base_url": "a"}
+    assert identity(**llm) == identity(**llm)
+    found = [identity(**llm), identity(**llm | {"base_url": "b"}), identity(**llm, temperature=1.0)]
+    found += [identity(judge="likelihood"), identity(judge="likelihood", judge_model="other")]
+    found += [identity(judge="likelihood", quantize="int8"), identity(judge="some_judges:judge")]
+    source.write_text("def judge(prompt, a, b):\n    return 1, 0.9\n")
+    found.append(identity(judge="some_judges:judge"))
+    assert len({json.dumps(each) for each in found}) == len(found)
+    assert "gave the opponent's answers itself" in caution()
+    assert "gave the model's answers itself" in caution(judge_model="runs/fast")
+    assert caution(judge_model="other") == caution(opponent="outputs.json") == ""
+
+
+class Values:
+    """The command's flags, without absl's global ones."""
+
+    def __init__(self, **given: Any):
+        self.__dict__.update(given)
+
+    def __getitem__(self, name: str) -> Any:
+        return types.SimpleNamespace(value=getattr(self, name))
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+    def flag_values_dict(self) -> Any:
+        return collections.defaultdict(lambda: None, {**vars(self), "concurrency": 8, "timeout": 1.0})
+
+
+def values_of(settings: own.Settings, given: dict[str, Any]) -> Any:
+    flags = {
+        "ckpt": settings.ckpt,
+        "baseline": settings.baseline,
+        "prompts": settings.prompts,
+        "workdir": "W",
+    }
+    flags |= {
+        "price_in": 0.0,
+        "price_out": 0.0,
+        "temperature": 0.0,
+        "key_variable": "HOME",
+        "max_new_tokens": 8,
+    }
+    return Values(**flags | given)

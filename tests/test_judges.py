@@ -108,7 +108,10 @@ def test_judges_by_name(model: Model, tmp_path: pathlib.Path, monkeypatch: pytes
         "    return 0, 0.6\n"
         "def fails(prompt, a, b):\n"
         "    raise KeyError('x')\n"
-        "shorter, number = Shorter(), 3\n"
+        "class Broken:\n"
+        "    def compare(self, prompt, a, b):\n"
+        "        return {}[a]\n"
+        "shorter, number, broken = Shorter(), 3, Broken()\n"
     )
     (tmp_path / "broken_judges.py").write_text("import nothing_of_this_name\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -140,6 +143,10 @@ def test_judges_by_name(model: Model, tmp_path: pathlib.Path, monkeypatch: pytes
             make_judge(name, **given)
     with pytest.raises(JudgeError, match=r"own_judges:fails failed: KeyError: 'x'"):
         said("fails")
+    with pytest.raises(JudgeError, match=r"own_judges:broken failed: KeyError: 'long'"):
+        said("broken")
+    with pytest.raises(JudgeError, match=r"own_judges:broken failed: KeyError: 'long'"):
+        make_judge("own_judges:broken").compare(PROMPT, "long", "no")
     sys.modules.pop("own_judges")
 
 

@@ -31,7 +31,7 @@ from pasta_jax.evaluate.compare import compare, table
 from pasta_jax.verbs import begin_first, define_loading, define_processes, loading_options, refuse
 
 if TYPE_CHECKING:
-    from pasta_jax.evaluate.length_controlled import Gamed
+    from pasta_jax.evaluate.length_controlled import Difficulties
     from pasta_jax.evaluate.own import Contests, Evaluated
     from pasta_jax.judges.protocol import Judge
 
@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
         refuse(f"--judge={values.judge}: use {', '.join(JUDGES)} or MODULE:FUNCTION.")
     if (values.opponent or values.df_gamed) and not (values.judge or values.annotations):
         refuse("--opponent and --df_gamed are for a judge: add --judge=llm, for one.")
+    if values.dry_run is not None and (values.judge != "llm" or values.annotations):
+        refuse("--dry_run shows what an endpoint would be asked: add --judge=llm.")
     if not is_own and not values.annotations and int(values.prompts) < 1:
         refuse("--prompts must be a file, or at least 1 of Almanac's.")
     begin_first()
@@ -63,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         if values.annotations:
             annotated(values)
         elif is_own:
-            own(values)
+            on_own_prompts(values)
         else:
             almanac(values)
     except (ValueError, OSError) as error:
@@ -90,20 +92,20 @@ def annotated(values: flags.FlagValues) -> None:
     annotations = alpaca_eval.read_list(values.annotations, *(keys if values.df_gamed else keys[-1:]))
     raw = alpaca_eval.win_rate(annotations)
     print(f"Win rate {raw} %.")
-    gamed = _gamed(values)
-    if gamed is None:
+    difficulties = _difficulties(values)
+    if difficulties is None:
         print(f"{NO_LC} Raw win rate {raw}.")
     elif values.prompts.isdecimal():
         refuse("--df_gamed goes by the order of the prompts: add --prompts=alpaca_eval.json, to compare it.")
     else:
         questions = own.questions_of(values.prompts, _columns(values))
         official = [own.instruction_of(question) for question in questions]
-        print(f"LC win rate {alpaca_eval.length_controlled_win_rate(annotations, gamed, official)} %.")
+        print(f"LC win rate {alpaca_eval.length_controlled_win_rate(annotations, difficulties, official)} %.")
 
 
-def own(values: flags.FlagValues) -> None:
+def on_own_prompts(values: flags.FlagValues) -> None:
     """Evaluates on the prompts of a file."""
-    from pasta_jax.evaluate import own
+    from pasta_jax.evaluate import alpaca_eval, own
 
     settings = own.Settings(
         ckpt=values.ckpt,
@@ -114,30 +116,35 @@ def own(values: flags.FlagValues) -> None:
         max_new_tokens=values.max_new_tokens,
         loading=loading_options(values),
     )
-    gamed = _gamed(values)
+    difficulties = _difficulties(values)
     questions = own.questions_of(settings.prompts, settings.columns)
     # What cannot work is said before minutes of decoding.
     _check_judge(values, [own.instruction_of(question) for question in questions])
+    if difficulties is not None:
+        alpaca_eval.check_official(own.datasets_of(questions), difficulties)
     if values.opponent:
         own.opponent_of(questions, values.opponent, settings.columns)
     evaluated = own.answer_all(settings, questions)
-    asked, quality = None, None
+    asked, quality, caution = None, None, ""
     if values.judge:
         opponent = (
             own.opponent_of(questions, values.opponent, settings.columns)
             if values.opponent
             else own.baseline_as_opponent(evaluated)
         )
-        asked = own.contests_of(evaluated, opponent, _judge_name(values))
+        asked = own.contests_of(evaluated, opponent, _judge_name(values), _judge_identity(values))
+        caution = _caution(values)
+        if caution:
+            LOG.warning("%s", caution)
         judge = _judge(values, evaluated, asked)
         if values.dry_run is not None:
             return
         try:
-            quality = own.judge_contests(evaluated, asked, judge, _judge_name(values), gamed)
+            quality = own.judge_contests(evaluated, asked, judge, _judge_name(values), difficulties)
         finally:
             if (said := getattr(judge, "report", None)) is not None:
                 LOG.info("%s", said())
-    print(own.write_report(settings, evaluated, quality, _judge_name(values), asked))
+    print(own.write_report(settings, evaluated, quality, _judge_name(values), asked, caution))
     folder = asked.folder if asked else evaluated.folder
     print(f"{os.path.join(folder, 'report.html')} has it with its figure.")
 
@@ -148,6 +155,36 @@ def _judge_name(values: flags.FlagValues) -> str:
         return ""
     model = {"llm": values.model, "likelihood": values.judge_model or values.baseline}.get(values.judge)
     return f"{values.judge} of {model}" if model else str(values.judge)
+
+
+def _judge_identity(values: flags.FlagValues) -> Any:
+    """What the verdicts of the judge depend on, as JSON can hold it."""
+    from pasta_jax.checkpoints.about import checkpoint_identity
+    from pasta_jax.judges import source_of
+
+    if values.judge == "likelihood":
+        return checkpoint_identity(values.judge_model or values.baseline) | loading_options(values)
+    if values.judge == "llm":
+        return [values.base_url, values.model, values.temperature]
+    return None if values.judge == "almanac" else source_of(values.judge)
+
+
+def _caution(values: flags.FlagValues) -> str:
+    """What to know of a reference model that judges what it said itself; "" if it did not."""
+    from pasta_jax.checkpoints.about import find_checkpoint
+
+    if values.judge != "likelihood":
+        return ""
+    reference = find_checkpoint(values.judge_model or values.baseline)
+    opponent = "" if values.opponent else find_checkpoint(values.baseline or values.ckpt)
+    whose = ["the opponent's answers"] * (reference == opponent)
+    whose += ["the model's answers"] * (reference == find_checkpoint(values.ckpt))
+    if not whose:
+        return ""
+    return (
+        f"The judge's reference model gave {' and '.join(whose)} itself, and a model prefers what it says itself, "
+        "so this win rate says little. Name another with --judge_model."
+    )
 
 
 def _check_judge(values: flags.FlagValues, prompts: Sequence[str]) -> None:
@@ -165,6 +202,7 @@ def _check_judge(values: flags.FlagValues, prompts: Sequence[str]) -> None:
     elif values.judge == "llm":
         if not (values.base_url and values.model):
             refuse("--judge=llm needs an endpoint: --base_url=http://localhost:8000/v1 --model=NAME.")
+        endpoint_flags.endpoint_of(values.flag_values_dict()).close()
     elif values.judge == "almanac":
         for prompt in prompts:
             built_in.task_of(prompt)
@@ -202,10 +240,10 @@ def _judge(values: flags.FlagValues, evaluated: Evaluated, asked: Contests) -> J
     return judge
 
 
-def _gamed(values: flags.FlagValues) -> Gamed | None:
-    from pasta_jax.evaluate.length_controlled import read_gamed
+def _difficulties(values: flags.FlagValues) -> Difficulties | None:
+    from pasta_jax.evaluate.length_controlled import read_difficulties
 
-    return read_gamed(values.df_gamed) if values.df_gamed else None
+    return read_difficulties(values.df_gamed) if values.df_gamed else None
 
 
 def _columns(values: flags.FlagValues) -> dict[str, str]:

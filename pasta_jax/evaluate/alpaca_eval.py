@@ -11,6 +11,7 @@ An instruction's difficulty goes by its place, so the order matters.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -19,8 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from pasta_jax.evaluate.length_controlled import Gamed, length_controlled
+from pasta_jax.evaluate.length_controlled import Difficulties, DifficultyError, length_controlled
 from pasta_jax.files import BROKEN, write_json
+
+OFFICIAL = {"helpful_base": 129, "koala": 156, "oasst": 188, "selfinstruct": 252, "vicuna": 80}
+"""How many instructions of each data set AlpacaEval's file has, in its order."""
 
 
 class AnnotationError(ValueError):
@@ -100,13 +104,13 @@ def win_rate(annotations: Sequence[Mapping[str, Any]]) -> Estimate:
 
 
 def length_controlled_win_rate(
-    annotations: Sequence[Mapping[str, Any]], gamed: Gamed, instructions: Sequence[str]
+    annotations: Sequence[Mapping[str, Any]], difficulties: Difficulties, instructions: Sequence[str]
 ) -> Estimate:
     """The length-controlled win rate of the second model.
 
     Args:
       annotations: all of them, in the official order.
-      gamed: df_gamed.csv.
+      difficulties: df_gamed.csv.
       instructions: those of AlpacaEval's file, in its order.
 
     Raises:
@@ -117,7 +121,7 @@ def length_controlled_win_rate(
     if len({row["generator_1"] for row in annotations} | {row["generator_2"] for row in annotations}) == 1:
         return Estimate(50.0, 0.0)  # a model against itself, by definition
     theirs, mine = (np.array([len(row[f"output_{i}"]) for row in annotations]) for i in (1, 2))
-    return percent(length_controlled(preferences(annotations), theirs, mine, gamed))
+    return percent(length_controlled(preferences(annotations), theirs, mine, difficulties))
 
 
 def check_order(found: Sequence[str], official: Sequence[str]) -> None:
@@ -133,6 +137,26 @@ def check_order(found: Sequence[str], official: Sequence[str]) -> None:
                 f"Row {number} of the annotations is not that of the prompts: {mine[:60]!r}, expected "
                 f"{theirs[:60]!r}. A difficulty belongs to a place in the file: keep the official order."
             )
+
+
+def check_official(datasets: Sequence[str], difficulties: Difficulties) -> None:
+    """Refuses prompts that are not AlpacaEval's, by the data set that each names, or not as many as difficulties.
+
+    Raises:
+      DifficultyError: in one line.
+    """
+    if len(datasets) != len(difficulties.difficulty):
+        raise DifficultyError(
+            f"There are {len(datasets)} prompts and difficulties of {len(difficulties.difficulty)}: they are not "
+            "AlpacaEval's. Leave --df_gamed out."
+        )
+    found = [(name, len([*group])) for name, group in itertools.groupby(datasets)]
+    if found != [*OFFICIAL.items()]:
+        wanted = ", ".join(f"{count} of {name}" for name, count in OFFICIAL.items())
+        raise DifficultyError(
+            f'The prompts are not AlpacaEval\'s, whose records name their "dataset": {wanted}, in this order. Use '
+            "its alpaca_eval.json as it is, or leave --df_gamed out."
+        )
 
 
 def write_outputs(path: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -49,7 +49,7 @@ class Weights(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gamed:
+class Difficulties:
     """What df_gamed.csv holds.
 
     Attributes:
@@ -63,7 +63,7 @@ class Gamed:
     preference: np.ndarray
 
 
-def read_gamed(path: str | os.PathLike[str]) -> Gamed:
+def read_difficulties(path: str | os.PathLike[str]) -> Difficulties:
     """Reads df_gamed.csv. Raises DifficultyError."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -89,7 +89,7 @@ def read_gamed(path: str | os.PathLike[str]) -> Gamed:
         )
     rows = np.stack([np.tanh(delta), difficulty, is_model], axis=1)
     known = np.isfinite(preference)
-    return Gamed(np.array([*first.values()]), rows[known], preference[known])
+    return Difficulties(np.array([*first.values()]), rows[known], preference[known])
 
 
 def _number(text: str) -> float:
@@ -97,7 +97,7 @@ def _number(text: str) -> float:
 
 
 def length_controlled(
-    preference: np.ndarray, baseline_length: np.ndarray, length: np.ndarray, gamed: Gamed
+    preference: np.ndarray, baseline_length: np.ndarray, length: np.ndarray, difficulties: Difficulties
 ) -> np.ndarray:
     """The preference for the model at equal length, predicted for each instruction: float [n], 0 to 1.
 
@@ -106,12 +106,12 @@ def length_controlled(
     Args:
       preference: float [n], 0 to 1, for the model's answers; nan where there is no judgement.
       baseline_length, length: characters of the two answers, [n].
-      gamed: difficulties of the same instructions in the same order, and the further rows.
+      difficulties: difficulties of the same instructions in the same order, and the further rows.
 
     Raises:
       DifficultyError: the numbers of rows differ.
     """
-    return predicted(fitted(preference, baseline_length, length, gamed), gamed.difficulty)
+    return predicted(fitted(preference, baseline_length, length, difficulties), difficulties.difficulty)
 
 
 def predicted(weights: Weights, difficulty: np.ndarray) -> np.ndarray:
@@ -123,21 +123,23 @@ def predicted(weights: Weights, difficulty: np.ndarray) -> np.ndarray:
     return _sigmoid(weights.model + weights.difficulty * difficulty)
 
 
-def fitted(preference: np.ndarray, baseline_length: np.ndarray, length: np.ndarray, gamed: Gamed) -> Weights:
+def fitted(
+    preference: np.ndarray, baseline_length: np.ndarray, length: np.ndarray, difficulties: Difficulties
+) -> Weights:
     """The weights of the logistic model. Raises DifficultyError if the numbers of rows differ."""
-    if len(preference) != len(gamed.difficulty):
+    if len(preference) != len(difficulties.difficulty):
         raise DifficultyError(
-            f"There are {len(preference)} annotations and difficulties of {len(gamed.difficulty)} instructions. "
-            "They belong together by their place, so none may be missing."
+            f"There are {len(preference)} annotations and difficulties of {len(difficulties.difficulty)} "
+            "instructions. They belong together by their place, so none may be missing."
         )
     delta = np.asarray(baseline_length, np.float64) - np.asarray(length, np.float64)
     spread = delta.std(ddof=1) if len(delta) > 1 else 0.0
     own = np.stack(
-        [np.tanh(delta / spread) if spread else delta, gamed.difficulty, np.ones(len(delta))], axis=1
+        [np.tanh(delta / spread) if spread else delta, difficulties.difficulty, np.ones(len(delta))], axis=1
     )
     known = np.isfinite(preference)
-    rows = np.concatenate([gamed.rows, own[known]])
-    target = np.concatenate([gamed.preference, np.asarray(preference, np.float64)[known]])
+    rows = np.concatenate([difficulties.rows, own[known]])
+    target = np.concatenate([difficulties.preference, np.asarray(preference, np.float64)[known]])
     weight = np.where(rows[:, 2] == 1, 1.0, LAMBDA / 2)
     best = CS[np.argmax(_cross_validated(rows, target, weight))]
     return Weights(*map(float, minimum(rows, target, weight, best)))

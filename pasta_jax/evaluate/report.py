@@ -38,6 +38,8 @@ class Result:
       judge, opponent: for people; "" without a judge.
       speed, quality: the numbers.
       is_alpaca_eval: whether every prompt names its data set, as those of AlpacaEval do.
+      alike: a hash of baseline, opponent and judge, whatever they are called.
+      caution: what to know of the judge.
     """
 
     name: str
@@ -50,11 +52,13 @@ class Result:
     speed: Speed
     quality: Quality | None
     is_alpaca_eval: bool = False
+    alike: str = ""
+    caution: str = ""
 
     @property
     def compared_with(self) -> tuple[Any, ...]:
         """What another evaluation must share to stand in the same table."""
-        return self.sha256, self.max_new_tokens, self.judge, self.opponent, self.baseline
+        return self.sha256, self.max_new_tokens, self.judge, self.opponent, self.baseline, self.alike
 
 
 def write_reports(folder: str, workdir: str, result: Result) -> str:
@@ -164,9 +168,12 @@ def notes(result: Result) -> list[str]:
             f"Win rate: the mean probability, by {result.judge}, that the answer is better than that of "
             f"{result.opponent}, in both orders; 50 % against equals; +- one standard error."
         )
+        if result.caution:
+            said.append(result.caution)
         if quality.same_winner is not None:
             said.append(
-                f"The judge had the same verdict in both orders for {quality.same_winner:.1f} % of pairs."
+                f"The judge had the same verdict in both orders for {quality.same_winner:.1f} % of the "
+                "pairs that it did not call ties."
             )
         if quality.unjudged:
             said.append(
