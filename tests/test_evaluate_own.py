@@ -410,7 +410,7 @@ class Values:
 
 
 def values_of(settings: own.Settings, given: dict[str, Any]) -> Any:
-    flags = {
+    flags: dict[str, Any] = {
         "ckpt": settings.ckpt,
         "baseline": settings.baseline,
         "prompts": settings.prompts,

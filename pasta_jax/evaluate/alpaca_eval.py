@@ -45,8 +45,8 @@ class Estimate:
 def percent(values: np.ndarray) -> Estimate:
     """The mean of shares of 1, and the standard error of the mean, in per cent.
 
-    >>> percent(np.array([1.0, 0.0, 0.5, 0.5]))
-    Estimate(mean=50.0, error=20.412414523193153)
+    >>> str(percent(np.array([1.0, 0.0, 0.5, 0.5])))
+    '50.0 +- 20.4'
     """
     values = np.asarray(values, np.float64)
     error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -32,8 +32,8 @@ class Ratio:
 def geometric(ratios: Sequence[float]) -> Ratio:
     """The geometric mean of ratios above 0.
 
-    >>> geometric([1.0, 4.0])
-    Ratio(mean=2.0, error=1.3862943611198906)
+    >>> str(geometric([1.0, 4.0]))
+    '2.00x +- 1.39'
     """
     logs = np.log(np.asarray(ratios, np.float64))
     if not len(logs):
