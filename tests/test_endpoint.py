@@ -10,7 +10,7 @@ import pytest
 
 from pasta_jax.endpoint import client
 from pasta_jax.endpoint.cache import FILE, Cache, key_of
-from pasta_jax.endpoint.client import Endpoint, Planned
+from pasta_jax.endpoint.client import TEST, Endpoint, Planned
 from pasta_jax.endpoint.cost import Prices, Usage
 from pasta_jax.endpoint.post import EndpointError, RequestError
 from pasta_jax.files import InUse
@@ -251,6 +251,35 @@ def test_fields_that_a_model_refuses_are_left_out(caplog: pytest.LogCaptureFixtu
         for word in ("one", "two"):
             assert asked.ask(said(word), max_tokens=1, top_logprobs=5).text == "B"
     assert server.total == 5, "the second request is right at once"
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "left_out"),
+    [
+        ("Unsupported value: 'temperature' does not support 0 with this model.", "temperature", True),
+        ("Use max_completion_tokens instead.", "temperature", True),
+        ('Invalid JSON payload received. Unknown name "temperature": Cannot find field.', None, True),
+        ("temperature: Extra inputs are not permitted", None, True),
+        ("The prompt 'What is the temperature of the sun?' was stopped by the content filter.", None, False),
+        ("This is not supported: [[What is the temperature, and where?]]", "messages", False),
+        ("Unsupported content in the prompt. It was: What temperatures do frogs like?", None, False),
+    ],
+)
+def test_a_field_is_left_out_only_if_it_is_what_is_refused(
+    message: str, param: str | None, left_out: bool
+) -> None:
+    def model(body: Body) -> str:
+        if "temperature" in body and body["messages"][0]["content"] != TEST[0]["content"]:
+            raise Status(400, message, param=param)
+        return "B"
+
+    with chat_server(model) as server, endpoint(server, concurrency=1) as asked:
+        if left_out:
+            assert asked.ask(said("?")).text == "B"
+        else:
+            with pytest.raises(RequestError, match="no answer: 400"):
+                asked.ask(said("?"))
+        assert server.total == 2, "without the field, or the question of the test"
 
 
 def test_likely_first_tokens_are_read() -> None:

@@ -256,7 +256,7 @@ class Endpoint:
             try:
                 reply = self._sent(body, estimate)
             except RequestError as error:
-                if left_out := [name for name in OPTIONAL if name in body and name in str(error)]:
+                if left_out := [name for name in OPTIONAL if name in body and error.refuses(name)]:
                     body, last = self._without(left_out, body, error), str(error)
                     continue
                 raise
@@ -293,9 +293,7 @@ class Endpoint:
                     raise
                 sent.used = reply.usage or Usage(estimate.input, estimated_tokens(reply.text))
                 return reply
-        except BudgetError as error:
-            raise self._given_up(f"T{str(error)[1:]}") from None
-        except EndpointError as error:
+        except (BudgetError, EndpointError) as error:
             raise self._given_up(str(error)) from None
 
     def _without(self, names: Iterable[str], body: dict[str, Any], error: RequestError) -> dict[str, Any]:

@@ -9,7 +9,7 @@
 ...     pass
 Traceback (most recent call last):
     ...
-pasta_jax.endpoint.cost.BudgetError: the budget is used up: $0.0020 of $0.01, and the next takes about $0.0090
+pasta_jax.endpoint.cost.BudgetError: The budget is used up: $0.0020 of $0.01, and the next takes about $0.0090
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ class Meter:
                 self._changed.wait_for(lambda: not self._under_way or self._has(expected))
                 if not self._has(expected):
                     raise BudgetError(
-                        f"the budget is used up: ${self.dollars:.4f} of ${self._most_dollars:g}, and the next "
+                        f"The budget is used up: ${self.dollars:.4f} of ${self._most_dollars:g}, and the next "
                         f"takes about ${expected:.4f}"
                     )
             if self._most_requests is not None and self.requests >= self._most_requests:
-                raise BudgetError(f"the budget is used up: {self._most_requests:,} requests are sent")
+                raise BudgetError(f"The budget is used up: {self._most_requests:,} requests are sent")
             self.requests += 1
             self._under_way += expected
         try:

@@ -23,6 +23,9 @@ AGAIN = (408, 409, 425, 429)
 """Statuses below 500 after which the same request may succeed."""
 
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+_REFUSED = (
+    "(?:unsupported|not support(?:ed)?|unknown|unrecognized|unexpected|extra|not (?:allowed|permitted))"
+)
 _SPENT = re.compile(r"insufficient_quota|exceeded your current quota|insufficient balance", re.IGNORECASE)
 
 
@@ -57,11 +60,25 @@ class RequestError(ValueError):
 
     Attributes:
       is_refusal: it would refuse the request again, as one that a content filter stops or that is too long.
+      field: of the request, which is what it refuses, if it names one.
     """
 
-    def __init__(self, reason: str, *, is_refusal: bool = False):
+    def __init__(self, reason: str, *, is_refusal: bool = False, field: str = ""):
         super().__init__(reason)
-        self.is_refusal = is_refusal
+        self.is_refusal, self.field = is_refusal, field
+
+    def refuses(self, field: str) -> bool:
+        """Whether this optional field is what it refuses.
+
+        >>> RequestError("400 (Unsupported parameter: 'top_logprobs')").refuses("top_logprobs")
+        True
+        >>> RequestError("400 (the prompt 'what temperature has ice' is not allowed)").refuses("temperature")
+        False
+        """
+        if self.field:
+            return self.field == field
+        name, few = rf"(?<!\w){field}(?!\w)", r"\W+(?:\w+\W+){0,2}"
+        return bool(re.search(f"{_REFUSED}{few}{name}|{name}{few}{_REFUSED}", str(self), re.IGNORECASE))
 
 
 class AskAgain(Exception):
@@ -142,7 +159,7 @@ def post(session: requests.Session, url: str, body: dict[str, Any], key: Key, ti
         raise EndpointError(problem)
     if answer.status_code in AGAIN or answer.status_code >= 500:
         raise AskAgain(f"{answer.status_code}{detail}", after=_retry_after(answer.headers.get("Retry-After")))
-    raise RequestError(f"{answer.status_code}{detail}", is_refusal=True)
+    raise RequestError(f"{answer.status_code}{detail}", is_refusal=True, field=_field(answer))
 
 
 def _read(answer: requests.Response, key: Key) -> Reply:
@@ -184,6 +201,15 @@ def _message(answer: requests.Response, key: Key) -> str:
             text = ""  # a page for browsers
     text = " ".join(text.split())
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _field(answer: requests.Response) -> str:
+    """The field of the request that an error names, as OpenAI does; "" if it names none."""
+    try:
+        name = answer.json()["error"]["param"]
+    except (*BROKEN, IndexError):
+        return ""
+    return name if isinstance(name, str) else ""
 
 
 def _retry_after(value: str | None) -> float | None:

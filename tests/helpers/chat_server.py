@@ -133,7 +133,8 @@ def chat_server(
                 said = answer(body)
             except Status as status:
                 outcomes[name][-1] = str(status.code)
-                return self._send(status.code, {"error": {"message": status.message}}, status.headers)
+                error = {"message": status.message, "param": status.param}
+                return self._send(status.code, {"error": error}, status.headers)
             finally:
                 time.sleep(seconds)
                 with mutex:
@@ -192,6 +193,8 @@ def chat_server(
 class Status(Exception):
     """An answer with another status than 200."""
 
-    def __init__(self, code: int, message: str, headers: dict[str, str] | None = None):
+    def __init__(
+        self, code: int, message: str, headers: dict[str, str] | None = None, *, param: str | None = None
+    ):
         super().__init__(code, message)
-        self.code, self.message, self.headers = code, message, headers
+        self.code, self.message, self.headers, self.param = code, message, headers, param
