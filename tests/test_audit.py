@@ -377,6 +377,15 @@ def test_the_command_audits_a_file(tmp_path: pathlib.Path, monkeypatch: pytest.M
     assert "kept" not in (folder / "audit.jsonl").read_text()
 
 
+@pytest.mark.parametrize(("given", "limit"), [({}, MAX_LOSS), ({"max_loss": 0.0}, 0.0)])
+def test_no_loss_at_all_may_be_asked_for(
+    given: dict[str, Any], limit: float, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pasta_jax.annotate.itself.auditor_of", lambda *_: COPYING)
+    made = make_annotator("self", Options(WORDS, str(tmp_path), flags={"ckpt": "W", **given}))
+    assert isinstance(made, SelfAudit) and made.max_loss == limit
+
+
 def test_what_it_cannot_be_made_of_is_refused(tmp_path: pathlib.Path) -> None:
     for given, message in (
         ({}, "add --ckpt=WORKDIR"),

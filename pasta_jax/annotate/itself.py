@@ -151,6 +151,6 @@ def make(options: Options) -> SelfAudit:
         make_annotator(candidates, options),
         auditor_of(flags, options.length),
         options.tokenizer,
-        flags.get("max_loss") or MAX_LOSS,
+        flags.get("max_loss", MAX_LOSS),
         options.min_speedup,
     )
