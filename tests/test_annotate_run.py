@@ -18,7 +18,7 @@ import pytest
 
 from pasta_jax.annotate.protocol import Annotated, Declined, Item, Messages, Result
 from pasta_jax.annotate.report import Tally, _quantiles, one_line, write_report
-from pasta_jax.annotate.run import Line, RunError, annotate_file, journal_of
+from pasta_jax.annotate.run import Line, Outcome, RunError, annotate_file, journal_of
 from pasta_jax.annotate.structure import Structure
 from pasta_jax.data.records import Example, Problem, Reader, read
 from pasta_jax.files import InUse, locked
@@ -323,6 +323,21 @@ def test_memory_does_not_grow_with_the_records(tmp_path: pathlib.Path) -> None:
 
     assert max(peak(), peak()) < 2**20
     assert sum(1 for _ in journal_of(str(output))) == count
+
+
+def test_the_figure_has_numbers_and_thin_bars(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With blocks of one length, and one reason."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("pasta_jax.figures.save", lambda figure, path: drawn.append(figure))
+    outcome = Outcome(0, notes={"short": 3}, blocks=(37, 37), depth=1, tokens=100, steps=60)
+    write_report(str(tmp_path / "out.jsonl"), [Line(1, (outcome,))], ABOUT)
+    *_, lengths, reasons = drawn[0].axes
+    assert [label.get_text() for label in lengths.get_xticklabels()] == ["37"]
+    [bar] = reasons.patches
+    below, above = reasons.get_ylim()
+    assert bar.get_height() < (below - above) / 4
 
 
 def test_quantiles_of_counts() -> None:

@@ -25,6 +25,10 @@ LISTED = 1000
 """Answers that stayed as they were, named in the report; the journal has all."""
 
 
+BARS = 5
+"""Room for so many reasons in the figure, though there be fewer."""
+
+
 class Tally:
     """Counts what became of the answers of a run. Of an annotated answer it keeps a number, of the others none."""
 
@@ -205,7 +209,8 @@ def _draw(path: str, tally: Tally, figures: Mapping[str, Any]) -> None:
     lengths.set_xscale("log")
     dress(lengths, "Tokens of a block", "Blocks")
     ticks = [tick * 10**power for power in range(5) for tick in (1, 2, 5)]
-    lengths.set_xticks([tick for tick in ticks if low <= tick <= top])
+    round_ones = [tick for tick in ticks if low <= tick <= top]
+    lengths.set_xticks(round_ones if len(round_ones) > 1 else sorted({low, tokens[-1]}))
     lengths.minorticks_off()
     lengths.xaxis.set_major_formatter("{x:g}")
 
@@ -219,5 +224,5 @@ def _draw(path: str, tally: Tally, figures: Mapping[str, Any]) -> None:
     reasons.set_yticks(
         range(len(kept)), [textwrap.shorten(reason, 60, placeholder="…") for reason, _ in kept]
     )
-    reasons.invert_yaxis()
+    reasons.set_ylim(max(len(kept), BARS) - 0.4, -0.6)  # the first above; a single bar stays a bar
     save(figure, path)
