@@ -361,7 +361,7 @@ def test_mistakes_of_the_command_are_one_line(
         "Which tokenizer? Add --tokenizer=FILE, that of the model to train, or"
     )
     assert said(data_version="1").startswith("--data_version=1 must be three numbers, as 1.0.0.")
-    assert said(sources=None).startswith("config.data.sources: 'almanac:annotated' is no file of records")
+    assert said(sources=None).startswith("config.data.sources: 'almanac:annotated' is not a file of records")
     assert said(sources="a.jsonl=1,b.jsonl=2").startswith(
         "Weights do not go into prepared data. Prepare each file"
     )

@@ -17,7 +17,7 @@ what stayed as it was and why.
     python -m pasta_jax.annotate --audit --input=annotated.jsonl --output=FOLDER --ckpt=WORKDIR
 
 Audits annotated answers instead: how many nats each block loses by not seeing its siblings, in FOLDER/audit.md,
-.png and .jsonl. WORKDIR is a model that knows texts of this kind; it need not know tags.
+.png and .jsonl. WORKDIR is a model trained on texts of this kind; it need not know tags.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def annotate(values: flags.FlagValues) -> str:
     if values.dry_run is not None:
         if not isinstance(annotator, Estimating):
             raise AnnotatorError(
-                f"--dry_run is of no use with --annotator={values.annotator}: it asks nobody."
+                f"--annotator={values.annotator} sends no requests, so --dry_run does not apply."
             )
         return annotator.estimate(answers_of(values.input, reader), shown=values.dry_run)
     annotate_file(
@@ -135,7 +135,7 @@ def audit(values: flags.FlagValues) -> str:
 def _columns(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
     pairs = [word.partition("=") for word in words]
     if bad := [word for word, (_, equals, _) in zip(words, pairs) if not equals]:
-        refuse(f"--columns={bad[0]} is no NAME=COLUMN, as in --columns=prompt=question,response=answer.")
+        refuse(f"--columns={bad[0]} is not a NAME=COLUMN, as in --columns=prompt=question,response=answer.")
     return tuple((name, column) for name, _, column in pairs)
 
 

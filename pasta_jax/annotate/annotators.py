@@ -22,8 +22,8 @@ MAKERS = {
 """The module of each annotator; its function `make(options)` gives one."""
 
 MAX_LOSS = 0.2
-"""Nats per token that a block may lose by not seeing its siblings (`audit`). On Almanac, read by a model that knows
-such texts, the steps of chains lose more, and 99 of 100 items of lists and prose lose less."""
+"""Nats per token that a block may lose by not seeing its siblings (`audit`). On Almanac, read by a model trained
+on it, the steps of chains lose more, and 99 of 100 items of lists and prose lose less."""
 
 
 ROW = 2048

@@ -182,7 +182,7 @@ def read(
       columns, max_depth, turns, dialect: as in `Reader`.
 
     Raises:
-      RecordError: the file cannot be read, or columns are mapped that there are not.
+      RecordError: the file cannot be read, or columns that do not exist are mapped.
     """
     return _read(Reader(dict(columns or {}), max_depth, turns, dialect), entries(path), os.fspath(path))
 

@@ -58,7 +58,7 @@ def validate(
 
     One of them is an error exactly when `parse` raises. Near misses of tags are errors if the text does not parse;
     if it does, they were read as ordinary text and are warnings. Doubts are judged on the repaired text. What
-    passes without a problem is never dropped by training for its annotation, whatever it says of its length.
+    passes without a problem is never dropped by training for its annotation, even if it warns about the length.
 
     Args:
       text: the annotated text.

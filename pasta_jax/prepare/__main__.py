@@ -111,7 +111,7 @@ def prepare(
         "shard": shard,
     }
     fitter = Fitter(config, tokenizer)
-    assert fitter.reader  # columns that there are not are refused before a folder is made
+    assert fitter.reader  # columns that do not exist are refused before a folder is made
     if finished := begin(folder, about):
         return f"{folder} is prepared already.\n{_summary(folder, finished)}"
     state = State.read(folder, names)
@@ -143,7 +143,7 @@ def _files(config: DataConfig) -> list[str]:
     names = [name for name, _ in config.sources]
     if other := [name for name in names if not is_records(name)]:
         raise ConfigError(
-            f"config.data.sources: {other[0]!r} is no file of records, as mine.jsonl. Name files by --sources."
+            f"config.data.sources: {other[0]!r} is not a file of records, as mine.jsonl. Name files by --sources."
         )
     if len({weight for _, weight in config.sources}) > 1:
         raise ConfigError(
