@@ -207,7 +207,13 @@ class PreferenceConfig:
     )
     judge: str = field("almanac", "almanac, likelihood, llm or MODULE:FUNCTION; compares two answers")
     judge_model: str = field("", "likelihood: workdir, empty: that of init_from; llm: the endpoint's model")
-    judge_url: str = field("", "llm: the endpoint, as http://localhost:8000/v1; the key is $OPENAI_API_KEY")
+    judge_url: str = field("", "llm: the endpoint, as http://localhost:8000/v1")
+    judge_key_variable: str = field("OPENAI_API_KEY", "llm: the variable of the environment with the key")
+    judge_concurrency: int = field(8, "llm: requests under way at once", least=1)
+    judge_timeout: float = field(120.0, "llm: seconds to wait for the endpoint to answer", above=0)
+    judge_price_in: float = field(0.0, "llm: dollars for a million tokens that are sent", least=0)
+    judge_price_out: float = field(0.0, "llm: dollars for a million tokens of replies", least=0)
+    judge_budget: float = field(0.0, "llm: the most dollars in a round; 0: any", least=0)
     loss: Literal["bonbon", "ipo", "dpo"] = field(
         "bonbon", "bonbon is the paper's; formulas: training.losses"
     )
@@ -229,6 +235,10 @@ class PreferenceConfig:
             raise FieldError(
                 "judge_url and judge_model must be set for judge=llm: http://localhost:8000/v1, and the endpoint's "
                 "name of a model."
+            )
+        if self.judge_budget and not (self.judge_price_in or self.judge_price_out):
+            raise FieldError(
+                "judge_budget needs the prices of a million tokens: judge_price_in, judge_price_out."
             )
 
 

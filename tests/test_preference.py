@@ -459,6 +459,8 @@ def test_prompts_that_changed_are_refused_before_anything_is_sampled(
     for _ in range(2):
         rounds._check_stamp(str(folder), config, "W")
         (folder / "samples.jsonl").touch()
+    patient = dataclasses.replace(config.preference, judge_timeout=900.0, judge_concurrency=1)
+    rounds._check_stamp(str(folder), dataclasses.replace(config, preference=patient), "W")
     about = json.loads((folder / "about.json").read_text())
     path.write_text(f"{line}\n{line}")
     with pytest.raises(ConfigError, match="another experiment: prompts.examples was 1 and is 2 now"):

@@ -85,14 +85,26 @@ def test_an_endpoint_judges_a_round_and_is_asked_once(
     record = answered("y", "z", "x", "w")
     with chat_server(lambda body: "A 80" if "x" in str(body) else "B 60") as server:
         preference = dataclasses.replace(
-            PreferenceConfig(), judge="llm", judge_model="m", judge_url=server.url
+            PreferenceConfig(),
+            judge="llm",
+            judge_model="m",
+            judge_url=server.url,
+            judge_price_in=1.0,
+            judge_concurrency=3,
         )
         config, mesh = Config(preference=preference), training_mesh(Config())
         for name in ("judged.jsonl", "again.jsonl"):  # without what was judged there are still the replies
             judge: Any = rounds.judge_of(config, mesh, str(tmp_path))
             found = qualities([record], judge, str(tmp_path / name))
             judge.endpoint.close()
-            assert server.total == 8
+            assert server.total == 8 and judge.endpoint.concurrency == 3
+            assert judge.endpoint.meter.dollars > 0
+        preference = dataclasses.replace(preference, judge_budget=1e-6)
+        poor: Any = rounds.judge_of(
+            dataclasses.replace(config, preference=preference), mesh, str(tmp_path / "x")
+        )
+        with poor.endpoint, pytest.raises(JudgeError, match="budget"):
+            qualities([record], poor)
     assert found == [[pytest.approx(1.0), pytest.approx(1.0)]]  # it looks at the order alone
     assert KEY not in "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
 
@@ -147,6 +159,17 @@ def test_a_judge_that_cannot_be_made_is_refused_before_anything_is_sampled(tmp_p
         ConfigError, match=r"config.preference.judge: The judge no_such_module:f: .*cannot be imp"
     ):
         rounds.run(Config(stage="preference", init_from="W", preference=preference), str(tmp_path))
+    no_key = PreferenceConfig(
+        judge="llm", judge_model="m", judge_url="http://x/v1", judge_key_variable="NO_KEY"
+    )
+    for made, message in (
+        (no_key, "NO_KEY is not set"),
+        (dataclasses.replace(no_key, judge_url="x"), "base_url"),
+    ):
+        with pytest.raises(ConfigError, match=rf"config.preference.judge: The judge llm: .*{message}"):
+            rounds.run(Config(stage="preference", init_from="W", preference=made), str(tmp_path))
+    with pytest.raises(ValueError, match="judge_budget needs the prices"):
+        PreferenceConfig(judge_budget=1.0)
     for judge in ("polite", ":", "a:", "llm"):
         with pytest.raises(ValueError, match="^judge"):
             PreferenceConfig(judge=judge)

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from pasta_jax.arrays import PairedTokens
 from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint, read_metadata
-from pasta_jax.config import JUDGES, Config, ConfigError, PreferenceConfig
+from pasta_jax.config import Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import held_out, permuted
 from pasta_jax.data.fitting import TOO_LONG, Account
@@ -88,11 +88,13 @@ def run(config: Config, workdir: str) -> str:
       CheckpointError: as `train`.
     """
     check_held_out(config.data, "preference.prompts", config.preference.prompts)
-    if config.preference.judge not in JUDGES:  # before hours of sampling
+    if config.preference.judge not in ("almanac", "likelihood"):  # before hours of sampling
         try:
-            make_judge(config.preference.judge)
+            judge = make_judge(config.preference.judge, **_endpoint(config.preference))
         except JudgeError as error:
             raise ConfigError(f"config.preference.judge: {error}") from error
+        if isinstance(judge, LlmJudge):
+            judge.endpoint.close()
     mesh, policy = training_mesh(config), config.init_from
     for number in range(1, config.preference.rounds + 1):
         folder = os.path.join(workdir, f"round-{number}")
@@ -340,7 +342,7 @@ def judge_of(
         model = loaded[path] if path in loaded else load_to_decode(str(path), mesh)
         options = {"model": model, "rows": data.rows, "length": data.length, "parts": config.microbatches}
     elif preference.judge == "llm":
-        options = {"base_url": preference.judge_url, "model": preference.judge_model}
+        options = _endpoint(preference)
         options["cache"] = os.path.join(folder, "judge") if is_writer() else None
     try:
         return make_judge(preference.judge, **options)
@@ -348,11 +350,26 @@ def judge_of(
         raise ConfigError(f"config.preference.judge: {error}") from error
 
 
+ENDPOINT = ("key_variable", "concurrency", "timeout", "price_in", "price_out")
+"""Fields judge_... of the configuration, which `judges.llm.make` takes by these names."""
+
+
+def _endpoint(config: PreferenceConfig) -> dict[str, Any]:
+    """The options of the judge llm; none for another."""
+    if config.judge != "llm":
+        return {}
+    options = {name: getattr(config, f"judge_{name}") for name in ENDPOINT}
+    budget = config.judge_budget or None
+    return {**options, "base_url": config.judge_url, "model": config.judge_model, "budget_dollars": budget}
+
+
 def _check_stamp(folder: str, config: Config, policy: str) -> None:
     """Stamps a round with what it is made from, and refuses one that was made from something else."""
     tree = to_dict(config)
     about = {name: tree[name] for name in ("seed", "data", "optimizer", "preference")}
     about["preference"].pop("rounds")  # more rounds may follow
+    for name in (*ENDPOINT, "budget"):
+        about["preference"].pop(f"judge_{name}")  # what an endpoint says does not depend on them
     about["data"].pop("max_unusable")
     if config.lora.rank:
         about["lora"] = tree["lora"]
