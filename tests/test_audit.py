@@ -13,15 +13,17 @@ from absl import flags
 
 from pasta_jax import visibility
 from pasta_jax.annotate import audited, auditing
+from pasta_jax.annotate.__main__ import RULE_FLAGS, options_of
 from pasta_jax.annotate.annotators import MAX_LOSS, AnnotatorError, Options, make_annotator
 from pasta_jax.annotate.audit import Auditor, Part
 from pasta_jax.annotate.itself import DOES_NOT_PAY, NEEDS, WAITS, SelfAudit
-from pasta_jax.annotate.protocol import Annotated, Item
+from pasta_jax.annotate.protocol import Annotated, Estimating, Item
 from pasta_jax.annotate.sequential import that_pay
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.data import almanac
 from pasta_jax.data.records import Problem, read
 from pasta_jax.decoding.model import Model
+from pasta_jax.endpoint.flags import define_endpoint
 from pasta_jax.files import write_jsonl
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import parse
@@ -384,6 +386,40 @@ def test_no_loss_at_all_may_be_asked_for(
     monkeypatch.setattr("pasta_jax.annotate.itself.auditor_of", lambda *_: COPYING)
     made = make_annotator("self", Options(WORDS, str(tmp_path), flags={"ckpt": "W", **given}))
     assert isinstance(made, SelfAudit) and made.max_loss == limit
+
+
+def test_candidates_that_are_asked_for_are_estimated_first(tmp_path: pathlib.Path) -> None:
+    """And a run whose candidates come from elsewhere, or hotter, is another run."""
+    values = flags.FlagValues()
+    auditing.define(values)
+    define_endpoint(values)
+    for name in ("input", "annotator", "turns", *RULE_FLAGS):
+        flags.DEFINE_string(name, "", "", flag_values=values)
+
+    def given(*words: str) -> dict[str, Any]:
+        values.unparse_flags()
+        values(["annotate", "--base_url=http://127.0.0.1:9/v1", "--model=m", "--ckpt=hf:org/name", *words])
+        return options_of(values)
+
+    for name in ("--annotator=llm", "--annotator=self"):
+        asking = given(name, "--candidates=llm")
+        for change in ("--base_url=http://127.0.0.1:8/v1", "--model=n", "--temperature=0.5"):
+            assert given(name, "--candidates=llm", change) != asking
+    rule = given("--annotator=self", "--candidates=rule:structure", "--base_url=http://127.0.0.1:8/v1")
+    assert "base_url" not in rule and "base_url" not in given("--annotator=rule:structure")
+
+    given("--annotator=self", "--candidates=llm", "--dry_run=1")
+    options = Options(WORDS, str(tmp_path), flags=values.flag_values_dict())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pasta_jax.annotate.itself.auditor_of", lambda *_: COPYING)
+        made = make_annotator("self", options)
+        assert isinstance(made, Estimating) and made.status() == "0 requests"
+        shown = made.estimate([Item("1", "Name some rivers.", THREE)], shown=1)
+        assert "About 2 requests would be sent" in shown and "Name some rivers." in shown
+        flags_of_rule = {**options.flags, "candidates": "rule:structure"}
+        assert not isinstance(
+            make_annotator("self", Options(WORDS, str(tmp_path), flags=flags_of_rule)), Estimating
+        )
 
 
 def test_what_it_cannot_be_made_of_is_refused(tmp_path: pathlib.Path) -> None:

@@ -88,23 +88,18 @@ def annotate(values: flags.FlagValues) -> str:
         min_speedup=values.min_speedup,
     )
     about = {
-        "input": values.input,
         "contents": _digest(values.input),
-        "annotator": values.annotator,
         "tokenizer": hashlib.sha256(tokenizer.to_bytes()).hexdigest(),
         "columns": dict(config.columns),
-        "turns": values.turns,
-        "model": values.model,
-        **{name: values[name].value for name in RULE_FLAGS},
-        **(auditing.model_of(values) if values.annotator == "self" else {}),
+        **options_of(values),
     }
     reader = Reader(dict(config.columns), turns=values.turns, dialect=dialect)
     annotator = make_annotator(values.annotator, options)
     if values.dry_run is not None:
         if not isinstance(annotator, Estimating):
-            raise AnnotatorError(
-                f"--annotator={values.annotator} sends no requests, so --dry_run does not apply."
-            )
+            what = f"--annotator={values.annotator}"
+            what += f" --candidates={values.candidates}" * (values.annotator == "self")
+            raise AnnotatorError(f"{what} sends no requests, so --dry_run does not apply.")
         return annotator.estimate(answers_of(values.input, reader), shown=values.dry_run)
     annotate_file(
         values.input,
@@ -124,6 +119,15 @@ def annotate(values: flags.FlagValues) -> str:
     if dialect != "pasta":
         result.append(f"Train on it with --config.data.dialect={dialect}.")
     return "\n".join(result)
+
+
+def options_of(values: flags.FlagValues) -> dict[str, Any]:
+    """What an annotated answer depends on besides the answer and the tokenizer, as JSON can hold it."""
+    names = ["input", "annotator", "turns", "model", *RULE_FLAGS]
+    if "llm" in (values.annotator, values.annotator == "self" and values.candidates):
+        names += ["base_url", "temperature"]
+    found = {name: values[name].value for name in names}
+    return found | (auditing.model_of(values) if values.annotator == "self" else {})
 
 
 def audit(values: flags.FlagValues) -> str:

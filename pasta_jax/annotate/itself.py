@@ -19,7 +19,15 @@ from typing import Any
 
 from pasta_jax.annotate.annotators import MAX_LOSS, AnnotatorError, Options, make_annotator
 from pasta_jax.annotate.audit import Auditor, Part
-from pasta_jax.annotate.protocol import Annotated, Annotator, Item, ManyAnnotator, Result, annotate_all
+from pasta_jax.annotate.protocol import (
+    Annotated,
+    Annotator,
+    Estimating,
+    Item,
+    ManyAnnotator,
+    Result,
+    annotate_all,
+)
 from pasta_jax.annotate.sequential import taken_back, that_pay
 from pasta_jax.lang.topics import with_short_topics
 from pasta_jax.tokens.tokenizer import Tokenizer
@@ -119,6 +127,24 @@ class SelfAudit:
         return Annotated(program, (*annotated.notes, *[DOES_NOT_PAY] * fewer))
 
 
+@dataclasses.dataclass(frozen=True)
+class AskingAudit(SelfAudit):
+    """The annotator if others are asked for its candidates (`protocol.Estimating`)."""
+
+    def estimate(self, items: Iterable[Item], *, shown: int) -> str:
+        """What the candidates would take."""
+        return self._asked.estimate(items, shown=shown)
+
+    def status(self) -> str:
+        """What was asked for candidates so far, and what that cost."""
+        return self._asked.status()
+
+    @property
+    def _asked(self) -> Estimating:
+        assert isinstance(self.candidates, Estimating)
+        return self.candidates
+
+
 def auditor_of(flags: Mapping[str, Any], length: int = 0) -> Auditor:
     """The model of --ckpt as an auditor. Raises what `loading.load` raises."""
     from pasta_jax.interchange.importing import kind_of
@@ -147,8 +173,10 @@ def make(options: Options) -> SelfAudit:
             else "has no syncs, which what needs its siblings waits at"
         )
         raise AnnotatorError(f"--candidates={candidates} {why}. Use rule:structure, llm or MODULE:FUNCTION.")
-    return SelfAudit(
-        make_annotator(candidates, options),
+    proposing = make_annotator(candidates, options)
+    kind = AskingAudit if isinstance(proposing, Estimating) else SelfAudit
+    return kind(
+        proposing,
         auditor_of(flags, options.length),
         options.tokenizer,
         flags.get("max_loss", MAX_LOSS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,26 +14,23 @@ from pasta_jax.endpoint.cost import Prices
 from pasta_jax.endpoint.post import EndpointError
 
 
-def define_endpoint() -> None:
+def define_endpoint(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines them."""
-    flags.DEFINE_string("base_url", None, "Of the endpoint, up to the version: http://localhost:8000/v1.")
-    flags.DEFINE_string("model", None, "The endpoint's model, as it calls it.")
-    flags.DEFINE_string("key_variable", KEY_VARIABLE, "The variable of the environment that holds the key.")
-    flags.DEFINE_integer("concurrency", 8, "Requests under way at once.", lower_bound=1)
-    flags.DEFINE_float("timeout", 120.0, "Seconds to wait for the endpoint to answer.", lower_bound=0.001)
-    flags.DEFINE_float("temperature", 0.0, "Of the endpoint's sampling.", lower_bound=0.0)
-    flags.DEFINE_float("price_in", 0.0, "Dollars for a million tokens that are sent.", lower_bound=0.0)
-    flags.DEFINE_float("price_out", 0.0, "Dollars for a million tokens of replies.", lower_bound=0.0)
-    flags.DEFINE_integer(
-        "budget_requests", None, "The most requests, with those that the cache has.", lower_bound=0
-    )
-    flags.DEFINE_float(
-        "budget_dollars", None, "The most dollars, with those for what the cache has.", lower_bound=0.0
-    )
-    flags.DEFINE_string("cache", None, "Folder of replies that are never asked for again.")
-    flags.DEFINE_integer(
-        "dry_run", None, "Show this many requests and what all would cost; send nothing.", lower_bound=0
-    )
+    text: Any = functools.partial(flags.DEFINE_string, flag_values=values)
+    whole: Any = functools.partial(flags.DEFINE_integer, flag_values=values)
+    number: Any = functools.partial(flags.DEFINE_float, flag_values=values)
+    text("base_url", None, "Of the endpoint, up to the version: http://localhost:8000/v1.")
+    text("model", None, "The endpoint's model, as it calls it.")
+    text("key_variable", KEY_VARIABLE, "The variable of the environment that holds the key.")
+    whole("concurrency", 8, "Requests under way at once.", lower_bound=1)
+    number("timeout", 120.0, "Seconds to wait for the endpoint to answer.", lower_bound=0.001)
+    number("temperature", 0.0, "Of the endpoint's sampling.", lower_bound=0.0)
+    number("price_in", 0.0, "Dollars for a million tokens that are sent.", lower_bound=0.0)
+    number("price_out", 0.0, "Dollars for a million tokens of replies.", lower_bound=0.0)
+    whole("budget_requests", None, "The most requests, with those that the cache has.", lower_bound=0)
+    number("budget_dollars", None, "The most dollars, with those for what the cache has.", lower_bound=0.0)
+    text("cache", None, "Folder of replies that are never asked for again.")
+    whole("dry_run", None, "Show this many requests and what all would cost; send nothing.", lower_bound=0)
 
 
 def endpoint_of(values: Mapping[str, Any], *, cache: str | None = None) -> Endpoint:
