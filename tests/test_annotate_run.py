@@ -306,9 +306,9 @@ def test_the_report(tmp_path: pathlib.Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_records(tmp_path: pathlib.Path) -> None:
-    """The texts of these are 8 MB, and half of them are in the journal as well."""
+    """The texts of these are 3 MB, and half of them are in the journal as well."""
     path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    count, long = 400, "x" * 20_000
+    count, long = 160, "x" * 20_000
     record = json.dumps({"prompt": "Hi", "response": f"<sync/>{long}"})
     bad = json.dumps({"question": long})
     path.write_text("".join(f"{record if i % 2 else bad}\n" for i in range(count)))
