@@ -321,7 +321,9 @@ def test_the_audit_of_a_file_resumes_and_reports(
     lines = (folder / "audit.jsonl").read_text().splitlines(keepends=True)
     (folder / "audit.jsonl").write_text("".join(lines[:2]) + lines[2][:40])
     assert run() == whole and sum(asked) == 1, "one line was cut short, one missing"
-    assert run("another model") == whole and sum(asked) == 3
+    with pytest.raises(ValueError, match=r"has another audit: what was 'this' and is 'another model' now"):
+        run("another model")
+    assert run() == whole and sum(asked) == 0
 
     text = audited.write_report(whole, str(folder), LIMIT - 0.5, "own.jsonl")
     assert (folder / "audit.md").read_text() == text
@@ -333,12 +335,24 @@ def test_the_audit_of_a_file_resumes_and_reports(
     assert "75.0%" in text, "of four blocks the Lena is below the limit"
 
 
-def test_problems_in_a_file_are_left_to_its_readers(tmp_path: pathlib.Path) -> None:
-    problem = Problem("own.jsonl", 1, None, "no JSON", "{")
-    assert audited.audit_file(COPYING, [problem], str(tmp_path), {}) == []
+def test_records_that_cannot_be_read_are_counted_by_reason(tmp_path: pathlib.Path) -> None:
+    problems = [Problem("own.jsonl", line, None, f"no JSON in {line}", "{", "JSON") for line in (1, 2)]
+    for _ in range(2):
+        found = audited.audit_file(COPYING, problems, str(tmp_path), {})
+        assert [(each.line, each.fault) for each in found] == [(n, "not readable: JSON") for n in (1, 2)]
+    assert "- 2: not readable: JSON" in audited.report(found, 1.0, "own.jsonl")
 
 
-def test_the_command_audits_a_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forks_of_apar_are_audited_too(tmp_path: pathlib.Path) -> None:
+    answer = f"Rivers:<promise/><async>{NILE}</async> and<promise/><async>{RHINE}</async>"
+    write_jsonl(tmp_path / "own.jsonl", [{"prompt": "Name some rivers.", "response": answer}])
+    found = audited.audit_file(COPYING, read(tmp_path / "own.jsonl", dialect="apar"), str(tmp_path), {})
+    assert [part.branch for each in found for part in each.measured if part.is_block] == [2]
+
+
+def test_the_command_audits_a_file(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     values, data, folder = flags.FlagValues(), tmp_path / "own.jsonl", tmp_path / "out"
     auditing.define(values)
     for name in ("input", "output", "turns"):
@@ -375,8 +389,14 @@ def test_the_command_audits_a_file(tmp_path: pathlib.Path, monkeypatch: pytest.M
     run("--max_loss=1.5")
     assert "above 1.5" in (folder / "audit.md").read_text(), "another limit needs no other audit"
     assert "kept" in (folder / "audit.jsonl").read_text()
-    run("--length=256")
-    assert "kept" not in (folder / "audit.jsonl").read_text()
+    for other in ("--length=256", "--dialect=apar"):
+        with pytest.raises(ValueError, match="has another audit: .*Remove it, or give another --output"):
+            run("--length=128", "--dialect=pasta", other)
+    assert "kept" in (folder / "audit.jsonl").read_text()
+    folder = tmp_path / "apar"
+    write_jsonl(data, [{"q": "Some rivers.", "a": f"Rivers:<promise/><async>{NILE}</async>"}])
+    assert run("--length=128", "--dialect=pasta").startswith("0 answers")
+    assert "- 1: not readable: " in (folder / "audit.md").read_text() and "--dialect=apar" in caplog.text
 
 
 @pytest.mark.parametrize(("given", "limit"), [({}, MAX_LOSS), ({"max_loss": 0.0}, 0.0)])

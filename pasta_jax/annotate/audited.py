@@ -69,15 +69,20 @@ def audit_file(
 
     Args:
       auditor: the model that reads.
-      examples: of the file; answers without promises, and records that cannot be read, are left out.
+      examples: of the file; answers without promises are left out.
       folder: of the output.
       about: identifies file, model and options, as JSON can hold it.
+
+    Raises:
+      ValueError: the folder has the audit of something else.
     """
     with locked(folder):
         path, stamp = os.path.join(folder, "audit.jsonl"), Stamp(os.path.join(folder, "about.json"))
-        if stamp.check(about):
+        if changed := stamp.check(about):
             if os.path.exists(path):
-                os.remove(path)
+                raise ValueError(
+                    f"{folder} has another audit: {changed[0]}. Remove it, or give another --output."
+                )
             stamp.write(about)
         done = read_jsonl(path, _from_json)
         with replacing(path) as file:  # without a line that was cut short
@@ -88,9 +93,8 @@ def audit_file(
         found = (
             each
             for each in examples
-            if isinstance(each, Example)
-            and (each.line, each.turn) not in places
-            and any(True for _ in each.program.promises())
+            if (each.line, each.turn if isinstance(each, Example) else 0) not in places
+            and (isinstance(each, Problem) or any(True for _ in each.program.promises()))
         )
         quiet = not shows_progress()
         with Lines(path) as lines, tqdm(unit="answer", initial=len(done), disable=quiet) as bar:
@@ -104,7 +108,8 @@ def audit_file(
     return done
 
 
-def _audit(auditor: Auditor, examples: Sequence[Example]) -> list[Audited]:
+def _audit(auditor: Auditor, found: Sequence[Example | Problem]) -> list[Audited]:
+    examples = [each for each in found if isinstance(each, Example)]
     documents: dict[Place, tuple[ThreadedTokens, Program]] = {}
     faults: dict[Place, str] = {}
     for each in examples:
@@ -115,7 +120,11 @@ def _audit(auditor: Auditor, examples: Sequence[Example]) -> list[Audited]:
             faults[each.line, each.turn] = str(error)
     parts = dict(zip(documents, auditor.audit([*documents.values()]), strict=True))
     places = [(each.line, each.turn) for each in examples]
-    return [Audited(*place, tuple(parts.get(place, ())), faults.get(place, "")) for place in places]
+    audited = [Audited(*place, tuple(parts.get(place, ())), faults.get(place, "")) for place in places]
+    problems = [each for each in found if isinstance(each, Problem)]
+    return audited + [
+        Audited(each.line, 0, fault=f"not readable: {each.reason or each.message}") for each in problems
+    ]
 
 
 def _from_json(fields: dict[str, Any]) -> Audited:

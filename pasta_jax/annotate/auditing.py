@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from absl import flags
 
 from pasta_jax.annotate.annotators import MAX_LOSS
 from pasta_jax.data.records import read
+from pasta_jax.lang import tags
+
+LOG = logging.getLogger("pasta_jax")
 
 
 def audit(values: flags.FlagValues, columns: Mapping[str, str], about: Mapping[str, Any]) -> str:
@@ -26,13 +30,20 @@ def audit(values: flags.FlagValues, columns: Mapping[str, str], about: Mapping[s
 
     model = model_of(values)
     del model["max_loss"], model["candidates"]  # the losses do not depend on them
-    reading = {"columns": dict(columns), "turns": values.turns, "max_depth": values.max_depth}
+    reading: dict[str, Any] = {"columns": dict(columns), "turns": values.turns, "max_depth": values.max_depth}
+    reading["dialect"] = values.dialect
     about = {**about, **reading, "length": values.length, **model}
     auditor = auditor_of(values.flag_values_dict(), values.length)
     examples = read(values.input, **reading)
     audited = audit_file(auditor, examples, values.output, about)
     title = f"{os.path.basename(values.input)} read by {values.ckpt}"
     report = write_report(audited, values.output, values.max_loss, title)
+    if not any(each.parts for each in audited):
+        other = "apar" if values.dialect == "pasta" else "pasta"
+        LOG.warning(
+            "No answer of %s has promises that can be audited. If they are of %s: --dialect=%s.",
+            *(values.input, other, other),
+        )
     return f"{report.splitlines()[2]}\n{os.path.join(values.output, 'audit.md')} has what they lose."
 
 
@@ -61,3 +72,5 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_float("max_loss", MAX_LOSS, about, flag_values=values)
     text("candidates", "rule:structure", "self: the annotator that proposes promises.")
     whole("max_depth", 1, "--audit: how deep promises may nest.")
+    about = "--audit: what the answers are annotated in; apar is what rule:apar writes."
+    flags.DEFINE_enum("dialect", "pasta", [*get_args(tags.Dialect)], about, flag_values=values)
