@@ -21,6 +21,7 @@ from pasta_jax.annotate.annotators import AnnotatorError, Options
 from pasta_jax.annotate.insertion import NotInserted, inserted, spells_tag
 from pasta_jax.annotate.naming import topics
 from pasta_jax.annotate.protocol import Annotated, Declined, Item, Messages, Result
+from pasta_jax.data.records import prompt_text
 from pasta_jax.endpoint.client import Endpoint, Planned
 from pasta_jax.endpoint.cost import estimated_tokens
 from pasta_jax.endpoint.flags import endpoint_of
@@ -30,13 +31,11 @@ from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in
 from pasta_jax.lang.render import joined
 from pasta_jax.lang.topics import shortened
 from pasta_jax.lang.validate import MAX_BRANCHES, MIN_BLOCK_WORDS, count_words
-from pasta_jax.tokens.cost import theoretical_speedup
 from pasta_jax.tokens.tokenizer import TextError, Tokenizer, check_text
 
 SHORT = f"shorter than {MIN_BLOCK_WORDS} words"
 SAME_TOPIC = "same topic as another block"
 NO_VERDICT = "no verdict of the independence judge"
-SLOWER = "saves too little time"
 FAILED_RULES = {
     -1: "not independent",
     1: "uses what another block says",
@@ -62,16 +61,12 @@ class LlmAnnotator:
     Attributes:
       endpoint: which is asked.
       tokenizer: of the model that will be trained; it measures blocks and topics.
-      is_judged: whether blocks are judged for independence.
       max_branches: the most promises of an answer; of more blocks the longest are kept.
-      min_speedup: an answer whose theoretical speedup is lower stays plain; at least 1.
     """
 
     endpoint: Endpoint
     tokenizer: Tokenizer
-    is_judged: bool = True
     max_branches: int = MAX_BRANCHES
-    min_speedup: float = 1.0
 
     def __call__(self, prompt: str | Messages, answer: str) -> Annotated:
         """Annotates one answer.
@@ -87,17 +82,11 @@ class LlmAnnotator:
             check_text(answer)
         except TextError as error:
             raise Declined(str(error)) from None
-        question = _question(prompt)
+        question = prompt_text(prompt)
         notes: list[str] = []
         nodes = _useful(self._without_doubtful(self._inserted(question, answer), notes))
-        if self.is_judged:
-            nodes = self._independent(question, nodes, notes)
-        program = Program(self._measured(_useful(nodes), notes))
-        promises = sum(1 for _ in program.promises())
-        if promises and theoretical_speedup(self.tokenizer, program) < self.min_speedup:
-            notes += [SLOWER] * promises
-            program = Program((Text(answer),))
-        return Annotated(program, tuple(notes))
+        nodes = self._independent(question, nodes, notes)
+        return Annotated(Program(self._measured(_useful(nodes), notes)), tuple(notes))
 
     def annotate_all(self, items: Iterable[Item]) -> Iterator[Result]:
         """A result for each item, as they come; those that the endpoint failed at last.
@@ -130,10 +119,9 @@ class LlmAnnotator:
 
         def planned() -> Iterator[Planned]:
             for item in items:
-                question, tokens = _question(item.prompt), estimated_tokens(item.answer)
+                question, tokens = prompt_text(item.prompt), estimated_tokens(item.answer)
                 yield Planned(_insertion(question, item.answer), int(1.2 * tokens) + 20)
-                if self.is_judged:
-                    yield Planned(_judgement(question, "", item.answer), 80, follows=True)
+                yield Planned(_judgement(question, "", item.answer), 80, follows=True)
 
         return self.endpoint.estimate(planned(), shown=shown)
 
@@ -294,15 +282,6 @@ def _passage(group: Sequence[Node]) -> str:
     return "".join(pieces)
 
 
-def _question(prompt: str | Messages) -> str:
-    """What an answer answers: the user's text, or a conversation with its roles."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{each['role']}: {each['content']}" for each in prompt)
-
-
 def _groups(nodes: Sequence[Node]) -> Iterator[list[Node]]:
     """The nodes up to each sync, which ends its group."""
     group: list[Node] = []
@@ -347,6 +326,4 @@ def make(options: Options) -> LlmAnnotator:
         endpoint = endpoint_of(options.flags, cache=os.path.join(options.folder, "replies"))
     except EndpointError as error:
         raise AnnotatorError(str(error)) from None
-    return LlmAnnotator(
-        endpoint, options.tokenizer, max_branches=options.max_branches, min_speedup=options.min_speedup
-    )
+    return LlmAnnotator(endpoint, options.tokenizer, options.max_branches)
