@@ -250,16 +250,20 @@ class Endpoint:
 
     def _persisted(self, body: dict[str, Any], estimate: Usage, attempts: int) -> Reply:
         """Sends a request until it is answered. Raises RequestError if it is refused, or fails so often."""
-        last = ""
+        last, left_out = "", set[str]()
         for attempt in range(attempts):
             wait = 0.0
             try:
                 reply = self._sent(body, estimate)
             except RequestError as error:
-                if left_out := [name for name in OPTIONAL if name in body and error.refuses(name)]:
-                    body, last = self._without(left_out, body, error), str(error)
-                    continue
-                raise
+                named = {name for name in OPTIONAL if name in body and error.may_refuse(name)}
+                if not named:
+                    raise
+                named |= {"logprobs", "top_logprobs"} if "logprobs" in "".join(named) else set()
+                body = {name: value for name, value in body.items() if name not in named}
+                left_out |= named
+                last = str(error)
+                continue
             except AskAgain as error:
                 if isinstance(error, Unanswered) and not self._is_heard:
                     problem = f"POST {self.url}: {error.reason}. Is the server running there?"
@@ -269,6 +273,7 @@ class Endpoint:
                 wait = min(max(wait, error.after or 0.0), LONGEST_WAIT_S)
             else:
                 self._is_heard, self._failed = True, 0
+                self._leave_out(left_out, last)  # that was it, since it is answered without
                 return reply
             if attempt + 1 < attempts:
                 self._log_again(last, wait, attempt)
@@ -296,15 +301,13 @@ class Endpoint:
         except (BudgetError, EndpointError) as error:
             raise self._given_up(str(error)) from None
 
-    def _without(self, names: Iterable[str], body: dict[str, Any], error: RequestError) -> dict[str, Any]:
-        """A request without fields that the endpoint refuses."""
-        names = {*names} | ({"logprobs", "top_logprobs"} if "logprobs" in "".join(names) else set())
+    def _leave_out(self, names: set[str], why: str) -> None:
+        """Leaves fields that the endpoint refuses out of all requests."""
         with self._mutex:
             new = names - self._refused
             self._refused |= names
         if new:
-            LOG.warning("%s is left out of requests: POST %s: %s", ", ".join(sorted(new)), self.url, error)
-        return {name: value for name, value in body.items() if name not in names}
+            LOG.warning("%s is left out of requests: POST %s: %s", ", ".join(sorted(new)), self.url, why)
 
     @property
     def _run(self) -> _Stop:
