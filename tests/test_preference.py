@@ -473,6 +473,18 @@ def test_prompts_that_changed_are_refused_before_anything_is_sampled(
     held_out = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out="0.1"))
     with pytest.raises(ConfigError, match="another experiment: data.held_out was None and is '0.1' now"):
         rounds._check_stamp(str(folder), held_out, "W")
+    # What was judged is not that of a judge whose source changed.
+    (folder / "samples.jsonl").unlink()
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / "polite_judges.py"
+    source.write_text("def judge(prompt, a, b):\n    return 0, 0.9\n")
+    polite = dataclasses.replace(config.preference, judge="polite_judges:judge")
+    rounds._check_stamp(str(folder), dataclasses.replace(config, preference=polite), "W")
+    (folder / "samples.jsonl").touch()
+    rounds._check_stamp(str(folder), dataclasses.replace(config, preference=polite), "W")
+    source.write_text("def judge(prompt, a, b):\n    return 1, 0.9\n")
+    with pytest.raises(ConfigError, match=r"another experiment: judge.source was"):
+        rounds._check_stamp(str(folder), dataclasses.replace(config, preference=polite), "W")
     same = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=str(path)))
     with pytest.raises(
         ConfigError, match=r"prompts.jsonl is trained on too: config.preference.prompts names it"

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from pasta_jax.arrays import PairedTokens
 from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint, read_metadata
-from pasta_jax.config import Config, ConfigError, PreferenceConfig
+from pasta_jax.config import JUDGES, Config, ConfigError, PreferenceConfig
 from pasta_jax.data import almanac
 from pasta_jax.data.batches import held_out, permuted
 from pasta_jax.data.fitting import TOO_LONG, Account
@@ -48,7 +48,7 @@ from pasta_jax.decoding.model import Model
 from pasta_jax.experiment import round_of
 from pasta_jax.files import Stamp, is_writer, locked, write_json, write_jsonl
 from pasta_jax.interchange.origin import carry
-from pasta_jax.judges import make_judge
+from pasta_jax.judges import make_judge, source_of
 from pasta_jax.judges.likelihood import ITS_OWN
 from pasta_jax.judges.llm import LlmJudge
 from pasta_jax.judges.protocol import Judge, JudgeError
@@ -378,10 +378,14 @@ def _check_stamp(folder: str, config: Config, policy: str) -> None:
     stamp = Stamp(os.path.join(folder, "about.json"))
     if config.preference.prompts != "almanac":
         about["prompts"] = _digest_of(config.preference, config.data.columns)
+    if config.preference.judge == "likelihood":
+        about["judge"] = checkpoint_identity(config.preference.judge_model or config.init_from)
+    elif config.preference.judge not in JUDGES:
+        about["judge"] = {"source": source_of(config.preference.judge)}
     started = os.path.exists(stamp.path) and os.path.exists(os.path.join(folder, "samples.jsonl"))
-    # Older versions had fewer fields, and did not stamp the prompts.
+    # Older versions had fewer fields, and did not stamp the prompts and the judge.
     absent = {name: tree for name, tree in to_dict(Config()).items() if name in about}
-    absent["prompts"] = about.get("prompts", {})
+    absent |= {name: about.get(name, {}) for name in ("prompts", "judge")}
     changed = stamp.check(about, absent) if started else []
     if changed:
         more = f" ({len(changed)} fields differ)" if len(changed) > 1 else ""
