@@ -340,6 +340,30 @@ def test_the_figure_has_numbers_and_thin_bars(
     assert bar.get_height() < (below - above) / 4
 
 
+def test_where_nothing_is_annotated_the_reason_is_said(tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi", "response": "Ho."}))
+    said = one_line(Tally(run(path, output)).figures())
+    assert said == "0 of 1 answers are annotated (0.0%). The most frequent reason: no structure (1)."
+
+
+def test_a_file_of_which_no_record_can_be_used_is_refused(tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"question": "a"}\n{}\n')
+    for _ in range(2):
+        with pytest.raises(
+            RunError, match=r"none of 2 records .* line 1: no known layout .*question.* --columns"
+        ):
+            run(path, output)
+    assert not output.exists()
+    path.write_text(json.dumps({"prompt": "Hi", "response": "Ho."}))
+    assert run(path, output, about={"annotator": "x"})  # other options, the same output
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(RunError, match=r"empty.jsonl has no records\."):
+        run(empty, tmp_path / "nothing.jsonl")
+
+
 def test_quantiles_of_counts() -> None:
     values = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
     found = _quantiles(collections.Counter(values))

@@ -120,9 +120,15 @@ def one_line(figures: Mapping[str, Any]) -> str:
     """The result of a run in a line, for the terminal."""
     speedup = figures["speedup"]
     unusable = f", {figures['unusable']:,} unusable records" if figures["unusable"] else ""
-    return (
+    share = (
         f"{figures['annotated']:,} of {figures['answers']:,} answers are annotated ({figures['share']:.1%})"
-        f"{unusable}. Theoretical speedup {speedup['annotated']:.2f}x where annotated, at least "
+        f"{unusable}."
+    )
+    if not figures["annotated"]:
+        reason, number = next(iter(figures["reasons"].items()), ("no answer", 0))
+        return f"{share} The most frequent reason: {reason} ({number:,})."
+    return (
+        f"{share} Theoretical speedup {speedup['annotated']:.2f}x where annotated, at least "
         f"{speedup['least']:.2f}x; {speedup['all']:.2f}x over all."
     )
 

@@ -120,7 +120,7 @@ def annotate_file(
       min_speedup: an answer whose theoretical speedup is lower stays plain.
 
     Raises:
-      RunError: `output` is of another run, not of this command, or the input.
+      RunError: `output` is of another run, not of this command, or the input; or no record can be used.
       RecordError: the file cannot be read.
       EndpointError: the annotator asks an endpoint, which does not answer any more; what is done is kept.
       InUse: another process works on the same output.
@@ -155,7 +155,7 @@ def annotate_file(
         except EndpointError as error:
             kept = f"{progress.done} are done and kept; run the same command again to go on."
             raise EndpointError(f"{error} {kept}") from None
-        _finish(output, journal, records)
+        _finish(path, output, journal, records)
 
 
 def journal_of(output: str) -> Iterator[Line]:
@@ -382,13 +382,25 @@ class _Numbers:
         self._count += 1
 
 
-def _finish(output: str, journal: str, records: str) -> None:
-    """Writes the output in the order of the input, and removes the records as they were finished."""
+def _finish(path: str, output: str, journal: str, records: str) -> None:
+    """Writes the output in the order of the input, and removes the records as they were finished.
+
+    Where no record can be used it raises RunError, and the command may be given again with other options.
+    """
     numbers, invalid = array.array("q"), array.array("q")
     usable = array.array("b")
     for line in stream_jsonl(journal, _line_of):
         (numbers if line.problem is None else invalid).append(line.number)
         usable.append(line.problem is None)
+    if not numbers:
+        first = next(stream_jsonl(journal, _line_of), Line(0)).problem
+        os.remove(journal)
+        if first is None:
+            raise RunError(f"{path} has no records.")
+        where = f"{first['unit']} {first['line']}"
+        raise RunError(
+            f"{path}: none of {len(invalid):,} records can be used. The first: {where}: {first['message']}"
+        )
     if invalid:
         with replacing(f"{output}.invalid.jsonl") as file:
             for raw in _in_order(journal, invalid, np.flatnonzero(~np.array(usable, bool))):

@@ -43,7 +43,10 @@ ROLES: Mapping[str, Role] = {
 TOOLS = ("tool", "function", "observation", "function_call", "tool_call", "function_response", "ipython")
 """Names for the roles of tools, which no chat format here writes."""
 
-ADVICE = "Map the names that the file uses, as in --config.data.columns=prompt=question,response=answer"
+ADVICE = (
+    "Map the names that the file uses (annotate and evaluate have --columns for it), "
+    "as in --config.data.columns=prompt=question,response=answer"
+)
 
 
 class Fault(Exception):
@@ -143,6 +146,11 @@ def _recognised(record: Mapping[str, Any]) -> tuple[str, list[Turn]]:
         for layout, needed, turns in _LAYOUTS:
             if keys >= needed:
                 return layout, turns(record)
+    for key in ("prompt", "instruction"):
+        if key in record:
+            raise Fault(
+                "no answer", f'"{key}" has no answer (found: {_keys(record)}). Add a "response". {ADVICE}.'
+            )
     raise Fault("no known layout", f"no known layout (found: {_keys(record)}). {ADVICE}.")
 
 
