@@ -50,7 +50,6 @@ def get_config(variant: str = "baseline") -> Config:
             baseline="runs/own/baseline",
             prompts="data.jsonl",
             judge="likelihood",
-            judge_model="runs/own/baseline",
             prompts_per_round=64,
             samples=8,
             rounds=1,
