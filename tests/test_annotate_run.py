@@ -18,7 +18,7 @@ import pytest
 
 from pasta_jax.annotate.protocol import Annotated, Declined, Item, Messages, Result
 from pasta_jax.annotate.report import Tally, _quantiles, one_line, write_report
-from pasta_jax.annotate.run import Line, Outcome, RunError, annotate_file, journal_of
+from pasta_jax.annotate.run import Line, Outcome, RunError, annotate_file, answers_of, journal_of
 from pasta_jax.annotate.structure import Structure
 from pasta_jax.data.records import Example, Problem, Reader, read
 from pasta_jax.files import InUse, locked
@@ -254,6 +254,23 @@ def test_limits_hold_for_every_annotator(limits: dict[str, Any], reason: str, tm
     )
     (line,) = journal_of(str(output))
     assert line.outcomes[0].reason == reason
+
+
+def test_no_annotator_is_asked_about_an_answer_that_cannot_fit(tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "Hi", "response": NILE * n}) + "\n" for n in (1, 3)))
+    assert [item.key for item in answers_of(str(path), Reader(), TOKENIZER, 91)] == ["1:0"]
+    asked: list[str] = []
+
+    def annotator(prompt: str | Messages, answer: str) -> Annotated:
+        asked.append(answer)
+        return Annotated(Program((Text(answer),)))
+
+    annotate_file(str(path), str(output), annotator, TOKENIZER, Reader(), ABOUT, max_branches=15, length=91)
+    assert (
+        asked == [NILE]
+        and [*journal_of(str(output))][1].outcomes[0].reason == "longer than a row without tags"
+    )
 
 
 def test_what_has_tags_already_stays(tmp_path: pathlib.Path) -> None:

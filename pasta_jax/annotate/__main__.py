@@ -100,7 +100,9 @@ def annotate(values: flags.FlagValues) -> str:
             what = f"--annotator={values.annotator}"
             what += f" --candidates={values.candidates}" * (values.annotator == "self")
             raise AnnotatorError(f"{what} sends no requests, so --dry_run does not apply.")
-        return annotator.estimate(answers_of(values.input, reader), shown=values.dry_run)
+        return annotator.estimate(
+            answers_of(values.input, reader, tokenizer, values.length), shown=values.dry_run
+        )
     annotate_file(
         values.input,
         values.output,

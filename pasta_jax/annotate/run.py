@@ -50,6 +50,7 @@ HAS_TAGS = "it has tags already"
 SLOWER = "slower than without tags"
 SAVES_LITTLE = "saves too little time"
 TOO_LONG = "longer than a row with its tags"
+TOO_LONG_PLAIN = "longer than a row without tags"
 
 
 class RunError(ValueError):
@@ -191,18 +192,25 @@ class _Record:
         return Line(self.entry.number, outcomes), raw + "\n"
 
 
-def answers_of(path: str, reader: Reader) -> Iterator[Item]:
-    """The answers that a run annotates."""
+def answers_of(path: str, reader: Reader, tokenizer: Tokenizer, length: int = 0) -> Iterator[Item]:
+    """The answers that a run gives to its annotator."""
     for entry in entries(path):
         with contextlib.suppress(Fault):
             for example in reader.examples(entry):
-                if _is_plain(example):
+                if not _left(example, tokenizer, length):
                     yield Item(f"{entry.number}:{example.turn}", example.prompt, assemble(example.program))
 
 
-def _is_plain(example: Example) -> bool:
-    """Whether an answer has no tags yet."""
-    return all(isinstance(node, Text) for node in example.program.nodes)
+def _left(example: Example, tokenizer: Tokenizer, length: int) -> str:
+    """Why no annotator is asked about an answer, which stays as it is; or ""."""
+    if not all(isinstance(node, Text) for node in example.program.nodes):
+        return HAS_TAGS
+    if length:
+        with contextlib.suppress(ValueError):  # a prompt that the chat format lacks: `_Check` says so
+            size = len(encode_prompt(tokenizer, example.prompt))
+            if length < size + len(tokenizer.encode(assemble(example.program))):
+                return TOO_LONG_PLAIN
+    return ""
 
 
 def _work(
@@ -227,9 +235,9 @@ def _work(
                 continue
             record = _Record(entry, {example.turn: example for example in examples})
             for example in examples:
-                if not _is_plain(example):
+                if reason := _left(example, check.tokenizer, check.length):
                     del record.waiting[example.turn]
-                    record.outcomes.append(Outcome(example.turn, HAS_TAGS))
+                    record.outcomes.append(Outcome(example.turn, reason))
             if not record.waiting:
                 keep(*record.finished(reader.columns))
                 continue
