@@ -267,7 +267,7 @@ def test_given_answers_are_opponents_and_must_be_of_the_same_prompts(tmp_path: p
             [rows[1], rows[0], rows[2]],
             r"record 1: the prompt is 'Name a city.', where 'Name a river.' is asked",
         ),
-        ([*rows[:2], {"instruction": PROMPTS[2]}], r"record 3 has no answer"),
+        ([*rows[:2], {"instruction": PROMPTS[2]}], r"record 3 has no answer. --opponent needs"),
         ([*rows[:2], {"nothing": 1}], r"record 3: no known layout.* Every prompt counts"),
     ):
         other.write_text(json.dumps(changed))

@@ -134,7 +134,7 @@ def test_an_answer_of_weight_0_is_read_and_not_learnt(tmp_path: pathlib.Path) ->
         ([1], "not an object", "not an object. Write one with the keys prompt and response."),
         ({"text": "a"}, "no known layout", "no known layout (found: text). Map the names that the file uses"),
         ({}, "no known layout", "no known layout (found: none)"),
-        ({"prompt": "a"}, "no answer", '"prompt" has no answer (found: prompt). Add a "response".'),
+        ({"prompt": "a"}, "no answer", '"prompt" has no answer (found: prompt). Add its "response". Map'),
         ({"messages": "a"}, "not a list", '"messages" must be a list of {"role": ..., "content": ...}.'),
         ({"messages": None}, "not a list", '"messages" must be a list'),
         ({"messages": []}, "no answer", "nothing answers the user. Add an answer, or remove the line."),

@@ -23,6 +23,7 @@ from pasta_jax.data import almanac, sources
 from pasta_jax.data.batches import Mixture
 from pasta_jax.data.prepared import grain_source, open_prepared
 from pasta_jax.data.reading import RecordError
+from pasta_jax.files import Change
 from pasta_jax.lang.render import render
 from pasta_jax.prepare import __main__ as command
 from pasta_jax.prepare import encoding, folder
@@ -193,6 +194,19 @@ def test_stopped_anywhere_it_goes_on_to_the_same_folder(
         ConfigError, match="begun with something else: made.length was 160 and is 161 now. Give"
     ):
         prepare(of(data / "mine.jsonl", length=161), TOKENIZER, str(to), shard=120)
+    (changed := tmp_path / "changed.jsonl").write_bytes((data / "mine.jsonl").read_bytes())
+    with pytest.raises(
+        ConfigError, match=r"else: sources was '.*mine.jsonl' and is '.*changed.jsonl' now. Give"
+    ):
+        prepare(of(changed), TOKENIZER, str(to), shard=120)
+
+
+def test_a_file_that_changed_is_named_alone() -> None:
+    then, now = (
+        [{"name": name, "bytes": size}, {"name": "b", "bytes": 3}] for name, size in (("a", 1), ("a", 2))
+    )
+    assert folder._shown(Change("sources", then, now)) == "a has changed"
+    assert folder._shown(Change("sources", then, then[::-1])) == "the files are in another order"
 
 
 @only_full

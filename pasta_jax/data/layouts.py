@@ -149,7 +149,7 @@ def _recognised(record: Mapping[str, Any]) -> tuple[str, list[Turn]]:
     for key in ("prompt", "instruction"):
         if key in record:
             raise Fault(
-                "no answer", f'"{key}" has no answer (found: {_keys(record)}). Add a "response". {ADVICE}.'
+                "no answer", f'"{key}" has no answer (found: {_keys(record)}). Add its "response". {ADVICE}.'
             )
     raise Fault("no known layout", f"no known layout (found: {_keys(record)}). {ADVICE}.")
 

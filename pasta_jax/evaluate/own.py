@@ -204,7 +204,9 @@ def opponent_of(questions: Sequence[Question], path: str, columns: dict[str, str
                 f"{prompt_text(mine.prompt)[:60]!r} is asked. Both files need the same prompts in the same order."
             )
         if theirs.answer is None and not _is_answered(theirs, columns):
-            raise ValueError(f"{path}, record {theirs.line} has no answer.")
+            raise ValueError(
+                f"{path}, record {theirs.line} has no answer. --opponent needs one to each prompt."
+            )
     generators = {_field(each, "generator") for each in given} - {""}
     name = generators.pop() if len(generators) == 1 else os.path.basename(path)
     answers = [each.answer for each in given]

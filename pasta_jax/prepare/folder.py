@@ -19,7 +19,7 @@ from pasta_jax.data.fitting import SHOWN, Account
 from pasta_jax.data.prepared import ABOUT, DROPPED, FORMAT, INDEX, TOKENIZER, checksum, read_about
 from pasta_jax.data.records import Problem, invalid_line
 from pasta_jax.data.shards import shard_name, write_descriptions, writing
-from pasta_jax.files import LOCK, Stamp, changes, json_line, read_jsonl, replacing, write_json
+from pasta_jax.files import LOCK, Change, Stamp, changes, json_line, read_jsonl, replacing, write_json
 from pasta_jax.prepare.encoding import EncodedBatch
 from pasta_jax.tokens.tokenizer import Tokenizer
 
@@ -62,8 +62,22 @@ def begin(folder: str, about: dict[str, Any]) -> dict[str, Any] | None:
 def _check_same(folder: str, then: dict[str, Any], now: dict[str, Any]) -> None:
     if differing := changes(then, json.loads(json.dumps(now))):
         raise ConfigError(
-            f"{folder} was begun with something else: {differing[0]}. Give another folder, or remove this one."
+            f"{folder} was begun with something else: {_shown(differing[0])}. "
+            "Give another folder, or remove this one."
         )
+
+
+def _shown(change: Change) -> str:
+    """A difference, with files by name alone."""
+    if change.name != "sources":
+        return str(change)
+    then, now = ({each["name"]: each for each in side or ()} for side in (change.old, change.new))
+    if then.keys() == now.keys():
+        return (
+            "; ".join(f"{name} has changed" for name in now if then[name] != now[name])
+            or "the files are in another order"
+        )
+    return str(change._replace(old=", ".join(then), new=", ".join(now)))
 
 
 @dataclasses.dataclass(frozen=True)
