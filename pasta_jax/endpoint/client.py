@@ -50,8 +50,6 @@ LOST = 5
 TEST = ({"role": "user", "content": "Reply with OK."},)
 """What is asked to learn whether an endpoint that refuses or fails at requests answers any at all."""
 
-TEST_ATTEMPTS = 2
-
 LONGEST_WAIT_S = 600.0
 """Between two attempts, however long the endpoint asks to wait."""
 
@@ -240,7 +238,7 @@ class Endpoint:
             if failed < (1 if failure.is_refusal else LOST):
                 return
             try:
-                self._persisted(self._body(TEST), Usage(estimated_input(TEST), 8), TEST_ATTEMPTS)
+                self._persisted(self._body(TEST), Usage(estimated_input(TEST), 8), self._attempts)
             except RequestError:
                 so = (
                     "so failed a request" if failed == 1 else f"so failed {failed} requests one after another"
