@@ -53,11 +53,14 @@ setup(
         "datasets": ["datasets>=3.0"],
         "tfds": ["array_record>=0.8.1", "tensorflow-datasets>=4.9.10"],
         "grain": ["array_record>=0.8.1", "grain>=0.2.15"],
+        "inspect": ["inspect-ai>=0.3.285"],
+        "lm-eval": ["lm-eval>=0.4.13"],
         "plot": ["jinja2>=3.1", "matplotlib>=3.9"],
         "kernels": ["tokamax==0.0.17; python_version >= '3.12'"],  # inner functions of it
         "tb": ["tensorboardX>=2.6.2.2"],
         "wandb": ["wandb>=0.31"],  # the first that goes with protobuf 7
     },
+    entry_points={"inspect_ai": ["pasta_jax = pasta_jax.adapters.inspect_ai:provider"]},
     classifiers=[
         "Operating System :: MacOS",
         "Operating System :: POSIX :: Linux",

@@ -11,7 +11,7 @@ def advice(package: str, extra: str) -> str:
     return f'pip install {package}, or in a clone: pip install -e ".[{extra}]"'
 
 
-def optional(module: str, extra: str, purpose: str, error: type[Exception] = ImportError) -> Any:
+def optional(module: str, extra: str, purpose: str, error: type[BaseException] = ImportError) -> Any:
     """A module of a package that an extra of setup.py has.
 
     Args:

@@ -37,7 +37,7 @@ LEVELS = [
     {"loading"},
     {"judges"},
     {"preference"},
-    {"train", "convert", "annotate", "tokenizer", "prepare", "evaluate", "benchmark", "compile"},
+    {"train", "convert", "annotate", "tokenizer", "prepare", "evaluate", "benchmark", "compile", "adapters"},
     {"demo", "reproduce"},
     {"__init__"},
     {"__main__"},

@@ -31,10 +31,9 @@ from pasta_jax.data.records import Prompt, encode_prompt
 from pasta_jax.decoding.model import Model
 from pasta_jax.judges.protocol import Comparison, JudgeError, Preference
 from pasta_jax.lang.program import Program, Text
-from pasta_jax.rounding import next_power_of_two
 from pasta_jax.tokens.layout import layout
 from pasta_jax.tokens.positions import Positions
-from pasta_jax.training.logprobs import by_document, ending_pass
+from pasta_jax.training.logprobs import ending_pass, of_any_length
 
 RUN, REPEATED = 8, -5.0
 END_WEIGHT, LEAST_END = 0.1, -20.0
@@ -90,19 +89,12 @@ class Likelihood:
     def scores(self, answers: Sequence[tuple[Prompt, str]]) -> list[float]:
         """The score of each answer to its prompt, as above; higher is better."""
         documents = [self._document(prompt, answer) for prompt, answer in answers]
-        lengths = [
-            self.length if len(document) <= self.length else next_power_of_two(len(document))
-            for document in documents
-        ]
-        found: dict[int, float] = {}
-        for length in sorted({*lengths}):
-            members = [i for i, needed in enumerate(lengths) if needed == length]
-            chosen = [documents[i] for i in members]
-            passed = by_document(self._forward, self.model, chosen, self.rows, length, self.parts)
-            for i, document, (logprob, end) in zip(members, chosen, passed, strict=True):
-                learnt = document.target != NO_TARGET
-                found[i] = score(document.target[learnt], logprob[learnt], end[learnt])
-        return [found[i] for i in range(len(documents))]
+        passed = of_any_length(self._forward, self.model, documents, self.rows, self.length, self.parts)
+        found = []
+        for document, (logprob, end) in zip(documents, passed, strict=True):
+            learnt = document.target != NO_TARGET
+            found.append(score(document.target[learnt], logprob[learnt], end[learnt]))
+        return found
 
     def _document(self, prompt: Prompt, answer: str) -> ThreadedTokens:
         tokenizer = self.model.tokenizer

@@ -13,7 +13,10 @@ from pasta_jax.arrays import NO_TARGET, Array, ThreadedTokens
 from pasta_jax.data.packing import Packer
 from pasta_jax.decoding.model import Model
 from pasta_jax.model import ModelConfig, Transformer
+from pasta_jax.rounding import next_power_of_two
 from pasta_jax.sharding import from_host, replicated
+from pasta_jax.tokens.layout import layout_ids
+from pasta_jax.training.losses import Scores
 from pasta_jax.training.microbatches import map_parts, rows_sharding
 from pasta_jax.training.update import hidden_of, scores_at, scores_of
 
@@ -30,6 +33,16 @@ def reference_pass(config: ModelConfig, mesh: Any, parts: int = 1) -> Any:
 
     def of_batch(params: Any, batch: ThreadedTokens) -> Array:
         return scores_of(transformer, params, batch, mesh=mesh).logprob
+
+    return _compiled(of_batch, mesh, parts)
+
+
+def scores_pass(config: ModelConfig, mesh: Any, parts: int = 1) -> Any:
+    """As `reference_pass`, all that is known of each target: `Scores`."""
+    transformer = Transformer(config)
+
+    def of_batch(params: Any, batch: ThreadedTokens) -> Scores:
+        return scores_of(transformer, params, batch, mesh=mesh)
 
     return _compiled(of_batch, mesh, parts)
 
@@ -82,6 +95,44 @@ def by_document(
         for row, span in packer.spans():
             yield jax.tree.map(lambda array, row=row, span=span: np.asarray(array)[row, span], found)
         start = end
+
+
+def of_any_length(
+    forward: Any, model: Model, documents: Sequence[ThreadedTokens], rows: int, length: int, parts: int = 1
+) -> list[Any]:
+    """As `by_document`; documents longer than a row are read in rows of the next power of two that holds them."""
+    sizes = [len(document) for document in documents]
+    lengths = [length if size <= length else next_power_of_two(size) for size in sizes]
+    found: dict[int, Any] = {}
+    for each in sorted({*lengths}):
+        members = [i for i, needed in enumerate(lengths) if needed == each]
+        passed = by_document(forward, model, [documents[i] for i in members], rows, each, parts)
+        found.update(zip(members, passed, strict=True))
+    return [found[i] for i in range(len(documents))]
+
+
+def continuation_scores(
+    forward: Any, model: Model, pairs: Sequence[tuple[list[int], list[int]]], rows: int, length: int
+) -> list[tuple[float, bool]]:
+    """How a model rates ids that follow others in one thread, none of them a tag.
+
+    Args:
+      forward: `scores_pass` of the model, for its mesh.
+      model: the model.
+      pairs: [n] ids before, one at least, and the ids that are rated.
+      rows, length: of the batches, as of `of_any_length`.
+
+    Returns:
+      [n] the log-probability in nats, and whether no token of the ids is less likely than another.
+    """
+    vocabulary = model.tokenizer.vocabulary
+    documents = [layout_ids(vocabulary, before, ids, model.positions, threads=1) for before, ids in pairs]
+    return [
+        (float(scores.logprob.sum()), bool(scores.is_likeliest[document.target != NO_TARGET].all()))
+        for document, scores in zip(
+            documents, of_any_length(forward, model, documents, rows, length), strict=True
+        )
+    ]
 
 
 def reference_logprobs(
