@@ -21,6 +21,7 @@ from pasta_jax.evaluate.report import read_results
 from pasta_jax.evaluate.summary import Contest, chances, geometric, quality_of, speed_of
 from pasta_jax.files import InUse, locked
 from pasta_jax.judges.protocol import NO_VERDICT, JudgeError, Preference
+from pasta_jax.lang import tags
 from tests.helpers import only_full
 
 # --------------------------------------------------------------------------------------------------- numbers
@@ -290,11 +291,15 @@ def test_a_prompt_that_cannot_be_asked_is_an_answer_that_failed() -> None:
 @pytest.mark.slow
 @only_full
 def test_a_real_model_answers_and_its_sequential_self_is_the_baseline() -> None:
-    from tests.helpers.answers import OTHER, PROMPT, model
+    from tests.helpers.answers import WORDS, model
 
-    sequential = Respondent(model(), 24, sequential=True)
-    parallel = Respondent(model(), 24, like=sequential)
-    for prompt in (PROMPT, OTHER):
+    head = np.array(model().params["head"])
+    ids = WORDS.vocabulary.tag_ids
+    head[:, ids[tags.PROMISE_OPEN]] = 1.1 * head[:, ids[tags.SYNC]]  # which it likes to write
+    promising = dataclasses.replace(model(), params={**model().params, "head": head})
+    sequential = Respondent(promising, 24, sequential=True)
+    parallel = Respondent(promising, 24, like=sequential)
+    for prompt in ("rivers", "rivers and cities"):
         alone, found = (each(Question(prompt, None, 1, "")) for each in (sequential, parallel))
         assert (alone.promises, alone.critical_path) == (0, max(1, alone.decode_steps))
         assert found.wall_s > 0 and found.promises > 0 and not found.error

@@ -231,12 +231,15 @@ class Account:
         count = self.unusable.total()
         if count <= most * self.records and count < self.records:
             return
+        allow = ""
+        if count < self.records:
+            allow = f", or go on with the others by --config.data.max_unusable={_share(count / self.records)}"
         advice = "Fix them"
         if self.unusable.most_common(1)[0][0] == TOO_LONG:
-            advice = "Raise --config.data.length" + ", set --config.data.too_long=sentence" * may_cut
-        allow = f", or go on with the others by --config.data.max_unusable={_share(count / self.records)}"
+            cut = f"{',' if allow else ' or'} set --config.data.too_long=sentence"
+            advice = f"Raise --config.data.length{cut if may_cut else ''}"
         raise ConfigError(
-            f"{self.path}: {self.total}. {advice}{allow if count < self.records else ''}. "
+            f"{self.path}: {self.total}. {advice}{allow}. "
             f"The first: {self.first[0].in_file}" + (f" All are in {kept}." if kept else "")
         )
 

@@ -130,7 +130,9 @@ class Endpoint:
         """
         parts = urllib.parse.urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
-            raise EndpointError("base_url must be like http://localhost:8000/v1: no query, no fragment.")
+            raise EndpointError(
+                "base_url must be like http://localhost:8000/v1: http or https, no query, no fragment."
+            )
         if "@" in parts.netloc:
             raise EndpointError(f"base_url holds a name or a password. Put the key into ${key_variable}.")
         if not model:

@@ -186,7 +186,12 @@ def pairs_of_round(
     if not any(choices):
         raise ConfigError(
             f"No pairs in {folder}: the samples of every prompt scored alike. Raise "
-            "--config.preference.temperature, .samples or .prompts_per_round."
+            "--config.preference.temperature, .samples or .prompts_per_round"
+            + (
+                ", or set .efficiency_when=always."
+                if config.preference.efficiency_when == "not_worse"
+                else "."
+            )
         )
     path, parts = os.path.join(folder, "reference.npz"), config.microbatches
     pairs = make_pairs(records, choices, model, rows=data.rows, length=data.length, path=path, parts=parts)
