@@ -82,7 +82,7 @@ def test_an_answer_that_was_never_begun() -> None:
 @pytest.mark.slow
 def test_an_answer_in_a_terminal_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is settled is written once; what is not stands behind it, on one line, and is erased."""
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((30, 9)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((30, 9)))
     events = [
         Event("text", text="Two rivers: "),
         Event("promise", branch=1, parent=0, topic="Nile"),
