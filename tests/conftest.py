@@ -2,6 +2,7 @@
 
 import atexit
 import importlib.metadata
+import logging
 import os
 import pathlib
 import random
@@ -72,6 +73,15 @@ def room_for_programs(request: pytest.FixtureRequest) -> Iterator[None]:
             value.cache_clear()
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """A command that runs within a test shows the log on that test's stderr; the next test has another."""
+    log = logging.getLogger("pasta_jax")
+    before = [*log.handlers], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
 
 
 @pytest.fixture(autouse=True)
