@@ -23,6 +23,7 @@ from pasta_jax.decoding.model import Model
 from pasta_jax.model import init_params
 from pasta_jax.tokens.layout import layout_ids
 from pasta_jax.training.logprobs import continuation_scores, reference_logprobs, scores_pass
+from tests.helpers import full
 from tests.helpers.answers import OTHER, PROMPT, model
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -78,7 +79,7 @@ def module(patch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
     patch.setitem(sys.modules, name, types.SimpleNamespace(**contents))
 
 
-@pytest.fixture(params=["stand-in", "real"])
+@pytest.fixture(params=[full("stand-in"), "real"])
 def pasta_lm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     if request.param == "real":
         pytest.importorskip("lm_eval")
@@ -201,7 +202,7 @@ def test_the_command_of_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------ inspect_ai
 
 
-@pytest.fixture(params=["stand-in", "real"])
+@pytest.fixture(params=[full("stand-in"), "real"])
 def pasta_api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(inspect_ai, "load", lambda name: {"runs/answers": model()}[name])
     if request.param == "real":
