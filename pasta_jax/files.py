@@ -35,6 +35,10 @@ def is_writer() -> bool:
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+LOG_EVERY_S = 20.0
+"""Seconds between log lines on progress where no progress bar is shown."""
+
+
 def shows_progress() -> bool:
     """Whether there is somebody to look at a progress bar."""
     return is_writer() and sys.stderr.isatty()

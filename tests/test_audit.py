@@ -201,8 +201,10 @@ def test_it_separates_steps_of_chains_from_items_of_lists_and_prose() -> None:
     for task in tasks:
         program = almanac.annotate_exactly(task, lambda text: len(model.tokenizer.encode(text)))
         if task.family == "chain":
-            steps = enumerate(task.plan.nodes, start=1)
-            program = Program(tuple(Promise(f"item {number}", 1, (step,)) for number, step in steps))
+            steps = zip(
+                task.steps, task.plan.nodes, strict=True
+            )  # named as items of lists are, by what they tell of
+            program = Program(tuple(Promise(step.after, 1, (node,)) for step, node in steps))
         programs.append((auditor.document(task.prompt, program), program))
     losses: dict[bool, list[float]] = {True: [], False: []}
     for task, parts in zip(tasks, auditor.audit(programs), strict=True):

@@ -15,16 +15,14 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from pasta_jax.annotate.progress import Progress
 from pasta_jax.annotate.protocol import (
     Annotator,
-    Estimating,
     Item,
     ManyAnnotator,
     Result,
@@ -34,7 +32,7 @@ from pasta_jax.data.layouts import Fault, replaced
 from pasta_jax.data.reading import Entry, entries
 from pasta_jax.data.records import Example, Reader, encode_prompt, problem, raw_text
 from pasta_jax.endpoint.post import EndpointError
-from pasta_jax.files import Lines, Stamp, locked, replacing, shows_progress, stream_jsonl
+from pasta_jax.files import Lines, Stamp, locked, replacing, stream_jsonl
 from pasta_jax.lang.assemble import assemble, text_of
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import render
@@ -44,7 +42,6 @@ from pasta_jax.tokens.cost import critical_path, threads_of_program
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 LOG = logging.getLogger("pasta_jax")
-LOG_EVERY_S = 20.0
 
 HAS_TAGS = "it has tags already"
 SLOWER = "slower than without tags"
@@ -140,7 +137,7 @@ def annotate_file(
             LOG.info("%d records were annotated before.", len(done))
         check = _Check(tokenizer, reader.max_depth, max_branches, length, min_speedup)
         one_at_a_time = threading.Lock()  # an annotator may take items in a thread of its own
-        progress = _Progress(len(done), _total(path), annotator)
+        progress = Progress(len(done), _total(path), annotator)
         try:
             with Lines(records) as to_records, Lines(journal) as to_journal, progress:
 
@@ -150,7 +147,7 @@ def annotate_file(
                             to_records.write(raw)
                         # ASCII: bytes that are no text
                         to_journal.write(json.dumps(dataclasses.asdict(line)) + "\n")
-                        progress.add(line)
+                        progress.add(any(not outcome.reason for outcome in line.outcomes))
 
                 _work(path, annotator, reader, check, done, keep)
         except EndpointError as error:
@@ -453,51 +450,3 @@ def _total(path: str) -> int | None:
         return None
     with open(path, "rb") as file:
         return sum(1 for line in file if line.strip())
-
-
-class _Progress:
-    """A bar on a terminal, elsewhere a line in the log now and then: records so far, their rate, the time left.
-
-    Of an annotator that asks others, also what it asked and what that cost.
-    """
-
-    def __init__(self, done: int, total: int | None, annotator: object):
-        self._first, self._total = done, total
-        self._bar = tqdm(unit="record", initial=done, total=total, disable=not shows_progress())
-        self._status = annotator.status if isinstance(annotator, Estimating) else None
-        self._count, self._annotated = 0, 0
-        self._start = self._logged = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-        if self._bar.disable:
-            self._log()
-
-    @property
-    def done(self) -> str:
-        """How many records are done, of how many."""
-        done = f"{self._first + self._count:,}"
-        return done if self._total is None else f"{done} of {self._total:,}"
-
-    def add(self, line: Line) -> None:
-        """Counts a record."""
-        self._count += 1
-        self._annotated += any(not outcome.reason for outcome in line.outcomes)
-        if self._status and not self._bar.disable:
-            self._bar.set_postfix_str(self._status(), refresh=False)
-        self._bar.update()
-        if self._bar.disable and time.monotonic() - self._logged > LOG_EVERY_S:
-            self._log()
-
-    def _log(self) -> None:
-        self._logged = time.monotonic()
-        rate = self._count / max(self._logged - self._start, 1e-9)
-        parts = [f"{self.done} records, {rate:.1f} a second; {self._annotated:,} of these are annotated"]
-        if self._status:
-            parts.append(self._status())
-        if self._total is not None and self._count and (left := self._total - self._first - self._count) > 0:
-            parts.append(f"time left {tqdm.format_interval(left / rate)}")
-        LOG.info("; ".join(parts))

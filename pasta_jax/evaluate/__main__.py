@@ -217,10 +217,6 @@ def _judge(values: flags.FlagValues, evaluated: Evaluated, asked: Contests) -> J
 
     options: dict[str, Any] = {}
     if values.judge == "likelihood":
-        if not (values.judge_model or values.baseline):
-            refuse(
-                "--judge=likelihood needs a reference model: --judge_model=WORKDIR, or --baseline=WORKDIR."
-            )
         options["model"] = (
             load(values.judge_model, **loading_options(values))
             if values.judge_model

@@ -28,6 +28,7 @@ from pasta_jax.decoding.results import result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.files import (
+    LOG_EVERY_S,
     Lines,
     Stamp,
     json_line,
@@ -82,9 +83,6 @@ System: TypeAlias = Callable[[almanac.Task], Measured]
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer", bound=Any)
-
-LOG_EVERY_S = 20.0
-"""Seconds between log lines on progress where no progress bar is shown."""
 
 
 # ------------------------------------------------------------------------------------------------- systems

@@ -12,13 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pasta_jax.files import Lines, json_line, read_jsonl, shows_progress, write_jsonl
+from pasta_jax.files import LOG_EVERY_S, Lines, json_line, read_jsonl, shows_progress, write_jsonl
 from pasta_jax.judges.protocol import Comparison, Judge, Preference, checked, compare_all
 
 LOG = logging.getLogger("pasta_jax")
-
-LOG_EVERY_S = 20.0
-"""Seconds between log lines on progress where no progress bar is shown."""
 
 
 def judge_all(

@@ -26,14 +26,11 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import Stats, result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, document_order
-from pasta_jax.files import Lines, json_line, read_jsonl, shows_progress, write_jsonl
+from pasta_jax.files import LOG_EVERY_S, Lines, json_line, read_jsonl, shows_progress, write_jsonl
 from pasta_jax.processes.agreement import agreed
 from pasta_jax.training.signals import Stopped, stop_requests
 
 LOG = logging.getLogger("pasta_jax")
-
-LOG_EVERY_S = 20.0
-"""Seconds between log lines on progress where no progress bar is shown."""
 
 
 @dataclasses.dataclass(frozen=True)
