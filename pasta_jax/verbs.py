@@ -237,6 +237,14 @@ def define_loading() -> None:
     )
 
 
+def columns_of(words: Sequence[str]) -> dict[str, str]:
+    """The words of --columns=prompt=question,response=answer, by our names."""
+    pairs = [word.partition("=") for word in words]
+    if bad := [word for word, (name, equals, _) in zip(words, pairs) if not (name and equals)]:
+        refuse(f"--columns={bad[0]} is not a NAME=COLUMN, as in --columns=prompt=question,response=answer.")
+    return {name: own_name for name, _, own_name in pairs}
+
+
 def loading_options(values: flags.FlagValues) -> dict[str, Any]:
     """The values of these flags, as arguments of `load`."""
     names = ("dtype", "quantize", "base", "tokenizer", "extend_tokenizer", "chat")

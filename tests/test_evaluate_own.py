@@ -420,6 +420,7 @@ def values_of(settings: own.Settings, given: dict[str, Any]) -> Any:
         "baseline": settings.baseline,
         "prompts": settings.prompts,
         "workdir": "W",
+        "columns": [],
     }
     flags |= {
         "price_in": 0.0,

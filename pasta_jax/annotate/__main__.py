@@ -40,7 +40,7 @@ from pasta_jax.data.records import Reader
 from pasta_jax.endpoint import flags as endpoint_flags
 from pasta_jax.lang.validate import MAX_BRANCHES
 from pasta_jax.tokens.tokenizer import TokenizerError
-from pasta_jax.verbs import CHATS, begin_alone, refuse, run_main
+from pasta_jax.verbs import CHATS, begin_alone, columns_of, refuse, run_main
 
 RULE_FLAGS = ("marker", "min_block", "max_branches", "length", "min_speedup")
 
@@ -74,7 +74,7 @@ def annotate(values: flags.FlagValues) -> str:
         tokenizer=values.tokenizer,
         extend_tokenizer=values.extend_tokenizer,
         chat=values.chat,
-        columns=_columns(values.columns),
+        columns=tuple(columns_of(values.columns).items()),
     )
     tokenizer = make_tokenizer(config).with_dialect(dialect)
     options = Options(
@@ -135,14 +135,7 @@ def options_of(values: flags.FlagValues) -> dict[str, Any]:
 def audit(values: flags.FlagValues) -> str:
     """Audits what the flags name, writes the report, and returns its most important lines."""
     about = {"input": values.input, "contents": _digest(values.input)}
-    return auditing.audit(values, dict(_columns(values.columns)), about)
-
-
-def _columns(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    pairs = [word.partition("=") for word in words]
-    if bad := [word for word, (_, equals, _) in zip(words, pairs) if not equals]:
-        refuse(f"--columns={bad[0]} is not a NAME=COLUMN, as in --columns=prompt=question,response=answer.")
-    return tuple((name, column) for name, _, column in pairs)
+    return auditing.audit(values, columns_of(values.columns), about)
 
 
 def _digest(path: str) -> str:

@@ -28,7 +28,7 @@ from pasta_jax import verbs
 from pasta_jax.config import JUDGES, is_judge
 from pasta_jax.endpoint import flags as endpoint_flags
 from pasta_jax.evaluate.compare import compare, table
-from pasta_jax.verbs import begin_first, define_loading, define_processes, loading_options, refuse
+from pasta_jax.verbs import begin_first, columns_of, define_loading, define_processes, loading_options, refuse
 
 if TYPE_CHECKING:
     from pasta_jax.evaluate.length_controlled import Difficulties
@@ -98,7 +98,7 @@ def annotated(values: flags.FlagValues) -> None:
     elif values.prompts.isdecimal():
         refuse("--df_gamed goes by the order of the prompts: add --prompts=alpaca_eval.json, to compare it.")
     else:
-        questions = own.questions_of(values.prompts, _columns(values))
+        questions = own.questions_of(values.prompts, columns_of(values.columns))
         official = [own.instruction_of(question) for question in questions]
         print(f"LC win rate {alpaca_eval.length_controlled_win_rate(annotations, difficulties, official)} %.")
 
@@ -111,7 +111,7 @@ def on_own_prompts(values: flags.FlagValues) -> None:
         ckpt=values.ckpt,
         baseline=values.baseline or "",
         prompts=values.prompts,
-        columns=_columns(values),
+        columns=columns_of(values.columns),
         workdir=values.workdir,
         max_new_tokens=values.max_new_tokens,
         loading=loading_options(values),
@@ -242,14 +242,6 @@ def _difficulties(values: flags.FlagValues) -> Difficulties | None:
     return read_difficulties(values.df_gamed) if values.df_gamed else None
 
 
-def _columns(values: flags.FlagValues) -> dict[str, str]:
-    """--columns, as prompt=question,response=answer."""
-    pairs = [pair.partition("=") for pair in (values.columns or "").split(",") if pair]
-    if not all(equals and name for name, equals, _ in pairs):
-        refuse("--columns must be like prompt=question,response=answer.")
-    return {name: own_name for name, _, own_name in pairs}
-
-
 def command() -> None:
     """Parses the command line and runs `main`."""
     flags.DEFINE_string("ckpt", None, "Workdir or checkpoint of the model to evaluate.")
@@ -258,7 +250,7 @@ def command() -> None:
     flags.adopt_module_key_flags(verbs)  # so that --help shows them
     flags.DEFINE_string("workdir", "runs/evaluation", "Folder of the answers and the tables.")
     flags.DEFINE_string("prompts", "500", "Number of Almanac's held-out prompts, or a file of your own.")
-    flags.DEFINE_string("columns", None, "The file's own names, as in prompt=question,response=answer.")
+    flags.DEFINE_list("columns", [], "The file's own names, as in prompt=question,response=answer.")
     flags.DEFINE_integer("max_new_tokens", 512, "Of an answer to a prompt of your own.", lower_bound=1)
     flags.DEFINE_string("judge", None, f"Compares answers: {', '.join(JUDGES)} or MODULE:FUNCTION.")
     flags.DEFINE_string("judge_model", None, "Of likelihood: workdir of the reference; else the baseline.")
