@@ -129,6 +129,16 @@ QWEN_3_0_6B = {
     "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
 }  # fmt: skip
 
+SMOLLM_2_135M = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+    "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+    "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
+    "vocab_size": 49152,
+}  # fmt: skip
+
 MISTRAL_0_1 = {
     "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
     "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
@@ -145,7 +155,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "gemma-2b": GEMMA_2B, "gemma-2-27b": GEMMA_2_27B, "gemma-3-1b-it": GEMMA_3_1B, "gemma-3-4b-it": GEMMA_3_4B,
     "gemma-3-27b-it": GEMMA_3_27B, "llama-3-8b": LLAMA_3_8B, "llama-3.2-1b": LLAMA_3_2_1B,
     "qwen2.5-0.5b": QWEN_2_5_0_5B, "qwen2.5-7b-instruct": QWEN_2_5_7B_INSTRUCT, "qwen3-0.6b": QWEN_3_0_6B,
-    "mistral-7b-v0.1": MISTRAL_0_1, "mistral-7b-v0.3": MISTRAL_0_3,
+    "mistral-7b-v0.1": MISTRAL_0_1, "mistral-7b-v0.3": MISTRAL_0_3, "smollm2-135m-instruct": SMOLLM_2_135M,
 }  # fmt: skip
 
 
@@ -389,6 +399,7 @@ COUNTS = {
     "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264, "mistral-7b-v0.1": 7_241_732_096,
     "mistral-7b-v0.3": 7_248_023_552, "llama-3.1-405b-instruct": 405_853_388_800,
     "qwen3-0.6b-base": 596_049_920, "qwen3-14b-base": 14_768_307_200,
+    "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
 }  # fmt: skip
 """As published with the weights; tied embeddings once."""
 

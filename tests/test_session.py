@@ -71,9 +71,19 @@ def is_beginning(part: Trace, whole: Trace) -> bool:
     return len(part.parent) <= len(whole.parent) and all(a == b[: len(a)] for a, b in pairs)
 
 
+def alive(kind: type) -> int:
+    """How many there are in this process, apart from what `alone` remembers."""
+    gc.collect()
+    remembered = alone.cache_info().currsize if kind is Trace else 0
+    return sum(isinstance(each, kind) for each in gc.get_objects()) - remembered
+
+
 def test_many_requests(seed: int) -> None:
     """Mixed limits, stop strings and cancellations, in any order: each has the text it has alone."""
     rng = random.Random(seed)
+    before = {
+        kind: alive(kind) for kind in (PendingAnswer, Trace)
+    }  # what other tests of this process remember
     kinds = some_asks(rng, 40)
     requests = decoder().session
     count = 1000 if FULL else 300
@@ -99,10 +109,8 @@ def test_many_requests(seed: int) -> None:
             ended[reason] = ended.get(reason, 0) + 1
         running = [pair for pair in running if not pair[1].done]
         if len(waiting) < 800 - 600 * len(held):
-            gc.collect()
-            answers = sum(isinstance(each, PendingAnswer) for each in gc.get_objects())
-            traces = sum(isinstance(each, Trace) for each in gc.get_objects()) - alone.cache_info().currsize
-            assert max(answers, traces) <= len(running) + 1, "what is done is kept"
+            kept = {kind: alive(kind) - count for kind, count in before.items()}
+            assert max(kept.values()) <= len(running) + 1, "what is done is kept"
             held.append(sum(x.nbytes for x in jax.live_arrays()))
     assert sum(ended.values()) == count, "every request is accounted for"
     assert {"eos", "length", "stop", "cancelled"} <= ended.keys(), ended

@@ -136,6 +136,28 @@ def test_no_room_for_tags(tmp_path: pathlib.Path) -> None:
     )
 
 
+def test_marks_of_source_code_are_free_for_tags() -> None:
+    """SmolLM2 has no reserved ids, but marks that no chat needs."""
+    marks = [
+        "<gh_stars>",
+        "<issue_start>",
+        "<issue_comment>",
+        "<issue_closed>",
+        "<jupyter_start>",
+        "<jupyter_text>",
+    ]
+    fields = json.loads(families.qwen())
+    size = max(*fields["model"]["vocab"].values(), *(token["id"] for token in fields["added_tokens"])) + 1
+    more = [{**fields["added_tokens"][0], "id": size + n, "content": mark} for n, mark in enumerate(marks)]
+    fields["added_tokens"] += more
+    loaded = tokenizer_from_files({"tokenizer.json": json.dumps(fields).encode()})
+    assert loaded.vocabulary.tag_ids == {piece: size + n for n, piece in enumerate(tags.PIECES)}
+    assert len(loaded.vocabulary) == size + 6
+    more[3]["special"] = False  # text could spell it
+    with pytest.raises(TokenizerError, match="no id for 6 of the 6"):
+        tokenizer_from_files({"tokenizer.json": json.dumps(fields).encode()})
+
+
 def test_tokens_declared_beside_the_file() -> None:
     """A Llama 2 that was taught ChatML: its markers are ids after the SentencePiece model's."""
     sp = families.sentencepiece.SentencePieceProcessor(model_proto=families.llama2())

@@ -54,6 +54,10 @@ _LLAMA_3_2 = dataclasses.replace(
 
 _MISTRAL = dataclasses.replace(_LLAMA_3, vocab_size=32_000, rope_base=10_000.0)
 
+_SMOLLM_2 = dataclasses.replace(
+    _LLAMA_3, vocab_size=49_152, head_dim=64, rope_base=100_000.0, tie_embeddings=True
+)
+
 _QWEN_2 = dataclasses.replace(
     _LLAMA_3, vocab_size=151_936, rope_base=1_000_000.0, norm_eps=1e-6, qkv_bias=True
 )
@@ -114,6 +118,14 @@ def presets() -> dict[str, Preset]:
     largest = _sized(_LLAMA_3_1, (126, 16_384, 128, 8, 53_248))
     add(both("meta-llama/Llama-3.1-405B", "Instruct"), 131_072, largest)
     add(("meta-llama/Llama-3.3-70B-Instruct",), 131_072, _sized(_LLAMA_3_1, seventy))
+
+    for size, sizes, base in (
+        ("135M", (30, 576, 9, 3, 1536), 100_000.0),
+        ("360M", (32, 960, 15, 5, 2560), 100_000.0),
+        ("1.7B", (24, 2048, 32, 32, 8192), 130_000.0),
+    ):
+        smol = both(f"HuggingFaceTB/SmolLM2-{size}", "Instruct")
+        add(smol, 8192, _sized(_SMOLLM_2, sizes, rope_base=base))
 
     narrow, wide = dict(tie_embeddings=True), dict(vocab_size=152_064)
     for size, length, eps, sizes, changes in (

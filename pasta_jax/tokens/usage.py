@@ -7,6 +7,7 @@ A published vocabulary has no tags, and its embedding should not be resized for 
   Llama 3        <|reserved_special_token_0|> to _247|> (at most): the last six
   Mistral 0.3    [control_8] to [control_768]: the last six; later versions name the first ones
   Mistral Nemo   <SPECIAL_14> to <SPECIAL_999>: the last six
+  SmolLM2        marks of source code, which no chat has: <gh_stars> and the five after it
   Qwen 2.5, 3    rows of the embedding past the tokenizer's last id (151,936 rows, 151,669 ids at most)
   Llama 2, Mistral 0.1   none: the vocabulary must be extended, and the embedding with it
 
@@ -35,6 +36,12 @@ _RESERVED = (
     (re.compile(r"\[control_(\d{1,9})\]"), "last"),
     (re.compile(r"<SPECIAL_(\d{1,9})>"), "last"),
 )
+_OF_CODE = (
+    *("<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>"),
+    *("<jupyter_start>", "<jupyter_text>"),
+)
+"""Marks of repositories and notebooks in the pretraining of SmolLM2 (and StarCoder), which a chat never needs."""
+
 _ENDS = (
     *("<end_of_turn>", "<eos>"),  # Gemma
     *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),  # Llama 3
@@ -204,7 +211,7 @@ def own_tag_ids(symbols: Symbols) -> dict[str, int]:
 
 
 def _reserved(symbols: Symbols, template: str) -> list[int]:
-    """As many ids as there are tags, whose names say that they are free, in the order of their numbers."""
+    """Ids whose names say that they are free, in the order of their numbers: one for each tag, or too few."""
     for pattern, which in _RESERVED:
         numbered = sorted(
             (int(match.group(1)), i)
@@ -214,7 +221,8 @@ def _reserved(symbols: Symbols, template: str) -> list[int]:
         if len(numbered) >= len(tags.PIECES):
             ids = [i for _, i in numbered]
             return ids[: len(tags.PIECES)] if which == "first" else ids[-len(tags.PIECES) :]
-    return []
+    of_code = [symbols.names[name] for name in _OF_CODE if name in symbols.names and name not in template]
+    return [i for i in of_code if i in symbols.special]
 
 
 def _checked(tag_ids: Mapping[str, int], symbols: Symbols) -> dict[str, int]:
