@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo reproduce test quick check pytest fuzz clean
+.PHONY: almanac reproduce test quick check pytest fuzz clean
 .DELETE_ON_ERROR:
 
-demo: .venv/.demo-installed  ## train, decode and score the embedded benchmark
-	$(BIN)/python -m pasta_jax.demo
+almanac: .venv/.installed  ## train, decode and score tiny models on the built-in data set
+	$(BIN)/python -m pasta_jax.almanac
 
 reproduce: .venv/.reproduce-installed  ## the paper's comparison, with figures; options: make reproduce ARGS="..."
 	$(BIN)/python -m pasta_jax.reproduce $(ARGS)
@@ -28,7 +28,7 @@ pytest: .venv/.test-installed
 fuzz: .venv/.test-installed  ## random and hostile inputs for 30 minutes; options: make fuzz ARGS="--minutes=5"
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-.venv/.demo-installed: requirements.txt
+.venv/.installed: requirements.txt
 	$(call install,requirements.txt,$@)
 
 .venv/.reproduce-installed: requirements-reproduce.txt requirements.txt

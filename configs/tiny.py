@@ -2,8 +2,8 @@
 
     python -m pasta_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-trains PASTA from scratch in one run, on a mixture of facts and annotated answers. The demo does as the paper does:
-it finetunes a sequential baseline and PASTA from one base, then optimizes preferences:
+trains PASTA from scratch in one run, on a mixture of facts and annotated answers. `make almanac` does as the paper
+does: it finetunes a sequential baseline and PASTA from one base, then optimizes preferences:
 
     T="python -m pasta_jax.train"
     $T --config=configs/tiny.py:base       --workdir=runs/base
@@ -12,8 +12,8 @@ it finetunes a sequential baseline and PASTA from one base, then optimizes prefe
     $T --config=configs/tiny.py:preference --workdir=runs/bon      --config.init_from=runs/pasta \
         --config.preference.baseline=runs/baseline
 
-Without init_from, `preference` starts from what `make demo` leaves in runs/demo; without a baseline the opponent is
-the model of init_from itself, decoding sequentially. `both` runs `pasta` and `preference` in one.
+Without init_from, `preference` starts from what `make almanac` leaves in runs/almanac; without a baseline the
+opponent is the model of init_from itself, decoding sequentially. `both` runs `pasta` and `preference` in one.
 --config.preference.quality_weight is lambda: 1 for speed, inf for quality alone.
 
 The rivals, on the same engine and from the same base, trained for as long: APAR, and the model of
@@ -79,7 +79,7 @@ def preference(variant: str) -> Config:
     return dataclasses.replace(
         sft("pasta"),
         stage="both" if variant == "both" else "preference",
-        init_from="runs/demo/base" if variant == "both" else "runs/demo/pasta",
+        init_from="runs/almanac/base" if variant == "both" else "runs/almanac/pasta",
         # An answer of this model has about -5 nats in all: the 18 nats that best of 8 implies are out of reach, and
         # training towards them ruins what it knows. Hence a small margin, and more weight on the better answer.
         preference=PreferenceConfig(

@@ -248,9 +248,9 @@ def test_mistakes_in_words() -> None:
             pasta_jax.decode(model(), prompt)
     with pytest.raises(ValueError, match="^Prompt 2 of 2: The prompt is empty"):
         pasta_jax.decode(model(), [PROMPT, ""])
-    wrong = "runs/demo/bon"
+    wrong = "runs/almanac/bon"
     with pytest.raises(
-        ValueError, match="model='runs/demo/bon' is no model. Give what pasta_jax.load returns"
+        ValueError, match="model='runs/almanac/bon' is no model. Give what pasta_jax.load returns"
     ):
         pasta_jax.decode(wrong, PROMPT)
     with pytest.raises(ValueError, match="is no model"):

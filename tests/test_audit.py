@@ -190,10 +190,10 @@ def padded(document: ThreadedTokens, length: int = 64) -> dict[str, np.ndarray]:
 
 @only_full
 def test_it_separates_steps_of_chains_from_items_of_lists_and_prose() -> None:
-    """With the base model of `make demo`, which knows the texts and no tags."""
-    folder = pathlib.Path(__file__).parents[1] / "runs" / "demo" / "base"
+    """With the base model of `make almanac`, which knows the texts and no tags."""
+    folder = pathlib.Path(__file__).parents[1] / "runs" / "almanac" / "base"
     if not folder.exists():
-        pytest.skip(f"{folder} is not there; `make demo` trains it")
+        pytest.skip(f"{folder} is not there; `make almanac` trains it")
     model = load(folder)
     auditor = Auditor(model, rows=8, length=512, threads=16)
     tasks = [task for task in almanac.evaluation_tasks(140) if task.family in ("chain", "list", "prose")]

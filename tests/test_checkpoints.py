@@ -107,7 +107,7 @@ def test_nothing_there(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_folder_of_models_is_no_checkpoint(written: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """What the demo writes: a model named pasta is not the item of a checkpoint that has this name."""
+    """What `make almanac` writes: a model named pasta is not the item of a checkpoint that has this name."""
     for name in ("base", "pasta"):
         (tmp_path / name).symlink_to(written)
     (tmp_path / "bon").mkdir()

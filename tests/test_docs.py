@@ -17,14 +17,14 @@ def rows(text: str) -> list[list[str]]:
 
 
 def marked(page: str, name: str) -> str:
-    """What stands between the markers that say: made by the demo."""
-    [part] = re.findall(rf"<!-- demo: {name} -->\n(.*?)<!-- /demo: {name} -->", TEXTS[page], re.DOTALL)
+    """What stands between the markers that say: made by this command."""
+    [part] = re.findall(rf"<!-- almanac: {name} -->\n(.*?)<!-- /almanac: {name} -->", TEXTS[page], re.DOTALL)
     return part
 
 
 def test_the_table_of_the_readme_is_that_of_the_run() -> None:
-    """docs/demo-table.md is committed as `make demo` wrote it; README.md shows its first table and the versions."""
-    overview, families, *about = TEXTS["docs/demo-table.md"].split("\n\n")
+    """docs/almanac-table.md is as `make almanac` wrote it; README.md shows its first table and the versions."""
+    overview, families, *about = TEXTS["docs/almanac-table.md"].split("\n\n")
     shown = marked("README.md", "table")
     assert rows(shown) == rows(overview)
     names, *models = rows(overview)

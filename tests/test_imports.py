@@ -38,7 +38,7 @@ LEVELS = [
     {"judges"},
     {"preference"},
     {"train", "convert", "annotate", "tokenizer", "prepare", "evaluate", "benchmark", "compile", "adapters"},
-    {"demo", "reproduce"},
+    {"almanac", "reproduce"},
     {"__init__"},
     {"__main__"},
 ]

@@ -43,7 +43,7 @@ SHORTER = {
     "configs/sft.py": ["--config.epochs=0", "--config.data.length=256"],
     "pasta_jax.evaluate": ["--prompts=2"],
     "--prompts=questions.jsonl": ["--prompts=questions.jsonl", "--max_new_tokens=64"],
-    "pasta_jax.demo": ["--prompts=2"],
+    "pasta_jax.almanac": ["--prompts=2"],
     "pasta_jax.compile": ["--pool=256", "--lanes=2"],
 }
 
@@ -134,25 +134,25 @@ def test_every_command(workspace, chain):
                 *command[1:],
                 *(option for name in dict.fromkeys(named) for option in SHORTER.get(name, [])),
             ]
-            if any("--ckpt=runs/demo/" in part for part in command):
-                _demo_model(workspace)
+            if any("--ckpt=runs/almanac/" in part for part in command):
+                _almanac_model(workspace)
             run(workspace, shorter)
         else:
             assert command[:2] == ["pip", "install"], f"what is this command? {command}"
             assert all((ROOT / part).exists() for part in command if part.endswith(".txt"))
 
 
-def _demo_model(workspace: Path) -> None:
-    """The model that the demo would have left, of two steps."""
-    if (workspace / "runs/demo/bon").exists():
+def _almanac_model(workspace: Path) -> None:
+    """The model that `make almanac` would have left, of two steps."""
+    if (workspace / "runs/almanac/bon").exists():
         return
-    train = [sys.executable, "-m", "pasta_jax.train", "--config=configs/tiny.py", "--workdir=runs/demo/bon"]
-    run(workspace, [*train, *SHORTER["configs/tiny.py"], *SHORTER["pasta_jax.train"]])
+    train = ["-m", "pasta_jax.train", "--config=configs/tiny.py", "--workdir=runs/almanac/bon"]
+    run(workspace, [sys.executable, *train, *SHORTER["configs/tiny.py"], *SHORTER["pasta_jax.train"]])
 
 
 def test_every_snippet(workspace):
     """In one session: what the first ones define, the later ones use."""
-    _demo_model(workspace)
+    _almanac_model(workspace)
     snippets = [f"{snippet}\nprint('ran', {i})" for i, snippet in enumerate(blocks("python"))]
     said = run(workspace, [sys.executable, "-c", "\n".join(snippets)])
     assert all(f"ran {i}\n" in said for i in range(len(snippets)))

@@ -35,7 +35,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
             "2 prompts were given, 'Which rivers?'. Put the prompt in",
         ),
         (["pasta_jax.train", "--workdir=README.md"], "--workdir=README.md is a file. Give a folder."),
-        (["pasta_jax.demo", "--workdir=README.md/runs"], "--workdir=README.md/runs: README.md is a file."),
+        (["pasta_jax.almanac", "--workdir=README.md/runs"], "--workdir=README.md/runs: README.md is a file."),
         (["pasta_jax.benchmark", "--out=README.md"], "--out=README.md is a file. Give a folder."),
         (
             ["pasta_jax.benchmark", "--model=300"],
@@ -86,7 +86,7 @@ def test_a_folder_that_cannot_be_looked_at_is_left_to_those_who_write() -> None:
         ".evaluate",
         ".benchmark",
         ".compile",
-        ".demo",
+        ".almanac",
         ".reproduce",
     ],
 )
@@ -186,7 +186,7 @@ def test_the_version_and_the_chat_formats() -> None:
     assert verbs.CHATS == chat.CHATS
 
 
-def test_configurations_that_the_demo_needs(
+def test_configurations_that_a_command_needs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
     """In a clone they lie beside the package, in a wheel inside it; without them it ends in one line."""

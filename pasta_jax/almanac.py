@@ -1,9 +1,9 @@
-"""The whole path on the embedded benchmark: `make demo`, or `python -m pasta_jax.demo --workdir=runs/demo`.
+"""The whole path on the built-in data set: `make almanac`, or `python -m pasta_jax.almanac`.
 
 Trains a base model on Almanac, finetunes a sequential baseline and PASTA from it, improves PASTA by one round
 of preference optimization, evaluates all of them on held-out prompts, and shows one answer's threads over time.
 It needs two CPU cores, no accelerator and no download. The same command resumes. WORKDIR/table.md gets the
-tables of README.md and docs/demo.md, and how they were made.
+tables of docs/almanac.md, and how they were made.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def provenance(seconds: float, resumed: bool) -> Mapping[str, str]:
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
     minutes = f"{seconds / 60:.1f} minutes" + (", resumed: of the last session" if resumed else "")
     return {
-        "command": " ".join(["python -m pasta_jax.demo", *sys.argv[1:]]),
+        "command": " ".join(["python -m pasta_jax.almanac", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "hardware": f"{os.cpu_count()} cores of {processor()}; jax on {jax.devices()[0].device_kind}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -150,7 +150,7 @@ def say(what: str, started: float) -> None:
 
 def command() -> None:
     """Parses the command line and runs `main`."""
-    flags.DEFINE_string("workdir", "runs/demo", "Folder of all output; the same one resumes.")
+    flags.DEFINE_string("workdir", "runs/almanac", "Folder of all output; the same one resumes.")
     flags.DEFINE_integer("prompts", 280, "Held-out prompts of the evaluation.", lower_bound=1)
     run_main(main)
 
