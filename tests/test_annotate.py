@@ -9,10 +9,8 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from pasta_jax.annotate import markdown
 from pasta_jax.annotate.annotators import AnnotatorError, Options, make_annotator
 from pasta_jax.annotate.apar import Apar
-from pasta_jax.annotate.markdown import Part
 from pasta_jax.annotate.naming import topics
 from pasta_jax.annotate.protocol import Annotated, Declined, Item, Result, annotate_all
 from pasta_jax.annotate.structure import Structure
@@ -20,7 +18,9 @@ from pasta_jax.config import DataConfig
 from pasta_jax.data.fitting import Fitter
 from pasta_jax.data.layouts import Fault
 from pasta_jax.data.records import Example
+from pasta_jax.lang import markdown
 from pasta_jax.lang.assemble import assemble, text_of
+from pasta_jax.lang.markdown import Part
 from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import render

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "pasta_jax"
 
 LEVELS = [
-    {"lang", "arrays", "files", "messages", "rounding", "extras", "memory"},
+    {"lang", "arrays", "files", "messages", "rounding", "extras", "memory", "intervals"},
     {
         "fields",
         "foreign",

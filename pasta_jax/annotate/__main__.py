@@ -18,6 +18,11 @@ what stayed as it was and why.
 
 Audits annotated answers instead: how many nats each block loses by not seeing its siblings, in FOLDER/audit.md,
 .png and .jsonl. WORKDIR is a model trained on texts of this kind; it need not know tags.
+
+    python -m pasta_jax.annotate --measure --input=annotated.jsonl --tokenizer=FILE [--output=measures.json]
+
+Measures annotated answers instead: lists whose items have one marker, doubled items, repeated topics, errors of
+promised lengths, loops. With --columns=prompt=prompt,response=annotated it reads what `evaluate` decoded.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from pasta_jax.annotate.report import one_line, write_report
 from pasta_jax.annotate.run import RunError, annotate_file, answers_of, journal_of
 from pasta_jax.config import ConfigError, DataConfig
 from pasta_jax.data.reading import HUB, RecordError
-from pasta_jax.data.records import Reader
+from pasta_jax.data.records import Reader, read
 from pasta_jax.endpoint import flags as endpoint_flags
 from pasta_jax.lang.validate import MAX_BRANCHES
 from pasta_jax.tokens.tokenizer import TokenizerError
@@ -52,15 +57,18 @@ def main(argv: Sequence[str]) -> None:
         refuse(
             "Name what to audit, where to, and a model: --input=annotated.jsonl --output=FOLDER --ckpt=WORKDIR."
         )
-    if len(argv) > 1 or not values.input or not values.output:
+    if values.measure and (len(argv) > 1 or not values.input or values.audit):
+        refuse("Name what to measure: --measure --input=annotated.jsonl --tokenizer=FILE.")
+    makes = not (values.audit or values.measure)
+    if len(argv) > 1 or not values.input or not (values.output or values.measure):
         refuse("Name both files: --input=data.jsonl --output=annotated.jsonl.")
-    if not values.audit and not values.output.endswith(".jsonl"):
+    if makes and not values.output.endswith(".jsonl"):
         refuse(f"--output={values.output} must end in .jsonl: one record a line is written.")
     if not values.audit and not values.tokenizer:
         refuse("Name the tokenizer of the model to train: --tokenizer=FILE, a folder, or almanac.")
     begin_alone()
     try:
-        print(audit(values) if values.audit else annotate(values))
+        print(audit(values) if values.audit else measure(values) if values.measure else annotate(values))
     except (AnnotatorError, RunError, ConfigError, RecordError, TokenizerError, ValueError, OSError) as error:
         refuse(" ".join(str(error).split()))
 
@@ -70,12 +78,7 @@ def annotate(values: flags.FlagValues) -> str:
     from pasta_jax.data.sources import make_tokenizer
 
     dialect = dialect_of(values.annotator)
-    config = DataConfig(
-        tokenizer=values.tokenizer,
-        extend_tokenizer=values.extend_tokenizer,
-        chat=values.chat,
-        columns=tuple(columns_of(values.columns).items()),
-    )
+    config = data_config(values)
     tokenizer = make_tokenizer(config).with_dialect(dialect)
     options = Options(
         tokenizer,
@@ -123,6 +126,16 @@ def annotate(values: flags.FlagValues) -> str:
     return "\n".join(result)
 
 
+def data_config(values: flags.FlagValues) -> DataConfig:
+    """The tokenizer and the columns that the flags name."""
+    return DataConfig(
+        tokenizer=values.tokenizer,
+        extend_tokenizer=values.extend_tokenizer,
+        chat=values.chat,
+        columns=tuple(columns_of(values.columns).items()),
+    )
+
+
 def options_of(values: flags.FlagValues) -> dict[str, Any]:
     """What an annotated answer depends on besides the answer and the tokenizer, as JSON can hold it."""
     names = ["input", "annotator", "turns", "model", *RULE_FLAGS]
@@ -136,6 +149,25 @@ def audit(values: flags.FlagValues) -> str:
     """Audits what the flags name, writes the report, and returns its most important lines."""
     about = {"input": values.input, "contents": _digest(values.input)}
     return auditing.audit(values, columns_of(values.columns), about)
+
+
+def measure(values: flags.FlagValues) -> str:
+    """The measures of the answers that the flags name, as a table."""
+    from pasta_jax.annotate.measuring import forms_of, report
+    from pasta_jax.data.sources import make_tokenizer
+
+    config = data_config(values)
+    tokenizer = make_tokenizer(config)
+    reading: dict[str, Any] = {
+        "turns": values.turns,
+        "max_depth": values.max_depth,
+        "dialect": values.dialect,
+    }
+    examples = read(values.input, columns=dict(config.columns), **reading)
+    forms, problems = forms_of(examples, lambda text: len(tokenizer.encode(text)))
+    if not forms:
+        raise RecordError(f"No answer of {values.input} can be read.")
+    return report(forms, problems, values.output or "")
 
 
 def _digest(path: str) -> str:
@@ -176,6 +208,7 @@ def command() -> None:
     )
     endpoint_flags.define_endpoint()
     flags.adopt_module_key_flags(endpoint_flags)  # so that --help shows them
+    flags.DEFINE_bool("measure", False, "Measure the annotated answers of --input; --output is a .json then.")
     auditing.define()
     flags.adopt_module_key_flags(auditing)
     run_main(main)

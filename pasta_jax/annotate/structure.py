@@ -38,12 +38,13 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Literal, TypeAlias
 
-from pasta_jax.annotate import markdown, references
+from pasta_jax.annotate import references
 from pasta_jax.annotate.annotators import Options
-from pasta_jax.annotate.markdown import Part
 from pasta_jax.annotate.naming import topics
 from pasta_jax.annotate.protocol import Annotated, Declined, Messages
 from pasta_jax.data.records import encode_prompt
+from pasta_jax.lang import markdown
+from pasta_jax.lang.markdown import Part
 from pasta_jax.lang.parse import parse_lenient
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, length_in_tens
 from pasta_jax.lang.render import joined

@@ -205,9 +205,9 @@ def _with_absorbed(text: str, parts: Sequence[Part]) -> tuple[Part, ...]:
     """
     out: list[Part] = []
     for part in parts:
-        number = _number(part)
+        number = number_of(part)
         last = next((i for i in reversed(range(len(out))) if out[i].kind in ("item", "section")), None)
-        if number > 1 and last is not None and last < len(out) - 1 and _number(out[last]) == number - 1:
+        if number > 1 and last is not None and last < len(out) - 1 and number_of(out[last]) == number - 1:
             between = out[last + 1 :]
             children = (*out[last].children, *between)
             out[last:] = [dataclasses.replace(out[last], end=between[-1].end, children=children)]
@@ -215,7 +215,7 @@ def _with_absorbed(text: str, parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(out)
 
 
-def _number(part: Part) -> int:
+def number_of(part: Part) -> int:
     """The number of a counted item; 0 of every other part."""
     digits = re.search(r"\d+", part.marker) if part.kind == "item" else None
     return int(digits[0]) if digits else 0

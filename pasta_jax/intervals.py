@@ -1,0 +1,100 @@
+"""Means over answers with 95 % intervals, and differences of two models' means over the same prompts.
+
+A mean is a sum over answers divided by another: lists with one marker by lists, logarithms of speeds by 1. Its
+standard error is that of what each answer adds to it (the delta method), and a difference is paired: it is taken
+answer by answer. Of shares of yes or no the interval is Wilson's, which is not empty at 0 % and 100 %.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Z = 1.959964
+"""Standard errors to each side of 95 % of a normal distribution."""
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval; nan where there is nothing to say."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a mean."""
+        return math.isfinite(self.mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """A measure of n answers.
+
+    Attributes:
+      above, below: float64 [n]; the mean is the sum of the first divided by that of the second.
+    """
+
+    above: np.ndarray
+    below: np.ndarray
+
+    @classmethod
+    def counted(cls, answers: Sequence[Any], above: str, below: str) -> Values:
+        """Of two attributes of each answer."""
+        return cls(
+            *(np.array([getattr(each, name) for each in answers], np.float64) for name in (above, below))
+        )
+
+    @property
+    def mean(self) -> float:
+        """It is nan if there is nothing to divide by."""
+        below = float(self.below.sum())
+        return float(self.above.sum()) / below if below else math.nan
+
+    @property
+    def influence(self) -> np.ndarray:
+        """What each answer adds to the mean's distance from the truth, times n: float64 [n]."""
+        return (self.above - self.mean * self.below) / self.below.mean()
+
+    @property
+    def interval(self) -> Interval:
+        """The mean and its interval.
+
+        >>> yes = Values(np.array([1.0, 0, 0, 0]), np.ones(4))
+        >>> ratio = Values(np.array([2.0, 6.0]), np.array([1.0, 2.0]))
+        >>> [tuple(round(each, 2) for each in values.interval) for values in (yes, ratio)]
+        [(0.25, 0.05, 0.7), (2.67, 1.8, 3.54)]
+        """
+        mean, chosen = self.mean, self.below != 0
+        if not math.isfinite(mean):
+            return Interval(math.nan, math.nan, math.nan)
+        if np.isin(self.above, (0, 1)).all() and np.isin(self.below, (0, 1)).all():
+            return _wilson(mean, int(chosen.sum()))
+        found = _normal(mean, self.influence)
+        if (self.above >= 0).all() and (self.above <= self.below).all():  # a share
+            found = Interval(mean, *(min(max(each, 0.0), 1.0) for each in found[1:]))
+        return found
+
+    def less(self, other: Values) -> Interval:
+        """The difference of two means of the same n prompts, this one's less the other's."""
+        if not math.isfinite(difference := self.mean - other.mean):
+            return Interval(math.nan, math.nan, math.nan)
+        return _normal(difference, self.influence - other.influence)
+
+
+def _normal(mean: float, influence: np.ndarray) -> Interval:
+    if len(influence) < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = Z * float(influence.std(ddof=1)) / math.sqrt(len(influence))
+    return Interval(mean, mean - half, mean + half)
+
+
+def _wilson(share: float, count: int) -> Interval:
+    scale = 1 + Z**2 / count
+    middle = (share + Z**2 / (2 * count)) / scale
+    half = Z / scale * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
