@@ -225,15 +225,20 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and of_orbax)
 
 
-def define_loading() -> None:
+def define_loading(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags for loading a model to decode: the arguments of `pasta_jax.load`."""
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights; by default as in training.")
-    flags.DEFINE_enum("quantize", None, ["int8"], "Load matrices in int8.")
-    flags.DEFINE_string("base", None, "For adapters: their base weights, if these have moved.")
-    flags.DEFINE_string("tokenizer", None, "Of published weights: a file or folder, if not their own.")
-    flags.DEFINE_bool("extend_tokenizer", False, "For published weights: new ids and rows for the tags.")
+    own: Any = {"flag_values": values}
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"], "Of the weights; by default as in training.", **own
+    )
+    flags.DEFINE_enum("quantize", None, ["int8"], "Load matrices in int8.", **own)
+    flags.DEFINE_string("base", None, "For adapters: their base weights, if these have moved.", **own)
+    flags.DEFINE_string("tokenizer", None, "Of published weights: a file or folder, if not their own.", **own)
+    flags.DEFINE_bool(
+        "extend_tokenizer", False, "For published weights: new ids and rows for the tags.", **own
+    )
     flags.DEFINE_string(
-        "chat", "auto", f"Format of prompts: {', '.join(CHATS)}; auto as the model's template."
+        "chat", "auto", f"Format of prompts: {', '.join(CHATS)}; auto as the model's template.", **own
     )
 
 

@@ -37,8 +37,21 @@ LEVELS = [
     {"loading"},
     {"judges"},
     {"preference"},
-    {"train", "convert", "annotate", "tokenizer", "prepare", "evaluate", "benchmark", "compile", "adapters"},
-    {"almanac", "reproduce"},
+    {
+        *(
+            "train",
+            "convert",
+            "answer",
+            "annotate",
+            "tokenizer",
+            "prepare",
+            "evaluate",
+            "benchmark",
+            "compile",
+        ),
+        "adapters",
+    },
+    {"almanac", "real_model", "reproduce"},
     {"__init__"},
     {"__main__"},
 ]

@@ -81,6 +81,7 @@ def test_a_folder_that_cannot_be_looked_at_is_left_to_those_who_write() -> None:
         "",
         ".train",
         ".convert",
+        ".answer",
         ".tokenizer",
         ".prepare",
         ".evaluate",

@@ -32,6 +32,11 @@ Path: TypeAlias = tuple[str | int, ...]
 COLUMNS = ("prompt", "response", "system", "messages")
 """What a file's own names can be mapped to. `prompt` and `system` may join several names, as in a+b."""
 
+KEYS = frozenset(
+    ("prompt", "response", "completion", "instruction", "input", "context", "output", "system")
+) | {"messages", "conversations"}
+"""The keys that layouts read; all others are the file's own."""
+
 ROLES: Mapping[str, Role] = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",

@@ -119,13 +119,13 @@ def presets() -> dict[str, Preset]:
     add(both("meta-llama/Llama-3.1-405B", "Instruct"), 131_072, largest)
     add(("meta-llama/Llama-3.3-70B-Instruct",), 131_072, _sized(_LLAMA_3_1, seventy))
 
-    for size, sizes, base in (
+    for size, sizes, rope_base in (
         ("135M", (30, 576, 9, 3, 1536), 100_000.0),
         ("360M", (32, 960, 15, 5, 2560), 100_000.0),
         ("1.7B", (24, 2048, 32, 32, 8192), 130_000.0),
     ):
         smol = both(f"HuggingFaceTB/SmolLM2-{size}", "Instruct")
-        add(smol, 8192, _sized(_SMOLLM_2, sizes, rope_base=base))
+        add(smol, 8192, _sized(_SMOLLM_2, sizes, rope_base=rope_base))
 
     narrow, wide = dict(tie_embeddings=True), dict(vocab_size=152_064)
     for size, length, eps, sizes, changes in (

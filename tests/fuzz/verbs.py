@@ -19,7 +19,7 @@ from tests.helpers import ONE_DEVICE
 VERBS = (
     "pasta_jax",
     *(f"pasta_jax.{verb}" for verb in ("train", "convert", "evaluate", "benchmark", "compile")),
-    *("pasta_jax.annotate", "pasta_jax.tokenizer", "pasta_jax.prepare"),
+    *("pasta_jax.answer", "pasta_jax.annotate", "pasta_jax.tokenizer", "pasta_jax.prepare"),
 )
 DECODE = ("pasta_jax", "--ckpt=WORKDIR", "--max_new_tokens=9")
 TRAIN = ("pasta_jax.train", "--workdir=WORKDIR", "--config=configs/tiny.py", "--config.data.rows=2")
