@@ -48,6 +48,7 @@ setup(
         "tpu": ["jax[tpu]>=0.8.1"],
         "cuda": ["jax[cuda12]>=0.8.1"],
         "hf": ["huggingface_hub>=0.30", "jinja2>=3.1", "tokenizers>=0.20"],
+        "gguf": ["gguf>=0.17.0", "tokenizers>=0.20"],
         "zstd": ["zstandard>=0.22; python_version < '3.14'"],  # later Pythons have it
         "parquet": ["pyarrow>=17.0"],
         "datasets": ["datasets>=3.0"],

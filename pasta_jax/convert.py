@@ -3,9 +3,10 @@
     python -m pasta_jax.convert --from=hf:google/gemma-2b-it --to=WORKDIR
     python -m pasta_jax.convert --from=WORKDIR --to=FOLDER
 
-Import: a Hugging Face folder (hf:DIR), a repository on its hub (hf:org/name) or an Orbax checkpoint of Gemma
-(orbax:DIR) becomes a workdir to decode from (--ckpt=W) or to start training from (--config.init_from=W). Export: a
-workdir becomes a Hugging Face folder. Compares the logits with those of transformers, if it is installed.
+Import: a Hugging Face folder (hf:DIR), a repository on its hub (hf:org/name), a GGUF file (gguf:FILE) or an Orbax
+checkpoint of Gemma (orbax:DIR) becomes a workdir to decode from (--ckpt=W) or to start training from
+(--config.init_from=W). Export: a workdir becomes a Hugging Face folder. Compares the logits with those of
+transformers, if it is installed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
     """Runs the command. A mistake ends in one line and status 2."""
     if len(argv) > 1 or not values["from"].value or not values.to:
         refuse(
-            "Add --from=hf:google/gemma-2b-it --to=WORKDIR to import, or --from=WORKDIR --to=FOLDER to export."
+            "Add --from=hf:google/gemma-2b-it or --from=gguf:FILE and --to=WORKDIR to import, or --from=WORKDIR "
+            "--to=FOLDER to export."
         )
     begin_alone()
     # These load jax; the refusal above does not wait for it.
@@ -176,7 +178,7 @@ def define(values: flags.FlagValues) -> None:
     def switch(name: str, default: bool, help: str) -> None:
         flags.DEFINE_bool(name, default, help, flag_values=values)
 
-    text("from", "hf:DIR, hf:org/name or orbax:DIR to import; a workdir to export.")
+    text("from", "hf:DIR, hf:org/name, gguf:FILE or orbax:DIR to import; a workdir to export.")
     text("to", "Workdir or folder to write; it must not exist or be empty.")
     text("dtype", "float32, bfloat16 or float16, of the parameters; by default unchanged.")
     text("tokenizer", "Import: tokenizer.model, tokenizer.json or a folder of one.")

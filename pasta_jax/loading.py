@@ -35,8 +35,8 @@ def load(
     Args:
       source: a workdir of `pasta_jax.train` or `pasta_jax.convert`, or one checkpoint within it, adapters merged
         into their base weights. Or published weights, which write no promises until they are finetuned: a Hugging
-        Face folder, "hf:org/name" of its hub (extra [hf]), a name such as
-        "gemma-2b-it" (`model.presets`), or "orbax:DIRECTORY" with a checkpoint of Gemma.
+        Face folder, "hf:org/name" of its hub (extra [hf]), a name such as "gemma-2b-it" (`model.presets`),
+        "gguf:FILE" (extra [gguf]), or "orbax:DIRECTORY" with a checkpoint of Gemma.
       mesh: devices (`sharding.make_mesh`) over which the parameters are spread; by default one device holds all.
       dtype: of parameters and compute, "float32" or "bfloat16"; by default that of the weights.
       quantize: "int8" for matrices in int8. Each is quantized as soon as it is read.

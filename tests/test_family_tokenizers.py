@@ -151,7 +151,7 @@ def test_spaces_are_neither_added_nor_swallowed() -> None:
 @pytest.mark.parametrize("prefix", ["normalizer", "metaspace"])
 def test_a_prefix_space_is_left_out(prefix: str) -> None:
     """Llama 2's and Mistral's tokenizer.json put a space before text, in one of two ways."""
-    fields = export._from_sentencepiece(families.llama2(), {})
+    fields = export.sentencepiece_as_json(families.llama2(), {})
     if prefix == "normalizer":
         prepend = {"type": "Prepend", "prepend": "\u2581"}
         fields["normalizer"] = {"type": "Sequence", "normalizers": [prepend, fields["normalizer"]]}

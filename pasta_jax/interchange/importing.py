@@ -16,9 +16,11 @@ from jax.sharding import Mesh
 from pasta_jax.checkpoints.about import write_run_info
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
+from pasta_jax.files import json_bytes
 from pasta_jax.foreign import parse_object, read_bytes
-from pasta_jax.interchange import gemma, hub
+from pasta_jax.interchange import gemma, gguf, hub
 from pasta_jax.interchange.errors import InterchangeError
+from pasta_jax.interchange.gguf_tokenizer import tokenizer_files
 from pasta_jax.interchange.origin import Origin, origin_of, write_origin
 from pasta_jax.interchange.placing import Path, aligned
 from pasta_jax.interchange.reading import ADAPTERS, Folder, model_config, open_folder, read_params
@@ -27,11 +29,13 @@ from pasta_jax.model import ModelConfig
 from pasta_jax.model.forms import Int8, contracted, quantize_leaf
 from pasta_jax.model.presets import presets
 from pasta_jax.rounding import ceil_div
-from pasta_jax.tokens.load import load_tokenizer
+from pasta_jax.tokens.base import TextTokenizer
+from pasta_jax.tokens.export import minimal_files
+from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_files
 from pasta_jax.tokens.tokenizer import Tokenizer, TokenizerError
 
-SourceKind = Literal["folder", "hub", "orbax", "workdir"]
-"""A Hugging Face folder, a repository on its hub, an Orbax checkpoint of Gemma, or a workdir of this package."""
+SourceKind = Literal["folder", "hub", "gguf", "orbax", "workdir"]
+"""A Hugging Face folder, a repository on its hub, a GGUF file, an Orbax checkpoint of Gemma, or a workdir."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +68,8 @@ class Published:
       config: of the imported model.
       tokenizer: with an id for each tag.
       tokenizer_path: the tokenizer's file or folder.
-      origin: what is kept of its folder; None for an Orbax checkpoint.
-      folder: the Hugging Face folder to compare logits with; None for an Orbax checkpoint.
+      origin: what is kept of its folder, or what a folder of it would have; None for an Orbax checkpoint.
+      folder: the Hugging Face folder or GGUF file to compare logits with; None for an Orbax checkpoint.
       new_rows: number of rows added to the embedding.
       read: reads the parameters onto a mesh.
     """
@@ -83,16 +87,22 @@ class Published:
 def kind_of(source: str | os.PathLike[str]) -> tuple[SourceKind, str]:
     """Classifies the name of a model: its kind, and the folder or the name on the hub.
 
-    hf:DIRECTORY, orbax:DIRECTORY and hf:org/name state their kind. Any other folder is a Hugging Face folder if its
-    config.json names an architecture or it has safetensors files beside it, or if it holds PEFT adapters, which
-    `open_folder` refuses (our own workdirs have a config.json too). The name of a published model (`model.presets`)
-    is a repository on the hub. Everything else counts as a workdir, org/name too, whether it exists or not.
+    hf:DIRECTORY, hf:org/name, orbax:DIRECTORY and gguf:FILE state their kind; FILE.gguf alone is a GGUF file. Any
+    other folder is a Hugging Face folder if its config.json names an architecture or it has safetensors files
+    beside it, or if it holds PEFT adapters, which `open_folder` refuses (our own workdirs have a config.json too).
+    The name of a published model (`model.presets`) is a repository on the hub. Everything else counts as a workdir,
+    org/name too, whether it exists or not.
 
     Raises:
-      InterchangeError: hf: or orbax: before something that is neither a folder nor a name.
+      InterchangeError: hf: or orbax: before something that is neither a folder nor a name; gguf: before what is no
+        file.
     """
     text = os.fspath(source)
     scheme, colon, rest = text.partition(":")
+    if colon and scheme == "gguf":
+        if os.path.isfile(os.path.expanduser(rest)):
+            return "gguf", rest
+        raise InterchangeError(f"{text}: there is no file {rest}.")
     if colon and scheme in ("hf", "orbax"):
         if os.path.isdir(os.path.expanduser(rest)):
             return ("folder" if scheme == "hf" else "orbax"), rest
@@ -104,6 +114,8 @@ def kind_of(source: str | os.PathLike[str]) -> tuple[SourceKind, str]:
     folder = os.path.expanduser(text)
     if os.path.isdir(folder):
         return ("folder" if _is_hf(folder) else "workdir"), text
+    if text.endswith(".gguf") and os.path.isfile(folder):
+        return "gguf", text
     if text.lower() in presets():
         return "hub", presets()[text.lower()].hub
     return "workdir", text
@@ -128,8 +140,8 @@ def open_published(kind: SourceKind, path: str, options: ImportOptions = ImportO
     """Checks a published model. Reads headers only.
 
     Args:
-      kind: "folder" (of Hugging Face), "hub" (org/name there), or "orbax" (a checkpoint of Gemma).
-      path: the folder, or the name on the hub.
+      kind: "folder" (of Hugging Face), "hub" (org/name there), "gguf" (a file), or "orbax" (a checkpoint of Gemma).
+      path: the folder or file, or the name on the hub.
       options: options of the import.
 
     Raises:
@@ -138,6 +150,8 @@ def open_published(kind: SourceKind, path: str, options: ImportOptions = ImportO
     """
     if kind == "orbax":
         return _open_orbax(path, options)
+    if kind == "gguf":
+        return _open_gguf(path, options)
     if kind == "hub":
         return _open_folder(open_folder(hub.download(path), source=path), options)
     return _open_folder(open_folder(path), options)
@@ -181,13 +195,40 @@ def quantize_by_parts(path: Path, array: np.ndarray) -> Any:
 
 
 def _open_folder(folder: Folder, options: ImportOptions) -> Published:
+    path = os.fspath(options.tokenizer or folder.path)
+    rows = folder.config.vocab_size
+    tokenizer = load_tokenizer(path, extend=options.extend_tokenizer, chat=options.chat, vocab_size=rows)
+    return _published(folder, tokenizer, path, origin_of(folder), options)
+
+
+def _open_gguf(path: str, options: ImportOptions) -> Published:
+    """A GGUF file as the folder that it would be: its origin has the files that are made of its metadata."""
+    model = gguf.open_gguf(path)
+    folder, how = model.folder, dict[str, Any](extend=options.extend_tokenizer, chat=options.chat)
+    how["vocab_size"] = folder.config.vocab_size
+    if options.tokenizer is not None:
+        tokenizer_path = os.fspath(options.tokenizer)
+        tokenizer = load_tokenizer(tokenizer_path, **how)
+        files = minimal_files(tokenizer)
+    else:
+        tokenizer_path, files = folder.path, tokenizer_files(model.keys)
+        try:
+            tokenizer = tokenizer_from_files(files, **how)
+        except TokenizerError as error:
+            raise TokenizerError(f"{folder.path}: {error}") from error
+    files["config.json"] = json_bytes(gguf.config_json(model, files))
+    origin = Origin(folder.source, folder.prefix, (), files, {})
+    return _published(folder, tokenizer, tokenizer_path, origin, options)
+
+
+def _published(
+    folder: Folder, tokenizer: TextTokenizer, path: str, origin: Origin, options: ImportOptions
+) -> Published:
     if options.preset is not None:
         raise InterchangeError(
-            f"preset={options.preset} is for Orbax checkpoints; the config.json of {folder.source} has its sizes."
+            f"preset={options.preset} is for Orbax checkpoints; {folder.source} says its own sizes."
         )
     rows = folder.config.vocab_size
-    path = os.fspath(options.tokenizer or folder.path)
-    tokenizer = load_tokenizer(path, extend=options.extend_tokenizer, chat=options.chat, vocab_size=rows)
     new = _new_rows(tokenizer, rows, path, options.extend_tokenizer)
     config = model_config(folder, dtype=options.dtype, vocab_size=rows + new)
     transform = quantize_by_parts if options.quantize else None
@@ -195,7 +236,7 @@ def _open_folder(folder: Folder, options: ImportOptions) -> Published:
     def read(mesh: Mesh | None) -> Any:
         return read_params(folder, config, mesh=mesh, transform=transform)
 
-    return Published(folder.source, config, tokenizer, path, origin_of(folder), folder.path, new, read)
+    return Published(folder.source, config, tokenizer, path, origin, folder.path, new, read)
 
 
 def _open_orbax(path: str, options: ImportOptions) -> Published:

@@ -26,7 +26,7 @@ def parity_line(params: Any, config: ModelConfig, folder: str | os.PathLike[str]
     Args:
       params: ours.
       config: of our model.
-      folder: a Hugging Face folder of the same model; its vocabulary may be smaller or larger.
+      folder: a Hugging Face folder of the same model, or a GGUF file; its vocabulary may be smaller or larger.
     """
     if importlib.util.find_spec("transformers") is None:
         return "Parity not measured: transformers is not installed."
@@ -51,10 +51,16 @@ def parity_line(params: Any, config: ModelConfig, folder: str | os.PathLike[str]
 def _measured(params: Any, config: ModelConfig, folder: str) -> str:
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
+    where: dict[str, str] = {}
+    if is_file := os.path.isfile(folder):
+        folder, where["gguf_file"] = os.path.split(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **where
     )
     model = model.to("cpu").eval()
+    if is_file:  # which is dequantised in float32; ours was rounded since
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, config.dtype)).float()
     hf_V = int(model.get_output_embeddings().weight.shape[0])
     V = min(hf_V, config.vocab_size)
     tokens = torch.tensor(np.random.default_rng(0).integers(0, V, (ROWS, PROMPT)))

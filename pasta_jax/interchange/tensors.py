@@ -66,6 +66,20 @@ class Stored:
     def numpy_dtype(self) -> np.dtype:
         return DTYPES[self.dtype]
 
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of a row in the file; of the whole tensor if it is a number."""
+        return self.nbytes // max(1, self.shape[0]) if self.shape else self.nbytes
+
+    @property
+    def rows_at_once(self) -> int:
+        """So many rows, decoded, are CHUNK bytes at most, or one."""
+        return max(1, CHUNK // max(1, self.row_nbytes))
+
+    def decoded(self, data: np.ndarray, count: int) -> np.ndarray:
+        """So many rows from their bytes in the file."""
+        return data.view(self.numpy_dtype).reshape(count, *self.shape[1:])
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
@@ -238,9 +252,8 @@ def rows(stored: Stored) -> Iterator[tuple[int, np.ndarray]]:
     Raises:
       InterchangeError: the file became shorter meanwhile.
     """
-    per_row = stored.nbytes // max(1, stored.shape[0]) if stored.shape else stored.nbytes
+    per_row, step = stored.row_nbytes, stored.rows_at_once
     count = stored.shape[0] if stored.shape else 1
-    step = max(1, CHUNK // max(1, per_row))
     with open(stored.file, "rb") as file:
         for start in range(0, count, step):
             length = min(step, count - start)
@@ -248,7 +261,7 @@ def rows(stored: Stored) -> Iterator[tuple[int, np.ndarray]]:
             file.seek(stored.offset + start * per_row)
             if file.readinto(piece.data) != piece.nbytes:
                 raise InterchangeError(f"{stored.file} ended within {stored.name} while it was read.")
-            yield start, piece.view(stored.numpy_dtype).reshape(length, *stored.shape[1:])
+            yield start, stored.decoded(piece, length)
 
 
 def equal(a: Stored, b: Stored) -> bool:

@@ -160,7 +160,7 @@ def plan(model: Exported, *, dtype: str | None = None, shard_bytes: int = SHARD_
     if not is_plain(model.params):
         raise InterchangeError("The model's weights are int8. Export the one that it was quantised from.")
     default = np.dtype(dtype or config.dtype)
-    if origin is None or not origin.is_text:
+    if origin is None or not origin.is_text or not origin.headers:
         return _divided([(tensor, default) for tensor in hf_tensors(config)], shard_bytes)
     head = [tied_head(config, origin.prefix)] if config.tie_embeddings else []
     known = {tensor.name: tensor for tensor in (*hf_tensors(config, origin.prefix), *head)}

@@ -88,7 +88,7 @@ def minimal_files(tokenizer: TextTokenizer) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
         files["tokenizer.model"] = tokenizer.model
-        fields = _from_sentencepiece(tokenizer.model, usage.added)
+        fields = sentencepiece_as_json(tokenizer.model, usage.added)
     else:
         fields = parse_object(tokenizer.model, "tokenizer.json", TokenizerError)
     _declare_marks(fields, tokenizer)
@@ -192,8 +192,8 @@ def _sentencepiece_model(data: bytes, names: Mapping[int, str]) -> bytes:
     return written
 
 
-def _from_sentencepiece(data: bytes, added: Mapping[int, str]) -> dict[str, Any]:
-    """A tokenizer.json equal to the SentencePiece model, except for its prefix space."""
+def sentencepiece_as_json(data: bytes, added: Mapping[int, str]) -> dict[str, Any]:
+    """A tokenizer.json equal to a SentencePiece model, except for its prefix space; `added` names more ids."""
     model = sentencepiece_model_pb2.ModelProto.FromString(data)
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     unknown = model.trainer_spec.unk_id

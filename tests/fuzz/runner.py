@@ -29,6 +29,7 @@ NAMES = (
         "records",
         "prepared",
         "folders",
+        "gguf",
         "checkpoints",
         "options",
         "overrides",

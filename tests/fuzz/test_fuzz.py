@@ -21,7 +21,7 @@ from tests.fuzz import __main__ as command
 from tests.fuzz import hostile
 from tests.fuzz.runner import CORPUS, NAMES, Target, attempt, bounded, corpus, draw, minimised, target
 
-SLOW = ("decoding", "options", "checkpoints", "folders")
+SLOW = ("decoding", "options", "checkpoints", "folders", "gguf")
 QUICK = [
     pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES if n not in ("verbs", "kills")
 ]

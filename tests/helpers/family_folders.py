@@ -25,7 +25,7 @@ def rows(tokenizer_json: bytes) -> int:
 @functools.cache
 def gemma_json() -> bytes:
     """Gemma's tokenizer.json, as made from its SentencePiece model; it does not call the markers special."""
-    told = export._from_sentencepiece(made.gemma(), {})
+    told = export.sentencepiece_as_json(made.gemma(), {})
     for token in told["added_tokens"]:
         token["special"] &= not token["content"].startswith("<unused")
     return json.dumps(told).encode()
