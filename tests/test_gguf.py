@@ -16,7 +16,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from pasta_jax import sharding
-from pasta_jax.interchange import parity
+from pasta_jax.foreign import Fields
+from pasta_jax.interchange import gguf, parity
 from pasta_jax.interchange import tensors as reading
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.importing import ImportOptions, Published, kind_of, open_published
@@ -24,7 +25,9 @@ from pasta_jax.interchange.origin import read_origin
 from pasta_jax.loading import load
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.config import RopeScaling
+from pasta_jax.model.families import config_from_hf
 from pasta_jax.model.forms import quantize
+from pasta_jax.model.presets import preset
 from pasta_jax.model.weights import hf_tensors
 from pasta_jax.tokens.load import tokenizer_from_files
 from pasta_jax.tokens.tokenizer import TokenizerError
@@ -181,6 +184,24 @@ def test_a_model_in_several_files(tmp_path: pathlib.Path) -> None:
     (tmp_path / "m-00003-of-00003.gguf").unlink()
     with pytest.raises(InterchangeError, match=r"beside it are missing: m-00003-of-00003\.gguf"):
         opened(first)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma-2b", "gemma-2-27b", "gemma-3-1b-it", "gemma-3-27b-it", "qwen3-0.6b", "mistral-7b-v0.3"]
+)
+def test_keys_say_what_a_published_model_is(name: str) -> None:
+    """The scale of queries, too, which llama.cpp tells by the number of layers."""
+    config = preset(name).config
+    architecture = {"gemma-2": "gemma2", "gemma-3": "gemma3", "gemma-": "gemma", "qwen3-": "qwen3"}
+    found = next((arch for start, arch in architecture.items() if name.startswith(start)), "llama")
+    keys = gguf_files.keys_of(config, found)
+    keys.pop(f"{found}.attention.sliding_window_pattern", None)
+    embedding = gguf.GgufTensor("m", "", "F32", (config.vocab_size, config.model_dim), 0, 0, (1, 4))
+    tensors = {"token_embd.weight": embedding} | (
+        {} if config.tie_embeddings else {"output.weight": embedding}
+    )
+    fields = gguf._config_fields(Fields(keys, "m", error=InterchangeError), found, tensors)
+    assert config_from_hf(fields) == dataclasses.replace(config, dtype="float32")
 
 
 def test_names(tmp_path: pathlib.Path) -> None:

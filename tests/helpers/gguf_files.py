@@ -92,6 +92,8 @@ def keys_of(config: ModelConfig, architecture: str) -> dict[str, Any]:
         keys["attention.sliding_window"] = config.sliding_window
         if len(config.layer_kinds) > 1:
             keys["attention.sliding_window_pattern"] = [kind == "local" for kind in config.kinds]
+    if config.rope_scaling.kind == "linear":
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_scaling.factor}
     if architecture == "gemma2":
         keys |= {
             "attn_logit_softcapping": config.attn_softcap,
