@@ -17,9 +17,12 @@ from flax.traverse_util import flatten_dict
 
 from pasta_jax import sharding
 from pasta_jax.foreign import Fields
-from pasta_jax.interchange import gguf, parity
+from pasta_jax.interchange import parity
 from pasta_jax.interchange import tensors as reading
 from pasta_jax.interchange.errors import InterchangeError
+from pasta_jax.interchange.gguf.file import GgufTensor
+from pasta_jax.interchange.gguf.keys import config_fields
+from pasta_jax.interchange.gguf.model import open_gguf
 from pasta_jax.interchange.importing import ImportOptions, Published, kind_of, open_published
 from pasta_jax.interchange.origin import read_origin
 from pasta_jax.loading import load
@@ -98,7 +101,7 @@ def test_blocks_are_what_the_package_makes_of_them(
     assert_holds(whole, WIDE, held)
     assert_holds(opened(tmp_path / "m.gguf").read(None), dataclasses.replace(WIDE, dtype="bfloat16"), held)
     jax.tree.map(np.testing.assert_array_equal, whole, model.read(sharding.make_mesh(1, 4, 2)))
-    monkeypatch.setattr("pasta_jax.interchange.gguf.CHUNK", 4 * 4 * 256 * 70)  # 70 rows: a head and some
+    monkeypatch.setattr("pasta_jax.interchange.gguf.file.CHUNK", 4 * 4 * 256 * 70)  # 70 rows: a head and some
     pieces = [len(piece) for _, piece in reading.rows(model_tensor(tmp_path / "m.gguf", "q_proj"))]
     assert pieces == [64] * 4
     jax.tree.map(np.testing.assert_array_equal, whole, model.read(None))
@@ -107,8 +110,6 @@ def test_blocks_are_what_the_package_makes_of_them(
 
 
 def model_tensor(path: pathlib.Path, name: str) -> Any:
-    from pasta_jax.interchange.gguf import open_gguf
-
     stored = open_gguf(path).folder.stored
     return next(tensor for found, tensor in stored.items() if name in found)
 
@@ -196,11 +197,11 @@ def test_keys_say_what_a_published_model_is(name: str) -> None:
     found = next((arch for start, arch in architecture.items() if name.startswith(start)), "llama")
     keys = gguf_files.keys_of(config, found)
     keys.pop(f"{found}.attention.sliding_window_pattern", None)
-    embedding = gguf.GgufTensor("m", "", "F32", (config.vocab_size, config.model_dim), 0, 0, (1, 4))
+    embedding = GgufTensor("m", "", "F32", (config.vocab_size, config.model_dim), 0, 0, (1, 4))
     tensors = {"token_embd.weight": embedding} | (
         {} if config.tie_embeddings else {"output.weight": embedding}
     )
-    fields = gguf._config_fields(Fields(keys, "m", error=InterchangeError), found, tensors)
+    fields = config_fields(Fields(keys, "m", error=InterchangeError), found, tensors)
     assert config_from_hf(fields) == dataclasses.replace(config, dtype="float32")
 
 

@@ -18,9 +18,10 @@ from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import CheckpointConfig, Config, DataConfig
 from pasta_jax.files import json_bytes
 from pasta_jax.foreign import parse_object, read_bytes
-from pasta_jax.interchange import gemma, gguf, hub
+from pasta_jax.interchange import gemma, hub
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.gguf_tokenizer import tokenizer_files
+from pasta_jax.interchange.gguf.model import config_json, open_gguf
+from pasta_jax.interchange.gguf.tokenizer import tokenizer_files
 from pasta_jax.interchange.origin import Origin, origin_of, write_origin
 from pasta_jax.interchange.placing import Path, aligned
 from pasta_jax.interchange.reading import ADAPTERS, Folder, model_config, open_folder, read_params
@@ -203,7 +204,7 @@ def _open_folder(folder: Folder, options: ImportOptions) -> Published:
 
 def _open_gguf(path: str, options: ImportOptions) -> Published:
     """A GGUF file as the folder that it would be: its origin has the files that are made of its metadata."""
-    model = gguf.open_gguf(path)
+    model = open_gguf(path)
     folder, how = model.folder, dict[str, Any](extend=options.extend_tokenizer, chat=options.chat)
     how["vocab_size"] = folder.config.vocab_size
     if options.tokenizer is not None:
@@ -216,7 +217,7 @@ def _open_gguf(path: str, options: ImportOptions) -> Published:
             tokenizer = tokenizer_from_files(files, **how)
         except TokenizerError as error:
             raise TokenizerError(f"{folder.path}: {error}") from error
-    files["config.json"] = json_bytes(gguf.config_json(model, files))
+    files["config.json"] = json_bytes(config_json(model, files))
     origin = Origin(folder.source, folder.prefix, (), files, {})
     return _published(folder, tokenizer, tokenizer_path, origin, options)
 
