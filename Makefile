@@ -3,8 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: almanac reproduce test quick check pytest fuzz clean
+.PHONY: demo almanac reproduce readme test quick check pytest fuzz clean
 .DELETE_ON_ERROR:
+
+demo: .venv/.demo-installed  ## a published model answers in parallel, and sequentially; options: make demo ARGS="..."
+	$(BIN)/python -m pasta_jax.demo $(ARGS)
 
 almanac: .venv/.installed  ## train, decode and score tiny models on the built-in data set
 	$(BIN)/python -m pasta_jax.almanac
@@ -28,6 +31,9 @@ pytest: .venv/.test-installed
 fuzz: .venv/.test-installed  ## random and hostile inputs for 30 minutes; options: make fuzz ARGS="--minutes=5"
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
+.venv/.demo-installed: requirements-demo.txt requirements.txt
+	$(call install,requirements-demo.txt,$@)
+
 .venv/.installed: requirements.txt
 	$(call install,requirements.txt,$@)
 
@@ -46,6 +52,9 @@ define install
 	$(BIN)/pip install --quiet -r $(1)
 	@touch $(2)
 endef
+
+readme: .venv/.test-installed  ## puts what `make demo` left in runs/demo into README.md and docs
+	$(BIN)/python -m tests.readme runs/demo
 
 clean:  ## remove the environment and the caches; runs are kept
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache

@@ -25,6 +25,7 @@ setup(
             "py.typed",
             "annotate/*.toml",
             "data/almanac/**",
+            "demo/*.txt",
             "judges/*.toml",
             "reproduce/templates/*",
         ]

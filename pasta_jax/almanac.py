@@ -8,23 +8,19 @@ tables of docs/almanac.md, and how they were made.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import os
-import platform
-import resource
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from absl import flags
 
 from pasta_jax import train
+from pasta_jax.benchmark.measure import provenance
 from pasta_jax.decoding.model import Model
 from pasta_jax.evaluate.compare import compare, overview, table
 from pasta_jax.files import replacing
 from pasta_jax.overrides import load_config
-from pasta_jax.verbs import begin, config_file, run_main
+from pasta_jax.verbs import begin, config_file, run_main, say
 
 STAGES = {
     "base": "the base model, on facts as plain text and plain instructions",
@@ -84,38 +80,14 @@ def main(argv: Sequence[str]) -> None:
     show_one_answer(model)
     print(f"\nIn {workdir}: base/, baseline/, pasta/, bon/ are models; evaluation/ has every answer.")
     print(f'Ask it yourself:  python -m pasta_jax --ckpt={paths["bon"]} --timeline "{shown_prompt()}"')
-    about = provenance(time.monotonic() - started, resumed)
+    minutes = f"{(time.monotonic() - started) / 60:.1f} minutes" + (
+        ", resumed: of the last session" * resumed
+    )
+    about = provenance("pasta_jax.almanac", f"{minutes}, training included, installing not")
     with replacing(os.path.join(workdir, "table.md")) as file:
         facts = "".join(f"- {name}: {fact}\n" for name, fact in about.items())
         file.write(f"{overview(rows)}\n\n{table(rows)}\n\n{LEGEND}\n{facts}")
     say(f"Done; the table is in {workdir}/table.md", started)
-
-
-def provenance(seconds: float, resumed: bool) -> Mapping[str, str]:
-    """How the table was made: what a reader needs to repeat it."""
-    import jax
-
-    from pasta_jax.checkpoints.about import versions
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
-    minutes = f"{seconds / 60:.1f} minutes" + (", resumed: of the last session" if resumed else "")
-    return {
-        "command": " ".join(["python -m pasta_jax.almanac", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} cores of {processor()}; jax on {jax.devices()[0].device_kind}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "time": f"{minutes}, training included, installing not",
-        "peak memory": f"{unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB",
-    }
-
-
-def processor() -> str:
-    """The name of the processor where Linux tells it, else the kind of machine."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def shown_prompt() -> str:
@@ -140,12 +112,6 @@ def show_one_answer(model: Model) -> None:
         f"\n{steps} decode steps with promises, {others} without ({others / steps:.2f}x fewer). "
         f"In seconds, on this machine: {result.stats.measured_speedup:.2f}x as fast."
     )
-
-
-def say(what: str, started: float) -> None:
-    """Prints a line with the time since the start."""
-    minutes, seconds = divmod(int(time.monotonic() - started), 60)
-    print(f"[{minutes:02}:{seconds:02}] {what}", file=sys.stderr, flush=True)
 
 
 def command() -> None:

@@ -81,12 +81,16 @@ def measured(devices: Any) -> str:
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices]
     if all(peaks):
         return f"Memory after the first step, measured: at most {gib(max(peaks))} GiB of a device."
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
-    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (
-        f"Memory after the first step, measured: at most {gib(peak)} GiB of this process, with all that it has "
-        "loaded and compiled."
+        f"Memory after the first step, measured: at most {gib(peak_of_process())} GiB of this process, with all "
+        "that it has loaded and compiled."
     )
+
+
+def peak_of_process() -> int:
+    """The most bytes of memory that this process has held at once."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 TUNABLES = "GLIBC_TUNABLES"

@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -185,6 +186,12 @@ def begin() -> None:
     show_log()
     if "compilation_cache" in values:
         keep_compiled(values.compilation_cache)
+
+
+def say(what: str, started: float) -> None:
+    """Prints a line on stderr with the time since the start, by `time.monotonic`."""
+    minutes, seconds = divmod(int(time.monotonic() - started), 60)
+    print(f"[{minutes:02}:{seconds:02}] {what}", file=sys.stderr, flush=True)
 
 
 def begin_first() -> None:

@@ -1,9 +1,12 @@
 """The documents agree with each other, with the code, and with what a run has written."""
 
+import json
 import pathlib
 import re
 
 import pytest
+
+from tests.readme import refreshed
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -39,6 +42,34 @@ def test_the_table_of_the_readme_is_that_of_the_run() -> None:
     python, jax = (re.search(rf"{name} (\d+\.\d+)", facts["versions"]) for name in ("python", "jax"))
     assert python and f"Python {python[1]}" in shown
     assert jax and f"jax {jax[1]}" in shown
+
+
+RUN = [ROOT / "docs" / name for name in ("demo-table.md", "demo-answers.jsonl")]
+
+
+@pytest.mark.skipif(not RUN[0].exists(), reason="docs has no run of the demo")
+def test_the_readme_is_that_of_the_run_of_the_demo() -> None:
+    table, answers = (file.read_text(encoding="utf-8") for file in RUN)
+    assert refreshed(TEXTS["README.md"], table, answers) == TEXTS["README.md"], "run `make readme`"
+
+
+def test_the_readme_is_refreshed_between_its_markers() -> None:
+    page = "".join(
+        f"{n}\n<!-- demo: {n} -->\nold\n<!-- /demo: {n} -->\n" for n in ("answer", "table", "answers")
+    )
+    facts = "- date: today\n- hardware: 2 cores; jax\n- versions: python 3.11.7, jax 1.2\n"
+    table = f"| prompt |\n|:---|\n| A? |\n\nLegend.\n\n{facts}"
+    said = {"annotated": "one<async>", "text": "- a | b\n- c\n"}
+    asked = ({"prompt": prompt, "parallel": said, "chart": "main █"} for prompt in ("A?", "B?"))
+    answers = "".join(json.dumps(answer) + "\n" for answer in asked)
+    assert refreshed(page, table, answers) == (
+        "answer\n<!-- demo: answer -->\n```\n> A?\n\none<async>\n\nmain █\n```\n<!-- /demo: answer -->\n"
+        "table\n<!-- demo: table -->\n| prompt |\n|:---|\n| A? |\n\nMeasured on 2 cores, python 3.11.7, jax 1.2, "
+        "today.\n<!-- /demo: table -->\nanswers\n<!-- demo: answers -->\n| prompt | answer |\n"
+        "|:---|:---|\n| B? | - a \\| b<br>- c |\n<!-- /demo: answers -->\n"
+    )
+    with pytest.raises(ValueError, match="no lines <!-- demo: answers -->"):
+        refreshed(page.partition("answers\n")[0], table, answers)
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -51,7 +51,7 @@ LEVELS = [
         ),
         "adapters",
     },
-    {"almanac", "real_model", "reproduce"},
+    {"almanac", "demo", "real_model", "reproduce"},
     {"__init__"},
     {"__main__"},
 ]

@@ -87,6 +87,7 @@ def test_a_folder_that_cannot_be_looked_at_is_left_to_those_who_write() -> None:
         ".evaluate",
         ".benchmark",
         ".compile",
+        ".demo",
         ".almanac",
         ".reproduce",
     ],

