@@ -247,7 +247,7 @@ def test_two_prompts_by_a_tiny_model(tmp_path, capsys):
     """Its words are nonsense, in several threads."""
     model = answers.model()
     stage = show.Stage(
-        model, model, [answers.PROMPT, answers.OTHER], max_new_tokens=60, open_bias=3.5, lanes=2
+        model, model, [answers.PROMPT, answers.OTHER], max_new_tokens=60, open_bias=3.5, lanes=1
     )
     stage.warm_up()
     pairs = [stage.show(number) for number in range(2)]

@@ -375,15 +375,15 @@ class Compiled:
                 self.compile_s += time.perf_counter() - start
             return self._executables[program]
 
-    def compile_all(self) -> None:
-        """Compiles what is not compiled of `programs`, as many at once as there are cores; the log tells of each.
+    def compile_all(self, programs: Iterable[ProgramKey] | None = None) -> None:
+        """Compiles those of these programs that are not, as many at once as there are cores; the log tells of each.
 
-        Tracing is Python's and takes turns, while XLA compiles what was traced before; what is kept of an earlier
-        start is not traced. A request that comes meanwhile uses what is done, and compiles what it needs besides by
-        itself.
+        By default they are all that requests without scripts may need. Tracing is Python's and takes turns, while
+        XLA compiles what was traced before; what is kept of an earlier start is not traced. A request that comes
+        meanwhile uses what is done, and compiles what it needs besides by itself.
         """
         start = time.perf_counter()
-        todo = [program for program in self.programs if program not in self._executables]
+        todo = [program for program in programs or self.programs if program not in self._executables]
         todo.sort(key=lambda program: program.verb != "decode")  # loops take longest
         done = list[ProgramKey]()
         one_at_a_time = threading.Lock()

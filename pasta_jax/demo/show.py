@@ -70,22 +70,24 @@ class Stage:
         longest = max(map(len, self.ids))
         pool = round_up(longest + max_new_tokens, 128)
         limits = Limits(lanes, THREADS, pool, max(model.max_depth, baseline.max_depth))
-        buckets = [max(next_power_of_two(longest), 16)]
+        self.bucket = max(next_power_of_two(longest), 16)
         model, baseline = (light(each, limits) for each in (model, baseline))
-        self.parallel = Decoder(model, limits=limits, prompt_buckets=buckets)
+        self.parallel = Decoder(model, limits=limits, prompt_buckets=[self.bucket])
         if self.parallel.fits(baseline):
             self.sequential = self.parallel.for_model(baseline)
         else:
-            self.sequential = Decoder(baseline, limits=limits, prompt_buckets=buckets)
+            self.sequential = Decoder(baseline, limits=limits, prompt_buckets=[self.bucket])
         self._greedy = SamplingParams(max_new_tokens, max_branch_tokens=max_new_tokens, open_bias=open_bias)
         self._alone = dataclasses.replace(self._greedy, open_bias=-math.inf)
         self.live = is_live(sys.stdout)
         self.colours = self.live and has_colours()
 
     def warm_up(self) -> None:
-        """Compiles, and runs everything once."""
-        for decoder in {self.parallel, self.sequential}:
-            decoder.warm_up()
+        """Compiles what these prompts need, and runs it once."""
+        for decoder in (self.parallel, self.sequential):
+            programs = decoder.compiled.programs
+            needed = [key for key in programs if key.verb != "admit" or key.length == self.bucket]
+            decoder.compiled.compile_all(needed)
             decoder.decode([self.ids[0]], [SamplingParams(max_new_tokens=WARM_TOKENS)])
 
     def show(self, number: int) -> Shown:
