@@ -65,8 +65,9 @@ def demo(workdir: Path, ckpt: str, baseline: str | None, started: float) -> None
     say(f"3/4  Loading {name_of(ckpt)}, and compiling: once, programs are kept for the next start", started)
     model = load(ckpt, base)
     other = load(baseline, base) if baseline else model
-    names = ("max_new_tokens", "open_bias", "lanes")
-    stage = show.Stage(model, other, prompts, **{name: flags.FLAGS[name].value for name in names})
+    values = flags.FLAGS
+    options = dict(max_new_tokens=values.max_new_tokens, lanes=values.lanes)
+    stage = show.Stage(model, other, prompts, **options, open_bias=values.open_bias)
     stage.warm_up()
     say(f"4/4  Answering {len(prompts)} prompts", started)
     pairs = [stage.show(number) for number in range(len(prompts))]
