@@ -115,3 +115,16 @@ def test_it_goes_on(
     ran.clear()
     recipe.main([""], values=values)
     assert ran == [] and f"All {len(titles)} steps are done." in capsys.readouterr().out
+
+
+def test_the_page_has_the_commands() -> None:
+    lines = {step.line for step in recipe.recipe()}
+    page = (ROOT / "docs" / "real-model.md").read_text()
+    shown = [
+        line
+        for line in page.splitlines()
+        if line.startswith(("python -m", "sh -c")) and "real_model --w" not in line
+    ]
+    assert {*shown} <= lines, {*shown} - lines
+    verbs = {line.split()[2] for line in lines if line.startswith("python")}
+    assert {line.split()[2] for line in shown if line.startswith("python")} == verbs

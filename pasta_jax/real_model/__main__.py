@@ -100,8 +100,8 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
         ("self", "promises by rule that pass the audit", ("--annotator=self", *audit)),
         ("block", "with marks and heads in the blocks", ("--annotator=self", "--marker=block", *audit)),
     ):
-        files = f"--input={answers}", f"--output={folder}/{name}.jsonl", f"--tokenizer={gguf}"
-        yield command(title, "annotate", *files, *options, "--columns=prompt=question", "--length=512")
+        data = f"--input={answers}", f"--output={folder}/{name}.jsonl", f"--tokenizer={gguf}"
+        yield command(title, "annotate", *data, *options, "--columns=prompt=question", "--length=512")
     for name, file in FIRST_STAGE.items():
         words = _training(folder, name, {"init_from": base, "data.sources": f"{folder}/{file}.jsonl"})
         yield command(f"finetuning: {name}", "train", *words)
