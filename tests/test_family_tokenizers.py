@@ -169,6 +169,19 @@ def test_a_prefix_space_is_left_out(prefix: str) -> None:
     assert loaded.vocabulary.pieces == original.vocabulary.pieces
 
 
+def test_runs_of_spaces_that_are_symbols() -> None:
+    """Gemma 2 and 3 have them; a tokenizer.json finds them where the SentencePiece model does."""
+    runs = ("\u2581\u2581", "\u2581\u2581\u2581\u2581", "\n\n")
+    model = families.sentencepiece_model(symbols=runs, add_dummy_prefix=False)
+    original = SentencePieceTokenizer(model, extend=True)
+    data = json.dumps(export.sentencepiece_as_json(model, {})).encode()
+    library = tokenizers.Tokenizer.from_str(data.decode())
+    loaded = HfTokenizer(data, extend=True)
+    for text in ("a  b", "   three,     five", "    two:\n\n  c", "one b \u2581 d"):
+        assert loaded.encode(text) == original.encode(text)
+        assert "\u2581" in text or library.encode(text).ids == original.encode(text)
+
+
 def test_llama_3_groups_digits_and_promises_do_not() -> None:
     loaded = tokenizer("llama 3")
     vocabulary = loaded.vocabulary

@@ -229,8 +229,9 @@ def _added(pieces: Iterable[Any]) -> list[dict[str, Any]]:
         if piece.type in (_Piece.CONTROL, _Piece.UNKNOWN):
             added.append({"id": i, **_token(piece.piece)})
         elif piece.type == _Piece.USER_DEFINED:
-            content = piece.piece.replace(SPACE, " ")
-            added.append({"id": i, **_token(content, special=bool(MARKER.fullmatch(content)))})
+            # Text is searched for it as the model spells it: with a space it is no name of a piece.
+            is_special, spaced = bool(MARKER.fullmatch(piece.piece)), SPACE in piece.piece
+            added.append({"id": i, **_token(piece.piece, special=is_special, normalized=spaced)})
     return added
 
 
