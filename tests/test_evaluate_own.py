@@ -15,14 +15,15 @@ import pytest
 from pasta_jax.data.prompts import Question
 from pasta_jax.data.records import Prompt
 from pasta_jax.evaluate import __main__ as command
-from pasta_jax.evaluate import compare, own
-from pasta_jax.evaluate.answers import Answered, Respondent, key_of
+from pasta_jax.evaluate import compare, contests, own
+from pasta_jax.evaluate.answers import Answered, Batch, Respondent, key_of
 from pasta_jax.evaluate.report import read_results
 from pasta_jax.evaluate.summary import Contest, chances, geometric, quality_of, speed_of
 from pasta_jax.files import InUse, locked
 from pasta_jax.judges.protocol import NO_VERDICT, JudgeError, Preference
 from pasta_jax.lang import tags
 from tests.helpers import only_full
+from tests.helpers.answers import WORDS
 
 # --------------------------------------------------------------------------------------------------- numbers
 
@@ -60,26 +61,24 @@ def test_speeds_count_every_answer_that_there_is() -> None:
 
 
 def test_chances_of_both_orders_and_of_what_failed() -> None:
-    contests = [
+    pairs = [
         Contest("?", "a", "b"),
         Contest("?", None, "b"),
         Contest("?", "a", None),
         Contest("?", None, None),
     ]
-    contests += [Contest("?", "a", "c"), Contest("?", "a", "a")]
-    assert [len(contest.comparisons) for contest in contests] == [2, 0, 0, 0, 2, 2]
+    pairs += [Contest("?", "a", "c"), Contest("?", "a", "a")]
+    assert [len(contest.comparisons) for contest in pairs] == [2, 0, 0, 0, 2, 2]
     # Two ties say nothing of the order; one does.
-    ties = chances(contests[:1] * 2, [Preference(None, 0.5)] * 3 + [Preference(0, 0.7)])
+    ties = chances(pairs[:1] * 2, [Preference(None, 0.5)] * 3 + [Preference(0, 0.7)])
     assert (ties[0].tolist(), ties[1]) == ([0.5, pytest.approx(0.4)], [False])
     said = [Preference(0, 0.9), Preference(1, 0.7)]  # the model's answer won in both orders
     said += [Preference(0, 0.8), Preference(0, 0.8)]  # whatever came first
     said += [Preference(None, 0.5)] * 2
-    found, agreed = chances(contests, said)
+    found, agreed = chances(pairs, said)
     assert found == pytest.approx([0.8, 0.0, 1.0, 0.5, 0.5, 0.5])
     assert agreed == [True, False]
-    assert chances(contests[:1], [Preference(None, 0.5)] * 2) == ([0.5], []), (
-        "a tie is no verdict to agree on"
-    )
+    assert chances(pairs[:1], [Preference(None, 0.5)] * 2) == ([0.5], []), "a tie is no verdict to agree on"
     quality = quality_of(found, agreed)
     assert (quality.won, quality.tied, quality.lost, quality.same_winner) == (2, 3, 1, 50.0)
     assert quality.win_rate.mean == pytest.approx(55.0)
@@ -88,9 +87,9 @@ def test_chances_of_both_orders_and_of_what_failed() -> None:
 
 def test_what_the_judge_did_not_say_is_left_out() -> None:
     """Not a tie: neither of the win rate nor of the agreement."""
-    contests = [Contest("?", "a", "b")] * 3
+    pairs = [Contest("?", "a", "b")] * 3
     said = [Preference(0, 0.9), NO_VERDICT, NO_VERDICT, NO_VERDICT, Preference(0, 1.0), Preference(1, 1.0)]
-    found, agreed = chances(contests, said)
+    found, agreed = chances(pairs, said)
     assert np.array_equal(found, [np.nan, np.nan, 1.0], equal_nan=True) and agreed == [True]
     quality = quality_of(found, agreed)
     assert (quality.won, quality.tied, quality.lost, quality.unjudged) == (1, 0, 0, 2)
@@ -105,8 +104,14 @@ PROMPTS = ["Name a river.", "Name a city.", "What is long?"]
 class Fake:
     """In place of `Respondent`: answers by the name of its model, without decoding."""
 
-    def __init__(self, model: str, max_new_tokens: int, *, sequential: bool = False, like: Any = None):
+    def __init__(
+        self, model: str, max_new_tokens: int, *, sequential: bool = False, like: Any = None, rows: int = 1
+    ):
         self.model, self.sequential = model, sequential
+
+    def together(self, questions: Sequence[Question]) -> Batch:
+        answers = tuple(dataclasses.replace(self(question), wall_s=0.0) for question in questions)
+        return Batch(answers, 3.0 if self.sequential else 2.0)
 
     def __call__(self, question: Question) -> Answered:
         prompt = key_of(question.prompt)
@@ -119,6 +124,12 @@ class Fake:
             wall_s=1.0 if self.sequential else 0.5,
             promises=0 if self.sequential else 2,
         )
+
+
+class Named(str):
+    """In place of a model: its name, with a tokenizer."""
+
+    tokenizer = WORDS
 
 
 class Prefers:
@@ -149,7 +160,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(own, "Respondent", Fake)
     monkeypatch.setattr(own, "find_checkpoint", find)
-    monkeypatch.setattr(own, "load", lambda path, **options: path.parent.parent.name)
+    monkeypatch.setattr(own, "load", lambda path, **options: Named(path.parent.parent.name))
     monkeypatch.setattr(own, "checkpoint_identity", lambda path: {"checkpoint": str(path), "written": 1.0})
 
 
@@ -175,16 +186,16 @@ def test_an_evaluation_and_what_it_leaves(tmp_path: pathlib.Path) -> None:
     assert outputs[0] == {
         "instruction": PROMPTS[0], "output": "fast says Name a river.", "generator": "fast-7", "dataset": "own",
     }  # fmt: skip
-    markdown = own.write_report(settings, found, None, "", None)
+    markdown = contests.write_report(settings, found, None, "", None)
     assert "| fast-7" in markdown and "2.00x" in markdown and "win rate" not in markdown
     # Against the baseline: two prompts are won, the one that failed is lost without a word of the judge.
     judge = Prefers("fast")
-    asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:Prefers", "source")
+    asked = contests.contests_of(found, contests.baseline_as_opponent(found), "tests:Prefers", "source")
     # Verdicts of another judge of the same name, or of one whose source changed, are not these.
-    assert own.contests_of(found, asked.opponent, "tests:Prefers", "other source").folder != asked.folder
+    assert contests.contests_of(found, asked.opponent, "tests:Prefers", "other source").folder != asked.folder
     with locked(asked.folder), pytest.raises(InUse):
-        own.judge_contests(found, asked, judge, "tests:Prefers")
-    quality = own.judge_contests(found, asked, judge, "tests:Prefers")
+        contests.judge_contests(found, asked, judge, "tests:Prefers")
+    quality = contests.judge_contests(found, asked, judge, "tests:Prefers")
     assert (quality.won, quality.tied, quality.lost) == (2, 0, 1)
     assert quality.win_rate.mean == pytest.approx(100 * (0.9 + 0.9 + 0) / 3)
     assert len(judge.asked) == 4
@@ -192,7 +203,7 @@ def test_an_evaluation_and_what_it_leaves(tmp_path: pathlib.Path) -> None:
     assert [row["preference"] for row in rows] == pytest.approx([1.9, 1.9, 1.0])
     assert (rows[0]["generator_1"], rows[0]["generator_2"]) == ("slow-7", "fast-7")
     assert (rows[0]["output_1"], rows[2]["output_2"]) == ("slow says Name a river.", "")
-    markdown = own.write_report(settings, found, quality, "tests:Prefers", asked, "It judges itself.")
+    markdown = contests.write_report(settings, found, quality, "tests:Prefers", asked, "It judges itself.")
     assert "- It judges itself.\n" in markdown
     assert "60.0 +- 30.0 %" in markdown and "same verdict in both orders for 100.0 % of" in markdown
     assert (
@@ -204,20 +215,20 @@ def test_an_evaluation_and_what_it_leaves(tmp_path: pathlib.Path) -> None:
     # The same again asks nobody: not the models, not the judge.
     before = (folder / "model.jsonl").read_text()
     again = own.answer_all(settings, questions)
-    own.judge_contests(again, asked, judge, "tests:Prefers")
+    contests.judge_contests(again, asked, judge, "tests:Prefers")
     assert (folder / "model.jsonl").read_text() == before and len(judge.asked) == 4
     # A judge that does not answer everything.
-    asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:silent")
+    asked = contests.contests_of(found, contests.baseline_as_opponent(found), "tests:silent")
     silent: list[Preference] = [Preference(0, 0.9), NO_VERDICT, Preference(0, 0.9), Preference(1, 0.9)]
-    quality = own.judge_contests(found, asked, Says(silent), "tests:silent")
+    quality = contests.judge_contests(found, asked, Says(silent), "tests:silent")
     assert (quality.won, quality.tied, quality.lost, quality.unjudged) == (1, 0, 1, 1)
     rows = json.loads((pathlib.Path(asked.folder) / "annotations.json").read_text())
     assert [row["preference"] for row in rows] == [None, pytest.approx(1.9), 1.0]
-    markdown = own.write_report(settings, found, quality, "tests:silent", asked)
+    markdown = contests.write_report(settings, found, quality, "tests:silent", asked)
     assert "The judge gave no verdict on 1 of 3 prompts" in markdown
-    asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:mute")
+    asked = contests.contests_of(found, contests.baseline_as_opponent(found), "tests:mute")
     with pytest.raises(JudgeError, match="gave no verdict on any"):
-        own.judge_contests(found, asked, Says([NO_VERDICT] * 4), "tests:mute")
+        contests.judge_contests(found, asked, Says([NO_VERDICT] * 4), "tests:mute")
 
 
 @pytest.mark.usefixtures("fakes")
@@ -226,9 +237,9 @@ def test_two_checkpoints_in_one_workdir_stay_apart_and_share_a_table(tmp_path: p
     for ckpt in ("runs/fast", "runs/faster"):
         settings = settings_of(tmp_path, ckpt)
         found = own.answer_all(settings, own.questions_of(settings.prompts, {}))
-        asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:Prefers")
-        quality = own.judge_contests(found, asked, Prefers("slow"), "tests:Prefers")
-        markdown = own.write_report(settings, found, quality, "tests:Prefers", asked)
+        asked = contests.contests_of(found, contests.baseline_as_opponent(found), "tests:Prefers")
+        quality = contests.judge_contests(found, asked, Prefers("slow"), "tests:Prefers")
+        markdown = contests.write_report(settings, found, quality, "tests:Prefers", asked)
         folders.append(pathlib.Path(found.folder))
     assert folders[0] != folders[1]
     for folder, name in zip(folders, ("fast", "faster")):
@@ -241,8 +252,8 @@ def test_two_checkpoints_in_one_workdir_stay_apart_and_share_a_table(tmp_path: p
         dataclasses.replace(settings_of(tmp_path), loading={"quantize": "int8"}),
     ):
         found = own.answer_all(settings, own.questions_of(settings.prompts, {}))
-        asked = own.contests_of(found, own.baseline_as_opponent(found), "tests:Prefers")
-        markdown = own.write_report(settings, found, quality, "tests:Prefers", asked)
+        asked = contests.contests_of(found, contests.baseline_as_opponent(found), "tests:Prefers")
+        markdown = contests.write_report(settings, found, quality, "tests:Prefers", asked)
         assert markdown.count("| fast-7") == 1 and "| faster-7" not in markdown
     assert "| fast-7-int8 " in markdown
 
@@ -251,16 +262,18 @@ def test_two_checkpoints_in_one_workdir_stay_apart_and_share_a_table(tmp_path: p
 def test_given_answers_are_opponents_and_must_be_of_the_same_prompts(tmp_path: pathlib.Path) -> None:
     settings = settings_of(tmp_path, baseline="")
     questions = own.questions_of(settings.prompts, {})
-    given = own.opponent_of(questions, settings.prompts, {})
+    given = contests.opponent_of(questions, settings.prompts, {})
     assert (given.name, given.answers) == ("gpt4", ["It is so."] * 3)
     found = own.answer_all(settings, questions)
     assert found.baseline_name == "fast-7, sequential"
-    asked = own.contests_of(found, given, "tests:Prefers")
-    assert own.judge_contests(found, asked, Prefers("fast"), "j").lost == 1
+    asked = contests.contests_of(found, given, "tests:Prefers")
+    assert contests.judge_contests(found, asked, Prefers("fast"), "j").lost == 1
     other = tmp_path / "other.json"
     other.write_text(json.dumps([{"instruction": text, "output": text[:0]} for text in PROMPTS[:3]]))
-    failed = own.contests_of(found, own.opponent_of(questions, str(other), {}), "tests:Prefers")
-    assert own.judge_contests(found, failed, Prefers("fast"), "j").win_rate.mean == pytest.approx(250 / 3)
+    failed = contests.contests_of(found, contests.opponent_of(questions, str(other), {}), "tests:Prefers")
+    assert contests.judge_contests(found, failed, Prefers("fast"), "j").win_rate.mean == pytest.approx(
+        250 / 3
+    )
     rows = json.loads(pathlib.Path(settings.prompts).read_text())
     for changed, message in (
         (rows[:2], r"has 2 records, and there are 3 prompts"),
@@ -273,7 +286,7 @@ def test_given_answers_are_opponents_and_must_be_of_the_same_prompts(tmp_path: p
     ):
         other.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=message):
-            own.opponent_of(questions, str(other), {})
+            contests.opponent_of(questions, str(other), {})
 
 
 def test_a_prompt_that_cannot_be_asked_is_an_answer_that_failed() -> None:
@@ -291,7 +304,7 @@ def test_a_prompt_that_cannot_be_asked_is_an_answer_that_failed() -> None:
 @pytest.mark.slow
 @only_full
 def test_a_real_model_answers_and_its_sequential_self_is_the_baseline() -> None:
-    from tests.helpers.answers import WORDS, model
+    from tests.helpers.answers import model
 
     head = np.array(model().params["head"])
     ids = WORDS.vocabulary.tag_ids
@@ -304,6 +317,12 @@ def test_a_real_model_answers_and_its_sequential_self_is_the_baseline() -> None:
         assert (alone.promises, alone.critical_path) == (0, max(1, alone.decode_steps))
         assert found.wall_s > 0 and found.promises > 0 and not found.error
     assert parallel._decoders[32].compiled is sequential._decoders[32].compiled
+    # Together they are answered as they are alone; one that cannot be asked has failed.
+    together = Respondent(promising, 24, rows=3).together(
+        [Question(prompt, None, 1, "") for prompt in ("rivers and cities", " ", "rivers")]
+    )
+    assert [each.error != "" for each in together.answers] == [False, True, False] and together.wall_s > 0
+    assert together.answers[0].annotated == found.annotated and together.answers[0].wall_s == 0
 
 
 def test_who_never_saw_almanac_is_told_so_at_once(

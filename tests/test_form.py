@@ -83,6 +83,13 @@ def test_doubled_parts_topics_and_lengths() -> None:
     assert (bare.promises, bare.topics, bare.block_tokens) == (1, 0, 0)
 
 
+def test_names_of_items() -> None:
+    found = form(
+        "- **Nile**: Long.\n- **The Don**: Old.\n- the don: Still old.\n- A long one.\n\nTwo:\n* Nile: Long.\n* Ob"
+    )
+    assert (found.lists, found.named, found.repeated_names) == (2, 4, 1), "of the same list"
+
+
 def test_an_item_does_not_double_what_it_holds() -> None:
     text = "1. Nile:\n\nIt is a long and a very old river.\n\n2. Rhine:\n\nIt carries more ships than others."
     assert (form(text).parts, form(text).doubled) == (4, 0)

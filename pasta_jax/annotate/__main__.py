@@ -22,7 +22,7 @@ Audits annotated answers instead: how many nats each block loses by not seeing i
     python -m pasta_jax.annotate --measure --input=annotated.jsonl --tokenizer=FILE [--output=measures.json]
 
 Measures annotated answers instead: lists whose items have one marker, doubled items, repeated topics, errors of
-promised lengths, loops. With --columns=prompt=prompt,response=annotated it reads what `evaluate` decoded.
+promised lengths, loops. `evaluate` leaves a model's answers as annotated.jsonl, which it reads, too.
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ from pasta_jax.evaluate.compare import compare, table
 from pasta_jax.verbs import begin_first, columns_of, define_loading, define_processes, loading_options, refuse
 
 if TYPE_CHECKING:
+    from pasta_jax.evaluate.contests import Contests
     from pasta_jax.evaluate.length_controlled import Difficulties
-    from pasta_jax.evaluate.own import Contests, Evaluated
+    from pasta_jax.evaluate.own import Evaluated
     from pasta_jax.judges.protocol import Judge
 
 LOG = logging.getLogger("pasta_jax")
@@ -56,6 +57,10 @@ def main(argv: Sequence[str]) -> None:
         refuse(f"--judge={values.judge}: use {', '.join(JUDGES)} or MODULE:FUNCTION.")
     if (values.opponent or values.df_gamed) and not (values.judge or values.annotations):
         refuse("--opponent and --df_gamed are for a judge: add --judge=llm, for one.")
+    if not is_own and (values.rows > 1 or values.timed or values.audit):
+        refuse("--rows, --timed and --audit are for prompts of your own: --prompts=FILE.")
+    if values.timed and values.rows == 1:
+        refuse("--timed leaves the other prompts to batches: add --rows=8.")
     if values.dry_run is not None and (values.judge != "llm" or values.annotations):
         refuse("--dry_run shows what an endpoint would be asked: add --judge=llm.")
     if not is_own and not values.annotations and int(values.prompts) < 1:
@@ -105,7 +110,8 @@ def annotated(values: flags.FlagValues) -> None:
 
 def on_own_prompts(values: flags.FlagValues) -> None:
     """Evaluates on the prompts of a file."""
-    from pasta_jax.evaluate import alpaca_eval, own
+    from pasta_jax.checkpoints.about import find_checkpoint
+    from pasta_jax.evaluate import alpaca_eval, contests, own
 
     settings = own.Settings(
         ckpt=values.ckpt,
@@ -115,24 +121,30 @@ def on_own_prompts(values: flags.FlagValues) -> None:
         workdir=values.workdir,
         max_new_tokens=values.max_new_tokens,
         loading=loading_options(values),
+        rows=values.rows,
+        timed=values.timed,
+        audit=values.audit or "",
+        plain_kinds=tuple(values.plain_kinds),
     )
     difficulties = _difficulties(values)
     questions = own.questions_of(settings.prompts, settings.columns)
     # What cannot work is said before minutes of decoding.
+    if settings.audit:
+        find_checkpoint(settings.audit)
     _check_judge(values, [own.instruction_of(question) for question in questions])
     if difficulties is not None:
         alpaca_eval.check_official(own.datasets_of(questions), difficulties)
     if values.opponent:
-        own.opponent_of(questions, values.opponent, settings.columns)
+        contests.opponent_of(questions, values.opponent, settings.columns)
     evaluated = own.answer_all(settings, questions)
     asked, quality, caution = None, None, ""
     if values.judge:
         opponent = (
-            own.opponent_of(questions, values.opponent, settings.columns)
+            contests.opponent_of(questions, values.opponent, settings.columns)
             if values.opponent
-            else own.baseline_as_opponent(evaluated)
+            else contests.baseline_as_opponent(evaluated)
         )
-        asked = own.contests_of(evaluated, opponent, _judge_name(values), _judge_identity(values))
+        asked = contests.contests_of(evaluated, opponent, _judge_name(values), _judge_identity(values))
         caution = _caution(values)
         if caution:
             LOG.warning("%s", caution)
@@ -140,13 +152,15 @@ def on_own_prompts(values: flags.FlagValues) -> None:
         if values.dry_run is not None:
             return
         try:
-            quality = own.judge_contests(evaluated, asked, judge, _judge_name(values), difficulties)
+            quality = contests.judge_contests(evaluated, asked, judge, _judge_name(values), difficulties)
         finally:
             if (said := getattr(judge, "report", None)) is not None:
                 LOG.info("%s", said())
-    print(own.write_report(settings, evaluated, quality, _judge_name(values), asked, caution))
+    audited = contests.audit(settings, evaluated) if settings.audit else []
+    print(contests.write_report(settings, evaluated, quality, _judge_name(values), asked, caution, audited))
     folder = asked.folder if asked else evaluated.folder
     print(f"{os.path.join(folder, 'report.html')} has it with its figure.")
+    print(f"{os.path.join(settings.workdir, 'summary.html')} compares the models that were evaluated there.")
 
 
 def _judge_name(values: flags.FlagValues) -> str:
@@ -252,6 +266,14 @@ def command() -> None:
     flags.DEFINE_string("prompts", "500", "Number of Almanac's held-out prompts, or a file of your own.")
     flags.DEFINE_list("columns", [], "The file's own names, as in prompt=question,response=answer.")
     flags.DEFINE_integer("max_new_tokens", 512, "Of an answer to a prompt of your own.", lower_bound=1)
+    flags.DEFINE_integer("rows", 1, "Answer all prompts so many at once, too.", lower_bound=1)
+    about = "Of --rows: how many of the first prompts to answer at batch 1; by default all."
+    flags.DEFINE_integer("timed", None, about, lower_bound=1)
+    flags.DEFINE_string(
+        "audit", None, "Workdir of a model that measures what blocks lose without their siblings."
+    )
+    about = "Kinds, by the key `kind` of records, to which a promise is a false one."
+    flags.DEFINE_list("plain_kinds", ["single", "story"], about)
     flags.DEFINE_string("judge", None, f"Compares answers: {', '.join(JUDGES)} or MODULE:FUNCTION.")
     flags.DEFINE_string("judge_model", None, "Of likelihood: workdir of the reference; else the baseline.")
     flags.DEFINE_string("opponent", None, "File of answers to compare with, such as model_outputs.json.")

@@ -1,7 +1,8 @@
 """Models that answer a user's own prompts, and what is measured of their answers.
 
-Speeds are measured as on Almanac's prompts (`systems`): at batch 1, the second of two decodes is timed. A prompt
-that a model cannot be asked is an answer too, an empty one that failed; nothing is asked again.
+Speeds are measured as on Almanac's prompts (`systems`): at batch 1, the second of two decodes is timed. Of batches
+each is decoded once, after a first one that is decoded twice. A prompt that a model cannot be asked is an answer
+too, an empty one that failed; nothing is asked again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pasta_jax.data.prompts import Question
@@ -19,6 +21,7 @@ from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import DecodeResult, result
 from pasta_jax.decoding.state import MAX_POOL, Limits
+from pasta_jax.decoding.trace import Trace
 from pasta_jax.evaluate.systems import COSTS
 from pasta_jax.files import read_jsonl
 from pasta_jax.rounding import next_power_of_two
@@ -37,7 +40,7 @@ class Answered:
     Attributes:
       prompt: what was asked, as JSON.
       text, annotated, stop_reason, issues: as in `DecodeResult`.
-      wall_s: of the second of two decodes.
+      wall_s: of the second of two decodes; 0 if it was decoded in a batch.
       promises: number of branches.
       error: why the model could not be asked; "" if it was.
     """
@@ -66,6 +69,14 @@ class Answered:
         return bool(self.issues) and not self.is_cut
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Answers that were decoded together, and the seconds that they took together."""
+
+    answers: tuple[Answered, ...]
+    wall_s: float
+
+
 class Respondent:
     """A model in the engine at batch 1, called with a question.
 
@@ -74,15 +85,23 @@ class Respondent:
       max_new_tokens: of an answer.
       sequential: forbid promises.
       like: another one; what it compiled is shared if it fits.
+      rows: prompts that are answered together.
     """
 
     def __init__(
-        self, model: Model, max_new_tokens: int, *, sequential: bool = False, like: Respondent | None = None
+        self,
+        model: Model,
+        max_new_tokens: int,
+        *,
+        sequential: bool = False,
+        like: Respondent | None = None,
+        rows: int = 1,
     ):
-        self.model, self.max_new_tokens, self.like = model, max_new_tokens, like
+        self.model, self.max_new_tokens, self.like, self.rows = model, max_new_tokens, like, rows
         bias = -math.inf if sequential else 0.0
         self.sampling = SamplingParams(max_new_tokens, max_branch_tokens=max_new_tokens, open_bias=bias)
         self._decoders: dict[int, Decoder] = {}
+        self._warm: set[Decoder] = set()
 
     def decoder(self, pool: int) -> Decoder:
         """That of a pool of this many tokens."""
@@ -92,21 +111,49 @@ class Respondent:
                 self._decoders[pool] = other.for_model(self.model)
             else:
                 limits = Limits(LANES, THREADS, pool, self.model.max_depth)
-                self._decoders[pool] = Decoder(self.model, limits=limits)
+                self._decoders[pool] = Decoder(self.model, limits=limits, rows=self.rows)
         return self._decoders[pool]
+
+    def decoder_of(self, longest: int) -> Decoder:
+        """That for prompts of up to this many tokens."""
+        return self.decoder(min(MAX_POOL, next_power_of_two(longest + self.max_new_tokens)))
 
     def __call__(self, question: Question) -> Answered:
         """The answer to a question; an empty one with an error if the model cannot be asked."""
-        prompt, tokenizer = key_of(question.prompt), self.model.tokenizer
         try:
-            ids = encode_prompt(tokenizer, question.prompt)
-            engine = self.decoder(min(MAX_POOL, next_power_of_two(len(ids) + self.max_new_tokens)))
+            ids = encode_prompt(self.model.tokenizer, question.prompt)
+            engine = self.decoder_of(len(ids))
             engine.decode([ids], [self.sampling])
             (trace,), timing = engine.decode([ids], [self.sampling])
         except ValueError as error:
-            LOG.warning("A prompt has no answer, and counts as failed: %s", error)
-            return Answered(prompt, error=str(error))
-        return answered(prompt, result(tokenizer, trace, timing.wall_s))
+            return _failed(question, error)
+        return self._answered(question, trace, timing.wall_s)
+
+    def together(self, questions: Sequence[Question]) -> Batch:
+        """The answers to questions that are decoded together, no more than there are rows.
+
+        The first of a decoder are decoded twice: what happens once is not timed.
+        """
+        prompts, answers, wall_s = dict[int, list[int]](), dict[int, Answered](), 0.0
+        for number, question in enumerate(questions):
+            try:
+                prompts[number] = encode_prompt(self.model.tokenizer, question.prompt)
+            except ValueError as error:
+                answers[number] = _failed(question, error)
+        if prompts:
+            engine = self.decoder_of(max(map(len, prompts.values())))
+            asked = [*prompts.values()], [self.sampling] * len(prompts)
+            if engine not in self._warm:
+                engine.decode(*asked)
+                self._warm.add(engine)
+            traces, timing = engine.decode(*asked)
+            wall_s = timing.wall_s
+            for number, trace in zip(prompts, traces, strict=True):
+                answers[number] = self._answered(questions[number], trace, 0.0)
+        return Batch(tuple(answers[number] for number in range(len(questions))), wall_s)
+
+    def _answered(self, question: Question, trace: Trace, wall_s: float) -> Answered:
+        return answered(key_of(question.prompt), result(self.model.tokenizer, trace, wall_s))
 
 
 def answered(prompt: str, decoded: DecodeResult) -> Answered:
@@ -122,6 +169,11 @@ def answered(prompt: str, decoded: DecodeResult) -> Answered:
     )
 
 
+def _failed(question: Question, error: ValueError) -> Answered:
+    LOG.warning("A prompt has no answer, and counts as failed: %s", error)
+    return Answered(key_of(question.prompt), error=str(error))
+
+
 def key_of(prompt: Prompt) -> str:
     """A prompt as JSON."""
     return json.dumps(prompt, ensure_ascii=False)
@@ -129,8 +181,15 @@ def key_of(prompt: Prompt) -> str:
 
 def read_answered(path: str) -> list[Answered]:
     """The answers in a JSONL file, up to the first broken line."""
+    return read_jsonl(path, _answered_of)
 
-    def make(fields: dict[str, Any]) -> Answered:
-        return Answered(**fields | {"issues": tuple(fields["issues"])})
 
-    return read_jsonl(path, make)
+def read_batches(path: str) -> list[Batch]:
+    """The batches in a JSONL file, up to the first broken line."""
+    return read_jsonl(
+        path, lambda fields: Batch(tuple(map(_answered_of, fields["answers"])), fields["wall_s"])
+    )
+
+
+def _answered_of(fields: dict[str, Any]) -> Answered:
+    return Answered(**fields | {"issues": tuple(fields["issues"])})

@@ -1,11 +1,17 @@
 """A model on a user's own prompts: `python -m pasta_jax.evaluate --prompts=FILE`.
 
-    WORKDIR/NAME/model.jsonl, baseline.jsonl   every answer with its tokens, steps and seconds
+    WORKDIR/summary.md, .html, .png            all that can be compared with the last evaluation
+            NAME/model.jsonl, baseline.jsonl   every answer at batch 1 with its tokens, steps and seconds
+                 batches-8/                    the same for eight prompts at once
+                 annotated.jsonl               the model's answers with their tags, as records
                  model_outputs.json            the model's answers as AlpacaEval has them
+                 side_by_side.md, .html        the first of them beside the baseline's
+                 audit-MODEL/                  what blocks lose without sight of their siblings
                  report.md, .html, .json       speed
+                 measures.json                 every measure, prompt by prompt
                  JUDGE/judged.jsonl            what the judge said, in both orders
                        annotations.json        the same as AlpacaEval has it
-                       report.md, .html, .json, frontier.png
+                       report.md, .html, .json, measures.json, frontier.png
 
 NAME is of the checkpoints, the prompts and the settings, JUDGE of the judge and the opponent, so that two
 evaluations in one workdir never overwrite each other; a report shows all of the workdir that can be compared.
@@ -14,31 +20,30 @@ evaluations in one workdir never overwrite each other; a report shows all of the
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
-from pasta_jax.data.prompts import ANSWERS, Question, read_questions
+from pasta_jax.data.prompts import Question, read_questions
 from pasta_jax.data.records import prompt_text
 from pasta_jax.decoding.model import Model
-from pasta_jax.evaluate.alpaca_eval import Estimate, length_controlled_win_rate, write_outputs
-from pasta_jax.evaluate.answers import Answered, Respondent, key_of, read_answered
-from pasta_jax.evaluate.length_controlled import Difficulties
+from pasta_jax.evaluate.alpaca_eval import write_outputs
+from pasta_jax.evaluate.answers import Answered, Batch, Respondent, key_of, read_answered, read_batches
 from pasta_jax.evaluate.names import name_of, sha256, slug
-from pasta_jax.evaluate.report import Result, write_reports
-from pasta_jax.evaluate.summary import Contest, Quality, Speed, chances, quality_of, speed_of
+from pasta_jax.evaluate.side_by_side import SHOWN, Pair, as_html, as_markdown
+from pasta_jax.evaluate.summary import Speed, speed_of
 from pasta_jax.evaluate.systems import take_turns
-from pasta_jax.files import locked
-from pasta_jax.judges.bulk import judge_all
-from pasta_jax.judges.protocol import Judge, JudgeError
+from pasta_jax.files import replacing, write_jsonl
 from pasta_jax.loading import load
+from pasta_jax.tokens.tokenizer import Tokenizer
 
 LOG = logging.getLogger("pasta_jax")
+
+PLAIN_KINDS = "single", "story"
+"""Kinds of prompts, by the key `kind` of their records: answers of one sentence or fact, and stories."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,11 @@ class Settings:
       workdir: folder of the output.
       max_new_tokens: of an answer.
       loading: keyword arguments of `load` for both models.
+      rows: prompts that are answered together, in a second pass over all; 1: none.
+      timed: how many of the first prompts are answered at batch 1; the answers to the others are those of the
+        second pass. None: all.
+      audit: workdir or checkpoint of the model that audits the answers; "" for no audit.
+      plain_kinds: kinds of prompts whose answers have no independent parts.
     """
 
     ckpt: str
@@ -62,6 +72,10 @@ class Settings:
     workdir: str
     max_new_tokens: int
     loading: dict[str, Any]
+    rows: int = 1
+    timed: int | None = None
+    audit: str = ""
+    plain_kinds: tuple[str, ...] = PLAIN_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +90,9 @@ class Evaluated:
       test, baseline: the answers, one to each prompt.
       baseline_model: the sequential model.
       baseline_identity: its checkpoint and how it was loaded.
+      tokenizer: of the model.
+      timed: how many of the first answers were decoded at batch 1.
+      batches: the baseline's and the model's answers to as many prompts at once as there are rows.
     """
 
     folder: str
@@ -87,11 +104,19 @@ class Evaluated:
     baseline: Sequence[Answered]
     baseline_model: Model
     baseline_identity: Mapping[str, Any]
+    tokenizer: Tokenizer
+    timed: int
+    batches: Sequence[tuple[Batch, Batch]] = ()
 
     @property
     def speed(self) -> Speed:
         """How fast the answers came."""
         return speed_of(self.baseline, self.test)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind that each record names, or ""."""
+        return [field_of(question, "kind") for question in self.questions]
 
     @property
     def instructions(self) -> list[str]:
@@ -138,25 +163,89 @@ def answer_all(settings: Settings, questions: Sequence[Question]) -> Evaluated:
         "model": Respondent(model, settings.max_new_tokens, like=sequential),
     }
     answers = take_turns(
-        systems, questions, folder, about, read_answered, lambda q, answer: answer.prompt == key_of(q.prompt)
+        systems,
+        questions,
+        folder,
+        about,
+        read_answered,
+        lambda question, answer: answer.prompt == key_of(question.prompt),
+        first=settings.timed,
     )
+    timed = len(answers["model"])
+    batches = _in_batches(settings, questions, folder, about, baseline, model) if settings.rows > 1 else []
+    slow, fast = ([answer for pair in batches for answer in pair[i].answers] for i in (0, 1))
     found = Evaluated(
         folder=folder,
         name=name,
         baseline_name=baseline_name if settings.baseline else f"{name}, sequential",
         questions=questions,
         sha256=digest,
-        test=answers["model"],
-        baseline=answers["baseline"],
+        test=[*answers["model"], *fast[timed:]],
+        baseline=[*answers["baseline"], *slow[timed:]],
         baseline_model=baseline,
         baseline_identity=about["baseline"] | {"itself": about["itself"]},
+        tokenizer=model.tokenizer,
+        timed=timed,
+        batches=batches,
     )
-    outputs = [
-        {"instruction": instruction_of(q), "output": answer.text, "generator": name, "dataset": _dataset(q)}
-        for q, answer in zip(questions, found.test, strict=True)
-    ]
-    write_outputs(os.path.join(folder, "model_outputs.json"), outputs)
+    _write_answers(found)
     return found
+
+
+def _in_batches(
+    settings: Settings,
+    questions: Sequence[Question],
+    folder: str,
+    about: Mapping[str, Any],
+    baseline: Model,
+    model: Model,
+) -> list[tuple[Batch, Batch]]:
+    """The answers of both models to as many prompts at once as there are rows, in turn."""
+    rows = settings.rows
+    sequential = Respondent(baseline, settings.max_new_tokens, sequential=True, rows=rows)
+    parallel = Respondent(model, settings.max_new_tokens, like=sequential, rows=rows)
+    found = take_turns(
+        {"baseline": sequential.together, "model": parallel.together},
+        [questions[start : start + rows] for start in range(0, len(questions), rows)],
+        os.path.join(folder, f"batches-{rows}"),
+        {**about, "rows": rows},
+        read_batches,
+        lambda some, batch: [each.prompt for each in batch.answers] == [key_of(each.prompt) for each in some],
+        units="batches",
+    )
+    return [*zip(found["baseline"], found["model"], strict=True)]
+
+
+def _write_answers(found: Evaluated) -> None:
+    """Writes the model's answers as AlpacaEval has them and as annotated records, and the page side by side."""
+    outputs = [
+        {
+            "instruction": instruction,
+            "output": answer.text,
+            "generator": found.name,
+            "dataset": _dataset(question),
+        }
+        for instruction, question, answer in zip(found.instructions, found.questions, found.test, strict=True)
+    ]
+    write_outputs(os.path.join(found.folder, "model_outputs.json"), outputs)
+    write_jsonl(
+        os.path.join(found.folder, "annotated.jsonl"),
+        map(_as_record, found.questions, found.test, found.kinds),
+    )
+    pairs = [*map(Pair, found.instructions, found.kinds, found.baseline, found.test)][:SHOWN]
+    names, dialect = (found.baseline_name, found.name), found.tokenizer.vocabulary.dialect
+    for ending, written in (("md", as_markdown), ("html", as_html)):
+        with replacing(os.path.join(found.folder, f"side_by_side.{ending}")) as file:
+            file.write(written(pairs, names, dialect))
+
+
+def _as_record(question: Question, answer: Answered, kind: str) -> dict[str, Any]:
+    """A record of what was asked and the annotated answer."""
+    asked: dict[str, Any] = {"prompt": question.prompt, "response": answer.annotated}
+    if not isinstance(question.prompt, str):
+        said = {"role": "assistant", "content": answer.annotated}
+        asked = {"messages": [*map(dict, question.prompt), said]}
+    return {"kind": kind, **asked} if kind else asked
 
 
 def _options(given: Mapping[str, Any]) -> list[str]:
@@ -168,178 +257,20 @@ def _options(given: Mapping[str, Any]) -> list[str]:
     return [slug(name if value is True else os.path.basename(str(value))) for name, value in given.items()]
 
 
-@dataclasses.dataclass(frozen=True)
-class Opponent:
-    """Whose answers the model's are compared with: the text for each prompt, None where one failed.
-
-    Attributes:
-      identity: of what it says, as JSON can hold it: of the baseline, or a hash of the answers of a file.
-    """
-
-    name: str
-    answers: Sequence[str | None]
-    identity: Any
-
-
-def baseline_as_opponent(evaluated: Evaluated) -> Opponent:
-    """The baseline's answers."""
-    texts = [None if answer.error else answer.text for answer in evaluated.baseline]
-    return Opponent(evaluated.baseline_name, texts, evaluated.baseline_identity)
-
-
-def opponent_of(questions: Sequence[Question], path: str, columns: dict[str, str]) -> Opponent:
-    """The answers of a file to the same prompts, such as AlpacaEval's model outputs.
-
-    Raises:
-      RecordError: the file cannot be read.
-      ValueError: it has other prompts, another order, or a record without an answer. An empty one has failed.
-    """
-    given = questions_of(path, columns)
-    if len(given) != len(questions):
-        raise ValueError(f"{path} has {len(given)} records, and there are {len(questions)} prompts.")
-    for mine, theirs in zip(questions, given):
-        if mine.prompt != theirs.prompt:
-            raise ValueError(
-                f"{path}, record {theirs.line}: the prompt is {prompt_text(theirs.prompt)[:60]!r}, where "
-                f"{prompt_text(mine.prompt)[:60]!r} is asked. Both files need the same prompts in the same order."
-            )
-        if theirs.answer is None and not _is_answered(theirs, columns):
-            raise ValueError(
-                f"{path}, record {theirs.line} has no answer. --opponent needs one to each prompt."
-            )
-    generators = {_field(each, "generator") for each in given} - {""}
-    name = generators.pop() if len(generators) == 1 else os.path.basename(path)
-    answers = [each.answer for each in given]
-    if failed := answers.count(None):
-        LOG.warning("%s: %d empty answers count as failed.", path, failed)
-    return Opponent(name, answers, sha256(answers))
-
-
-@dataclasses.dataclass(frozen=True)
-class Contests:
-    """What a judge is asked, and where its answers go.
-
-    Attributes:
-      judge: identifies the judge, as JSON can hold it.
-    """
-
-    folder: str
-    opponent: Opponent
-    contests: Sequence[Contest]
-    judge: Any
-
-
-def contests_of(evaluated: Evaluated, opponent: Opponent, judge: str, identity: Any = None) -> Contests:
-    """The model's answers against the opponent's.
-
-    Args:
-      evaluated: the answers.
-      opponent: the others.
-      judge: its name for people, whose first word names the folder.
-      identity: what the verdicts depend on beside their answers, as JSON can hold it.
-    """
-    identified = [judge, identity]
-    key = sha256([identified, opponent.name, *opponent.answers])[:8]
-    folder = os.path.join(evaluated.folder, f"{slug(judge.split()[0])}-{key}")
-    return Contests(
-        folder,
-        opponent,
-        [
-            Contest(question.prompt, None if answer.error else answer.text, other)
-            for question, answer, other in zip(
-                evaluated.questions, evaluated.test, opponent.answers, strict=True
-            )
-        ],
-        identified,
-    )
-
-
-def judge_contests(
-    evaluated: Evaluated, asked: Contests, judge: Judge, name: str, difficulties: Difficulties | None = None
-) -> Quality:
-    """What a judge says of all of them; also writes annotations.json, where no verdict is null.
-
-    Raises:
-      JudgeError: the judge cannot say, of one or of any.
-      InUse: another process is being told.
-      AnnotationError, DifficultyError: `difficulties` belongs to other prompts.
-    """
-    os.makedirs(asked.folder, exist_ok=True)
-    comparisons = [each for contest in asked.contests for each in contest.comparisons]
-    with locked(asked.folder):
-        said = judge_all(judge, comparisons, os.path.join(asked.folder, "judged.jsonl"))
-    if said and not any(each.is_verdict for each in said):
-        raise JudgeError(f"The judge {name} gave no verdict on any of {len(said)} comparisons.")
-    chance, agreed = chances(asked.contests, said)
-    annotations = [
-        {
-            "instruction": instruction,
-            "output_1": contest.opponent or "",
-            "generator_1": asked.opponent.name,
-            "output_2": contest.answer or "",
-            "generator_2": evaluated.name,
-            "dataset": _dataset(question),
-            "annotator": name,
-            "preference": None if math.isnan(value) else 1 + float(value),
-        }
-        for instruction, question, contest, value in zip(
-            evaluated.instructions, evaluated.questions, asked.contests, chance, strict=True
-        )
-    ]
-    write_outputs(os.path.join(asked.folder, "annotations.json"), annotations)
-    quality = quality_of(chance, agreed)
-    if difficulties is None:
-        return quality
-    controlled: Estimate = length_controlled_win_rate(annotations, difficulties, evaluated.instructions)
-    return dataclasses.replace(quality, length_controlled=controlled)
-
-
-def write_report(
-    settings: Settings,
-    evaluated: Evaluated,
-    quality: Quality | None,
-    judge: str,
-    asked: Contests | None,
-    caution: str = "",
-) -> str:
-    """Writes the reports, and returns the Markdown of this one. `caution` is what to know of the judge."""
-    result = Result(
-        name=evaluated.name,
-        baseline=evaluated.baseline_name,
-        prompts=settings.prompts,
-        sha256=evaluated.sha256,
-        max_new_tokens=settings.max_new_tokens,
-        judge=judge,
-        opponent=asked.opponent.name if asked else "",
-        speed=evaluated.speed,
-        quality=quality,
-        is_alpaca_eval=all(datasets_of(evaluated.questions)),
-        alike=sha256([evaluated.baseline_identity, asked and [asked.judge, asked.opponent.identity]]),
-        caution=caution,
-    )
-    return write_reports(asked.folder if asked else evaluated.folder, settings.workdir, result)
-
-
 # -------------------------------------------------------------------------------------------------- records
 
 
-def _field(question: Question, name: str) -> str:
+def field_of(question: Question, name: str) -> str:
+    """A text of a record, "" if it has none."""
     record = json.loads(question.raw)
     value = record.get(name) if isinstance(record, dict) else None
     return value if isinstance(value, str) else ""
 
 
 def _dataset(question: Question) -> str:
-    return _field(question, "dataset")
+    return field_of(question, "dataset")
 
 
 def datasets_of(questions: Sequence[Question]) -> list[str]:
     """The data set that each record names, "" if it names none."""
     return [_dataset(question) for question in questions]
-
-
-def _is_answered(question: Question, columns: Mapping[str, str]) -> bool:
-    """Whether a record has an answer, if an empty one."""
-    record = json.loads(question.raw)
-    names = (columns["response"],) if "response" in columns else (*itertools.chain(*ANSWERS.values()),)
-    return isinstance(record, dict) and any(name in record for name in names)

@@ -8,18 +8,23 @@ import glob
 import html
 import json
 import logging
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from pasta_jax.evaluate.alpaca_eval import Estimate
+from pasta_jax.evaluate.measures import Measures, measure_of, measure_table, pair_table
 from pasta_jax.evaluate.summary import Quality, Ratio, Speed
 from pasta_jax.figures import PALE, SERIES, Label, dress, new_figure, place, save
 from pasta_jax.files import BROKEN, replacing, write_json
+from pasta_jax.intervals import Interval
 from pasta_jax.terminal import markdown_table
 
 LOG = logging.getLogger("pasta_jax")
+
+MEASURES = "measures.json"
 
 NO_LC = (
     "LC win rate not computed: df_gamed.csv is missing. Download it from the data set tatsu-lab/alpaca_eval of the \
@@ -40,6 +45,9 @@ class Result:
       is_alpaca_eval: whether every prompt names its data set, as those of AlpacaEval do.
       alike: a hash of baseline, opponent and judge, whatever they are called.
       caution: what to know of the judge.
+      rows: prompts that were answered together in a second pass; 1: none.
+      timed: how many of the first were answered at batch 1.
+      measures, baseline_measures: of the answers, prompt by prompt.
     """
 
     name: str
@@ -54,30 +62,53 @@ class Result:
     is_alpaca_eval: bool = False
     alike: str = ""
     caution: str = ""
+    rows: int = 1
+    timed: int = 0
+    measures: Measures = dataclasses.field(default_factory=dict)
+    baseline_measures: Measures = dataclasses.field(default_factory=dict)
 
     @property
     def compared_with(self) -> tuple[Any, ...]:
         """What another evaluation must share to stand in the same table."""
-        return self.sha256, self.max_new_tokens, self.judge, self.opponent, self.baseline, self.alike
+        same = self.sha256, self.max_new_tokens, self.judge, self.opponent, self.baseline, self.alike
+        return *same, self.rows, self.timed
 
 
 def write_reports(folder: str, workdir: str, result: Result) -> str:
     """Writes report.json, .md and .html and with a judge frontier.png to a folder; returns the Markdown.
 
+    The workdir gets summary.md, .html and .png: the same of all that can be compared, under a title of their own.
+
     Args:
       folder: of this evaluation.
-      workdir: of all; those in it that can be compared stand in the same table and figure.
+      workdir: of all; those in it that can be compared stand in the same tables and figure.
       result: the evaluation.
     """
-    write_json(os.path.join(folder, "report.json"), dataclasses.asdict(result))
+    tree = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    measures = {"model": tree.pop("measures"), "baseline": tree.pop("baseline_measures")}
+    tree |= {name: tree[name] and dataclasses.asdict(tree[name]) for name in ("speed", "quality")}
+    write_json(
+        os.path.join(folder, MEASURES),
+        {key: {name: each.as_json() for name, each in of.items()} for key, of in measures.items()},
+    )
+    write_json(os.path.join(folder, "report.json"), tree)
     others = [each for each in read_results(workdir) if each.compared_with == result.compared_with]
-    figure = os.path.join(folder, "frontier.png")
-    drawn = result.quality is not None and _draw(others, figure)
-    markdown = page(result, others, figure=drawn)
-    with replacing(os.path.join(folder, "report.md")) as file:
+    title = f"{result.name} on {result.prompts}"
+    markdown = _write_page(os.path.join(folder, "report"), "frontier.png", title, result, others)
+    title = f"{len(others)} models on {result.prompts}" if len(others) > 1 else title
+    _write_page(os.path.join(workdir, "summary"), "summary.png", title, result, others)
+    return markdown
+
+
+def _write_page(path: str, figure: str, title: str, result: Result, others: Sequence[Result]) -> str:
+    """Writes PATH.md, PATH.html and the figure beside them; returns the Markdown."""
+    picture = os.path.join(os.path.dirname(path), figure)
+    drawn = result.quality is not None and _draw(others, picture)
+    markdown = page(title, result, others, figure if drawn else "")
+    with replacing(f"{path}.md") as file:
         file.write(markdown)
-    with replacing(os.path.join(folder, "report.html")) as file:
-        file.write(as_html(result, others, figure if drawn else ""))
+    with replacing(f"{path}.html") as file:
+        file.write(as_html(title, result, others, picture if drawn else ""))
     return markdown
 
 
@@ -88,7 +119,11 @@ def read_results(workdir: str) -> list[Result]:
     for path in sorted(glob.glob(pattern, recursive=True)):
         try:
             with open(path, encoding="utf-8") as file:
-                found.append(_result_of(json.load(file)))
+                result = _result_of(json.load(file))
+            with open(os.path.join(os.path.dirname(path), MEASURES), encoding="utf-8") as file:
+                both = json.load(file)
+            of = {key: {name: measure_of(each) for name, each in tree.items()} for key, tree in both.items()}
+            found.append(dataclasses.replace(result, measures=of["model"], baseline_measures=of["baseline"]))
         except (OSError, *BROKEN):
             continue
     return found
@@ -107,6 +142,7 @@ def _result_of(tree: dict[str, Any]) -> Result:
             | {
                 "win_rate": Estimate(**quality["win_rate"]),
                 "length_controlled": controlled and Estimate(**controlled),
+                "chances": tuple(quality["chances"]),
             }
         )
     return Result(**tree | {"speed": Speed(**speed), "quality": quality})
@@ -157,12 +193,26 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 def notes(result: Result) -> list[str]:
     """What the numbers mean, a sentence each."""
     said = [
-        f"Every prompt is answered by {result.name} and by {result.baseline} in turn, at batch 1, with up to "
+        f"{_asked(result)} answered by {result.name} and by {result.baseline} in turn, at batch 1, with up to "
         f"{result.max_new_tokens} tokens; each is decoded twice and the second decode is timed.",
         "Theoretical: the baseline's tokens / the critical path. Realized: seconds / seconds. Parallelism: tokens "
         "without tags / the critical path. These are geometric means over prompts, +- one standard error.",
         "Answers that were cut off or malformed count as they are; a prompt that failed has no speed, and loses.",
     ]
+    if result.rows > 1:
+        said.insert(
+            1,
+            f"All prompts are answered {result.rows} at once, too, once, by the two in turn: their seconds are "
+            f"those of batch {result.rows}, of full batches."
+            + " The answers to the prompts that were not asked at batch 1 are those of this pass: the same up to "
+            "rounding, and without seconds of their own." * (result.timed < result.speed.prompts),
+        )
+    said.append(
+        "Measures: a mean over prompts with its 95 % interval, of shares of answers Wilson's, else normal, by the "
+        "delta method where a sum is divided by another. Differences are taken prompt by prompt; of speeds they "
+        "are ratios. Efficiency: realized / theoretical. Doubled: four of five words in common with an earlier "
+        "item or paragraph. Promised lengths: in shares of the tokens of blocks, without answers that were cut off."
+    )
     if (quality := result.quality) is not None:
         said.append(
             f"Win rate: the mean probability, by {result.judge}, that the answer is better than that of "
@@ -185,14 +235,37 @@ def notes(result: Result) -> list[str]:
     return said
 
 
-def page(result: Result, others: Sequence[Result], *, figure: bool) -> str:
-    """The report in Markdown."""
-    parts = [f"# {result.name} on {result.prompts}", markdown_table(*table(others))]
-    parts += ["![Quality against speed](frontier.png)"] * figure
+def _asked(result: Result) -> str:
+    """Which prompts were asked at batch 1, and the verb."""
+    if result.timed < result.speed.prompts:
+        return f"The first {result.timed} of {result.speed.prompts} prompts are"
+    return "Every prompt is"
+
+
+def tables(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of each table."""
+    found = [("", *table(results))]
+    named: dict[str, Measures] = {f"{results[0].baseline} (baseline)": results[0].baseline_measures}
+    for result in results:
+        count = sum(result.name == each.name for each in results[: results.index(result)])
+        named[f"{result.name} ({count + 1})" if count else result.name] = result.measures
+    found.append(("Measures", *measure_table(named)))
+    if len(results) > 1:
+        found.append(("Differences", *pair_table(dict([*named.items()][1:]))))
+    return found
+
+
+def page(title: str, result: Result, others: Sequence[Result], figure: str) -> str:
+    """The report in Markdown. `figure`: the name of its figure, "" without one."""
+    parts = [f"# {title}"]
+    for heading, header, rows in tables(others):
+        parts += [f"## {heading}"] * bool(heading) + [markdown_table(header, rows)]
+        parts += [f"![Quality against speed]({figure})"] * bool(figure and not heading)
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(result))]) + "\n"
 
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
+h2 { font-size: 1.1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #d9dce1; }
@@ -200,27 +273,31 @@ th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; }"""
 
 
-def as_html(result: Result, others: Sequence[Result], figure: str) -> str:
+def as_html(title: str, result: Result, others: Sequence[Result], figure: str) -> str:
     """The report as one HTML file, its figure in it."""
-    header, rows = table(others)
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    image = ""
-    if figure:
-        with open(figure, "rb") as file:
-            data = base64.b64encode(file.read()).decode()
-        image = f'<p><img alt="Quality against speed" src="data:image/png;base64,{data}"></p>\n'
-    title = html.escape(f"{result.name} on {result.prompts}")
-    body = "\n".join(line(row, "td") for row in rows)
+    title = html.escape(title)
+    parts = []
+    for heading, header, rows in tables(others):
+        body = "\n".join(line(row, "td") for row in rows)
+        parts += [f"<h2>{heading}</h2>"] * bool(heading)
+        parts.append(
+            f'<div class="wide"><table>\n<thead>{line(header, "th")}</thead>\n'
+            f"<tbody>\n{body}\n</tbody>\n</table></div>"
+        )
+        if figure and not heading:
+            with open(figure, "rb") as file:
+                data = base64.b64encode(file.read()).decode()
+            parts.append(f'<p><img alt="Quality against speed" src="data:image/png;base64,{data}"></p>')
     points = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes(result))
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
-        f'<div class="wide"><table>\n<thead>{line(header, "th")}</thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>\n"
-        f"{image}<ul>\n{points}\n</ul>\n</body>\n</html>\n"
+        + "\n".join(parts)
+        + f"\n<ul>\n{points}\n</ul>\n</body>\n</html>\n"
     )
 
 
@@ -235,25 +312,24 @@ def _draw(results: Sequence[Result], path: str) -> bool:
         LOG.info("%s", error)
         return False
     first = results[0]
-    told = f"{first.speed.prompts} prompts, against {first.opponent}, judged by {first.judge}"
+    told = f"{first.speed.prompts} prompts, against {first.opponent}, judged by {first.judge}; 95 % intervals"
     figure.suptitle(told if len(told) <= 120 else f"{told[:117]}...", fontsize=10, color=PALE)
     panels = figure.subplots(1, 2, sharey=True)
     is_baseline = results[0].opponent == results[0].baseline
     for axes, name in zip(panels, ("realized", "theoretical")):
-        points = [(getattr(each.speed, name), each) for each in results if each.quality]
-        points = [(speed, each) for speed, each in points if math.isfinite(speed.mean)]
+        points = [each for each in results if each.quality and {name, "win rate"} <= each.measures.keys()]
         labels = []
         if is_baseline:
             axes.plot([1.0], [50.0], "s", color="#4d4d4d", markersize=7, zorder=3)
             labels.append(Label(1.0, 50.0, results[0].baseline, "#4d4d4d"))
-        for number, (speed, each) in enumerate(points):
-            assert each.quality is not None
-            look, win = SERIES[number % len(SERIES)], each.quality.win_rate
+        for number, each in enumerate(points):
+            look = SERIES[number % len(SERIES)]
+            speed, win = each.measures[name].interval, each.measures["win rate"].interval
             axes.errorbar(
                 speed.mean,
-                win.mean,
-                xerr=None if math.isnan(speed.error) else speed.error,
-                yerr=None if math.isnan(win.error) else win.error,
+                100 * win.mean,
+                xerr=_bars(speed),
+                yerr=100 * _bars(win),
                 fmt=look.marker,
                 color=look.color,
                 markersize=7,
@@ -261,7 +337,7 @@ def _draw(results: Sequence[Result], path: str) -> bool:
                 capsize=3,
                 zorder=3,
             )
-            labels.append(Label(speed.mean, win.mean, each.name, look.color))
+            labels.append(Label(speed.mean, 100 * win.mean, each.name, look.color))
         axes.axhline(50, color="#bbbbbb", linewidth=1, zorder=0)
         axes.axvline(1, color="#bbbbbb", linewidth=1, zorder=0)
         axes.margins(0.2)
@@ -271,3 +347,9 @@ def _draw(results: Sequence[Result], path: str) -> bool:
         place(axes, labels)
     save(figure, path)
     return True
+
+
+def _bars(interval: Interval) -> np.ndarray:
+    """What an interval adds to each side of its mean, [2, 1]; nothing where it is not known."""
+    sides = np.array([[interval.mean - interval.low], [interval.high - interval.mean]])
+    return np.where(np.isfinite(sides), np.maximum(sides, 0.0), 0.0)

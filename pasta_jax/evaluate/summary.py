@@ -49,7 +49,7 @@ class Speed:
     Attributes:
       prompts: how many.
       theoretical: the baseline's tokens / the critical path. Speeds are geometric means (paper section 5.1).
-      realized: the baseline's seconds / the model's.
+      realized: the baseline's seconds / the model's, of the prompts that were answered at batch 1.
       parallelism: tokens without tags / critical path.
       promising: the share of answers with a promise, in per cent.
       tokens, baseline_tokens: mean tokens without tags.
@@ -77,7 +77,7 @@ def speed_of(baseline: Sequence[Answered], test: Sequence[Answered]) -> Speed:
     return Speed(
         prompts=len(test),
         theoretical=geometric([theoretical_speedup(b, t) for b, t in both]),
-        realized=geometric([b.wall_s / t.wall_s for b, t in both]),
+        realized=geometric([b.wall_s / t.wall_s for b, t in both if b.wall_s and t.wall_s]),
         parallelism=geometric([parallelism(t) for _, t in both]),
         promising=percent(np.array([t.promises > 0 for t in test], np.float64)),
         tokens=float(np.mean([t.text_tokens for t in test])),
@@ -102,6 +102,7 @@ class Quality:
         same winner in both, in per cent; None if there are none.
       length_controlled: AlpacaEval's, if it could be computed.
       unjudged: prompts without a verdict in one order at least.
+      chances: the judge's probability that the answer is better, of each prompt; None without a verdict.
     """
 
     win_rate: Estimate
@@ -111,6 +112,7 @@ class Quality:
     same_winner: float | None
     length_controlled: Estimate | None = None
     unjudged: int = 0
+    chances: tuple[float | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,4 +187,5 @@ def quality_of(chance: np.ndarray, agreed: Sequence[bool]) -> Quality:
         lost=int((chance < 0.5).sum()),
         same_winner=100 * sum(agreed) / len(agreed) if agreed else None,
         unjudged=int(np.isnan(chance).sum()),
+        chances=tuple(None if math.isnan(value) else float(value) for value in chance),
     )

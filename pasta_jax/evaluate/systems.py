@@ -213,6 +213,9 @@ def take_turns(
     about: Mapping[str, Any],
     read: Callable[[str], list[Answer]],
     belongs: Callable[[Task, Answer], bool],
+    *,
+    first: int | None = None,
+    units: str = "prompts",
 ) -> dict[str, list[Answer]]:
     """`evaluate` for any tasks, and any dataclass of answers.
 
@@ -221,6 +224,8 @@ def take_turns(
       tasks: what they are asked.
       read: the answers in a file, up to the first broken line.
       belongs: whether an answer is one to this task.
+      first: how many of the tasks to ask; answers that are there to more are kept and returned.
+      units: what tasks are, for people.
     """
     paths = {name: os.path.join(workdir, f"{name}.jsonl") for name in systems}
     with contextlib.ExitStack() as stack:
@@ -238,20 +243,21 @@ def take_turns(
             answers[name] = answers[name][:done]
             write_answers(path, answers[name])
         stamp.write(about)  # last: until now the files may have been of other systems
+        tasks = tasks[: max(done, len(tasks) if first is None else first)]
         if done < len(tasks):
             LOG.info(
-                "%d prompts, each answered twice by %s; %d are done. The first take longer: programs are compiled.",
-                *(len(tasks), " and ".join(systems), done),
+                "%d %s for %s; %d are done. The first take longer: programs are compiled.",
+                *(len(tasks), units, " and ".join(systems), done),
             )
         files = {name: stack.enter_context(Lines(path)) for name, path in paths.items()}
         quiet, logged_at = not shows_progress(), time.monotonic()
-        bar = tqdm(tasks[done:], initial=done, total=len(tasks), unit="prompt", disable=quiet)
+        bar = tqdm(tasks[done:], initial=done, total=len(tasks), unit=f" {units}", disable=quiet)
         for number, task in enumerate(bar, done + 1):
             for name, system in systems.items():
                 answers[name].append(system(task))
                 files[name].write(json_line(dataclasses.asdict(answers[name][-1])))
             if quiet and time.monotonic() - logged_at > LOG_EVERY_S:
-                LOG.info("%d of %d prompts", number, len(tasks))
+                LOG.info("%d of %d %s", number, len(tasks), units)
                 logged_at = time.monotonic()
     return answers
 

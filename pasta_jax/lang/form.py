@@ -45,6 +45,8 @@ class Form:
       numbered, in_order: lists of numbers, and those in which each is one above the one before.
       branched_lists: lists of which two items or more begin a block.
       neat_branched: those of them with one kind of mark, and in order if they are numbered.
+      named, repeated_names: items of lists with a name (a bold head, words before a colon), and those with the name
+        of an earlier item of the list.
       parts: items and paragraphs, items with all that is in them.
       doubled: parts nearly equal (`ALIKE`) to an earlier one that does not hold them.
       topics, repeated_topics: of promises, and those that an earlier promise has, without regard to case.
@@ -64,6 +66,8 @@ class Form:
     in_order: int
     branched_lists: int
     neat_branched: int
+    named: int
+    repeated_names: int
     parts: int
     doubled: int
     topics: int
@@ -97,6 +101,7 @@ SHARES: Mapping[str, Share] = {
     "one_marker": Share("lists with one marker style", "one_marker", "lists", "lists"),
     "in_order": Share("numbered lists in order", "in_order", "numbered", "numbered lists"),
     "neat_branched": Share("lists of several branches, both", "neat_branched", "branched_lists", "lists"),
+    "repeated_names": Share("repeated names of items", "repeated_names", "named", "named items"),
     "doubled": Share("doubled items and paragraphs", "doubled", "parts", "items and paragraphs"),
     "repeated_topics": Share("repeated topics", "repeated_topics", "topics", "topics"),
     "length_error": Share("error of promised lengths", "length_error", "block_tokens", "tokens of blocks"),
@@ -128,6 +133,7 @@ def form_of(program: Program, tokens_of: Callable[[str], int] | None = None) -> 
     styles = [len({_style(item.marker) for item in each}) == 1 for each in lists]
     orders = [_order([number_of(item) for item in each]) for each in lists]
     branched = [sum(item.start in begun for item in each) > 1 for each in lists]
+    names = [[name for item in each if (name := _name(text, item))] for each in lists]
     runs = [*_ngrams(_words(text))]
     units = [part for part in _parts(parts) if part.kind in ("item", "paragraph")]
     return Form(
@@ -142,6 +148,8 @@ def form_of(program: Program, tokens_of: Callable[[str], int] | None = None) -> 
             of_several and style and order is not False
             for of_several, style, order in zip(branched, styles, orders)
         ),
+        named=sum(map(len, names)),
+        repeated_names=sum(len(each) - len({*each}) for each in names),
         parts=len(units),
         doubled=_doubled(text, units),
         topics=len(topics),
@@ -224,6 +232,11 @@ def _style(marker: str) -> str:
     if re.fullmatch(r"\(?[A-Za-z]+[.)]", marker):
         return re.sub("[A-Z]+", "A", re.sub("[a-z]+", "a", marker))
     return re.sub(r"\d+", "1", marker).removesuffix("\ufe0f")
+
+
+def _name(text: str, item: Part) -> tuple[str, ...]:
+    """The words of an item's name without its mark."""
+    return (*_words(item.name(text).lstrip("*_").removeprefix(item.marker)),)
 
 
 def _order(numbers: Sequence[int]) -> bool | None:
