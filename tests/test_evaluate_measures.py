@@ -207,7 +207,7 @@ def test_models_of_one_workdir_side_by_side(settings: own.Settings) -> None:
         [True, True, False, False, False],
     )
     folder, workdir = pathlib.Path(found.folder), pathlib.Path(settings.workdir)
-    summary = (workdir / "summary.md").read_text()
+    summary = (workdir / "summary-prompts.md").read_text()
     assert summary.startswith("# 2 models on ") and "The first 2 of 5 prompts are answered" in summary
     for page in (markdown, summary):
         assert "| false promises, of kind single or story " in page and "100.0 % (43.9 to 100.0)" in page

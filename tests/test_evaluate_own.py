@@ -440,6 +440,8 @@ def values_of(settings: own.Settings, given: dict[str, Any]) -> Any:
         "prompts": settings.prompts,
         "workdir": "W",
         "columns": [],
+        "plain_kinds": [],
+        "rows": 1,
     }
     flags |= {
         "price_in": 0.0,

@@ -11,8 +11,10 @@ again resumes. Of several processes the first does it all, on one device; the ot
 
 A file of prompts has any layout that training reads; it needs no answers. Without --judge, speed is measured. With
 one, the model's answers are compared with the baseline's, or with those of --opponent, in both orders. Without
---baseline the model's own sequential decoding is the baseline. --annotations computes the win rates of a judge's
-annotations as AlpacaEval publishes them, and loads no model.
+--baseline the model's own sequential decoding is the baseline. Several models, one command each, share a workdir:
+summary-PROMPTS.html there compares them. With --rows=8 prompts are answered together, too, and --timed=50 has only
+the first answered at batch 1. --audit=WORKDIR measures what branches lose without sight of each other.
+--annotations computes the win rates of a judge's annotations as AlpacaEval publishes them, and loads no model.
 """
 
 from __future__ import annotations
@@ -112,6 +114,7 @@ def on_own_prompts(values: flags.FlagValues) -> None:
     """Evaluates on the prompts of a file."""
     from pasta_jax.checkpoints.about import find_checkpoint
     from pasta_jax.evaluate import alpaca_eval, contests, own
+    from pasta_jax.evaluate.report import summary_of
 
     settings = own.Settings(
         ckpt=values.ckpt,
@@ -160,7 +163,9 @@ def on_own_prompts(values: flags.FlagValues) -> None:
     print(contests.write_report(settings, evaluated, quality, _judge_name(values), asked, caution, audited))
     folder = asked.folder if asked else evaluated.folder
     print(f"{os.path.join(folder, 'report.html')} has it with its figure.")
-    print(f"{os.path.join(settings.workdir, 'summary.html')} compares the models that were evaluated there.")
+    print(
+        f"{summary_of(settings.workdir, settings.prompts)}.html compares the models that were evaluated there."
+    )
 
 
 def _judge_name(values: flags.FlagValues) -> str:

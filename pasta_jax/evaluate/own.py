@@ -1,6 +1,6 @@
 """A model on a user's own prompts: `python -m pasta_jax.evaluate --prompts=FILE`.
 
-    WORKDIR/summary.md, .html, .png            all that can be compared with the last evaluation
+    WORKDIR/summary-PROMPTS.md, .html, .png    all that can be compared with the last evaluation
             NAME/model.jsonl, baseline.jsonl   every answer at batch 1 with its tokens, steps and seconds
                  batches-8/                    the same for eight prompts at once
                  annotated.jsonl               the model's answers with their tags, as records

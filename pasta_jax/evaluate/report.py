@@ -9,6 +9,7 @@ import html
 import json
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 
 from pasta_jax.evaluate.alpaca_eval import Estimate
 from pasta_jax.evaluate.measures import Measures, measure_of, measure_table, pair_table
+from pasta_jax.evaluate.names import slug
 from pasta_jax.evaluate.summary import Quality, Ratio, Speed
 from pasta_jax.figures import PALE, SERIES, Label, dress, new_figure, place, save
-from pasta_jax.files import BROKEN, replacing, write_json
+from pasta_jax.files import BROKEN, json_line, replacing, write_json
 from pasta_jax.intervals import Interval
 from pasta_jax.terminal import markdown_table
 
@@ -77,7 +79,7 @@ class Result:
 def write_reports(folder: str, workdir: str, result: Result) -> str:
     """Writes report.json, .md and .html and with a judge frontier.png to a folder; returns the Markdown.
 
-    The workdir gets summary.md, .html and .png: the same of all that can be compared, under a title of their own.
+    The workdir gets summary-PROMPTS.md, .html and .png: the same of all that can be compared.
 
     Args:
       folder: of this evaluation.
@@ -87,28 +89,39 @@ def write_reports(folder: str, workdir: str, result: Result) -> str:
     tree = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     measures = {"model": tree.pop("measures"), "baseline": tree.pop("baseline_measures")}
     tree |= {name: tree[name] and dataclasses.asdict(tree[name]) for name in ("speed", "quality")}
-    write_json(
-        os.path.join(folder, MEASURES),
-        {key: {name: each.as_json() for name, each in of.items()} for key, of in measures.items()},
-    )
+    with replacing(os.path.join(folder, MEASURES)) as file:
+        file.write(
+            json_line({key: {k: each.as_json() for k, each in of.items()} for key, of in measures.items()})
+        )
     write_json(os.path.join(folder, "report.json"), tree)
     others = [each for each in read_results(workdir) if each.compared_with == result.compared_with]
     title = f"{result.name} on {result.prompts}"
-    markdown = _write_page(os.path.join(folder, "report"), "frontier.png", title, result, others)
+    figure = os.path.join(folder, "frontier.png")
+    figure = figure if result.quality is not None and _draw(others, figure) else ""
+    markdown = _write_page(os.path.join(folder, "report"), figure, title, result, others)
+    if figure:
+        figure = shutil.copyfile(figure, f"{summary_of(workdir, result.prompts)}.png")
     title = f"{len(others)} models on {result.prompts}" if len(others) > 1 else title
-    _write_page(os.path.join(workdir, "summary"), "summary.png", title, result, others)
+    _write_page(summary_of(workdir, result.prompts), figure, title, result, others)
     return markdown
 
 
+def summary_of(workdir: str, prompts: str) -> str:
+    """The summary of the models that answered a file of prompts, without an ending.
+
+    >>> summary_of("runs/evaluation", "data/held_out.jsonl")
+    'runs/evaluation/summary-held_out'
+    """
+    return os.path.join(workdir, f"summary-{slug(os.path.basename(prompts).partition('.')[0])}")
+
+
 def _write_page(path: str, figure: str, title: str, result: Result, others: Sequence[Result]) -> str:
-    """Writes PATH.md, PATH.html and the figure beside them; returns the Markdown."""
-    picture = os.path.join(os.path.dirname(path), figure)
-    drawn = result.quality is not None and _draw(others, picture)
-    markdown = page(title, result, others, figure if drawn else "")
+    """Writes PATH.md and PATH.html, with the figure of their folder, "" without one; returns the Markdown."""
+    markdown = page(title, result, others, os.path.basename(figure))
     with replacing(f"{path}.md") as file:
         file.write(markdown)
     with replacing(f"{path}.html") as file:
-        file.write(as_html(title, result, others, picture if drawn else ""))
+        file.write(as_html(title, result, others, figure))
     return markdown
 
 

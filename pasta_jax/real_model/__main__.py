@@ -179,7 +179,7 @@ def main(argv: Sequence[str], *, values: Any) -> None:
                 done[step.line] = found
                 file.write(json_line(dataclasses.asdict(found)))
                 write_log(os.path.join(folder, "log.md"), steps, done)
-    print(f"All {len(steps)} steps are done. {folder}/evaluation/summary.html compares the models.")
+    print(f"All {len(steps)} steps are done. {folder}/evaluation/summary-held_out.html compares the models.")
 
 
 def write_log(path: str, steps: Sequence[Step], done: dict[str, Done]) -> None:
