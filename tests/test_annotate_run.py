@@ -5,10 +5,8 @@ from __future__ import annotations
 import collections
 import gzip
 import json
-import os
 import pathlib
 import subprocess
-import sys
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -27,9 +25,8 @@ from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Node, Program, Promise, Text
 from pasta_jax.lang.render import render
 from pasta_jax.testing import WordTokenizer
-from tests.helpers import ONE_DEVICE
+from tests.helpers.commands import python
 
-ROOT = pathlib.Path(__file__).parents[1]
 NILE = "The river flows north through ten dry countries and has fed the fields of Egypt for ages. " * 2
 ANSWER = f"Rivers:\n- **Nile**: {NILE}\n- **Rhine**: {NILE}\n\nBoth are long. é🌍"
 TOKENIZER = WordTokenizer(ANSWER)
@@ -388,11 +385,7 @@ def test_quantiles_of_counts() -> None:
 
 
 def verb(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line, env = (
-        [sys.executable, "-m", "pasta_jax.annotate", *arguments],
-        os.environ | {"XLA_FLAGS": ONE_DEVICE},
-    )
-    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
+    return python("-m", "pasta_jax.annotate", *arguments)
 
 
 @pytest.mark.slow

@@ -17,8 +17,7 @@ from pasta_jax.lang import tags
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.pieces import LONGEST, sentences_of
 from pasta_jax.tokens.tokenizer import TokenizerError
-from tests.helpers.started import ROOT
-from tests.test_verbs import run
+from tests.helpers.commands import ROOT, python
 
 WORDS = (
     "amber",
@@ -149,7 +148,7 @@ def test_impossible_vocabularies_are_refused_with_those_that_are_possible(tmp_pa
 
 def test_the_command(tmp_path: pathlib.Path) -> None:
     data, to = records(tmp_path / "shop.jsonl", 60), tmp_path / "shop.model"
-    done = run("-m", "pasta_jax.tokenizer", f"--text={data},LICENSE", "--vocab_size=600", f"--to={to}")
+    done = python("-m", "pasta_jax.tokenizer", f"--text={data},LICENSE", "--vocab_size=600", f"--to={to}")
     assert done.returncode == 0 and f"{to} has 600 pieces" in done.stdout, done.stderr
     assert "--config.model.vocab_size=600" in done.stdout and load_tokenizer(to)
 

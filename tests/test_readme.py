@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -12,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ONE_DEVICE, only_full
+from tests.helpers import only_full
+from tests.helpers.commands import ROOT, python
 from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/usage.md", "docs/own-data.md")
 TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
@@ -76,20 +75,14 @@ def workspace(tmp_path_factory):
 
 
 def run(workspace: Path, arguments: list[str]) -> str:
-    flags = "" if "pasta_jax.compile" in arguments else ONE_DEVICE  # libtpu refuses those flags
-    env = _environment(flags)
-    if "pasta_jax.compile" in arguments:
-        del env["JAX_PLATFORMS"]  # as for users, where jax would look for a TPU
-    done = subprocess.run(
-        arguments, cwd=workspace, capture_output=True, text=True, timeout=600, env=env, check=False
-    )
+    """`python ARGUMENTS`."""
+    for_tpus = "pasta_jax.compile" in arguments
+    # libtpu refuses the flags of CPUs; and as for users, where jax would look for a TPU.
+    env = {"XLA_FLAGS": "", "JAX_PLATFORMS": None} if for_tpus else {}
+    done = python(*arguments, cwd=workspace, env=env, seconds=600, real=for_tpus)
     assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert "Unable to initialize backend" not in done.stderr
     return done.stdout
-
-
-def _environment(flags: str = ONE_DEVICE) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def chains() -> list[list[list[str]]]:
@@ -130,7 +123,6 @@ def test_every_command(workspace, chain):
         elif command[:2] == ["python", "-m"]:
             named = [command[2], *(part.removeprefix("--config=") for part in command)]
             shorter = [
-                sys.executable,
                 *command[1:],
                 *(option for name in dict.fromkeys(named) for option in SHORTER.get(name, [])),
             ]
@@ -147,12 +139,12 @@ def _almanac_model(workspace: Path) -> None:
     if (workspace / "runs/almanac/bon").exists():
         return
     train = ["-m", "pasta_jax.train", "--config=configs/tiny.py", "--workdir=runs/almanac/bon"]
-    run(workspace, [sys.executable, *train, *SHORTER["configs/tiny.py"], *SHORTER["pasta_jax.train"]])
+    run(workspace, [*train, *SHORTER["configs/tiny.py"], *SHORTER["pasta_jax.train"]])
 
 
 def test_every_snippet(workspace):
     """In one session: what the first ones define, the later ones use."""
     _almanac_model(workspace)
     snippets = [f"{snippet}\nprint('ran', {i})" for i, snippet in enumerate(blocks("python"))]
-    said = run(workspace, [sys.executable, "-c", "\n".join(snippets)])
+    said = run(workspace, ["-c", "\n".join(snippets)])
     assert all(f"ran {i}\n" in said for i in range(len(snippets)))

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,23 +17,19 @@ from pasta_jax.data.sources import make_source, make_tokenizer, steps_of_epochs
 from pasta_jax.files import locked
 from pasta_jax.training import loop
 from pasta_jax.training.metrics import read_metrics
-from tests.helpers import ONE_DEVICE, full
+from tests.helpers import full
+from tests.helpers.commands import python
 from tests.helpers.layouts import write_files
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[1]
 TINY = "--config=configs/tiny.py"
 SMALL = ["--config.model.num_layers=1", "--config.data.rows=2", "--config.log.every=1"]
 PROMISE = '<promise topic="rivers" tokens=1 /><async>The Nile.</async>'
 
 
-def command(
-    *arguments: str, start: tuple[str, str] = ("-m", "pasta_jax.train")
-) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, *start, *arguments]
-    env = os.environ | {"XLA_FLAGS": ONE_DEVICE}
-    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+def train_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", "pasta_jax.train", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +47,7 @@ def command(
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: str) -> None:
-    done = command(*arguments)
+    done = train_command(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
@@ -70,14 +65,14 @@ def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: st
 def test_data_that_does_not_fit_ends_in_one_line_and_status_2(
     override: str, message: str, tmp_path: pathlib.Path
 ) -> None:
-    done = command(TINY + ":pasta", f"--workdir={tmp_path}", *SMALL, f"--config.{override}")
+    done = train_command(TINY + ":pasta", f"--workdir={tmp_path}", *SMALL, f"--config.{override}")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert message in done.stderr.splitlines()[-1]
 
 
 def test_print_config() -> None:
-    done = command(TINY + ":pasta", "--print_config", "--config.optimizer.lr=1e-4")
+    done = train_command(TINY + ":pasta", "--print_config", "--config.optimizer.lr=1e-4")
     assert done.returncode == 0
     assert "config.optimizer.lr = 0.0001 " in done.stdout
     assert "# peak learning rate" in done.stdout
@@ -87,14 +82,14 @@ def test_print_config() -> None:
 def test_two_steps_and_two_more(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "run"
     arguments = [TINY + ":base", f"--workdir={workdir}", *SMALL]
-    first = command(*arguments, "--config.steps=2")
+    first = train_command(*arguments, "--config.steps=2")
     assert first.returncode == 0, first.stderr
-    again = command(*arguments, "--config.steps=3")
+    again = train_command(*arguments, "--config.steps=3")
     assert again.returncode == 0, again.stderr
     assert "Going on from step 2" in again.stderr
     assert "step 3  loss" in again.stderr
     assert [line["step"] for line in read_metrics(str(workdir / "metrics.jsonl"))] == [1, 2, 3]
-    other = command(*arguments, "--config.seed=1")
+    other = train_command(*arguments, "--config.seed=1")
     assert other.returncode == 2
     assert "already has step 3 of a different config (seed). Use a new --workdir" in other.stderr
     assert "Traceback" not in other.stderr
@@ -106,7 +101,7 @@ def test_files_of_every_layout_are_trained_on(tmp_path: pathlib.Path) -> None:
     files, workdir = write_files(tmp_path), tmp_path / "run"
     names = ",".join(map(str, files.values()))
     arguments = [TINY + ":pasta", f"--workdir={workdir}", *SMALL, "--config.steps=2"]
-    done = command(*arguments, f"--config.data.sources={names}")
+    done = train_command(*arguments, f"--config.data.sources={names}")
     assert done.returncode == 0, done.stderr
     metadata = read_metadata(find_checkpoint(workdir))
     assert metadata.step == 2 and metadata.data_index >= 2 * len(files)
@@ -125,7 +120,7 @@ def test_a_disk_that_takes_no_more_ends_in_one_line(tmp_path: pathlib.Path) -> N
     """
     arguments = [TINY + ":base", f"--workdir={tmp_path}", *SMALL, "--config.steps=3"]
     arguments += ["--config.checkpoint.every_steps=1", "--compilation_cache="]
-    done = command(*arguments, start=("-c", code))
+    done = python("-c", code, *arguments)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]

@@ -14,15 +14,9 @@ import pasta_jax
 from pasta_jax import kept, verbs
 from pasta_jax.tokens import chat
 from tests.helpers import ONE_DEVICE, only_full
+from tests.helpers.commands import ROOT, python
 
 pytestmark = pytest.mark.slow
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line, env = [sys.executable, *arguments], os.environ | {"XLA_FLAGS": ONE_DEVICE}
-    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +59,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: str) -> None:
-    done = run("-m", *arguments)
+    done = python("-m", *arguments, real=arguments[0] == "pasta_jax")
     assert done.returncode == 2
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
     assert done.stdout == ""
@@ -93,7 +87,7 @@ def test_a_folder_that_cannot_be_looked_at_is_left_to_those_who_write() -> None:
     ],
 )
 def test_help_is_no_failure(verb: str) -> None:
-    done = run("-m", f"pasta_jax{verb}", "--help")
+    done = python("-m", f"pasta_jax{verb}", "--help", real=verb in ("", ".train"))
     assert done.returncode == 0, done.stderr
     assert "--helpfull" in done.stdout and done.stderr == ""
 
@@ -129,7 +123,7 @@ def main(argv):
 
 verbs.run_main(main)
 """
-    done = run("-c", code)
+    done = python("-c", code, real=True)
     assert done.returncode == 2
     assert done.stderr.endswith("RuntimeError: something else\nThe checkpoint is damaged.\n")
     assert "Event loop" not in done.stderr and "a file is missing" not in done.stderr
@@ -148,7 +142,7 @@ def main(argv):
 
 verbs.run_main(main)
 """
-    done = run("-c", code)
+    done = python("-c", code, real=True)
     assert (done.returncode, done.stderr) == (2, "It failed.\n")
 
 
@@ -164,7 +158,7 @@ def main(argv):
 verbs.run_main(main)
 """
     for which in "wu":
-        done = run("-c", code, which)
+        done = python("-c", code, which)
         assert done.returncode == 2 and "No room." in done.stderr and "Traceback" not in done.stderr
 
 
@@ -177,13 +171,13 @@ def test_compiling_for_a_tpu_says_what_it_lacks() -> None:
         sys.argv = ["compile", "--config=configs/tiny.py"]
         verb.command()
     """
-    done = run("-c", code)
+    done = python("-c", code)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "libtpu is not installed: pip install libtpu (Linux; needs no TPU).\n"
 
 
 def test_the_version_and_the_chat_formats() -> None:
-    done = run("-m", "pasta_jax", "--version")
+    done = python("-m", "pasta_jax", "--version", real=True)
     assert (done.returncode, done.stdout) == (0, f"{pasta_jax.__version__}\n")
     assert verbs.CHATS == chat.CHATS
 
@@ -236,7 +230,7 @@ def test_options_reach_load_of_both_models() -> None:
         sys.argv = ["evaluate", "--ckpt=W", "--baseline=B", *{flags}]
         evaluate.command()
     """
-    done = run("-c", code)
+    done = python("-c", code)
     assert (done.returncode, done.stderr) == (2, "loaded ['B', 'W']\n")
 
 
@@ -280,7 +274,7 @@ def test_prompts_and_sizes_that_cannot_be_end_in_one_line() -> None:
         (*really, "Hi", "--open_bias=nan"): "open_bias=nan is out of range.",
         (*broken, "Hi"): "Out of memory. Lower --max_new_tokens, or shorten the prompt. RESOURCE_EXHAUSTED: ",
     }.items():
-        done = run(*line)
+        done = python(*line)
         assert done.returncode == 2 and re.match(message, done.stderr) and done.stderr.count("\n") == 1, (
             done.stderr
         )
@@ -326,7 +320,7 @@ def test_another_pipe_that_breaks_is_no_quiet_end(lines: str) -> None:
             raise BrokenPipeError("a socket")
         verbs.run_main(main)
     """
-    done = run("-c", code)
+    done = python("-c", code)
     assert done.returncode == 1 and done.stderr.endswith("BrokenPipeError: a socket\n")
 
 
@@ -365,7 +359,7 @@ def test_options_reach_decode() -> None:
         sys.argv = ["pasta_jax", "--ckpt=W", *{flags}, "Rivers?"]
         verb.command()
     """
-    done = run("-c", code)
+    done = python("-c", code)
     assert (done.returncode, done.stderr) == (2, "decoded\n")
 
 
