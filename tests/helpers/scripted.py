@@ -91,10 +91,10 @@ def lines_of_table(table: ThreadTable, lines: int, max_depth: int) -> Array:
     return interpreter.down_the_tree(table, jnp.zeros_like(table.parent), branch, max_depth)
 
 
-def nearest_legal(token: int, legal: list[bool]) -> int:
-    """The token itself, or the first legal one after it, round the vocabulary."""
-    V = len(legal)
-    return next(t for t in ((token + i) % V for i in range(V)) if legal[t])
+def nearest_legal(token: int, legal: Callable[[int], bool]) -> int:
+    """The token itself, or the first legal one after it, round the vocabulary; the others are not asked of."""
+    V = len(VOCABULARY)
+    return next(t for t in ((token + i) % V for i in range(V)) if legal(t))
 
 
 Views = dict[int, list[reference.Entry]]
@@ -115,7 +115,7 @@ def run_reference(
     def sample(thread: reference.Thread, legal: Callable[[int], bool]) -> int:
         if views is not None:
             views[id(thread.view[-1])] = list(thread.view)
-        return nearest_legal(script.says(thread), [legal(t) for t in range(len(VOCABULARY))])
+        return nearest_legal(script.says(thread), legal)
 
     return reference.decode(
         prompt,
