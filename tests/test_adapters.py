@@ -24,11 +24,10 @@ from pasta_jax.model import init_params
 from pasta_jax.tokens.layout import layout_ids
 from pasta_jax.training.logprobs import continuation_scores, reference_logprobs, scores_pass
 from tests.helpers import full
-from tests.helpers.answers import OTHER, PROMPT, model
+from tests.helpers.answers import OTHER, PROMPT, WORDS, model
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-BOS = model().tokenizer.vocabulary.bos
+BOS = WORDS.vocabulary.bos
 
 
 def encode(text: str) -> list[int]:

@@ -25,7 +25,7 @@ from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.detokenize import read
 from pasta_jax.tokens.positions import Positions
 from tests.helpers import FULL, scripted
-from tests.helpers.chatty import once_through
+from tests.helpers.chatty import log_softmax, once_through
 from tests.helpers.scripted import compare, compare_views
 
 SHARED = Positions("shared")
@@ -122,7 +122,7 @@ def test_parity(seed):
     checked = branches = 0
     for trace in decode(seed, open_bias=2.0):
         logits, targets = once_through(chatty_model(), trace)
-        logprobs, document = jax.nn.log_softmax(logits), as_document(trace)
+        logprobs, document = log_softmax(logits), as_document(trace)
         recorded = trace.logprob[document_order(trace)]
         place = {(int(t), int(o)): i for i, (t, o) in enumerate(zip(document.thread, document.order))}
         branches += len(trace.parent) - 1

@@ -53,7 +53,7 @@ def model_of(config: Config, *, int8: bool, mesh: Any) -> Model:
     ("rows", "form", "int8", "spread", "settings"),
     [
         full(3, "outputs_first", False, False, {"cached_bytes": 0, "pool_buckets": (20,)}),
-        (1, "fused", True, False, {"platform": "gpu", "pool_buckets": ()}),
+        full(1, "fused", True, False, {"platform": "gpu", "pool_buckets": ()}),
         (3, "plain", True, True, {"widths": (), "pool_buckets": ()}),
     ],
 )

@@ -19,7 +19,7 @@ from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.model.families import FAMILIES, config_from_hf
 from pasta_jax.model.weights import hf_tensors
-from tests.helpers import optimized
+from tests.helpers import full, optimized
 from tests.helpers import tiny_families as tiny
 
 pytestmark = pytest.mark.slow
@@ -94,9 +94,12 @@ def test_logits_equal_those_of_transformers_at_every_position(name: str) -> None
         np.testing.assert_array_equal(greedy, theirs.continuations[row])
 
 
-@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("name", [name if name in ("gemma2", "gemma3") else full(name) for name in DECODED])
 def test_decoded_greedily_it_continues_like_transformers(name: str) -> None:
-    """In a batch with other lengths, without promises and with them allowed; and alone, the other rows idle."""
+    """In a batch with other lengths, without promises and with them allowed; and alone, the other rows idle.
+
+    All have the logits above, of the pass in which they differ. These two have windows, caps and norms.
+    """
     theirs, _ = model_of(name)
     for open_bias in (OFF, 0.0):
         np.testing.assert_array_equal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.lang import grammar
 from pasta_jax.lang.grammar import Effect, Kind
 from pasta_jax.tokens.positions import Positions
-from tests.helpers import FULL, scripted, slow
+from tests.helpers import FULL, full, scripted, slow
 from tests.helpers.scripted import compare, compare_views, random_script
 
 PROGRAMS = 10_240 if FULL else 1_280
@@ -32,7 +33,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("setting", [0, slow(1), 2, slow(3), slow(4), 5, slow(6), slow(7)])
+@pytest.mark.parametrize("setting", [0, slow(1), 2, slow(3), slow(4), 5, slow(6), full(7)])
 def test_compiled_interpreter_is_its_specification(setting, seed):
     """Law 3: same tokens, threads, places, steps, views and stop, on random programs, malformed ones included."""
     limits, positions = SETTINGS[setting]
@@ -115,8 +116,11 @@ def test_golden_trace():
         2: [word] * 19 + [scripted.ASYNC_CLOSE],  # The length ...
     }
     ask, prompt = scripted.request(max_branch_tokens=64), jnp.full(21, word)
+    feed = jax.jit(lambda state: interpreter.feed(state, ask, limits))
+    advance = jax.jit(functools.partial(interpreter.advance, rules=rules))
+    record = jax.jit(interpreter.record)
     state = interpreter.begin(limits, limits.pool + limits.lanes, prompt, jnp.int32(21))
-    lanes = interpreter.feed(state, ask, limits)
+    lanes = feed(state)
     said = {thread: iter(tokens) for thread, tokens in says.items()}
     while True:
         sampled = [0] * limits.lanes
@@ -124,11 +128,11 @@ def test_golden_trace():
             thread = int(lanes.thread[lane])
             if lanes.is_real[lane] and not state.threads.closing[thread]:
                 sampled[lane] = next(said[thread])
-        state = interpreter.advance(state, ask, lanes, jnp.array(sampled), jnp.zeros(limits.lanes), rules)
+        state = advance(state, ask, lanes, jnp.array(sampled), jnp.zeros(limits.lanes))
         if state.stop != Stop.RUNNING:
             break
-        lanes = interpreter.feed(state, ask, limits)
-        state = interpreter.record(state, lanes)
+        lanes = feed(state)
+        state = record(state, lanes)
 
     e = state.entries
     trace = {i: (int(e.step[i]), int(e.thread[i]), int(e.token[i])) for i in range(int(state.cursor))}

@@ -131,8 +131,8 @@ def test_blocks_of_queries_give_what_all_at_once_gives(
     may_attend[0, length // 2] = False  # padding sees nothing
 
     def both(one: Any) -> Any:
-        out = one(q, k, v, may_attend)
-        return out, jax.grad(lambda *qkv: (one(*qkv, may_attend) ** 2).sum(), (0, 1, 2))(q, k, v)
+        gradient = jax.grad(lambda *qkv: (one(*qkv, may_attend) ** 2).sum(), (0, 1, 2))
+        return jax.jit(lambda *qkv: (one(*qkv, may_attend), gradient(*qkv)))(q, k, v)
 
     def by_blocks(q: Any, k: Any, v: Any, matrix: Any) -> Any:
         return attend_to_earlier(q, k, v, Matrix(matrix))

@@ -396,7 +396,8 @@ def test_every_cell_runs(tmp_path: pathlib.Path) -> None:
         return dataclasses.replace(config, steps=2, model=model, data=data, preference=preference)
 
     plan = Plan((0,), (1.0,), 2, 7, 7, ("Shared",), ("harmonic",), (1.0,), adapt=small)
-    reproduce.run(plan, str(tmp_path))
+    with helpers.programs_kept():
+        reproduce.run(plan, str(tmp_path))
     reproduce.write(plan, str(tmp_path), reproduce.about_this(plan, str(tmp_path)))
     assert (tmp_path / "report.html").exists()
 

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import pytest
 
+from pasta_jax import kept
+
 FULL = bool(os.environ.get("PASTA_FULL"))
 """Full counts, as continuous integration runs them."""
 
@@ -44,6 +46,17 @@ def slow(*values: Any) -> Any:
 def full(*values: Any) -> Any:
     """A case of `pytest.mark.parametrize` that only continuous integration runs: it proves again what others do."""
     return pytest.param(*values, marks=only_full)
+
+
+@contextlib.contextmanager
+def programs_kept() -> Iterator[None]:
+    """Decoders keep their programs whole, as those of commands do: one of sizes that were there before traces none.
+
+    For tests that make the same decoder again and again, and patch nothing that its programs are made of.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept, "programs", os.environ["JAX_COMPILATION_CACHE_DIR"])
+        yield
 
 
 @contextlib.contextmanager

@@ -58,10 +58,14 @@ def decoder(rows: int = 6) -> Decoder:
     return Decoder(chatty_model(), limits=LIMITS, rows=rows, chunk=16, prompt_buckets=(16,), widths=())
 
 
+LENGTH = 320
+"""Of the rows that traces are fed in: one length, one program."""
+
+
 def once_through(model: Model, trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """The logits of the trace fed at once as a training row, and its targets: [n, V], [n]."""
     document = as_document(trace)
-    size = -len(document) % 64
+    size = -len(document) % LENGTH
     padded = {
         name: np.pad(array, [(0, size)] + [(0, 0)] * (array.ndim - 1))
         for name, array in document.fields().items()
@@ -69,8 +73,23 @@ def once_through(model: Model, trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     padded["target"][len(document) :] = NO_TARGET
     assert (padded["doc"][len(document) :] == NO_DOC).all()
     row = dataclasses.replace(document, **{k: v[None] for k, v in padded.items()})
-    transformer = Transformer(model.config)
-    hidden: Any = transformer.apply({"params": model.params}, row.token, row.position, visible(row, row))
-    hidden, _ = hidden
-    logits: Any = transformer.apply({"params": model.params}, hidden, method="logits")
-    return np.asarray(logits[0, : len(document)]), document.target
+    logits = whole_pass(model.config)(model.params, row.token, row.position, visible(row, row))
+    return np.asarray(logits)[0, : len(document)], document.target
+
+
+@functools.cache
+def whole_pass(config: ModelConfig) -> Any:
+    """Logits of a training row, from parameters, tokens, positions and visibility."""
+    transformer = Transformer(config)
+
+    @jax.jit
+    def run(params: Any, *row: Any) -> Any:
+        hidden, _ = transformer.apply({"params": params}, *row)
+        return transformer.apply({"params": params}, hidden, method="logits")
+
+    return run
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """In numpy, which compiles nothing for each length."""
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
