@@ -31,6 +31,9 @@ class Interval(NamedTuple):
         return math.isfinite(self.mean)
 
 
+UNKNOWN = Interval(math.nan, math.nan, math.nan)
+
+
 @dataclasses.dataclass(frozen=True)
 class Values:
     """A measure of n answers.
@@ -64,30 +67,37 @@ class Values:
     def interval(self) -> Interval:
         """The mean and its interval.
 
-        >>> yes = Values(np.array([1.0, 0, 0, 0]), np.ones(4))
-        >>> ratio = Values(np.array([2.0, 6.0]), np.array([1.0, 2.0]))
-        >>> [tuple(round(each, 2) for each in values.interval) for values in (yes, ratio)]
-        [(0.25, 0.05, 0.7), (2.67, 1.8, 3.54)]
+        >>> values = Values(np.array([2.0, 6.0]), np.array([1.0, 2.0]))
+        >>> tuple(round(each, 2) for each in values.interval)
+        (2.67, 1.8, 3.54)
         """
-        mean, chosen = self.mean, self.below != 0
-        if not math.isfinite(mean):
-            return Interval(math.nan, math.nan, math.nan)
+        return _normal(self.mean, self.influence) if math.isfinite(self.mean) else UNKNOWN
+
+    @property
+    def share(self) -> Interval:
+        """The same of a share of what is counted, which lies between 0 and 1; of yes or no it is Wilson's.
+
+        >>> values = Values(np.array([1.0, 0, 0, 0]), np.ones(4))
+        >>> tuple(round(each, 2) for each in values.share)
+        (0.25, 0.05, 0.7)
+        """
+        if not math.isfinite(self.mean):
+            return UNKNOWN
         if np.isin(self.above, (0, 1)).all() and np.isin(self.below, (0, 1)).all():
-            return _wilson(mean, int(chosen.sum()))
-        found = _normal(mean, self.influence)
-        if (self.above >= 0).all() and (self.above <= self.below).all():  # a share
-            found = Interval(mean, *(min(max(each, 0.0), 1.0) for each in found[1:]))
-        return found
+            return _wilson(self.mean, int(self.below.sum()))
+        mean, low, high = self.interval
+        return Interval(mean, max(low, 0.0), min(high, 1.0)) if low < high else Interval(mean, low, high)
 
     def less(self, other: Values) -> Interval:
         """The difference of two means of the same n prompts, this one's less the other's."""
         if not math.isfinite(difference := self.mean - other.mean):
-            return Interval(math.nan, math.nan, math.nan)
+            return UNKNOWN
         return _normal(difference, self.influence - other.influence)
 
 
 def _normal(mean: float, influence: np.ndarray) -> Interval:
-    if len(influence) < 2:
+    """Without an interval where there are not two answers, or all say the same."""
+    if len(influence) < 2 or np.ptp(influence) < 1e-12:
         return Interval(mean, math.nan, math.nan)
     half = Z * float(influence.std(ddof=1)) / math.sqrt(len(influence))
     return Interval(mean, mean - half, mean + half)

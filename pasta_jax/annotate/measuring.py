@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def figures_of(forms: Sequence[Form]) -> dict[str, Any]:
     for name, share in SHARES.items():
         values = Values.counted(forms, share.above, share.below)
         if values.below.sum():
-            mean, low, high = values.interval
+            mean, low, high = values.share if share.is_part else values.interval
             of = f"{values.below.sum():,.0f} {share.of}"
             found[name] = {"title": share.title, "mean": mean, "low": low, "high": high, "of": of}
     return found
@@ -44,9 +45,13 @@ def report(forms: Sequence[Form], problems: int, output: str = "") -> str:
     if output:
         write_json(output, {"answers": len(forms), "promising": promising, "measures": figures})
     rows = [
-        [each["title"], *(f"{100 * each[key]:.1f} %" for key in ("mean", "low", "high")), each["of"]]
+        [each["title"], *(_percent(each[key]) for key in ("mean", "low", "high")), each["of"]]
         for each in figures.values()
     ]
     unusable = f" {problems:,} records cannot be read." * (problems > 0)
     told = f"{len(forms):,} answers, {promising:,} with promises, {sum(each.promises for each in forms):,} in all."
     return f"{told}{unusable}\n\n{markdown_table(['', 'mean', 'from', 'to (95 %)', 'of'], rows)}"
+
+
+def _percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{100 * share:.1f} %"

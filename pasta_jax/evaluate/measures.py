@@ -22,7 +22,7 @@ from pasta_jax.lang.parse import parse
 from pasta_jax.lang.tags import Dialect
 from pasta_jax.preference.score import parallelism, theoretical_speedup
 
-Unit: TypeAlias = Literal["speed", "share", "number", "nats"]
+Unit: TypeAlias = Literal["speed", "share", "percent", "number", "nats"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Measure:
 
     Attributes:
       title: for people.
-      unit: "speed" is a geometric mean, whose values are logarithms; "share" is shown in per cent.
+      unit: "speed" is a geometric mean, whose values are logarithms; a "share" counts some of what it divides by,
+        and is shown in per cent, as is "percent".
       values: of each prompt, [n].
     """
 
@@ -42,7 +43,7 @@ class Measure:
     @property
     def interval(self) -> Interval:
         """In its own unit, shares from 0 to 1."""
-        return _leveled(self.values.interval, self.unit)
+        return _leveled(self.values.share if self.unit == "share" else self.values.interval, self.unit)
 
     def less(self, other: Measure) -> Interval:
         """The difference from the same measure of another model, prompt by prompt; of speeds the ratio."""
@@ -68,7 +69,10 @@ class Measure:
         return {"title": self.title, "unit": self.unit, **dict(zip(("above", "below"), sums))}
 
 
-_LOOKS = {"speed": (1, 2, "x"), "share": (100, 1, " %"), "number": (1, 1, ""), "nats": (1, 3, "")}
+_LOOKS = {
+    **{"speed": (1, 2, "x"), "share": (100, 1, " %"), "percent": (100, 1, " %")},
+    **{"number": (1, 1, ""), "nats": (1, 3, "")},
+}
 """Factor, digits and mark of each unit."""
 
 Measures: TypeAlias = Mapping[str, Measure]
@@ -127,7 +131,11 @@ def measures_of(
         for each in answers
     ]
     for name, share in SHARES.items():
-        found[name] = Measure(share.title, "share", Values.counted(forms, share.above, share.below))
+        found[name] = Measure(
+            share.title,
+            "share" if share.is_part else "percent",
+            Values.counted(forms, share.above, share.below),
+        )
     return {name: measure for name, measure in found.items() if measure.values.below.any()}
 
 
@@ -170,7 +178,7 @@ def speeds_of(
 def win_rate_of(chances: Sequence[float | None], name: str) -> Measure:
     """The judge's probability that an answer is better, of those that it judged."""
     known = np.array([math.nan if chance is None else chance for chance in chances], np.float64)
-    return Measure(name, "share", Values(np.nan_to_num(known), np.isfinite(known).astype(np.float64)))
+    return Measure(name, "percent", Values(np.nan_to_num(known), np.isfinite(known).astype(np.float64)))
 
 
 def audit_gap_of(audited: Sequence[Audited], prompts: int) -> Measure:
@@ -188,7 +196,8 @@ def audit_gap_of(audited: Sequence[Audited], prompts: int) -> Measure:
 
 def measure_table(models: Mapping[str, Measures]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a measure a row, a model a column, each mean with its 95 % interval."""
-    order = dict.fromkeys(name for measures in models.values() for name in measures)
+    longest_first = sorted(models.values(), key=len, reverse=True)
+    order = dict.fromkeys(name for measures in longest_first for name in measures)
     rows = []
     for name in _in_order(order):
         known = [measures.get(name) for measures in models.values()]

@@ -98,11 +98,12 @@ def write_reports(folder: str, workdir: str, result: Result) -> str:
     title = f"{result.name} on {result.prompts}"
     figure = os.path.join(folder, "frontier.png")
     figure = figure if result.quality is not None and _draw(others, figure) else ""
-    markdown = _write_page(os.path.join(folder, "report"), figure, title, result, others)
+    markdown = _write_page(os.path.join(folder, "report"), figure, title, notes(result), others)
     if figure:
         figure = shutil.copyfile(figure, f"{summary_of(workdir, result.prompts)}.png")
     title = f"{len(others)} models on {result.prompts}" if len(others) > 1 else title
-    _write_page(summary_of(workdir, result.prompts), figure, title, result, others)
+    told = notes(result, of_one=len(others) == 1)
+    _write_page(summary_of(workdir, result.prompts), figure, title, told, others)
     return markdown
 
 
@@ -115,13 +116,13 @@ def summary_of(workdir: str, prompts: str) -> str:
     return os.path.join(workdir, f"summary-{slug(os.path.basename(prompts).partition('.')[0])}")
 
 
-def _write_page(path: str, figure: str, title: str, result: Result, others: Sequence[Result]) -> str:
+def _write_page(path: str, figure: str, title: str, told: Sequence[str], others: Sequence[Result]) -> str:
     """Writes PATH.md and PATH.html, with the figure of their folder, "" without one; returns the Markdown."""
-    markdown = page(title, result, others, os.path.basename(figure))
+    markdown = page(title, told, others, os.path.basename(figure))
     with replacing(f"{path}.md") as file:
         file.write(markdown)
     with replacing(f"{path}.html") as file:
-        file.write(as_html(title, result, others, figure))
+        file.write(as_html(title, told, others, figure))
     return markdown
 
 
@@ -203,10 +204,11 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     return ["model", "prompts", *qualities, *SPEEDS], rows
 
 
-def notes(result: Result) -> list[str]:
-    """What the numbers mean, a sentence each."""
+def notes(result: Result, *, of_one: bool = True) -> list[str]:
+    """What the numbers mean, a sentence each; what is so of one model's answers alone only for one."""
+    name = result.name if of_one else "each model"
     said = [
-        f"{_asked(result)} answered by {result.name} and by {result.baseline} in turn, at batch 1, with up to "
+        f"{_asked(result)} answered by {name} and by {result.baseline} in turn, at batch 1, with up to "
         f"{result.max_new_tokens} tokens; each is decoded twice and the second decode is timed.",
         "Theoretical: the baseline's tokens / the critical path. Realized: seconds / seconds. Parallelism: tokens "
         "without tags / the critical path. These are geometric means over prompts, +- one standard error.",
@@ -233,18 +235,18 @@ def notes(result: Result) -> list[str]:
         )
         if result.caution:
             said.append(result.caution)
-        if quality.same_winner is not None:
+        if quality.same_winner is not None and of_one:
             said.append(
                 f"The judge had the same verdict in both orders for {quality.same_winner:.1f} % of the "
                 "pairs that it did not call ties."
             )
-        if quality.unjudged:
+        if quality.unjudged and of_one:
             said.append(
                 f"The judge gave no verdict on {quality.unjudged} of {result.speed.prompts} prompts, which are "
                 "left out of the win rate; the same command asks for them again."
             )
         if quality.length_controlled is None and result.is_alpaca_eval:
-            said.append(f"{NO_LC} Raw win rate {quality.win_rate}.")
+            said.append(NO_LC + f" Raw win rate {quality.win_rate}." * of_one)
     return said
 
 
@@ -268,13 +270,13 @@ def tables(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[st
     return found
 
 
-def page(title: str, result: Result, others: Sequence[Result], figure: str) -> str:
-    """The report in Markdown. `figure`: the name of its figure, "" without one."""
+def page(title: str, told: Sequence[str], others: Sequence[Result], figure: str) -> str:
+    """The report in Markdown, with notes. `figure`: the name of its figure, "" without one."""
     parts = [f"# {title}"]
     for heading, header, rows in tables(others):
         parts += [f"## {heading}"] * bool(heading) + [markdown_table(header, rows)]
         parts += [f"![Quality against speed]({figure})"] * bool(figure and not heading)
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(result))]) + "\n"
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in told)]) + "\n"
 
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
@@ -286,7 +288,7 @@ th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; }"""
 
 
-def as_html(title: str, result: Result, others: Sequence[Result], figure: str) -> str:
+def as_html(title: str, told: Sequence[str], others: Sequence[Result], figure: str) -> str:
     """The report as one HTML file, its figure in it."""
 
     def line(cells: Sequence[str], tag: str) -> str:
@@ -305,7 +307,7 @@ def as_html(title: str, result: Result, others: Sequence[Result], figure: str) -
             with open(figure, "rb") as file:
                 data = base64.b64encode(file.read()).decode()
             parts.append(f'<p><img alt="Quality against speed" src="data:image/png;base64,{data}"></p>')
-    points = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes(result))
+    points = "\n".join(f"<li>{html.escape(note)}</li>" for note in told)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n<h1>{title}</h1>\n"

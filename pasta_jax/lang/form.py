@@ -88,6 +88,7 @@ class Share:
     Attributes:
       title: for people.
       above, below: fields of `Form`.
+      is_part: whether `above` counts some of what `below` counts.
       of: what `below` counts, for people.
     """
 
@@ -95,6 +96,7 @@ class Share:
     above: str
     below: str
     of: str
+    is_part: bool = True
 
 
 SHARES: Mapping[str, Share] = {
@@ -104,10 +106,12 @@ SHARES: Mapping[str, Share] = {
     "repeated_names": Share("repeated names of items", "repeated_names", "named", "named items"),
     "doubled": Share("doubled items and paragraphs", "doubled", "parts", "items and paragraphs"),
     "repeated_topics": Share("repeated topics", "repeated_topics", "topics", "topics"),
-    "length_error": Share("error of promised lengths", "length_error", "block_tokens", "tokens of blocks"),
-    "length_bias": Share("their bias", "length_bias", "block_tokens", "tokens of blocks"),
+    "length_error": Share(
+        "error of promised lengths", "length_error", "block_tokens", "tokens of blocks", is_part=False
+    ),
+    "length_bias": Share("their bias", "length_bias", "block_tokens", "tokens of blocks", is_part=False),
     "length_rounding": Share(
-        "their error by rounding alone", "length_rounding", "block_tokens", "tokens of blocks"
+        "their error by rounding alone", "length_rounding", "block_tokens", "tokens of blocks", is_part=False
     ),
     "repetition": Share("repeated runs of four words", "repeated_ngrams", "ngrams", "runs"),
     "loops": Share("answers that end in a loop", "loops", "answers", "answers"),
