@@ -11,13 +11,13 @@ import pytest
 from pasta_jax.lang import tags
 from pasta_jax.lang.grammar import Kind
 from pasta_jax.lang.program import Program, Promise, Sync, Text
-from pasta_jax.tokens import export
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.hf import HfTokenizer
 from pasta_jax.tokens.layout import layout
 from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
+from pasta_jax.tokens.sentence_piece_json import sentencepiece_as_json
 from pasta_jax.tokens.tokenizer import TokenizerError
 from tests.helpers import family_tokenizers as families
 from tests.helpers.data import data_file, real_responses
@@ -151,7 +151,7 @@ def test_spaces_are_neither_added_nor_swallowed() -> None:
 @pytest.mark.parametrize("prefix", ["normalizer", "metaspace"])
 def test_a_prefix_space_is_left_out(prefix: str) -> None:
     """Llama 2's and Mistral's tokenizer.json put a space before text, in one of two ways."""
-    fields = export.sentencepiece_as_json(families.llama2(), {})
+    fields = sentencepiece_as_json(families.llama2(), {})
     if prefix == "normalizer":
         prepend = {"type": "Prepend", "prepend": "\u2581"}
         fields["normalizer"] = {"type": "Sequence", "normalizers": [prepend, fields["normalizer"]]}
@@ -174,7 +174,7 @@ def test_runs_of_spaces_that_are_symbols() -> None:
     runs = ("\u2581\u2581", "\u2581\u2581\u2581\u2581", "\n\n")
     model = families.sentencepiece_model(symbols=runs, add_dummy_prefix=False)
     original = SentencePieceTokenizer(model, extend=True)
-    data = json.dumps(export.sentencepiece_as_json(model, {})).encode()
+    data = json.dumps(sentencepiece_as_json(model, {})).encode()
     library = tokenizers.Tokenizer.from_str(data.decode())
     loaded = HfTokenizer(data, extend=True)
     for text in ("a  b", "   three,     five", "    two:\n\n  c", "one b \u2581 d"):

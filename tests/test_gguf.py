@@ -17,10 +17,10 @@ from flax.traverse_util import flatten_dict
 
 from pasta_jax import sharding
 from pasta_jax.foreign import Fields
+from pasta_jax.gguf import Entry
 from pasta_jax.interchange import parity
 from pasta_jax.interchange import tensors as reading
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.gguf.file import GgufTensor
 from pasta_jax.interchange.gguf.keys import config_fields
 from pasta_jax.interchange.gguf.model import open_gguf
 from pasta_jax.interchange.importing import ImportOptions, Published, kind_of, open_published
@@ -32,7 +32,7 @@ from pasta_jax.model.families import config_from_hf
 from pasta_jax.model.forms import quantize
 from pasta_jax.model.presets import preset
 from pasta_jax.model.weights import hf_tensors
-from pasta_jax.tokens.load import tokenizer_from_files
+from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_files
 from pasta_jax.tokens.tokenizer import TokenizerError
 from tests.helpers import family_folders, gguf_files
 from tests.helpers.conversion import run
@@ -101,7 +101,9 @@ def test_blocks_are_what_the_package_makes_of_them(
     assert_holds(whole, WIDE, held)
     assert_holds(opened(tmp_path / "m.gguf").read(None), dataclasses.replace(WIDE, dtype="bfloat16"), held)
     jax.tree.map(np.testing.assert_array_equal, whole, model.read(sharding.make_mesh(1, 4, 2)))
-    monkeypatch.setattr("pasta_jax.interchange.gguf.file.CHUNK", 4 * 4 * 256 * 70)  # 70 rows: a head and some
+    monkeypatch.setattr(
+        "pasta_jax.interchange.gguf.model.CHUNK", 4 * 4 * 256 * 70
+    )  # 70 rows: a head and some
     pieces = [len(piece) for _, piece in reading.rows(model_tensor(tmp_path / "m.gguf", "q_proj"))]
     assert pieces == [64] * 4
     jax.tree.map(np.testing.assert_array_equal, whole, model.read(None))
@@ -141,6 +143,7 @@ def test_a_tokenizer_is_that_of_the_folder(name: str, tmp_path: pathlib.Path) ->
     nothing: dict[str, Any] = {"tokenizer.ggml.scores": None, "tokenizer.ggml.add_space_prefix": None}
     write_gguf(tmp_path / "m.gguf", config, "qwen2", random_tensors(config), keys=nothing | keys)
     got = opened(tmp_path / "m.gguf").tokenizer
+    assert load_tokenizer(tmp_path / "m.gguf").vocabulary == got.vocabulary, "it serves as --tokenizer too"
     assert got.vocabulary == want.vocabulary
     assert [got.encode(text) for text in TEXTS] == [want.encode(text) for text in TEXTS]
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi 12345! "}]
@@ -197,7 +200,7 @@ def test_keys_say_what_a_published_model_is(name: str) -> None:
     found = next((arch for start, arch in architecture.items() if name.startswith(start)), "llama")
     keys = gguf_files.keys_of(config, found)
     keys.pop(f"{found}.attention.sliding_window_pattern", None)
-    embedding = GgufTensor("m", "", "F32", (config.vocab_size, config.model_dim), 0, 0, (1, 4))
+    embedding = Entry("m", "", "F32", 0, (1, 4), (config.vocab_size, config.model_dim), 0)
     tensors = {"token_embd.weight": embedding} | (
         {} if config.tie_embeddings else {"output.weight": embedding}
     )

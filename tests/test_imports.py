@@ -20,6 +20,7 @@ LEVELS = [
     {
         "fields",
         "foreign",
+        "gguf",
         "visibility",
         "sharding",
         "baselines",

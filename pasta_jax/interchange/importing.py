@@ -21,7 +21,6 @@ from pasta_jax.foreign import parse_object, read_bytes
 from pasta_jax.interchange import gemma, hub
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.gguf.model import config_json, open_gguf
-from pasta_jax.interchange.gguf.tokenizer import tokenizer_files
 from pasta_jax.interchange.origin import Origin, origin_of, write_origin
 from pasta_jax.interchange.placing import Path, aligned
 from pasta_jax.interchange.reading import ADAPTERS, Folder, model_config, open_folder, read_params
@@ -32,6 +31,7 @@ from pasta_jax.model.presets import presets
 from pasta_jax.rounding import ceil_div
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.export import minimal_files
+from pasta_jax.tokens.gguf import tokenizer_files
 from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_files
 from pasta_jax.tokens.tokenizer import Tokenizer, TokenizerError
 

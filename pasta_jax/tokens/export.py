@@ -6,7 +6,7 @@ their names, so transformers prints and reads them as special tokens. Ids never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from google.protobuf.message import DecodeError
@@ -16,12 +16,12 @@ from pasta_jax.files import json_bytes
 from pasta_jax.foreign import parse_object
 from pasta_jax.lang import tags
 from pasta_jax.messages import message_of
-from pasta_jax.tokens.base import SPACE, TextTokenizer
+from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import TAGS_FILE
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
+from pasta_jax.tokens.sentence_piece_json import added_token, sentencepiece_as_json
 from pasta_jax.tokens.templates import template_of
 from pasta_jax.tokens.tokenizer import TokenizerError, Vocabulary
-from pasta_jax.tokens.usage import MARKER
 
 Fields: TypeAlias = dict[str, Any]
 """A JSON file."""
@@ -116,7 +116,7 @@ def _declare_marks(fields: Fields, tokenizer: TextTokenizer) -> None:
     for mark in tokenizer.marks:
         if mark in names:
             strips = {"lstrip": mark in usage.lstrip, "rstrip": mark in usage.rstrip}
-            declared[mark] = {"id": mark, **_token(names[mark]), **declared.get(mark, {}), **strips}
+            declared[mark] = {"id": mark, **added_token(names[mark]), **declared.get(mark, {}), **strips}
     fields["added_tokens"] = sorted(declared.values(), key=lambda token: token["id"])
 
 
@@ -139,11 +139,6 @@ def _former_names(file: str, data: bytes, names: Names) -> dict[str, str]:
     return {}
 
 
-def _token(content: str, **others: Any) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"content": content, **flags, **others}
-
-
 def _tokenizer_json(fields: Fields, names: Names, former: FormerNames) -> Fields:
     vocab = fields["model"]["vocab"]
     if isinstance(vocab, list):
@@ -151,14 +146,14 @@ def _tokenizer_json(fields: Fields, names: Names, former: FormerNames) -> Fields
     else:
         fields["model"]["vocab"] = {names.get(i, piece): i for piece, i in vocab.items()}
     others = [token for token in fields.get("added_tokens") or [] if token["id"] not in names]
-    ours = [{"id": i, **_token(name)} for i, name in names.items()]
+    ours = [{"id": i, **added_token(name)} for i, name in names.items()]
     fields["added_tokens"] = sorted([*others, *ours], key=lambda token: token["id"])
     return fields
 
 
 def _tokenizer_config(fields: Fields, names: Names, former: FormerNames) -> Fields:
     if declared := fields.get("added_tokens_decoder"):
-        declared |= {str(i): _token(name) for i, name in names.items()}
+        declared |= {str(i): added_token(name) for i, name in names.items()}
         fields["added_tokens_decoder"] = dict(sorted(declared.items(), key=lambda item: int(item[0])))
     return _special_tokens_map(fields, names, former)
 
@@ -190,59 +185,3 @@ def _sentencepiece_model(data: bytes, names: Mapping[int, str]) -> bytes:
     model.trainer_spec.vocab_size = len(model.pieces)
     written: bytes = model.SerializeToString(deterministic=True)
     return written
-
-
-def sentencepiece_as_json(data: bytes, added: Mapping[int, str]) -> dict[str, Any]:
-    """A tokenizer.json equal to a SentencePiece model, except for its prefix space; `added` names more ids."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(data)
-    pieces = [(piece.piece, piece.score) for piece in model.pieces]
-    unknown = model.trainer_spec.unk_id
-    if model.trainer_spec.model_type == 1:  # unigram
-        core: dict[str, Any] = {"type": "Unigram", "unk_id": unknown, "vocab": pieces}
-    else:
-        core = {
-            "type": "BPE",
-            "unk_token": pieces[unknown][0],
-            "fuse_unk": True,
-            "vocab": {piece: i for i, (piece, _) in enumerate(pieces)},
-            "merges": _merges(pieces),
-        }
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [*_added(model.pieces), *({"id": i, **_token(name)} for i, name in added.items())],
-        "normalizer": spaces,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": core | {"byte_fallback": True},
-    }
-
-
-def _added(pieces: Iterable[Any]) -> list[dict[str, Any]]:
-    """The `added_tokens` of a tokenizer.json: control symbols, and symbols that are matched in text first."""
-    added = []
-    for i, piece in enumerate(pieces):
-        if piece.type in (_Piece.CONTROL, _Piece.UNKNOWN):
-            added.append({"id": i, **_token(piece.piece)})
-        elif piece.type == _Piece.USER_DEFINED:
-            # Text is searched for it as the model spells it: with a space it is no name of a piece.
-            is_special, spaced = bool(MARKER.fullmatch(piece.piece)), SPACE in piece.piece
-            added.append({"id": i, **_token(piece.piece, special=is_special, normalized=spaced)})
-    return added
-
-
-def _merges(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
-    """The merges of a BPE model, best first: for each piece, every split into two other pieces."""
-    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
-    merges: list[tuple[float, tuple[str, str]]] = []
-    for piece, score in pieces:
-        ways = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [(left, right) for left, right in ways if left in ids and right in ids]
-        known.sort(key=lambda way: (ids[way[0]], ids[way[1]]))
-        merges += [(score, way) for way in known]
-    merges.sort(key=lambda merge: merge[0], reverse=True)
-    return [way for _, way in merges]

@@ -8,9 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pasta_jax import gguf
 from pasta_jax.foreign import Fields, parse_object, read_bytes
 from pasta_jax.messages import message_of, shown
 from pasta_jax.tokens.base import TextTokenizer, unpack
+from pasta_jax.tokens.gguf import tokenizer_files
 from pasta_jax.tokens.hf import HfTokenizer
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.tokenizer import TokenizerError, is_id
@@ -36,32 +38,37 @@ FILES = (
 def load_tokenizer(
     path: str | os.PathLike[str], *, extend: bool = False, chat: str = "auto", vocab_size: int | None = None
 ) -> TextTokenizer:
-    """A tokenizer from a SentencePiece model, a `tokenizer.json`, or a Hugging Face folder with either.
+    """A tokenizer from a SentencePiece model, a `tokenizer.json`, a GGUF file, or a Hugging Face folder.
 
     In a folder, `tokenizer.model` is preferred if it is a SentencePiece model, since that needs no extra package.
 
     Args:
       path: file or folder.
       extend: tags for which the vocabulary has no free id get new ones after its end.
-      chat: the format of prompts, one of `chat.CHATS`. `auto` decides by a folder's chat template (`plain` if it
-        has none), and by the control tokens of a single file.
+      chat: the format of prompts, one of `chat.CHATS`. `auto` decides by a folder's or a GGUF file's chat template
+        (`plain` if it has none), and by the control tokens of another single file.
       vocab_size: rows of the model's embedding; those past the tokenizer's end are free for tags. By default
-        taken from the folder's config.json.
+        taken from the folder's config.json, or the GGUF file's embedding.
 
     Raises:
       TokenizerError: the message names the file and says what to do.
     """
-    path = pathlib.Path(path)
+    path, single = pathlib.Path(path), False
     if path.is_dir():
         wanted = (*FILES, "config.json")
         files = {name: read_bytes(path / name, TokenizerError) for name in wanted if (path / name).is_file()}
+    elif path.suffix == ".gguf":
+        keys, tensors = gguf.read_file(os.fspath(path), TokenizerError)
+        files = tokenizer_files(Fields(keys, os.fspath(path)))
+        if vocab_size is None and (embedding := tensors.get("token_embd.weight")) is not None:
+            vocab_size = embedding.shape[0]
     else:
-        files = {path.name: read_bytes(path, TokenizerError)}
+        files, single = {path.name: read_bytes(path, TokenizerError)}, True
     try:
-        if path.is_dir():
+        if not single:
             return tokenizer_from_files(files, extend=extend, chat=chat, vocab_size=vocab_size)
-        hints = Hints(vocab_size=vocab_size or 0)
         kind = HfTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+        hints = Hints(vocab_size=vocab_size or 0)
         return kind(files[path.name], extend=extend, chat=chat, hints=hints)
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error

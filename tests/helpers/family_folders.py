@@ -10,6 +10,7 @@ from pasta_jax.lang.grammar import Kind
 from pasta_jax.tokens import export
 from pasta_jax.tokens.base import TextTokenizer
 from pasta_jax.tokens.load import tokenizer_from_files
+from pasta_jax.tokens.sentence_piece_json import sentencepiece_as_json
 from tests.helpers import family_tokenizers as made
 
 ROOM = 8
@@ -25,7 +26,7 @@ def rows(tokenizer_json: bytes) -> int:
 @functools.cache
 def gemma_json() -> bytes:
     """Gemma's tokenizer.json, as made from its SentencePiece model; it does not call the markers special."""
-    told = export.sentencepiece_as_json(made.gemma(), {})
+    told = sentencepiece_as_json(made.gemma(), {})
     for token in told["added_tokens"]:
         token["special"] &= not token["content"].startswith("<unused")
     return json.dumps(told).encode()

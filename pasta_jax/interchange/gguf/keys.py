@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pasta_jax.foreign import Fields
+from pasta_jax.gguf import Entry
 from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.gguf.file import GgufTensor
 from pasta_jax.model.config import MOST_LAYERS
 
 FAMILY = {
@@ -30,7 +30,7 @@ _UNSUPPORTED = ("expert_count", "logit_scale", "embedding_scale", "residual_scal
 """Keys of other models that share an architecture's name; 0 or absent here."""
 
 
-def config_fields(keys: Fields, architecture: str, tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
+def config_fields(keys: Fields, architecture: str, tensors: Mapping[str, Entry]) -> dict[str, Any]:
     """The fields of a config.json, as far as they are not the family's own."""
     path, family = keys.path, FAMILY[architecture]
 
@@ -125,16 +125,16 @@ def _scaling(keys: Fields, architecture: str) -> dict[str, Any] | None:
     return found
 
 
-def _llama3_scaling(stored: GgufTensor, H: int, base: float) -> dict[str, Any]:
+def _llama3_scaling(stored: Entry, H: int, base: float) -> dict[str, Any]:
     """The rule of Llama 3.1 that gives the divisors of the frequencies, [H / 2], in a file."""
     wrong = InterchangeError(
         f"{stored.file}: {stored.name} are no divisors of {H // 2} frequencies by the rule of Llama 3.1."
     )
-    if stored.shape != (H // 2,) or stored.dtype != "F32":
+    if stored.shape != (H // 2,) or stored.kind != "F32":
         raise wrong
     with open(stored.file, "rb") as file:
         file.seek(stored.offset)
-        divisors = np.frombuffer(file.read(stored.nbytes), np.float32).astype(np.float64)
+        divisors = np.frombuffer(file.read(2 * H), np.float32).astype(np.float64)
     if divisors.shape != stored.shape or not np.isfinite(divisors).all() or divisors.min() < 1:
         raise wrong
     factor, waves = float(divisors.max()), 2 * math.pi * base ** (np.arange(0, H, 2) / H)

@@ -20,15 +20,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pasta_jax.foreign import Fields
+from pasta_jax.gguf import Entry, dequantized, is_readable, other_files, read_file
 from pasta_jax.interchange.errors import InterchangeError, listed
-from pasta_jax.interchange.gguf.file import GgufTensor, is_readable, other_files, read_file
 from pasta_jax.interchange.gguf.keys import FAMILY, FREQUENCIES, config_fields
 from pasta_jax.interchange.reading import Folder
+from pasta_jax.interchange.tensors import CHUNK, Stored
 from pasta_jax.messages import name_shown, shown
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.families import FamilyError, config_from_hf, config_to_hf
@@ -50,6 +54,44 @@ _NAMES = {
     "mlp_post_norm/scale": "post_ffw_norm.weight",
 }
 """The end of a tensor's name for the end of our parameter's path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufTensor(Stored):
+    """A tensor in a GGUF file; its `dtype` is the name of a quantisation there.
+
+    Attributes:
+      type_id, block: as in `gguf.Entry`.
+      pairs: so many rows belong to a head, in llama.cpp's order; 0 if they are in order.
+      offset_added: what was added to its values.
+    """
+
+    type_id: int
+    block: tuple[int, int]
+    pairs: int = 0
+    offset_added: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        elements, size = self.block
+        return math.prod(self.shape) // elements * size
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    @property
+    def rows_at_once(self) -> int:
+        # A quarter, since the package keeps intermediate results.
+        rows = max(1, CHUNK // 4 // max(1, 4 * math.prod(self.shape[1:])))
+        return max(1, rows // self.pairs) * self.pairs if self.pairs else rows
+
+    def decoded(self, data: np.ndarray, count: int) -> np.ndarray:
+        values = dequantized(data, self.type_id).reshape(count, *self.shape[1:])
+        if self.pairs:
+            values = values.reshape(-1, self.pairs // 2, 2, *self.shape[1:]).swapaxes(1, 2)
+            values = values.reshape(count, *self.shape[1:])
+        return values - np.float32(self.offset_added) if self.offset_added else values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +119,9 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufModel:
         quantisation is not supported; a key or a tensor is missing, extra or of another shape.
     """
     path = os.path.abspath(os.path.expanduser(path))
-    tree, tensors = read_file(path)
-    for other in other_files(path, tree):
-        more = read_file(other)[1]
+    tree, tensors = read_file(path, InterchangeError)
+    for other in other_files(path, tree, InterchangeError):
+        more = read_file(other, InterchangeError)[1]
         if both := sorted(tensors.keys() & more.keys()):
             raise InterchangeError(
                 f"{both[0]} is in {other} and in a file before it. Download or copy them again."
@@ -119,16 +161,14 @@ def own_dtype(stored: Sequence[GgufTensor]) -> str:
 
 
 def _matched(
-    path: str, config: ModelConfig, architecture: str, tensors: Mapping[str, GgufTensor]
+    path: str, config: ModelConfig, architecture: str, tensors: Mapping[str, Entry]
 ) -> dict[str, GgufTensor]:
     """Each tensor of the model by its name in a Hugging Face folder."""
     wanted = {name_of(tensor): tensor for tensor in hf_tensors(config)}
     faults = [
         f"{name} {list(tensor.shape)}: missing" for name, tensor in wanted.items() if name not in tensors
     ]
-    readable = {
-        kind: is_readable(example) for kind, example in {t.dtype: t for t in tensors.values()}.items()
-    }
+    readable = {kind: is_readable(example) for kind, example in {t.kind: t for t in tensors.values()}.items()}
     stored: dict[str, GgufTensor] = {}
     for name, found in tensors.items():
         if name == FREQUENCIES:
@@ -138,14 +178,14 @@ def _matched(
             continue
         if found.shape != tensor.shape:
             faults.append(f"{name} is {list(found.shape)}, {list(tensor.shape)} by the metadata")
-        if not readable[found.dtype]:
-            faults.append(f"{name} is {found.dtype}, which the gguf package does not dequantise")
+        if not readable[found.kind]:
+            faults.append(f"{name} is {found.kind}, which the gguf package does not dequantise")
         elif len(found.shape) == 1 and found.block[0] > 1:
-            faults.append(f"{name} is {found.dtype}, but a vector is never quantised")
+            faults.append(f"{name} is {found.kind}, but a vector is never quantised")
         is_paired = architecture == "llama" and tensor.path[-1] in ("q_proj", "k_proj")
         is_norm = tensor.path[-1] in ("scale", "q_norm", "k_norm")
-        stored[tensor.name] = dataclasses.replace(
-            found,
+        stored[tensor.name] = GgufTensor(
+            *(found.file, name, found.kind, found.shape, found.offset, found.type_id, found.block),
             pairs=config.head_dim if is_paired else 0,
             offset_added=config.norm_offset if is_norm else 0.0,
         )

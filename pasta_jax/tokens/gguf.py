@@ -16,7 +16,7 @@ from pasta_jax.files import json_bytes
 from pasta_jax.foreign import Fields
 from pasta_jax.messages import shown
 from pasta_jax.tokens.base import SPACE
-from pasta_jax.tokens.export import sentencepiece_as_json
+from pasta_jax.tokens.sentence_piece_json import sentencepiece_as_json
 from pasta_jax.tokens.tokenizer import MOST_IDS, TokenizerError
 
 _PREFIX = "tokenizer.ggml."

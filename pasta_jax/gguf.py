@@ -1,9 +1,8 @@
-"""A GGUF file's metadata and tensors, by the `gguf` package (the extra `[gguf]`), which parses and dequantises."""
+"""GGUF files, llama.cpp's format, by the `gguf` package (the extra `[gguf]`), which parses and dequantises."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,75 +11,59 @@ from typing import Any
 import numpy as np
 
 from pasta_jax.extras import optional
-from pasta_jax.interchange.errors import InterchangeError
-from pasta_jax.interchange.tensors import CHUNK, Stored
 from pasta_jax.messages import message_of, name_shown, shown
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclasses.dataclass(frozen=True)
-class GgufTensor(Stored):
-    """A tensor in a GGUF file; its `dtype` is the name of a quantisation there.
+class Entry:
+    """A tensor in a file's list.
 
     Attributes:
-      type_id: of the quantisation.
+      file: its path.
+      name: of the tensor.
+      kind: the name of its quantisation.
+      type_id: the number of its quantisation.
       block: elements of a block, and its bytes.
-      pairs: so many rows belong to a head, in llama.cpp's order; 0 if they are in order.
-      offset_added: what was added to its values.
+      shape: as NumPy has it, the largest stride first.
+      offset: of its first byte in the file.
     """
 
+    file: str
+    name: str
+    kind: str
     type_id: int
     block: tuple[int, int]
-    pairs: int = 0
-    offset_added: float = 0.0
-
-    @property
-    def nbytes(self) -> int:
-        elements, size = self.block
-        return math.prod(self.shape) // elements * size
-
-    @property
-    def numpy_dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
-
-    @property
-    def rows_at_once(self) -> int:
-        # A quarter, since the package keeps intermediate results.
-        rows = max(1, CHUNK // 4 // max(1, 4 * math.prod(self.shape[1:])))
-        return max(1, rows // self.pairs) * self.pairs if self.pairs else rows
-
-    def decoded(self, data: np.ndarray, count: int) -> np.ndarray:
-        values = dequantized(data, self.type_id).reshape(count, *self.shape[1:])
-        if self.pairs:
-            values = values.reshape(-1, self.pairs // 2, 2, *self.shape[1:]).swapaxes(1, 2)
-            values = values.reshape(count, *self.shape[1:])
-        return values - np.float32(self.offset_added) if self.offset_added else values
+    shape: tuple[int, ...]
+    offset: int
 
 
 class _End(Exception):
     """The file is shorter than it says."""
 
 
-def _package() -> Any:
-    return optional("gguf", "gguf", "Reading GGUF files", InterchangeError)
+def _package(error: type[BaseException] = ImportError) -> Any:
+    return optional("gguf", "gguf", "Reading GGUF files", error)
 
 
-def read_file(path: str) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    """Metadata by key, and tensors by name."""
-    gguf = _package()
+def read_file(path: str, error: type[ValueError]) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Metadata by key, and tensors by name.
+
+    Raises:
+      error: the package is not installed, it is no such file, or a damaged one.
+    """
+    gguf = _package(error)
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             start = file.read(7)
-    except OSError as error:
-        raise InterchangeError(f"Cannot read {path}: {error.strerror}.") from error
+    except OSError as fault:
+        raise error(f"Cannot read {path}: {fault.strerror}.") from fault
     if start == b"version":
-        raise InterchangeError(
-            f"{path} is a pointer of Git LFS, not the file itself. Run git lfs pull in its folder."
-        )
+        raise error(f"{path} is a pointer of Git LFS, not the file itself. Run git lfs pull in its folder.")
     if start[:4] != b"GGUF":
-        raise InterchangeError(f"{path} is no GGUF file: it starts with {shown(start[:4])}.")
+        raise error(f"{path} is no GGUF file: it starts with {shown(start[:4])}.")
     place = ["its header"]
 
     class Reader(gguf.GGUFReader):  # type: ignore[name-defined]
@@ -108,18 +91,18 @@ def read_file(path: str) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         reader = Reader(path)
         place[0] = "its metadata"
         tree = {name: _value(field) for name, field in reader.fields.items()}
-        made = [_tensor(path, tensor, gguf) for tensor in reader.tensors]
+        made = [_entry(path, tensor, gguf) for tensor in reader.tensors]
         is_swapped = reader.byte_order != "I"
-    except Exception as error:  # the package raises many kinds for damaged files
-        fault = "it ends there" if isinstance(error, _End) else message_of(error)
-        raise InterchangeError(
-            f"{path} ({size} bytes) is truncated or damaged at {place[0]}: {fault}. Download or copy it again."
-        ) from error
+    except Exception as fault:  # the package raises many kinds for damaged files
+        what = "it ends there" if isinstance(fault, _End) else message_of(fault)
+        raise error(
+            f"{path} ({size} bytes) is truncated or damaged at {place[0]}: {what}. Download or copy it again."
+        ) from fault
     if is_swapped:
-        raise InterchangeError(f"{path} has another byte order than this machine.")
+        raise error(f"{path} has another byte order than this machine.")
     tensors = {tensor.name: tensor for tensor in made}
     if len(tensors) < len(made):
-        raise InterchangeError(f"{path} is damaged: a tensor stands twice in it.")
+        raise error(f"{path} is damaged: a tensor stands twice in it.")
     return tree, tensors
 
 
@@ -131,29 +114,29 @@ def _value(field: Any) -> Any:
     return value
 
 
-def _tensor(path: str, tensor: Any, gguf: Any) -> GgufTensor:
+def _entry(path: str, tensor: Any, gguf: Any) -> Entry:
     kind = tensor.tensor_type
     shape = tuple(int(size) for size in reversed(tensor.shape))
     block = gguf.GGML_QUANT_SIZES[kind]
-    return GgufTensor(path, str(tensor.name), kind.name, shape, int(tensor.data_offset), int(kind), block)
+    return Entry(path, str(tensor.name), kind.name, int(kind), block, shape, int(tensor.data_offset))
 
 
-def other_files(path: str, tree: Mapping[str, Any]) -> list[str]:
-    """The other files of a model that was split."""
+def other_files(path: str, tree: Mapping[str, Any], error: type[ValueError]) -> list[str]:
+    """The other files of a model that was split. Raises `error` if this is not the first, or one is missing."""
     count = tree.get("split.count", 0)
     if not isinstance(count, int) or count < 2:
         return []
     found = _SHARD.fullmatch(path)
     if found is None or int(found[3]) != count:
-        raise InterchangeError(
+        raise error(
             f"{path} is one of {count} files of a model, which must be called NAME-00001-of-{count:05}.gguf and so "
             "on."
         )
     names = [f"{found[1]}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
     if path != names[0]:
-        raise InterchangeError(f"{path} is one of {count} files of a model. Name the first: {names[0]}.")
+        raise error(f"{path} is one of {count} files of a model. Name the first: {names[0]}.")
     if missing := [os.path.basename(name) for name in names if not os.path.isfile(name)]:
-        raise InterchangeError(
+        raise error(
             f"{path} is one of {count} files of a model; beside it are missing: {', '.join(missing[:6])}."
         )
     return names[1:]
@@ -167,7 +150,7 @@ def dequantized(data: np.ndarray, type_id: int) -> np.ndarray:
     return values.reshape(-1)
 
 
-def is_readable(tensor: GgufTensor) -> bool:
+def is_readable(tensor: Entry) -> bool:
     """Whether the package dequantises it: tried on a block of zeros."""
     try:
         dequantized(np.zeros(tensor.block[1], np.uint8), tensor.type_id)
