@@ -131,9 +131,9 @@ def run(values: Any) -> None:
       ValueError: prompts that cannot be asked, or an earlier run of other settings.
       CheckpointError: a model that cannot be loaded.
     """
-    from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
     from pasta_jax.data.prompts import read_questions
     from pasta_jax.files import Stamp, json_line, locked, read_jsonl, replacing, write_jsonl
+    from pasta_jax.loading import identity_of
 
     questions, problems = read_questions(values.prompts, columns_of(values.columns))
     if problems:
@@ -144,7 +144,7 @@ def run(values: Any) -> None:
     chosen: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Settings)}
     settings = Settings(**chosen)
     about = {
-        "model": checkpoint_identity(find_checkpoint(values.ckpt)) | given,
+        "model": identity_of(values.ckpt) | given,
         "prompts": [question.raw for question in questions],
         "settings": dataclasses.asdict(settings),
     }

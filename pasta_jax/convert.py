@@ -1,11 +1,13 @@
 """Imports and exports models.
 
     python -m pasta_jax.convert --from=hf:google/gemma-2b-it --to=WORKDIR
+    python -m pasta_jax.convert --from=peft:DIR --base=WORKDIR --to=WORKDIR
     python -m pasta_jax.convert --from=WORKDIR --to=FOLDER
 
 Import: a Hugging Face folder (hf:DIR), a repository on its hub (hf:org/name), a GGUF file (gguf:FILE) or an Orbax
 checkpoint of Gemma (orbax:DIR) becomes a workdir to decode from (--ckpt=W) or to start training from
-(--config.init_from=W). Export: a workdir becomes a Hugging Face folder. Compares the logits with those of
+(--config.init_from=W), and so do PEFT's adapters (peft:DIR) beside the workdir of their base. Export: a workdir
+becomes a Hugging Face folder, one of adapters a folder in PEFT's layout. Compares the logits with those of
 transformers, if it is installed.
 """
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from pasta_jax.interchange.importing import SourceKind
 
 DTYPES = (None, "float32", "bfloat16", "float16")
+
+OF_ADAPTERS = ("base_name", "tokenizer_files")
+"""Flags for exports in PEFT's layout alone."""
 
 
 def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
@@ -53,6 +58,8 @@ def main(argv: Sequence[str], *, values: flags.FlagValues) -> None:
         check_destination(values.to)
         if kind == "workdir":
             export_model(path, values)
+        elif kind == "peft":
+            import_adapters(path, values)
         else:
             import_model(kind, path, values)
     except (InterchangeError, TokenizerError, CheckpointError, ValueError, OSError) as error:
@@ -68,8 +75,8 @@ def import_model(kind: SourceKind, path: str, values: Any) -> None:
 
     if values.name_tags or values.merge_lora or values.base:
         raise ValueError("--base, --name_tags and --merge_lora are for exports.")
-    if values.dtype == "float16":
-        raise ValueError("--dtype=float16 has too small a range to compute in. Use bfloat16 or float32.")
+    _refuse(values, OF_ADAPTERS, "for exports of adapters")
+    _check_computed(values.dtype)
     options = ImportOptions(
         dtype=values.dtype,
         tokenizer=values.tokenizer,
@@ -95,6 +102,44 @@ def import_model(kind: SourceKind, path: str, values: Any) -> None:
         print(parity_line(params, published.config, published.folder))
 
 
+def import_adapters(path: str, values: Any) -> None:
+    """Writes PEFT's adapters to a workdir, or with their base as a whole model; whole or not at all."""
+    from pasta_jax.interchange.importing import kind_of
+    from pasta_jax.interchange.peft_reading import open_adapters, write_adapted
+    from pasta_jax.interchange.writing import unfinished
+
+    _refuse(values, ("tokenizer", "extend_tokenizer", "chat", "preset"), "for whole models")
+    _refuse(values, ("name_tags", *OF_ADAPTERS), "for exports")
+    if values.dtype and not values.merge_lora:
+        raise ValueError("--dtype goes with --merge_lora here: adapters keep their own.")
+    _check_computed(values.dtype)
+    if not values.base:
+        raise ValueError(
+            f"{path} holds adapters. Add --base=WORKDIR, the base that they were trained beside."
+        )
+    if kind_of(values.base)[0] != "workdir":
+        raise ValueError(f"--base={values.base} is no workdir. Convert it first, and name that workdir.")
+    adapters = open_adapters(path)
+    with unfinished(values.to) as folder:
+        count, dtype = write_adapted(
+            adapters, values.base, folder, merged=values.merge_lora, dtype=values.dtype, mesh=_mesh(values)
+        )
+    what = "parameters, adapters added to them" if values.merge_lora else "parameters of adapters"
+    print(f"{path}: {count:,} {what}, {dtype}; the base is {values.base}. Wrote {values.to}.")
+
+
+def _refuse(values: Any, names: Sequence[str], what: str) -> None:
+    """Raises ValueError if one of these flags is given, which are for something else."""
+    for name in names:
+        if values[name].present:
+            raise ValueError(f"--{name} is {what}.")
+
+
+def _check_computed(dtype: str | None) -> None:
+    if dtype == "float16":
+        raise ValueError("--dtype=float16 has too small a range to compute in. Use bfloat16 or float32.")
+
+
 def export_model(workdir: str, values: Any) -> None:
     """Writes a workdir's model to a Hugging Face folder, whole or not at all."""
     from pasta_jax import sharding
@@ -105,9 +150,7 @@ def export_model(workdir: str, values: Any) -> None:
     from pasta_jax.interchange.writing import Exported, write_folder
     from pasta_jax.model import param_count, param_shapes
 
-    for name in ("tokenizer", "extend_tokenizer", "chat", "preset"):
-        if values[name].present:
-            raise ValueError(f"--{name} is for imports.")
+    _refuse(values, ("tokenizer", "extend_tokenizer", "chat", "preset"), "for imports")
     saved = read_metadata(find_checkpoint(workdir))
     if saved.base is None and values.base:
         raise ValueError(f"--base is for adapters; {workdir} holds a whole model.")
@@ -116,6 +159,7 @@ def export_model(workdir: str, values: Any) -> None:
     if saved.base is not None and not values.merge_lora:
         export_adapters(workdir, values)
         return
+    _refuse(values, OF_ADAPTERS, "for exports of adapters")
     origin, mesh = read_origin(workdir), _mesh(values)
     # Loaded in the dtype of the export, so that parity is that of the folder, not of float32 masters.
     config = dataclasses.replace(saved.config.model, dtype=values.dtype or saved.config.model.dtype)
@@ -135,28 +179,38 @@ def export_model(workdir: str, values: Any) -> None:
 
 
 def export_adapters(workdir: str, values: Any) -> None:
-    """Writes a workdir's adapters in PEFT's layout, whole or not at all."""
+    """Writes a workdir's adapters in PEFT's layout, whole or not at all. The base is read to describe it."""
     from pasta_jax.checkpoints.about import find_checkpoint, read_metadata
-    from pasta_jax.checkpoints.load import find_base, load_adapters
+    from pasta_jax.checkpoints.load import find_base, load_parts
     from pasta_jax.interchange.origin import read_origin
-    from pasta_jax.interchange.peft import write_adapters
+    from pasta_jax.interchange.peft import CONFIG, TRAINED, WEIGHTS, trained_with, write_adapters
     from pasta_jax.model import param_count
 
-    for name in ("dtype", "name_tags"):
-        if values[name].present:
-            raise ValueError(f"--{name} is for whole models; {workdir} holds adapters. Add --merge_lora.")
-    adapters, metadata = load_adapters(workdir)
-    assert metadata.base is not None
-    base = read_metadata(
-        find_checkpoint(values.base or find_base(find_checkpoint(workdir), metadata.base.path))
-    )
+    if values.name_tags:
+        raise ValueError(f"--name_tags is for whole models; {workdir} holds adapters. Add --merge_lora.")
+    checkpoint = find_checkpoint(workdir)
+    about = read_metadata(checkpoint)
+    assert about.base is not None
+    place = values.base or find_base(checkpoint, about.base.path)
+    base_step = read_metadata(find_checkpoint(place)).step
+    base, adapters, metadata = load_parts(checkpoint, base=place)
     origin = read_origin(workdir)
     write_adapters(
-        values.to, adapters, metadata.config, metadata.load_tokenizer(), origin, base_step=base.step
+        values.to,
+        adapters,
+        metadata.config,
+        metadata.load_tokenizer(),
+        origin,
+        base_step=base_step,
+        trained=trained_with(metadata.config, metadata.step, base),
+        dtype=values.dtype or "float32",
+        base_name=values.base_name or "",
+        tokenizer_files=values.tokenizer_files,
     )
+    size = sum(os.path.getsize(os.path.join(values.to, name)) for name in (CONFIG, TRAINED, WEIGHTS))
     print(
-        f"{metadata.path}: {param_count(adapters):,} parameters of adapters, for {origin and origin.source}. Wrote "
-        f"{values.to}, in PEFT's layout."
+        f"{metadata.path}: {param_count(adapters):,} parameters of adapters, for "
+        f"{values.base_name or (origin and origin.source)}. Wrote {values.to}, in PEFT's layout, {size:,} bytes."
     )
 
 
@@ -178,16 +232,24 @@ def define(values: flags.FlagValues) -> None:
     def switch(name: str, default: bool, help: str) -> None:
         flags.DEFINE_bool(name, default, help, flag_values=values)
 
-    text("from", "hf:DIR, hf:org/name, gguf:FILE or orbax:DIR to import; a workdir to export.")
+    text("from", "hf:DIR, hf:org/name, gguf:FILE, orbax:DIR or peft:DIR to import; a workdir to export.")
     text("to", "Workdir or folder to write; it must not exist or be empty.")
-    text("dtype", "float32, bfloat16 or float16, of the parameters; by default unchanged.")
+    text(
+        "dtype", "float32, bfloat16 or float16, of the parameters; by default unchanged, of adapters float32."
+    )
     text("tokenizer", "Import: tokenizer.model, tokenizer.json or a folder of one.")
     switch("extend_tokenizer", False, "Import: tags without a free id get new ids and rows.")
     text("chat", f"Import: format of prompts: {', '.join(CHATS)}; auto as the model's template.", "auto")
     text("preset", "Import, orbax: the published model that has its sizes.")
-    text("base", "Export of adapters: the base, if it was moved.")
+    text("base", "Adapters: their base; to import them, or to export them if it was moved.")
+    text(
+        "base_name", "Export of adapters: the base's published name, org/name; by default that of its import."
+    )
+    switch(
+        "tokenizer_files", True, "Export of adapters: the base's tokenizer too, of which they use the ids."
+    )
     switch("name_tags", False, "Export: the tokenizer's files call the tags by their names.")
-    switch("merge_lora", False, "Export: add the adapters to the weights.")
+    switch("merge_lora", False, "Adapters: add them to the weights.")
     flags.DEFINE_integer("fsdp", 1, "Devices over which D is sharded; -1 is all.", flag_values=values)
     flags.DEFINE_integer("tensor", 1, "Devices over which heads and F are sharded.", flag_values=values)
     switch("parity", True, "Compare with transformers afterwards, if it is installed.")

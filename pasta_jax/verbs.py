@@ -239,7 +239,12 @@ def define_loading(values: flags.FlagValues = flags.FLAGS) -> None:
         "dtype", None, ["float32", "bfloat16"], "Of the weights; by default as in training.", **own
     )
     flags.DEFINE_enum("quantize", None, ["int8"], "Load matrices in int8.", **own)
-    flags.DEFINE_string("base", None, "For adapters: their base weights, if these have moved.", **own)
+    flags.DEFINE_string(
+        "base",
+        None,
+        "For adapters in PEFT's layout: their base. For others: where it is, if it has moved.",
+        **own,
+    )
     flags.DEFINE_string("tokenizer", None, "Of published weights: a file or folder, if not their own.", **own)
     flags.DEFINE_bool(
         "extend_tokenizer", False, "For published weights: new ids and rows for the tags.", **own

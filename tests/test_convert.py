@@ -287,7 +287,9 @@ def test_what_from_means(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / "old" / name).write_text('{"model_type": "gemma"}')
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").touch()
-    assert kind_of("old") == ("folder", "old") and kind_of("peft") == ("folder", "peft")
+    assert kind_of("old") == ("folder", "old")
+    assert kind_of("peft") == kind_of("peft:peft") == ("peft", "peft")
+    assert kind_of("hf:peft") == ("folder", "peft"), "which gets its own refusal"
     for content in ('{"model": {"num_layers": 2}}', "[]", "{"):
         (tmp_path / "org" / "run" / "config.json").write_text(content)
         assert kind_of("org/run") == ("workdir", "org/run")

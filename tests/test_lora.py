@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from pasta_jax import sharding
-from pasta_jax.checkpoints.about import BaseWeights, CheckpointError, find_checkpoint
-from pasta_jax.checkpoints.fingerprint import fingerprint
+from pasta_jax.checkpoints.about import BaseWeights, CheckpointError, find_checkpoint, read_metadata
+from pasta_jax.checkpoints.fingerprint import apart, fingerprint, sample
 from pasta_jax.checkpoints.load import load_params, load_parts
 from pasta_jax.checkpoints.save import Checkpoints
 from pasta_jax.config import Config, ConfigError
@@ -23,10 +23,16 @@ from pasta_jax.experiment import with_lora_rows
 from pasta_jax.model import Lora, ModelConfig, Transformer, init_params
 from pasta_jax.model.forms import quantize
 from pasta_jax.model.lora import ALIKE, join, merge, split, start
+from pasta_jax.train import run as run_training
+from pasta_jax.training import loop
 from pasta_jax.training.loop import sft, starting_weights
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.state import TrainState, decays
 from pasta_jax.training.update import make_update
+from tests.helpers import only_full
+from tests.helpers.conversion import bring_in
+from tests.helpers.conversion import run as convert
+from tests.helpers.hf_folders import CONFIGS, write_hf_folder
 from tests.helpers.models import GEMMA, LLAMA, TINY, inputs, random_params
 from tests.helpers.training import CONFIG, TOKENIZER, assert_same, changed, train
 
@@ -131,7 +137,8 @@ def test_what_cannot_have_adapters_is_refused() -> None:
         Config(init_from="x", lora=Lora(rank=2, rows=(3, 3)))
 
 
-def test_fingerprints_tell_weights_apart(seed: int) -> None:
+def test_fingerprints_tell_weights_apart(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And samples say how far apart they are."""
     params = random_params(TINY, np.random.default_rng(seed))
     same = fingerprint(params)
     assert fingerprint(jax.tree.map(np.asarray, params)) == same
@@ -139,6 +146,12 @@ def test_fingerprints_tell_weights_apart(seed: int) -> None:
     cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     renamed = {("layer_9" if name == "layer_1" else name): value for name, value in params.items()}
     assert len({same, *map(fingerprint, (moved, cast, renamed))}) == 4
+    few = sample(params)
+    assert [apart(sample(tree), few) for tree in (params, moved)] == [0, pytest.approx(0.001, rel=0.1)]
+    assert 1e-4 < apart(sample(cast), few) < 0.01 < 1 < apart(-few, few)
+    assert apart(few[1:], few) == apart(few * np.nan, few) == np.inf
+    monkeypatch.setattr("pasta_jax.checkpoints.fingerprint._is_here", lambda leaf: False)  # on an accelerator
+    np.testing.assert_array_equal(sample(params), few)
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -275,3 +288,32 @@ def test_adapters_decay_and_rows_like_embeddings() -> None:
     assert mask["embed"]["embedding_rows"]
     assert mask["layer_0"]["attn"]["q_proj_lora_a"] and mask["layer_0"]["attn"]["q_proj_lora_b"]
     assert not mask["layer_0"]["attn"]["q_norm"] and not mask["layer_0"]["attn"]["q_proj_bias"]
+
+
+@only_full
+def test_trained_twice_they_are_equal_to_the_byte(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the commands' own functions, from records to PEFT's files; the second run is stopped half-way."""
+    write_hf_folder(tmp_path / "hf", CONFIGS["gemma"])
+    bring_in(tmp_path / "hf", tmp_path / "W")
+    promises = '<promise topic="Nile" tokens=1 /><async>the Nile is long</async>' * 2
+    records = [{"prompt": f"the rivers {i}", "response": f"And {i}: {promises}"} for i in range(5)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = changed(data={"sources": ((f"{tmp_path}/mine.jsonl", 1.0),), "rows": 2, "length": 96})
+    config = dataclasses.replace(
+        config, steps=4, init_from=f"{tmp_path}/W", lora=Lora(rank=2), param_dtype="float32"
+    )
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    real, written = loop.train, dict[str, dict[str, bytes]]()
+    stop: int | None
+    for name, seed, stops in (("one", 11, [None]), ("two", 11, [2, None]), ("other", 12, [None])):
+        for stop in stops:
+            monkeypatch.setattr(loop, "train", functools.partial(real, mesh=mesh, stop_after=stop))
+            run_training(dataclasses.replace(config, seed=seed), str(tmp_path / name))
+        assert convert(f"--from={tmp_path}/{name}", f"--to={tmp_path}/{name}-peft", "--dtype=bfloat16") == 0
+        written[name] = {path.name: path.read_bytes() for path in (tmp_path / f"{name}-peft").iterdir()}
+    assert read_metadata(find_checkpoint(tmp_path / "two")).step == 4
+    assert written["two"] == written["one"] and len(written["one"]) >= 4
+    different = {name for name, content in written["one"].items() if written["other"][name] != content}
+    assert different == {"adapter_model.safetensors"}, "another seed gives other adapters"

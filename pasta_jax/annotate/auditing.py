@@ -49,11 +49,11 @@ def audit(values: flags.FlagValues, columns: Mapping[str, str], about: Mapping[s
 
 def model_of(values: flags.FlagValues) -> dict[str, Any]:
     """What identifies the model that reads and the options of `self`, as JSON can hold it."""
-    from pasta_jax.checkpoints.about import checkpoint_identity
+    from pasta_jax.loading import identity_of
 
     options = {name: values[name].value for name in ("ckpt", "dtype", "max_loss", "candidates")}
     if values.ckpt and os.path.isdir(values.ckpt):
-        options |= checkpoint_identity(values.ckpt)
+        options |= identity_of(values.ckpt)
     return options
 
 
@@ -64,7 +64,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     about = "Audit the annotated answers of --input; --output is a folder then."
     flags.DEFINE_bool("audit", False, about, flag_values=values)
     text("ckpt", None, "self and --audit: the model that reads, a workdir or hf:FOLDER.")
-    text("base", None, "Of adapters in --ckpt: their base weights, if these have moved.")
+    text("base", None, "Of adapters in --ckpt: their base weights, in PEFT's layout or if these have moved.")
     about = "Of that model's weights; by default as they are."
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], about, flag_values=values)
     whole("rows", 4, "self and --audit: rows of a batch.")

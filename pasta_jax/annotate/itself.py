@@ -151,7 +151,7 @@ def auditor_of(flags: Mapping[str, Any], length: int = 0) -> Auditor:
     from pasta_jax.loading import load
 
     options: dict[str, Any] = {name: flags.get(name) for name in LOADING if flags.get(name)}
-    if kind_of(flags["ckpt"])[0] != "workdir":
+    if kind_of(flags["ckpt"])[0] not in ("peft", "workdir"):
         options["extend_tokenizer"] = True  # the tags are out of view: any ids will do
     model = load(flags["ckpt"], **options)
     sizes = {"rows": flags.get("rows"), "length": length}

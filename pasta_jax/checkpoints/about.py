@@ -269,7 +269,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
     - A workdir of preference optimization means that of its last round that has a checkpoint.
 
     Raises:
-      CheckpointError: the path does not exist, is a file, holds published weights, or holds no checkpoint.
+      CheckpointError: the path does not exist, is a file, or holds published weights, PEFT's adapters or no
+        checkpoint.
     """
     text, root = os.fspath(path), absolute_path(path)
     weights = ("model.safetensors", "model.safetensors.index.json")
@@ -278,6 +279,11 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
         raise CheckpointError(
             f"{text} holds published weights, not a checkpoint of pasta_jax. Convert them first: "
             f"python -m pasta_jax.convert --from={source} --to=WORKDIR."
+        )
+    if (root / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{text} holds PEFT's adapters, not a checkpoint of pasta_jax. Put them beside their base first: "
+            f"python -m pasta_jax.convert --from=peft:{text} --base=WORKDIR --to=WORKDIR."
         )
     if not root.exists():
         is_run = text.startswith("runs/") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text)

@@ -183,9 +183,15 @@ class Checkpoints:
             optimizer=state.opt_state,
         )
 
-    def save_weights(self, params: Params) -> None:
-        """Saves, as step 0, weights that were not trained here, to decode with or to start from."""
-        self._save(0, 0, None, {}, params=params)
+    def save_weights(self, params: Params, *, step: int = 0, base: BaseWeights | None = None) -> None:
+        """Saves weights that were not trained here, to decode with or to start from.
+
+        Args:
+          params: a whole model, or adapters.
+          step: number of optimizer steps that they have had elsewhere.
+          base: the weights that they belong to, if they are adapters.
+        """
+        self._save(step, 0, base, {}, params=params)
 
     def _save(
         self,
@@ -305,7 +311,8 @@ class Checkpoints:
 def _described(path: epath.Path) -> tuple[CheckpointMetadata, bool, Any]:
     """The metadata, whether there is an optimizer, and the shapes of the weights. Raises CheckpointError."""
     metadata, has_optimizer = read_metadata(path), is_there(path / "optimizer")
-    if metadata.step and not has_optimizer:
+    had_one = not metadata.checksums or "optimizer" in metadata.checksums  # imported adapters had none
+    if metadata.step and had_one and not has_optimizer:
         reason = "optimizer: not there; --config.init_from starts from its weights, in a new --workdir"
         raise DamagedCheckpoint(path, reason, "optimizer")
     return metadata, has_optimizer, saved_shapes(path, "params")

@@ -112,9 +112,9 @@ def annotated(values: flags.FlagValues) -> None:
 
 def on_own_prompts(values: flags.FlagValues) -> None:
     """Evaluates on the prompts of a file."""
-    from pasta_jax.checkpoints.about import find_checkpoint
     from pasta_jax.evaluate import alpaca_eval, contests, own
     from pasta_jax.evaluate.report import summary_of
+    from pasta_jax.loading import place_of
 
     settings = own.Settings(
         ckpt=values.ckpt,
@@ -133,7 +133,7 @@ def on_own_prompts(values: flags.FlagValues) -> None:
     questions = own.questions_of(settings.prompts, settings.columns)
     # What cannot work is said before minutes of decoding.
     if settings.audit:
-        find_checkpoint(settings.audit)
+        place_of(settings.audit)
     _check_judge(values, [own.instruction_of(question) for question in questions])
     if difficulties is not None:
         alpaca_eval.check_official(own.datasets_of(questions), difficulties)
@@ -178,11 +178,11 @@ def _judge_name(values: flags.FlagValues) -> str:
 
 def _judge_identity(values: flags.FlagValues) -> Any:
     """What the verdicts of the judge depend on, as JSON can hold it."""
-    from pasta_jax.checkpoints.about import checkpoint_identity
     from pasta_jax.judges import source_of
+    from pasta_jax.loading import identity_of
 
     if values.judge == "likelihood":
-        return checkpoint_identity(values.judge_model or values.baseline) | loading_options(values)
+        return identity_of(values.judge_model or values.baseline) | loading_options(values)
     if values.judge == "llm":
         return [values.base_url, values.model, values.temperature]
     return None if values.judge == "almanac" else source_of(values.judge)
@@ -190,14 +190,14 @@ def _judge_identity(values: flags.FlagValues) -> Any:
 
 def _caution(values: flags.FlagValues) -> str:
     """What to know of a reference model that judges what it said itself; "" if it did not."""
-    from pasta_jax.checkpoints.about import find_checkpoint
+    from pasta_jax.loading import place_of
 
     if values.judge != "likelihood":
         return ""
-    reference = find_checkpoint(values.judge_model or values.baseline)
-    opponent = "" if values.opponent else find_checkpoint(values.baseline or values.ckpt)
+    reference = place_of(values.judge_model or values.baseline)
+    opponent = "" if values.opponent else place_of(values.baseline or values.ckpt)
     whose = ["the opponent's answers"] * (reference == opponent)
-    whose += ["the model's answers"] * (reference == find_checkpoint(values.ckpt))
+    whose += ["the model's answers"] * (reference == place_of(values.ckpt))
     if not whose:
         return ""
     return (
@@ -208,16 +208,16 @@ def _caution(values: flags.FlagValues) -> str:
 
 def _check_judge(values: flags.FlagValues, prompts: Sequence[str]) -> None:
     """Refuses a judge that cannot be made, or cannot judge these prompts."""
-    from pasta_jax.checkpoints.about import find_checkpoint
     from pasta_jax.data import almanac as built_in
     from pasta_jax.judges import make_judge
+    from pasta_jax.loading import place_of
 
     if values.judge == "likelihood":
         if not (values.judge_model or values.baseline):
             refuse(
                 "--judge=likelihood needs a reference model: --judge_model=WORKDIR, or --baseline=WORKDIR."
             )
-        find_checkpoint(values.judge_model or values.baseline)
+        place_of(values.judge_model or values.baseline)
     elif values.judge == "llm":
         if not (values.base_url and values.model):
             refuse("--judge=llm needs an endpoint: --base_url=http://localhost:8000/v1 --model=NAME.")

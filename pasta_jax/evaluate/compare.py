@@ -129,15 +129,14 @@ def compare(
       CheckpointError: a model cannot be loaded.
       ValueError: there are fewer prompts.
     """
-    from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
     from pasta_jax.decoding.engine import Decoder
-    from pasta_jax.loading import load
+    from pasta_jax.loading import identity_of, load, place_of
 
-    checkpoints = {name: find_checkpoint(path) for name, path in {"baseline": baseline, **tests}.items()}
+    checkpoints = {name: place_of(path) for name, path in {"baseline": baseline, **tests}.items()}
     models = {name: load(path, **options) for name, path in checkpoints.items()}
     engine = Decoder(models["baseline"], limits=LIMITS)
     systems = {name: decoding(model, like=engine) for name, model in models.items()}
-    about = {name: checkpoint_identity(path) | given_of(options) for name, path in checkpoints.items()}
+    about = {name: identity_of(path) | given_of(options) for name, path in checkpoints.items()}
     answers = evaluate(systems, prompts, workdir, about)
     rows = {name: summarise(answers["baseline"], answers[name]) for name in tests}
     with replacing(os.path.join(workdir, "table.md")) as file:
@@ -157,10 +156,10 @@ def folder_of(test: str, baseline: str, options: Mapping[str, Any]) -> str:
     Raises:
       CheckpointError: there is none.
     """
-    from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
+    from pasta_jax.loading import identity_of, place_of
 
-    checkpoint = find_checkpoint(test)
-    identities = [checkpoint_identity(path) for path in (checkpoint, baseline)]
+    checkpoint = place_of(test)
+    identities = [identity_of(path) for path in (checkpoint, baseline)]
     return f"{name_of(checkpoint)}-{sha256([*identities, given_of(options)])[:8]}"
 
 
@@ -182,7 +181,10 @@ def saw_almanac(path: str, most: int = 8) -> bool:
       CheckpointError: there is none.
     """
     from pasta_jax.checkpoints.about import find_checkpoint, has_checkpoint, read_metadata
+    from pasta_jax.interchange.importing import kind_of
 
+    if kind_of(path)[0] == "peft":
+        return False  # such a folder does not name its data
     metadata = read_metadata(find_checkpoint(path))
     config = metadata.config
     if config.stage == "preference":

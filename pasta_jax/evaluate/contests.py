@@ -15,7 +15,6 @@ from pasta_jax.annotate.annotators import MAX_LOSS
 from pasta_jax.annotate.audit import Auditor
 from pasta_jax.annotate.audited import Audited, audit_file
 from pasta_jax.annotate.audited import write_report as write_audit
-from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
 from pasta_jax.data.prompts import ANSWERS, Question
 from pasta_jax.data.records import Example, prompt_text
 from pasta_jax.evaluate.alpaca_eval import Estimate, length_controlled_win_rate, write_outputs
@@ -29,7 +28,7 @@ from pasta_jax.files import locked
 from pasta_jax.judges.bulk import judge_all
 from pasta_jax.judges.protocol import Judge, JudgeError
 from pasta_jax.lang.parse import parse
-from pasta_jax.loading import load
+from pasta_jax.loading import identity_of, load, place_of
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -168,8 +167,8 @@ def audit(settings: Settings, evaluated: Evaluated) -> list[Audited]:
     Raises:
       CheckpointError: the model cannot be loaded.
     """
-    path, dialect = find_checkpoint(settings.audit), evaluated.tokenizer.vocabulary.dialect
-    about = checkpoint_identity(path) | {"answers": sha256([each.annotated for each in evaluated.test])}
+    path, dialect = place_of(settings.audit), evaluated.tokenizer.vocabulary.dialect
+    about = identity_of(path) | {"answers": sha256([each.annotated for each in evaluated.test])}
     folder = os.path.join(evaluated.folder, f"audit-{name_of(path)}-{sha256(about)[:8]}")
     examples = [
         Example(question.prompt, parse(answer.annotated, dialect=dialect), line, "")

@@ -26,7 +26,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pasta_jax.checkpoints.about import checkpoint_identity, find_checkpoint
 from pasta_jax.data.prompts import Question, read_questions
 from pasta_jax.data.records import prompt_text
 from pasta_jax.decoding.model import Model
@@ -37,7 +36,7 @@ from pasta_jax.evaluate.side_by_side import SHOWN, Pair, as_html, as_markdown
 from pasta_jax.evaluate.summary import Speed, speed_of
 from pasta_jax.evaluate.systems import take_turns
 from pasta_jax.files import replacing, write_jsonl
-from pasta_jax.loading import load
+from pasta_jax.loading import identity_of, load, place_of
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 LOG = logging.getLogger("pasta_jax")
@@ -146,11 +145,11 @@ def answer_all(settings: Settings, questions: Sequence[Question]) -> Evaluated:
     Raises:
       CheckpointError: a model cannot be loaded.
     """
-    paths = {"model": find_checkpoint(settings.ckpt)}
-    paths["baseline"] = find_checkpoint(settings.baseline or settings.ckpt)
+    paths = {"model": place_of(settings.ckpt)}
+    paths["baseline"] = place_of(settings.baseline or settings.ckpt)
     given = {k: v for k, v in settings.loading.items() if k != "base" and v not in (None, False, "auto")}
     digest = sha256([key_of(question.prompt) for question in questions])
-    about: dict[str, Any] = {name: checkpoint_identity(path) | given for name, path in paths.items()}
+    about: dict[str, Any] = {name: identity_of(path) | given for name, path in paths.items()}
     about |= {"itself": not settings.baseline, "prompts": digest, "max_new_tokens": settings.max_new_tokens}
     name, baseline_name = ("-".join([name_of(path), *_options(given)]) for path in paths.values())
     folder = os.path.join(settings.workdir, f"{name}-{sha256(about)[:8]}")

@@ -24,7 +24,7 @@ from pasta_jax.interchange.gguf.model import config_json, open_gguf
 from pasta_jax.interchange.origin import Origin, origin_of, write_origin
 from pasta_jax.interchange.placing import Path, aligned
 from pasta_jax.interchange.reading import ADAPTERS, Folder, model_config, open_folder, read_params
-from pasta_jax.interchange.tensors import CHUNK
+from pasta_jax.interchange.tensors import CHUNK, INDEX, SINGLE
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.forms import Int8, contracted, quantize_leaf
 from pasta_jax.model.presets import presets
@@ -35,8 +35,12 @@ from pasta_jax.tokens.gguf import tokenizer_files
 from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_files
 from pasta_jax.tokens.tokenizer import Tokenizer, TokenizerError
 
-SourceKind = Literal["folder", "hub", "gguf", "orbax", "workdir"]
-"""A Hugging Face folder, a repository on its hub, a GGUF file, an Orbax checkpoint of Gemma, or a workdir."""
+SourceKind = Literal["folder", "hub", "gguf", "orbax", "peft", "workdir"]
+"""A Hugging Face folder, a repository on its hub, a GGUF file, an Orbax checkpoint of Gemma, a folder of PEFT's
+adapters, or a workdir."""
+
+_SCHEMES: dict[str, SourceKind] = {"hf": "folder", "orbax": "orbax", "peft": "peft"}
+"""What stands before the name of a folder, and the kind that it states."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Published:
 
     source: str
     config: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     tokenizer_path: str
     origin: Origin | None
     folder: str | None
@@ -88,15 +92,15 @@ class Published:
 def kind_of(source: str | os.PathLike[str]) -> tuple[SourceKind, str]:
     """Classifies the name of a model: its kind, and the folder or the name on the hub.
 
-    hf:DIRECTORY, hf:org/name, orbax:DIRECTORY and gguf:FILE state their kind; FILE.gguf alone is a GGUF file. Any
-    other folder is a Hugging Face folder if its config.json names an architecture or it has safetensors files
-    beside it, or if it holds PEFT adapters, which `open_folder` refuses (our own workdirs have a config.json too).
-    The name of a published model (`model.presets`) is a repository on the hub. Everything else counts as a workdir,
-    org/name too, whether it exists or not.
+    hf:DIRECTORY, hf:org/name, orbax:DIRECTORY, peft:DIRECTORY and gguf:FILE state their kind; FILE.gguf alone is a
+    GGUF file. Any other folder is a Hugging Face folder if its config.json names an architecture or it has
+    safetensors files beside it (our own workdirs have a config.json too), and one of PEFT's adapters if it has
+    those and no whole model. The name of a published model (`model.presets`) is a repository on the hub. Everything
+    else counts as a workdir, org/name too, whether it exists or not.
 
     Raises:
-      InterchangeError: hf: or orbax: before something that is neither a folder nor a name; gguf: before what is no
-        file.
+      InterchangeError: hf:, orbax: or peft: before something that is neither a folder nor a name; gguf: before what
+        is no file.
     """
     text = os.fspath(source)
     scheme, colon, rest = text.partition(":")
@@ -104,9 +108,9 @@ def kind_of(source: str | os.PathLike[str]) -> tuple[SourceKind, str]:
         if os.path.isfile(os.path.expanduser(rest)):
             return "gguf", rest
         raise InterchangeError(f"{text}: there is no file {rest}.")
-    if colon and scheme in ("hf", "orbax"):
+    if colon and scheme in _SCHEMES:
         if os.path.isdir(os.path.expanduser(rest)):
-            return ("folder" if scheme == "hf" else "orbax"), rest
+            return _SCHEMES[scheme], rest
         if scheme == "hf" and hub.NAME.fullmatch(rest):
             return "hub", rest
         raise InterchangeError(
@@ -114,7 +118,7 @@ def kind_of(source: str | os.PathLike[str]) -> tuple[SourceKind, str]:
         )
     folder = os.path.expanduser(text)
     if os.path.isdir(folder):
-        return ("folder" if _is_hf(folder) else "workdir"), text
+        return _kind_of_folder(folder), text
     if text.endswith(".gguf") and os.path.isfile(folder):
         return "gguf", text
     if text.lower() in presets():
@@ -122,19 +126,19 @@ def kind_of(source: str | os.PathLike[str]) -> tuple[SourceKind, str]:
     return "workdir", text
 
 
-def _is_hf(folder: str) -> bool:
+def _kind_of_folder(folder: str) -> SourceKind:
     names = os.listdir(folder)
     if ADAPTERS in names:
-        return True
+        return "peft" if {SINGLE, INDEX}.isdisjoint(names) else "folder"
     if "config.json" not in names:
-        return False
+        return "workdir"
     if any(name.endswith(".safetensors") for name in names):
-        return True
+        return "folder"
     try:
         tree = parse_object(read_bytes(os.path.join(folder, "config.json")), "config.json")
     except ValueError:
-        return False
-    return not tree.keys().isdisjoint(("model_type", "architectures"))
+        return "workdir"
+    return "workdir" if tree.keys().isdisjoint(("model_type", "architectures")) else "folder"
 
 
 def open_published(kind: SourceKind, path: str, options: ImportOptions = ImportOptions()) -> Published:

@@ -6,34 +6,133 @@
     embed/embedding_rows [n, D]          base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta
 
 The table in `model.weights` gives the module of each matrix. The layout is that of peft 0.15 and later, with
-`trainable_token_indices` in `LoraConfig`.
+`trainable_token_indices` in `LoraConfig`. Two files beside them say what PEFT has no fields for, and `peft_reading`
+reads them: `pasta_tags.json` the ids of the tags, `pasta_adapter.json` how the adapters were trained (`Trained`).
 """
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
+from pasta_jax.checkpoints.fingerprint import FEW, sample
 from pasta_jax.config import Config
 from pasta_jax.files import json_bytes
+from pasta_jax.foreign import Fields, parse_object
 from pasta_jax.interchange.errors import InterchangeError
 from pasta_jax.interchange.origin import Origin
+from pasta_jax.interchange.reading import ADAPTERS as CONFIG
 from pasta_jax.interchange.writing import check_destination, unfinished, write_files
+from pasta_jax.lang.tags import Dialect
+from pasta_jax.messages import message_of
 from pasta_jax.model import Lora, ModelConfig
 from pasta_jax.model.families import config_from_hf
-from pasta_jax.model.weights import MULTIMODAL_PREFIXES, hf_tensors
+from pasta_jax.model.lora import TABLES
+from pasta_jax.model.weights import MULTIMODAL_PREFIXES, HfTensor, hf_tensors
+from pasta_jax.sharding import MATRICES
 from pasta_jax.tokens.base import TextTokenizer
+from pasta_jax.tokens.chat import Chat
 from pasta_jax.tokens.export import tags_json
 from pasta_jax.tokens.load import TAGS_FILE
+from pasta_jax.tokens.positions import Positions
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS, TRAINED, FORMAT = "adapter_model.safetensors", "pasta_adapter.json", 1
+
+WRAPPED = "base_model.model."
+"""What PEFT puts before the names of a model's modules."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+SIZES = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+"""Fields of a base's configuration without which adapters do not fit it."""
 
 _TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab.", "merges.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """How adapters were trained, as far as PEFT has no fields for it: the content of `pasta_adapter.json`.
+
+    Attributes:
+      step: optimizer steps taken; 0 if unknown.
+      dtype: of the model that they were trained in; "" means that of the base.
+      positions: the scheme that the model was trained with.
+      max_depth: how deep its promises may nest.
+      dialect: its tags.
+      chat: the format of its prompts; auto means that of the base.
+      sizes: of the base, by the names in SIZES.
+      base: values of the base's weights (`checkpoints.fingerprint.sample`), float32 [leaves, FEW]; None if unknown.
+    """
+
+    step: int = 0
+    dtype: str = ""
+    positions: Positions = Positions()
+    max_depth: int = 1
+    dialect: Dialect = "pasta"
+    chat: str = "auto"
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    base: np.ndarray | None = None
+
+    def to_json(self) -> bytes:
+        """The file. The base's values are in bfloat16, so that dtypes that lose less look alike."""
+        tree = {
+            name: getattr(self, name) for name in ("step", "dtype", "max_depth", "dialect", "chat", "sizes")
+        }
+        tree = {"format": FORMAT, **tree, "positions": dataclasses.asdict(self.positions)}
+        if self.base is not None:
+            bits = self.base.astype(ml_dtypes.bfloat16).view(np.uint16).astype("<u2")
+            tree["base"] = base64.b64encode(bits.tobytes()).decode("ascii")
+        return json_bytes(tree)
+
+    @classmethod
+    def from_json(cls, data: bytes, name: str) -> Trained:
+        """The content of the file. Raises InterchangeError, which names it and the field."""
+        fields = Fields(parse_object(data, name, InterchangeError), name, error=InterchangeError)
+        if fields["format"] != FORMAT:
+            raise fields.fault("format", f"this version of pasta_jax reads format {FORMAT}")
+        try:
+            sizes, values = fields.inner("sizes"), None
+            if fields["base"] is not None:
+                bits = np.frombuffer(base64.b64decode(fields["base"], validate=True), "<u2")
+                values = bits.astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float32).reshape(-1, FEW)
+            return cls(
+                step=fields.size("step") if fields["step"] else 0,
+                dtype=fields.choice("dtype", ("", "float32", "bfloat16"), "is no dtype to compute in"),
+                positions=Positions(**fields.inner("positions").tree),
+                max_depth=fields.size("max_depth"),
+                dialect=fields.choice("dialect", get_args(Dialect), "is no dialect of tags"),  # type: ignore[arg-type]
+                chat=fields.choice("chat", get_args(Chat), "is no format of prompts"),
+                sizes={key: sizes.size(key) for key in SIZES if key in sizes.tree},
+                base=values,
+            )
+        except InterchangeError:
+            raise
+        except (ValueError, TypeError) as error:  # of base64, and of what Positions refuses
+            raise InterchangeError(f"{name} is damaged: {message_of(error)}.") from error
+
+
+def trained_with(config: Config, step: int = 0, base: Any = None) -> Trained:
+    """What the configuration of a run says of its adapters.
+
+    Args:
+      config: of the run.
+      step: optimizer steps taken.
+      base: parameters of the base.
+    """
+    data = config.data
+    sizes = {name: getattr(config.model, name) for name in SIZES}
+    values = None if base is None else sample(base)
+    return Trained(
+        step, config.model.dtype, data.positions, data.max_depth, data.dialect, data.chat, sizes, values
+    )
 
 
 def write_adapters(
@@ -44,6 +143,10 @@ def write_adapters(
     origin: Origin | None,
     *,
     base_step: int,
+    trained: Trained | None = None,
+    dtype: str = "float32",
+    base_name: str = "",
+    tokenizer_files: bool = True,
 ) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads beside the published base.
 
@@ -54,6 +157,10 @@ def write_adapters(
       tokenizer: of the trained model.
       origin: of the base.
       base_step: number of training steps that the base has had here.
+      trained: what `pasta_adapter.json` says; by default what `config` does, and nothing of the base's weights.
+      dtype: of the tensors.
+      base_name: the base's published name; by default that under which it was imported.
+      tokenizer_files: write the base's tokenizer too, as PEFT's own examples do.
 
     Raises:
       InterchangeError: the base is not exactly a published model, or the destination is not empty.
@@ -81,38 +188,52 @@ def write_adapters(
     files = {
         name: content
         for name, content in origin.files.items()
-        if name.startswith(_TOKENIZER_FILES) and "/" not in name
+        if tokenizer_files and name.startswith(_TOKENIZER_FILES) and "/" not in name
     }
     files[TAGS_FILE] = tags_json(tokenizer.vocabulary)
-    files[CONFIG] = json_bytes(peft_config(config.model, config.lora, origin.source, prefix))
-    tensors = peft_tensors(adapters, config.model, config.lora, prefix)
+    files[TRAINED] = (trained or trained_with(config)).to_json()
+    files[CONFIG] = json_bytes(peft_config(config.model, config.lora, base_name or origin.source, prefix))
+    tensors = peft_tensors(adapters, config.model, config.lora, prefix, dtype)
     with unfinished(destination) as folder:
         write_files(folder, files)
         safetensors.numpy.save_file(tensors, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
 
 
-def peft_tensors(
-    adapters: Mapping[str, Any], config: ModelConfig, lora: Lora, prefix: str = "model."
-) -> dict[str, np.ndarray]:
-    """The adapters under PEFT's names, in float32."""
-    tensors: dict[str, np.ndarray] = {}
-    flat = flatten_dict(adapters)
-
-    def leaf(*path: str) -> np.ndarray:
-        return np.asarray(flat[path]).astype(np.float32)
-
-    for tensor in hf_tensors(config, prefix):
-        *folder, name = tensor.path
-        module = f"base_model.model.{tensor.name.removesuffix('.weight')}"
+def adapter_tensors(config: ModelConfig, lora: Lora, prefix: str = "model.") -> Iterator[HfTensor]:
+    """The tensors of adapters in PEFT's file, and the parameters of ours that they are."""
+    for matrix in hf_tensors(config, prefix):
+        *folder, name = matrix.path
+        module = f"{WRAPPED}{matrix.name.removesuffix('.weight')}"
         if name in lora.targets:
-            a, b = leaf(*folder, f"{name}_lora_a"), leaf(*folder, f"{name}_lora_b")
-            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, lora.rank).T)
-            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.reshape(lora.rank, -1).T)
-        elif name in ("embedding", "head") and lora.rows:
-            rows = leaf(*folder, f"{name}_rows")
-            rows = rows if name == "embedding" else rows.T
-            tensors[f"{module}.token_adapter.trainable_tokens_delta"] = np.ascontiguousarray(rows)
-    return tensors
+            inner = len(MATRICES[name][0])
+            (out, into), (rows, columns) = matrix.shape, (matrix.ours[:inner], matrix.ours[inner:])
+            for letter, shape, ours in (
+                ("A", (lora.rank, into), (*rows, lora.rank)),
+                ("B", (out, lora.rank), (lora.rank, *columns)),
+            ):
+                path = (*folder, f"{name}_lora_{letter.lower()}")
+                yield HfTensor(f"{module}.lora_{letter}.weight", shape, path, ours, transposed=True)
+        elif name in TABLES and lora.rows:
+            shape = (len(lora.rows), config.model_dim)
+            ours = shape[::-1] if matrix.transposed else shape
+            path = (*folder, f"{name}_rows")
+            named = f"{module}.token_adapter.trainable_tokens_delta"
+            yield HfTensor(named, shape, path, ours, transposed=matrix.transposed)
+
+
+def peft_tensors(
+    adapters: Mapping[str, Any],
+    config: ModelConfig,
+    lora: Lora,
+    prefix: str = "model.",
+    dtype: str = "float32",
+) -> dict[str, np.ndarray]:
+    """The adapters under PEFT's names."""
+    flat, kind = flatten_dict(adapters), np.dtype(dtype)
+    return {
+        tensor.name: np.ascontiguousarray(tensor.to_hf(np.asarray(flat[tensor.path])).astype(kind))
+        for tensor in adapter_tensors(config, lora, prefix)
+    }
 
 
 def peft_config(config: ModelConfig, lora: Lora, base: str, prefix: str = "model.") -> dict[str, Any]:

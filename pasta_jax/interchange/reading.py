@@ -71,8 +71,9 @@ def open_folder(path: str | os.PathLike[str], source: str = "") -> Folder:
     is_whole = any(os.path.exists(os.path.join(path, name)) for name in (tensors.SINGLE, tensors.INDEX))
     if os.path.exists(os.path.join(path, ADAPTERS)) and not is_whole:
         raise InterchangeError(
-            f"{path} holds PEFT's adapters ({ADAPTERS}), which cannot be imported, and no whole model. Merge them "
-            "where peft is installed: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)."
+            f"{path} holds PEFT's adapters ({ADAPTERS}) and no whole model. They go beside their base: give "
+            f"peft:{path} with --base=WORKDIR. Or merge them where peft is installed: "
+            "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)."
         )
     if not os.path.exists(file):
         raise InterchangeError(f"{path} is not a Hugging Face folder: it has no config.json.")

@@ -1,0 +1,83 @@
+"""The adapters in models/: names, shapes, size and card always; one decode where their base is at hand."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import types
+
+import pytest
+
+import pasta_jax
+from pasta_jax.interchange.peft import CONFIG, TRAINED, WEIGHTS
+from pasta_jax.interchange.peft_reading import open_adapters
+from pasta_jax.lang.tags import PIECES
+from pasta_jax.model.presets import preset
+from pasta_jax.tokens.load import TAGS_FILE
+from tests.helpers import only_full
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODELS, BASE = ROOT / "models", ROOT / "runs" / "real" / "base"
+NAMES = {"smollm2-135m-pasta": "pasta", "smollm2-135m-apar": "apar", "smollm2-135m-plain": "pasta"}
+"""The folders, and the dialect of each."""
+
+MOST_BYTES = 5_000_000
+
+pytestmark = pytest.mark.skipif(not MODELS.exists(), reason="models/ is not there: nothing was trained yet")
+
+
+def test_these_are_all() -> None:
+    assert {path.name for path in MODELS.iterdir()} == NAMES.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_fits_its_base_and_is_small(name: str) -> None:
+    folder = MODELS / name
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert files.keys() == {CONFIG, WEIGHTS, TRAINED, TAGS_FILE, "README.md"}
+    assert sum(files.values()) <= MOST_BYTES
+    published, adapters = preset("smollm2-135m-instruct"), open_adapters(folder)
+    assert (adapters.base_name, adapters.dtype) == (published.hub, "bfloat16")
+    assert adapters.trained.dialect == NAMES[name]
+    assert adapters.trained.step > 0 and adapters.trained.base is not None, "it knows its base's weights"
+    tag_ids = {piece: 7 + i for i, piece in enumerate(PIECES)}
+    assert adapters.tag_ids == tag_ids and adapters.lora.rows == tuple(range(7, 13))
+    tokenizer = types.SimpleNamespace(vocabulary=types.SimpleNamespace(tag_ids=tag_ids))
+    adapters.fit(published.config, tokenizer, published.hub)
+    for file in (CONFIG, TRAINED, TAGS_FILE, "README.md"):
+        text = (folder / file).read_text(encoding="utf-8")
+        assert not re.search(r"(^|[\s\"'=])/(tmp|home|root|work)/", text), (
+            f"{file} names a place of its maker"
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_card_says_what_it_is(name: str) -> None:
+    """As the Hugging Face hub reads it; with the numbers, and with nothing left to fill in."""
+    card = (MODELS / name / "README.md").read_text(encoding="utf-8")
+    _, front, body = card.split("---\n", 2)
+    for line in (
+        "library_name: peft",
+        "license: apache-2.0",
+        f"base_model: {preset('smollm2-135m-instruct').hub}",
+    ):
+        assert line in front.splitlines()
+    sections = re.findall(r"^## (.*)$", body, re.MULTILINE)
+    assert sections == ["What it does", "Use", "Data", "Training", "Numbers", "Limits", "License"]
+    numbers = body.split("## Numbers\n")[1].split("\n## ")[0]
+    rows = [line for line in numbers.splitlines() if line.startswith("|") and re.search(r"\d", line)]
+    assert len(rows) >= 5, "a table of what was measured"
+    assert f"models/{name}" in body and "--base=" in body and "pasta_jax.convert" in body
+    assert "TODO" not in card
+    rank = json.loads((MODELS / name / CONFIG).read_text())["r"]
+    assert f"rank {rank}" in body
+
+
+@only_full
+@pytest.mark.skipif(not BASE.exists(), reason="their base is not at hand, in runs/real/base")
+@pytest.mark.parametrize("name", NAMES)
+def test_it_answers(name: str) -> None:
+    model = pasta_jax.load(MODELS / name, base=BASE)
+    answer = pasta_jax.decode(model, "Name three fruits.", max_new_tokens=24)
+    assert answer.text.strip() and not answer.issues
