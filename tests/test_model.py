@@ -236,6 +236,13 @@ def test_shapes_that_do_not_fit_say_so() -> None:
         model.apply({"params": params}, tokens, positions, may_attend, pool)
 
 
+def test_what_is_turned_for_decoding_can_be_used_up() -> None:
+    weights = {name: jnp.arange(6.0).reshape(2, 3) for name in ("up_proj", "scale")}
+    turned = outputs_first(weights, donate=True)
+    np.testing.assert_array_equal(turned["up_proj"].array, np.arange(6.0).reshape(2, 3).T)
+    assert weights["up_proj"].is_deleted() and turned["scale"] is weights["scale"]
+
+
 @pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("change", [fuse, outputs_first, "fuse int8"])

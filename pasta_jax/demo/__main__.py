@@ -103,10 +103,11 @@ def base_of(ckpts: Sequence[str], workdir: Path, started: float) -> str | None:
 def load(ckpt: str, base: str | None) -> Model:
     """A model with its adapters in it, or a whole one."""
     from pasta_jax import loading
+    from pasta_jax.demo.show import light
 
     options = loading_options(flags.FLAGS)
     is_adapters = os.path.exists(os.path.join(ckpt, ADAPTERS))
-    return loading.load(ckpt, **options | {"base": base if is_adapters else None})
+    return light(loading.load(ckpt, **options | {"base": base if is_adapters else None}))
 
 
 def shipped(name: str) -> str | None:

@@ -71,7 +71,6 @@ class Stage:
         pool = round_up(longest + max_new_tokens, 128)
         limits = Limits(lanes, THREADS, pool, max(model.max_depth, baseline.max_depth))
         self.bucket = max(next_power_of_two(longest), 16)
-        model, baseline = (light(each, limits) for each in (model, baseline))
         self.parallel = Decoder(model, limits=limits, prompt_buckets=[self.bucket])
         if self.parallel.fits(baseline):
             self.sequential = self.parallel.for_model(baseline)
@@ -139,11 +138,14 @@ class Stage:
         return "\n".join([faint(ruler), *(in_colour(line, i) for i, line in enumerate(threads))])
 
 
-def light(model: Model, limits: Limits) -> Model:
-    """The model without a second copy of its weights: in the one form that steps on this CPU read."""
-    if Decoder(model, limits=limits).compiled.form != "outputs_first":
+def light(model: Model) -> Model:
+    """The model in the one form that steps on this CPU read, where they would make a second copy of its weights.
+
+    It uses up the other one.
+    """
+    if Decoder(model).compiled.form != "outputs_first":
         return model
-    return dataclasses.replace(model, params=outputs_first(model.params))
+    return dataclasses.replace(model, params=outputs_first(model.params, donate=True))
 
 
 def read_prompts(file: str | None) -> Sequence[str]:

@@ -211,10 +211,14 @@ def quantize_leaf(name: str, leaf: Any) -> Any:
     return _quantizer(name, leaf.shape, getattr(leaf, "sharding", None))(leaf)
 
 
-def outputs_first(params: Any) -> Any:
+def outputs_first(params: Any, *, donate: bool = False) -> Any:
     """All matrices, the embedding and the head as `OutputsFirst`.
 
     The embedding is so already and is shared; of all else that changes, both copies are held in memory.
+
+    Args:
+      params: plain weights, adapters merged.
+      donate: use up the arrays that change, each as soon as it has: never more than one is held twice.
 
     Raises:
       ValueError: weights that are not plain.
@@ -227,7 +231,13 @@ def outputs_first(params: Any) -> Any:
         if over is None:
             return leaf
         order = (*(i for i in range(leaf.ndim) if i not in over), *over)
-        return OutputsFirst(leaf if order == tuple(range(leaf.ndim)) else _transpose(leaf, order))
+        if order == tuple(range(leaf.ndim)):
+            return OutputsFirst(leaf)
+        turned = _transpose(leaf, order)
+        if donate and isinstance(leaf, jax.Array):
+            jax.block_until_ready(turned)
+            leaf.delete()
+        return OutputsFirst(turned)
 
     return path_aware_map(turn, params)
 
