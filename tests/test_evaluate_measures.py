@@ -25,6 +25,7 @@ from pasta_jax.evaluate.measures import (
     speeds_of,
     win_rate_of,
 )
+from pasta_jax.evaluate.names import name_of
 from pasta_jax.evaluate.report import read_results
 from pasta_jax.evaluate.side_by_side import Pair, as_html, as_markdown
 from pasta_jax.intervals import Values
@@ -149,6 +150,13 @@ def test_answers_side_by_side() -> None:
     assert "It is &lt; &lt;b&gt;short&lt;/b&gt;</span>" in html and html.count('class="block"') == 2
 
 
+def test_adapters_have_the_name_of_their_folder(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "models" / "small-pasta").mkdir(parents=True)
+    assert name_of(tmp_path / "models" / "small-pasta") == "models-small-pasta"
+    (tmp_path / "models" / "small-pasta" / "adapter_config.json").touch()
+    assert name_of(tmp_path / "models" / "small-pasta") == "small-pasta"
+
+
 # ---------------------------------------------------------------------------------------------- the whole way
 
 PROMPTS = ["Name rivers.", "Name a river.", "Name cities.", "What is long?", "Tell a story."]
@@ -185,9 +193,9 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> own.Set
         return pathlib.Path(path) / "checkpoints" / "7"
 
     for module in (own, contests):
-        monkeypatch.setattr(module, "find_checkpoint", find)
+        monkeypatch.setattr(module, "place_of", find)
         monkeypatch.setattr(module, "load", lambda path, **options: Named(path.parent.parent.name))
-        monkeypatch.setattr(module, "checkpoint_identity", lambda path: {"checkpoint": str(path)})
+        monkeypatch.setattr(module, "identity_of", lambda path: {"checkpoint": str(path)})
     monkeypatch.setattr(own, "Respondent", Fake)
     monkeypatch.setattr(Fake, "asked", 0)
     path = tmp_path / "prompts.jsonl"

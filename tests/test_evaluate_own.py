@@ -159,9 +159,9 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
         return pathlib.Path(path) / "checkpoints" / "7"
 
     monkeypatch.setattr(own, "Respondent", Fake)
-    monkeypatch.setattr(own, "find_checkpoint", find)
+    monkeypatch.setattr(own, "place_of", find)
     monkeypatch.setattr(own, "load", lambda path, **options: Named(path.parent.parent.name))
-    monkeypatch.setattr(own, "checkpoint_identity", lambda path: {"checkpoint": str(path), "written": 1.0})
+    monkeypatch.setattr(own, "identity_of", lambda path: {"checkpoint": str(path), "written": 1.0})
 
 
 def settings_of(folder: pathlib.Path, ckpt: str = "runs/fast", baseline: str = "runs/slow") -> own.Settings:
@@ -389,10 +389,10 @@ def test_what_cannot_work_is_refused_before_anything_is_decoded(
 def test_a_judge_is_known_by_what_its_verdicts_depend_on(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pasta_jax.checkpoints import about
+    from pasta_jax import loading
 
-    monkeypatch.setattr(about, "find_checkpoint", lambda path: path)
-    monkeypatch.setattr(about, "checkpoint_identity", lambda path: {"checkpoint": path})
+    monkeypatch.setattr(loading, "place_of", lambda path: path)
+    monkeypatch.setattr(loading, "identity_of", lambda path: {"checkpoint": path})
     monkeypatch.syspath_prepend(tmp_path)
     source = tmp_path / "some_judges.py"
     source.write_text("def judge(prompt, a, b):\n    return 0, 0.9\n")

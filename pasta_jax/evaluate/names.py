@@ -8,7 +8,7 @@ from typing import Any
 
 
 def name_of(checkpoint: Any) -> str:
-    """A checkpoint for people: its workdir and its step.
+    """A checkpoint for people: its workdir and its step; of PEFT's adapters their folder.
 
     >>> import pathlib
     >>> name_of(pathlib.Path("runs/pasta/checkpoints/700"))
@@ -16,6 +16,8 @@ def name_of(checkpoint: Any) -> str:
     >>> name_of(pathlib.Path("runs/bon/round-2/checkpoints/64"))
     'bon-round-2-64'
     """
+    if (checkpoint / "adapter_config.json").exists():  # a folder of PEFT's
+        return slug(checkpoint.name)
     step, parent = checkpoint.name, checkpoint.parent
     workdir = parent.parent if parent.name == "checkpoints" else parent
     outer = f"{workdir.parent.name}-" if workdir.name.startswith("round-") else ""
