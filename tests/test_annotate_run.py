@@ -25,6 +25,7 @@ from pasta_jax.lang.parse import parse
 from pasta_jax.lang.program import Node, Program, Promise, Text
 from pasta_jax.lang.render import render
 from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens.tokenizer import TextError
 from tests.helpers.commands import python
 
 NILE = "The river flows north through ten dry countries and has fed the fields of Egypt for ages. " * 2
@@ -268,6 +269,26 @@ def test_no_annotator_is_asked_about_an_answer_that_cannot_fit(tmp_path: pathlib
         asked == [NILE]
         and [*journal_of(str(output))][1].outcomes[0].reason == "longer than a row without tags"
     )
+
+
+def test_no_annotator_is_asked_about_an_answer_without_ids(tmp_path: pathlib.Path) -> None:
+    class Lacking(WordTokenizer):
+        def encode(self, text: str) -> list[int]:
+            if "\x13" in text:
+                raise TextError("The text holds U+0013.")
+            return super().encode(text)
+
+    path, output, tokenizer = tmp_path / "in.jsonl", tmp_path / "out.jsonl", Lacking(ANSWER)
+    path.write_text(
+        "".join(json.dumps({"prompt": "Hi", "response": a}) + "\n" for a in (f"{ANSWER}\x13", ANSWER))
+    )
+    annotate_file(str(path), str(output), Structure(tokenizer), tokenizer, Reader(), ABOUT, max_branches=15)
+    found = sorted(journal_of(str(output)), key=lambda line: line.number)
+    reasons = [outcome.reason for line in found for outcome in line.outcomes]
+    assert reasons == ["characters that the tokenizer lacks", ""]
+    assert [without_tags(json.loads(line)) for line in output.read_text().splitlines()] == [
+        json.loads(line) for line in path.read_text().splitlines()
+    ]
 
 
 def test_what_has_tags_already_stays(tmp_path: pathlib.Path) -> None:

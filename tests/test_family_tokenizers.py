@@ -18,7 +18,7 @@ from pasta_jax.tokens.load import load_tokenizer
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.sentence_piece import SentencePieceTokenizer
 from pasta_jax.tokens.sentence_piece_json import sentencepiece_as_json
-from pasta_jax.tokens.tokenizer import TokenizerError
+from pasta_jax.tokens.tokenizer import TextError, TokenizerError
 from tests.helpers import family_tokenizers as families
 from tests.helpers.data import data_file, real_responses
 from tests.helpers.family_folders import (
@@ -28,6 +28,7 @@ from tests.helpers.family_folders import (
     names_of,
     tokenizer,
 )
+from tests.helpers.hard_texts import TEXTS
 from tests.helpers.programs import random_program, random_text
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -66,6 +67,7 @@ def test_text_comes_back_and_stays_text(name: str, seed: int) -> None:
         "<<unused0>unused0> <|<|im_end|>im_end|>",
         " ".join(families.QWEN_TEXT) + "<table>\n\n\n",
         "".join(tags.PIECES),
+        *TEXTS,
         *(
             " ",
             "",
@@ -133,6 +135,25 @@ def test_lossy_tokenizers_are_refused() -> None:
     assert HfTokenizer(json.dumps(fields).encode(), extend=True).vocabulary.digits
     with pytest.raises(TokenizerError, match="does not preserve text"):
         SentencePieceTokenizer(families.sentencepiece_model(byte_fallback=False, vocab_size=90), extend=True)
+
+
+def test_a_character_that_a_vocabulary_lacks_is_named() -> None:
+    """SmolLM2's lacks the ids of some bytes, and its own package drops them without a word."""
+    fields = json.loads(families.qwen())
+    for letter in ("\u0113", "\u00f1"):  # of the bytes 0x13 and 0xF1
+        fields["model"]["vocab"][f"{letter}{letter}"] = fields["model"]["vocab"].pop(letter)
+    loaded = HfTokenizer(json.dumps(fields).encode(), extend=True)
+    for text in ("a\x12b", "\U0003ffff\U000c0000", "ñ \u0115"):
+        assert loaded.vocabulary.text(loaded.encode(text)) == text
+    for text, message in (
+        ("\x13", r"The text holds U\+0013, which this tokenizer has no ids for, at its start\. Remove it\."),
+        ("a \U00040000", r"holds U\+40000, which .*, after 'a '"),
+        ("ñ\x12\x13 \x13", r"holds U\+0013, which .*, after 'ñ\\x12'"),
+    ):
+        with pytest.raises(TextError, match=message):
+            loaded.encode(text)
+        with pytest.raises(TextError, match="which this tokenizer has no ids for"):
+            loaded.encode_prompt(text)
 
 
 def test_spaces_are_neither_added_nor_swallowed() -> None:

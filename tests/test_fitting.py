@@ -20,6 +20,7 @@ from pasta_jax.data.stored import Stored
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import parse
 from pasta_jax.testing import WordTokenizer
+from pasta_jax.tokens.tokenizer import TextError
 from tests.helpers.layouts import write_files
 
 BLOCK = '<promise topic="river" tokens=1 /><async>The Nile is long. It is.</async>'
@@ -86,6 +87,25 @@ def test_what_a_chat_format_cannot_write_is_a_problem_of_its_record(tmp_path: pa
     kept = json.loads((tmp_path / "invalid.jsonl").read_text())
     assert (kept["line"], kept["reason"]) == (1, "chat format")
     assert kept["message"] == "This chat format has no system message."
+
+
+def test_characters_that_the_tokenizer_lacks_are_a_problem_of_their_record(tmp_path: pathlib.Path) -> None:
+    class Lacking(WordTokenizer):
+        def encode(self, text: str) -> list[int]:
+            if "\x13" in text:
+                raise TextError("The text holds U+0013.")
+            return super().encode(text)
+
+    records = (
+        {"prompt": prompt, "response": answer} for prompt in ("a", "a \x13") for answer in ("b", "b \x13")
+    )
+    account = config(lines(tmp_path / "a.jsonl", *records), max_unusable=0.9)
+    assert len(stored(account, Lacking(), invalid=tmp_path / "invalid.jsonl")) == 1
+    kept = [json.loads(line) for line in (tmp_path / "invalid.jsonl").read_text().splitlines()]
+    reason = "characters that the tokenizer lacks"
+    assert [(each["line"], each["reason"], each["message"]) for each in kept] == [
+        (line, reason, "The text holds U+0013.") for line in (2, 3, 4)
+    ]
 
 
 def test_examples_of_a_conversation_are_held_out_together(tmp_path: pathlib.Path) -> None:

@@ -39,7 +39,7 @@ from pasta_jax.lang.render import render
 from pasta_jax.lang.topics import with_short_topics
 from pasta_jax.lang.validate import validate
 from pasta_jax.tokens.cost import critical_path, threads_of_program
-from pasta_jax.tokens.tokenizer import Tokenizer
+from pasta_jax.tokens.tokenizer import LACKING, TextError, Tokenizer
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -202,10 +202,13 @@ def _left(example: Example, tokenizer: Tokenizer, length: int) -> str:
     """Why no annotator is asked about an answer, which stays as it is; or ""."""
     if not all(isinstance(node, Text) for node in example.program.nodes):
         return HAS_TAGS
+    try:
+        tokens = len(tokenizer.encode(assemble(example.program)))
+    except TextError:
+        return LACKING
     if length:
         with contextlib.suppress(ValueError):  # a prompt that the chat format lacks: `_Check` says so
-            size = len(encode_prompt(tokenizer, example.prompt))
-            if length < size + len(tokenizer.encode(assemble(example.program))):
+            if length < tokens + len(encode_prompt(tokenizer, example.prompt)):
                 return TOO_LONG_PLAIN
     return ""
 

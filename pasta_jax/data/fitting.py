@@ -24,7 +24,7 @@ from pasta_jax.lang.program import Program, Promise, Text
 from pasta_jax.lang.sentences import SENTENCE_END
 from pasta_jax.lang.topics import with_short_topics
 from pasta_jax.tokens.layout import TOPIC_TOO_LONG, LayoutError, answer_ids, check_threads, layout_ids
-from pasta_jax.tokens.tokenizer import Tokenizer
+from pasta_jax.tokens.tokenizer import LACKING, TextError, Tokenizer
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -113,6 +113,8 @@ class Fitter:
     def _prompt(self, example: Example) -> list[int]:
         try:
             return encode_prompt(self.tokenizer, example.prompt)
+        except TextError as error:
+            raise Fault(LACKING, str(error)) from error
         except ValueError as error:
             raise Fault("chat format", str(error)) from error
 
@@ -127,6 +129,8 @@ class Fitter:
             check_threads(self.tokenizer.vocabulary, ids, self.config.threads)
         except LayoutError as error:
             raise Fault(error.reason, str(error)) from error
+        except TextError as error:
+            raise Fault(LACKING, str(error)) from error
         return ids if ended else ids[:-1]
 
 

@@ -16,7 +16,7 @@ from pasta_jax.foreign import parse_object
 from pasta_jax.lang import tags
 from pasta_jax.messages import message_of
 from pasta_jax.tokens import chat as chats
-from pasta_jax.tokens.tokenizer import TokenizerError, check_text
+from pasta_jax.tokens.tokenizer import TextError, TokenizerError, check_text, place_in
 from pasta_jax.tokens.usage import Hints, Symbols, Usage, settle, vocabulary_of
 
 MAGIC = b"pasta_jax tokenizer 1\n"
@@ -27,6 +27,9 @@ SPACE = "\u2581"
 
 _SETS = ("ends", "lstrip", "rstrip")
 """The fields of `Usage` that JSON holds as lists; checkpoints of earlier code lack the last two."""
+
+_OF_UTF8 = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
+"""The bytes that text has."""
 
 _PROBES = (
     "  two  spaces,\ttabs\r\n\r\nand lines \n",
@@ -77,8 +80,10 @@ class TextTokenizer(abc.ABC):
         self._never = {i: name.replace(SPACE, " ") for name, i in names.items() if i in never}
         spelled = [symbols.pieces.index(bytes([b])) for b in SPACE.encode() if bytes([b]) in symbols.pieces]
         self._space = spelled if symbols.marks_spaces and len(spelled) == len(SPACE.encode()) else None
+        # SmolLM2's lacks rare ones: some control characters, and the first bytes of U+40000 to U+BFFFF.
+        self._lacking = _OF_UTF8 - {piece[0] for piece in symbols.pieces if len(piece) == 1}
         for text in _PROBES:
-            if (back := self.vocabulary.text(self.encode(text))) != text:
+            if (back := self.vocabulary.text(self._encode_whole(text))) != text:
                 raise TokenizerError(
                     f"This tokenizer does not preserve text: {text!r} becomes {back!r}. Use one that keeps every "
                     "character (byte-level, or with byte fallback and no normalisation)."
@@ -95,9 +100,18 @@ class TextTokenizer(abc.ABC):
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text, never those of tags or control tokens, whatever the text spells.
 
-        Raises TextError for half a character.
+        Raises TextError for half a character, and for one that the vocabulary cannot spell: no text is lost.
         """
         check_text(text)
+        ids = self._encode_whole(text)
+        doubtful = self._lacking and not self._lacking.isdisjoint(text.encode())
+        if doubtful and self.vocabulary.text(ids) != text:
+            at = next(i for i, c in enumerate(text) if self.vocabulary.text(self._encode_whole(c)) != c)
+            fault = f"The text holds U+{ord(text[at]):04X}, which this tokenizer has no ids for"
+            raise TextError(f"{fault}, {place_in(text, at)}. Remove it.")
+        return ids
+
+    def _encode_whole(self, text: str) -> list[int]:
         if self._space is None or SPACE not in text:
             return self._encode_as_text(text)
         first, *others = text.split(SPACE)

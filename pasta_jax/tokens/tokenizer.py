@@ -52,7 +52,11 @@ class MissingPackage(TokenizerError):
 
 
 class TextError(ValueError):
-    """A text that is none: it holds half a character; the message says which."""
+    """A text without ids: it holds half a character, or one that the tokenizer lacks; the message says which."""
+
+
+LACKING = "characters that the tokenizer lacks"
+"""The reason for which records with such a text are not used."""
 
 
 def check_text(text: str) -> None:
@@ -71,8 +75,14 @@ def check_text(text: str) -> None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         byte = f" (the byte 0x{code - 0xDC00:02X}, which is not UTF-8)" if 0xDC80 <= code <= 0xDCFF else ""
-        place = f"after {text[max(0, error.start - 20) : error.start]!r}" if error.start else "at its start"
-        raise TextError(f"The text holds half a character, U+{code:04X}{byte}, {place}. Remove it.") from None
+        raise TextError(
+            f"The text holds half a character, U+{code:04X}{byte}, {place_in(text, error.start)}. Remove it."
+        ) from None
+
+
+def place_in(text: str, index: int) -> str:
+    """Where a character stands, for messages."""
+    return f"after {text[max(0, index - 20) : index]!r}" if index else "at its start"
 
 
 def of_library(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -182,7 +192,7 @@ class TextEncoder(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text, never a tag's id; `vocabulary.text` returns the same text.
 
-        Raises TextError for half a character.
+        Raises TextError for half a character, and for one that the vocabulary cannot spell.
         """
 
 
