@@ -5,7 +5,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compiling all that is installed takes pip half of its time. Python compiles what is imported, and keeps it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo almanac reproduce readme test quick check pytest fuzz clean
+.PHONY: demo almanac reproduce readme test quick check pytest fuzz tokenizers clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo-installed  ## a published model answers in parallel, and sequentially; options: make demo ARGS="..."
@@ -32,6 +32,9 @@ pytest: .venv/.test-installed
 
 fuzz: .venv/.test-installed  ## random and hostile inputs for 30 minutes; options: make fuzz ARGS="--minutes=5"
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+tokenizers:  ## published tokenizers for the tests, into .cache: 300 MB come once, and no code of theirs is run
+	$(PYTHON) -m tests.fetch
 
 .venv/.demo-installed: requirements-demo.txt requirements.txt
 	$(call install,requirements-demo.txt,$@)

@@ -1,8 +1,8 @@
 """Real texts and a real tokenizer, which are not part of this repository.
 
 The environment variable PASTA_TEST_DATA names a folder with `alpaca_eval_responses.jsonl`, which has a JSON object
-with a `response` on each line, and `llama2_tokenizer.model` of SentencePiece. Tests that need a file which is not
-there are skipped.
+with an `instruction` and a `response` on each line, `instruction_seeds.jsonl`, with `instruction`, `input` and
+`output`, and `llama2_tokenizer.model` of SentencePiece. Tests that need a file which is not there are skipped.
 """
 
 import json
@@ -26,3 +26,14 @@ def data_file(name: str) -> pathlib.Path:
 def real_responses() -> list[str]:
     lines = data_file("alpaca_eval_responses.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["response"] for line in lines]
+
+
+def real_texts() -> list[str]:
+    """Every text of both files that is not empty, once."""
+    files = ("alpaca_eval_responses.jsonl", "instruction_seeds.jsonl")
+    lines = [line for name in files for line in data_file(name).read_text(encoding="utf-8").splitlines()]
+    keys = ("instruction", "input", "output", "response")
+    texts = [
+        record[key] for line in lines for record in [json.loads(line)] for key in keys if record.get(key)
+    ]
+    return [*dict.fromkeys(texts)]
