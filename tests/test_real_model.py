@@ -110,7 +110,7 @@ def test_it_goes_on(
     recipe.main([""], values=values)
     titles = [step.title for step in recipe.recipe(str(tmp_path))]
     assert ran == titles[:4] + titles[3:]
-    log = (tmp_path / "log.md").read_text()
+    log = (tmp_path / "recipe" / "log.md").read_text()
     assert log.count("\n") == len(titles) + 2 and f"| {titles[0]} | 0 | 20" in log
     ran.clear()
     recipe.main([""], values=values)

@@ -5,7 +5,7 @@ r"""Teaches SmolLM2-135M-Instruct to answer in parallel, from nothing but the pa
     python -m pasta_jax.real_model --dry_run                         # the commands only
 
 It runs commands of this package one after another, and prints each. Stopped, the same command goes on.
-WORKDIR/log.md has each command with the time that it took.
+WORKDIR/recipe/log.md has each command with the time that it took.
 """
 
 from __future__ import annotations
@@ -164,8 +164,9 @@ def main(argv: Sequence[str], *, values: Any) -> None:
         print("\n".join(step.line for step in steps))
         return
     begin_alone()
-    with locked(folder):
-        path = os.path.join(folder, "done.jsonl")
+    own = os.path.join(folder, "recipe")  # the steps lock the folder itself
+    with locked(own):
+        path = os.path.join(own, "done.jsonl")
         done = {each.line: each for each in read_jsonl(path, lambda tree: Done(**tree))}
         with Lines(path) as file:
             for number, step in enumerate(steps, 1):
@@ -178,7 +179,7 @@ def main(argv: Sequence[str], *, values: Any) -> None:
                 found = Done(step.line, round(time.monotonic() - start, 1), datetime.date.today().isoformat())
                 done[step.line] = found
                 file.write(json_line(dataclasses.asdict(found)))
-                write_log(os.path.join(folder, "log.md"), steps, done)
+                write_log(os.path.join(own, "log.md"), steps, done)
     print(f"All {len(steps)} steps are done. {folder}/evaluation/summary-held_out.html compares the models.")
 
 
