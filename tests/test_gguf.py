@@ -16,6 +16,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from pasta_jax import sharding
+from pasta_jax.config import Config
 from pasta_jax.foreign import Fields
 from pasta_jax.gguf import Entry
 from pasta_jax.interchange import parity
@@ -25,11 +26,13 @@ from pasta_jax.interchange.gguf.keys import config_fields
 from pasta_jax.interchange.gguf.model import open_gguf
 from pasta_jax.interchange.importing import ImportOptions, Published, kind_of, open_published
 from pasta_jax.interchange.origin import read_origin
+from pasta_jax.interchange.peft import write_adapters
 from pasta_jax.loading import load
-from pasta_jax.model import ModelConfig
+from pasta_jax.model import Lora, ModelConfig, init_params
 from pasta_jax.model.config import RopeScaling
 from pasta_jax.model.families import config_from_hf
 from pasta_jax.model.forms import quantize
+from pasta_jax.model.lora import split
 from pasta_jax.model.presets import preset
 from pasta_jax.model.weights import hf_tensors
 from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_files
@@ -53,6 +56,10 @@ WIDE = ModelConfig(
 """Of the llama architecture, with rows of whole blocks."""
 
 
+LLAMA = dataclasses.replace(CONFIGS["llama"], rope_scaling=RopeScaling("llama3", 8.0))
+"""A file does not say the length in pretraining, of which several give the same three frequencies."""
+
+
 def opened(path: pathlib.Path, **how: Any) -> Published:
     return open_published("gguf", str(path), ImportOptions(**how))
 
@@ -69,8 +76,7 @@ def assert_holds(params: Any, config: ModelConfig, held: dict[str, np.ndarray]) 
 def test_a_file_is_the_model_of_the_folder(family: str, tmp_path: pathlib.Path) -> None:
     kind = "F16" if family in ("qwen2", "gemma2") else "F32"
     config = dataclasses.replace(CONFIGS[family], query_scale=0.0)  # which a file does not say
-    if config.rope_scaling.kind == "llama3":
-        config = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", 8.0))
+    config = LLAMA if family == "llama" else config
     tensors = random_tensors(config)
     held = write_gguf(tmp_path / "m.gguf", config, ARCHITECTURE[family], tensors, kinds=kind)
     write_hf_folder(tmp_path / "hf", config, dtype=np.float32, shards=1, tensors=tensors)
@@ -121,7 +127,7 @@ def byte_level(name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
     files = family_folders.FOLDERS[name]()
     template = json.loads(files["tokenizer_config.json"])["chat_template"]
     if name.startswith("qwen"):
-        ids: Any = {"bos": "<|endoftext|>", "eos": "<|im_end|>", "padding": "<|endoftext|>"}
+        ids: Any = {"bos": "<|endoftext|>", "eos": "<|im_end|>"}
         rows = family_folders.rows(files["tokenizer.json"])
         made = gguf_files.byte_level_keys(files["tokenizer.json"], "qwen2", template, rows, **ids)
         return files, made | {"tokenizer.ggml.add_bos_token": False}
@@ -140,8 +146,7 @@ def test_a_tokenizer_is_that_of_the_folder(name: str, tmp_path: pathlib.Path) ->
     rows = len(keys["tokenizer.ggml.tokens"])
     want = tokenizer_from_files(files, vocab_size=rows)
     config = dataclasses.replace(CONFIGS["qwen2"], num_layers=1, vocab_size=rows)
-    nothing: dict[str, Any] = {"tokenizer.ggml.scores": None, "tokenizer.ggml.add_space_prefix": None}
-    write_gguf(tmp_path / "m.gguf", config, "qwen2", random_tensors(config), keys=nothing | keys)
+    write_gguf(tmp_path / "m.gguf", config, "qwen2", random_tensors(config), tokenizer=keys)
     got = opened(tmp_path / "m.gguf").tokenizer
     assert load_tokenizer(tmp_path / "m.gguf").vocabulary == got.vocabulary, "it serves as --tokenizer too"
     assert got.vocabulary == want.vocabulary
@@ -152,14 +157,12 @@ def test_a_tokenizer_is_that_of_the_folder(name: str, tmp_path: pathlib.Path) ->
 
 
 def test_out_again_as_a_folder(tmp_path: pathlib.Path) -> None:
-    """What its metadata says is a folder's files: they are written, read, and trained from like a folder's own."""
+    """What its metadata says is a folder's files, written and read, beside adapters too, as a folder's own."""
     keys = byte_level("llama 3.1")[1]
-    config = dataclasses.replace(
-        CONFIGS["llama"], num_layers=1, vocab_size=len(keys["tokenizer.ggml.tokens"])
-    )
-    nothing: dict[str, Any] = {"tokenizer.ggml.scores": None, "tokenizer.ggml.add_space_prefix": None}
+    rows = len(keys["tokenizer.ggml.tokens"])
+    config = dataclasses.replace(LLAMA, num_layers=1, vocab_size=rows)
     held = write_gguf(
-        tmp_path / "m.gguf", config, "llama", random_tensors(config), keys=nothing | keys, kinds="BF16"
+        tmp_path / "m.gguf", config, "llama", random_tensors(config), tokenizer=keys, kinds="BF16"
     )
     arguments = (f"--from={tmp_path / 'm.gguf'}", f"--to={tmp_path / 'W'}", "--noparity")
     assert run(*arguments) == 0
@@ -175,6 +178,11 @@ def test_out_again_as_a_folder(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == keys["tokenizer.chat_template"]
     origin = read_origin(tmp_path / "W")
     assert origin is not None and origin.source == str(tmp_path / "m.gguf")
+    trained = Config(model=again.config, lora=Lora(rank=2))
+    shapes = jax.eval_shape(lambda: init_params(trained.model, jax.random.key(0), trained.lora))
+    adapters = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), split(shapes)[1])
+    write_adapters(tmp_path / "peft", adapters, trained, again.tokenizer, origin, base_step=0)
+    assert (tmp_path / "peft" / "tokenizer.json").read_bytes() == origin.files["tokenizer.json"]
 
 
 def test_a_model_in_several_files(tmp_path: pathlib.Path) -> None:
@@ -196,7 +204,7 @@ def test_a_model_in_several_files(tmp_path: pathlib.Path) -> None:
 def test_keys_say_what_a_published_model_is(name: str) -> None:
     """The scale of queries, too, which llama.cpp tells by the number of layers."""
     config = preset(name).config
-    architecture = {"gemma-2": "gemma2", "gemma-3": "gemma3", "gemma-": "gemma", "qwen3-": "qwen3"}
+    architecture = {"gemma-2-": "gemma2", "gemma-3": "gemma3", "gemma-": "gemma", "qwen3-": "qwen3"}
     found = next((arch for start, arch in architecture.items() if name.startswith(start)), "llama")
     keys = gguf_files.keys_of(config, found)
     keys.pop(f"{found}.attention.sliding_window_pattern", None)
@@ -396,6 +404,12 @@ def test_a_real_file_gives_the_logits_of_transformers(real: tuple[pathlib.Path, 
 def test_a_real_file_gives_the_ids_of_transformers(real: tuple[pathlib.Path, Published]) -> None:
     path, model = real
     reference = theirs("AutoTokenizer", path)
+    if (
+        b"Digits" in model.tokenizer.model
+    ):  # SmolLM2's; transformers has no rule for it, and leaves digits in words
+        steps = importlib.import_module("tokenizers").pre_tokenizers
+        words = [steps.Digits(individual_digits=True), steps.ByteLevel(add_prefix_space=False)]
+        reference.backend_tokenizer.pre_tokenizer = steps.Sequence(words)
     texts = prompts()
     for file in ("alpaca_eval_responses.jsonl", "instruction_seeds.jsonl"):
         texts += [text for line in data_file(file).open() for text in strings(json.loads(line))]

@@ -167,6 +167,7 @@ def write_gguf(
     *,
     kinds: Mapping[str, str] | str = "F32",
     keys: Mapping[str, Any] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
     stored: Mapping[str, Any] | None = None,
     files: int = 1,
 ) -> dict[str, np.ndarray]:
@@ -179,12 +180,14 @@ def write_gguf(
       tensors: float32, by a folder's names.
       kinds: quantisation of the matrices, by a part of the folder's names that ends them; vectors are float32.
       keys: more metadata, or other; None leaves a key out.
+      tokenizer: the metadata of one; by default of `hf_folders.small_tokenizer`.
       stored: more tensors, or other, as they are stored, by their names there; None leaves one out.
       files: how many.
     """
     gguf = package()
     writer = gguf.GGUFWriter(path, architecture)
-    metadata = keys_of(config, architecture) | sentencepiece_keys(hf_folders.small_tokenizer())
+    metadata = keys_of(config, architecture)
+    metadata |= sentencepiece_keys(hf_folders.small_tokenizer()) if tokenizer is None else tokenizer
     if files > 1:
         metadata |= {"split.no": 0, "split.count": files, "split.tensors.count": len(tensors)}
     _add_keys(writer, metadata | dict(keys or {}))
