@@ -194,9 +194,9 @@ def write_adapters(
     files[TRAINED] = (trained or trained_with(config)).to_json()
     files[CONFIG] = json_bytes(peft_config(config.model, config.lora, base_name or origin.source, prefix))
     tensors = peft_tensors(adapters, config.model, config.lora, prefix, dtype)
+    files[WEIGHTS] = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     with unfinished(destination) as folder:
         write_files(folder, files)
-        safetensors.numpy.save_file(tensors, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
 
 
 def adapter_tensors(config: ModelConfig, lora: Lora, prefix: str = "model.") -> Iterator[HfTensor]:
