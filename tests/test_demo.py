@@ -13,6 +13,7 @@ import zipfile
 import pytest
 
 from pasta_jax.decoding.streaming import Event
+from pasta_jax.demo import __main__ as command
 from pasta_jax.demo import base, screen, show, table
 from pasta_jax.demo.prompts import PROMPTS
 from pasta_jax.evaluate.answers import Answered
@@ -240,6 +241,38 @@ def test_the_table():
 
 
 # ---------------------------------------------------------------------------------------------- all of it
+
+
+def test_which_models(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "pasta_jax/demo/__main__.py"))
+    with pytest.raises(SystemExit) as leaving:
+        command.chosen(None, "runs/plain")
+    message = (
+        "models/smollm2-135m-pasta is missing. Clone the repository and run this there, or add --ckpt=MODEL."
+    )
+    assert leaving.value.code == 2 and capsys.readouterr().err == f"{message}\n"
+    pasta, plain = tmp_path / command.PASTA, tmp_path / command.PLAIN
+    pasta.mkdir(parents=True)
+    assert command.chosen(None, None) == (str(pasta), None)
+    plain.mkdir()
+    assert command.chosen(None, None) == (str(pasta), str(plain))
+    assert command.chosen(None, "runs/plain") == (str(pasta), "runs/plain")
+    assert command.chosen("runs/mine", None) == ("runs/mine", None), "the shipped one is not its baseline"
+
+
+def test_the_base_is_made_once_and_only_for_adapters(tmp_path, monkeypatch):
+    """Of the right file; a whole model needs none."""
+    made = []
+    monkeypatch.setattr(command, "fetch", lambda workdir: workdir / "model.gguf")
+    monkeypatch.setattr(command, "convert", lambda file, base: (made.append(file), base.mkdir()))
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").touch()
+    assert command.base_of(["runs/whole"], tmp_path, None, 0.0) is None
+    for _ in range(2):
+        assert command.base_of(["runs/whole", str(adapters)], tmp_path, None, 0.0) == str(tmp_path / "base")
+    assert command.base_of([str(adapters)], tmp_path, "runs/other", 0.0) == "runs/other"
+    assert made == [tmp_path / "model.gguf"]
 
 
 @pytest.mark.slow

