@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -264,7 +265,12 @@ def test_the_base_is_made_once_and_only_for_adapters(tmp_path, monkeypatch):
     """Of the right file; a whole model needs none."""
     made = []
     monkeypatch.setattr(command, "fetch", lambda workdir: workdir / "model.gguf")
-    monkeypatch.setattr(command, "convert", lambda file, base: (made.append(file), base.mkdir()))
+
+    def convert(file, base):
+        made.append(file)
+        base.mkdir()
+
+    monkeypatch.setattr(command, "convert", convert)
     adapters = tmp_path / "adapters"
     adapters.mkdir()
     (adapters / "adapter_config.json").touch()
@@ -278,11 +284,10 @@ def test_the_base_is_made_once_and_only_for_adapters(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_prompts_by_a_tiny_model(tmp_path, capsys):
     """Its words are nonsense, in several threads."""
-    model = answers.model()
-    stage = show.Stage(
-        model, model, [answers.PROMPT, answers.OTHER], max_new_tokens=60, open_bias=3.5, lanes=1
-    )
-    stage.warm_up()
+    prompts = [answers.PROMPT, answers.OTHER]
+    stage = show.Stage(answers.model(), prompts, max_new_tokens=60, open_bias=3.5, lanes=1)
+    stage.compare_with(dataclasses.replace(answers.model()))
+    assert stage.sequential.compiled is stage.parallel.compiled
     pairs = [stage.show(number) for number in range(2)]
     said = capsys.readouterr().out
     for pair in pairs:

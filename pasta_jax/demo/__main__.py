@@ -64,16 +64,15 @@ def demo(workdir: Path, ckpt: str, baseline: str | None, started: float) -> None
     print(ABOUT.format(prompts=len(prompts)), file=sys.stderr)
     base = base_of([ckpt, *([baseline] if baseline else [])], workdir, values.base, started)
     say(f"3/4  Loading {name_of(ckpt)}, and compiling: once, programs are kept for the next start", started)
-    model = load(ckpt, base)
-    other = load(baseline, base) if baseline else model
     options = dict(max_new_tokens=values.max_new_tokens, lanes=values.lanes)
-    stage = show.Stage(model, other, prompts, **options, open_bias=values.open_bias)
-    stage.warm_up()
+    stage = show.Stage(load(ckpt, base), prompts, **options, open_bias=values.open_bias)
+    if baseline:  # loaded last: compiling takes memory too
+        stage.compare_with(load(baseline, base))
     say(f"4/4  Answering {len(prompts)} prompts", started)
     pairs = [stage.show(number) for number in range(len(prompts))]
     about = provenance("pasta_jax.demo", f"{time.monotonic() - started:.0f} s, installing not included")
-    table.write(workdir, pairs, is_other=other is not model, about=about)
-    print(f"\n{table.table(pairs)}\n\n{table.legend(is_other=other is not model)}")
+    table.write(workdir, pairs, is_other=baseline is not None, about=about)
+    print(f"\n{table.table(pairs)}\n\n{table.legend(is_other=baseline is not None)}")
     print(f"\nIn {workdir}: table.md and answers.md are what you saw, answers.jsonl has all of it with tags.")
     where = f"--ckpt={name_of(ckpt)} {f'--base={base} ' if base else ''}--dtype={values.dtype or FASTEST}"
     print(f'Ask it yourself:  python -m pasta_jax {where} --stream "{prompts[0]}"')

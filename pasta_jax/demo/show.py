@@ -23,7 +23,7 @@ from pasta_jax.rounding import next_power_of_two, round_up
 from pasta_jax.terminal import timeline
 
 WARM_TOKENS = 12
-"""Decoded once before anything is timed: the pool's memory is touched, and the other form of the weights made."""
+"""Decoded once before anything is timed, so that all memory was touched."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,13 @@ class Shown:
 
 
 class Stage:
-    """A model and its sequential baseline, which share their programs, and the prompts.
+    """Prompts, a model that answers them in parallel, and what answers them sequentially: at first the same model.
+
+    It compiles what these prompts need, which is one prefill and one loop, and runs it once.
 
     Args:
-      model: answers in parallel.
-      baseline: answers sequentially; may be the same.
-      prompts: of one prompt bucket and one size of the pool, so that few programs are compiled.
+      model: what is shown.
+      prompts: all of them are padded alike, and share one size of the pool.
       max_new_tokens, open_bias, lanes: as in `decode`.
 
     Raises:
@@ -58,7 +59,6 @@ class Stage:
     def __init__(
         self,
         model: Model,
-        baseline: Model,
         prompts: Sequence[str],
         *,
         max_new_tokens: int = 512,
@@ -66,28 +66,32 @@ class Stage:
         lanes: int = LANES,
     ):
         self.prompts = prompts
-        self.ids = [model.tokenizer.encode_prompt(prompt) for prompt in prompts]
-        longest = max(map(len, self.ids))
-        pool = round_up(longest + max_new_tokens, 128)
-        limits = Limits(lanes, THREADS, pool, max(model.max_depth, baseline.max_depth))
-        self.bucket = max(next_power_of_two(longest), 16)
-        self.parallel = Decoder(model, limits=limits, prompt_buckets=[self.bucket])
-        if self.parallel.fits(baseline):
-            self.sequential = self.parallel.for_model(baseline)
-        else:
-            self.sequential = Decoder(baseline, limits=limits, prompt_buckets=[self.bucket])
+        longest = max(len(model.tokenizer.encode_prompt(prompt)) for prompt in prompts)
+        self._bucket = max(next_power_of_two(longest), 16)
+        limits = Limits(lanes, THREADS, round_up(longest + max_new_tokens, 128), model.max_depth)
+        self.parallel = self.sequential = Decoder(model, limits=limits, prompt_buckets=[self._bucket])
+        self._warm_up(self.parallel)
         self._greedy = SamplingParams(max_new_tokens, max_branch_tokens=max_new_tokens, open_bias=open_bias)
         self._alone = dataclasses.replace(self._greedy, open_bias=-math.inf)
         self.live = is_live(sys.stdout)
         self.colours = self.live and has_colours()
 
-    def warm_up(self) -> None:
-        """Compiles what these prompts need, and runs it once."""
-        for decoder in (self.parallel, self.sequential):
-            programs = decoder.compiled.programs
-            needed = [key for key in programs if key.verb != "admit" or key.length == self.bucket]
-            decoder.compiled.compile_all(needed)
-            decoder.decode([self.ids[0]], [SamplingParams(max_new_tokens=WARM_TOKENS)])
+    def compare_with(self, baseline: Model) -> None:
+        """Another model answers sequentially; what is compiled is shared if it fits."""
+        if self.parallel.fits(baseline):
+            self.sequential = self.parallel.for_model(baseline)
+        else:
+            limits = self.parallel.limits
+            self.sequential = Decoder(baseline, limits=limits, prompt_buckets=[self._bucket])
+        self._warm_up(self.sequential)
+
+    def _warm_up(self, decoder: Decoder) -> None:
+        programs = decoder.compiled.programs
+        decoder.compiled.compile_all(
+            [key for key in programs if key.verb != "admit" or key.length == self._bucket]
+        )
+        ids = decoder.model.tokenizer.encode_prompt(self.prompts[0])
+        decoder.decode([ids], [SamplingParams(max_new_tokens=WARM_TOKENS)])
 
     def show(self, number: int) -> Shown:
         """Answers a prompt twice, and says how long it took."""
@@ -118,7 +122,8 @@ class Stage:
         """Decodes a prompt and shows it meanwhile; drawing is not timed."""
         view = Screen(sys.stdout, colours=self.colours) if self.live else Plain(sys.stdout)
         vocabulary, seen = decoder.model.tokenizer.vocabulary, Consumed()
-        answer = decoder.submit(self.ids[number], sampling)
+        ids = decoder.model.tokenizer.encode_prompt(self.prompts[number])
+        answer = decoder.submit(ids, sampling)
         answer.watched = True
         try:
             while not answer.done:
