@@ -32,7 +32,7 @@ CONFIG = Config(
     )
 )
 SIZES: dict[str, Any] = dict(
-    limits=Limits(lanes=2, threads=4, pool=62), rows=3, prompt_buckets=(), pool_buckets=()
+    limits=Limits(lanes=2, threads=4, pool=62), rows=3, prompt_buckets=(), pool_buckets=(), widths=()
 )
 
 

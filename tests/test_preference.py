@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ from pasta_jax.training.logprobs import reference_logprobs
 from pasta_jax.training.losses import preference_loss
 from pasta_jax.training.metrics import read_metrics
 from pasta_jax.training.signals import Stopped
-from tests.helpers import only_full, optimized
+from tests.helpers import only_full, optimized, programs_kept
 
 # Small enough to train at once, long enough to answer something.
 MODEL = ModelConfig(vocab_size=1408, num_layers=1, model_dim=16, head_dim=8, mlp_dim=16, num_heads=2)
@@ -61,6 +62,12 @@ CONFIG = Config(
     preference=PREFERENCE,
     checkpoint=CheckpointConfig(every_steps=0, every_minutes=0),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_kept() -> Iterator[None]:
+    with programs_kept():
+        yield
 
 
 @pytest.fixture(scope="module")

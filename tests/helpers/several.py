@@ -84,7 +84,10 @@ def write_state(path: pathlib.Path, state: Any) -> None:
 
 
 def train_until_signal(folder: pathlib.Path, mesh: str) -> None:
-    """Trains until the second process alone gets SIGTERM, in its first step. Each writes the status of its end."""
+    """Trains in `stopped` until the second process alone gets SIGTERM, in its first step.
+
+    Each writes the status of its end.
+    """
     progress = MetricsWriter.progress
 
     def and_signal(self: MetricsWriter, step: int) -> None:
@@ -94,7 +97,7 @@ def train_until_signal(folder: pathlib.Path, mesh: str) -> None:
 
     with mock.patch.object(MetricsWriter, "progress", and_signal):
         try:
-            train(folder, mesh)
+            train(folder, mesh, workdir="stopped")
         except Stopped as stopped:
             (folder.parent / f"stopped-{jax.process_index()}").write_text(str(stopped.code))
 
