@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import math
 import os
@@ -91,6 +93,12 @@ def peak_of_process() -> int:
     """The most bytes of memory that this process has held at once."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def return_freed() -> None:
+    """Returns memory that is free to the system, where the C library (glibc) would keep it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 TUNABLES = "GLIBC_TUNABLES"

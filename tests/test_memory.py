@@ -230,3 +230,10 @@ def test_training_asks_for_large_pages_once(monkeypatch: pytest.MonkeyPatch) -> 
     memory.with_large_pages()
     assert calls == [["/bin/python3", "/bin/python3", "-m", "pasta_jax.train", "--workdir=W"]]
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+
+
+def test_returning_free_memory_is_only_a_wish(monkeypatch):
+    """glibc does it; another C library has no such function."""
+    memory.return_freed()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    memory.return_freed()

@@ -18,6 +18,7 @@ from pasta_jax.decoding.streaming import Consumed, new_events
 from pasta_jax.demo.prompts import PROMPTS
 from pasta_jax.demo.screen import Plain, Screen, faint, has_colours, in_colour, is_live
 from pasta_jax.evaluate.answers import LANES, THREADS, Answered, answered
+from pasta_jax.memory import return_freed
 from pasta_jax.model.forms import outputs_first
 from pasta_jax.rounding import next_power_of_two, round_up
 from pasta_jax.terminal import timeline
@@ -90,6 +91,7 @@ class Stage:
         decoder.compiled.compile_all(
             [key for key in programs if key.verb != "admit" or key.length == self._bucket]
         )
+        return_freed()  # compiling takes much
         ids = decoder.model.tokenizer.encode_prompt(self.prompts[0])
         decoder.decode([ids], [SamplingParams(max_new_tokens=WARM_TOKENS)])
 
@@ -150,7 +152,9 @@ def light(model: Model) -> Model:
     """
     if Decoder(model).compiled.form != "outputs_first":
         return model
-    return dataclasses.replace(model, params=outputs_first(model.params, donate=True))
+    turned = dataclasses.replace(model, params=outputs_first(model.params, donate=True))
+    return_freed()
+    return turned
 
 
 def read_prompts(file: str | None) -> Sequence[str]:
