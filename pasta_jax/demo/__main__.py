@@ -135,7 +135,7 @@ def command() -> None:
         f"What answers sequentially; by default {PLAIN}, and for another --ckpt that itself, without promises.",
     )
     flags.DEFINE_string("prompts", None, "A file of your own prompts, in any layout of records.")
-    flags.DEFINE_integer("max_new_tokens", 512, "Maximum tokens of an answer and its tags.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 384, "Maximum tokens of an answer and its tags.", lower_bound=1)
     flags.DEFINE_float("open_bias", 0.0, "Added to the logit that opens a promise; above 0 opens more.")
     flags.DEFINE_integer("lanes", 8, "Maximum threads that decode in one step.", lower_bound=1)
     define_loading()

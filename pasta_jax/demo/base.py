@@ -101,14 +101,17 @@ def explained(name: str, folder: Path, said: str) -> str:
 
 
 def convert(file: Path, workdir: Path) -> None:
-    """`python -m pasta_jax.convert --from=gguf:FILE --to=WORKDIR`, in this process. Raises as `load` does."""
+    """`python -m pasta_jax.convert --from=gguf:FILE --to=WORKDIR --dtype=float32`, in this process.
+
+    In float32, as the base was when the shipped adapters were trained. Raises as `load` does.
+    """
     from pasta_jax import convert as converting
     from pasta_jax.interchange.importing import kind_of
 
     source = f"gguf:{file}"
     values = flags.FlagValues()
     converting.define(values)
-    values(["convert", f"--from={source}", f"--to={workdir}", "--noparity"])
+    values(["convert", f"--from={source}", f"--to={workdir}", "--dtype=float32", "--noparity"])
     converting.import_model(*kind_of(source), values)
 
 
