@@ -90,7 +90,7 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
     )
     counts = f"--count={scaled(PROMPTS)}", f"--held_out={scaled(HELD_OUT)}"
     yield command("prompts of our own", "real_model.prompts", f"--to={folder}", *counts)
-    drawing = "--mode=sequential", "--samples=2", "--temperature=0.7", "--min_p=0.05", "--max_new_tokens=256"
+    drawing = "--mode=sequential", "--samples=2", "--temperature=0.7", "--min_p=0.05", "--max_new_tokens=320"
     files = f"--prompts={folder}/prompts.jsonl", f"--output={answers}"
     yield command("the model's own answers", "answer", f"--ckpt={base}", *files, *drawing)
     audit = f"--ckpt={base}", f"--max_loss={MAX_LOSS}"

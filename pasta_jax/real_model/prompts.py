@@ -67,14 +67,14 @@ TOPICS: dict[str, tuple[str, ...]] = {
             fermentation, rainbows""",
         "habit": """
             sleeping better, saving money, eating less sugar, being more productive, speaking in public, studying
-            for an exam, making new friends, managing stress, writing clearly, waking up early, keeping a house
+            for an exam, making new friends, making small talk, writing clearly, waking up early, keeping a house
             tidy, drinking more water, reading more books, using a phone less, preparing for a job interview,
             working from home, staying fit at a desk, cooking at home, remembering names, wasting less food,
             listening well, planning a week, asking for a raise, giving feedback, learning from mistakes, walking
-            more, choosing a gift, moving house, travelling with children, being patient""",
+            more, choosing a gift, hosting guests, travelling with children, being patient""",
         "thing": """
-            remote work, electric cars, social media, nuclear power, online learning, school uniforms, living in a
-            city, owning a pet, public transport, video games, renting a home, solar panels, fast food, credit
+            remote work, electric cars, social media, nuclear power, online learning, school uniforms, living by
+            the sea, owning a pet, public transport, video games, renting a home, solar panels, fast food, credit
             cards, working at night, e-books, a vegetarian diet, tourism, space exploration, smartphones in schools,
             self-driving cars, freelancing, city bicycles, organic farming, zoos, plastic packaging, co-operatives,
             early retirement, open offices, paper money""",
@@ -92,7 +92,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         "pair": """
             tea and coffee, cats and dogs, trains and planes, wood and plastic, football and basketball, novels and
             films, lakes and oceans, winter and summer, bicycles and cars, frogs and toads, butter and olive oil,
-            violins and guitars, e-mail and letters, cities and villages, rice and pasta, moths and butterflies,
+            violins and guitars, e-mail and letters, pens and pencils, rice and pasta, moths and butterflies,
             cash and cards, glass and paper, alligators and crocodiles, oranges and apples, deserts and rainforests,
             laptops and tablets, comedies and tragedies, comets and asteroids, wind power and solar power, museums
             and libraries""",
@@ -218,9 +218,10 @@ SHARES = {
 """Of each kind among the prompts."""
 
 _ITEMS = (
-    " Use bullet points, each with a bold name and one short sentence.",
-    " Use a numbered list with one sentence for each item.",
+    " Use a numbered list, with two short sentences about each item.",
+    " Use bullet points, each with a bold name and two short sentences.",
     " Use a numbered list. Begin each item with its name in bold.",
+    " Use a numbered list with one sentence for each item.",
 )
 HINTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(PARTS, (*_ITEMS, *_ITEMS, " Keep it short.", " Answer in at most 80 words.")),
@@ -228,10 +229,10 @@ HINTS: dict[str, tuple[str, ...]] = {
 }
 """How an answer is asked for, so that it has a form and an end; a small model left alone rambles."""
 
-HINTED, SHOWN = 0.75, 0.4
+HINTED, SHOWN = 0.95, 0.3
 """The share of prompts that are asked with a hint, and of these the share that is also learnt with it."""
 
-NUMBERS = ("three", "four", "five", "six")
+NUMBERS = ("three", "four", "five")
 
 
 @dataclasses.dataclass(frozen=True)
