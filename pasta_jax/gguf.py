@@ -26,7 +26,7 @@ class Entry:
       kind: the name of its quantisation.
       type_id: the number of its quantisation.
       block: elements of a block, and its bytes.
-      shape: as NumPy has it, the largest stride first.
+      shape: [rows, columns] of a matrix.
       offset: of its first byte in the file.
     """
 

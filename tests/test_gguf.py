@@ -31,7 +31,6 @@ from pasta_jax.loading import load
 from pasta_jax.model import Lora, ModelConfig, init_params
 from pasta_jax.model.config import RopeScaling
 from pasta_jax.model.families import config_from_hf
-from pasta_jax.model.forms import quantize
 from pasta_jax.model.lora import split
 from pasta_jax.model.presets import preset
 from pasta_jax.model.weights import hf_tensors
@@ -113,8 +112,11 @@ def test_blocks_are_what_the_package_makes_of_them(
     pieces = [len(piece) for _, piece in reading.rows(model_tensor(tmp_path / "m.gguf", "q_proj"))]
     assert pieces == [64] * 4
     jax.tree.map(np.testing.assert_array_equal, whole, model.read(None))
-    small = load(f"gguf:{tmp_path / 'm.gguf'}", dtype="float32", quantize="int8")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), small.params, quantize(whole))
+    small = load(f"gguf:{tmp_path / 'm.gguf'}", dtype="float32", quantize="int8").params["layer_0"]["attn"][
+        "q_proj"
+    ]
+    want = np.asarray(whole["layer_0"]["attn"]["q_proj"])
+    assert np.abs(small.values * np.asarray(small.scale) - want).max() <= 0.51 * np.max(small.scale)
 
 
 def model_tensor(path: pathlib.Path, name: str) -> Any:
