@@ -15,7 +15,7 @@ from pasta_jax.data.prompts import read_questions
 from pasta_jax.decoding.model import Model
 from pasta_jax.judges import make_judge
 from pasta_jax.judges.likelihood import Likelihood, preferred, score
-from pasta_jax.judges.protocol import Comparison, JudgeError, Preference, Prompt, compare_all
+from pasta_jax.judges.protocol import NO_VERDICT, Comparison, JudgeError, Preference, Prompt, compare_all
 from pasta_jax.lang.parse import parse
 from pasta_jax.model import ModelConfig, init_params
 from pasta_jax.tokens.layout import layout_example
@@ -94,6 +94,15 @@ def test_an_answer_scores_as_the_reference_predicts_it(model: Model, judge: Like
     assert score(document.target[learnt], logprob[learnt], ended[learnt]) == pytest.approx(found[0], abs=2e-4)
     assert ended[learnt][-1] == pytest.approx(logprob[learnt][-1], abs=1e-5)
     assert (ended[learnt][:-1] < 0).all() and logprob[learnt].mean() != pytest.approx(found[0], abs=1e-2)
+
+
+def test_an_answer_without_ids_has_no_verdict(judge: Likelihood, caplog: pytest.LogCaptureFixture) -> None:
+    """A character that the reference's tokenizer lacks, or half a character: the other comparisons are judged."""
+    pairs = [(ANSWERS[0], "a \ud83d"), ("a \ud83d", ANSWERS[1]), (ANSWERS[0], ANSWERS[1])]
+    found = judge.compare_all([Comparison(PROMPT, a, b) for a, b in pairs])
+    assert found == [NO_VERDICT, NO_VERDICT, judge.compare(PROMPT, ANSWERS[0], ANSWERS[1])]
+    assert judge.compare("\ud83d", *pairs[2]) == NO_VERDICT
+    assert "A comparison has no verdict: The text holds half a character" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ by name

@@ -21,6 +21,7 @@ that, use a judge that reads: `llm`, or a function of your own.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 
@@ -29,11 +30,14 @@ import numpy as np
 from pasta_jax.arrays import NO_TARGET, ThreadedTokens
 from pasta_jax.data.records import Prompt, encode_prompt
 from pasta_jax.decoding.model import Model
-from pasta_jax.judges.protocol import Comparison, JudgeError, Preference
+from pasta_jax.judges.protocol import NO_VERDICT, Comparison, JudgeError, Preference
 from pasta_jax.lang.program import Program, Text
 from pasta_jax.tokens.layout import layout
 from pasta_jax.tokens.positions import Positions
+from pasta_jax.tokens.tokenizer import TextError
 from pasta_jax.training.logprobs import ending_pass, of_any_length
+
+LOG = logging.getLogger("pasta_jax")
 
 RUN, REPEATED = 8, -5.0
 END_WEIGHT, LEAST_END = 0.1, -20.0
@@ -75,7 +79,7 @@ class Likelihood:
         return self.compare_all([Comparison(prompt, a, b)])[0]
 
     def compare_all(self, comparisons: Sequence[Comparison]) -> list[Preference]:
-        """`compare` of each, in batches."""
+        """`compare` of each, in batches; no verdict where the reference has no ids for an answer or a prompt."""
         keys = [(json.dumps(prompt), a, b) for prompt, a, b in comparisons]
         wanted = {
             (key, answer): (comparison.prompt, answer)
@@ -83,8 +87,11 @@ class Likelihood:
             for answer in (a, b)
             if (key, answer) not in self._scores
         }
-        self._scores.update(zip(wanted, self.scores([*wanted.values()]), strict=True))
-        return [preferred(self._scores[key, a], self._scores[key, b]) for key, a, b in keys]
+        read = {pair: asked for pair, asked in wanted.items() if self._reads(*asked)}
+        if read:
+            self._scores.update(zip(read, self.scores([*read.values()]), strict=True))
+        pairs = [(self._scores.get((key, a)), self._scores.get((key, b))) for key, a, b in keys]
+        return [NO_VERDICT if a is None or b is None else preferred(a, b) for a, b in pairs]
 
     def scores(self, answers: Sequence[tuple[Prompt, str]]) -> list[float]:
         """The score of each answer to its prompt, as above; higher is better."""
@@ -95,6 +102,15 @@ class Likelihood:
             learnt = document.target != NO_TARGET
             found.append(score(document.target[learnt], logprob[learnt], end[learnt]))
         return found
+
+    def _reads(self, prompt: Prompt, answer: str) -> bool:
+        try:
+            encode_prompt(self.model.tokenizer, prompt)
+            self.model.tokenizer.encode(answer)
+        except TextError as error:
+            LOG.warning("A comparison has no verdict: %s", error)
+            return False
+        return True
 
     def _document(self, prompt: Prompt, answer: str) -> ThreadedTokens:
         tokenizer = self.model.tokenizer
