@@ -241,6 +241,13 @@ def test_the_table():
     assert "with branches alone" not in table.table(PAIRS[2:])
 
 
+@pytest.mark.parametrize("is_other", [False, True])
+def test_the_page_of_the_table_is_wrapped_as_the_documents_are(is_other):
+    page = table.page(PAIRS, is_other=is_other, about={"date": "today"})
+    assert all(len(line) <= 116 for line in page.splitlines())
+    assert ("finetuned on the same answers" in " ".join(page.split())) == is_other
+
+
 # ---------------------------------------------------------------------------------------------- all of it
 
 
@@ -298,7 +305,7 @@ def test_two_prompts_by_a_tiny_model(tmp_path, capsys):
     table.write(tmp_path, pairs, is_other=False, about={"date": "today"})
     page = (tmp_path / "table.md").read_text()
     assert page.startswith(table.table(pairs)) and page.endswith("\n- date: today\n")
-    assert "the same model with promises forbidden" in page
+    assert "the same model with promises forbidden" in " ".join(page.split())
     kept = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [each["parallel"]["annotated"] for each in kept] == [pair.parallel.annotated for pair in pairs]
     assert all(pair.parallel.annotated in (tmp_path / "answers.md").read_text() for pair in pairs)

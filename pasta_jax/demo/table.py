@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from pasta_jax.evaluate.systems import geometric_mean
 from pasta_jax.files import replacing, write_jsonl
 from pasta_jax.preference.score import theoretical_speedup
 from pasta_jax.terminal import markdown_table
+
+WIDTH = 116
+"""Of a line of text, as in the documents."""
 
 HEADER = ["prompt", "branches", "steps", "tokens", "theoretical", "realized"]
 
@@ -60,11 +64,12 @@ def legend(*, is_other: bool) -> str:
         if is_other
         else "the same model with promises forbidden"
     )
-    return (
+    return textwrap.fill(
         f"Sequentially the prompts were answered by {baseline}. Tokens: of the text, tags not counted. "
         "Theoretical: tokens of the sequential answer / the longest chain of decode steps of the parallel one. "
         "Realized: seconds of the sequential answer / those of the parallel one. Greedy, one prompt at a time, "
-        "both through the same engine, when everything was compiled and had run once."
+        "both through the same engine, when everything was compiled and had run once.",
+        width=WIDTH,
     )
 
 
