@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +15,7 @@ from pasta_jax.answer import Answer, Asked, Settings
 from pasta_jax.data.prompts import Question, read_questions
 from pasta_jax.decoding.results import result
 from tests.helpers.chatty import PROMPTS, WORDS, decoder, ids
-from tests.helpers.started import ROOT
+from tests.helpers.commands import python
 
 QUESTIONS = [
     Question(prompt, None, line, json.dumps({"prompt": prompt})) for line, prompt in enumerate(PROMPTS, 1)
@@ -149,13 +147,7 @@ def test_mistakes_are_one_line(words: str, message: str, capsys: pytest.CaptureF
 
 
 def test_a_file_that_is_not_there(tmp_path: pathlib.Path) -> None:
-    line = [
-        sys.executable,
-        "-m",
-        "pasta_jax.answer",
-        "--ckpt=W",
-        "--prompts=none.jsonl",
-        f"--output={tmp_path}/o.jsonl",
-    ]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    done = python(
+        *("-m", "pasta_jax.answer", "--ckpt=W", "--prompts=none.jsonl", f"--output={tmp_path}/o.jsonl")
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.jsonl" in done.stderr

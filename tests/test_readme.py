@@ -22,6 +22,7 @@ TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
 SHORTER = {
     "pasta_jax": ["--lanes=2"],
+    "pasta_jax.answer": ["--lanes=2", "--rows=2", "--max_new_tokens=16"],
     **{
         f"configs/tiny.py{which}": ["--config.model.num_layers=1"]
         for which in ("", ":base", ":baseline", ":pasta")
@@ -64,6 +65,7 @@ def workspace(tmp_path_factory):
     record = blocks("json")[0].strip()
     json.loads(record)
     (folder / "mine.jsonl").write_text((record + "\n") * 8, encoding="utf-8")
+    (folder / "prompts.jsonl").write_text('{"prompt": "Give the symbol of Iron."}\n', encoding="utf-8")
     (folder / "runs").mkdir()
     plants = next(block for block in blocks("python") if "data.jsonl" in block)
     subprocess.run([sys.executable, "-c", plants], cwd=folder, check=True)
