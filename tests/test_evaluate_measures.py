@@ -1,9 +1,11 @@
 """Several models on the same prompts: measures prompt by prompt, batches, the page side by side, the audit."""
 
+import collections
 import dataclasses
 import json
 import math
 import pathlib
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from pasta_jax.annotate.audit import Part
 from pasta_jax.annotate.audited import Audited
 from pasta_jax.data.prompts import Question
-from pasta_jax.evaluate import contests, own
+from pasta_jax.evaluate import answers, contests, own
 from pasta_jax.evaluate.answers import Answered, Batch, key_of
 from pasta_jax.evaluate.measures import (
     Measure,
@@ -46,7 +48,7 @@ def words(text: str) -> int:
 
 
 def test_promises_by_kind_and_lengths_of_whole_answers() -> None:
-    answers = [
+    written = [
         answered(annotated=NILE + DON),
         answered(annotated=NILE),
         answered(),
@@ -54,7 +56,7 @@ def test_promises_by_kind_and_lengths_of_whole_answers() -> None:
         Answered('"?"', error="too long"),
     ]
     kinds = ["list", "single", "story", "story", ""]
-    found = measures_of(answers, kinds, ("single", "story"), "pasta", words)
+    found = measures_of(written, kinds, ("single", "story"), "pasta", words)
     shares = {name: each.interval.mean for name, each in found.items()}
     assert (shares["promising"], shares["promising list"], shares["promising story"]) == (0.6, 1.0, 0.5)
     assert shares["false promises"] == pytest.approx(2 / 3)
@@ -150,6 +152,29 @@ def test_answers_side_by_side() -> None:
     assert "It is &lt; &lt;b&gt;short&lt;/b&gt;</span>" in html and html.count('class="block"') == 2
 
 
+def test_prompts_are_answered_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be asked has failed and takes no row; the first of a decoder are decoded twice."""
+    asked: list[int] = []
+
+    class Engine:
+        def decode(self, prompts: list[list[int]], sampling: list[Any]) -> tuple[list[str], Any]:
+            asked.append(len(prompts))
+            return [WORDS.vocabulary.text(ids) for ids in prompts], types.SimpleNamespace(wall_s=2.0)
+
+    model: Any = types.SimpleNamespace(tokenizer=WORDS)
+    monkeypatch.setattr(answers, "result", lambda tokenizer, trace, wall_s: trace.strip())
+    monkeypatch.setattr(answers, "answered", lambda prompt, decoded: Answered(prompt, decoded))
+    respondent, engines = answers.Respondent(model, 30, rows=3), collections.defaultdict(Engine)
+    monkeypatch.setattr(respondent, "decoder", engines.__getitem__)
+    questions = [Question(text, None, 1, "") for text in ("rivers", " ", "cities")]
+    batch = respondent.together(questions)
+    assert [each.text for each in batch.answers] == ["rivers", "", "cities"] and batch.wall_s == 2
+    assert [each.error != "" for each in batch.answers] == [False, True, False] and asked == [2, 2]
+    respondent.together(questions[:1])
+    assert asked == [2, 2, 1] and list(engines) == [64], "one pool, for the longest prompt and its answer"
+    assert respondent.together(questions[1:2]).wall_s == 0
+
+
 def test_adapters_have_the_name_of_their_folder(tmp_path: pathlib.Path) -> None:
     (tmp_path / "models" / "small-pasta").mkdir(parents=True)
     assert name_of(tmp_path / "models" / "small-pasta") == "models-small-pasta"
@@ -177,8 +202,8 @@ class Fake:
         return answered(key_of(question.prompt), text, critical_path=10 // speed, wall_s=1 / speed)
 
     def together(self, questions: Sequence[Question]) -> Batch:
-        answers = tuple(dataclasses.replace(self(question), wall_s=0.0) for question in questions)
-        return Batch(answers, 3.0 if self.sequential else 2.0)
+        found = tuple(dataclasses.replace(self(question), wall_s=0.0) for question in questions)
+        return Batch(found, 3.0 if self.sequential else 2.0)
 
 
 class Named(str):
