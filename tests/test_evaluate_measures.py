@@ -164,7 +164,8 @@ def test_prompts_are_answered_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = types.SimpleNamespace(tokenizer=WORDS)
     monkeypatch.setattr(answers, "result", lambda tokenizer, trace, wall_s: trace.strip())
     monkeypatch.setattr(answers, "answered", lambda prompt, decoded: Answered(prompt, decoded))
-    respondent, engines = answers.Respondent(model, 30, rows=3), collections.defaultdict(Engine)
+    respondent = answers.Respondent(model, 30, rows=3)
+    engines = collections.defaultdict[int, Engine](Engine)
     monkeypatch.setattr(respondent, "decoder", engines.__getitem__)
     questions = [Question(text, None, 1, "") for text in ("rivers", " ", "cities")]
     batch = respondent.together(questions)
