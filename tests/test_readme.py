@@ -22,7 +22,7 @@ TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
 SHORTER = {
     "pasta_jax": ["--lanes=2"],
-    "pasta_jax.answer": ["--lanes=2", "--rows=2", "--max_new_tokens=16"],
+    "pasta_jax.answer": ["--lanes=2", "--rows=2", "--max_new_tokens=16", "--samples=2", "--temperature=0.7"],
     **{
         f"configs/tiny.py{which}": ["--config.model.num_layers=1"]
         for which in ("", ":base", ":baseline", ":pasta")
