@@ -356,9 +356,7 @@ def _draw(results: Sequence[Result], path: str) -> bool:
         axes.axhline(50, color="#bbbbbb", linewidth=1, zorder=0)
         axes.axvline(1, color="#bbbbbb", linewidth=1, zorder=0)
         axes.margins(0.2)
-        dress(
-            axes, f"{name.capitalize()} speedup", f"Win rate by {results[0].judge} (%)" * (axes is panels[0])
-        )
+        dress(axes, f"{name.capitalize()} speedup", "Win rate (%)" * (axes is panels[0]))
         place(axes, labels)
     save(figure, path)
     return True
