@@ -146,7 +146,7 @@ def test_answers_side_by_side() -> None:
     page = as_markdown(pairs, ("slow", "fast"), "pasta")
     assert "## 1. Two rivers? (list)\n\n**slow**: 10 tokens" in page
     assert "- ⟦1 Nile, 10: It is long⟧\n- ⟦2 Don, 10: It is < <b>short</b>⟧\n⟦sync⟧\n```" in page
-    assert "**fast**: 2 branches, 10 tokens, 0 steps, 1.0 s, theoretical 2.00x, realized 1.00x" in page
+    assert "**fast**: 2 branches, 10 tokens, 0 steps, 1.00 s, theoretical 2.00x, realized 1.00x" in page
     assert "````text\n```\nx\n```\n````" in page and "failed: too long" in page
     html = as_html(pairs, ("slow", "fast"), "pasta")
     assert "It is &lt; &lt;b&gt;short&lt;/b&gt;</span>" in html and html.count('class="block"') == 2

@@ -41,7 +41,7 @@ def told(answer: Answered, baseline: Answered | None = None) -> str:
         return f"failed: {answer.error}"
     words = [f"{answer.promises} branches"] * (answer.promises > 0)
     words += [f"{answer.text_tokens} tokens", f"{answer.decode_steps} steps"]
-    words += [f"{answer.wall_s:.1f} s"] * (answer.wall_s > 0)
+    words += [f"{answer.wall_s:.2f} s"] * (answer.wall_s > 0)
     if baseline is not None and not baseline.error:
         words.append(f"theoretical {max(1, baseline.output_tokens) / answer.critical_path:.2f}x")
         if answer.wall_s and baseline.wall_s:
