@@ -241,11 +241,12 @@ def test_the_table():
     assert "with branches alone" not in table.table(PAIRS[2:])
 
 
-@pytest.mark.parametrize("is_other", [False, True])
-def test_the_page_of_the_table_is_wrapped_as_the_documents_are(is_other):
-    page = table.page(PAIRS, is_other=is_other, about={"date": "today"})
+@pytest.mark.parametrize("baseline", [None, "models/smollm2-135m-plain"])
+def test_the_page_of_the_table_is_wrapped_as_the_documents_are(baseline):
+    page = table.page(PAIRS, baseline=baseline, about={"date": "today"})
     assert all(len(line) <= 116 for line in page.splitlines())
-    assert ("finetuned on the same answers" in " ".join(page.split())) == is_other
+    said = baseline or "the same model with promises forbidden"
+    assert f"were answered by {said}. Tokens" in " ".join(page.split())
 
 
 # ---------------------------------------------------------------------------------------------- all of it
@@ -302,7 +303,7 @@ def test_two_prompts_by_a_tiny_model(tmp_path, capsys):
         assert pair.sequential.text in said and pair.sequential.promises == 0
         assert pair.parallel.wall_s > 0 < pair.sequential.wall_s
     assert any(pair.parallel.promises for pair in pairs)
-    table.write(tmp_path, pairs, is_other=False, about={"date": "today"})
+    table.write(tmp_path, pairs, baseline=None, about={"date": "today"})
     page = (tmp_path / "table.md").read_text()
     assert page.startswith(table.table(pairs)) and page.endswith("\n- date: today\n")
     assert "the same model with promises forbidden" in " ".join(page.split())

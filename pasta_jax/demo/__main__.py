@@ -71,8 +71,9 @@ def demo(workdir: Path, ckpt: str, baseline: str | None, started: float) -> None
     say(f"4/4  Answering {len(prompts)} prompts", started)
     pairs = [stage.show(number) for number in range(len(prompts))]
     about = provenance("pasta_jax.demo", f"{time.monotonic() - started:.0f} s, installing not included")
-    table.write(workdir, pairs, is_other=baseline is not None, about=about)
-    print(f"\n{table.table(pairs)}\n\n{table.legend(is_other=baseline is not None)}")
+    other = baseline and name_of(baseline)
+    table.write(workdir, pairs, baseline=other, about=about)
+    print(f"\n{table.table(pairs)}\n\n{table.legend(other)}")
     print(f"\nIn {workdir}: table.md and answers.md are what you saw, answers.jsonl has all of it with tags.")
     where = f"--ckpt={name_of(ckpt)} {f'--base={base} ' if base else ''}--dtype={values.dtype or FASTEST}"
     print(f'Ask it yourself:  python -m pasta_jax {where} --stream "{prompts[0]}"')

@@ -53,19 +53,15 @@ def table(pairs: Sequence[Shown]) -> str:
     return markdown_table(HEADER, rows)
 
 
-def legend(*, is_other: bool) -> str:
+def legend(baseline: str | None) -> str:
     """What the columns mean.
 
     Args:
-      is_other: another model answered sequentially, not the same with promises forbidden.
+      baseline: the name of the model that answered sequentially; None is the same one.
     """
-    baseline = (
-        "the same base, finetuned on the same answers without promises"
-        if is_other
-        else "the same model with promises forbidden"
-    )
+    other = baseline or "the same model with promises forbidden"
     return textwrap.fill(
-        f"Sequentially the prompts were answered by {baseline}. Tokens: of the text, tags not counted. "
+        f"Sequentially the prompts were answered by {other}. Tokens: of the text, tags not counted. "
         "Theoretical: tokens of the sequential answer / the longest chain of decode steps of the parallel one. "
         "Realized: seconds of the sequential answer / those of the parallel one. Greedy, one prompt at a time, "
         "both through the same engine, when everything was compiled and had run once.",
@@ -73,10 +69,10 @@ def legend(*, is_other: bool) -> str:
     )
 
 
-def page(pairs: Sequence[Shown], *, is_other: bool, about: Mapping[str, str]) -> str:
+def page(pairs: Sequence[Shown], *, baseline: str | None, about: Mapping[str, str]) -> str:
     """table.md: the table, what it means, and how it was made."""
     facts = "".join(f"- {name}: {fact}\n" for name, fact in about.items())
-    return f"{table(pairs)}\n\n{legend(is_other=is_other)}\n\n{facts}"
+    return f"{table(pairs)}\n\n{legend(baseline)}\n\n{facts}"
 
 
 def answers(pairs: Sequence[Shown]) -> str:
@@ -86,9 +82,9 @@ def answers(pairs: Sequence[Shown]) -> str:
     )
 
 
-def write(workdir: Path, pairs: Sequence[Shown], *, is_other: bool, about: Mapping[str, str]) -> None:
+def write(workdir: Path, pairs: Sequence[Shown], *, baseline: str | None, about: Mapping[str, str]) -> None:
     """Writes table.md, answers.md and answers.jsonl, a line for each prompt with both answers."""
-    pages = {"table.md": page(pairs, is_other=is_other, about=about), "answers.md": answers(pairs)}
+    pages = {"table.md": page(pairs, baseline=baseline, about=about), "answers.md": answers(pairs)}
     for name, text in pages.items():
         with replacing(workdir / name) as file:
             file.write(text)
