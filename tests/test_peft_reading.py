@@ -33,7 +33,7 @@ from pasta_jax.tokens.positions import Positions
 from pasta_jax.training.loop import sft, starting_weights
 from pasta_jax.training.state import TrainState
 from pasta_jax.training.update import make_update
-from tests.helpers import full
+from tests.helpers import full, only_full
 from tests.helpers.conversion import run
 from tests.helpers.lora_folders import imported, logits_here, peft_or_skip, save, some_tokens
 
@@ -91,6 +91,10 @@ def test_a_folder_beside_its_base_is_the_model(written: Written) -> None:
     same(pasta_jax.load(f"peft:{written.top}/P", base=f"hf:{written.top}/hf").params, written.merged)
     wide, narrow = (pasta_jax.load(written.top / "P", base=written.base, dtype=d) for d in (None, "bfloat16"))
     same(jax.tree.map(lambda x: x.astype("bfloat16"), wide.params), narrow.params)
+
+
+@only_full
+def test_onto_a_mesh_and_in_int8(written: Written) -> None:
     spread = pasta_jax.load(written.top / "P", base=written.base, mesh=make_mesh(2, 2, 2))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), spread.params, written.merged)
     small = pasta_jax.load(written.top / "P", base=written.base, quantize="int8")
