@@ -78,8 +78,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Any:
     stop_after = [0]
     monkeypatch.setattr(answer, "answer_all", answers)
     monkeypatch.setattr(answer, "_decoder", lambda *_: None)
-    monkeypatch.setattr("pasta_jax.checkpoints.about.find_checkpoint", lambda path: path)
-    monkeypatch.setattr("pasta_jax.checkpoints.about.checkpoint_identity", lambda path: {"step": 3})
+    monkeypatch.setattr("pasta_jax.loading.identity_of", lambda path: {"step": 3})
 
     def run(*words: str, stop: int = 0) -> list[Asked]:
         asked.clear()

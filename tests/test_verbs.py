@@ -220,7 +220,6 @@ def test_options_reach_load_of_both_models() -> None:
         import sys
         from pasta_jax.evaluate import __main__ as evaluate
         from pasta_jax import loading
-        from pasta_jax.checkpoints import about as checkpoints
         from pasta_jax.evaluate import compare
         seen = []
         def load(path, **options):
@@ -228,7 +227,8 @@ def test_options_reach_load_of_both_models() -> None:
             seen.append(path)
             if len(seen) == 2:
                 raise ValueError(f"loaded {{seen}}")
-        loading.load, checkpoints.find_checkpoint = load, lambda path: path
+        loading.load, loading.place_of = load, lambda path: path
+        loading.identity_of = lambda path: {{}}
         compare.warn_of_strangers = compare.folder_of = lambda *about: "folder"
         sys.argv = ["evaluate", "--ckpt=W", "--baseline=B", *{flags}]
         evaluate.command()
