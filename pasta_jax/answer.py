@@ -131,20 +131,15 @@ def run(values: Any) -> None:
       ValueError: prompts that cannot be asked, or an earlier run of other settings.
       CheckpointError: a model that cannot be loaded.
     """
-    from pasta_jax.data.prompts import read_questions
+    from pasta_jax.data.prompts import questions_of
     from pasta_jax.files import Stamp, json_line, locked, read_jsonl, replacing, write_jsonl
-    from pasta_jax.loading import identity_of
+    from pasta_jax.loading import given_of, identity_of
 
-    questions, problems = read_questions(values.prompts, columns_of(values.columns))
-    if problems:
-        more = f" ({len(problems)} of {len(problems) + len(questions)} records)" if len(problems) > 1 else ""
-        raise ValueError(f"{problems[0]}{more} Fix or remove what cannot be asked.")
-    options = loading_options(values)
-    given = {key: value for key, value in options.items() if key != "base"}
+    questions = questions_of(values.prompts, columns_of(values.columns))
     chosen: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Settings)}
     settings = Settings(**chosen)
     about = {
-        "model": identity_of(values.ckpt) | given,
+        "model": identity_of(values.ckpt) | given_of(loading_options(values)),
         "prompts": [question.raw for question in questions],
         "settings": dataclasses.asdict(settings),
     }
@@ -288,14 +283,10 @@ def _reason(answer: Answer) -> str:
 def record_of(question: Question, answer: Answer, *, annotated: bool = False) -> dict[str, Any]:
     """The record of an answer: its prompt or messages, the answer, and what else the prompt's record has."""
     from pasta_jax.data.layouts import KEYS
+    from pasta_jax.data.prompts import answered_record
 
-    text = answer.annotated if annotated else answer.text
-    raw = json.loads(question.raw)
-    others = {key: value for key, value in raw.items() if key not in KEYS}
-    if isinstance(question.prompt, str):
-        return {"prompt": question.prompt, "response": text} | others
-    messages = [*map(dict, question.prompt), {"role": "assistant", "content": text}]
-    return {"messages": messages} | others
+    others = {key: value for key, value in json.loads(question.raw).items() if key not in KEYS}
+    return answered_record(question.prompt, answer.annotated if annotated else answer.text) | others
 
 
 def define(values: flags.FlagValues) -> None:

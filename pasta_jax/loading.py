@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -151,6 +151,12 @@ def identity_of(source: str | os.PathLike[str]) -> dict[str, Any]:
         return checkpoint_identity(source)
     place = place_of(source)
     return {"checkpoint": os.fspath(place), "written": (place / WEIGHTS).stat().mtime}
+
+
+def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `load` that change what a model answers."""
+    # The base of adapters is identified by its fingerprint, not by its path.
+    return {name: v for name, v in options.items() if name != "base" and v not in (None, False, "auto")}
 
 
 def in_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:

@@ -124,6 +124,13 @@ def test_the_command(command: Any, tmp_path: pathlib.Path, capsys: pytest.Captur
         command(*words, "--seed=1")
 
 
+def test_a_file_without_prompts(command: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "asked.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"asked\.jsonl is empty\."):
+        command()
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

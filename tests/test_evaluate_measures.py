@@ -14,7 +14,7 @@ import pytest
 
 from pasta_jax.annotate.audit import Part
 from pasta_jax.annotate.audited import Audited
-from pasta_jax.data.prompts import Question
+from pasta_jax.data.prompts import Question, questions_of
 from pasta_jax.evaluate import answers, contests, own
 from pasta_jax.evaluate.answers import Answered, Batch, key_of
 from pasta_jax.evaluate.measures import (
@@ -233,7 +233,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> own.Set
 
 
 def test_models_of_one_workdir_side_by_side(settings: own.Settings) -> None:
-    questions = own.questions_of(settings.prompts, {})
+    questions = questions_of(settings.prompts, {})
     for ckpt in ("runs/xy", "runs/xyz"):
         each = dataclasses.replace(settings, ckpt=ckpt)
         found = own.answer_all(each, questions)
@@ -281,7 +281,7 @@ def test_the_audit_of_an_evaluation(settings: own.Settings, monkeypatch: pytest.
     monkeypatch.setattr(contests, "audit_file", audit_file)
     monkeypatch.setattr(contests, "write_audit", lambda *args: None)
     settings = dataclasses.replace(settings, audit="runs/reader")
-    found = own.answer_all(settings, own.questions_of(settings.prompts, {}))
+    found = own.answer_all(settings, questions_of(settings.prompts, {}))
     audited = contests.audit(settings, found)
     assert read[0] == "reader" and [(example.line, example.prompt) for example in read[1:]] == [
         *enumerate(PROMPTS, 1)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pasta_jax.data.prompts import Question
+from pasta_jax.data.prompts import Question, questions_of
 from pasta_jax.data.records import Prompt
 from pasta_jax.evaluate import __main__ as command
 from pasta_jax.evaluate import compare, contests, own
@@ -177,7 +177,7 @@ def settings_of(folder: pathlib.Path, ckpt: str = "runs/fast", baseline: str = "
 @pytest.mark.usefixtures("fakes")
 def test_an_evaluation_and_what_it_leaves(tmp_path: pathlib.Path) -> None:
     settings = settings_of(tmp_path)
-    questions = own.questions_of(settings.prompts, {})
+    questions = questions_of(settings.prompts, {})
     found = own.answer_all(settings, questions)
     folder = pathlib.Path(found.folder)
     assert (found.name, found.baseline_name) == ("fast-7", "slow-7")
@@ -236,7 +236,7 @@ def test_two_checkpoints_in_one_workdir_stay_apart_and_share_a_table(tmp_path: p
     folders = []
     for ckpt in ("runs/fast", "runs/faster"):
         settings = settings_of(tmp_path, ckpt)
-        found = own.answer_all(settings, own.questions_of(settings.prompts, {}))
+        found = own.answer_all(settings, questions_of(settings.prompts, {}))
         asked = contests.contests_of(found, contests.baseline_as_opponent(found), "tests:Prefers")
         quality = contests.judge_contests(found, asked, Prefers("slow"), "tests:Prefers")
         markdown = contests.write_report(settings, found, quality, "tests:Prefers", asked)
@@ -251,7 +251,7 @@ def test_two_checkpoints_in_one_workdir_stay_apart_and_share_a_table(tmp_path: p
         settings_of(tmp_path, baseline="others/slow"),
         dataclasses.replace(settings_of(tmp_path), loading={"quantize": "int8"}),
     ):
-        found = own.answer_all(settings, own.questions_of(settings.prompts, {}))
+        found = own.answer_all(settings, questions_of(settings.prompts, {}))
         asked = contests.contests_of(found, contests.baseline_as_opponent(found), "tests:Prefers")
         markdown = contests.write_report(settings, found, quality, "tests:Prefers", asked)
         assert markdown.count("| fast-7") == 1 and "| faster-7" not in markdown
@@ -261,7 +261,7 @@ def test_two_checkpoints_in_one_workdir_stay_apart_and_share_a_table(tmp_path: p
 @pytest.mark.usefixtures("fakes")
 def test_given_answers_are_opponents_and_must_be_of_the_same_prompts(tmp_path: pathlib.Path) -> None:
     settings = settings_of(tmp_path, baseline="")
-    questions = own.questions_of(settings.prompts, {})
+    questions = questions_of(settings.prompts, {})
     given = contests.opponent_of(questions, settings.prompts, {})
     assert (given.name, given.answers) == ("gpt4", ["It is so."] * 3)
     found = own.answer_all(settings, questions)

@@ -67,6 +67,33 @@ def read_questions(
     return questions, problems
 
 
+def questions_of(path: str | os.PathLike[str], columns: Mapping[str, str] | None = None) -> list[Question]:
+    """The question of each record of a file, all of them.
+
+    Raises:
+      RecordError: the file cannot be read.
+      ValueError: a record cannot be used, or there is none.
+    """
+    questions, problems = read_questions(path, columns)
+    if problems:
+        more = f" ({len(problems)} of {len(problems) + len(questions)} records)" if len(problems) > 1 else ""
+        raise ValueError(f"{problems[0]}{more} Every prompt counts, so fix or remove what cannot be asked.")
+    if not questions:
+        raise ValueError(f"{os.fspath(path)} is empty.")
+    return questions
+
+
+def answered_record(prompt: Prompt, answer: str) -> dict[str, Any]:
+    """The record of a prompt, a text or messages, with an answer.
+
+    >>> answered_record("Name two rivers.", "The Nile and the Rhine.")
+    {'prompt': 'Name two rivers.', 'response': 'The Nile and the Rhine.'}
+    """
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "response": answer}
+    return {"messages": [*map(dict, prompt), {"role": "assistant", "content": answer}]}
+
+
 def _question(entry: Entry, reader: Reader) -> Question:
     """What a record asks. Raises Fault."""
     try:

@@ -92,6 +92,7 @@ def almanac(values: flags.FlagValues) -> None:
 
 def annotated(values: flags.FlagValues) -> None:
     """Prints the win rates of a file of annotations."""
+    from pasta_jax.data.prompts import questions_of
     from pasta_jax.evaluate import alpaca_eval, own
     from pasta_jax.evaluate.report import NO_LC
 
@@ -105,13 +106,14 @@ def annotated(values: flags.FlagValues) -> None:
     elif values.prompts.isdecimal():
         refuse("--df_gamed goes by the order of the prompts: add --prompts=alpaca_eval.json, to compare it.")
     else:
-        questions = own.questions_of(values.prompts, columns_of(values.columns))
+        questions = questions_of(values.prompts, columns_of(values.columns))
         official = [own.instruction_of(question) for question in questions]
         print(f"LC win rate {alpaca_eval.length_controlled_win_rate(annotations, difficulties, official)} %.")
 
 
 def on_own_prompts(values: flags.FlagValues) -> None:
     """Evaluates on the prompts of a file."""
+    from pasta_jax.data.prompts import questions_of
     from pasta_jax.evaluate import alpaca_eval, contests, own
     from pasta_jax.evaluate.report import summary_of
     from pasta_jax.loading import place_of
@@ -130,7 +132,7 @@ def on_own_prompts(values: flags.FlagValues) -> None:
         plain_kinds=tuple(values.plain_kinds),
     )
     difficulties = _difficulties(values)
-    questions = own.questions_of(settings.prompts, settings.columns)
+    questions = questions_of(settings.prompts, settings.columns)
     # What cannot work is said before minutes of decoding.
     if settings.audit:
         place_of(settings.audit)

@@ -130,7 +130,7 @@ def compare(
       ValueError: there are fewer prompts.
     """
     from pasta_jax.decoding.engine import Decoder
-    from pasta_jax.loading import identity_of, load, place_of
+    from pasta_jax.loading import given_of, identity_of, load, place_of
 
     checkpoints = {name: place_of(path) for name, path in {"baseline": baseline, **tests}.items()}
     models = {name: load(path, **options) for name, path in checkpoints.items()}
@@ -144,19 +144,13 @@ def compare(
     return rows
 
 
-def given_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `load` that change what a model answers."""
-    # The base of adapters is identified by its fingerprint, not by its path.
-    return {name: v for name, v in options.items() if name != "base" and v not in (None, False, "auto")}
-
-
 def folder_of(test: str, baseline: str, options: Mapping[str, Any]) -> str:
     """The name of a folder for a model against a baseline, other for other checkpoints or options of `load`.
 
     Raises:
       CheckpointError: there is none.
     """
-    from pasta_jax.loading import identity_of, place_of
+    from pasta_jax.loading import given_of, identity_of, place_of
 
     checkpoint = place_of(test)
     identities = [identity_of(path) for path in (checkpoint, baseline)]

@@ -15,13 +15,13 @@ from pasta_jax.annotate.annotators import MAX_LOSS
 from pasta_jax.annotate.audit import Auditor
 from pasta_jax.annotate.audited import Audited, audit_file
 from pasta_jax.annotate.audited import write_report as write_audit
-from pasta_jax.data.prompts import ANSWERS, Question
+from pasta_jax.data.prompts import ANSWERS, Question, questions_of
 from pasta_jax.data.records import Example, prompt_text
 from pasta_jax.evaluate.alpaca_eval import Estimate, length_controlled_win_rate, write_outputs
 from pasta_jax.evaluate.length_controlled import Difficulties
 from pasta_jax.evaluate.measures import audit_gap_of, measures_of, speeds_of, win_rate_of
 from pasta_jax.evaluate.names import name_of, sha256, slug
-from pasta_jax.evaluate.own import Evaluated, Settings, datasets_of, field_of, questions_of
+from pasta_jax.evaluate.own import Evaluated, Settings, datasets_of, field_of
 from pasta_jax.evaluate.report import Result, write_reports
 from pasta_jax.evaluate.summary import Contest, Quality, chances, quality_of
 from pasta_jax.files import locked

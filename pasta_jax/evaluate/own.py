@@ -26,7 +26,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pasta_jax.data.prompts import Question, read_questions
+from pasta_jax.data.prompts import Question, answered_record
 from pasta_jax.data.records import prompt_text
 from pasta_jax.decoding.model import Model
 from pasta_jax.evaluate.alpaca_eval import write_outputs
@@ -36,7 +36,7 @@ from pasta_jax.evaluate.side_by_side import SHOWN, Pair, as_html, as_markdown
 from pasta_jax.evaluate.summary import Speed, speed_of
 from pasta_jax.evaluate.systems import take_turns
 from pasta_jax.files import replacing, write_jsonl
-from pasta_jax.loading import identity_of, load, place_of
+from pasta_jax.loading import given_of, identity_of, load, place_of
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 LOG = logging.getLogger("pasta_jax")
@@ -123,17 +123,6 @@ class Evaluated:
         return [instruction_of(question) for question in self.questions]
 
 
-def questions_of(path: str, columns: dict[str, str]) -> list[Question]:
-    """The prompts of a file, all of them. Raises RecordError, and ValueError if one cannot be used."""
-    questions, problems = read_questions(path, columns)
-    if problems:
-        more = f" ({len(problems)} of {len(problems) + len(questions)} records)" if len(problems) > 1 else ""
-        raise ValueError(f"{problems[0]}{more} Every prompt counts, so fix or remove what cannot be asked.")
-    if not questions:
-        raise ValueError(f"{path} is empty.")
-    return questions
-
-
 def instruction_of(question: Question) -> str:
     """A prompt as AlpacaEval has it."""
     return prompt_text(question.prompt)
@@ -147,7 +136,7 @@ def answer_all(settings: Settings, questions: Sequence[Question]) -> Evaluated:
     """
     paths = {"model": place_of(settings.ckpt)}
     paths["baseline"] = place_of(settings.baseline or settings.ckpt)
-    given = {k: v for k, v in settings.loading.items() if k != "base" and v not in (None, False, "auto")}
+    given = given_of(settings.loading)
     digest = sha256([key_of(question.prompt) for question in questions])
     about: dict[str, Any] = {name: identity_of(path) | given for name, path in paths.items()}
     about |= {"itself": not settings.baseline, "prompts": digest, "max_new_tokens": settings.max_new_tokens}
@@ -222,7 +211,7 @@ def _write_answers(found: Evaluated) -> None:
             "instruction": instruction,
             "output": answer.text,
             "generator": found.name,
-            "dataset": _dataset(question),
+            "dataset": field_of(question, "dataset"),
         }
         for instruction, question, answer in zip(found.instructions, found.questions, found.test, strict=True)
     ]
@@ -240,11 +229,7 @@ def _write_answers(found: Evaluated) -> None:
 
 def _as_record(question: Question, answer: Answered, kind: str) -> dict[str, Any]:
     """A record of what was asked and the annotated answer."""
-    asked: dict[str, Any] = {"prompt": question.prompt, "response": answer.annotated}
-    if not isinstance(question.prompt, str):
-        said = {"role": "assistant", "content": answer.annotated}
-        asked = {"messages": [*map(dict, question.prompt), said]}
-    return {"kind": kind, **asked} if kind else asked
+    return ({"kind": kind} if kind else {}) | answered_record(question.prompt, answer.annotated)
 
 
 def _options(given: Mapping[str, Any]) -> list[str]:
@@ -266,10 +251,6 @@ def field_of(question: Question, name: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _dataset(question: Question) -> str:
-    return field_of(question, "dataset")
-
-
 def datasets_of(questions: Sequence[Question]) -> list[str]:
     """The data set that each record names, "" if it names none."""
-    return [_dataset(question) for question in questions]
+    return [field_of(question, "dataset") for question in questions]

@@ -35,7 +35,7 @@ class Pair:
     test: Answered
 
 
-def told(answer: Answered, baseline: Answered | None = None) -> str:
+def numbers_of(answer: Answered, baseline: Answered | None = None) -> str:
     """The numbers of an answer in a line."""
     if answer.error:
         return f"failed: {answer.error}"
@@ -107,8 +107,8 @@ def as_markdown(pairs: Sequence[Pair], names: tuple[str, str], dialect: Dialect)
         parts += [f"## {number}. {' '.join(pair.prompt.split())}{kind}"]
         shown = with_marks(pair.test.annotated, dialect)
         for name, text, line in (
-            (names[0], pair.baseline.text, told(pair.baseline)),
-            (names[1], shown, told(pair.test, pair.baseline)),
+            (names[0], pair.baseline.text, numbers_of(pair.baseline)),
+            (names[1], shown, numbers_of(pair.test, pair.baseline)),
         ):
             runs = [len(run) for run in re.findall("`+", text)]
             fence = "`" * max(3, 1 + max(runs, default=0))
@@ -120,7 +120,7 @@ STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 90rem; margin
 h2 { font-size: 1.05rem; margin: 2rem 0 .4rem; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; }
 @media (max-width: 50rem) { .pair { grid-template-columns: 1fr; } }
-.told { color: #666; font-size: .85rem; margin: 0 0 .4rem; }
+.numbers { color: #666; font-size: .85rem; margin: 0 0 .4rem; }
 .answer { white-space: pre-wrap; overflow-wrap: anywhere; }
 .block { border-left: 3px solid; padding-left: .3rem; background: #f5f6f8; }
 .label { font-size: .75rem; font-weight: 600; margin-right: .3rem; }
@@ -140,7 +140,7 @@ def as_html(pairs: Sequence[Pair], names: tuple[str, str], dialect: Dialect) -> 
 
     def column(name: str, line: str, body: str) -> str:
         return (
-            f'<div><p class="told"><b>{html.escape(name)}</b>: {html.escape(line)}</p>\n'
+            f'<div><p class="numbers"><b>{html.escape(name)}</b>: {html.escape(line)}</p>\n'
             f'<div class="answer">{body}</div></div>'
         )
 
@@ -153,8 +153,8 @@ def as_html(pairs: Sequence[Pair], names: tuple[str, str], dialect: Dialect) -> 
         )
         parts.append(
             f"<h2>{number}. {html.escape(pair.prompt + kind)}</h2>\n"
-            f'<div class="pair">{column(names[0], told(pair.baseline), html.escape(pair.baseline.text))}\n'
-            f"{column(names[1], told(pair.test, pair.baseline), body)}</div>"
+            f'<div class="pair">{column(names[0], numbers_of(pair.baseline), html.escape(pair.baseline.text))}\n'
+            f"{column(names[1], numbers_of(pair.test, pair.baseline), body)}</div>"
         )
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'

@@ -43,7 +43,7 @@ LAMBDAS = ("bon-1", "bon-4", "bon-inf")
 EVALUATED = ("plain", "apar", "block", "pasta", *LAMBDAS)
 
 MAX_LOSS = 1
-"""Nats per token that a block may lose: the model learns the form of a list from a block's siblings (docs)."""
+"""Nats per token that a block may lose. So small a model learns the form of a list from its earlier items."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +56,15 @@ class Step:
     @property
     def line(self) -> str:
         """As one would type it."""
-        is_shell = not self.words[0].startswith("pasta_jax.")
-        return " ".join(map(shlex.quote, self.words if is_shell else ("python", "-m", *self.words)))
+        return shlex.join(self._with("python"))
 
     def run(self) -> int:
         """Its exit status."""
-        is_shell = not self.words[0].startswith("pasta_jax.")
-        return subprocess.run([*self.words] if is_shell else [sys.executable, "-m", *self.words]).returncode
+        return subprocess.run(self._with(sys.executable)).returncode
+
+    def _with(self, python: str) -> list[str]:
+        is_ours = self.words[0].startswith("pasta_jax.")
+        return [python, "-m", *self.words] if is_ours else [*self.words]
 
 
 def recipe(folder: str = "runs/real", scale: float = 1.0, more_prompts: str = "") -> list[Step]:
