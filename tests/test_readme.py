@@ -117,23 +117,28 @@ def is_long(chain: list[list[str]]) -> bool:
 def test_every_command(workspace, chain):
     """Installing is what the test run itself did."""
     for command in chain:
-        if command[0] == "make":
-            done = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, check=False)
-            assert done.returncode == 0, command
-        elif command == ["python", "plants.py"]:
-            assert (workspace / "data.jsonl").exists()
-        elif command[:2] == ["python", "-m"]:
-            named = [command[2], *(part.removeprefix("--config=") for part in command)]
-            shorter = [
-                *command[1:],
-                *(option for name in dict.fromkeys(named) for option in SHORTER.get(name, [])),
-            ]
-            if any("--ckpt=runs/almanac/" in part for part in command):
-                _almanac_model(workspace)
-            run(workspace, shorter)
-        else:
-            assert command[:2] == ["pip", "install"], f"what is this command? {command}"
-            assert all((ROOT / part).exists() for part in command if part.endswith(".txt"))
+        run_command(workspace, command)
+
+
+def run_command(workspace: Path, command: list[str]) -> None:
+    """A line of a page, made shorter."""
+    if command[0] == "make":
+        done = subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, capture_output=True, check=False)
+        assert done.returncode == 0, command
+    elif command == ["python", "plants.py"]:
+        assert (workspace / "data.jsonl").exists()
+    elif command[:2] == ["python", "-m"]:
+        named = [command[2], *(part.removeprefix("--config=") for part in command)]
+        shorter = [
+            *command[1:],
+            *(option for name in dict.fromkeys(named) for option in SHORTER.get(name, [])),
+        ]
+        if any("--ckpt=runs/almanac/" in part for part in command):
+            _almanac_model(workspace)
+        run(workspace, shorter)
+    else:
+        assert command[:2] == ["pip", "install"], f"what is this command? {command}"
+        assert all((ROOT / part).exists() for part in command if part.endswith(".txt"))
 
 
 def _almanac_model(workspace: Path) -> None:
@@ -145,8 +150,18 @@ def _almanac_model(workspace: Path) -> None:
 
 
 def test_every_snippet(workspace):
-    """In one session: what the first ones define, the later ones use."""
+    """In one session: what the first ones define, the later ones use; models that commands make are there."""
     _almanac_model(workspace)
     snippets = [f"{snippet}\nprint('ran', {i})" for i, snippet in enumerate(blocks("python"))]
-    said = run(workspace, ["-c", "\n".join(snippets)])
+    code = "\n".join(snippets)
+    for chain in chains():  # in this process of several, perhaps, no test has run them
+        made = [{*re.findall(r"--(?:to|workdir)=(runs/\S+)", " ".join(command))} for command in chain]
+        missing = [
+            i
+            for i, folders in enumerate(made)
+            if any(f'"{folder}"' in code and not (workspace / folder).exists() for folder in folders)
+        ]
+        for command in chain[: max(missing, default=-1) + 1]:
+            run_command(workspace, command)
+    said = run(workspace, ["-c", code])
     assert all(f"ran {i}\n" in said for i in range(len(snippets)))
