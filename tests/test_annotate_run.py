@@ -254,6 +254,26 @@ def test_limits_hold_for_every_annotator(limits: dict[str, Any], reason: str, tm
     assert line.outcomes[0].reason == reason
 
 
+def test_a_share_of_the_plain_answers_is_written(tmp_path: pathlib.Path) -> None:
+    """All with promises, and of the others as many as asked, in the order of the file."""
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}", "response": NILE * 2}) + "\n" for n in range(9)))
+    annotated = promised(Promise("a", 3, BLOCK), Text(NILE))
+
+    def annotator(prompt: Any, answer: str) -> Any:
+        if prompt not in ("2", "5", "6"):
+            raise Declined("no")
+        return annotated(prompt, answer)
+
+    for share, expected in ((0.0, "256"), (0.5, "1256" + "48"), (1.0, "012345678")):
+        output = tmp_path / f"{share}.jsonl"
+        annotate_file(
+            str(path), str(output), annotator, TOKENIZER, Reader(), ABOUT, max_branches=15, keep_plain=share
+        )
+        prompts = [json.loads(line)["prompt"] for line in output.read_text().splitlines()]
+        assert prompts == sorted(expected)
+
+
 def test_no_annotator_is_asked_about_an_answer_that_cannot_fit(tmp_path: pathlib.Path) -> None:
     path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     path.write_text("".join(json.dumps({"prompt": "Hi", "response": NILE * n}) + "\n" for n in (1, 3)))

@@ -81,9 +81,9 @@ def test_elsewhere_and_smaller() -> None:
     steps = recipe.recipe("runs/tenth", scale=0.1, more_prompts="more.json")
     lines = [step.line for step in steps]
     assert not any("runs/real" in line for line in lines)
-    assert sum("--prompts=more.json" in line for line in lines) == len(recipe.EVALUATED)
+    assert sum("--prompts=more.json" in line for line in lines) == len(recipe.COMPARED)
     assert "--count=150 --held_out=10" in lines[2] and "--timed=8" in lines[-1]
-    assert any("--config.preference.prompts_per_round=16" in line for line in lines)
+    assert any("--config.preference.prompts_per_round=8" in line for line in lines)
     for step in steps:
         if step.words[0] == "pasta_jax.train":
             changed = configured(step)

@@ -47,7 +47,7 @@ from pasta_jax.lang.validate import MAX_BRANCHES
 from pasta_jax.tokens.tokenizer import TokenizerError
 from pasta_jax.verbs import CHATS, begin_alone, columns_of, refuse, run_main
 
-RULE_FLAGS = ("marker", "min_block", "max_branches", "length", "min_speedup")
+RULE_FLAGS = ("marker", "min_block", "max_branches", "length", "min_speedup", "keep_plain")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -116,6 +116,7 @@ def annotate(values: flags.FlagValues) -> str:
         max_branches=values.max_branches,
         length=values.length,
         min_speedup=values.min_speedup,
+        keep_plain=values.keep_plain,
     )
     figures = write_report(values.output, journal_of(values.output), about)
     result = [one_line(figures), f"{values.output}.report.md has the shapes and the reasons."]
@@ -205,6 +206,13 @@ def command() -> None:
     )
     flags.DEFINE_float(
         "min_speedup", 1.1, "Answers with a lower theoretical speedup stay plain.", lower_bound=1.0
+    )
+    flags.DEFINE_float(
+        "keep_plain",
+        1.0,
+        "The share of the records without a promise to write.",
+        lower_bound=0.0,
+        upper_bound=1.0,
     )
     endpoint_flags.define_endpoint()
     flags.adopt_module_key_flags(endpoint_flags)  # so that --help shows them

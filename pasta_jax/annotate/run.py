@@ -103,6 +103,7 @@ def annotate_file(
     max_branches: int,
     length: int = 0,
     min_speedup: float = 1.0,
+    keep_plain: float = 1.0,
 ) -> None:
     """Annotates a file, or what an earlier run has left of it; `journal_of` says what became of each record.
 
@@ -116,6 +117,7 @@ def annotate_file(
       max_branches: the most promises of an answer.
       length: an answer stays plain that is longer with its tags and its prompt, in tokens; 0 for any number.
       min_speedup: an answer whose theoretical speedup is lower stays plain.
+      keep_plain: the share of the records without a promise that is written, evenly over the file.
 
     Raises:
       RunError: `output` is of another run, not of this command, or the input; or no record can be used.
@@ -153,7 +155,7 @@ def annotate_file(
         except EndpointError as error:
             kept = f"{progress.done} are done and kept; run the same command again to go on."
             raise EndpointError(f"{error} {kept}") from None
-        _finish(path, output, journal, records)
+        _finish(path, output, journal, records, keep_plain)
 
 
 def journal_of(output: str) -> Iterator[Line]:
@@ -390,16 +392,18 @@ class _Numbers:
         self._count += 1
 
 
-def _finish(path: str, output: str, journal: str, records: str) -> None:
+def _finish(path: str, output: str, journal: str, records: str, keep_plain: float) -> None:
     """Writes the output in the order of the input, and removes the records as they were finished.
 
     Where no record can be used it raises RunError, and the command may be given again with other options.
     """
     numbers, invalid = array.array("q"), array.array("q")
-    usable = array.array("b")
+    usable, plain = array.array("b"), array.array("b")
     for line in stream_jsonl(journal, _line_of):
-        (numbers if line.problem is None else invalid).append(line.number)
         usable.append(line.problem is None)
+        (numbers if usable[-1] else invalid).append(line.number)
+        if usable[-1]:
+            plain.append(all(outcome.reason for outcome in line.outcomes))
     if not numbers:
         first = next(stream_jsonl(journal, _line_of), Line(0)).problem
         os.remove(journal)
@@ -414,8 +418,21 @@ def _finish(path: str, output: str, journal: str, records: str) -> None:
             for raw in _in_order(journal, invalid, np.flatnonzero(~np.array(usable, bool))):
                 file.write(json.dumps(json.loads(raw)["problem"], ensure_ascii=True) + "\n")
     with replacing(output, "wb") as to:
-        to.writelines(_in_order(records, numbers, np.arange(len(numbers))))
+        kept = _kept(np.array(numbers, np.int64), np.array(plain, bool), keep_plain)
+        to.writelines(_in_order(records, np.array(numbers)[kept], kept))
     os.remove(records)
+
+
+def _kept(numbers: np.ndarray, is_plain: np.ndarray, share: float) -> np.ndarray:
+    """Indices of the records to write: all that have promises, and a share of the others.
+
+    >>> _kept(np.array([3, 1, 2, 4]), np.array([True, True, False, True]), 2 / 3).tolist()
+    [2, 0, 3]
+    """
+    order = np.argsort(numbers)
+    plain = order[is_plain[order]]
+    left = np.floor((np.arange(len(plain)) + 1) * share + 1e-9)  # how many are written up to each of them
+    return np.concatenate([order[~is_plain[order]], plain[np.diff(left, prepend=0.0) > 0]])
 
 
 def _in_order(path: str, numbers: Sequence[int], lines: np.ndarray) -> Iterator[bytes]:

@@ -33,17 +33,24 @@ CONFIG = "configs/smollm2_135m.py"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-PROMPTS, HELD_OUT, ROUND, TIMED = 1500, 100, 160, 50
+PROMPTS, HELD_OUT, ROUND, TIMED = 1500, 100, 48, 24
 """At scale 1: prompts to learn from, to measure on, to ask in the second stage, and to time."""
 
-FIRST_STAGE = {"plain": "answers", "apar": "apar", "block": "block", "pasta": "self"}
+FIRST_STAGE = {"pasta": "self", "apar": "apar", "plain": "answers", "main": "main"}
 """The models of the first stage, and the file of answers that each learns."""
 
 LAMBDAS = ("bon-1", "bon-4", "bon-inf")
-EVALUATED = ("plain", "apar", "block", "pasta", *LAMBDAS)
+COMPARED = ("pasta", "apar", "main", *LAMBDAS)
+"""The models that are compared with `plain`, the sequential baseline."""
 
 MAX_LOSS = 1
 """Nats per token that a block may lose. So small a model learns the form of a list from its earlier items."""
+
+MAX_NEW_TOKENS = 320
+"""Of an answer, to be learnt and to be measured."""
+
+KEEP_PLAIN = 0.4
+"""The share of the answers without promises that is learnt too, so that promises are not rare."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +99,23 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
     )
     counts = f"--count={scaled(PROMPTS)}", f"--held_out={scaled(HELD_OUT)}"
     yield command("prompts of our own", "real_model.prompts", f"--to={folder}", *counts)
-    drawing = "--mode=sequential", "--samples=2", "--temperature=0.7", "--min_p=0.05", "--max_new_tokens=320"
+    drawing = "--mode=sequential", "--temperature=0.7", "--min_p=0.05", f"--max_new_tokens={MAX_NEW_TOKENS}"
     files = f"--prompts={folder}/prompts.jsonl", f"--output={answers}"
     yield command("the model's own answers", "answer", f"--ckpt={base}", *files, *drawing)
-    audit = f"--ckpt={base}", f"--max_loss={MAX_LOSS}"
-    for name, title, options in (
-        ("rule", "promises by rule", ("--annotator=rule:structure",)),
-        ("apar", "forks of APAR's rules", ("--annotator=rule:apar", "--min_speedup=1")),
-        ("self", "promises by rule that pass the audit", ("--annotator=self", *audit)),
-        ("block", "with marks and heads in the blocks", ("--annotator=self", "--marker=block", *audit)),
-    ):
+    audit = "--annotator=self", f"--ckpt={base}", f"--max_loss={MAX_LOSS}"
+    small, mixed = "--min_block=12", f"--keep_plain={KEEP_PLAIN}"
+
+    def annotated(name: str, title: str, *options: str) -> Step:
         data = f"--input={answers}", f"--output={folder}/{name}.jsonl", f"--tokenizer={gguf}"
-        yield command(title, "annotate", *data, *options, "--columns=prompt=question", "--length=512")
+        return command(title, "annotate", *data, *options, "--columns=prompt=question", "--length=512")
+
+    block = "--marker=block", small
+    yield annotated("rule", "promises by rule", "--annotator=rule:structure", *block)
+    yield annotated("apar", "forks of APAR's rules", "--annotator=rule:apar", "--min_speedup=1", mixed)
+    yield annotated("self", "promises that pass the audit", *audit, *block, mixed)
     for name, file in FIRST_STAGE.items():
+        if name == "main":
+            yield annotated("main", "with marks and heads in main", *audit, small, mixed)
         words = _training(folder, name, {"init_from": base, "data.sources": f"{folder}/{file}.jsonl"})
         yield command(f"finetuning: {name}", "train", *words)
     for number, name in enumerate(LAMBDAS):
@@ -123,13 +134,14 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
         if scale != 1:
             words = (*words, f"--config.preference.prompts_per_round={scaled(ROUND)}")
         yield command(f"preference optimization: {name}", "train", *words)
-    for name in EVALUATED:
+    for name in ("plain", *COMPARED):
         source = f"{folder}/{name}" + "/round-1" * (name in LAMBDAS)
         words = f"--from={source}", f"--to={folder}/models/smollm2-135m-{name}", "--dtype=bfloat16"
         yield command(f"5 MB: {name}", "convert", *words, f"--base_name={BASE_NAME}", "--notokenizer_files")
     evaluated = f"--base={base}", "--judge=likelihood", f"--judge_model={base}", f"--audit={base}", "--rows=8"
+    evaluated = *evaluated, f"--max_new_tokens={MAX_NEW_TOKENS}"
     for file, title in ((f"{folder}/held_out.jsonl", "held-out prompts"), (more_prompts, "more prompts")):
-        for name in EVALUATED if file else ():
+        for name in COMPARED if file else ():
             models = (
                 f"--{k}={folder}/models/smollm2-135m-{v}" for k, v in (("ckpt", name), ("baseline", "plain"))
             )

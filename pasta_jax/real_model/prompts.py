@@ -218,13 +218,13 @@ SHARES = {
 """Of each kind among the prompts."""
 
 _ITEMS = (
-    " Use a numbered list, with two short sentences about each item.",
-    " Use bullet points, each with a bold name and two short sentences.",
-    " Use a numbered list. Begin each item with its name in bold.",
-    " Use a numbered list with one sentence for each item.",
+    " Use a numbered list, with two or three sentences about each item.",
+    " Use bullet points, each with a bold name and two or three sentences about it.",
+    " Use a numbered list. Begin each item with its name in bold, then explain it in two or three sentences.",
+    " Use bullet points with two or three full sentences each.",
 )
 HINTS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(PARTS, (*_ITEMS, *_ITEMS, " Keep it short.", " Answer in at most 80 words.")),
+    **dict.fromkeys(PARTS, (*_ITEMS, *_ITEMS, " Answer in at most 100 words.")),
     **{"single": (" Be brief.",), "story": (" Keep it short.",), "reason": (" Keep it short.",)},
 }
 """How an answer is asked for, so that it has a form and an end; a small model left alone rambles."""
