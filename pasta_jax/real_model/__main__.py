@@ -138,17 +138,15 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
         source = f"{folder}/{name}" + "/round-1" * (name in LAMBDAS)
         words = f"--from={source}", f"--to={folder}/models/smollm2-135m-{name}", "--dtype=bfloat16"
         yield command(f"5 MB: {name}", "convert", *words, f"--base_name={BASE_NAME}", "--notokenizer_files")
-    evaluated = f"--base={base}", "--judge=likelihood", f"--judge_model={base}", f"--audit={base}", "--rows=8"
-    evaluated = *evaluated, f"--max_new_tokens={MAX_NEW_TOKENS}"
+    evaluated = f"--base={base}", "--judge=likelihood", f"--judge_model={base}", f"--audit={base}"
+    limits = "--rows=8", f"--max_new_tokens={MAX_NEW_TOKENS}", f"--timed={scaled(TIMED)}"
     for file, title in ((f"{folder}/held_out.jsonl", "held-out prompts"), (more_prompts, "more prompts")):
         for name in COMPARED if file else ():
             models = (
                 f"--{k}={folder}/models/smollm2-135m-{v}" for k, v in (("ckpt", name), ("baseline", "plain"))
             )
             where = f"--prompts={file}", f"--workdir={folder}/evaluation"
-            yield command(
-                f"{title}: {name}", "evaluate", *models, *where, *evaluated, f"--timed={scaled(TIMED)}"
-            )
+            yield command(f"{title}: {name}", "evaluate", *models, *where, *evaluated, *limits)
 
 
 def _training(folder: str, name: str, settings: dict[str, Any]) -> tuple[str, ...]:
