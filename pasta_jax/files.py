@@ -11,6 +11,7 @@ import errno
 import io
 import itertools
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -40,8 +41,9 @@ LOG_EVERY_S = 20.0
 
 
 def shows_progress() -> bool:
-    """Whether there is somebody to look at a progress bar."""
-    return is_writer() and sys.stderr.isatty()
+    """Whether there is somebody to look at a progress bar, and the log is not quiet."""
+    is_quiet = logging.getLogger("pasta_jax").level > logging.INFO  # 0 is not set
+    return is_writer() and sys.stderr.isatty() and not is_quiet
 
 
 class WriteError(OSError):

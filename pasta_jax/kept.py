@@ -60,10 +60,7 @@ def keep_compiled(folder: str | None) -> None:
     global programs
     own = folder is None and not jax.config.values["jax_compilation_cache_dir"]
     if own:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(home, "pasta_jax", "xla", processor())
-        if not os.path.isabs(home):
-            folder = ""  # ~ is nobody's
+        folder = users_folder()
         if sys.platform == "darwin" and jax.__version_info__ < (0, 10):
             folder = ""  # reading large programs back may crash there
     if folder and is_local(folder):
@@ -86,6 +83,12 @@ def keep_compiled(folder: str | None) -> None:
     programs = used if used and is_local(used) else None
     if programs:
         remove_cut(programs)
+
+
+def users_folder() -> str:
+    """Where this user's compiled programs are kept by default; "" if the user has no home."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(home, "pasta_jax", "xla", processor()) if os.path.isabs(home) else ""  # ~ is nobody's
 
 
 def is_local(folder: str) -> bool:

@@ -89,6 +89,13 @@ def measured(devices: Any) -> str:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or XLA for a device, found no memory."""
+    jax = sys.modules.get("jax")
+    is_of_xla = jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+    return isinstance(error, MemoryError) or (is_of_xla and "RESOURCE_EXHAUSTED" in str(error))
+
+
 def peak_of_process() -> int:
     """The most bytes of memory that this process has held at once."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss

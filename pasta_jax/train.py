@@ -16,7 +16,8 @@ from absl import flags
 
 from pasta_jax.config import Config, ConfigError
 from pasta_jax.files import locked
-from pasta_jax.memory import with_large_pages
+from pasta_jax.memory import is_out_of_memory, with_large_pages
+from pasta_jax.messages import message_of
 from pasta_jax.overrides import describe, load_config, split_overrides
 from pasta_jax.processes.agreement import check_shared
 from pasta_jax.processes.launchers import ProcessError
@@ -92,6 +93,14 @@ def run(config: Config, workdir: str, overrides: Sequence[str] = ()) -> str:
     except NonFiniteLoss as error:
         report(str(error))
         sys.exit(1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        refuse(
+            "Out of memory. Lower --config.data.rows or --config.data.length, or try --config.microbatches=2, "
+            "--config.lora.rank=16 or more devices; python -m pasta_jax.compile --config=FILE says what fits. "
+            + message_of(error)
+        )
 
 
 def command() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import logging
 import os
@@ -18,8 +19,10 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+from pasta_jax.accelerators import tpu_chips, unused_tpu
 from pasta_jax.files import InUse, WriteError, is_writer
 from pasta_jax.kept import keep_compiled
+from pasta_jax.messages import message_of
 from pasta_jax.processes import launchers, meeting
 
 LOG = logging.getLogger("pasta_jax")
@@ -93,6 +96,10 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
         "$JAX_COMPILATION_CACHE_DIR, or pasta_jax/xla in $XDG_CACHE_HOME or ~/.cache.",
         module_name=sys.argv[0],  # so that --help shows it
     )
+    verbosity = flags.FLAGS["verbosity"]  # absl's
+    verbosity.help = "-1: only warnings, and no progress; 0: news too; 1: also those of other libraries."
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], verbosity)
+    flags.FLAGS.set_default("verbosity", 0)
     set_unraisable_hook()
     with _ending(), meeting.ending_together(), _quiet_pipe():
         try:
@@ -165,13 +172,15 @@ def config_file(name: str) -> str:
     refuse(f"configs/{name} is missing. Clone the repository, and run this there.")
 
 
-def begin() -> None:
+def begin(*, uses_tpu: bool = True) -> None:
     """Begins the work of a command, whose arguments are in order.
 
-    Meets the other processes, if there are any, of which only the first prints; shows the log; keeps compiled
-    programs.
+    Meets the other processes, if there are any, of which only the first prints; refuses an installation of jax that
+    does not work, or leaves a TPU unused (unless not `uses_tpu`); shows the log; keeps compiled programs.
     """
     values = flags.FLAGS
+    verbosity = values.verbosity if "verbosity" in values and values["verbosity"].present else 0
+    _check_jax()
     absl_logging.set_verbosity(absl_logging.WARNING)  # of what jax says while they meet
     if "coordinator" in values:
         try:
@@ -183,13 +192,43 @@ def begin() -> None:
             refuse(str(error))
     if not is_writer():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    show_log()
+    if uses_tpu:
+        _check_tpu()
+    show_log(verbosity)
     if "compilation_cache" in values:
         keep_compiled(values.compilation_cache)
 
 
+def _check_jax() -> None:
+    """Refuses a jax that cannot be imported: it is missing, or does not go with this jaxlib."""
+    try:
+        importlib.import_module("jax")
+    except (ImportError, RuntimeError) as error:
+        refuse(
+            f"jax cannot be imported ({message_of(error)}). In a clone: pip install -r requirements.txt. "
+            "python -m pasta_jax.doctor says what else is missing."
+        )
+
+
+def _check_tpu() -> None:
+    """Refuses to compute on the CPU of a machine with a TPU, unless that was asked for: jax would only warn."""
+    import jax
+
+    asked = jax.config.values["jax_platforms"] or ""
+    if not tpu_chips() or (asked and "tpu" not in asked):
+        return
+    try:
+        message = unused_tpu(jax.default_backend())
+    except RuntimeError as error:
+        message = unused_tpu(None, message_of(error))
+    if message:
+        refuse(message)
+
+
 def say(what: str, started: float) -> None:
-    """Prints a line on stderr with the time since the start, by `time.monotonic`."""
+    """Prints a line on stderr with the time since the start, by `time.monotonic`, unless the log is quiet."""
+    if LOG.level > logging.INFO:
+        return
     minutes, seconds = divmod(int(time.monotonic() - started), 60)
     print(f"[{minutes:02}:{seconds:02}] {what}", file=sys.stderr, flush=True)
 
@@ -210,19 +249,24 @@ def begin_alone() -> None:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-    begin()
+    begin(uses_tpu=False)
 
 
-def show_log() -> None:
-    """Shows the library's log on stderr, and only warnings of other libraries; errors alone of other processes."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
+def show_log(verbosity: int = 0) -> None:
+    """Shows the library's log on stderr, and only warnings of other libraries; errors alone of other processes.
+
+    Args:
+      verbosity: below 0 only warnings of both are shown, above 0 all news of both.
+    """
+    absl_logging.set_verbosity(absl_logging.INFO if verbosity > 0 else absl_logging.WARNING)
     for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
         logger.addFilter(_is_news)
     if not LOG.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
-    LOG.setLevel(logging.INFO if is_writer() else logging.ERROR)
+    level = logging.WARNING if verbosity < 0 else logging.DEBUG if verbosity > 0 else logging.INFO
+    LOG.setLevel(level if is_writer() else logging.ERROR)
     LOG.propagate = False
 
 

@@ -118,7 +118,11 @@ def test_requests_that_fail_are_no_end_while_others_are_answered(status: int, at
     ("path", "key", "message"),
     [
         ("/v1", "", r"401 \(Incorrect API key provided: nothing\) \(\$OPENAI_API_KEY is not set\)"),
-        ("/v1", "sk-another-secret", r"401 \(Incorrect API key provided: Bearer \[key\]\)\.$"),
+        (
+            "/v1",
+            "sk-another-secret",
+            r"401 \(Incorrect API key provided: Bearer \[key\]\) \(it refuses the key in \$OPENAI_API_KEY\)\.$",
+        ),
         ("/v1", "a b", r"\$OPENAI_API_KEY holds what cannot be a key"),
         ("/v2", KEY, r"404 \(no such path: /v2/chat/completions\)"),
     ],

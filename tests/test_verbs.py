@@ -72,27 +72,22 @@ def test_a_folder_that_cannot_be_looked_at_is_left_to_those_who_write() -> None:
     verbs._check_folder("workdir", "x" * 300)
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        "",
-        ".train",
-        ".convert",
-        ".answer",
-        ".tokenizer",
-        ".prepare",
-        ".evaluate",
-        ".benchmark",
-        ".compile",
-        ".demo",
-        ".almanac",
-        ".reproduce",
-    ],
+VERBS = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for file in (ROOT / "pasta_jax").rglob("*.py")
+    if "run_main(" in file.read_text(encoding="utf-8") and file.name != "verbs.py"
 )
+"""What can be run by `python -m`, but for lm-eval's own command (adapters/lm_eval.py)."""
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_is_no_failure(verb: str) -> None:
-    done = python("-m", f"pasta_jax{verb}", "--help", real=verb in ("", ".train"))
+    """It shows an example, and the flags that all have."""
+    done = python("-m", verb, "--help", real=verb in ("pasta_jax", "pasta_jax.train"))
     assert done.returncode == 0, done.stderr
     assert "--helpfull" in done.stdout and done.stderr == ""
+    assert re.search(rf"python -m {re.escape(verb)}(?![.\w])", done.stdout.partition("\nflags:")[0])
+    assert "--verbosity" in done.stdout and "--compilation_cache" in done.stdout
 
 
 def test_threads_of_orbax_do_not_bury_the_line() -> None:
@@ -281,6 +276,44 @@ def test_prompts_and_sizes_that_cannot_be_end_in_one_line() -> None:
         assert done.returncode == 2 and re.match(message, done.stderr) and done.stderr.count("\n") == 1, (
             done.stderr
         )
+
+
+def test_quiet_and_verbose() -> None:
+    """--verbosity: with -1 only warnings, and no word on progress; with 1 also news of other libraries."""
+    code = """if True:
+        import logging, sys, time
+        from pasta_jax import files, verbs
+        def main(argv):
+            verbs.begin()
+            for name in ("pasta_jax", "another"):
+                logging.getLogger(name).info("news of %s", name)
+                logging.getLogger(name).warning("warning of %s", name)
+            verbs.say("progress", time.monotonic())
+            sys.stderr.isatty = lambda: True
+            print(files.shows_progress())
+        verbs.run_main(main)
+    """
+    news, progress = "news of pasta_jax", "progress"
+    warnings = {"warning of pasta_jax", "warning of another"}
+    for flag, told in {
+        "--verbosity=-1": warnings,
+        "--verbosity=0": {*warnings, news, progress},
+        "--verbosity=1": {*warnings, news, progress, "news of another"},
+    }.items():
+        done = python("-c", code, flag)
+        assert {*re.findall(r"(?:news of|warning of) \w+|progress", done.stderr)} == told, done.stderr
+        assert done.stdout == f"{flag != '--verbosity=-1'}\n"
+
+
+def test_a_command_does_not_begin_on_the_cpu_of_a_tpu_machine() -> None:
+    """Unless it needs no TPU; what is said is in tests/test_errors.py."""
+    code = """if True:
+        import sys
+        from pasta_jax import verbs
+        verbs._check_tpu = lambda: verbs.refuse("There is a TPU.")
+        verbs.run_main(lambda argv: {"any": verbs.begin_alone, "tpu": verbs.begin_first}[argv[1]]())
+    """
+    assert [python("-c", code, which).returncode for which in ("any", "tpu")] == [0, 2]
 
 
 def test_ctrl_c_ends_a_command_in_one_line() -> None:

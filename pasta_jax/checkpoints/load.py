@@ -145,7 +145,8 @@ def check_base(checkpoint: epath.Path, saved: BaseWeights, current: BaseWeights)
     if saved.fingerprint != current.fingerprint:
         raise CheckpointError(
             f"{checkpoint} has adapters for other weights than those in {current.path}: it was trained beside "
-            f"what was then in {saved.path}; their fingerprints differ."
+            f"what was then in {saved.path}; their fingerprints differ. Give that one, or one converted from the "
+            "same file: --base=DIRECTORY."
         )
 
 
@@ -174,7 +175,8 @@ def check_shapes(path: epath.Path, saved: Any, expected: Any) -> None:
         if have.get(name) != want.get(name):
             raise CheckpointError(
                 f"{path} is of another model. First difference: {name} is {have.get(name, 'not there')} "
-                f"in the checkpoint, {want.get(name, 'not there')} by the config."
+                f"in the checkpoint, {want.get(name, 'not there')} by the config. Use the configuration that it "
+                "was trained with, or a new --workdir."
             )
 
 

@@ -262,17 +262,7 @@ class Checkpoints:
                 f"{self.directory.parent} holds weights alone, of a model that was not trained there. "
                 f"Use a new --workdir; --config.init_from={self.directory.parent} starts from them."
             )
-        changed = [
-            name
-            for name in overrides.differences(metadata.config, self._config)
-            if not name.startswith(MAY_CHANGE)
-            and not (metadata.base and name == "init_from")  # a base may move: its fingerprint is compared
-        ]
-        if changed:
-            raise CheckpointError(
-                f"{self.directory.parent} already has step {metadata.step} of a different config "
-                f"({', '.join(changed)}). Use a new --workdir; --config.init_from starts from its weights."
-            )
+        check_config(self.directory.parent, metadata, self._config)
         if not metadata.matches_tokenizer(self._tokenizer):
             raise CheckpointError(
                 f"{path} was trained with another tokenizer than {self._config.data.tokenizer!r} is now. "
@@ -306,6 +296,21 @@ class Checkpoints:
                 "data that it began with. Put the file back, or use a new --workdir: "
                 f"--config.init_from={workdir} starts from its weights."
             )
+
+
+def check_config(folder: epath.Path, metadata: CheckpointMetadata, config: Config) -> None:
+    """Refuses to go on in a workdir of another experiment. Raises CheckpointError, which names what differs."""
+    changed = [
+        name
+        for name in overrides.differences(metadata.config, config)
+        if not name.startswith(MAY_CHANGE)
+        and not (metadata.base and name == "init_from")  # a base may move: its fingerprint is compared
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{folder} already has step {metadata.step} of a different config ({', '.join(changed)}). Use a new "
+            "--workdir; --config.init_from starts from its weights."
+        )
 
 
 def _described(path: epath.Path) -> tuple[CheckpointMetadata, bool, Any]:

@@ -142,7 +142,8 @@ def post(session: requests.Session, url: str, body: dict[str, Any], key: Key, ti
     detail = f" ({said})" if said else ""
     problem = f"POST {url}: {answer.status_code}{detail}"
     if answer.status_code == 401:
-        raise EndpointError(problem + (f" (${key.variable} is not set)" if not key else ""))
+        state = f"it refuses the key in ${key.variable}" if key else f"${key.variable} is not set"
+        raise EndpointError(f"{problem} ({state})")
     if answer.status_code in FATAL or _SPENT.search(said):
         raise EndpointError(problem)
     if answer.status_code in AGAIN or answer.status_code >= 500:
