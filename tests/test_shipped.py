@@ -1,7 +1,8 @@
-"""The adapters in models/: names, shapes, size and card always; one decode where their base is at hand."""
+"""models/: the adapters' names, shapes, sizes and cards; what they learned from; one decode where their base is."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import pathlib
 import re
@@ -14,6 +15,7 @@ from pasta_jax.interchange.peft import CONFIG, TRAINED, WEIGHTS
 from pasta_jax.interchange.peft_reading import open_adapters
 from pasta_jax.lang.tags import PIECES
 from pasta_jax.model.presets import preset
+from pasta_jax.real_model.prompts import held_out_prompts, training_prompts
 from pasta_jax.tokens.load import TAGS_FILE
 from tests.helpers import only_full
 
@@ -22,15 +24,33 @@ MODELS, BASE = ROOT / "models", ROOT / "runs" / "real" / "base"
 NAMES = {"smollm2-135m-pasta": "pasta", "smollm2-135m-apar": "apar", "smollm2-135m-plain": "pasta"}
 """The folders, and the dialect of each."""
 
+ANSWERS = MODELS / "answers.jsonl.gz"
+"""What all three learned from: the base's own answers."""
+
 MOST_BYTES = 5_000_000
 
-pytestmark = pytest.mark.skipif(not MODELS.exists(), reason="models/ is not there: nothing was trained yet")
+shipped = pytest.mark.skipif(not (MODELS / "smollm2-135m-pasta").exists(), reason="nothing was trained yet")
 
 
+@shipped
 def test_these_are_all() -> None:
-    assert {path.name for path in MODELS.iterdir()} == NAMES.keys()
+    assert {path.name for path in MODELS.iterdir()} == {*NAMES, ANSWERS.name}
 
 
+def test_the_answers_are_to_the_recipes_prompts() -> None:
+    """And to none that is measured on."""
+    asked = {each.prompt: each for each in training_prompts(1500)}
+    with gzip.open(ANSWERS, "rt", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    assert len(records) > 900
+    for record in records:
+        made_for = asked[record["prompt"]]
+        assert (record["question"], record["kind"]) == (made_for.question, made_for.kind)
+        assert record["response"].strip() and not any(piece in record["response"] for piece in PIECES)
+    assert not {each.prompt for each in held_out_prompts(100)} & {record["question"] for record in records}
+
+
+@shipped
 @pytest.mark.parametrize("name", NAMES)
 def test_it_fits_its_base_and_is_small(name: str) -> None:
     folder = MODELS / name
@@ -52,6 +72,7 @@ def test_it_fits_its_base_and_is_small(name: str) -> None:
         )
 
 
+@shipped
 @pytest.mark.parametrize("name", NAMES)
 def test_its_card_says_what_it_is(name: str) -> None:
     """As the Hugging Face hub reads it; with the numbers, and with nothing left to fill in."""
@@ -76,6 +97,7 @@ def test_its_card_says_what_it_is(name: str) -> None:
 
 @only_full
 @pytest.mark.skipif(not BASE.exists(), reason="their base is not at hand, in runs/real/base")
+@shipped
 @pytest.mark.parametrize("name", NAMES)
 def test_it_answers(name: str) -> None:
     model = pasta_jax.load(MODELS / name, base=BASE)
