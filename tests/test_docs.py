@@ -1,12 +1,22 @@
 """The documents agree with each other, with the code, and with what a run has written."""
 
+import importlib
+import importlib.util
+import inspect
 import json
 import pathlib
 import re
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 
+import pasta_jax
+from tests.helpers.given import fault_of, lines_of
 from tests.readme import refreshed
+
+yaml: Any = importlib.import_module("yaml")  # flax and orbax bring it; it has no types
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -72,11 +82,52 @@ def test_the_readme_is_refreshed_between_its_markers() -> None:
         refreshed(page.partition("answers\n")[0], table, answers)
 
 
+def headings(page: str) -> list[str]:
+    """The titles of a page's sections, without marks of code."""
+    text = re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
+    return [title.replace("`", "") for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+
+
 @pytest.mark.parametrize("page", TEXTS)
 def test_links_lead_somewhere(page: str) -> None:
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXTS[page]):
-        if not link.startswith("http"):
-            assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
+    """To a file, and to a section of it where an anchor or the words after the link name one."""
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", TEXTS[page]):
+        if link.startswith("http"):
+            continue
+        there = (ROOT / page).parent / link if link else ROOT / page
+        assert there.exists(), f"{page}: {link}"
+        if anchor:
+            titles = headings(there.resolve().relative_to(ROOT).as_posix())
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, f"{page}: {link}#{anchor}"
+    for link, title in re.findall(r'\]\(([\w/.-]+\.md)\),\s"([^"]+)"', TEXTS[page]):
+        there = ((ROOT / page).parent / link).resolve()
+        assert " ".join(title.split()) in headings(there.relative_to(ROOT).as_posix()), (
+            f"{page}: {link}, {title}"
+        )
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_commands_can_be_given(page: str) -> None:
+    """Every one that a page shows: modules, flags, fields, files are there. tests/test_readme.py runs many."""
+    faults = {line: fault for line in lines_of(TEXTS[page]) if (fault := fault_of(line))}
+    assert not faults, page
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python -m pasta_jax.trian --config=configs/tiny.py",
+        "python -m pasta_jax --lnaes=2",
+        "env A=b python -m pasta_jax.train --config.learning_rate=1",
+        "launch/tpu_run.sh my-tpu us-west4-a -- python -m pasta_jax.train --config=configs/tiny.py:no",
+        "make almanach",
+        'pip install -e ".[plto]"',
+        "pip install -r requirement.txt",
+    ],
+)
+def test_commands_that_could_not_be_given_are_found(line: str) -> None:
+    assert fault_of(line), line
 
 
 def test_what_the_code_cites_exists() -> None:
@@ -94,6 +145,61 @@ def test_what_the_code_cites_exists() -> None:
         assert all(f"docs/{name}" in TEXTS for name in cited), f"{file.name} cites {cited}"
         for kind, number in re.findall(r"docs/design\.md,? (section|decision)s? (\d+)", source):
             assert int(number) <= {"section": 13, "decision": 10}[kind], f"{file.name}: {kind} {number}"
+
+
+def site() -> tuple[Any, dict[str, str]]:
+    """docs/hooks.py, and all pages of the site by name."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    assert spec and spec.loader
+    hooks: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    own = {page.removeprefix("docs/"): text for page, text in TEXTS.items() if page.startswith("docs/")}
+    return hooks, own | hooks.made_pages()
+
+
+def named(nav: Any) -> list[str]:
+    """The pages of a part of the site's navigation."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in named(part)]
+
+
+def test_the_site_has_every_page_once_and_no_link_out_of_it() -> None:
+    hooks, pages = site()
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(named(settings["nav"])) == sorted(pages), "mkdocs.yml, nav: each page of docs/ once"
+    for page, text in pages.items():
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", hooks.inside(text, set(pages), None)):
+            assert link in pages or link.startswith("http"), f"{page}: {link}"
+    url = "https://host/owner/name"
+    assert (
+        hooks.inside("[a `b`](../configs/tiny.py)", set(), url) == f"[a `b`]({url}/blob/main/configs/tiny.py)"
+    )
+    assert (
+        hooks.inside("[a](../README.md#x), [b](usage.md)", {"usage.md"}, None)
+        == "[a](index.md#x), [b](usage.md)"
+    )
+
+
+def test_the_glossary_and_the_reference_have_everything() -> None:
+    _, pages = site()
+    terms = rows(TEXTS["docs/design.md"].split("\n## 2.")[1].split("\n## ")[0])
+    assert rows(pages["glossary.md"]) == [terms[0], *sorted(terms[1:], key=lambda row: row[0].lower())]
+    names = [name for name in pasta_jax.__all__ if name != "__version__"]
+    shown = re.findall(r"^::: (pasta_jax\.[\w.]+)$", pages["reference.md"], re.MULTILINE)
+    assert [name.rpartition(".")[2] for name in shown] == names
+    for name in shown:
+        module, _, attribute = name.rpartition(".")
+        assert inspect.getdoc(getattr(importlib.import_module(module), attribute)), f"{name} has no docstring"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: `make docs`")
+def test_the_site_is_built(tmp_path: pathlib.Path) -> None:
+    line = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pj.decode" in (tmp_path / "reference/index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", TEXTS)
