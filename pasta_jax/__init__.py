@@ -28,6 +28,10 @@ _HOMES = {
     "Draft": "pasta_jax.decoding.streaming",
     "settled_text": "pasta_jax.decoding.streaming",
     "Decoder": "pasta_jax.decoding.engine",
+    "PendingAnswer": "pasta_jax.decoding.pending",
+    "Load": "pasta_jax.decoding.session",
+    "QueueFull": "pasta_jax.decoding.session",
+    "Closed": "pasta_jax.decoding.session",
     "Model": "pasta_jax.decoding.model",
     "SamplingParams": "pasta_jax.decoding.request",
     "Limits": "pasta_jax.decoding.state",
@@ -42,8 +46,12 @@ if TYPE_CHECKING:
     from pasta_jax.decoding.api import decode as decode
     from pasta_jax.decoding.engine import Decoder as Decoder
     from pasta_jax.decoding.model import Model as Model
+    from pasta_jax.decoding.pending import PendingAnswer as PendingAnswer
     from pasta_jax.decoding.request import SamplingParams as SamplingParams
     from pasta_jax.decoding.results import DecodeResult as DecodeResult
+    from pasta_jax.decoding.session import Closed as Closed
+    from pasta_jax.decoding.session import Load as Load
+    from pasta_jax.decoding.session import QueueFull as QueueFull
     from pasta_jax.decoding.state import Limits as Limits
     from pasta_jax.decoding.streaming import Draft as Draft
     from pasta_jax.decoding.streaming import Event as Event

@@ -32,8 +32,8 @@ from pasta_jax.verbs import begin_first, columns_of, define_loading, define_proc
 if TYPE_CHECKING:
     from pasta_jax.data.prompts import Question
     from pasta_jax.decoding.engine import Decoder
+    from pasta_jax.decoding.pending import PendingAnswer
     from pasta_jax.decoding.request import SamplingParams
-    from pasta_jax.decoding.session import PendingAnswer
 
 LOG = logging.getLogger("pasta_jax")
 

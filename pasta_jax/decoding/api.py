@@ -21,9 +21,9 @@ from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.fits import DoesNotFit
 from pasta_jax.decoding.model import Model, check_model
 from pasta_jax.decoding.options import switch, whole
-from pasta_jax.decoding.request import SamplingParams
+from pasta_jax.decoding.pending import PendingAnswer
+from pasta_jax.decoding.request import Conversation, SamplingParams
 from pasta_jax.decoding.results import DecodeResult, result
-from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import MAX_POOL, Limits, Stop
 from pasta_jax.decoding.streaming import Consumed, Event, new_events
 from pasta_jax.messages import shown
@@ -34,10 +34,6 @@ MODES = ("parallel", "sequential", "both")
 
 MAX_ROWS = 8
 """Prompts decoded at once; a longer list takes turns. Fewer are rounded up to a power of two."""
-
-
-Conversation: TypeAlias = Sequence[Mapping[str, str]]
-"""Messages {"role": "system" | "user" | "assistant", "content": text}, of which the user's is the last."""
 
 
 class SamplingOptions(TypedDict, total=False):

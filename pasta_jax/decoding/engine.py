@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
-from typing import Unpack
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 from pasta_jax.decoding.compiled import Compiled, Sizes
 from pasta_jax.decoding.fits import check_pool
 from pasta_jax.decoding.model import Model, check_model
 from pasta_jax.decoding.options import whole
-from pasta_jax.decoding.request import SamplingParams, script_size
+from pasta_jax.decoding.pending import PendingAnswer
+from pasta_jax.decoding.request import Conversation, SamplingParams, script_size
 from pasta_jax.decoding.script import NOTHING
-from pasta_jax.decoding.session import PendingAnswer, Session
+from pasta_jax.decoding.session import Load, Session
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
 
@@ -40,6 +42,7 @@ class Decoder:
       compiled: the programs of another decoder, if they fit the model.
       chunk: the most decode steps between two looks of the host; it also looks when a row is free for a prompt that
         waits.
+      queue: the most submitted requests that may wait for a row; None is no bound.
       sizes: without `compiled`, the keyword arguments of `Compiled`: `limits` (static sizes), `rows` (B, requests
         answered at once), `batch_invariant` and those that are seldom needed.
 
@@ -52,7 +55,13 @@ class Decoder:
     """
 
     def __init__(
-        self, model: Model, *, compiled: Compiled | None = None, chunk: int = 64, **sizes: Unpack[Sizes]
+        self,
+        model: Model,
+        *,
+        compiled: Compiled | None = None,
+        chunk: int = 64,
+        queue: int | None = None,
+        **sizes: Unpack[Sizes],
     ):
         check_model(model)
         described = model.params, model.config, model.tokenizer.vocabulary, model.positions
@@ -62,7 +71,8 @@ class Decoder:
             raise ValueError("Compiled programs serve models alike in all but their parameters, in one size.")
         check_pool(compiled)
         self.model, self.compiled, self.chunk = model, compiled, whole("chunk", chunk, 1)
-        self.session = Session(model, compiled, self.chunk)
+        self.queue = None if queue is None else whole("queue", queue, 0)
+        self.session = Session(model, compiled, self.chunk, bound=self.queue)
         self._scripted: dict[tuple[int, int], Session] = {}
         self._lock = threading.Lock()
 
@@ -77,7 +87,7 @@ class Decoder:
 
     def for_model(self, model: Model) -> Decoder:
         """A decoder of another model that fits: it shares what is compiled. ValueError if it does not fit."""
-        return Decoder(model, compiled=self.compiled, chunk=self.chunk)
+        return Decoder(model, compiled=self.compiled, chunk=self.chunk, queue=self.queue)
 
     def warm_up(self) -> float:
         """Compiles all that requests without scripts may need, in parallel, and returns the seconds that it took.
@@ -89,15 +99,73 @@ class Decoder:
         self.compiled.compile_all()
         return time.perf_counter() - start
 
-    def submit(self, prompt: Sequence[int], sampling: SamplingParams = SamplingParams()) -> PendingAnswer:
-        """Queues a prompt, given as ids. Its answer is worked on whenever somebody waits for one of this decoder's.
+    def submit(
+        self,
+        prompt: str | Conversation | Sequence[int],
+        sampling: SamplingParams = SamplingParams(),
+        *,
+        tokens: bool = False,
+        wait: bool = False,
+    ) -> PendingAnswer:
+        """Queues a prompt. Its answer is worked on while the decoder serves, or whenever somebody waits for one.
+
+        Any thread may submit. What an answer depends on is its prompt and sampling alone, but for rounding.
+
+        Args:
+          prompt: a text or a conversation, which are put into the model's chat format, or ids.
+          sampling: how it is answered; without a script (those are for `decode`).
+          tokens: events of single tokens too.
+          wait: whether to wait until the queue has room.
 
         Raises:
-          ValueError: a prompt that the pool cannot hold, or a script (those are for `decode`).
+          ValueError: a prompt that is none, or that the pool cannot hold (`DoesNotFit`), or a script.
+          QueueFull: as many requests wait as `queue` allows.
+          Closed: `close` was called.
         """
-        answer = self.session.prepare(prompt, sampling)
-        self.session.queue(answer)
+        answer = self.session.prepare(self._encoded(prompt), sampling, tokens=tokens)
+        self.session.submit(answer, wait=wait)
         return answer
+
+    def _encoded(self, prompt: Any) -> Any:
+        """The ids of a text or a conversation; what is neither, as it is."""
+        if isinstance(prompt, str):
+            return self.model.tokenizer.encode_prompt(prompt)
+        if isinstance(prompt, Sequence) and any(isinstance(message, Mapping) for message in prompt):
+            return self.model.tokenizer.encode_chat(prompt)
+        return prompt
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[Decoder]:
+        """A thread of its own decodes what is submitted, for as long as the block takes.
+
+        At the end of the block the decoder is closed: whatever it took is answered first. An exception that leaves
+        the block cancels what is not done: each request keeps its text so far. An error while decoding (no memory)
+        ends nothing: the requests that had rows are tried once more, each by itself, and only one that fails again
+        has the error as its result.
+
+        Raises:
+          RuntimeError: it is serving already.
+        """
+        self.session.serve()
+        try:
+            yield self
+            self.close()
+        except BaseException:
+            self.close(cancel=True)
+            raise
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Takes no more requests, until it serves again, and returns when those that it took are done.
+
+        Args:
+          cancel: end them now, with the text that they have.
+        """
+        self.session.close(cancel=cancel)
+
+    @property
+    def load(self) -> Load:
+        """How much there is to do at this moment."""
+        return self.session.load
 
     def decode(
         self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]

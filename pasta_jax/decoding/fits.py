@@ -52,7 +52,10 @@ def check_prompt(prompt: Iterable[int], compiled: Compiled, *, has_pool: bool) -
     except TypeError:
         ids = None
     if ids is None:
-        raise ValueError("A decoder takes ids. Give it model.tokenizer.encode_prompt(text).")
+        raise ValueError(
+            "The prompt is neither a text nor a conversation nor ids. Give a text, or "
+            '[{"role": "user", "content": "..."}].'
+        )
     if not ids:
         raise ValueError("The prompt is empty. Give the model something to answer.")
     pool, vocab_size = compiled.limits.pool, compiled.config.vocab_size

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from pasta_jax.decoding.script import NOTHING, Script, no_script
 from pasta_jax.decoding.state import Request
 from pasta_jax.decoding.stops import check_stops
 from pasta_jax.rounding import next_power_of_two
+
+Conversation: TypeAlias = Sequence[Mapping[str, str]]
+"""Messages {"role": "system" | "user" | "assistant", "content": text}, of which the user's is the last."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Continuous batching: requests wait in a queue, take a row when one is free, and leave it when they are done.
 
-There is no background thread. Waiting for one answer works on all of them, a chunk of decode steps at a time, under
-a lock. So a slow consumer holds up nobody, and as long as nobody waits nothing is done.
+Whoever waits for one answer works on all of them, a chunk of decode steps at a time, under a lock; as long as
+nobody waits nothing is done. Or a thread of the session's own serves: it decodes whatever is queued, and waiting
+only waits. Either way a slow consumer holds up nobody.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,91 +23,53 @@ from pasta_jax.decoding.compiled import Compiled
 from pasta_jax.decoding.fits import check_prompt
 from pasta_jax.decoding.loop import Batch
 from pasta_jax.decoding.model import Model
+from pasta_jax.decoding.pending import PendingAnswer
 from pasta_jax.decoding.request import SamplingParams
-from pasta_jax.decoding.results import DecodeResult, result
 from pasta_jax.decoding.script import NOTHING
-from pasta_jax.decoding.state import Request, Stop
-from pasta_jax.decoding.streaming import Consumed, Draft, new_events
-from pasta_jax.decoding.trace import Trace, trace_of_row, trace_of_unstarted
-from pasta_jax.tokens.tokenizer import Vocabulary
+from pasta_jax.decoding.state import Stop
+from pasta_jax.decoding.trace import trace_of_row, trace_of_unstarted
+from pasta_jax.tokens.tokenizer import Tokenizer
+
+LOG = logging.getLogger("pasta_jax")
 
 WATCHED_STEPS = 8
 """The most decode steps between two looks at an answer that somebody watches."""
 
 
-class PendingAnswer:
-    """A request, and its answer as far as it is decoded.
+TRIES = 2
+"""Of a request while a thread serves: an error ends it the second time."""
+
+
+class QueueFull(RuntimeError):
+    """As many requests wait as may."""
+
+
+class Closed(RuntimeError):
+    """The decoder takes no more requests."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What a decoder has to do, at one moment.
 
     Attributes:
-      prompt: its ids.
-      sampling: as submitted.
-      request: the sampling as arrays.
-      trace: what was decoded so far; final when `done`. None before the request has a row. Only answers that are
-        watched, or have stop strings, get one before the end.
-      watched: whether `trace` follows the decode, a few steps at a time.
-      cancelled: whether it is to end as soon as possible.
-      wall_s, compile_s: seconds of work while it had a row, compiling apart, and seconds of compiling.
+      rows: requests that it answers at once.
+      queue: the most requests that may wait for a row; None is no bound.
+      running, waiting: requests that have a row, and that wait for one.
+      submitted: requests that it has taken so far.
+      failed: those of them that an error ended.
+      serving: whether a thread of its own decodes.
+      worked_s: seconds of work until the last chunk of steps, compiling included.
     """
 
-    def __init__(self, session: Session, prompt: Sequence[int], sampling: SamplingParams, request: Request):
-        self.prompt, self.sampling, self.request = prompt, sampling, request
-        self.trace: Trace | None = None
-        self.watched = False
-        self.cancelled = False
-        self.wall_s = self.compile_s = 0.0
-        self._session = session
-        self.start(0.0, 0.0)
-
-    @property
-    def done(self) -> bool:
-        """Whether `trace` is final."""
-        return self.trace is not None and self.trace.stop != Stop.RUNNING
-
-    def wait(self) -> Trace:
-        """The final trace. Works on the requests of its session until this one is done."""
-        while not self.done:
-            self.step()
-        assert self.trace is not None
-        return self.trace
-
-    def result(self) -> DecodeResult:
-        """The final answer; waits for it. Its wall_s counts the work done while it had a row."""
-        tokenizer = self._session.model.tokenizer
-        return result(tokenizer, self.wait(), self.wall_s, self.compile_s, self.sampling.stop)
-
-    def step(self) -> None:
-        """A chunk of work on the session's requests, unless this one is done."""
-        self._session.turn(self)
-
-    def cancel(self) -> None:
-        """Ends it with the tokens it has, as soon as no chunk is being decoded. Does nothing if it is done."""
-        self.cancelled = True
-        self._session.tidy()
-
-    def start(self, worked_s: float, compile_s: float) -> None:
-        """It takes a row, at this time of the session's clock. What was seen of an earlier try is forgotten."""
-        self.started = worked_s, compile_s
-        self._seen, self._draft = Consumed(), Draft()
-
-    def end(self, trace: Trace) -> None:
-        """Takes the final trace. One that was cancelled keeps what a consumer saw before it had to begin anew."""
-        if trace.stop == Stop.CANCELLED and self.trace and len(self.trace.tokens) > len(trace.tokens):
-            trace = dataclasses.replace(self.trace, stop=Stop.CANCELLED)
-        self.trace = trace
-
-    @property
-    def looked_at(self) -> bool:
-        """Whether the host has to read it while it is decoded: for a consumer, or to find stop strings."""
-        return self.watched or bool(self.sampling.stop)
-
-    def look(self, trace: Trace, vocabulary: Vocabulary) -> bool:
-        """Takes what was decoded so far. Whether a stop string is complete in it."""
-        self.trace = max(self.trace or trace, trace, key=lambda each: len(each.tokens))
-        if self.sampling.stop:
-            self._seen, events = new_events(self._seen, trace, vocabulary, stop=self.sampling.stop)
-            for event in events:
-                self._draft.add(event)
-        return self._draft.stopped
+    rows: int
+    queue: int | None
+    running: int
+    waiting: int
+    submitted: int
+    failed: int
+    serving: bool
+    worked_s: float
 
 
 class Session:
@@ -116,11 +80,27 @@ class Session:
       compiled: programs that fit it.
       chunk: the most decode steps of a turn.
       script_size: (R, C), the largest script that a request may have.
+      bound: the most requests that `submit` lets wait for a row; None is no bound.
     """
 
-    def __init__(self, model: Model, compiled: Compiled, chunk: int, script_size: tuple[int, int] = NOTHING):
+    def __init__(
+        self,
+        model: Model,
+        compiled: Compiled,
+        chunk: int,
+        script_size: tuple[int, int] = NOTHING,
+        bound: int | None = None,
+    ):
         self.model, self.compiled, self.chunk, self.script_size = model, compiled, chunk, script_size
-        self._lock = threading.Lock()
+        self.bound = bound
+        self._lock = threading.Lock()  # whoever has it works
+        self._changed = (
+            threading.Condition()
+        )  # somebody waits, an answer has grown, or how it is served changes
+        self._worker: threading.Thread | None = None
+        self._closed = False
+        self._news: collections.deque[PendingAnswer] = collections.deque()  # whose followers are to be told
+        self._submitted = self._failed = 0
         self._waiting: collections.deque[PendingAnswer] = collections.deque()
         self._rows: list[PendingAnswer | None] = [None] * compiled.rows
         self._cursors = np.zeros(compiled.rows, np.int64)
@@ -128,23 +108,158 @@ class Session:
         self._worked = self._compiling = 0.0  # seconds before this turn: of both, and of compiling alone
         self._turn_start = 0.0, 0.0  # when this turn began, and how long compiling had taken by then
 
-    def prepare(self, prompt: Sequence[int], sampling: SamplingParams) -> PendingAnswer:
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self.model.tokenizer
+
+    def prepare(
+        self, prompt: Sequence[int], sampling: SamplingParams, *, tokens: bool = False
+    ) -> PendingAnswer:
         """A request to be queued.
 
         Raises:
           ValueError: a prompt or a script that does not fit (`fits.DoesNotFit`), or no prompt.
         """
         ids = check_prompt(prompt, self.compiled, has_pool=self._batch is not None)
-        return PendingAnswer(self, ids, sampling, sampling.request(self.script_size))
+        return PendingAnswer(self, ids, sampling, sampling.request(self.script_size), tokens=tokens)
 
     def queue(self, answer: PendingAnswer) -> None:
-        """Puts a request at the end of the queue."""
-        self._waiting.append(answer)
+        """Puts a request at the end of the queue, whatever the bound."""
+        with self._changed:
+            self._waiting.append(answer)
+            self._submitted += 1
+            self._changed.notify_all()
+
+    def submit(self, answer: PendingAnswer, *, wait: bool) -> None:
+        """Queues a request if there is room, or, with `wait`, as soon as there is. Raises QueueFull, Closed."""
+        while True:
+            with self._changed:
+                if self._closed:
+                    raise Closed("This decoder is closed: it takes requests again while it is serving.")
+                if self._has_room():
+                    return self.queue(answer)
+                if not wait:
+                    raise QueueFull(
+                        f"{self.bound} requests wait already. Try again later, or raise queue={self.bound}."
+                    )
+                if self.served:
+                    self._changed.wait()
+                    continue
+            self.turn()
+
+    def _has_room(self) -> bool:
+        return self.bound is None or len(self._waiting) + self._running < len(self._rows) + self.bound
+
+    @property
+    def _running(self) -> int:
+        return sum(answer is not None for answer in self._rows)
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._waiting and not any(self._rows)
+
+    @property
+    def load(self) -> Load:
+        """What there is to do now."""
+        counts = self._running, len(self._waiting), self._submitted, self._failed
+        return Load(len(self._rows), self.bound, *counts, self._worker is not None, self._worked)
+
+    # ------------------------------------------------------------------------------------------------- serving
+
+    def serve(self) -> None:
+        """Starts a thread that decodes what is queued, until `close`. Raises RuntimeError if there is one."""
+        with self._changed:
+            if self._worker is not None:
+                raise RuntimeError("This decoder is serving already.")
+            self._closed = False
+            self._worker = threading.Thread(target=self._serve, name="pasta_jax decoder", daemon=True)
+            self._worker.start()
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Takes no more requests, and returns when all are done: answered, or with `cancel` as far as they are."""
+        with self._changed:
+            self._closed = True
+            worker = self._worker
+            self._changed.notify_all()
+        if cancel:
+            for answer in self._all():
+                answer.cancelled = True
+            self.tidy()
+        if worker is None:
+            while not self.idle:
+                self.turn()
+        elif worker is not threading.current_thread():  # else a follower's function closes
+            worker.join()
+
+    @property
+    def served(self) -> bool:
+        """Whether another thread decodes. For functions that the serving thread calls it is not so."""
+        return self._worker not in (None, threading.current_thread())
+
+    def wait(self, ready: Callable[[], bool], wanted: PendingAnswer, timeout: float | None = None) -> None:
+        """Until something of an answer is so: waits if another thread serves, else works.
+
+        Raises:
+          TimeoutError: it is not so after so many seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not ready():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"The answer is not there after {timeout:g} s; its request goes on.")
+            if self.served:
+                with self._changed:
+                    self._changed.wait_for(lambda: ready() or not self.served, left)
+            else:
+                self.turn(wanted)
+
+    def _serve(self) -> None:
+        """The serving thread. It ends when the session is closed and has nothing to do."""
+        try:
+            while self._has_work():
+                try:
+                    self.turn()
+                except Exception as error:
+                    LOG.exception("The decoder goes on; what it was answering is tried once more.")
+                    self._give_up(error)
+        finally:  # whatever ends it, those who wait then work themselves
+            with self._changed:
+                self._worker = None
+                self._changed.notify_all()
+
+    def _has_work(self) -> bool:
+        """Waits until there is work; False if there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self.idle)
+            if self.idle:
+                self._worker = None
+            return not self.idle
+
+    def _give_up(self, error: Exception) -> None:
+        """Ends the requests that have had their tries."""
+        for answer in [answer for answer in self._waiting.copy() if answer.failures >= TRIES]:
+            with self._changed:
+                self._waiting.remove(answer)
+                self._failed += 1
+            answer.error = error
+            self._news.append(answer)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wakes who waits, and tells those who follow an answer with news. Not under the lock: they may submit."""
+        with self._changed:
+            self._changed.notify_all()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._news.popleft().tell()
+
+    def _all(self) -> list[PendingAnswer]:
+        """Those that wait and those that have a row."""
+        return [answer for answer in (*self._waiting.copy(), *self._rows) if answer]
+
+    # -------------------------------------------------------------------------------------------------- working
 
     def turn(self, wanted: PendingAnswer | None = None) -> None:
         """Admits prompts to free rows, decodes a chunk and reads it. Does nothing if `wanted` is done.
@@ -153,16 +268,19 @@ class Session:
         decoded anew they give the same text, up to rounding: 1e-5 of a log-probability in float32, hundredths in
         bfloat16, nothing with `batch_invariant`.
         """
-        with self._lock:
-            if wanted is not None and wanted.done:
-                return
-            with self._working():
-                self._end_cancelled()
-                self._admit()
-                self._decode()
-                self._read()
-                self._end_cancelled()
-                self._free_pool()
+        try:
+            with self._lock:
+                if wanted is not None and wanted.done:
+                    return
+                with self._working():
+                    self._end_cancelled()
+                    self._admit()
+                    self._decode()
+                    self._read()
+                    self._end_cancelled()
+                    self._free_pool()
+        finally:
+            self._tell()
         self.tidy()
 
     def tidy(self) -> None:
@@ -174,6 +292,7 @@ class Session:
                     self._free_pool()
             finally:
                 self._lock.release()
+                self._tell()
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
@@ -181,8 +300,11 @@ class Session:
         self._turn_start = time.perf_counter(), self.compiled.compile_s
         try:
             yield
-        except BaseException:
-            self._waiting.extendleft(answer for answer in reversed(self._rows) if answer and not answer.done)
+        except BaseException as error:
+            again = [answer for answer in self._rows if answer and not answer.done]
+            for answer in again:
+                answer.failures += isinstance(error, Exception)  # an interrupt is no fault of theirs
+            self._waiting.extendleft(reversed(again))
             self._rows, self._batch = [None] * len(self._rows), None
             raise
         finally:
@@ -199,7 +321,7 @@ class Session:
         return self.model.params_as(self.compiled.form)
 
     def _has_cancelled(self) -> bool:
-        return any(answer.cancelled for answer in (*self._waiting.copy(), *self._rows) if answer)
+        return any(answer.cancelled for answer in self._all())
 
     def _free_pool(self) -> None:
         """An idle session holds no pool."""
@@ -210,6 +332,7 @@ class Session:
         for answer in [answer for answer in self._waiting.copy() if answer.cancelled]:
             self._waiting.remove(answer)
             answer.end(trace_of_unstarted(answer.prompt, self.compiled.limits, Stop.CANCELLED))
+            self._news.append(answer)
         self._stop({i: Stop.CANCELLED for i, answer in enumerate(self._rows) if answer and answer.cancelled})
 
     def _stop(self, rows: dict[int, Stop]) -> None:
@@ -223,9 +346,10 @@ class Session:
             self._leave(i)
 
     def _admit(self) -> None:
+        """Gives free rows to those that wait. One that an error broke off is alone: an error is then its own."""
         new: dict[int, PendingAnswer] = {}
         for slot in (i for i, answer in enumerate(self._rows) if answer is None):
-            if not self._waiting:
+            if not self._waiting or any(answer.failures for answer in self._rows if answer):
                 break
             new[slot] = self._rows[slot] = answer = self._waiting.popleft()
             self._cursors[slot] = len(answer.prompt)
@@ -259,10 +383,10 @@ class Session:
                 continue
             if stops[i] != Stop.RUNNING:
                 self._leave(i)
-            elif answer.looked_at and answer.look(
-                trace_of_row(self.compiled.read(self._batch, i)), vocabulary
-            ):
-                stopped[i] = Stop.STOP
+            elif answer.looked_at:
+                self._news.append(answer)
+                if answer.look(trace_of_row(self.compiled.read(self._batch, i)), vocabulary):
+                    stopped[i] = Stop.STOP
         self._stop(stopped)
 
     def _leave(self, row: int) -> None:
@@ -273,4 +397,5 @@ class Session:
         worked, compiling = (now - then for now, then in zip(self._clock(), answer.started))
         answer.compile_s, answer.wall_s = compiling, worked - compiling
         answer.end(trace)
+        self._news.append(answer)
         self._rows[row] = None

@@ -15,9 +15,9 @@ from typing import Any
 
 from pasta_jax.decoding import reference
 from pasta_jax.decoding.compiled import Compiled
+from pasta_jax.decoding.pending import PendingAnswer
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import DecodeResult, result
-from pasta_jax.decoding.session import PendingAnswer
 from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.streaming import Consumed, Draft, new_events
 from pasta_jax.decoding.trace import Trace
