@@ -33,9 +33,9 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.state import Limits, Request, RowState
 from pasta_jax.memory import shortage
-from pasta_jax.model import ModelConfig, Transformer
+from pasta_jax.model import ModelConfig, Pool, Transformer, empty_pool
 from pasta_jax.model.forms import fuse, is_plain, outputs_first
-from pasta_jax.rounding import ceil_div
+from pasta_jax.rounding import ceil_div, round_up
 from pasta_jax.tokens.positions import Positions
 from pasta_jax.tokens.tokenizer import Vocabulary
 
@@ -66,15 +66,18 @@ class ProgramKey:
     """Which program: a verb, and the sizes that differ from one program of a `Compiled` to another.
 
     Attributes:
-      verb: "new" makes an empty batch, "admit" puts prompts into rows, "decode" runs steps, "release" stops rows,
-        "read" takes a row out.
+      verb: "new" makes an empty batch, "admit" puts prompts into rows, "feed" a part of one prompt, "decode" runs
+        steps, "release" stops rows, "read" takes a row out; "keep" takes a block out of the pool, and "reuse" puts
+        it back.
       rows: of admit, prompts in one call: 1 or B.
-      length: of admit, the bucket that prompts are padded to; of decode, the pool entries that steps read.
+      size: of feed, tokens in one call.
+      length: of admit, the bucket that prompts are padded to; of feed and decode, the pool entries that they read.
       script: (R, C), the size of the requests' scripts.
     """
 
-    verb: Literal["new", "admit", "decode", "release", "read"]
+    verb: Literal["new", "admit", "feed", "decode", "release", "read", "keep", "reuse"]
     rows: int = 0
+    size: int = 0
     length: int = 0
     script: tuple[int, int] = NOTHING
 
@@ -82,6 +85,8 @@ class ProgramKey:
         match self.verb:
             case "admit":
                 return f"admit {self.rows} x {self.length} tokens"
+            case "feed":
+                return f"feed {self.size} of {self.length} tokens"
             case "decode":
                 return f"decode over {self.length} entries"
         return self.verb
@@ -93,6 +98,7 @@ class Sizes(TypedDict, total=False):
     limits: Limits
     rows: int
     prompt_buckets: Sequence[int]
+    prompt_block: int | None
     pool_buckets: Sequence[int] | None
     widths: Sequence[int] | None
     batch_invariant: bool
@@ -114,6 +120,8 @@ class Compiled:
       limits: static sizes.
       rows: B, requests answered at once. On a mesh it is rounded up to a multiple of the devices that share rows.
       prompt_buckets: lengths that prompts are padded to, each with a prefill of its own.
+      prompt_block: C, tokens that prompts are fed by, one prompt after the other, so that their beginnings can be
+        reused (`decoding.prefixes`). None feeds a prompt at once.
       pool_buckets: how many entries of the pool steps read while it fills, each with a loop of its own. Those above
         a third of the pool are left out. By default 512, 2,048 and 8,192; 128 too for several rows on a CPU whose
         cache does not hold the weights.
@@ -138,6 +146,7 @@ class Compiled:
         limits: Limits = Limits(),
         rows: int = 1,
         prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
+        prompt_block: int | None = None,
         pool_buckets: Sequence[int] | None = None,
         widths: Sequence[int] | None = None,
         batch_invariant: bool = False,
@@ -168,6 +177,10 @@ class Compiled:
             pool_buckets = (*POOL_BUCKETS, cpu.SMALL_BUCKET) if small else POOL_BUCKETS
         self.widths = _up_to(limits.lanes, widths)
         self.entries = limits.pool + limits.lanes  # a step writes S entries, wherever it begins
+        self.prompt_block = None if prompt_block is None else whole("prompt_block", prompt_block, 1)
+        if self.prompt_block:
+            prompt_buckets = [length for length in prompt_buckets if length % self.prompt_block == 0]
+            self._check_block(self.prompt_block)
         self.prompt_buckets = _up_to(limits.pool, prompt_buckets)
         # A larger part saves less than its program costs to compile; and a CPU copies the part that it reads.
         self.pool_buckets = _up_to(self.entries, [size for size in pool_buckets if 3 * size <= self.entries])
@@ -183,6 +196,15 @@ class Compiled:
         if self.mesh is not None or (on_cpu and not is_plain(self.shapes)):
             return "plain"
         return "outputs_first" if on_cpu and not cached else "fused"
+
+    def _check_block(self, block: int) -> None:
+        if self.mesh is not None:
+            raise ValueError("Beginnings of prompts are reused on one device only: this model is on a mesh.")
+        if self.limits.pool % block:
+            raise ValueError(
+                f"Limits.pool={self.limits.pool} is no multiple of prompt_block={block}, by which prompts are fed. "
+                f"Give {round_up(self.limits.pool, block)}."
+            )
 
     def fits(self, params: Any, config: ModelConfig, vocabulary: Vocabulary, positions: Positions) -> bool:
         """Whether these parameters have the same shapes in the same places, and all else is equal."""
@@ -216,7 +238,7 @@ class Compiled:
         `attend_to_earlier` goes by eight spans of queries. On a CPU XLA computes them side by side, elsewhere the
         last one counts. Above 1,024 tokens that is more than is in memory: a span then goes block by block.
         """
-        queries = ceil_div(9 * length, 16) if self.on_cpu else ceil_div(length, 8)
+        queries = self.prompt_block or (ceil_div(9 * length, 16) if self.on_cpu else ceil_div(length, 8))
         shape = (rows, self.config.num_heads, queries, length)
         place: Any = sharding.sharding("BNQP", shape, self.mesh) if self.mesh else self._everywhere
         return jax.ShapeDtypeStruct(shape, "float32", sharding=place)
@@ -228,15 +250,26 @@ class Compiled:
         return (
             ProgramKey("new"),
             *(
-                ProgramKey("admit", rows, length)
+                ProgramKey("admit", rows, length=length)
                 for rows in sizes
                 for length in self.prompt_buckets
-                if rows <= self.rows_together(length)
+                if rows <= self.rows_together(length) and not self.prompt_block
             ),
+            *(
+                ProgramKey("feed", size=size, length=length)
+                for size in self.part_sizes
+                for length in self.prompt_buckets
+            ),
+            *((ProgramKey("keep"), ProgramKey("reuse")) if self.prompt_block else ()),
             *(ProgramKey("decode", length=length) for length in self.pool_buckets),
             ProgramKey("release"),
             *(() if self._on_host else (ProgramKey("read"),)),
         )
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Tokens that a part of a prompt is padded to: C, and less for what follows the last block."""
+        return _up_to(self.prompt_block, PROMPT_BUCKETS) if self.prompt_block else ()
 
     def lower(self, program: ProgramKey, *, to_keep: bool = False) -> jax.stages.Lowered:
         """One of the programs, lowered; `to_keep` for the next start, jax does not look for it in its cache."""
@@ -267,6 +300,20 @@ class Compiled:
                 slot = () if n == self.rows else (number,)
                 admit = jit(functools.partial(loop.admit, model), donate_argnums=2)
                 return admit.lower(params, rules, batch, requests, prompts, lengths, *slot)
+            case "feed":
+                requests = jax.tree.map(lambda x: array(x.dtype, 1, *x.shape[1:]), batch.requests)
+                feed = jit(functools.partial(loop.feed_part, model, size=program.size), donate_argnums=2)
+                prompt, length = array("int32", 1, program.length), array("int32", 1)
+                return feed.lower(params, rules, batch, requests, prompt, length, number, number)
+            case "keep":
+                assert self.prompt_block
+                keep = jit(functools.partial(loop.take_part, size=self.prompt_block), everywhere)
+                return keep.lower(batch.pool, number, number)
+            case "reuse":
+                part = jax.eval_shape(lambda: empty_pool(self.config, 1, self.prompt_block or 0))
+                part = sharding.abstract(part, everywhere)
+                reuse = jit(loop.put_part, places.pool, donate_argnums=0)
+                return reuse.lower(batch.pool, part, number, number)
             case "decode":
                 chunk = functools.partial(loop.decode_chunk, model, used=program.length, widths=self.widths)
                 return jit(chunk, donate_argnums=2).lower(params, rules, batch, number, array("bool"))
@@ -345,9 +392,36 @@ class Compiled:
         for row, (prompt, request) in new.items() if n == self.rows else enumerate(new.values()):
             prompts[row, : len(prompt)], lengths[row], requests[row] = prompt, len(prompt), request
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *requests)
-        program = ProgramKey("admit", n, bucket, script)
+        program = ProgramKey("admit", n, length=bucket, script=script)
         slot = () if n == self.rows else (np.int32(*new),)
         return self._run(program, params, self._placed_rules, batch, stacked, prompts, lengths, *slot)
+
+    def feed(
+        self, params: Any, batch: Batch, row: int, prompt: Sequence[int], request: Request, start: int
+    ) -> Batch:
+        """The block of a prompt that begins at `start`, or what there is of it; all before is in the row's pool.
+
+        Its place decides by which program: it has the same keys and values, bit for bit, in every prompt that
+        begins alike.
+        """
+        assert self.prompt_block
+        end, script = min(start + self.prompt_block, len(prompt)), _script_size(batch)
+        size = next(size for size in self.part_sizes if size >= end - start)
+        padded = np.zeros((1, self.bucket(start + self.prompt_block)), np.int32)
+        padded[0, :end] = prompt[:end]
+        program = ProgramKey("feed", size=size, length=padded.shape[1], script=script)
+        requests = jax.tree.map(lambda leaf: np.asarray(leaf)[None], request)
+        where = np.array([end], np.int32), np.int32(row), np.int32(start)
+        return self._run(program, params, self._placed_rules, batch, requests, padded, *where)
+
+    def keep(self, batch: Batch, row: int, start: int) -> Pool:
+        """The keys and values of a block in a row's pool, copied."""
+        return self._run(ProgramKey("keep"), batch.pool, np.int32(row), np.int32(start))
+
+    def reuse(self, batch: Batch, row: int, start: int, block: Pool) -> Batch:
+        """A block that was kept, in a row's pool."""
+        pool = self._run(ProgramKey("reuse"), batch.pool, block, np.int32(row), np.int32(start))
+        return dataclasses.replace(batch, pool=pool)
 
     def decode_chunk(self, params: Any, batch: Batch, steps: int, refill: bool, cursor: int) -> Batch:
         """At most `steps` steps, reading the smallest bucket of the pool with room after `cursor` entries."""
@@ -424,7 +498,7 @@ class Compiled:
         """Where the program is kept for the next start: named by all that `lower` reads."""
         return kept.file_of(
             self._devices, dataclasses.astuple(program), self.config, self.rows, self.form, self.widths,
-            self.on_cpu, self.xla_options, self._by_row,
+            self.on_cpu, self.xla_options, self._by_row, self.prompt_block,
             *jax.tree.flatten((self.shapes, jax.eval_shape(lambda: self._rules))),
         )  # fmt: skip
 

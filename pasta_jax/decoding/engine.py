@@ -14,6 +14,7 @@ from pasta_jax.decoding.fits import check_pool
 from pasta_jax.decoding.model import Model, check_model
 from pasta_jax.decoding.options import whole
 from pasta_jax.decoding.pending import PendingAnswer
+from pasta_jax.decoding.prefixes import PROMPT_BLOCK, Prefixes
 from pasta_jax.decoding.request import Conversation, SamplingParams, script_size
 from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.session import Load, Session
@@ -43,6 +44,8 @@ class Decoder:
       chunk: the most decode steps between two looks of the host; it also looks when a row is free for a prompt that
         waits.
       queue: the most submitted requests that may wait for a row; None is no bound.
+      reuse: bytes for keys and values of the beginnings of prompts, which later prompts that begin alike need not
+        feed again (`decoding.prefixes`). 0 is off: prompts are then fed at once, several together.
       sizes: without `compiled`, the keyword arguments of `Compiled`: `limits` (static sizes), `rows` (B, requests
         answered at once), `batch_invariant` and those that are seldom needed.
 
@@ -61,18 +64,23 @@ class Decoder:
         compiled: Compiled | None = None,
         chunk: int = 64,
         queue: int | None = None,
+        reuse: int = 0,
         **sizes: Unpack[Sizes],
     ):
         check_model(model)
         described = model.params, model.config, model.tokenizer.vocabulary, model.positions
+        self.reuse = whole("reuse", reuse, 0, 2**63)
         if compiled is None:
+            if self.reuse:
+                sizes = Sizes(prompt_block=PROMPT_BLOCK) | sizes
             compiled = Compiled(*described, **sizes)
         elif sizes or not compiled.fits(*described):
             raise ValueError("Compiled programs serve models alike in all but their parameters, in one size.")
-        check_pool(compiled)
+        check_pool(compiled, self.reuse)
         self.model, self.compiled, self.chunk = model, compiled, whole("chunk", chunk, 1)
         self.queue = None if queue is None else whole("queue", queue, 0)
-        self.session = Session(model, compiled, self.chunk, bound=self.queue)
+        self.prefixes = Prefixes(compiled, self.reuse) if compiled.prompt_block else None
+        self.session = Session(model, compiled, self.chunk, bound=self.queue, prefixes=self.prefixes)
         self._scripted: dict[tuple[int, int], Session] = {}
         self._lock = threading.Lock()
 
@@ -87,7 +95,7 @@ class Decoder:
 
     def for_model(self, model: Model) -> Decoder:
         """A decoder of another model that fits: it shares what is compiled. ValueError if it does not fit."""
-        return Decoder(model, compiled=self.compiled, chunk=self.chunk, queue=self.queue)
+        return Decoder(model, compiled=self.compiled, chunk=self.chunk, queue=self.queue, reuse=self.reuse)
 
     def warm_up(self) -> float:
         """Compiles all that requests without scripts may need, in parallel, and returns the seconds that it took.
@@ -197,5 +205,7 @@ class Decoder:
             return self.session
         with self._lock:
             if size not in self._scripted:
-                self._scripted[size] = Session(self.model, self.compiled, self.chunk, size)
+                self._scripted[size] = Session(
+                    self.model, self.compiled, self.chunk, size, prefixes=self.prefixes
+                )
             return self._scripted[size]

@@ -23,16 +23,17 @@ class DoesNotFit(ValueError):
         self.for_decode = f"{problem} {for_decode}"
 
 
-def check_pool(compiled: Compiled) -> None:
-    """Raises DoesNotFit if the rows of these programs take more memory than is free."""
+def check_pool(compiled: Compiled, kept: int = 0) -> None:
+    """Raises DoesNotFit if the rows of these programs, and `kept` bytes besides, take more memory than is free."""
     leaves = jax.tree.leaves(compiled.batch_shapes())
-    if lack := shortage(leaves):
+    others = [jax.ShapeDtypeStruct((kept,), "int8", sharding=leaves[0].sharding)] if kept else []
+    if lack := shortage([*leaves, *others]):
         total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         rows, pool, threads = compiled.rows, compiled.limits.pool, compiled.limits.threads
         raise DoesNotFit(
             f"The pool does not fit: {rows} row{'s' * (rows > 1)} x {pool:,} tokens x "
-            f"{total / rows / pool:,.0f} bytes with {threads:,} threads = {gib(total)} GiB; "
-            f"{lack}. Nothing was allocated.",
+            f"{total / rows / pool:,.0f} bytes with {threads:,} threads = {gib(total)} GiB"
+            f"{f', and reuse = {gib(kept)} GiB' * bool(kept)}; {lack}. Nothing was allocated.",
             "Use fewer rows, or smaller Limits.pool or Limits.threads.",
             "Lower max_new_tokens (or cache_len) or max_branches, or give fewer prompts at once.",
         )

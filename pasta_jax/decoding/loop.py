@@ -101,6 +101,64 @@ def admit(
     return jax.tree.map(functools.partial(_put_row, slot), batch, new)
 
 
+def feed_part(
+    model: Transformer,
+    params: Any,
+    rules: Rules,
+    batch: Batch,
+    requests: Request,
+    prompt: Array,
+    length: Array,
+    slot: Array,
+    start: Array,
+    *,
+    size: int,
+) -> Batch:
+    """`admit` of one prompt whose beginning is in its row's pool already: feeds what follows.
+
+    Args:
+      model, params: the model.
+      rules: the interpreter's.
+      batch: donated.
+      requests: [1].
+      prompt: int32 [1, L] with its beginning, padded at the end; L pool entries are read.
+      length: int32 [1]. The answer begins after so many tokens: of a prompt that goes on, what begins here is
+        replaced when its next part is fed.
+      slot: int32 [], the row.
+      start: int32 [], tokens that are in the pool.
+      size: tokens that are fed, padding included, start + size <= L; static.
+    """
+    rules = _with_lanes(rules, 1)
+    entries = batch.rows.entries.token.shape[1]
+    rows = jax.vmap(functools.partial(interpreter.begin, rules.limits, entries))(prompt, length)
+    lanes = jax.vmap(functools.partial(interpreter.feed, limits=rules.limits))(rows, requests)
+    keys = jax.tree.map(lambda x: x[:, : prompt.shape[1]], rows.entries)
+    part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), keys)
+    pool = take_part(batch.pool, slot, jnp.int32(0), size=prompt.shape[1])
+    with jax.named_scope("attend"):
+        hidden, pool = run_model(model, params, part, keys, pool, start[None])
+    last = jax.lax.dynamic_slice_in_dim(hidden, length[0] - 1 - start, 1, axis=1)
+    rows = _sample_and_advance(model, params, rules, rows, requests, lanes, last)
+    return jax.tree.map(functools.partial(_put_row, slot), batch, Batch(rows, requests, pool))
+
+
+def take_part(pool: Pool, slot: Array, start: Array, *, size: int) -> Pool:
+    """Some entries of a row's pool, copied: [1, K, size, H] in each layer."""
+
+    def take(leaf: Array) -> Array:
+        _, K, _, H = leaf.shape
+        return jax.lax.dynamic_slice(leaf, (slot, 0, start, 0), (1, K, size, H))
+
+    return jax.tree.map(take, pool)
+
+
+def put_part(pool: Pool, part: Pool, slot: Array, start: Array) -> Pool:
+    """`take_part` undone, in place."""
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_slice(old, new, (slot, 0, start, 0)), pool, part
+    )
+
+
 def _put_row(slot: Array, old: Array, new: Array) -> Array:
     """One row, [1, ...] or the leading part of each dimension of it: no query sees what is behind a prompt."""
     return jax.lax.dynamic_update_slice(old, new, (slot, *[0] * (old.ndim - 1)))

@@ -62,6 +62,7 @@ class PendingAnswer:
       watched: whether `trace` follows the decode, a few steps at a time, also if nobody follows it here.
       cancelled: whether it is to end as soon as possible.
       failures: errors that it was decoded in; after one it is tried once more, by itself.
+      reused: tokens of the prompt that were not fed, because an earlier prompt began alike.
       wall_s, compile_s: seconds of work while it had a row, compiling apart, and seconds of compiling.
     """
 
@@ -79,7 +80,7 @@ class PendingAnswer:
         self.error: Exception | None = None
         self.watched = False
         self.cancelled = False
-        self.failures = 0
+        self.failures = self.reused = 0
         self.wall_s = self.compile_s = 0.0
         self._work = work
         self._result: DecodeResult | None = None

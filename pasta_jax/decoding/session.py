@@ -24,6 +24,7 @@ from pasta_jax.decoding.fits import check_prompt
 from pasta_jax.decoding.loop import Batch
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.pending import PendingAnswer
+from pasta_jax.decoding.prefixes import Prefixes
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import NOTHING
 from pasta_jax.decoding.state import Stop
@@ -60,6 +61,8 @@ class Load:
       failed: those of them that an error ended.
       serving: whether a thread of its own decodes.
       worked_s: seconds of work until the last chunk of steps, compiling included.
+      reused: tokens of prompts that were not fed, because an earlier prompt began alike.
+      kept_bytes: memory that the kept beginnings of prompts take.
     """
 
     rows: int
@@ -70,6 +73,8 @@ class Load:
     failed: int
     serving: bool
     worked_s: float
+    reused: int
+    kept_bytes: int
 
 
 class Session:
@@ -81,6 +86,7 @@ class Session:
       chunk: the most decode steps of a turn.
       script_size: (R, C), the largest script that a request may have.
       bound: the most requests that `submit` lets wait for a row; None is no bound.
+      prefixes: the beginnings of prompts that are kept, if any.
     """
 
     def __init__(
@@ -90,9 +96,10 @@ class Session:
         chunk: int,
         script_size: tuple[int, int] = NOTHING,
         bound: int | None = None,
+        prefixes: Prefixes | None = None,
     ):
         self.model, self.compiled, self.chunk, self.script_size = model, compiled, chunk, script_size
-        self.bound = bound
+        self.bound, self.prefixes = bound, prefixes
         self._lock = threading.Lock()  # whoever has it works
         self._changed = (
             threading.Condition()
@@ -100,7 +107,7 @@ class Session:
         self._worker: threading.Thread | None = None
         self._closed = False
         self._news: collections.deque[PendingAnswer] = collections.deque()  # whose followers are to be told
-        self._submitted = self._failed = 0
+        self._submitted = self._failed = self._reused = 0
         self._waiting: collections.deque[PendingAnswer] = collections.deque()
         self._rows: list[PendingAnswer | None] = [None] * compiled.rows
         self._cursors = np.zeros(compiled.rows, np.int64)
@@ -164,7 +171,9 @@ class Session:
     def load(self) -> Load:
         """What there is to do now."""
         counts = self._running, len(self._waiting), self._submitted, self._failed
-        return Load(len(self._rows), self.bound, *counts, self._worker is not None, self._worked)
+        kept = 0 if self.prefixes is None else self.prefixes.nbytes
+        serving = self._worker is not None
+        return Load(len(self._rows), self.bound, *counts, serving, self._worked, self._reused, kept)
 
     # ------------------------------------------------------------------------------------------------- serving
 
@@ -306,6 +315,8 @@ class Session:
                 answer.failures += isinstance(error, Exception)  # an interrupt is no fault of theirs
             self._waiting.extendleft(reversed(again))
             self._rows, self._batch = [None] * len(self._rows), None
+            if self.prefixes is not None:
+                self.prefixes.clear()  # an error may come late, of what was kept before
             raise
         finally:
             self._worked, self._compiling = self._clock()
@@ -358,6 +369,12 @@ class Session:
             return
         if self._batch is None:
             self._batch = self.compiled.empty_batch(self.script_size)
+        if self.prefixes is not None:
+            for slot, answer in new.items():
+                asked = answer.prompt, answer.request
+                self._batch, answer.reused = self.prefixes.admit(self._params, self._batch, slot, *asked)
+                self._reused += answer.reused
+            return
         requests = {slot: (answer.prompt, answer.request) for slot, answer in new.items()}
         self._batch = self.compiled.admit(self._params, self._batch, requests)
 
