@@ -50,6 +50,7 @@ LEVELS = [
         "benchmark",
         "compile",
         "doctor",
+        "serve",
         "adapters",
     },
     {"almanac", "demo", "real_model", "reproduce"},

@@ -75,7 +75,7 @@ def cut(trace: Trace, vocabulary: Vocabulary, characters: int) -> Trace:
     """
     keep = np.arange(len(trace.tokens)) < trace.prompt_length
     finished = np.zeros(len(trace.parent), bool)
-    for index, role, before in _characters_before(trace, vocabulary):
+    for index, role, before in characters_before(trace, vocabulary):
         if before >= characters:
             break
         keep[index] = True
@@ -91,7 +91,7 @@ def cut(trace: Trace, vocabulary: Vocabulary, characters: int) -> Trace:
     )
 
 
-def _characters_before(trace: Trace, vocabulary: Vocabulary) -> Iterator[tuple[int, Role, int]]:
+def characters_before(trace: Trace, vocabulary: Vocabulary) -> Iterator[tuple[int, Role, int]]:
     """The answer's tokens in document order: index in the trace, role, and characters of text before the token."""
     indices = trace.answer_indices
     before = 0

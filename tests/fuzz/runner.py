@@ -25,6 +25,7 @@ NAMES = (
     *(
         "texts",
         "replies",
+        "bodies",
         "tokenizers",
         "records",
         "prepared",

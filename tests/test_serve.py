@@ -1,0 +1,527 @@
+"""The server: whatever clients do, an answer is the one that the request has alone, and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from pasta_jax.decoding.streaming import Draft, Event
+from pasta_jax.serve.asked import Defaults, asked_of_chat, asked_of_completions, asked_of_responses
+from pasta_jax.serve.errors import ApiError
+from pasta_jax.serve.rates import Rates
+from pasta_jax.serve.responses import InOrder, Items
+from tests.helpers.served import MODEL, Served, alone, asked, events_of, served
+
+SAID = [{"role": "user", "content": "rivers"}]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with served() as running:
+        yield running
+
+
+# ------------------------------------------------------------------------------------------------- what is asked
+
+
+def test_what_is_asked() -> None:
+    here = Defaults("m", 77)
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    body = {
+        "messages": [
+            {"role": "system", "content": "Be short."},
+            {"role": "developer", "content": "In words."},
+            {"role": "user", "content": parts},
+        ],
+        **dict(
+            model="m", n=2, seed=2**64 - 1, stop="\n", temperature=0.5, max_tokens=3, max_completion_tokens=5
+        ),
+        **dict(top_k=-1, user="u", tools=[], frequency_penalty=0.0, logprobs=None, unknown={"a": 1}),
+        **dict(stream=True, stream_options={"include_usage": True}),
+    }
+    asked = asked_of_chat(body, here)
+    assert asked.prompts == (
+        [{"role": "system", "content": "Be short.\n\nIn words."}, {"role": "user", "content": "a\nb"}],
+    )
+    assert [sampling.seed for sampling in asked.samplings] == [2**64 - 1, 0]
+    first = asked.samplings[0]
+    assert (first.max_new_tokens, first.stop, first.temperature, first.top_k) == (5, ("\n",), 0.5, 0)
+    assert asked.stream and asked.usage and not asked.branches
+    assert asked_of_chat({"messages": SAID}, here).samplings[0].max_new_tokens == 77
+    for prompt, prompts in ((["a", [1, 2]], ("a", [1, 2])), ([1, 2], ([1, 2],)), ("a", ("a",))):
+        assert asked_of_completions({"prompt": prompt, "n": 2}, here).prompts == prompts
+    # The items of an answer that a client sends back are one answer.
+    items = [
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
+        for text in ("The Nile", ", and the Don")
+    ]
+    said = {"input": [*SAID, *items, *SAID], "instructions": "Be short.", "max_output_tokens": 9}
+    assert [*asked_of_responses(said, here).prompts[0]] == [
+        {"role": "system", "content": "Be short."},
+        *SAID,
+        {"role": "assistant", "content": "The Nile, and the Don"},
+        *SAID,
+    ]
+    seeds = {asked_of_responses({"input": "a"}, here).samplings[0].seed for _ in range(3)}
+    assert len(seeds) == 3, "without a seed, each request has its own"
+
+
+@pytest.mark.parametrize(
+    ("read", "body", "param"),
+    [
+        (asked_of_chat, {}, "messages"),
+        (asked_of_chat, {"messages": [5]}, "messages[0]"),
+        (asked_of_chat, {"messages": [{"role": "tool", "content": ""}]}, "messages[0].role"),
+        (asked_of_chat, {"messages": [{"role": "user"}]}, "messages[0].content"),
+        (
+            asked_of_chat,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0]",
+        ),
+        (asked_of_chat, {"messages": SAID, "temperature": "hot"}, "temperature"),
+        (asked_of_chat, {"messages": SAID, "max_completion_tokens": 0}, "max_completion_tokens"),
+        (asked_of_chat, {"messages": SAID, "n": 1.5}, "n"),
+        (asked_of_chat, {"messages": SAID, "stop": [""]}, "stop"),
+        (asked_of_chat, {"messages": SAID, "stop": 5}, "stop"),
+        (asked_of_chat, {"messages": SAID, "tools": [{}]}, "tools"),
+        (asked_of_chat, {"messages": SAID, "top_logprobs": 3}, "top_logprobs"),
+        (asked_of_chat, {"messages": SAID, "response_format": {"type": "json_object"}}, "response_format"),
+        (asked_of_chat, {"messages": SAID, "stream": "yes"}, "stream"),
+        (asked_of_chat, {"messages": SAID, "stream_options": 1}, "stream_options"),
+        (asked_of_chat, {"messages": SAID, "mode": "both"}, "mode"),
+        (asked_of_chat, {"messages": SAID, "model": "gpt"}, "model"),
+        (asked_of_completions, {"prompt": []}, "prompt"),
+        (asked_of_completions, {"prompt": ["a", 1]}, "prompt"),
+        (asked_of_completions, {"prompt": "a", "echo": True}, "echo"),
+        (asked_of_completions, {"prompt": "a", "logprobs": 2}, "logprobs"),
+        (asked_of_responses, {"input": "a", "previous_response_id": "r"}, "previous_response_id"),
+        (asked_of_responses, {"input": "a", "stop": "b"}, "stop"),
+        (asked_of_responses, {"input": "a", "text": {"format": {"type": "json_schema"}}}, "text"),
+    ],
+)
+def test_what_cannot_be_served_is_named(read: Any, body: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        read(body, Defaults("m"))
+    error = caught.value.body["error"]
+    assert error["param"] == param and param.partition("[")[0] in error["message"].lower() and error["code"]
+    assert caught.value.status == (404 if param == "model" else 400)
+
+
+def test_rates() -> None:
+    now = 0.0
+    rates = Rates(2, lambda: now)
+    for client in "aab":
+        rates.check(client)
+    with pytest.raises(ApiError, match="Try again in 30 s") as caught:
+        rates.check("a")
+    assert caught.value.status == 429 and caught.value.headers["Retry-After"] == "30"
+    now = 30.0
+    rates.check("a")
+    with pytest.raises(ApiError):
+        rates.check("a")
+
+
+# -------------------------------------------------------------------------------------------- branches as items
+
+
+def random_events(rng: random.Random) -> list[Event]:
+    """Threads that promise others, up to four deep, and write in turn; a thread ends after its branches."""
+    events, depth, todo, open_below = list[Event](), {0: 0}, {0: rng.randint(0, 6)}, {0: set[int]()}
+    while todo:
+        thread = rng.choice([*todo])
+        if todo[thread]:
+            todo[thread] -= 1
+            if depth[thread] < 4 and rng.random() < 0.4:
+                branch = len(depth)
+                depth[branch], todo[branch], open_below[branch] = depth[thread] + 1, rng.randint(0, 4), set()
+                open_below[thread].add(branch)
+                events.append(Event("promise", branch=branch, parent=thread, topic=f"t{branch}"))
+            else:
+                events.append(Event("text", branch=thread, text=f"{thread}.{todo[thread]} "))
+        elif not open_below[thread] & todo.keys():
+            del todo[thread]
+            events.append(Event("closed", branch=thread))
+    return events
+
+
+class Accumulated:
+    """What OpenAI's client makes of the events of a stream, and that it would accept them."""
+
+    def __init__(self) -> None:
+        self.items: dict[int, list[str]] = {}
+        self.done: dict[int, str] = {}
+        self.ids: dict[int, str] = {}
+
+    def add(self, event: dict[str, Any]) -> None:
+        index, kind = event["output_index"], event["type"].removeprefix("response.")
+        match kind:
+            case "output_item.added":
+                assert index == len(self.items), "items come in order"
+                self.items[index], self.ids[index] = [], event["item"]["id"]
+            case "content_part.added":
+                assert event["content_index"] == len(self.items[index])
+                self.items[index].append("")
+            case "output_text.delta":
+                assert event["delta"] and index not in self.done
+                self.items[index][event["content_index"]] += event["delta"]
+            case "output_text.done":
+                assert event["text"] == self.items[index][event["content_index"]]
+            case "output_item.done":
+                assert event["item"]["id"] == self.ids[index] and index not in self.done
+                self.done[index] = "".join(part["text"] for part in event["item"]["content"])
+        if "item_id" in event:
+            assert event["item_id"] == self.ids[index]
+
+    @property
+    def text(self) -> str:
+        return "".join(part for index in sorted(self.items) for part in self.items[index])
+
+
+def test_items_are_the_document(seed: int) -> None:
+    rng, interleaved, deepest = random.Random(seed), 0, 0
+    for _ in range(200):
+        draft, client, items, last = Draft(), Accumulated(), Items("x", branches=False), -1
+        settled, order, ordered = "", InOrder(), list[Event]()
+        for event in random_events(rng):
+            draft.add(event)
+            ordered += order.add(event)
+            settled = "".join(each.text for each in ordered)
+            assert settled == draft.settled, "each comes as soon as it may"
+            for sent in items.add(event):
+                client.add(sent)
+                interleaved += sent["output_index"] < last
+                last = sent["output_index"]
+        assert client.text == str(draft) == "".join(client.done[i] for i in sorted(client.items))
+        assert all(part.done for item in items.items for part in item.parts)
+        follows = Items("y", branches=False)
+        texts = [sent.get("delta", "") for event in ordered for sent in follows.add(event)]
+        assert "".join(texts) == str(draft)
+        assert [[part.text for part in item.parts] for item in follows.items] == [*client.items.values()]
+        deepest = max(deepest, *(len(parts) for parts in client.items.values()))
+    assert interleaved and deepest > 3
+
+
+# ------------------------------------------------------------------------------------------------ whole replies
+
+
+@pytest.mark.slow
+def test_every_endpoint_has_the_text_of_the_request_alone(server: Served) -> None:
+    for number in range(4):
+        fields = asked(number)
+        expected = alone("rivers", fields)
+        chat = server.post("/v1/chat/completions", model=MODEL, messages=SAID, **fields).json()
+        assert chat["choices"][0]["message"]["content"] == expected.text
+        stats = expected.stats
+        assert chat["usage"] == {
+            "prompt_tokens": stats.prompt_tokens,
+            "completion_tokens": stats.output_tokens,
+            "total_tokens": stats.prompt_tokens + stats.output_tokens,
+        }
+        finish = "stop" if expected.stop_reason == "eos" else "length"
+        assert chat["choices"][0]["finish_reason"] == finish
+        completion = server.post("/v1/completions", prompt="rivers", **fields).json()
+        assert completion["choices"][0]["text"] == expected.text
+        items = fields | {"max_output_tokens": fields["max_tokens"]}
+        response = server.post("/v1/responses", input="rivers", **items).json()
+        assert response["status"] == {"stop": "completed", "length": "incomplete"}[finish]
+        texts = [part["text"] for item in response["output"] for part in item["content"]]
+        assert "".join(texts) == expected.text
+        assert len(response["output"]) > len(expected.branches) or not expected.text
+
+
+@pytest.mark.slow
+def test_several_choices_stops_and_logprobs(server: Served) -> None:
+    fields = asked(7)
+    texts = [alone(p, asked(7 + i)).text for p in ("rivers", "world") for i in range(3)]
+    several = server.post("/v1/completions", prompt=["rivers", "world"], **fields | {"n": 3}).json()
+    assert [choice["text"] for choice in several["choices"]] == texts
+    stop = next(text for text in texts[0].split() if len(text) > 2)
+    stopped = server.post("/v1/chat/completions", messages=SAID, logprobs=True, **fields | {"stop": [stop]})
+    choice = stopped.json()["choices"][0]
+    assert (
+        choice["message"]["content"] == texts[0][: texts[0].index(stop)] and choice["finish_reason"] == "stop"
+    )
+    whole = server.post("/v1/chat/completions", messages=SAID, logprobs=True, **fields).json()["choices"][0]
+    spelled = bytes(byte for token in whole["logprobs"]["content"] for byte in token["bytes"])
+    assert spelled.decode(errors="replace") == texts[0]
+    assert all(token["logprob"] < 0 for token in whole["logprobs"]["content"])
+    old = server.post("/v1/completions", prompt="rivers", logprobs=0, **fields).json()["choices"][0][
+        "logprobs"
+    ]
+    assert old["token_logprobs"] == [token["logprob"] for token in whole["logprobs"]["content"]]
+    sequential = server.post("/v1/chat/completions", messages=SAID, mode="sequential", **fields).json()
+    assert (
+        sequential["choices"][0]["message"]["content"]
+        == alone("rivers", fields | {"open_bias": -float("inf")}).text
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ streams
+
+
+@pytest.mark.slow
+def test_chat_streams(server: Served) -> None:
+    fields = asked(3)
+    expected = alone("rivers", fields)
+    options = {"include_usage": True, "include_branches": True}
+    *chunks, usage, end = events_of(
+        server.post("/v1/chat/completions", messages=SAID, stream=True, stream_options=options, **fields)
+    )
+    assert end is None and usage["choices"] == [] and usage["usage"]["total_tokens"]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    deltas = [choice["delta"].get("content", "") for choice in choices]
+    assert "".join(deltas) == expected.text and sum(map(bool, deltas)) > 2
+    assert all(choice["delta"].get("content", "") is not None and "error" not in choice for choice in choices)
+    assert [choice["finish_reason"] for choice in choices][-1] is not None
+    told = [each for chunk in chunks for each in chunk.get("pasta", [])]
+    assert [each["branch"] for each in told if each["kind"] == "promise"] == [b.id for b in expected.branches]
+    for branch in expected.branches:
+        texts = [e["text"] for e in told if e["kind"] == "text" and e["branch"] == branch.id]
+        nested = any(other.parent == branch.id for other in expected.branches)
+        assert nested or "".join(texts) == branch.text
+    done = told[-1]
+    assert (done["kind"], done["steps"]) == ("done", expected.stats.decode_steps)
+    assert max(each["step"] for each in told if "step" in each) <= done["steps"]
+    plain = events_of(server.post("/v1/chat/completions", messages=SAID, stream=True, **fields))
+    assert not any("pasta" in chunk for chunk in plain[:-1])
+    several = events_of(server.post("/v1/completions", prompt="rivers", stream=True, **fields | {"n": 2}))
+    for index in range(2):
+        parts = [c["choices"][0]["text"] for c in several[:-1] if c["choices"][0]["index"] == index]
+        assert "".join(parts) == alone("rivers", asked(3 + index)).text
+
+
+@pytest.mark.slow
+def test_responses_stream(server: Served) -> None:
+    fields = asked(3) | {"max_output_tokens": 60}
+    for options in ({}, {"include_branches": True}):
+        sent = events_of(
+            server.post("/v1/responses", input="rivers", stream=True, stream_options=options, **fields)
+        )
+        order = [event["output_index"] for event in sent if "output_index" in event]
+        assert (order == sorted(order)) == (not options)
+    first, _, *middle, last = sent
+    assert first["type"] == "response.created" and last["response"]["id"] == first["response"]["id"]
+    assert [event["sequence_number"] for event in middle] == [*range(2, 2 + len(middle))]
+    client = Accumulated()
+    for event in middle:
+        client.add(event)
+    assert client.text == alone("rivers", asked(3)).text
+    assert [item["id"] for item in last["response"]["output"]] == [*client.ids.values()]
+    whole = server.post("/v1/responses", input="rivers", **fields).json()
+    strip = [[part["text"] for part in item["content"]] for item in whole["output"]]
+    assert strip == [*client.items.values()]
+
+
+# ---------------------------------------------------------------------------------------- clients of every kind
+
+
+class Raw(socket.socket):
+    """A client that sends what it likes and reads when it likes."""
+
+    def __init__(self, server: Served):
+        super().__init__()
+        self.settimeout(60)
+        self.connect(("127.0.0.1", server.port))
+
+    def ask(self, path: str, **body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+        )
+
+
+RUBBISH = (
+    b"\x16\x03\x01\x02\x00\x01\x00",
+    b"GET\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\n\r\n",
+    b"\x00" * 4096,
+)
+
+
+@pytest.mark.slow
+def test_clients_of_every_kind(server: Served) -> None:
+    """64 at once: some slow, some vanish, some send rubbish. Each other has the text of its request alone."""
+    texts, cancelled = dict[int, str](), server.service.decoder.session
+    words = ("rivers", "cities of the world", "the", "and the rivers")
+
+    def client(i: int) -> None:
+        prompt, fields = words[i % 4], asked(i)
+        body = {"messages": [{"role": "user", "content": prompt}], **fields}
+        match i % 8:
+            case 0:
+                with Raw(server) as slow:
+                    slow.ask("/v1/chat/completions", stream=True, **body)
+                    data = b""
+                    while b"[DONE]" not in data:
+                        data += slow.recv(512)
+                        time.sleep(0.002)
+                found = re.findall(r'"content":("(?:[^"\\]|\\.)*")', data.decode())
+                texts[i] = "".join(map(json.loads, found))
+            case 1:
+                with Raw(server) as leaves:
+                    leaves.ask("/v1/chat/completions", stream=bool(i & 8), **body | {"max_tokens": 100})
+                    if i & 8:
+                        leaves.recv(64)
+            case 2:
+                with Raw(server) as rubbish, contextlib.suppress(OSError):
+                    rubbish.sendall(RUBBISH[i // 8 % len(RUBBISH)])
+                    rubbish.settimeout(0.2)
+                    rubbish.recv(4096)
+            case 3 | 4:
+                reply = server.post("/v1/completions", prompt=prompt, **fields)
+                texts[i] = reply.json()["choices"][0]["text"]
+            case _:
+                chunks = events_of(server.post("/v1/chat/completions", stream=True, **body))
+                texts[i] = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1])
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    complete = [i for i in range(64) if i % 8 not in (1, 2)]
+    assert texts == {i: alone(words[i % 4], asked(i)).text for i in complete}
+    until = time.monotonic() + 30
+    while not (cancelled.idle and server.service.active == 0) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert cancelled.idle and server.service.active == 0, "what nobody waits for goes on"
+
+
+@pytest.mark.slow
+def test_errors_are_openais(server: Served) -> None:
+    chat = "/v1/chat/completions"
+    cases = [
+        (requests.post(server.url + chat, data=b"{"), 400, "invalid_json", None),
+        (requests.post(server.url + chat, data=b"[" * 100_000), 400, "invalid_json", None),
+        (requests.post(server.url + chat, data=b"5"), 400, "invalid_json", None),
+        (requests.post(server.url + chat, data=b" " * (2**20 + 1)), 413, "request_too_large", None),
+        (server.post(chat, messages=SAID, model="gpt-5"), 404, "model_not_found", "model"),
+        (
+            server.post(chat, messages=[{"role": "user", "content": "the " * 500}]),
+            400,
+            "context_length_exceeded",
+            None,
+        ),
+        (server.post(chat, messages=[{"role": "user", "content": "cut \ud83d"}]), 400, "invalid_value", None),
+        (server.post(chat, messages=[{"role": "assistant", "content": "a"}]), 400, "invalid_value", None),
+        (server.post(chat, messages=SAID, n=100), 400, "invalid_value", "n"),
+        (requests.get(server.url + chat), 405, "not_found", None),
+        (requests.get(server.url + "/v1/nothing"), 404, "not_found", None),
+        (requests.get(server.url + "/v1/models/gpt"), 404, "model_not_found", "model"),
+        (
+            requests.post(server.url + chat, json={}, headers={"Origin": "http://elsewhere"}),
+            403,
+            "foreign_origin",
+            None,
+        ),
+    ]
+    for reply, status, code, param in cases:
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], error["param"]) == (status, code, param), reply.text
+        assert error["message"] and "\n" not in error["message"] and error["type"] == "invalid_request_error"
+    named = requests.post(server.url + chat, json={}, headers={"X-Request-Id": "mine-1"})
+    assert named.headers["x-request-id"] == "mine-1"
+    forged = requests.post(server.url + chat, json={}, headers={"X-Request-Id": "a b"})
+    assert forged.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.slow
+def test_keys_rates_and_a_full_queue() -> None:
+    with served(queue=0, keys=("one", "two"), rate=20) as server:
+        chat = f"{server.url}/v1/chat/completions"
+        for key in ("", "three"):
+            refused = requests.post(chat, json={"messages": SAID}, headers={"Authorization": f"Bearer {key}"})
+            assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+        assert requests.get(f"{server.url}/v1/models").status_code == 401
+        assert requests.get(f"{server.url}/health").status_code == 200
+        header = {"Authorization": "Bearer two"}
+        statuses = list[int]()
+
+        def ask() -> None:
+            body = {"messages": SAID, **asked(1)}
+            statuses.append(requests.post(chat, json=body, headers=header, timeout=60).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(24)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses.count(429) == 4 and statuses.count(503) >= 1 and statuses.count(200) >= 6
+        assert len(statuses) == statuses.count(200) + statuses.count(429) + statuses.count(503)
+
+
+# ------------------------------------------------------------------------------------- how it is watched and ends
+
+
+@pytest.mark.slow
+def test_health_metrics_and_the_page(server: Served) -> None:
+    server.post("/v1/completions", prompt="the", **asked(1))
+    assert requests.get(f"{server.url}/ready").json()["status"] == "ready"
+    (model,) = requests.get(f"{server.url}/v1/models").json()["data"]
+    assert requests.get(f"{server.url}/v1/models/{model['id']}").json() == model
+    text = requests.get(f"{server.url}/metrics").text
+    values = dict(re.findall(r"^(\w+(?:\{.*\})?) (\S+)$", text, re.MULTILINE))
+    assert float(values['pasta_requests_total{endpoint="/v1/completions",status="200"}']) >= 1
+    assert float(values["pasta_output_tokens_total"]) > 0 and values["pasta_rows"] == "6"
+    buckets = [
+        int(v) for name, v in values.items() if 'request_seconds_bucket{endpoint="/v1/completions"' in name
+    ]
+    assert buckets == sorted(buckets) and buckets[-1] >= 1
+    names = {re.match(r"\w+", name)[0] for name in values}  # type: ignore[index]
+    assert all(
+        re.search(rf"^# TYPE {re.sub('_(bucket|sum|count)$', '', name)} ", text, re.MULTILINE)
+        for name in names
+    )
+    page = requests.get(server.url)
+    assert "'unsafe-inline'" not in page.headers["content-security-policy"]
+    assert not re.search(r"(?:src|href|url\()[=\"'(]*https?:", page.text), "it needs no other host"
+
+
+@pytest.mark.slow
+def test_the_end_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "pasta_jax")
+    replies = dict[int, requests.Response]()
+    with served(drain_delay_s=0.2) as server:
+
+        def ask(i: int) -> None:
+            body = {"messages": SAID, "stream": i % 2 == 0, **asked(i)}
+            replies[i] = server.post("/v1/chat/completions", **body)
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
+        for thread in threads:
+            thread.start()
+        while server.service.active < 12 and not replies:
+            time.sleep(0.001)
+        server.service.drain()
+        ready = requests.get(f"{server.url}/ready")
+        assert ready.status_code == 503 and ready.json()["status"] == "draining"
+        for thread in threads:
+            thread.join()
+    assert [replies[i].status_code for i in range(12)] == [200] * 12
+    for i in range(12):
+        text = alone("rivers", asked(i)).text
+        if i % 2:
+            assert replies[i].json()["choices"][0]["message"]["content"] == text
+        else:
+            chunks = events_of(replies[i])
+            assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1]) == text
+    with pytest.raises(requests.ConnectionError):
+        server.post("/v1/chat/completions", messages=SAID)
+    fields = [record.__dict__["fields"] for record in caplog.records if "fields" in record.__dict__]
+    assert len(fields) == 12 and "rivers" not in json.dumps(fields)
+    assert {each["status"] for each in fields} == {200}
