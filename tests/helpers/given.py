@@ -21,8 +21,9 @@ FOREIGN = ("pasta_jax.adapters.lm_eval",)
 
 def lines_of(page: str) -> list[str]:
     """What a page shows as commands: lines of its blocks, with what they go on with, and code within its text."""
-    blocks = re.findall(r"^```(?:bash|)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    prose = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    fence = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    blocks = [text for language, text in fence.findall(page) if language in ("", "bash")]
+    prose = fence.sub("", page)
     lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
     return lines + [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
 
