@@ -21,7 +21,7 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.decoding.trace import Trace, as_document
 from pasta_jax.lang import tags
-from pasta_jax.tokens.cost import critical_path
+from pasta_jax.tokens import cost
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.positions import Positions
 from tests.helpers import AS_FOR_USERS, FULL, SEEDS_ARE_FIXED, full, only_full, optimized, slow
@@ -283,7 +283,8 @@ def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
     compared = 0
     for trace in decode(SEEDS):
         if trace.stop == Stop.EOS and max(trace.widths) < LIMITS.lanes:
-            assert critical_path(trace.threads, WORDS.vocabulary) == trace.steps
+            assert cost.critical_path(trace.threads, WORDS.vocabulary) == trace.steps
+            assert cost.widths(trace.threads, WORDS.vocabulary) == [*trace.widths]
             compared += len(trace.parent) > 2
     assert compared >= 2, "hardly any had several branches"
 

@@ -51,6 +51,7 @@ LEVELS = [
         "compile",
         "doctor",
         "serve",
+        "simulate",
         "adapters",
     },
     {"almanac", "demo", "real_model", "reproduce"},

@@ -63,9 +63,31 @@ def critical_path(threads: Threads, vocabulary: Vocabulary) -> int:
 
     For an answer without promises this is its number of tokens, without the end.
     """
-    # For each thread, the steps from its first token until it and all its branches have ended.
-    duration = [0] * len(threads.tokens)
-    for thread in reversed(range(len(duration))):  # a branch has a greater number than its parent
+    _, durations = _timed(threads, vocabulary)
+    return durations[0] - 1 if _is_ended(threads, vocabulary) else durations[0]
+
+
+def widths(threads: Threads, vocabulary: Vocabulary) -> list[int]:
+    """The threads that are fed in each step of the critical path, with unlimited lanes."""
+    steps, durations = _timed(threads, vocabulary)
+    first = [0] * len(steps)  # of each thread: the step before its first token
+    fed = [0] * durations[0]
+    for thread, own in enumerate(steps):
+        for index, step in enumerate(own):
+            fed[first[thread] + step - 1] += 1
+            if branch := threads.branches[thread].get(index):
+                first[branch] = first[thread] + step - 1
+    return fed[:-1] if _is_ended(threads, vocabulary) else fed
+
+
+def _is_ended(threads: Threads, vocabulary: Vocabulary) -> bool:
+    return bool(threads.tokens[0]) and threads.tokens[0][-1] in vocabulary.stops
+
+
+def _timed(threads: Threads, vocabulary: Vocabulary) -> tuple[list[list[int]], list[int]]:
+    """For each thread, the step of each token, from 1, and the steps until it and all its branches have ended."""
+    steps, durations = [list[int]() for _ in threads.tokens], [0] * len(threads.tokens)
+    for thread in reversed(range(len(durations))):  # a branch has a greater number than its parent
         step = awaited = 0  # the step of the token; the step in which the last branch it may wait for ends
         waiting = {int(Kind.SYNC), int(Kind.END if thread == 0 else Kind.ASYNC_CLOSE)}
         tokens = threads.tokens[thread]
@@ -74,10 +96,9 @@ def critical_path(threads: Threads, vocabulary: Vocabulary) -> int:
             step += 1
             if token in waits:
                 step, awaited = max(step, awaited), 0
+            steps[thread].append(step)
             if branch := threads.branches[thread].get(index):
                 # -1: the branch's first step is the one that feeds ` />`.
-                awaited = max(awaited, step - 1 + duration[branch])
-        duration[thread] = max(step, awaited)
-    main = threads.tokens[0]
-    ended = bool(main) and main[-1] in vocabulary.stops
-    return duration[0] - 1 if ended else duration[0]
+                awaited = max(awaited, step - 1 + durations[branch])
+        durations[thread] = max(step, awaited)
+    return steps, durations
