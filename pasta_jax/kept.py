@@ -32,8 +32,8 @@ LOG = logging.getLogger("pasta_jax")
 CACHE_BYTES = 2 * 2**30
 """What this user's cache of compiled programs may hold when a command begins: 2 GiB."""
 
-JAX, WHOLE = "-cache", "-program"
-"""How files end: entries of jax's cache, and the programs that are kept whole."""
+JAX, WHOLE, TIMES = "-cache", "-program", "-times"
+"""How files end: entries of jax's cache, the programs that are kept whole, and times that were measured of them."""
 
 ZSTD = b"\x28\xb5\x2f\xfd"
 """How its frames begin."""
@@ -111,7 +111,7 @@ def trim(folder: str, most: int) -> None:
     found = []
     for entry in os.scandir(folder):
         with contextlib.suppress(OSError):  # another process removed it
-            if entry.name.endswith((JAX, WHOLE)) and entry.is_file():
+            if entry.name.endswith((JAX, WHOLE, TIMES)) and entry.is_file():
                 stat = entry.stat()
                 found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, entry.path))
     excess = sum(size for _, size, _ in found) - most
@@ -126,13 +126,14 @@ def trim(folder: str, most: int) -> None:
 # ------------------------------------------------------------------------------------------ programs kept whole
 
 
-def file_of(devices: Sequence[jax.Device], *made_from: object) -> Path | None:
+def file_of(devices: Sequence[jax.Device], *made_from: object, ending: str = WHOLE) -> Path | None:
     """The file of a program, or None if it is not to be kept.
 
     Args:
       devices: those that it runs on, in order.
       made_from: what else it depends on besides this package, its environment and jax's settings; `repr` tells one
         from another.
+      ending: of the file's name.
     """
     import jax
 
@@ -143,7 +144,7 @@ def file_of(devices: Sequence[jax.Device], *made_from: object) -> Path | None:
     flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     machine = processor(), devices[0].client.platform_version, [(d.id, d.device_kind) for d in devices]
     text = repr((sources, settings, flags, machine, jax.sharding.get_abstract_mesh(), made_from))
-    file = Path(programs, hashlib.sha256(text.encode()).hexdigest() + WHOLE)
+    file = Path(programs, hashlib.sha256(text.encode()).hexdigest() + ending)
     with contextlib.suppress(OSError):
         if file.stat().st_size == 0:  # its backend cannot write or read it
             return None

@@ -278,6 +278,12 @@ def test_every_part_has_a_figure(tmp_path: pathlib.Path) -> None:
         "peers": [
             {"batch": n, "who": who, "prefill, s": spread, "step, ms": spread} for n in (1, 8) for who in "ab"
         ],
+        "prefix": [{"system prompt": way, "first token, s": spread} for way in "ab"],
+        "admission": [
+            {"requests": n, "admission": policy, "goodput, tokens/s": 2.0}
+            for n in (1, 8)
+            for policy in "abcde"
+        ],
         "train": [{"who": who, "tokens/s": spread} for who in "ab"],
         "startup": [{"cache": c, **dict.fromkeys(startup.PHASES, spread)} for c in ("empty", "full")],
     }

@@ -4,6 +4,8 @@
     replay    realized by theoretical speedup for each kind of tree
     pool      time of a decode step against the used part of the pool
     batch     tokens per second against concurrent requests
+    prefix    time to the first token after a long system prompt, fed anew and kept
+    admission goodput of requests side by side, by which of their branches wait
     peers     sequential decode and prefill, compared with Hugging Face transformers on the same weights
     train     an update of training, compared with transformers on torch and with tunix, each where it is installed
     startup   from the start of Python to the first token, with and without the compilation cache
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("pasta_jax")
 
-PARTS = ("startup", "train", "width", "replay", "pool", "batch", "peers")
+PARTS = ("startup", "train", "width", "replay", "pool", "batch", "prefix", "admission", "peers")
 """In order of measurement: first those whose processes need the accelerator that this one takes; then those that
 compile little."""
 
@@ -50,7 +52,10 @@ PLAN_FLAGS = {
     "real": ("real_responses", "Number of given responses to replay."),
     "steps": ("steps", "Steps over which the time of a step is averaged."),
     "pool": ("entries", "Entries of the pool, with those that idle lanes write; replay may need more."),
-    "prompt": ("prompt_tokens", "Length of the prompts in the comparison with peers."),
+    "prompt": (
+        "prompt_tokens",
+        "Length of the prompts in the comparison with peers, and of the system prompt.",
+    ),
     "rows": ("train_rows", "Rows of a batch in training."),
     "length": ("train_length", "Tokens of a row in training."),
 }
@@ -80,7 +85,7 @@ def benchmark(
     Returns:
       The contents of results.json.
     """
-    from pasta_jax.benchmark import measure, measurements, peers, startup, training
+    from pasta_jax.benchmark import measure, measurements, peers, serving, startup, training
     from pasta_jax.benchmark.models import model_of
     from pasta_jax.model import param_count
 
@@ -112,6 +117,8 @@ def benchmark(
         "replay": lambda: measurements.measure_replay(model, effort, rng(), responses),
         "batch": lambda: measurements.measure_batch(model, effort, rng()),
         "pool": lambda: measurements.measure_pool_fill(model, effort, rng()),
+        "prefix": lambda: serving.measure_prefix(model, effort, rng()),
+        "admission": lambda: serving.measure_admission(model, effort, rng()),
         "peers": lambda: peers.peers(model, effort, rng()),
     }
     for part in (part for part in PARTS if part in what):

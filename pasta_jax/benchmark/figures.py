@@ -111,12 +111,16 @@ def draw_peers(points: Points) -> Figure:
 
 def draw_train(points: Points) -> Figure:
     """Tokens per second of an update, a bar for each system."""
+    return _bars(points, "who", "tokens/s", "Tokens trained per second")
+
+
+def _bars(points: Points, y: str, x: str, x_label: str) -> Figure:
     figure = new_figure(7, 1.4 + 0.4 * len(points))
     axes = figure.subplots()
-    middle, errors = _errors([p["tokens/s"] for p in points])
+    middle, errors = _errors([p[x] for p in points])
     axes.barh(range(len(points)), middle, 0.6, xerr=errors, capsize=2, color=SERIES[0].color, zorder=2)
-    dress(axes, "Tokens trained per second", "")
-    axes.set_yticks(range(len(points)), [p["who"] for p in points])
+    dress(axes, x_label, "")
+    axes.set_yticks(range(len(points)), [p[y] for p in points])
     axes.invert_yaxis()
     return figure
 
@@ -140,11 +144,33 @@ def draw_startup(points: Points) -> Figure:
     return figure
 
 
+def draw_prefix(points: Points) -> Figure:
+    """Seconds to the first token, a bar for each way in which the system prompt gets into the pool."""
+    return _bars(points, "system prompt", "first token, s", "Seconds to the first token")
+
+
+def draw_admission(points: Points) -> Figure:
+    """Goodput against concurrent requests, a line for each policy."""
+    figure = new_figure(6.5, 4.2)
+    axes = figure.subplots()
+    for look, policy in zip(SERIES, dict.fromkeys(p["admission"] for p in points)):
+        group = [p for p in points if p["admission"] == policy]
+        x, y = ([p[name] for p in group] for name in ("requests", "goodput, tokens/s"))
+        axes.plot(x, y, look.marker, linestyle=look.line, color=look.color, label=policy)
+    dress(axes, "Concurrent requests", "Tokens of text per second, in time")
+    axes.set_ylim(bottom=0)
+    _double(axes, sorted({p["requests"] for p in points}))
+    axes.legend(frameon=False)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Points], Figure]] = {
     "width": draw_width,
     "replay": draw_replay,
     "batch": draw_batch,
     "pool": draw_pool,
+    "prefix": draw_prefix,
+    "admission": draw_admission,
     "peers": draw_peers,
     "train": draw_train,
     "startup": draw_startup,

@@ -74,12 +74,13 @@ class Effort:
       lanes: S of the decoder.
       branches_at_once: in the measurement by width, the numbers of branches decoded at the same time.
       rows: in the measurement by batch size, the numbers of concurrent requests.
+      requests: the same, in the measurement of admission.
       branches: the numbers of branches of the replayed trees.
       branch_tokens: mean length of their branches.
       answers_per_kind: how many answers of each kind of tree are replayed.
       steps: decode steps over which the time of one is averaged.
       entries: P + S, the pool with the entries that idle lanes write; replay may need more.
-      prompt_tokens: length of the prompts in the comparison with peers.
+      prompt_tokens: length of the prompts in the comparison with peers, and of the system prompt.
       real_responses: how many of the given responses are replayed.
       train_rows, train_length: B and L of an update of training.
     """
@@ -88,6 +89,7 @@ class Effort:
     lanes: int = 16
     branches_at_once: tuple[int, ...] = (1, 2, 4, 8, 16)
     rows: tuple[int, ...] = (1, 2, 4, 8)
+    requests: tuple[int, ...] = (1, 4, 8, 16)
     branches: tuple[int, ...] = (2, 4, 8, 16)
     branch_tokens: int = 32
     answers_per_kind: int = 1
@@ -111,7 +113,7 @@ class Effort:
 
 QUICK = Effort(
     repeats=2, lanes=4, branches_at_once=(1, 4), rows=(1, 4), branches=(4,), branch_tokens=8, steps=8, entries=128,
-    prompt_tokens=32, real_responses=1, train_rows=2, train_length=64,
+    requests=(1, 2), prompt_tokens=32, real_responses=1, train_rows=2, train_length=64,
 )  # fmt: skip
 """A check that everything works, in seconds; the numbers mean little."""
 

@@ -316,7 +316,8 @@ class Compiled:
                 return reuse.lower(batch.pool, part, number, number)
             case "decode":
                 chunk = functools.partial(loop.decode_chunk, model, used=program.length, widths=self.widths)
-                return jit(chunk, donate_argnums=2).lower(params, rules, batch, number, array("bool"))
+                until = number, array("bool"), array("float32", len(self.widths))
+                return jit(chunk, donate_argnums=2).lower(params, rules, batch, *until)
             case "release":
                 stop = array("int32", self.rows, place=by_row)
                 return jit(loop.release, donate_argnums=0).lower(batch, stop)
@@ -353,13 +354,19 @@ class Compiled:
     def admit(self, params: Any, batch: Batch, new: Mapping[int, tuple[Sequence[int], Request]]) -> Batch:
         """Prompts into rows: one by one, or all in one call if a mesh divides them or most rows are new.
 
-        Where memory is short they go one by one, and with `batch_invariant`, on a mesh too.
+        Where memory is short they go one by one, and with `batch_invariant`, on a mesh too; with a `prompt_block`
+        they go block by block.
 
         Args:
           params: in the form of these programs.
           batch: donated, as everywhere here.
           new: prompt and request by row.
         """
+        if self.prompt_block:
+            for row, (prompt, request) in new.items():
+                for start in range(0, len(prompt), self.prompt_block):
+                    batch = self.feed(params, batch, row, prompt, request, start)
+            return batch
         bucket = self.bucket(max(len(prompt) for prompt, _ in new.values()))
         few = self.rows > 1 and (len(new) == 1 or 2 * len(new) < self.rows)
         one_by_one = self.batch_invariant or (self.mesh is None and (few or self._is_too_large(bucket)))
@@ -423,12 +430,25 @@ class Compiled:
         pool = self._run(ProgramKey("reuse"), batch.pool, block, np.int32(row), np.int32(start))
         return dataclasses.replace(batch, pool=pool)
 
-    def decode_chunk(self, params: Any, batch: Batch, steps: int, refill: bool, cursor: int) -> Batch:
-        """At most `steps` steps, reading the smallest bucket of the pool with room after `cursor` entries."""
+    def pool_bucket(self, cursor: int) -> int:
+        """The entries that steps read where the fullest row has used so many: the fewest with room for more."""
         room = min(cursor + 4 * self.limits.lanes, self.entries)
-        used = next(bucket for bucket in self.pool_buckets if bucket >= room)
+        return next(bucket for bucket in self.pool_buckets if bucket >= room)
+
+    def decode_chunk(
+        self,
+        params: Any,
+        batch: Batch,
+        steps: int,
+        refill: bool,
+        used: int,
+        costs: np.ndarray | None = None,
+    ) -> Batch:
+        """At most `steps` steps, which read `used` entries of the pool; `costs` as for `loop.decode_chunk`."""
         program = ProgramKey("decode", length=used, script=_script_size(batch))
-        return self._run(program, params, self._placed_rules, batch, np.int32(steps), np.bool_(refill))
+        costs = np.ones(len(self.widths), np.float32) if costs is None else costs
+        until = np.int32(steps), np.bool_(refill), costs
+        return self._run(program, params, self._placed_rules, batch, *until)
 
     def release(self, batch: Batch, stop: np.ndarray) -> Batch:
         """Stops rows: `stop` is int32 [B], a `Stop` each, RUNNING for rows that go on."""
@@ -500,6 +520,13 @@ class Compiled:
             self._devices, dataclasses.astuple(program), self.config, self.rows, self.form, self.widths,
             self.on_cpu, self.xla_options, self._by_row, self.prompt_block,
             *jax.tree.flatten((self.shapes, jax.eval_shape(lambda: self._rules))),
+        )  # fmt: skip
+
+    def file_of_times(self) -> Path | None:
+        """Where times that were measured of these programs are kept, or None."""
+        return kept.file_of(
+            self._devices, self.config, self.rows, self.form, self.widths, self.pool_buckets, self.entries,
+            cpu.cores(), self.xla_options, *jax.tree.flatten(self.shapes), ending=kept.TIMES,
         )  # fmt: skip
 
     def _run(self, program: ProgramKey, *args: Any) -> Any:

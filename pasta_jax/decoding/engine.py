@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
+from pasta_jax.decoding.admission import Admission
 from pasta_jax.decoding.compiled import Compiled, Sizes
 from pasta_jax.decoding.fits import check_pool
 from pasta_jax.decoding.model import Model, check_model
@@ -46,6 +47,10 @@ class Decoder:
       queue: the most submitted requests that may wait for a row; None is no bound.
       reuse: bytes for keys and values of the beginnings of prompts, which later prompts that begin alike need not
         feed again (`decoding.prefixes`). 0 is off: prompts are then fed at once, several together.
+      admission: which threads a step feeds, of those that are ready in all rows; the others wait, which changes the
+        schedule and no text. "all"; "cap:4", at most so many of a request; "cost", those that make most tokens a
+        second by the measured times of steps; or "cost:0.05", the same as long as each request has a token every
+        0.05 seconds, where it can (`decoding.admission`).
       sizes: without `compiled`, the keyword arguments of `Compiled`: `limits` (static sizes), `rows` (B, requests
         answered at once), `batch_invariant` and those that are seldom needed.
 
@@ -65,6 +70,7 @@ class Decoder:
         chunk: int = 64,
         queue: int | None = None,
         reuse: int = 0,
+        admission: str = "all",
         **sizes: Unpack[Sizes],
     ):
         check_model(model)
@@ -79,8 +85,9 @@ class Decoder:
         check_pool(compiled, self.reuse)
         self.model, self.compiled, self.chunk = model, compiled, whole("chunk", chunk, 1)
         self.queue = None if queue is None else whole("queue", queue, 0)
+        self.admission = Admission(compiled, admission)
         self.prefixes = Prefixes(compiled, self.reuse) if compiled.prompt_block else None
-        self.session = Session(model, compiled, self.chunk, bound=self.queue, prefixes=self.prefixes)
+        self.session = self._new_session()
         self._scripted: dict[tuple[int, int], Session] = {}
         self._lock = threading.Lock()
 
@@ -95,16 +102,25 @@ class Decoder:
 
     def for_model(self, model: Model) -> Decoder:
         """A decoder of another model that fits: it shares what is compiled. ValueError if it does not fit."""
-        return Decoder(model, compiled=self.compiled, chunk=self.chunk, queue=self.queue, reuse=self.reuse)
+        return Decoder(
+            model,
+            compiled=self.compiled,
+            chunk=self.chunk,
+            queue=self.queue,
+            reuse=self.reuse,
+            admission=self.admission.policy,
+        )
 
     def warm_up(self) -> float:
         """Compiles all that requests without scripts may need, in parallel, and returns the seconds that it took.
 
-        Nothing is compiled afterwards, whatever is requested. The log tells of each program.
+        Nothing is compiled afterwards, whatever is requested. The log tells of each program. If branches are
+        admitted by cost, the times of steps are measured too, or read where an earlier start has kept them.
         """
         start = time.perf_counter()
-        self.model.params_as(self.compiled.form)
+        params = self.model.params_as(self.compiled.form)
         self.compiled.compile_all()
+        self.admission.measure(params)
         return time.perf_counter() - start
 
     def submit(
@@ -175,6 +191,22 @@ class Decoder:
         """How much there is to do at this moment."""
         return self.session.load
 
+    def enqueue(
+        self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
+    ) -> list[PendingAnswer]:
+        """Queues prompts given as ids, whatever the bound of the queue; requests may have scripts.
+
+        Raises:
+          ValueError: a prompt that the pool cannot hold; none is queued then.
+        """
+        if len(prompts) != len(sampling):
+            raise ValueError(f"{len(prompts)} prompts and {len(sampling)} samplings: give one for each.")
+        session = self._session(script_size(sampling))
+        answers = [session.prepare(*pair) for pair in zip(prompts, sampling, strict=True)]
+        for answer in answers:
+            session.queue(answer)
+        return answers
+
     def decode(
         self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
     ) -> tuple[list[Trace], Timing]:
@@ -183,14 +215,9 @@ class Decoder:
         Raises:
           ValueError: a prompt that the pool cannot hold; nothing has been decoded then.
         """
-        if len(prompts) != len(sampling):
-            raise ValueError(f"{len(prompts)} prompts and {len(sampling)} samplings: give one for each.")
-        session = self._session(script_size(sampling))
-        answers = [session.prepare(*pair) for pair in zip(prompts, sampling, strict=True)]
         start, compiled_before = time.perf_counter(), self.compiled.compile_s
+        answers = self.enqueue(prompts, sampling)
         try:
-            for answer in answers:
-                session.queue(answer)
             traces = [answer.wait() for answer in answers]
         except BaseException:
             for answer in answers:
@@ -205,7 +232,16 @@ class Decoder:
             return self.session
         with self._lock:
             if size not in self._scripted:
-                self._scripted[size] = Session(
-                    self.model, self.compiled, self.chunk, size, prefixes=self.prefixes
-                )
+                self._scripted[size] = self._new_session(size)
             return self._scripted[size]
+
+    def _new_session(self, script_size: tuple[int, int] = NOTHING) -> Session:
+        return Session(
+            self.model,
+            self.compiled,
+            self.chunk,
+            script_size,
+            bound=self.queue,
+            prefixes=self.prefixes,
+            admission=self.admission,
+        )

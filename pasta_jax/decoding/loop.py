@@ -7,8 +7,9 @@ while a row is running and steps are left:
     sample      one token a lane, tags under the grammar
     advance     interpreter: fork, hold, join, stop
 
-A step is compiled for a few widths, and the state says which comes next: one loop for each width, inside a loop
-over the widths. (Loops, not a conditional: a loop's state stays in its place.)
+A step is compiled for a few widths, and the state says which comes next: that which feeds most threads for what it
+costs. There is one loop for each width, inside a loop over the widths. (Loops, not a conditional: a loop's state
+stays in its place.)
 """
 
 from __future__ import annotations
@@ -197,22 +198,30 @@ class Until:
       steps: int32 [], the most steps.
       refill: bool [], whether a prompt waits for a row.
       running: int32 [], rows that were running when the chunk began.
-      used: entries of the pool that steps read. A step writes as many as there are `lanes`.
+      used: entries of the pool that steps read.
+      widths: lanes that a step may have, ascending. A step needs room for the last, which is S.
+      costs: float32 [number of widths], what a step of each width costs.
     """
 
     steps: Array
     refill: Array
     running: Array
     used: int
-    lanes: int
+    widths: tuple[int, ...]
+    costs: Array
 
     def goes_on(self, carry: Carry) -> Array:
         """Whether there is another step: bool []."""
         done, batch = carry
         running = batch.rows.stop == Stop.RUNNING
-        fits = (batch.rows.cursor + self.lanes <= self.used) | ~running
+        fits = (batch.rows.cursor + self.widths[-1] <= self.used) | ~running
         has_vacancy = jnp.sum(running) < self.running
         return jnp.any(running) & (done < self.steps) & jnp.all(fits) & ~(self.refill & has_vacancy)
+
+    def choice(self, rows: RowState) -> Array:
+        """The index of the width that comes next: int32 []. Of those that are equally good it is the first."""
+        fed = jnp.minimum(_ready(rows)[:, None], jnp.array(self.widths))
+        return jnp.argmax(jnp.sum(fed, axis=0) / self.costs)
 
 
 def decode_chunk(
@@ -222,6 +231,7 @@ def decode_chunk(
     batch: Batch,
     steps: Array,
     refill: Array,
+    costs: Array,
     *,
     used: int,
     widths: tuple[int, ...],
@@ -237,13 +247,15 @@ def decode_chunk(
       batch: donated.
       steps: int32 [], the most steps.
       refill: bool [], whether a prompt waits.
+      costs: float32 [number of widths], what a step of each width costs: a step has that which feeds most threads
+        for it. All ones feed all threads that are ready; infinity forbids a width.
       used: entries of the pool that steps read; static.
       widths: lanes that a step may have, ascending, S last; static.
     """
-    until = Until(steps, refill, jnp.sum(batch.rows.stop == Stop.RUNNING), used, rules.limits.lanes)
+    until = Until(steps, refill, jnp.sum(batch.rows.stop == Stop.RUNNING), used, widths, costs)
     loops = [
-        functools.partial(_steps_of_width, model, params, _with_lanes(rules, lanes), until, fewer)
-        for fewer, lanes in zip((-1, *widths), widths)
+        functools.partial(_steps_of_width, model, params, _with_lanes(rules, lanes), until, index)
+        for index, lanes in enumerate(widths)
     ]
 
     def each_width(carry: Carry) -> Carry:
@@ -257,14 +269,14 @@ def decode_chunk(
 
 
 def _steps_of_width(
-    model: Transformer, params: Any, rules: Rules, until: Until, fewer: int, carry: Carry
+    model: Transformer, params: Any, rules: Rules, until: Until, index: int, carry: Carry
 ) -> Carry:
-    """Steps with the lanes of the rules, as long as more than `fewer` threads are ready and no more than lanes."""
-    lanes = rules.limits.lanes
+    """Steps with the lanes of the rules, as long as that width comes next."""
 
     def is_next(carry: Carry) -> Array:
-        width = jnp.minimum(_ready(carry[1].rows), until.lanes)
-        return until.goes_on(carry) & (width <= lanes) & (width > fewer)
+        if len(until.widths) == 1:
+            return until.goes_on(carry)
+        return until.goes_on(carry) & (until.choice(carry[1].rows) == index)
 
     def step(carry: Carry) -> Carry:
         done, batch = carry
@@ -283,9 +295,8 @@ def _with_lanes(rules: Rules, lanes: int) -> Rules:
 
 
 def _ready(rows: RowState) -> Array:
-    """How many threads are ready in the row that has most: int32 []."""
-    ready = (rows.threads.phase == Phase.READY) & (rows.stop == Stop.RUNNING)[:, None]
-    return jnp.max(jnp.sum(ready, axis=1))
+    """How many threads of each row are ready: int32 [B]."""
+    return jnp.sum((rows.threads.phase == Phase.READY) & (rows.stop == Stop.RUNNING)[:, None], axis=1)
 
 
 def decode_step(model: Transformer, params: Any, rules: Rules, batch: Batch, used: int) -> Batch:

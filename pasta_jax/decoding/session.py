@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pasta_jax import sharding
+from pasta_jax.decoding.admission import Admission
 from pasta_jax.decoding.compiled import Compiled
 from pasta_jax.decoding.fits import check_prompt
 from pasta_jax.decoding.loop import Batch
@@ -87,6 +88,7 @@ class Session:
       script_size: (R, C), the largest script that a request may have.
       bound: the most requests that `submit` lets wait for a row; None is no bound.
       prefixes: the beginnings of prompts that are kept, if any.
+      admission: which threads wait; by default none of those that are ready.
     """
 
     def __init__(
@@ -97,9 +99,11 @@ class Session:
         script_size: tuple[int, int] = NOTHING,
         bound: int | None = None,
         prefixes: Prefixes | None = None,
+        admission: Admission | None = None,
     ):
         self.model, self.compiled, self.chunk, self.script_size = model, compiled, chunk, script_size
         self.bound, self.prefixes = bound, prefixes
+        self.admission = admission or Admission(compiled)
         self._lock = threading.Lock()  # whoever has it works
         self._changed = (
             threading.Condition()
@@ -365,6 +369,7 @@ class Session:
             new[slot] = self._rows[slot] = answer = self._waiting.popleft()
             self._cursors[slot] = len(answer.prompt)
             answer.start(*self._clock())
+            answer.admitted = time.perf_counter()
         if not new:
             return
         if self._batch is None:
@@ -384,8 +389,16 @@ class Session:
         watched = any(answer and answer.looked_at for answer in self._rows)
         steps = min(WATCHED_STEPS, self.chunk) if watched else self.chunk
         cursor = max(c for c, answer in zip(self._cursors, self._rows, strict=True) if answer)
-        refill = bool(self._waiting)
-        self._batch = self.compiled.decode_chunk(self._params, self._batch, steps, refill, int(cursor))
+        used, refill = self.compiled.pool_bucket(int(cursor)), bool(self._waiting)
+        costs = self.admission.costs(used, steps, self._pace())
+        self._batch = self.compiled.decode_chunk(self._params, self._batch, steps, refill, used, costs)
+
+    def _pace(self) -> Iterator[tuple[int, float]]:
+        """Of each request that has a row: its tokens so far, and the seconds since it took the row."""
+        now = time.perf_counter()
+        for answer, cursor in zip(self._rows, self._cursors, strict=True):
+            if answer:
+                yield int(cursor) - len(answer.prompt), now - answer.admitted
 
     def _read(self) -> None:
         if self._batch is None:
