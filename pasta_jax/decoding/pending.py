@@ -63,6 +63,7 @@ class PendingAnswer:
       cancelled: whether it is to end as soon as possible.
       failures: errors that it was decoded in; after one it is tried once more, by itself.
       reused: tokens of the prompt that were not fed, because an earlier prompt began alike.
+      admitted: when it took a row, by `time.perf_counter`.
       wall_s, compile_s: seconds of work while it had a row, compiling apart, and seconds of compiling.
     """
 
@@ -81,6 +82,7 @@ class PendingAnswer:
         self.watched = False
         self.cancelled = False
         self.failures = self.reused = 0
+        self.admitted = 0.0
         self.wall_s = self.compile_s = 0.0
         self._work = work
         self._result: DecodeResult | None = None
