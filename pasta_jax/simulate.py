@@ -283,7 +283,8 @@ def main(argv: Sequence[str]) -> None:
     )
     tokens = float(np.mean([answer.sum() for answer in traffic.answers]))
     price = dict(dollars_per_chip_hour=values.dollars_per_chip_hour, demand=values.demand)
-    print("\n".join(costs(rate, tokens, chips=values.chips, **price)))
+    for line in costs(rate, tokens, chips=values.chips, **price):
+        print(line)
 
 
 def _answers(values: flags.FlagValues) -> list[np.ndarray]:

@@ -17,9 +17,11 @@ from jax.sharding import AbstractMesh
 
 from pasta_jax.overrides import load_config, split_overrides
 from pasta_jax.training.microbatches import rows_sharding
+from tests.helpers.given import fault_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "tpu_run.sh"
+SERVE = ROOT / "launch" / "gke_serve.yaml"
 pytestmark = pytest.mark.slow
 
 yaml: Any = importlib.import_module("yaml")
@@ -257,6 +259,43 @@ def test_the_jobset_has_a_pod_for_each_host() -> None:
     assert spec["parallelism"] == spec["completions"] == x * y // chips
     config = next(part for part in container["command"] if part.startswith("--config="))
     assert (ROOT / config.partition("=")[2]).exists()
+
+
+def test_the_servers_are_asked_and_ended_as_they_expect_it() -> None:
+    """Paths that the server has, the port of its command, and time to end."""
+    parts = {part["kind"]: part for part in yaml.safe_load_all(SERVE.read_text(encoding="utf-8"))}
+    pod = parts["Deployment"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    command = container["command"]
+    assert fault_of(shlex.join(command)) is None
+    given = dict(word[2:].split("=", 1) for word in command if word.startswith("--"))
+    port = int(given["port"])
+    assert [each["containerPort"] for each in container["ports"]] == [port]
+    probes = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
+    assert {name: probe["path"] for name, probe in probes.items()} == {
+        **dict.fromkeys(("startup", "readiness"), "/ready"),
+        "liveness": "/health",
+    }
+    check = parts["HealthCheckPolicy"]["spec"]["default"]["config"]["httpHealthCheck"]
+    routes = (ROOT / "pasta_jax/serve/app.py").read_text(encoding="utf-8")
+    for path in (*(probe["path"] for probe in probes.values()), check["requestPath"]):
+        assert f'Route("{path}"' in routes, path
+    assert {probe["port"] for probe in probes.values()} == {check["port"]} == {port}
+    assert parts["Service"]["spec"]["ports"] == [{"port": 80, "targetPort": port}]
+    seen = (
+        container["readinessProbe"]["periodSeconds"]
+        + parts["HealthCheckPolicy"]["spec"]["default"]["checkIntervalSec"]
+    )
+    assert seen < float(given["drain_delay"]), "requests come until the gateway knows"
+    grace, policy = pod["terminationGracePeriodSeconds"], parts["GCPBackendPolicy"]["spec"]["default"]
+    assert float(given["drain_delay"]) + policy["connectionDraining"]["drainingTimeoutSec"] <= grace
+    labels = parts["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    for kind in ("Deployment", "PodDisruptionBudget"):
+        assert parts[kind]["spec"]["selector"]["matchLabels"] == labels
+    assert parts["Service"]["spec"]["selector"] == labels
+    x, y = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    assert container["resources"]["limits"]["google.com/tpu"] == x * y == 1, "a server decodes on one device"
+    assert container["env"][0]["name"] == "PASTA_API_KEY"
 
 
 def commands_of_the_page() -> list[str]:

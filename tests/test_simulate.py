@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
 
 from pasta_jax.simulate import Replica, StepTimes, Traffic, costs, equal_branches, simulate, table
-from tests.helpers.commands import python
+from tests.helpers.commands import ROOT, python
 
 SECOND = StepTimes((1,), (1.0,))
 """A step takes a second, whatever its lanes."""
@@ -107,6 +108,15 @@ def test_costs() -> None:
     assert costs(0.0, 500.0, chips=1, dollars_per_chip_hour=1.0, demand=1.0)[0].startswith(
         "No replica answers"
     )
+
+
+@pytest.mark.slow
+def test_the_numbers_of_the_page_are_those_of_its_commands() -> None:
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python (-m pasta_jax\.simulate .+)$", page, re.MULTILINE)
+    for command, shown in zip(commands, (slice(0, 7), slice(7, None)), strict=True):
+        done = python(*command.split())
+        assert "\n".join(done.stdout.splitlines()[shown]) in page, done.stdout
 
 
 @pytest.mark.slow
