@@ -255,6 +255,9 @@ def test_several_choices_stops_and_logprobs(server: Served) -> None:
     assert (
         choice["message"]["content"] == texts[0][: texts[0].index(stop)] and choice["finish_reason"] == "stop"
     )
+    spelled = [bytes(token["bytes"]) for token in choice["logprobs"]["content"]]
+    said = choice["message"]["content"].encode()
+    assert b"".join(spelled).startswith(said) and len(b"".join(spelled[:-1])) < len(said)
     whole = server.post("/v1/chat/completions", messages=SAID, logprobs=True, **fields).json()["choices"][0]
     spelled = bytes(byte for token in whole["logprobs"]["content"] for byte in token["bytes"])
     assert spelled.decode(errors="replace") == texts[0]
