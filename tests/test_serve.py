@@ -249,14 +249,13 @@ def test_several_choices_stops_and_logprobs(server: Served) -> None:
     texts = [alone(p, asked(7 + i)).text for p in ("rivers", "world") for i in range(3)]
     several = server.post("/v1/completions", prompt=["rivers", "world"], **fields | {"n": 3}).json()
     assert [choice["text"] for choice in several["choices"]] == texts
-    stop = next(text for text in texts[0].split() if len(text) > 2)
-    stopped = server.post("/v1/chat/completions", messages=SAID, logprobs=True, **fields | {"stop": [stop]})
-    choice = stopped.json()["choices"][0]
-    assert (
-        choice["message"]["content"] == texts[0][: texts[0].index(stop)] and choice["finish_reason"] == "stop"
-    )
+    before, stop, _ = alone("rivers", asked(3)).text.partition("cities")
+    assert before and stop
+    body = {"messages": SAID, "logprobs": True, **asked(3), "stop": [stop]}
+    choice = server.post("/v1/chat/completions", **body).json()["choices"][0]
+    assert choice["message"]["content"] == before and choice["finish_reason"] == "stop"
     spelled = [bytes(token["bytes"]) for token in choice["logprobs"]["content"]]
-    said = choice["message"]["content"].encode()
+    said = before.encode()
     assert b"".join(spelled).startswith(said) and len(b"".join(spelled[:-1])) < len(said)
     whole = server.post("/v1/chat/completions", messages=SAID, logprobs=True, **fields).json()["choices"][0]
     spelled = bytes(byte for token in whole["logprobs"]["content"] for byte in token["bytes"])
