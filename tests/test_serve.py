@@ -254,9 +254,9 @@ def test_several_choices_stops_and_logprobs(server: Served) -> None:
     body = {"messages": SAID, "logprobs": True, **asked(3), "stop": [stop]}
     choice = server.post("/v1/chat/completions", **body).json()["choices"][0]
     assert choice["message"]["content"] == before and choice["finish_reason"] == "stop"
-    spelled = [bytes(token["bytes"]) for token in choice["logprobs"]["content"]]
+    pieces = [bytes(token["bytes"]) for token in choice["logprobs"]["content"]]
     said = before.encode()
-    assert b"".join(spelled).startswith(said) and len(b"".join(spelled[:-1])) < len(said)
+    assert b"".join(pieces).startswith(said) and len(b"".join(pieces[:-1])) < len(said)
     whole = server.post("/v1/chat/completions", messages=SAID, logprobs=True, **fields).json()["choices"][0]
     spelled = bytes(byte for token in whole["logprobs"]["content"] for byte in token["bytes"])
     assert spelled.decode(errors="replace") == texts[0]
