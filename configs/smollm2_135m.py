@@ -4,7 +4,7 @@ r"""SmolLM2-135M-Instruct, finetuned on its own answers: docs/real-model.md goes
     $T --config=configs/smollm2_135m.py:plain --workdir=runs/real/plain   # the sequential baseline: plain answers
     $T --config=configs/smollm2_135m.py:apar  --workdir=runs/real/apar    # the forks of APAR's rules
     $T --config=configs/smollm2_135m.py:pasta --workdir=runs/real/pasta   # promises that the audit let pass
-    $T --config=configs/smollm2_135m.py:main  --workdir=runs/real/main    # marks and heads of items in main
+    $T --config=configs/smollm2_135m.py:block --workdir=runs/real/block   # marks and heads of items in the blocks
     $T --config=configs/smollm2_135m.py:bon-4 --workdir=runs/real/bon-4   # preference optimization with lambda 4
 
 `python -m pasta_jax.real_model` runs these and what comes before and after them. The adapters have rank 8, so that
@@ -20,7 +20,7 @@ from pasta_jax.model.presets import preset
 from pasta_jax.tokens.positions import Positions
 
 FOLDER = "runs/real"
-FILES = {"plain": "answers.jsonl", "apar": "apar.jsonl", "main": "main.jsonl", "pasta": "self.jsonl"}
+FILES = {"plain": "answers.jsonl", "apar": "apar.jsonl", "block": "block.jsonl", "pasta": "self.jsonl"}
 LAMBDAS = {"bon-1": 1.0, "bon-4": 4.0, "bon-inf": math.inf}
 
 
@@ -40,7 +40,8 @@ def get_config(variant: str = "pasta") -> Config:
         optimizer=OptimizerConfig(
             lr=1e-3, warmup_steps=10, schedule="linear", final_lr=0.0, weight_decay=0.0
         ),
-        epochs=0.6 if variant == "plain" else 1.0,  # as many answers as in the files with promises
+        # About as many answers for each: the files with promises have fewer, nearly all with promises.
+        epochs=1.0 if variant == "plain" else 3.0,
         lora=Lora(rank=8, alpha=16.0),
         param_dtype="float32",
         log=LogConfig(every=5),

@@ -36,11 +36,11 @@ BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS, HELD_OUT, ROUND, TIMED = 1500, 100, 48, 24
 """At scale 1: prompts to learn from, to measure on, to ask in the second stage, and to time."""
 
-FIRST_STAGE = {"pasta": "self", "apar": "apar", "plain": "answers", "main": "main"}
+FIRST_STAGE = {"pasta": "self", "apar": "apar", "plain": "answers", "block": "block"}
 """The models of the first stage, and the file of answers that each learns."""
 
 LAMBDAS = ("bon-1", "bon-4", "bon-inf")
-COMPARED = ("pasta", "apar", "main", *LAMBDAS)
+COMPARED = ("pasta", "apar", "block", *LAMBDAS)
 """The models that are compared with `plain`, the sequential baseline."""
 
 MAX_LOSS = 1
@@ -49,7 +49,7 @@ MAX_LOSS = 1
 MAX_NEW_TOKENS = 320
 """Of an answer, to be learnt and to be measured."""
 
-KEEP_PLAIN = 0.4
+KEEP_PLAIN = 0.15
 """The share of the answers without promises that is learnt too, so that promises are not rare."""
 
 
@@ -109,13 +109,14 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
         data = f"--input={answers}", f"--output={folder}/{name}.jsonl", f"--tokenizer={gguf}"
         return command(title, "annotate", *data, *options, "--columns=prompt=question", "--length=512")
 
-    block = "--marker=block", small
-    yield annotated("rule", "promises by rule", "--annotator=rule:structure", *block)
+    yield annotated("rule", "promises by rule", "--annotator=rule:structure", small)
     yield annotated("apar", "forks of APAR's rules", "--annotator=rule:apar", "--min_speedup=1", mixed)
-    yield annotated("self", "promises that pass the audit", *audit, *block, mixed)
+    yield annotated("self", "promises that pass the audit", *audit, small, mixed)
     for name, file in FIRST_STAGE.items():
-        if name == "main":
-            yield annotated("main", "with marks and heads in main", *audit, small, mixed)
+        if name == "block":
+            yield annotated(
+                "block", "with marks and heads in the blocks", *audit, "--marker=block", small, mixed
+            )
         words = _training(folder, name, {"init_from": base, "data.sources": f"{folder}/{file}.jsonl"})
         yield command(f"finetuning: {name}", "train", *words)
     for number, name in enumerate(LAMBDAS):
