@@ -25,6 +25,7 @@ setup(
             "py.typed",
             "annotate/*.toml",
             "data/almanac/**",
+            "decoding/*.html",
             "demo/*.txt",
             "judges/*.toml",
             "reproduce/templates/*",

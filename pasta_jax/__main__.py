@@ -1,6 +1,7 @@
 """Answers a prompt: `python -m pasta_jax --ckpt=W "List the capitals of France and Peru."`.
 
 Prints the answer, with --stream as it is decoded; on stderr its cost and, with --timeline, its threads over time.
+--trace=FILE.html or FILE.png writes them as a page or a figure.
 """
 
 from __future__ import annotations
@@ -33,6 +34,15 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
         refuse(f"Add {' and '.join(missing)}. {__doc__.splitlines()[0]}")
     if values.stream and values.annotated:
         refuse("--stream prints the text as it settles, --annotated the whole with its tags. Choose one.")
+    if values.trace:
+        from pasta_jax.decoding.timeline import check_path
+
+        try:
+            check_path(values.trace)
+        except ValueError as error:
+            refuse(f"--trace={error}")
+        except ImportError as error:
+            refuse(str(error))
     begin_first()
     result = _answer(argv[1], values, decoding)
     if not values.stream:
@@ -52,6 +62,9 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
         from pasta_jax.terminal import timeline
 
         print(timeline(result), file=sys.stderr)
+    if values.trace:
+        result.timeline().save(values.trace)
+        print(f"[{values.trace} has the threads over time]", file=sys.stderr)
 
 
 def _answer(prompt: str, values: flags.FlagValues, decoding: Sequence[flags.FlagHolder]) -> DecodeResult:
@@ -106,6 +119,9 @@ def command() -> None:
     flags.DEFINE_bool("annotated", False, "Print the answer with its tags.")
     flags.DEFINE_bool("version", False, "Print the version and exit.")
     flags.DEFINE_bool("timeline", False, "Draw the threads over time.")
+    flags.DEFINE_string(
+        "trace", None, "Write the threads over time as a page, FILE.html, or a figure, FILE.png."
+    )
     define_processes()
     verbs.run_main(lambda argv: main(argv, decoding))
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -71,8 +71,11 @@ def dress(axes: Axes, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a PNG file. It names no software version, so that the same figure gives the same bytes."""
+def save(figure: Figure, path: str | os.PathLike[str] | IO[bytes]) -> None:
+    """Writes a PNG file, or to one that is open.
+
+    It names no software version, so that the same figure gives the same bytes.
+    """
     figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
 
 

@@ -15,6 +15,7 @@ from pasta_jax.decoding.streaming import Event
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.lang.program import Program
 from pasta_jax.terminal import timeline
+from pasta_jax.testing import WordTokenizer
 
 
 def decoded(steps: int, fed: list[list[int]], topics: list[str]) -> DecodeResult:
@@ -48,7 +49,8 @@ def decoded(steps: int, fed: list[list[int]], topics: list[str]) -> DecodeResult
     )
     stats = Stats(1, len(thread) - 1, steps, 1, 1, 1.0, 1.0, 0.0, 1.0, 1, 1.0)
     return DecodeResult(
-        "", "", trace.tokens.token[1:], trace.logprob[1:], branches, stats, "eos", (), Program(()), trace
+        *("", "", trace.tokens.token[1:], trace.logprob[1:], branches, stats, "eos", (), Program(()), trace),
+        vocabulary=WordTokenizer("").vocabulary,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import textwrap
 from collections.abc import Sequence
 
@@ -10,13 +11,14 @@ import numpy as np
 
 from pasta_jax.decoding.state import UNFED
 from pasta_jax.decoding.stops import cut, find_stop
+from pasta_jax.decoding.timeline import Timeline
 from pasta_jax.decoding.trace import Trace, document_order
 from pasta_jax.lang.assemble import assemble, shortened
 from pasta_jax.lang.program import Program, Promise
 from pasta_jax.lang.render import render
 from pasta_jax.tokens.cost import critical_path
 from pasta_jax.tokens.detokenize import read
-from pasta_jax.tokens.tokenizer import Tokenizer
+from pasta_jax.tokens.tokenizer import Tokenizer, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,7 @@ class DecodeResult:
       issues: recoverable faults, one sentence each.
       program: `annotated`, parsed.
       trace: the whole decode, step by step.
+      vocabulary: of its tokens.
     """
 
     text: str
@@ -111,6 +114,18 @@ class DecodeResult:
     issues: tuple[str, ...]
     program: Program
     trace: Trace
+    vocabulary: Vocabulary
+
+    def timeline(self) -> Timeline:
+        """Its threads over the decode steps, to `save` as a page or a figure."""
+        stats = self.stats
+        seconds = {"wall_s": stats.wall_s or None, "sequential_wall_s": stats.sequential_wall_s}
+        return Timeline.of(self.trace, self.vocabulary, **seconds)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the text, and a small chart of its threads."""
+        text = f'<div style="max-width:60em;white-space:pre-wrap">{html.escape(self.text)}</div>'
+        return f"{text}{self.timeline()._repr_html_()}"
 
     def __str__(self) -> str:
         return self.text
@@ -163,6 +178,7 @@ def result(
         issues=(*reading.issues, *forced),
         program=program,
         trace=trace,
+        vocabulary=vocabulary,
     )
 
 
