@@ -65,7 +65,10 @@ setup(
         "tb": ["tensorboardX>=2.6.2.2"],
         "wandb": ["wandb>=0.31"],  # the first that goes with protobuf 7
     },
-    entry_points={"inspect_ai": ["pasta_jax = pasta_jax.adapters.inspect_ai:provider"]},
+    entry_points={
+        "console_scripts": ["pasta = pasta_jax.console:command"],
+        "inspect_ai": ["pasta_jax = pasta_jax.adapters.inspect_ai:provider"],
+    },
     classifiers=[
         "Operating System :: MacOS",
         "Operating System :: POSIX :: Linux",

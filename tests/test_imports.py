@@ -56,7 +56,7 @@ LEVELS = [
     },
     {"almanac", "demo", "real_model", "reproduce"},
     {"__init__"},
-    {"__main__"},
+    {"__main__", "console"},
 ]
 """The architecture, bottom first. A part imports parts of lower levels only: those of one level do not know each
 other. docs/design.md section 3 has the same list."""

@@ -11,7 +11,7 @@ import types
 import pytest
 
 import pasta_jax
-from pasta_jax import kept, verbs
+from pasta_jax import console, kept, verbs
 from pasta_jax.tokens import chat
 from tests.helpers import ONE_DEVICE, only_full
 from tests.helpers.commands import ROOT, python
@@ -88,6 +88,22 @@ def test_help_is_no_failure(verb: str) -> None:
     assert "--helpfull" in done.stdout and done.stderr == ""
     assert re.search(rf"python -m {re.escape(verb)}(?![.\w])", done.stdout.partition("\nflags:")[0])
     assert "--verbosity" in done.stdout and "--compilation_cache" in done.stdout
+
+
+def test_the_console_script_has_all_verbs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for those that are steps of another."""
+    verbs_of_packages = {"pasta_jax.demo.base", "pasta_jax.real_model.prompts"}
+    assert {console.module_of(verb) for verb in console.VERBS} == {*VERBS} - verbs_of_packages
+    monkeypatch.setattr("sys.argv", ["pasta"])
+    console.command()
+    listed = capsys.readouterr().out
+    assert all(re.search(rf"^  {verb} +[A-Z].*[^.:]$", listed, re.MULTILINE) for verb in console.VERBS)
+    done = python("-m", "pasta_jax.console", "train", "--workdir=README.md")
+    assert (done.returncode, done.stderr) == (2, "--workdir=README.md is a file. Give a folder.\n")
+    done = python("-m", "pasta_jax.console", "trian")
+    assert (done.returncode, done.stderr) == (2, "pasta has no verb trian. Did you mean train?\n")
 
 
 def test_threads_of_orbax_do_not_bury_the_line() -> None:

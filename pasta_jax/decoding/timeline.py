@@ -221,6 +221,7 @@ class Timeline:
             "facts": "".join(f"<div><dt>{name}</dt><dd>{fact}</dd></div>" for name, fact in self._facts()),
             "colours": "".join(f".c{i}{{--c:{colour}}}" for i, colour in enumerate(COLOURS)),
             "steps": str(self.steps),
+            "lanes_in_use": str(max(self.lanes, 1)),
             "scale": str(self._scale),
             "ruler": self._ruler(),
             "threads": "\n".join(self._thread_rows()),
