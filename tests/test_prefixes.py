@@ -21,7 +21,7 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.model import ModelConfig
 from pasta_jax.model.pool import pool_bytes
-from tests.helpers import compilations
+from tests.helpers import compilations, only_full
 from tests.helpers.chatty import WORDS, chatty_model
 from tests.helpers.chatty import decoder as ordinary
 from tests.test_batch_invariance import bits, text, wide_model
@@ -61,6 +61,7 @@ def decoded(decoder: Decoder, asked: list[list[int]]) -> list[Trace]:
     return decoder.decode(asked, [sampling(i) for i in range(len(asked))])[0]
 
 
+@only_full
 def test_an_answer_is_the_same_whether_its_beginning_was_kept_or_fed(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pasta_jax.simulate import Replica, StepTimes, Traffic, costs, equal_branches, simulate, table
+from tests.helpers import only_full
 from tests.helpers.commands import ROOT, python
 
 SECOND = StepTimes((1,), (1.0,))
@@ -110,7 +111,7 @@ def test_costs() -> None:
     )
 
 
-@pytest.mark.slow
+@only_full
 def test_the_numbers_of_the_page_are_those_of_its_commands() -> None:
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
     commands = re.findall(r"^python (-m pasta_jax\.simulate .+)$", page, re.MULTILINE)
