@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from pasta_jax import __version__, verbs
+from pasta_jax.memory import is_out_of_memory
 from pasta_jax.verbs import begin_first, define_loading, define_processes, loading_options, refuse
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
 
 def _answer(prompt: str, values: flags.FlagValues, decoding: Sequence[flags.FlagHolder]) -> DecodeResult:
     """Decodes, with --stream to stdout. What cannot be decoded is one line, and status 2."""
-    import jax
-
     from pasta_jax import decode, load
     from pasta_jax.checkpoints.about import CheckpointError
     from pasta_jax.terminal import printer
@@ -84,8 +83,8 @@ def _answer(prompt: str, values: flags.FlagValues, decoding: Sequence[flags.Flag
         )
     except (CheckpointError, ValueError) as error:
         refuse(str(error))
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:  # where it is not known how much is free
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except Exception as error:
+        if not is_out_of_memory(error):  # where it is not known how much is free
             raise
         refuse(f"Out of memory. Lower --max_new_tokens, or shorten the prompt. {error}".splitlines()[0])
 

@@ -15,7 +15,6 @@ import pytest
 
 import pasta_jax
 from pasta_jax.decoding import api
-from pasta_jax.decoding.compiled import Compiled
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
@@ -23,6 +22,7 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.model import ModelConfig
 from pasta_jax.testing import WordTokenizer
+from tests.helpers.faults import runs_out_of_memory_once
 from tests.helpers.models import random_params
 
 pytestmark = pytest.mark.slow
@@ -131,14 +131,7 @@ def test_an_answer_is_the_same_streamed_and_after_an_error(monkeypatch: pytest.M
     for other in leaving:
         queue.session.turn()
         other.cancel()
-    done = Compiled.decode_chunk
-
-    def breaks_off(self: Compiled, *args: Any) -> Any:
-        monkeypatch.undo()
-        done(self, *args)
-        raise MemoryError
-
-    monkeypatch.setattr(Compiled, "decode_chunk", breaks_off)
+    runs_out_of_memory_once(monkeypatch)
     with pytest.raises(MemoryError):
         queue.session.turn()
     assert [bits(a.wait()) for a in answers] == [bits(trace) for trace in alone(wide_model, True)]

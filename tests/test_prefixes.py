@@ -24,6 +24,7 @@ from pasta_jax.model.pool import pool_bytes
 from tests.helpers import compilations, only_full
 from tests.helpers.chatty import WORDS, chatty_model
 from tests.helpers.chatty import decoder as ordinary
+from tests.helpers.faults import runs_out_of_memory_once
 from tests.test_batch_invariance import bits, text, wide_model
 
 pytestmark = pytest.mark.slow
@@ -124,14 +125,7 @@ def test_an_error_forgets_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None
     decoder, asked = chatty(), [[n % 9 for n in range(k, k + 40)] for k in range(4)]
     expected = [text(trace) for trace in decoded(decoder, asked)]
     assert decoder.load.kept_bytes > 0
-    done = Compiled.decode_chunk
-
-    def breaks_off(self: Compiled, *args: Any) -> Any:
-        monkeypatch.undo()
-        done(self, *args)
-        raise MemoryError
-
-    monkeypatch.setattr(Compiled, "decode_chunk", breaks_off)
+    runs_out_of_memory_once(monkeypatch)
     answers = [decoder.submit(prompt, sampling(i)) for i, prompt in enumerate(asked)]
     with pytest.raises(MemoryError):
         decoder.session.turn()

@@ -80,8 +80,11 @@ def test_an_answer_that_a_limit_cut_off_is_shown_as_far_as_it_is() -> None:
     cut = dataclasses.replace(whole.trace, step=whole.trace.step.copy())
     cut.step[-4:] = -1
     shown = Timeline.of(cut, TOKENIZER.vocabulary)
-    assert sum(token.lane == 0 for token in shown.tokens) == 4
-    assert "decode steps" in shown.html()
+    unfed = [token for token in shown.tokens if token.lane == 0]
+    assert len(unfed) == 4
+    drawn = re.findall(r'<i class="c\d" data-i="(\d+)"', shown.html())
+    assert len(drawn) == len(shown.tokens) - 4, "the pool has none that was never fed"
+    assert not {str(token.entry) for token in unfed} & {*drawn}
 
 
 def test_the_page_loads_nothing_and_says_nothing_that_is_not_escaped(page: str) -> None:
