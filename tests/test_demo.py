@@ -13,6 +13,7 @@ import zipfile
 
 import pytest
 
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.streaming import Event
 from pasta_jax.demo import __main__ as command
 from pasta_jax.demo import base, screen, show, table
@@ -213,16 +214,16 @@ def test_branches_grow_side_by_side_in_their_colours(monkeypatch):
 
 
 def pair(prompt, promises, *, tokens, path, seconds, alone):
-    """An answer in parallel, and a sequential one of `alone` = tokens, seconds."""
+    """An answer in parallel, and a sequential one of `alone` = steps, seconds."""
     parallel = Answered(
         prompt, text_tokens=tokens, critical_path=path, decode_steps=path, wall_s=seconds, promises=promises
     )
-    sequential = Answered(prompt, output_tokens=alone[0], wall_s=alone[1])
+    sequential = Answered(prompt, decode_steps=alone[0], wall_s=alone[1])
     return show.Shown(prompt, parallel, sequential, "main █")
 
 
 PAIRS = [
-    pair("Rivers?", 4, tokens=190, path=50, seconds=1.0, alone=(200, 2.0)),
+    pair("Rivers?", 4, tokens=200, path=50, seconds=1.0, alone=(100, 1.0)),
     pair("Cats?", 2, tokens=90, path=90, seconds=3.0, alone=(90, 1.5)),
     pair("Who?", 0, tokens=30, path=30, seconds=1.0, alone=(30, 1.0)),
 ]
@@ -232,7 +233,7 @@ def test_the_table():
     assert table.table(PAIRS).splitlines() == [
         "| prompt              | branches | steps | tokens | theoretical | realized |",
         "|:--------------------|---------:|------:|-------:|------------:|---------:|",
-        "| Rivers?             |        4 |    50 |    190 |       4.00x |    2.00x |",
+        "| Rivers?             |        4 |    50 |    200 |       4.00x |    2.00x |",
         "| Cats?               |        2 |    90 |     90 |       1.00x |    0.50x |",
         "| Who?                |        0 |    30 |     30 |       1.00x |    1.00x |",
         "| geometric mean      |          |       |        |       1.59x |    1.00x |",
@@ -243,10 +244,12 @@ def test_the_table():
 
 @pytest.mark.parametrize("baseline", [None, "models/smollm2-135m-plain"])
 def test_the_page_of_the_table_is_wrapped_as_the_documents_are(baseline):
-    page = table.page(PAIRS, baseline=baseline, about={"date": "today"})
+    legend = table.legend(baseline, SamplingParams(temperature=0.7, min_p=0.05, seed=3))
+    page = table.page(PAIRS, legend=legend, about={"date": "today"})
     assert all(len(line) <= 116 for line in page.splitlines())
     said = baseline or "the same model with promises forbidden"
-    assert f"were answered by {said}. Tokens" in " ".join(page.split())
+    assert f"by {said}, / its seconds. Temperature 0.7, min_p 0.05, seed 3," in " ".join(page.split())
+    assert " seconds. Greedy, one prompt" in " ".join(table.legend(baseline, SamplingParams()).split())
 
 
 # ---------------------------------------------------------------------------------------------- all of it
@@ -293,7 +296,8 @@ def test_the_base_is_made_once_and_only_for_adapters(tmp_path, monkeypatch):
 def test_two_prompts_by_a_tiny_model(tmp_path, capsys):
     """Its words are nonsense, in several threads."""
     prompts = [answers.PROMPT, answers.OTHER]
-    stage = show.Stage(answers.model(), prompts, max_new_tokens=60, open_bias=3.5, lanes=1)
+    sampling = SamplingParams(60, max_branch_tokens=60, open_bias=3.5)
+    stage = show.Stage(answers.model(), prompts, sampling, lanes=1)
     stage.compare_with(dataclasses.replace(answers.model()))
     assert stage.sequential.compiled is stage.parallel.compiled
     pairs = [stage.show(number) for number in range(2)]
@@ -303,7 +307,7 @@ def test_two_prompts_by_a_tiny_model(tmp_path, capsys):
         assert pair.sequential.text in said and pair.sequential.promises == 0
         assert pair.parallel.wall_s > 0 < pair.sequential.wall_s
     assert any(pair.parallel.promises for pair in pairs)
-    table.write(tmp_path, pairs, baseline=None, about={"date": "today"})
+    table.write(tmp_path, pairs, legend=table.legend(None, sampling), about={"date": "today"})
     page = (tmp_path / "table.md").read_text()
     assert page.startswith(table.table(pairs)) and page.endswith("\n- date: today\n")
     assert "the same model with promises forbidden" in " ".join(page.split())

@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
 def demo(workdir: Path, ckpt: str, baseline: str | None, started: float) -> None:
     """The whole of it, in a workdir of its own."""
     from pasta_jax.benchmark.measure import provenance
+    from pasta_jax.decoding.request import SamplingParams
     from pasta_jax.demo import show, table
 
     values = flags.FLAGS
@@ -64,16 +65,24 @@ def demo(workdir: Path, ckpt: str, baseline: str | None, started: float) -> None
     print(ABOUT.format(prompts=len(prompts)), file=sys.stderr)
     base = base_of([ckpt, *([baseline] if baseline else [])], workdir, values.base, started)
     say(f"3/4  Loading {name_of(ckpt)}, and compiling: once, programs are kept for the next start", started)
-    options = dict(max_new_tokens=values.max_new_tokens, lanes=values.lanes)
-    stage = show.Stage(load(ckpt, base), prompts, **options, open_bias=values.open_bias)
+    sampling = SamplingParams(
+        max_new_tokens=values.max_new_tokens,
+        max_branch_tokens=values.max_new_tokens,
+        temperature=values.temperature,
+        min_p=values.min_p,
+        seed=values.seed,
+        open_bias=values.open_bias,
+    )
+    stage = show.Stage(load(ckpt, base), prompts, sampling, lanes=values.lanes)
     if baseline:  # loaded last: compiling takes memory too
         stage.compare_with(load(baseline, base))
     say(f"4/4  Answering {len(prompts)} prompts", started)
     pairs = [stage.show(number) for number in range(len(prompts))]
     about = provenance("pasta_jax.demo", f"{time.monotonic() - started:.0f} s, installing not included")
     other = baseline and name_of(baseline)
-    table.write(workdir, pairs, baseline=other, about=about)
-    print(f"\n{table.table(pairs)}\n\n{table.legend(other)}")
+    legend = table.legend(other, sampling)
+    table.write(workdir, pairs, legend=legend, about=about)
+    print(f"\n{table.table(pairs)}\n\n{legend}")
     print(f"\nIn {workdir}: table.md and answers.md are what you saw, answers.jsonl has all of it with tags.")
     where = f"--ckpt={name_of(ckpt)} {f'--base={base} ' if base else ''}--dtype={values.dtype or FASTEST}"
     print(f'Ask it yourself:  python -m pasta_jax {where} --stream "{prompts[0]}"')
@@ -137,6 +146,11 @@ def command() -> None:
     )
     flags.DEFINE_string("prompts", None, "A file of your own prompts, in any layout of records.")
     flags.DEFINE_integer("max_new_tokens", 384, "Maximum tokens of an answer and its tags.", lower_bound=1)
+    flags.DEFINE_float(
+        "temperature", 0.7, "Of sampling; 0 is greedy, and lets so small a model repeat itself."
+    )
+    flags.DEFINE_float("min_p", 0.05, "The least probability of a token, as a share of the likeliest one's.")
+    flags.DEFINE_integer("seed", 0, "Another seed gives other answers; the same one the same.")
     flags.DEFINE_float("open_bias", 0.0, "Added to the logit that opens a promise; above 0 opens more.")
     flags.DEFINE_integer("lanes", 8, "Maximum threads that decode in one step.", lower_bound=1)
     define_loading()

@@ -7,10 +7,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.demo.show import Shown
 from pasta_jax.evaluate.systems import geometric_mean
 from pasta_jax.files import replacing, write_jsonl
-from pasta_jax.preference.score import theoretical_speedup
+from pasta_jax.preference.score import parallelism
 from pasta_jax.terminal import markdown_table
 
 WIDTH = 116
@@ -20,13 +21,17 @@ HEADER = ["prompt", "branches", "steps", "tokens", "theoretical", "realized"]
 
 
 def theoretical(pair: Shown) -> float:
-    """Tokens of the sequential answer / the longest chain of decode steps of the parallel one."""
-    return theoretical_speedup(pair.sequential, pair.parallel)
+    """Tokens of the parallel answer's text / the longest chain of its decode steps."""
+    return parallelism(pair.parallel)
 
 
 def realized(pair: Shown) -> float:
-    """Seconds of the sequential answer / those of the parallel one."""
-    return pair.sequential.wall_s / pair.parallel.wall_s
+    """Seconds of its tokens at the sequential answer's pace / seconds of the parallel answer.
+
+    So it does not matter which of the two answers is the longer one.
+    """
+    alone, parallel = pair.sequential, pair.parallel
+    return alone.wall_s / max(1, alone.decode_steps) * max(1, parallel.text_tokens) / parallel.wall_s
 
 
 def table(pairs: Sequence[Shown]) -> str:
@@ -53,26 +58,29 @@ def table(pairs: Sequence[Shown]) -> str:
     return markdown_table(HEADER, rows)
 
 
-def legend(baseline: str | None) -> str:
+def legend(baseline: str | None, sampling: SamplingParams) -> str:
     """What the columns mean.
 
     Args:
       baseline: the name of the model that answered sequentially; None is the same one.
+      sampling: how both answered.
     """
     other = baseline or "the same model with promises forbidden"
+    drawn = f"Temperature {sampling.temperature:g}, min_p {sampling.min_p:g}, seed {sampling.seed}"
     return textwrap.fill(
-        f"Sequentially the prompts were answered by {other}. Tokens: of the text, tags not counted. "
-        "Theoretical: tokens of the sequential answer / the longest chain of decode steps of the parallel one. "
-        "Realized: seconds of the sequential answer / those of the parallel one. Greedy, one prompt at a time, "
-        "both through the same engine, when everything was compiled and had run once.",
+        "Tokens: of the text, tags not counted. Both speedups are over writing that text one token at a time. "
+        "Theoretical: its tokens / the longest chain of decode steps. Realized: the seconds that its tokens would "
+        f"take at the pace of a sequential answer to the same prompt, by {other}, / its seconds. "
+        f"{drawn if sampling.temperature else 'Greedy'}, one prompt at a time, both through the same engine, when "
+        "everything was compiled and had run once.",
         width=WIDTH,
     )
 
 
-def page(pairs: Sequence[Shown], *, baseline: str | None, about: Mapping[str, str]) -> str:
+def page(pairs: Sequence[Shown], *, legend: str, about: Mapping[str, str]) -> str:
     """table.md: the table, what it means, and how it was made."""
     facts = "".join(f"- {name}: {fact}\n" for name, fact in about.items())
-    return f"{table(pairs)}\n\n{legend(baseline)}\n\n{facts}"
+    return f"{table(pairs)}\n\n{legend}\n\n{facts}"
 
 
 def answers(pairs: Sequence[Shown]) -> str:
@@ -82,9 +90,9 @@ def answers(pairs: Sequence[Shown]) -> str:
     )
 
 
-def write(workdir: Path, pairs: Sequence[Shown], *, baseline: str | None, about: Mapping[str, str]) -> None:
+def write(workdir: Path, pairs: Sequence[Shown], *, legend: str, about: Mapping[str, str]) -> None:
     """Writes table.md, answers.md and answers.jsonl, a line for each prompt with both answers."""
-    pages = {"table.md": page(pairs, baseline=baseline, about=about), "answers.md": answers(pairs)}
+    pages = {"table.md": page(pairs, legend=legend, about=about), "answers.md": answers(pairs)}
     for name, text in pages.items():
         with replacing(workdir / name) as file:
             file.write(text)
