@@ -105,7 +105,14 @@ class Fake:
     """In place of `Respondent`: answers by the name of its model, without decoding."""
 
     def __init__(
-        self, model: str, max_new_tokens: int, *, sequential: bool = False, like: Any = None, rows: int = 1
+        self,
+        model: str,
+        max_new_tokens: int,
+        *,
+        sequential: bool = False,
+        like: Any = None,
+        rows: int = 1,
+        drawing: Any = None,
     ):
         self.model, self.sequential = model, sequential
 
@@ -301,6 +308,25 @@ def test_a_prompt_that_cannot_be_asked_is_an_answer_that_failed() -> None:
     assert (found.text, found.error, found.stop_reason) == ("", "The prompt is empty.", "")
 
 
+def test_how_answers_are_drawn() -> None:
+    """As the flag says, in both models alike; greedily without it."""
+    assert command.drawing_of([]) == {}
+    drawing = command.drawing_of(["temperature=0.7", "min_p=0.05", "seed=3"])
+    model: Any = object()
+    for sequential in (True, False):
+        sampling = Respondent(model, 8, sequential=sequential, drawing=drawing).sampling
+        assert (sampling.temperature, sampling.min_p, sampling.seed) == (0.7, 0.05, 3)
+        assert sampling.open_bias == (-math.inf if sequential else 0.0)
+    assert Respondent(model, 8).sampling.temperature == 0
+    for word, message in (
+        ("heat=1", "--sampling=heat=1: give NAME=NUMBER; the names are temperature, "),
+        ("seed=0.5", "--sampling=seed=0.5: give NAME=NUMBER"),
+        ("temperature=-1", "temperature"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command.drawing_of([word])
+
+
 @pytest.mark.slow
 @only_full
 def test_a_real_model_answers_and_its_sequential_self_is_the_baseline() -> None:
@@ -441,6 +467,7 @@ def values_of(settings: own.Settings, given: dict[str, Any]) -> Any:
         "workdir": "W",
         "columns": [],
         "plain_kinds": [],
+        "sampling": [],
         "rows": 1,
     }
     flags |= {

@@ -90,6 +90,22 @@ def almanac(values: flags.FlagValues) -> None:
     LOG.info("The answers and table.md are in %s.", folder)
 
 
+def drawing_of(words: Sequence[str]) -> dict[str, float]:
+    """The words of --sampling=temperature=0.7,seed=1 as options of `SamplingParams`. Raises ValueError."""
+    from pasta_jax.decoding.request import SamplingParams
+
+    kinds = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "seed": int}
+    found = dict[str, float]()
+    for name, _, value in (word.partition("=") for word in words):
+        try:
+            found[name] = kinds[name](value)
+        except (KeyError, ValueError):
+            known = ", ".join(kinds)
+            raise ValueError(f"--sampling={name}={value}: give NAME=NUMBER; the names are {known}.") from None
+    SamplingParams(**dict[str, Any](found))
+    return found
+
+
 def annotated(values: flags.FlagValues) -> None:
     """Prints the win rates of a file of annotations."""
     from pasta_jax.data.prompts import questions_of
@@ -130,6 +146,7 @@ def on_own_prompts(values: flags.FlagValues) -> None:
         timed=values.timed,
         audit=values.audit or "",
         plain_kinds=tuple(values.plain_kinds),
+        drawing=drawing_of(values.sampling),
     )
     difficulties = _difficulties(values)
     questions = questions_of(settings.prompts, settings.columns)
@@ -273,6 +290,10 @@ def command() -> None:
     flags.DEFINE_string("prompts", "500", "Number of Almanac's held-out prompts, or a file of your own.")
     flags.DEFINE_list("columns", [], "The file's own names, as in prompt=question,response=answer.")
     flags.DEFINE_integer("max_new_tokens", 512, "Of an answer to a prompt of your own.", lower_bound=1)
+    about = (
+        "How prompts of your own are answered, as in temperature=0.7,min_p=0.05,seed=1; by default greedily."
+    )
+    flags.DEFINE_list("sampling", [], about)
     flags.DEFINE_integer("rows", 1, "Answer all prompts so many at once, too.", lower_bound=1)
     about = "Of --rows: how many of the first prompts to answer at batch 1; by default all."
     flags.DEFINE_integer("timed", None, about, lower_bound=1)

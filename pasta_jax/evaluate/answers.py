@@ -11,7 +11,8 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from pasta_jax.data.prompts import Question
@@ -86,6 +87,7 @@ class Respondent:
       sequential: forbid promises.
       like: another one; what it compiled is shared if it fits.
       rows: prompts that are answered together.
+      drawing: how, as in `SamplingParams`; by default greedily.
     """
 
     def __init__(
@@ -96,10 +98,12 @@ class Respondent:
         sequential: bool = False,
         like: Respondent | None = None,
         rows: int = 1,
+        drawing: Mapping[str, float] = MappingProxyType({}),
     ):
         self.model, self.max_new_tokens, self.like, self.rows = model, max_new_tokens, like, rows
         bias = -math.inf if sequential else 0.0
-        self.sampling = SamplingParams(max_new_tokens, max_branch_tokens=max_new_tokens, open_bias=bias)
+        options = dict[str, Any](drawing)
+        self.sampling = SamplingParams(max_new_tokens, max_new_tokens, open_bias=bias, **options)
         self._decoders: dict[int, Decoder] = {}
         self._warm: set[Decoder] = set()
 

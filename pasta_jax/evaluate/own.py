@@ -62,6 +62,7 @@ class Settings:
         second pass. None: all.
       audit: workdir or checkpoint of the model that audits the answers; "" for no audit.
       plain_kinds: kinds of prompts whose answers have no independent parts.
+      drawing: temperature, min_p and seed of both models (`SamplingParams`); {} is greedy.
     """
 
     ckpt: str
@@ -75,6 +76,7 @@ class Settings:
     timed: int | None = None
     audit: str = ""
     plain_kinds: tuple[str, ...] = PLAIN_KINDS
+    drawing: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Evaluated:
       sha256: of them.
       test, baseline: the answers, one to each prompt.
       baseline_model: the sequential model.
-      baseline_identity: its checkpoint and how it was loaded.
+      baseline_identity: its checkpoint, how it was loaded and how it answered.
       tokenizer: of the model.
       timed: how many of the first answers were decoded at batch 1.
       batches: the baseline's and the model's answers to as many prompts at once as there are rows.
@@ -140,15 +142,18 @@ def answer_all(settings: Settings, questions: Sequence[Question]) -> Evaluated:
     digest = sha256([key_of(question.prompt) for question in questions])
     about: dict[str, Any] = {name: identity_of(path) | given for name, path in paths.items()}
     about |= {"itself": not settings.baseline, "prompts": digest, "max_new_tokens": settings.max_new_tokens}
+    if settings.drawing:
+        about["drawing"] = {**settings.drawing}
     name, baseline_name = ("-".join([name_of(path), *_options(given)]) for path in paths.values())
     folder = os.path.join(settings.workdir, f"{name}-{sha256(about)[:8]}")
     LOG.info("Evaluating %s on %d prompts of %s; in %s.", name, len(questions), settings.prompts, folder)
     model = load(paths["model"], **settings.loading)
     baseline = load(paths["baseline"], **settings.loading) if settings.baseline else model
-    sequential = Respondent(baseline, settings.max_new_tokens, sequential=True)
+    drawing = settings.drawing
+    sequential = Respondent(baseline, settings.max_new_tokens, sequential=True, drawing=drawing)
     systems = {
         "baseline": sequential,
-        "model": Respondent(model, settings.max_new_tokens, like=sequential),
+        "model": Respondent(model, settings.max_new_tokens, like=sequential, drawing=drawing),
     }
     answers = take_turns(
         systems,
@@ -171,7 +176,7 @@ def answer_all(settings: Settings, questions: Sequence[Question]) -> Evaluated:
         test=[*answers["model"], *fast[timed:]],
         baseline=[*answers["baseline"], *slow[timed:]],
         baseline_model=baseline,
-        baseline_identity=about["baseline"] | {"itself": about["itself"]},
+        baseline_identity=about["baseline"] | {"itself": about["itself"]} | {**drawing},
         tokenizer=model.tokenizer,
         timed=timed,
         batches=batches,
@@ -189,9 +194,9 @@ def _in_batches(
     model: Model,
 ) -> list[tuple[Batch, Batch]]:
     """The answers of both models to as many prompts at once as there are rows, in turn."""
-    rows = settings.rows
-    sequential = Respondent(baseline, settings.max_new_tokens, sequential=True, rows=rows)
-    parallel = Respondent(model, settings.max_new_tokens, like=sequential, rows=rows)
+    rows, drawing = settings.rows, settings.drawing
+    sequential = Respondent(baseline, settings.max_new_tokens, sequential=True, rows=rows, drawing=drawing)
+    parallel = Respondent(model, settings.max_new_tokens, like=sequential, rows=rows, drawing=drawing)
     found = take_turns(
         {"baseline": sequential.together, "model": parallel.together},
         [questions[start : start + rows] for start in range(0, len(questions), rows)],

@@ -49,7 +49,10 @@ MAX_LOSS = 1
 MAX_NEW_TOKENS = 320
 """Of an answer, to be learnt and to be measured."""
 
-KEEP_PLAIN = 0.15
+MIN_SPEEDUP = 1.3
+"""The least theoretical speedup of an answer that is learnt with promises: one or two branches teach little."""
+
+KEEP_PLAIN = 0.1
 """The share of the answers without promises that is learnt too, so that promises are not rare."""
 
 
@@ -103,19 +106,19 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
     files = f"--prompts={folder}/prompts.jsonl", f"--output={answers}"
     yield command("the model's own answers", "answer", f"--ckpt={base}", *files, *drawing)
     audit = "--annotator=self", f"--ckpt={base}", f"--max_loss={MAX_LOSS}"
-    small, mixed = "--min_block=12", f"--keep_plain={KEEP_PLAIN}"
+    small, mixed = ("--min_block=12", f"--min_speedup={MIN_SPEEDUP}"), f"--keep_plain={KEEP_PLAIN}"
 
     def annotated(name: str, title: str, *options: str) -> Step:
         data = f"--input={answers}", f"--output={folder}/{name}.jsonl", f"--tokenizer={gguf}"
         return command(title, "annotate", *data, *options, "--columns=prompt=question", "--length=512")
 
-    yield annotated("rule", "promises by rule", "--annotator=rule:structure", small)
+    yield annotated("rule", "promises by rule", "--annotator=rule:structure", *small)
     yield annotated("apar", "forks of APAR's rules", "--annotator=rule:apar", "--min_speedup=1", mixed)
-    yield annotated("self", "promises that pass the audit", *audit, small, mixed)
+    yield annotated("self", "promises that pass the audit", *audit, *small, mixed)
     for name, file in FIRST_STAGE.items():
         if name == "block":
             yield annotated(
-                "block", "with marks and heads in the blocks", *audit, "--marker=block", small, mixed
+                "block", "with marks and heads in the blocks", *audit, "--marker=block", *small, mixed
             )
         words = _training(folder, name, {"init_from": base, "data.sources": f"{folder}/{file}.jsonl"})
         yield command(f"finetuning: {name}", "train", *words)
@@ -140,6 +143,7 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
         words = f"--from={source}", f"--to={folder}/models/smollm2-135m-{name}", "--dtype=bfloat16"
         yield command(f"5 MB: {name}", "convert", *words, f"--base_name={BASE_NAME}", "--notokenizer_files")
     evaluated = f"--base={base}", "--judge=likelihood", f"--judge_model={base}", f"--audit={base}"
+    drawn = "--sampling=temperature=0.7,min_p=0.05"
     limits = "--rows=8", f"--max_new_tokens={MAX_NEW_TOKENS}", f"--timed={scaled(TIMED)}"
     for file, title in ((f"{folder}/held_out.jsonl", "held-out prompts"), (more_prompts, "more prompts")):
         for name in COMPARED if file else ():
@@ -147,7 +151,7 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
                 f"--{k}={folder}/models/smollm2-135m-{v}" for k, v in (("ckpt", name), ("baseline", "plain"))
             )
             where = f"--prompts={file}", f"--workdir={folder}/evaluation"
-            yield command(f"{title}: {name}", "evaluate", *models, *where, *evaluated, *limits)
+            yield command(f"{title}: {name}", "evaluate", *models, *where, *evaluated, drawn, *limits)
 
 
 def _training(folder: str, name: str, settings: dict[str, Any]) -> tuple[str, ...]:
