@@ -33,15 +33,15 @@ CONFIG = "configs/smollm2_135m.py"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-PROMPTS, HELD_OUT, ROUND, TIMED = 1500, 100, 48, 24
+PROMPTS, HELD_OUT, ROUND, TIMED = 1500, 100, 48, 16
 """At scale 1: prompts to learn from, to measure on, to ask in the second stage, and to time."""
 
-FIRST_STAGE = {"pasta": "self", "apar": "apar", "plain": "answers", "block": "block"}
+FIRST_STAGE = {"pasta": "self", "apar": "apar", "plain": "answers"}
 """The models of the first stage, and the file of answers that each learns."""
 
 LAMBDAS = ("bon-1", "bon-4", "bon-inf")
-COMPARED = ("pasta", "apar", "block", *LAMBDAS)
-"""The models that are compared with `plain`, the sequential baseline."""
+COMPARED = ("pasta", "apar", *LAMBDAS)
+"""The models that are compared with `plain`, the sequential baseline; `block` comes last."""
 
 MAX_LOSS = 1
 """Nats per token that a block may lose. So small a model learns the form of a list from its earlier items."""
@@ -115,13 +115,13 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
     yield annotated("rule", "promises by rule", "--annotator=rule:structure", *small)
     yield annotated("apar", "forks of APAR's rules", "--annotator=rule:apar", "--min_speedup=1", mixed)
     yield annotated("self", "promises that pass the audit", *audit, *small, mixed)
+
+    def trained(name: str, file: str) -> Step:
+        sources = {"init_from": base, "data.sources": f"{folder}/{file}.jsonl"}
+        return command(f"finetuning: {name}", "train", *_training(folder, name, sources))
+
     for name, file in FIRST_STAGE.items():
-        if name == "block":
-            yield annotated(
-                "block", "with marks and heads in the blocks", *audit, "--marker=block", *small, mixed
-            )
-        words = _training(folder, name, {"init_from": base, "data.sources": f"{folder}/{file}.jsonl"})
-        yield command(f"finetuning: {name}", "train", *words)
+        yield trained(name, file)
     for number, name in enumerate(LAMBDAS):
         if number:  # they draw the same samples, and have the same judge
             first, own = f"{folder}/{LAMBDAS[0]}/round-1", f"{folder}/{name}/round-1"
@@ -138,20 +138,33 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
         if scale != 1:
             words = (*words, f"--config.preference.prompts_per_round={scaled(ROUND)}")
         yield command(f"preference optimization: {name}", "train", *words)
-    for name in ("plain", *COMPARED):
+
+    def exported(name: str) -> Step:
         source = f"{folder}/{name}" + "/round-1" * (name in LAMBDAS)
         words = f"--from={source}", f"--to={folder}/models/smollm2-135m-{name}", "--dtype=bfloat16"
-        yield command(f"5 MB: {name}", "convert", *words, f"--base_name={BASE_NAME}", "--notokenizer_files")
-    evaluated = f"--base={base}", "--judge=likelihood", f"--judge_model={base}", f"--audit={base}"
-    drawn = "--sampling=temperature=0.7,min_p=0.05"
-    limits = "--rows=8", f"--max_new_tokens={MAX_NEW_TOKENS}", f"--timed={scaled(TIMED)}"
-    for file, title in ((f"{folder}/held_out.jsonl", "held-out prompts"), (more_prompts, "more prompts")):
+        return command(f"5 MB: {name}", "convert", *words, f"--base_name={BASE_NAME}", "--notokenizer_files")
+
+    def evaluated(name: str, file: str) -> Step:
+        pair = {"ckpt": name, "baseline": "plain"}
+        models = (f"--{flag}={folder}/models/smollm2-135m-{each}" for flag, each in pair.items())
+        where = f"--prompts={file}", f"--workdir={folder}/evaluation"
+        how = f"--base={base}", "--judge=likelihood", f"--judge_model={base}", f"--audit={base}"
+        drawn = "--sampling=temperature=0.7,min_p=0.05", f"--max_new_tokens={MAX_NEW_TOKENS}"
+        limits = "--rows=8", f"--timed={scaled(TIMED)}"
+        title = f"{os.path.basename(file).partition('.')[0]}: {name}"
+        return command(title, "evaluate", *models, *where, *how, *drawn, *limits)
+
+    for name in ("plain", *COMPARED):
+        yield exported(name)
+    held_out = f"{folder}/held_out.jsonl"
+    for file in (held_out, more_prompts):
         for name in COMPARED if file else ():
-            models = (
-                f"--{k}={folder}/models/smollm2-135m-{v}" for k, v in (("ckpt", name), ("baseline", "plain"))
-            )
-            where = f"--prompts={file}", f"--workdir={folder}/evaluation"
-            yield command(f"{title}: {name}", "evaluate", *models, *where, *evaluated, drawn, *limits)
+            yield evaluated(name, file)
+    in_block = "with marks and heads in the blocks"
+    yield annotated("block", in_block, *audit, "--marker=block", *small, mixed)
+    yield trained("block", "block")
+    yield exported("block")
+    yield evaluated("block", held_out)
 
 
 def _training(folder: str, name: str, settings: dict[str, Any]) -> tuple[str, ...]:
