@@ -84,6 +84,10 @@ def test_elsewhere_and_smaller() -> None:
     assert sum("--prompts=more.json" in line for line in lines) == len(recipe.COMPARED)
     assert "--count=150 --held_out=10" in lines[2] and "--timed=8" in lines[-1]
     assert any("--config.preference.prompts_per_round=8" in line for line in lines)
+    (copy, *_) = [step for step in recipe.recipe("my runs") if step.words[0] == "sh"]
+    assert copy.words[2].startswith(
+        "mkdir -p 'my runs/bon-4/round-1' && cp 'my runs/bon-1/round-1'/samples.jsonl"
+    )
     for step in steps:
         if step.words[0] == "pasta_jax.train":
             changed = configured(step)
@@ -115,6 +119,10 @@ def test_it_goes_on(
     ran.clear()
     recipe.main([""], values=values)
     assert ran == [] and f"All {len(titles)} steps are done." in capsys.readouterr().out
+    values(["real_model", f"--workdir={tmp_path}", "--scale=0.1"])  # its answers would be those of scale 1
+    with pytest.raises(SystemExit, match="2"):
+        recipe.main([""], values=values)
+    assert ran == [] and "was begun with another --scale" in capsys.readouterr().err
 
 
 def test_the_page_has_the_commands() -> None:

@@ -43,6 +43,9 @@ LAMBDAS = ("bon-1", "bon-4", "bon-inf")
 COMPARED = ("pasta", "apar", *LAMBDAS)
 """The models that are compared with `plain`, the sequential baseline; `block` comes last."""
 
+DRAWS = "prompts of our own"
+"""The step whose numbers of prompts the later ones go by."""
+
 MAX_LOSS = 1
 """Nats per token that a block may lose. So small a model learns the form of a list from its earlier items."""
 
@@ -101,7 +104,7 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
         "converted", "convert", f"--from=gguf:{gguf}", f"--to={base}", "--dtype=float32", "--noparity"
     )
     counts = f"--count={scaled(PROMPTS)}", f"--held_out={scaled(HELD_OUT)}"
-    yield command("prompts of our own", "real_model.prompts", f"--to={folder}", *counts)
+    yield command(DRAWS, "real_model.prompts", f"--to={folder}", *counts)
     drawing = "--mode=sequential", "--temperature=0.7", "--min_p=0.05", f"--max_new_tokens={MAX_NEW_TOKENS}"
     files = f"--prompts={folder}/prompts.jsonl", f"--output={answers}"
     yield command("the model's own answers", "answer", f"--ckpt={base}", *files, *drawing)
@@ -124,7 +127,7 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
         yield trained(name, file)
     for number, name in enumerate(LAMBDAS):
         if number:  # they draw the same samples, and have the same judge
-            first, own = f"{folder}/{LAMBDAS[0]}/round-1", f"{folder}/{name}/round-1"
+            first, own = (shlex.quote(f"{folder}/{each}/round-1") for each in (LAMBDAS[0], name))
             copy = f"mkdir -p {own} && cp {first}/samples.jsonl {first}/judged.jsonl {own}/"
             yield Step(f"its samples for {name}", ("sh", "-c", copy))
         settings = {
@@ -198,6 +201,9 @@ def main(argv: Sequence[str], *, values: Any) -> None:
     with locked(own):
         path = os.path.join(own, "done.jsonl")
         done = {each.line: each for each in read_jsonl(path, lambda tree: Done(**tree))}
+        draws = next(step for step in steps if step.title == DRAWS)
+        if any(draws.words[0] in line.split() and line != draws.line for line in done):
+            refuse(f"{folder} was begun with another --scale. Give another --workdir.")
         with Lines(path) as file:
             for number, step in enumerate(steps, 1):
                 if step.line in done:
