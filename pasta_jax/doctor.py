@@ -153,11 +153,14 @@ def devices(
         platforms = {"tpu": ("tpu",), "gpu": ("cuda", "gpu")}[name]
         if not count or backend == name:
             continue
+        several = "s" * (count > 1)
         if chosen and not any(each in chosen for each in platforms):
-            text = f"JAX_PLATFORMS={chosen} keeps jax from the {count} {name.upper()}s of this machine"
+            text = (
+                f"JAX_PLATFORMS={chosen} keeps jax from the {count} {name.upper()}{several} of this machine"
+            )
             yield Finding("warning", text, "If that is not meant: unset JAX_PLATFORMS.")
         elif name == "gpu":
-            text = f"This machine has {count} NVIDIA GPUs, and jax does not use them"
+            text = f"This machine has {count} NVIDIA GPU{several}, and jax uses none"
             yield Finding("problem", text, f'pip install "jax[cuda12]=={Requirement("jax", "0").installed}"')
         elif message := accelerators.unused_tpu(backend, fault, root):
             text, _, advice = message.partition(". ")
