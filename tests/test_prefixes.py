@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import pytest
+import requests
 
 from pasta_jax import sharding
 from pasta_jax.decoding.compiled import Compiled, ProgramKey
@@ -108,6 +109,30 @@ def test_texts_are_those_of_a_decoder_that_feeds_prompts_at_once() -> None:
             result(WORDS, trace).text for trace in expected
         ]
     assert decoder.load.reused > 0
+
+
+def test_a_server_tells_what_it_reused() -> None:
+    pytest.importorskip("starlette")
+    from tests.helpers.served import asked, events_of, served
+
+    prompt = "rivers and cities of the world " * 3
+    tokens = len(WORDS.encode_prompt(prompt))
+    kept = tokens // C * C
+    body = {"prompt": prompt, **asked(1)}
+    own = Decoder(chatty_model(), compiled=chatty().compiled, chunk=16, reuse=chatty().reuse)
+    with served(own) as server:
+        usages = [server.post("/v1/completions", **body).json()["usage"] for _ in range(2)]
+        streamed = events_of(
+            server.post("/v1/completions", stream=True, stream_options={"include_usage": True}, **body)
+        )
+        response = server.post("/v1/responses", input=prompt, **asked(1)).json()
+        metrics = requests.get(f"{server.url}/metrics").text
+    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, kept]
+    assert {usage["prompt_tokens"] for usage in usages} == {tokens} and 0 < kept < tokens
+    assert streamed[-2]["usage"]["prompt_tokens_details"]["cached_tokens"] == kept
+    assert response["usage"]["input_tokens_details"]["cached_tokens"] == kept
+    assert f"pasta_reused_tokens_total {3 * kept}\n" in metrics
+    assert f"pasta_kept_bytes {own.load.kept_bytes}\n" in metrics and own.load.kept_bytes
 
 
 def test_nothing_is_compiled_after_the_warm_up(seed: int) -> None:

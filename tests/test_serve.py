@@ -228,6 +228,7 @@ def test_every_endpoint_has_the_text_of_the_request_alone(server: Served) -> Non
         stats = expected.stats
         assert chat["usage"] == {
             "prompt_tokens": stats.prompt_tokens,
+            "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens": stats.output_tokens,
             "total_tokens": stats.prompt_tokens + stats.output_tokens,
         }

@@ -415,6 +415,27 @@ def test_options_reach_decode() -> None:
     assert (done.returncode, done.stderr) == (2, "decoded\n")
 
 
+def test_options_reach_the_decoder_of_a_server() -> None:
+    pytest.importorskip("starlette")
+    flags = ["--rows=3", "--queue=5", "--reuse=1000", "--admission=cap:4", "--cache_len=256", "--lanes=2"]
+    code = """if True:
+        import types
+        from pasta_jax import loading
+        from pasta_jax.decoding import engine
+        from pasta_jax.serve import __main__ as verb
+        def decoder(model, limits, **options):
+            raise ValueError(f"{limits.pool} {limits.lanes} {sorted(options.items())}")
+        loading.load, engine.Decoder = lambda path, **options: types.SimpleNamespace(max_depth=1), decoder
+        verb.command()
+    """
+    done = python("-c", code, "--ckpt=W", "--port=0", *flags)
+    options = {"rows": 3, "queue": 5, "reuse": 1000, "admission": "cap:4", "batch_invariant": False}
+    assert (done.returncode, done.stderr) == (2, f"256 2 {sorted(options.items())}\n")
+    done = python("-c", code, "--ckpt=W", "--port=0", "--reuse=1000", "--cache_len=200")
+    message = "--cache_len=200: with --reuse it must be a multiple of 128. Give 256.\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
 SQUARE = """if True:
     import sys
     import pasta_jax

@@ -114,7 +114,9 @@ class PendingAnswer:
         trace = self.wait(timeout)
         if self._result is None:
             tokenizer = self._work.tokenizer
-            self._result = result(tokenizer, trace, self.wall_s, self.compile_s, self.sampling.stop)
+            answer = result(tokenizer, trace, self.wall_s, self.compile_s, self.sampling.stop)
+            stats = dataclasses.replace(answer.stats, reused_tokens=self.reused)
+            self._result = dataclasses.replace(answer, stats=stats)
         return self._result
 
     def __await__(self) -> Generator[Any, None, DecodeResult]:

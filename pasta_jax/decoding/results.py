@@ -64,6 +64,7 @@ class Stats:
       max_width, mean_width: lanes used per step.
       sequential_wall_s, measured_speedup: with mode="both", wall_s of the same prompt decoded without promises, and
         sequential_wall_s / wall_s.
+      reused_tokens: those of the prompt that were not fed, because an earlier prompt began alike.
     """
 
     prompt_tokens: int
@@ -79,6 +80,7 @@ class Stats:
     mean_width: float
     sequential_wall_s: float | None = None
     measured_speedup: float | None = None
+    reused_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

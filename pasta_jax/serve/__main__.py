@@ -91,9 +91,16 @@ def _decoder(values: Any) -> Decoder:
     """Loads the model and compiles everything. What cannot be served is one line, and status 2."""
     from pasta_jax.checkpoints.about import CheckpointError
     from pasta_jax.decoding.engine import Decoder
+    from pasta_jax.decoding.prefixes import PROMPT_BLOCK
     from pasta_jax.decoding.state import Limits
     from pasta_jax.loading import load
+    from pasta_jax.rounding import round_up
 
+    if values.reuse and values.cache_len % PROMPT_BLOCK:
+        refuse(
+            f"--cache_len={values.cache_len}: with --reuse it must be a multiple of {PROMPT_BLOCK}. "
+            f"Give {round_up(values.cache_len, PROMPT_BLOCK)}."
+        )
     start, threads = time.monotonic(), values.max_branches + 1
     try:
         model = load(values.ckpt, **loading_options(values))
@@ -104,7 +111,13 @@ def _decoder(values: Any) -> Decoder:
             max_depth=model.max_depth,
         )
         decoder = Decoder(
-            model, limits=limits, rows=values.rows, queue=values.queue, batch_invariant=values.batch_invariant
+            model,
+            limits=limits,
+            rows=values.rows,
+            queue=values.queue,
+            reuse=values.reuse,
+            admission=values.admission,
+            batch_invariant=values.batch_invariant,
         )
         decoder.warm_up()
     except (CheckpointError, ValueError) as error:
@@ -130,6 +143,15 @@ def command() -> None:
     flags.DEFINE_integer("cache_len", 2048, "Maximum tokens of prompt and answer.", lower_bound=1)
     flags.DEFINE_integer(
         "max_new_tokens", 512, "Maximum tokens of an answer, if a request does not say.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "reuse", 0, "Bytes for the beginnings of prompts, fed once for all that begin alike.", lower_bound=0
+    )
+    flags.DEFINE_string(
+        "admission",
+        "all",
+        "Which threads a step decodes: all; cap:4, at most so many of a request; cost, those that make most tokens "
+        "a second; cost:0.05, as many as leave each request a token in 0.05 s.",
     )
     flags.DEFINE_bool("batch_invariant", False, "Make answers independent of other requests, bit for bit.")
     flags.DEFINE_string(

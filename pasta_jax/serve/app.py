@@ -264,6 +264,7 @@ class Endpoint:
         record.branches = sum(len(result.branches) for result in results)
         record.finish = tuple(result.stop_reason for result in results)
         count("prompt_tokens", record.prompt_tokens)
+        count("reused_tokens", sum(each.reused_tokens for each in stats))
         count("output_tokens", record.output_tokens)
         count("text_tokens", sum(each.text_tokens for each in stats))
         count("decode_steps", sum(each.decode_steps for each in stats))

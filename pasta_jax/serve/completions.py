@@ -101,9 +101,14 @@ class Completions:
     def _chunk(self, choices: list[dict[str, Any]], told: list[dict[str, Any]]) -> bytes:
         return sse.data(self._object(self.chunk_kind, choices) | ({"pasta": told} if told else {}))
 
-    def _usage(self, results: Sequence[DecodeResult]) -> dict[str, int]:
-        prompt, answer = usage_of(self.asked, results)
-        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    def _usage(self, results: Sequence[DecodeResult]) -> dict[str, Any]:
+        prompt, reused, answer = usage_of(self.asked, results)
+        return {
+            "prompt_tokens": prompt,
+            "prompt_tokens_details": {"cached_tokens": reused},
+            "completion_tokens": answer,
+            "total_tokens": prompt + answer,
+        }
 
 
 class ChatCompletions(Completions):

@@ -20,6 +20,7 @@ Labels: TypeAlias = tuple[tuple[str, str], ...]
 _COUNTERS = {
     "requests": "Requests, by endpoint and status; 499 are those whose client left.",
     "prompt_tokens": "Tokens of prompts that were answered.",
+    "reused_tokens": "Tokens of prompts that were not fed, because an earlier prompt began alike.",
     "output_tokens": "Tokens of answers, tags included.",
     "text_tokens": "Tokens of answers, tags left out.",
     "decode_steps": "Decode steps of answers.",
@@ -34,6 +35,7 @@ _GAUGES = {
     "rows": "Requests that are decoded at once.",
     "running": "Requests that have a row.",
     "waiting": "Requests that wait for a row.",
+    "kept_bytes": "Memory of the beginnings of prompts that are kept.",
     "draining": "1 while the server ends and takes no more requests.",
 }
 
@@ -71,6 +73,7 @@ class Metrics:
             "rows": load.rows,
             "running": load.running,
             "waiting": load.waiting,
+            "kept_bytes": load.kept_bytes,
             "draining": int(draining),
         }
         return "".join(f"{line}\n" for line in (*self._lines(), *_gauge_lines(gauges)))

@@ -64,10 +64,11 @@ class Reply(Protocol):
         """The last event of a stream that fails."""
 
 
-def usage_of(asked: Asked, results: Sequence[DecodeResult]) -> tuple[int, int]:
-    """Tokens of the prompts, each counted once, and of the answers with their tags."""
-    prompts = sum(result.stats.prompt_tokens for result in results[:: asked.n])
-    return prompts, sum(result.stats.output_tokens for result in results)
+def usage_of(asked: Asked, results: Sequence[DecodeResult]) -> tuple[int, int, int]:
+    """Tokens of the prompts, each counted once, those of them that were not fed, and of the answers with tags."""
+    prompts = [result.stats for result in results[:: asked.n]]
+    answers = sum(result.stats.output_tokens for result in results)
+    return sum(each.prompt_tokens for each in prompts), sum(each.reused_tokens for each in prompts), answers
 
 
 def account_of(result: DecodeResult) -> dict[str, Any]:

@@ -271,10 +271,10 @@ class Responses:
             "usage": None,
         }
         if result is not None:
-            prompt, answer = usage_of(self.asked, [result])
+            prompt, reused, answer = usage_of(self.asked, [result])
             body["usage"] = {
                 "input_tokens": prompt,
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "input_tokens_details": {"cached_tokens": reused, "cache_write_tokens": 0},
                 "output_tokens": answer,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": prompt + answer,

@@ -30,9 +30,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(*, queue: int | None = 64, **settings: Any) -> Iterator[Served]:
-    """Serves until the block ends, and then until all is answered."""
-    own = Decoder(chatty_model(), compiled=decoder().compiled, chunk=16, queue=queue)
+def served(own: Decoder | None = None, *, queue: int | None = 64, **settings: Any) -> Iterator[Served]:
+    """Serves until the block ends, and then until all is answered; with a decoder of its own, or that of chatty."""
+    own = own or Decoder(chatty_model(), compiled=decoder().compiled, chunk=16, queue=queue)
     service = Service(own, Settings(**{"model": MODEL, "max_new_tokens": 60, **settings}))
     with bound("127.0.0.1", 0) as listening:
         ready = threading.Event()
