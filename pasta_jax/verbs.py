@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import math
 import os
 import select
 import signal
@@ -85,6 +86,10 @@ def run_main(main: Callable[[Sequence[str]], Any], argv: list[str] | None = None
             refuse(f"{text}{'' if text.endswith(('.', '?')) else '.'} --help shows the flags.")
         except SystemExit:  # help was shown
             sys.exit(0)
+        for name in flags.FLAGS:
+            flag: Any = flags.FLAGS[name]
+            if isinstance(flag.value, float) and math.isnan(flag.value) and _has_bounds(flag.parser):
+                refuse(f"flag --{name}=nan: nan is not {flag.parser.syntactic_help}. --help shows the flags.")
         for name in {"workdir", "out"} & {*flags.FLAGS}:
             _check_folder(name, flags.FLAGS[name].value or "")
         return rest
@@ -153,6 +158,11 @@ def set_unraisable_hook() -> None:
             report(fault)
 
     sys.unraisablehook = quieter
+
+
+def _has_bounds(parser: Any) -> bool:
+    """Of a flag's number. absl finds nan within any."""
+    return any(getattr(parser, name, None) is not None for name in ("lower_bound", "upper_bound"))
 
 
 def _check_folder(flag: str, folder: str) -> None:

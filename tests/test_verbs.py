@@ -59,6 +59,10 @@ pytestmark = pytest.mark.slow
             "flag --lanes=many: invalid literal for int() with base 10: 'many'. --help shows the flags.",
         ),
         (["pasta_jax.evaluate", "--ckpt=no/such", "--baseline=no/such"], "No checkpoint at "),
+        (
+            ["pasta_jax.simulate", "--share=nan"],
+            "flag --share=nan: nan is not a number in the range [0.0, 1.0].",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(arguments: list[str], message: str) -> None:
