@@ -1,14 +1,17 @@
 """Answers a prompt: `python -m pasta_jax --ckpt=W "List the capitals of France and Peru."`.
 
 Prints the answer, with --stream as it is decoded; on stderr its cost and, with --timeline, its threads over time.
---trace=FILE.html or FILE.png writes them as a page or a figure.
+--trace=FILE.html or FILE.png writes them as a page or a figure. Without a prompt it is what comes on stdin; on a
+terminal it is a conversation.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -30,9 +33,11 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
         return
     if len(argv) > 2:
         refuse(f"{len(argv) - 1} prompts were given, {' '.join(argv[1:])[:80]!r}. Put the prompt in quotes.")
-    missing = ["--ckpt=WORKDIR"] * (not values.ckpt) + ["a prompt"] * (len(argv) < 2)
-    if missing:
-        refuse(f"Add {' and '.join(missing)}. {__doc__.splitlines()[0]}")
+    if not values.ckpt:
+        refuse(f"Add --ckpt=WORKDIR. {__doc__.splitlines()[0]}")
+    is_conversation = len(argv) < 2 and all(file and file.isatty() for file in (sys.stdin, sys.stdout))
+    if is_conversation and (flag := _for_one_answer(values)):
+        refuse(f"{flag} is for a single answer, not for a conversation. Add a prompt.")
     if values.stream and values.annotated:
         refuse("--stream prints the text as it settles, --annotated the whole with its tags. Choose one.")
     if values.trace:
@@ -45,7 +50,13 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
         except ImportError as error:
             refuse(str(error))
     begin_first()
-    result = _answer(argv[1], values, decoding)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is refused with the prompt
+    options = {flag.name: flag.value for flag in decoding}
+    if is_conversation:
+        _converse(values, options)
+        return
+    result = _answer(argv[1] if len(argv) > 1 else _piped(), values, options)
     if not values.stream:
         print(result.annotated if values.annotated else result.text, flush=True)
     stats = result.stats
@@ -68,19 +79,48 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
         print(f"[{values.trace} has the threads over time]", file=sys.stderr)
 
 
-def _answer(prompt: str, values: flags.FlagValues, decoding: Sequence[flags.FlagHolder]) -> DecodeResult:
-    """Decodes, with --stream to stdout. What cannot be decoded is one line, and status 2."""
+def _for_one_answer(values: flags.FlagValues) -> str | None:
+    """A flag that asks for what a conversation does not have."""
+    if values.mode == "both":
+        return "--mode=both"
+    return next((f"--{name}" for name in ("annotated", "timeline", "trace") if values[name].value), None)
+
+
+def _piped() -> str:
+    """The prompt that comes on stdin: all of it, without the end of its last line."""
+    prompt = sys.stdin.read().removesuffix("\n") if sys.stdin else ""
+    return prompt or refuse("Add a prompt, in quotes or on stdin.")
+
+
+def _answer(prompt: str, values: flags.FlagValues, options: dict[str, Any]) -> DecodeResult:
+    """Decodes, with --stream to stdout."""
     from pasta_jax import decode, load
-    from pasta_jax.checkpoints.about import CheckpointError
     from pasta_jax.terminal import printer
 
-    try:
+    with _refusing():
         return decode(
             load(values.ckpt, **loading_options(values)),
             prompt,
-            **{flag.name: flag.value for flag in decoding},
+            **options,
             stream=printer(sys.stdout, live=sys.stdout.isatty()) if values.stream else False,
         )
+
+
+def _converse(values: flags.FlagValues, options: dict[str, Any]) -> None:
+    from pasta_jax import load
+    from pasta_jax.live.conversation import converse
+
+    with _refusing():
+        converse(load(values.ckpt, **loading_options(values)), **options)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """What cannot be decoded is one line, and status 2."""
+    from pasta_jax.checkpoints.about import CheckpointError
+
+    try:
+        yield
     except (CheckpointError, ValueError) as error:
         refuse(str(error))
     except Exception as error:

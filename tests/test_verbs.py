@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pasta_jax"], "Add --ckpt=WORKDIR and a prompt."),
+        (["pasta_jax"], "Add --ckpt=WORKDIR. Answers"),
+        (["pasta_jax", "--ckpt=W"], "Add a prompt, in quotes or on stdin."),
         (["pasta_jax", "Rivers?"], "Add --ckpt=WORKDIR. Answers"),
         (
             ["pasta_jax", "--ckpt=W", "Which", "rivers?"],
@@ -296,6 +297,19 @@ def test_prompts_and_sizes_that_cannot_be_end_in_one_line() -> None:
         assert done.returncode == 2 and re.match(message, done.stderr) and done.stderr.count("\n") == 1, (
             done.stderr
         )
+
+
+def test_what_comes_on_stdin_is_the_prompt() -> None:
+    """All of it, if no other is given."""
+    line = with_decode("raise ValueError(ascii(prompt))")
+    for words, stdin, prompt in (
+        ([], "Rivers:\n\n- the Nile\n", "Rivers:\n\n- the Nile"),
+        (["Hi"], "Rivers:", "Hi"),
+    ):
+        done = python(*line, *words, stdin=stdin)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{prompt!a}\n")
+    done = python("-m", "pasta_jax.console", "chat", "--ckpt=no/such", stdin="Hi\n")
+    assert done.returncode == 2 and done.stderr.startswith("No checkpoint at ")
 
 
 def test_quiet_and_verbose() -> None:

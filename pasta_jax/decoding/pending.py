@@ -143,14 +143,19 @@ class PendingAnswer:
 
     def events(self) -> Iterator[Event]:
         """Its events, as they come. Raises the error that ended the request, if one did."""
+        for events in self.looks():
+            yield from events
+
+    def looks(self) -> Iterator[list[Event]]:
+        """As `events`; those that come together are one list, for a consumer that draws them."""
         reader = _Reader(self)
         with self._followed(lambda: None):
             while not reader.ended:
                 trace, events = reader.read()
-                yield from events
+                yield events
                 if not reader.ended:
                     self._work.wait(lambda: self.trace is not trace or self.done, self)  # noqa: B023
-        yield self._done_event()
+        yield [self._done_event()]
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """As `events`; it never blocks the event loop, whether the decoder is serving or not."""

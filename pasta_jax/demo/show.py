@@ -12,12 +12,10 @@ from pasta_jax.data.prompts import read_questions
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
 from pasta_jax.decoding.request import SamplingParams
-from pasta_jax.decoding.results import DecodeResult
 from pasta_jax.decoding.state import Limits
-from pasta_jax.decoding.streaming import Consumed, new_events
 from pasta_jax.demo.prompts import PROMPTS
-from pasta_jax.demo.screen import Plain, Screen, faint, has_colours, in_colour, is_live
 from pasta_jax.evaluate.answers import LANES, THREADS, Answered, answered
+from pasta_jax.live import screen
 from pasta_jax.memory import return_freed
 from pasta_jax.model.forms import outputs_first
 from pasta_jax.rounding import next_power_of_two, round_up
@@ -73,8 +71,6 @@ class Stage:
         self.parallel = self.sequential = Decoder(model, limits=limits, prompt_buckets=[self._bucket])
         self._warm_up(self.parallel)
         self._sampling, self._alone = sampling, dataclasses.replace(sampling, open_bias=-math.inf)
-        self.live = is_live(sys.stdout)
-        self.colours = self.live and has_colours()
 
     def compare_with(self, baseline: Model) -> None:
         """Another model answers sequentially; what is compiled is shared if it fits."""
@@ -95,10 +91,10 @@ class Stage:
         decoder.decode([ids], [SamplingParams(max_new_tokens=WARM_TOKENS)])
 
     def show(self, number: int) -> Shown:
-        """Answers a prompt twice, and says how long it took."""
+        """Answers a prompt twice, and says how long it took: drawing is not timed."""
         prompt = self.prompts[number]
         print(f"\n{'=' * self.columns}\n> {prompt}\n")
-        parallel = self._answer(self.parallel, number, self._sampling)
+        parallel = screen.show(self.parallel.submit(prompt, self._sampling), sys.stdout)
         stats = parallel.stats
         chart = timeline(parallel, width=self.columns)
         print(f"\n{self._coloured(chart)}\n")
@@ -106,7 +102,7 @@ class Stage:
             f"{stats.text_tokens} tokens of text in {stats.decode_steps} steps and {stats.wall_s:.1f} s, "
             f"{len(parallel.branches)} branches. Now the same question, one token at a time:\n"
         )
-        alone = self._answer(self.sequential, number, self._alone)
+        alone = screen.show(self.sequential.submit(prompt, self._alone), sys.stdout)
         print(
             f"\n{alone.stats.text_tokens} tokens in {alone.stats.decode_steps} steps and "
             f"{alone.stats.wall_s:.1f} s."
@@ -118,29 +114,14 @@ class Stage:
         """Of the terminal, but at most 100."""
         return min(shutil.get_terminal_size().columns - 1, 100)
 
-    def _answer(self, decoder: Decoder, number: int, sampling: SamplingParams) -> DecodeResult:
-        """Decodes a prompt and shows it meanwhile; drawing is not timed."""
-        view = Screen(sys.stdout, colours=self.colours) if self.live else Plain(sys.stdout)
-        vocabulary, seen = decoder.model.tokenizer.vocabulary, Consumed()
-        ids = decoder.model.tokenizer.encode_prompt(self.prompts[number])
-        answer = decoder.submit(ids, sampling)
-        answer.watched = True
-        try:
-            while not answer.done:
-                answer.step()
-                assert answer.trace is not None
-                seen, events = new_events(seen, answer.trace, vocabulary)
-                view.update(events, last=answer.done)
-        finally:
-            answer.cancel()
-        return answer.result()
-
     def _coloured(self, chart: str) -> str:
         """Each branch's line in the colour of its text."""
-        if not self.colours:
+        if not (screen.is_live(sys.stdout) and screen.has_colours()):
             return chart
         ruler, *threads = chart.splitlines()
-        return "\n".join([faint(ruler), *(in_colour(line, i) for i, line in enumerate(threads))])
+        return "\n".join(
+            [screen.faint(ruler), *(screen.in_colour(line, i) for i, line in enumerate(threads))]
+        )
 
 
 def light(model: Model) -> Model:

@@ -7,15 +7,24 @@ the end of Python) only a real one shows: `real=True`.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import fcntl
 import multiprocessing
 import os
 import pathlib
+import re
 import runpy
+import select
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pasta_jax.memory import TUNABLES
@@ -33,6 +42,7 @@ def python(
     *words: str,
     cwd: pathlib.Path = ROOT,
     env: Mapping[str, str | None] = {},
+    stdin: str = "",
     seconds: float = 300,
     real: bool = False,
 ) -> subprocess.CompletedProcess[str]:
@@ -42,19 +52,20 @@ def python(
       words: all that follows `python`.
       cwd: where it runs.
       env: what else its environment has; with None, what it lacks. Settings of jax have been read before.
+      stdin: what comes on it.
       seconds: it may take, or it is killed.
       real: start Python.
     """
-    settings = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "PYTHONPATH": str(ROOT), **env}
-    left = {name: value for name, value in settings.items() if value is not None}
+    left = _settings(env)
     if real:
-        options: dict[str, Any] = dict(cwd=cwd, env=left, timeout=seconds)
+        options: dict[str, Any] = dict(cwd=cwd, env=left, input=stdin, timeout=seconds)
         return subprocess.run(
             [sys.executable, *words], **options, capture_output=True, text=True, check=False
         )
     with tempfile.TemporaryDirectory() as folder:
-        out, err = (pathlib.Path(folder, name) for name in ("out", "err"))
-        process = FORKS.Process(target=_run, args=(words, str(cwd), left, str(out), str(err)))
+        files = given, out, err = [pathlib.Path(folder, name) for name in ("in", "out", "err")]
+        given.write_text(stdin, encoding="utf-8")
+        process = FORKS.Process(target=_run, args=(words, str(cwd), left, [*map(str, files)]))
         process.start()
         process.join(seconds)
         if process.is_alive():
@@ -64,13 +75,78 @@ def python(
         return subprocess.CompletedProcess(words, process.exitcode, _read(out), _read(err))
 
 
+@contextlib.contextmanager
+def on_terminal(*words: str, env: Mapping[str, str | None] = {}) -> Iterator[Typing]:
+    """The same command on a terminal of 60 columns, at which somebody types."""
+    ours, its = os.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
+    settings = _settings({"TERM": "xterm", "INPUTRC": os.devnull, **env})
+    process = FORKS.Process(target=_run, args=(words, str(ROOT), settings, [os.ttyname(its)] * 3))
+    process.start()
+    try:
+        yield Typing(ours, process)
+    finally:
+        process.kill()
+        process.join()
+        os.close(ours)
+        os.close(its)
+
+
+class Typing:
+    """Who types at a terminal and reads what it shows.
+
+    Attributes:
+      shown: all that was written to it.
+    """
+
+    def __init__(self, terminal: int, process: Any):
+        self._terminal, self._process, self.shown = terminal, process, ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def until(self, pattern: str, seconds: float = 120) -> re.Match[str]:
+        """Finds a pattern in what is shown from now on, as soon as it is there."""
+        start, end = len(self.shown), time.monotonic() + seconds
+        while (found := re.search(pattern, self.shown[start:])) is None:
+            assert self._read(end - time.monotonic()), self.shown[start:]
+        return found
+
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def status(self, seconds: float = 60) -> int | None:
+        """Of the command, None if it goes on; what it shows meanwhile is read."""
+        end = time.monotonic() + seconds
+        while self._process.is_alive() and time.monotonic() < end:
+            self._read(0.1)
+        while self._read(0):
+            pass
+        return self._process.exitcode
+
+    def _read(self, seconds: float) -> bool:
+        """Waits for something that is shown, and reads it."""
+        is_there = bool(select.select([self._terminal], [], [], seconds)[0])
+        if is_there:
+            self.shown += self._decoder.decode(os.read(self._terminal, 4096))
+        return is_there
+
+
+def _settings(env: Mapping[str, str | None]) -> dict[str, str]:
+    settings = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "PYTHONPATH": str(ROOT), **env}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def _read(file: pathlib.Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _run(words: tuple[str, ...], cwd: str, env: Mapping[str, str], out: str, err: str) -> None:
-    for file, number in ((out, 1), (err, 2)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+def _run(words: tuple[str, ...], cwd: str, env: Mapping[str, str], files: list[str]) -> None:
+    os.setsid()  # a terminal that it opens is its own: Ctrl-C comes to it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what a shell starts in the background ignores it
+    for number, file in enumerate(files):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     os.environ.clear()
     os.environ.update(env)
     os.environ.setdefault(TUNABLES, "")  # else `train` would start this process anew, as what it is not

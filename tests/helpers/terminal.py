@@ -8,7 +8,7 @@ import unicodedata
 
 
 class Terminal(io.StringIO):
-    """Understands what `demo.screen` writes. What a terminal would show otherwise (a line too long) is an error.
+    """Understands what `live.screen` writes. What a terminal would show otherwise (a line too long) is an error.
 
     Attributes:
       lines: those that scrolled away, then those of the window; the cursor is at the end of one.

@@ -6,9 +6,11 @@ import itertools
 import os
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
+from pasta_jax.decoding.pending import PendingAnswer
+from pasta_jax.decoding.results import DecodeResult
 from pasta_jax.decoding.state import MAIN
 from pasta_jax.decoding.streaming import Draft, Event
 from pasta_jax.terminal import ERASE, FAINT, PLAIN
@@ -23,12 +25,17 @@ GROWING = "▌"
 """Ends the text of a thread that is still being decoded."""
 
 
+UNSEEN = "\N{REPLACEMENT CHARACTER}"
+"""Stands for controls in a text: they would be the terminal's."""
+
+
 class Document:
     """The text that the events of an answer have built so far, by threads."""
 
     def __init__(self) -> None:
         self._parts: dict[int, list[str | int]] = {MAIN: []}
         self._closed: set[int] = set()
+        self._length: int | None = None  # when it is complete: a stop string may have cut it
 
     def add(self, event: Event) -> None:
         """Adds the next event."""
@@ -40,17 +47,23 @@ class Document:
                 self._parts[event.branch] = []
             case "closed":
                 self._closed.add(event.branch)
+            case "done" if event.result:
+                self._length = len(event.result.text)
 
     @property
     def growing(self) -> int:
         """How many threads are not closed."""
         return len(self._parts) - len(self._closed)
 
-    def spans(self, thread: int = MAIN) -> Iterator[tuple[int, str]]:
-        """Texts in reading order, each with the thread that wrote it; a thread that goes on ends in GROWING."""
+    def characters(self) -> Iterator[tuple[int, str]]:
+        """Its text in reading order, each character with its thread; a thread that goes on ends in GROWING."""
+        characters = ((thread, each) for thread, text in self._spans(MAIN) for each in text)
+        return itertools.islice(characters, self._length)
+
+    def _spans(self, thread: int) -> Iterator[tuple[int, str]]:
         for part in self._parts[thread]:
             if isinstance(part, int):
-                yield from self.spans(part)
+                yield from self._spans(part)
             else:
                 yield thread, part
         if thread not in self._closed:
@@ -61,15 +74,17 @@ Line = list[tuple[int, str]]
 """Characters with their threads, in runs."""
 
 
-def wrapped(spans: Iterator[tuple[int, str]], columns: int) -> list[Line]:
+def wrapped(characters: Iterable[tuple[int, str]], columns: int) -> list[Line]:
     """The lines of a document on a terminal, broken at blanks where there are any."""
     lines: list[Line] = [[]]
     used = 0
-    for thread, character in ((thread, character) for thread, text in spans for character in text):
+    for thread, character in characters:
         if character == "\n":
             lines.append([])
             used = 0
             continue
+        if unicodedata.category(character) == "Cc":
+            character = " " if character.isspace() else UNSEEN
         if used + width(character) > columns:
             blanks = [i for i, (_, earlier) in enumerate(lines[-1], 1) if earlier == " "]
             cut = blanks[-1] if blanks and character != " " else len(lines[-1])
@@ -111,12 +126,13 @@ class Screen:
         self._left = 0  # lines of the document that scrolled away
         self._drawn = 0  # lines above the cursor that are drawn over
 
-    def update(self, events: Iterable[Event], *, last: bool) -> None:
-        """Adds events and draws. After the last ones the whole text is there, and the cursor below it."""
+    def update(self, events: Sequence[Event]) -> None:
+        """Adds events and draws. After the last one, "done", the whole text is there, and the cursor below it."""
         for event in events:
             self._document.add(event)
+        last = any(event.kind == "done" for event in events)
         columns, rows = shutil.get_terminal_size()
-        lines = wrapped(self._document.spans(), max(columns - 1, 10))
+        lines = wrapped(self._document.characters(), max(columns - 1, 10))
         room = len(lines) if last else max(rows - 2, 1)
         # The line that grows may yet take a word from the one before.
         growing = (i for i, line in enumerate(lines) if any(text.endswith(GROWING) for _, text in line))
@@ -145,14 +161,25 @@ class Plain:
         self._out = out
         self._draft, self._shown = Draft(), 0
 
-    def update(self, events: Iterable[Event], *, last: bool) -> None:
-        """Adds events, and writes what is settled."""
+    def update(self, events: Sequence[Event]) -> None:
+        """Adds events, and writes what is settled; after the last one, "done", the end of the line."""
         for event in events:
             self._draft.add(event)
         settled = self._draft.settled
-        self._out.write(settled[self._shown :] + "\n" * last)
+        self._out.write(settled[self._shown :] + "\n" * any(event.kind == "done" for event in events))
         self._out.flush()
         self._shown = len(settled)
+
+
+def show(answer: PendingAnswer, out: TextIO) -> DecodeResult:
+    """Decodes an answer and shows it meanwhile; whatever breaks that off cancels it."""
+    view = Screen(out, colours=has_colours()) if is_live(out) else Plain(out)
+    try:
+        for events in answer.looks():
+            view.update(events)
+    finally:
+        answer.cancel()
+    return answer.result()
 
 
 def in_colour(text: str, thread: int) -> str:
