@@ -32,7 +32,7 @@ LIMITS = Limits(lanes=4, threads=8, pool=120)
 @functools.cache
 def programs() -> Compiled:
     """Steps of one, two or four lanes, for three requests."""
-    sizes: Any = dict(limits=LIMITS, prompt_buckets=(16,), widths=(1, 2), pool_buckets=())
+    sizes: Any = dict(limits=LIMITS, prompt_buckets=(), widths=(1, 2), pool_buckets=())
     return Decoder(chatty_model(), rows=3, **sizes).compiled
 
 

@@ -24,7 +24,7 @@ from pasta_jax.lang import tags
 from pasta_jax.tokens import cost
 from pasta_jax.tokens.detokenize import read, threads_of
 from pasta_jax.tokens.positions import Positions
-from tests.helpers import AS_FOR_USERS, FULL, SEEDS_ARE_FIXED, full, only_full, optimized, slow
+from tests.helpers import AS_FOR_USERS, FULL, SEEDS_ARE_FIXED, chatty, full, only_full, optimized
 from tests.helpers.chatty import PROMPTS, WORDS, chatty_model, ids, log_softmax, once_through
 
 LIMITS = Limits(lanes=8, threads=16, pool=300)
@@ -113,7 +113,7 @@ FORMS: dict[int, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(
-    ("max_depth", "lanes"), [full(1, 1), full(1, 3), (1, 8), full(3, 1), full(3, 3), slow(3, 8)]
+    ("max_depth", "lanes"), [full(1, 1), full(1, 3), full(1, 8), full(3, 1), full(3, 3), (3, 8)]
 )
 def test_parity(max_depth, lanes, seed, monkeypatch):
     """Law 2: every token fed has all the logits, fed at once, that it had when it was decoded."""
@@ -194,10 +194,11 @@ class TestInvariance:
             assert sum(compared) > 100, "hardly any branch was compared"
 
     @pytest.mark.slow
+    @only_full
     def test_width(self, greedy):
-        """And, with the full counts, compiled as for users, with all care."""
+        """Compiled with little care, and as for users, with all of it."""
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
-        for widths, careful in [((1, 2, 3, 4, 6), False), ((1, 4), True)] if FULL else [((4,), False)]:
+        for widths, careful in (((1, 2, 3, 4, 6), False), ((1, 4), True)):
             with optimized() if careful else contextlib.nullcontext():
                 found = decode(SEEDS, greedy=greedy, widths=widths, careful=careful)
             assert [schedule(t) for t in found] == expected
@@ -218,11 +219,14 @@ class TestInvariance:
         assert [schedule(decode([seed], greedy=greedy)[0]) for seed in few] == expected[: len(few)]
 
     @pytest.mark.slow
-    def test_one_row_and_a_longer_pool(self, greedy):
-        """Both at once; with the full counts, each alone too."""
+    def test_fewer_rows_a_longer_pool_and_widths(self, greedy):
+        """All at once; with the full counts, one row and the pool each alone too."""
         expected = [schedule(t) for t in decode(SEEDS, greedy=greedy)]
-        row, longer = {"rows": 1}, {"limits": dataclasses.replace(LIMITS, pool=611)}
-        for changed in (row | longer, row, longer) if FULL else (row | longer,):
+        longer: dict[str, Any] = {"limits": dataclasses.replace(LIMITS, pool=611)}
+        changes: list[dict[str, Any]] = [{"rows": 3, "widths": (4,), **longer}]
+        if FULL:
+            changes += [{"rows": 1}, longer]
+        for changed in changes:
             assert [schedule(t) for t in decode(SEEDS, greedy=greedy, **changed)] == expected
 
 
@@ -290,7 +294,7 @@ def test_critical_path_is_the_steps_taken_with_lanes_to_spare():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("max_depth", "threads", "bias"), [full(1, 16, 3.5), (3, 3, 10.0), (3, 16, 3.5)])
+@pytest.mark.parametrize(("max_depth", "threads", "bias"), [full(1, 16, 3.5), (3, 3, 10.0), full(3, 16, 3.5)])
 def test_with_the_grammar_nothing_is_malformed(max_depth, threads, bias):
     """Not even where several threads want the last free one in the same step, as nearly always with 3 threads."""
     limits = Limits(min(4, threads), threads, 300, max_depth)
@@ -363,10 +367,12 @@ def test_a_mixed_batch_draws_as_each_row_does_alone():
 
 @pytest.mark.slow
 def test_pool_full_stops_one_row_with_its_text():
-    limits = Limits(lanes=8, threads=16, pool=40)
-    traces = decode(SEEDS, limits=limits)
+    """The decoder of other tests, whose pool is smaller than some answers."""
+    small = chatty.decoder()
+    traces, _ = small.decode(*requests(SEEDS, greedy=False))
     full = [t for t in traces if t.stop == Stop.CACHE_FULL]
-    assert full and all(len(t.tokens) == 40 for t in full)
+    assert full and all(len(t.tokens) == small.limits.pool for t in full)
+    assert len(full) < len(traces)
 
 
 def test_prompts_that_cannot_be_answered():

@@ -13,7 +13,7 @@ import pytest
 import pasta_jax
 from pasta_jax import console, kept, verbs
 from pasta_jax.tokens import chat
-from tests.helpers import ONE_DEVICE, only_full
+from tests.helpers import ONE_DEVICE, full, only_full
 from tests.helpers.commands import ROOT, python
 
 pytestmark = pytest.mark.slow
@@ -356,7 +356,7 @@ def test_ctrl_c_ends_a_command_in_one_line() -> None:
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGINT, "Interrupted.\n")
 
 
-@pytest.mark.parametrize("flag", ["--stream", "--nostream"])
+@pytest.mark.parametrize("flag", ["--stream", full("--nostream")])
 def test_a_reader_that_has_read_enough_ends_the_command(flag: str) -> None:
     """`| head`: no traceback, and the status of a command that a closed pipe ends."""
     line = with_decode(
