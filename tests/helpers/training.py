@@ -1,8 +1,10 @@
 """A training run of a few steps, on documents that count upwards."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from pasta_jax.model.config import ModelConfig
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.training import loop
 from pasta_jax.training.state import TrainState
+from pasta_jax.training.update import LossFn, Update, make_update
 
 TOKENIZER = WordTokenizer("the Nile is long")
 
@@ -63,7 +66,22 @@ def train(workdir: pathlib.Path, config: Config = CONFIG, source: Any = None, **
     devices = jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor]
     source = source or Counting()
     mesh = loop.training_mesh(config, devices)
-    return loop.train(config, source=source, tokenizer=TOKENIZER, workdir=workdir, mesh=mesh, **kwargs)
+    with mock.patch.object(loop, "make_update", one_update):
+        return loop.train(config, source=source, tokenizer=TOKENIZER, workdir=workdir, mesh=mesh, **kwargs)
+
+
+def one_update(
+    config: Config, mesh: Any, loss_fn: LossFn, record: type[ThreadedTokens] = ThreadedTokens
+) -> Update:
+    """`make_update`, once for all runs of this process that differ in nothing that it reads: it traces for long."""
+    some = config.init_from and "some weights"
+    same = dataclasses.replace(config, init_from=some, log=CONFIG.log, checkpoint=CONFIG.checkpoint)
+    return _update(same, mesh, loss_fn, record, jax.config.read("jax_disable_most_optimizations"))
+
+
+@functools.cache
+def _update(config: Config, mesh: Any, loss_fn: LossFn, record: Any, quick: bool) -> Update:
+    return make_update(config, mesh, loss_fn, record)
 
 
 def assert_same(a: Any, b: Any) -> None:
