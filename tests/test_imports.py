@@ -1,6 +1,7 @@
 """Law 11: imports point one way, light things stay light, and every configuration loads."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import re
@@ -68,6 +69,7 @@ def level(part: str) -> int:
     return found[0]
 
 
+@functools.cache
 def imports(file: pathlib.Path) -> set[str]:
     """Dotted names that a file imports, anywhere in it, including those for the type checker only."""
     names = set()
