@@ -19,7 +19,7 @@ from pasta_jax.decoding.state import Limits, Stop
 from pasta_jax.model import ModelConfig, Transformer
 from pasta_jax.model.families import FAMILIES, config_from_hf
 from pasta_jax.model.weights import hf_tensors
-from tests.helpers import full, optimized
+from tests.helpers import FULL, full, optimized
 from tests.helpers import tiny_families as tiny
 
 pytestmark = pytest.mark.slow
@@ -53,8 +53,8 @@ def model_of(name: str) -> tuple[tiny.TinyModel, Model]:
 
 @functools.cache
 def decoder_of(name: str, rows: int = len(tiny.LENGTHS)) -> Decoder:
-    """Decodes as on a CPU whose cache does not hold the weights. One family has steps of one lane, too."""
-    model, widths = model_of(name)[1], None if name == "mistral" else ()
+    """Decodes as on a CPU whose cache does not hold the weights. In full, one family has steps of one lane, too."""
+    model, widths = model_of(name)[1], (1,) if FULL and name == "mistral" else ()
     return Decoder(model, limits=LIMITS, rows=rows, prompt_buckets=(32,), widths=widths, cached_bytes=0)
 
 
