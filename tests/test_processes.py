@@ -24,7 +24,7 @@ MESHES = [*several.MESHES] if FULL else ["8x1"]
 STOPPED = "2x4" if FULL else "8x1"
 """Two processes start on it in the folder `stopped`, one of them gets a signal, and one process goes on."""
 
-PARTS = [*MESHES, "decode", *(["adapters", "damage", "round", "load"] if FULL else [])]
+PARTS = [*MESHES, "tell", *(["adapters", "damage", "decode", "round", "load"] if FULL else [])]
 
 
 # ------------------------------------------------------------------------------------------ two are one (law 9)
@@ -119,6 +119,7 @@ def test_one_process_reads_what_two_saved(runs: tuple[pathlib.Path, pathlib.Path
 
 
 @pytest.mark.slow
+@only_full
 def test_two_processes_decode_like_one(runs: tuple[pathlib.Path, pathlib.Path]) -> None:
     """Their rows lie on both."""
     expected, found = (json.loads((folder / "texts.json").read_text()) for folder in runs)

@@ -153,6 +153,10 @@ def decode(folder: pathlib.Path) -> None:
     ]
     traces, _ = decoder.decode([chatty.ids(prompt) for prompt in chatty.PROMPTS], sampling)
     write_json(folder / "texts.json", [result(model.tokenizer, trace).annotated for trace in traces])
+
+
+def tell(folder: pathlib.Path) -> None:
+    """Each process writes what the first one computed."""
     first = agreement.from_first(lambda: np.array([jax.process_index(), -1 / 3]), np.zeros(2))
     (folder.parent / f"told-{jax.process_index()}").write_text(str(first.tolist()))
 
@@ -165,7 +169,7 @@ def load_alone(folder: pathlib.Path) -> None:
 
 
 def do(folder: pathlib.Path, parts: Iterable[str]) -> None:
-    """Parts: a mesh, MESH:signal (stopped there), adapters, damage, decode, round, load; of two: fail, refuse."""
+    """Parts: a mesh, MESH:signal (stopped there), adapters, damage, decode, tell, round, load; and fail, refuse."""
     from pasta_jax.train import run
 
     for part in parts:
@@ -178,6 +182,8 @@ def do(folder: pathlib.Path, parts: Iterable[str]) -> None:
             train_on_from_damage(folder)
         elif part == "decode":
             decode(folder)
+        elif part == "tell":
+            tell(folder)
         elif part == "load":
             load_alone(folder)
         elif part in ("fail", "refuse"):
