@@ -70,9 +70,7 @@ def train(workdir: pathlib.Path, config: Config = CONFIG, source: Any = None, **
         return loop.train(config, source=source, tokenizer=TOKENIZER, workdir=workdir, mesh=mesh, **kwargs)
 
 
-def one_update(
-    config: Config, mesh: Any, loss_fn: LossFn, record: type[ThreadedTokens] = ThreadedTokens
-) -> Update:
+def one_update(config: Config, mesh: Any, loss_fn: LossFn, record: Any = ThreadedTokens) -> Update:
     """`make_update`, once for all runs of this process that differ in nothing that it reads: it traces for long."""
     some = config.init_from and "some weights"
     same = dataclasses.replace(config, init_from=some, log=CONFIG.log, checkpoint=CONFIG.checkpoint)
