@@ -5,7 +5,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compiling all that is installed takes pip half of its time. Python compiles what is imported, and keeps it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo almanac reproduce readme docs test quick check pytest fuzz tokenizers clean
+.PHONY: demo almanac reproduce readme docs notebooks test quick check pytest fuzz tokenizers clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo-installed  ## a published model answers in parallel, and sequentially; options: make demo ARGS="..."
@@ -45,6 +45,9 @@ tokenizers:  ## published tokenizers for the tests, into .cache: 300 MB come onc
 .venv/.reproduce-installed: requirements-reproduce.txt requirements.txt
 	$(call install,requirements-reproduce.txt,$@)
 
+.venv/.notebooks-installed: requirements-notebooks.txt requirements-reproduce.txt requirements.txt
+	$(call install,requirements-notebooks.txt,$@)
+
 .venv/.docs-installed: requirements-docs.txt
 	$(call install,requirements-docs.txt,$@)
 
@@ -66,6 +69,9 @@ readme: .venv/.test-installed  ## puts what `make demo` left in runs/demo into R
 
 docs: .venv/.docs-installed  ## the pages of docs/ as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+notebooks: .venv/.notebooks-installed  ## executes the notebooks, and keeps what they show
+	$(BIN)/python -m tests.notebooks $(ARGS)
 
 clean:  ## remove the environment and the caches; runs are kept
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache

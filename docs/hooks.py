@@ -13,6 +13,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
+IMAGE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")
+"""An image of another host, of which the site shows the words alone."""
+
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 """A link of Markdown: its text, its target, and its anchor."""
 
@@ -97,7 +100,7 @@ def inside(text: str, pages: set[str], repo_url: str | None) -> str:
             return f"[{words}]({repo_url.rstrip('/')}/blob/main/{where}{anchor})"
         return words
 
-    return LINK.sub(link, text)
+    return LINK.sub(link, IMAGE.sub(r"\1", text))
 
 
 # ---------------------------------------------------------------------------------------- called by mkdocs

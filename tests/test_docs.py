@@ -181,6 +181,27 @@ def test_the_site_has_every_page_once_and_no_link_out_of_it() -> None:
     )
 
 
+def test_badges_open_the_notebooks() -> None:
+    """Each in README.md and docs/notebooks.md, and in the notebook itself, at one address; the site has words."""
+    notebooks = [file.name for file in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    address = (
+        r"https://colab\.research\.google\.com/github/([\w-]+/[\w-]+)/blob/main/notebooks/(\w+\.ipynb)\)"
+    )
+    shown = {page: re.findall(address, TEXTS[page]) for page in ("README.md", "docs/notebooks.md")}
+    assert all([name for _, name in badges] == notebooks for badges in shown.values())
+    texts = [(ROOT / "notebooks" / name).read_text(encoding="utf-8") for name in notebooks]
+    own = [re.findall(address, text) for text in texts]
+    assert [[name for _, name in badges] for badges in own] == [[name] for name in notebooks]
+    repositories = {repository for badges in [*shown.values(), *own] for repository, _ in badges}
+    repositories |= {name for text in texts for name in re.findall(r"github\.com/([\w-]+/[\w-]+)", text)}
+    assert len(repositories) == 1
+    hooks, pages = site()
+    for page in ("index.md", "notebooks.md"):
+        assert "![" not in hooks.inside(pages[page], set(pages), None), (
+            f"{page} loads an image of another host"
+        )
+
+
 def test_the_glossary_and_the_reference_have_everything() -> None:
     _, pages = site()
     terms = rows(TEXTS["docs/design.md"].split("\n## 2.")[1].split("\n## ")[0])
