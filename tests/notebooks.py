@@ -63,7 +63,7 @@ def main(names: list[str]) -> None:
     os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        for part in ("configs", "notebooks", "setup.py"):
+        for part in ("configs", "notebooks"):
             (folder / part).symlink_to(ROOT / part)
         for notebook in NOTEBOOKS:
             if names and notebook.stem not in names:
