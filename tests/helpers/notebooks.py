@@ -74,7 +74,9 @@ def execute(path: str) -> None:
         subprocess.run(command, shell=True, check=True)
 
     names: dict[str, Any] = {"__name__": "__main__", "escape": escape}
-    sys.modules |= {"IPython": types.ModuleType("IPython"), "IPython.display": _display()}
+    parent: Any = types.ModuleType("IPython")
+    parent.get_ipython = lambda: None  # matplotlib asks
+    sys.modules |= {"IPython": parent, "IPython.display": _display()}
     os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for number, cell in enumerate(code_cells(read(pathlib.Path(path))), start=1):
         started = time.monotonic()
