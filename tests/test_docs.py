@@ -35,10 +35,10 @@ def marked(page: str, name: str) -> str:
     return part
 
 
-def test_the_table_of_the_readme_is_that_of_the_run() -> None:
-    """docs/almanac-table.md is as `make almanac` wrote it; README.md shows its first table and the versions."""
+def test_the_table_of_almanac_is_that_of_the_run() -> None:
+    """docs/almanac-table.md is as `make almanac` wrote it; docs/almanac.md shows its first table and the versions."""
     overview, families, *about = TEXTS["docs/almanac-table.md"].split("\n\n")
-    shown = marked("README.md", "table")
+    shown = marked("docs/almanac.md", "table")
     assert rows(shown) == rows(overview)
     names, *models = rows(overview)
     overall = {
