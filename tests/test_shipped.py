@@ -8,16 +8,20 @@ import pathlib
 import re
 import types
 
+import numpy as np
 import pytest
 
 import pasta_jax
 from pasta_jax.interchange.peft import CONFIG, TRAINED, WEIGHTS
 from pasta_jax.interchange.peft_reading import open_adapters
 from pasta_jax.lang.tags import PIECES
+from pasta_jax.model import Lora
 from pasta_jax.model.presets import preset
 from pasta_jax.real_model.prompts import held_out_prompts, training_prompts
 from pasta_jax.tokens.load import TAGS_FILE
 from tests.helpers import only_full
+from tests.helpers.commands import python
+from tests.helpers.lora_folders import logits_here, peft_or_skip
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODELS, BASE = ROOT / "models", ROOT / "runs" / "real" / "base"
@@ -103,3 +107,32 @@ def test_it_answers(name: str) -> None:
     model = pasta_jax.load(MODELS / name, base=BASE)
     answer = pasta_jax.decode(model, "Name three fruits.", max_new_tokens=24)
     assert answer.text.strip() and not answer.issues
+
+
+@only_full
+@pytest.mark.skipif(not BASE.exists(), reason="their base is not at hand, in runs/real/base")
+@shipped
+def test_peft_says_the_same(tmp_path: pathlib.Path) -> None:
+    """On the exported base, of all ids but those that promise; the tensors are in bfloat16, computed in float32."""
+    torch, transformers, peft = peft_or_skip()
+    done = python("-m", "pasta_jax.convert", f"--from={BASE}", f"--to={tmp_path / 'hf'}", "--noparity")
+    assert done.returncode == 0, done.stderr
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with gzip.open(ANSWERS, "rt", encoding="utf-8") as file:
+        said = [json.loads(line) for _, line in zip(range(5), file)]
+    for name in NAMES:
+        model = pasta_jax.load(MODELS / name, base=BASE, dtype="float32")
+        adapted = peft.PeftModel.from_pretrained(base, str(MODELS / name)).eval()
+        for each in said:
+            text = [
+                *model.tokenizer.encode_prompt(each["question"]),
+                *model.tokenizer.encode(each["response"]),
+            ]
+            tokens = np.array([text[:128]])
+            with torch.no_grad():
+                expected = adapted(torch.tensor(tokens)).logits.numpy()
+            found = logits_here(model.config, Lora(), model.params, tokens)
+            allowed = np.ones(found.shape[-1], bool)
+            allowed[7:13] = False
+            np.testing.assert_allclose(found[..., allowed], expected[..., allowed], atol=1e-3)
+        base = adapted.unload()
