@@ -9,4 +9,4 @@ PROMPTS = (
     "What are four ways to reduce waste at home?",
     "What is the capital of Australia?",
 )
-"""Their subjects are not in the data that the shipped adapters learned from. The last asks for one fact."""
+"""None is among the prompts that the shipped adapters learned from. The last asks for one fact."""
