@@ -36,7 +36,7 @@ def marked(page: str, name: str) -> str:
 
 
 def test_the_table_of_almanac_is_that_of_the_run() -> None:
-    """docs/almanac-table.md is as `make almanac` wrote it; docs/almanac.md shows its first table and the versions."""
+    """almanac-table.md is as `make almanac` wrote it; almanac.md shows its first table and the versions."""
     overview, families, *about = TEXTS["docs/almanac-table.md"].split("\n\n")
     shown = marked("docs/almanac.md", "table")
     assert rows(shown) == rows(overview)
