@@ -19,8 +19,16 @@ import requests
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from pasta_jax.decoding.session import Load
 from pasta_jax.decoding.streaming import Draft, Event
-from pasta_jax.serve.asked import Defaults, asked_of_chat, asked_of_completions, asked_of_responses
+from pasta_jax.serve.app import check_count
+from pasta_jax.serve.asked import (
+    Defaults,
+    asked_of_chat,
+    asked_of_completions,
+    asked_of_responses,
+    conversation,
+)
 from pasta_jax.serve.errors import ApiError
 from pasta_jax.serve.rates import Rates
 from pasta_jax.serve.responses import InOrder, Items
@@ -76,8 +84,18 @@ def test_what_is_asked() -> None:
         {"role": "assistant", "content": "The Nile, and the Don"},
         *SAID,
     ]
+    texts = [Joined("a"), Joined("b"), Joined("c")]
+    (joined,) = conversation([{"role": "user", "content": text} for text in texts], "messages")
+    assert joined["content"] == "a\n\nb\n\nc"
     seeds = {asked_of_responses({"input": "a"}, here).samplings[0].seed for _ in range(3)}
     assert len(seeds) == 3, "without a seed, each request has its own"
+
+
+class Joined(str):
+    """A text that is not to be added to others one by one: of a thousand, the first would be copied as often."""
+
+    def __radd__(self, other: str) -> str:
+        raise AssertionError("joined one by one")
 
 
 @pytest.mark.parametrize(
@@ -97,6 +115,8 @@ def test_what_is_asked() -> None:
         (asked_of_chat, {"messages": SAID, "n": 1.5}, "n"),
         (asked_of_chat, {"messages": SAID, "stop": [""]}, "stop"),
         (asked_of_chat, {"messages": SAID, "stop": 5}, "stop"),
+        (asked_of_chat, {"messages": SAID, "stop": ["a"] * 17}, "stop"),
+        (asked_of_chat, {"messages": SAID, "stop": "a" * 257}, "stop"),
         (asked_of_chat, {"messages": SAID, "tools": [{}]}, "tools"),
         (asked_of_chat, {"messages": SAID, "top_logprobs": 3}, "top_logprobs"),
         (asked_of_chat, {"messages": SAID, "response_format": {"type": "json_object"}}, "response_format"),
@@ -119,6 +139,19 @@ def test_what_cannot_be_served_is_named(read: Any, body: dict[str, Any], param: 
     error = caught.value.body["error"]
     assert error["param"] == param and param.partition("[")[0] in error["message"].lower() and error["code"]
     assert caught.value.status == (404 if param == "model" else 400)
+
+
+def test_more_answers_than_are_taken_at_once() -> None:
+    """They are counted before anything is made for each of them."""
+    taken = Load(6, 2, *(0,) * 4, serving=True, worked_s=0.0, reused=0, kept_bytes=0)
+    for prompts, n, param in ((4, 2, None), (4, 3, "n"), (9, 1, "prompt"), (300_000, 128, "prompt")):
+        asked = asked_of_completions({"prompt": [""] * prompts, "n": n}, Defaults("m"))
+        if param is None:
+            check_count(asked, taken)
+            continue
+        with pytest.raises(ApiError, match=f"{prompts * n} answers at once .* takes, 8") as caught:
+            check_count(asked, taken)
+        assert caught.value.status == 400 and caught.value.param == param
 
 
 def test_rates() -> None:
@@ -423,6 +456,7 @@ def test_errors_are_openais(server: Served) -> None:
         (server.post(chat, messages=[{"role": "user", "content": "cut \ud83d"}]), 400, "invalid_value", None),
         (server.post(chat, messages=[{"role": "assistant", "content": "a"}]), 400, "invalid_value", None),
         (server.post(chat, messages=SAID, n=100), 400, "invalid_value", "n"),
+        (server.post("/v1/completions", prompt=[""] * 100), 400, "invalid_value", "prompt"),
         (requests.get(server.url + chat), 405, "not_found", None),
         (requests.get(server.url + "/v1/nothing"), 404, "not_found", None),
         (requests.get(server.url + "/v1/models/gpt"), 404, "model_not_found", "model"),

@@ -33,7 +33,7 @@ from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.fits import DoesNotFit
 from pasta_jax.decoding.pending import PendingAnswer
 from pasta_jax.decoding.results import DecodeResult
-from pasta_jax.decoding.session import Closed, QueueFull
+from pasta_jax.decoding.session import Closed, Load, QueueFull
 from pasta_jax.decoding.streaming import Event
 from pasta_jax.serve import sse
 from pasta_jax.serve.asked import (
@@ -206,6 +206,7 @@ class Endpoint:
         service.rates.check(request.client.host if request.client else "")
         body = parsed(await body_of(request, settings.most_bytes))
         asked = self.read(body, Defaults(settings.model, settings.max_new_tokens))
+        check_count(asked, service.decoder.load)
         record.stream = asked.stream
         reply = self.reply(
             head(self.prefix, settings.model, service.decoder.model.tokenizer.vocabulary), asked
@@ -294,11 +295,6 @@ class _Answers:
 
     async def submitted(self) -> list[PendingAnswer]:
         """All of them. Raises ApiError."""
-        load, count = self._decoder.load, len(self._asked.requests)
-        if load.queue is not None and count > load.rows + load.queue:
-            raise wrong(
-                "n", f"{count} answers at once are more than this server takes, {load.rows + load.queue}."
-            )
         try:
             return await asyncio.to_thread(self._submit)
         except QueueFull:
@@ -380,6 +376,13 @@ def check_origin(request: Request) -> None:
     origin = request.headers.get("origin")
     if origin and origin.partition("://")[2] != request.headers.get("host"):
         raise ApiError(403, f"Pages of {origin[:80]} may not use this server.", "foreign_origin")
+
+
+def check_count(asked: Asked, load: Load) -> None:
+    """Raises ApiError for more answers than the server takes at once, before anything is made for each of them."""
+    if load.queue is not None and asked.count > (most := load.rows + load.queue):
+        message = f"{asked.count} answers at once are more than this server takes, {most}."
+        raise wrong("prompt" if len(asked.prompts) > most else "n", message)
 
 
 async def body_of(request: Request, most: int) -> bytes:

@@ -7,7 +7,9 @@ refused if they ask for something: an answer that ignores them would be another 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import operator
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -23,6 +25,9 @@ Prompt: TypeAlias = str | list[int] | list[dict[str, str]]
 Body: TypeAlias = Mapping[str, Any]
 
 MOST_CHOICES = 128
+
+MOST_STOPS, LONGEST_STOP = 16, 256
+"""Texts to stop at, and characters of one: the decoder's thread looks for them after every piece of text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,11 @@ class Asked:
     def n(self) -> int:
         """Answers to each prompt."""
         return len(self.samplings)
+
+    @property
+    def count(self) -> int:
+        """Answers in all."""
+        return len(self.prompts) * self.n
 
     @property
     def requests(self) -> list[tuple[Prompt, SamplingParams]]:
@@ -132,23 +142,26 @@ def conversation(messages: Sequence[Any], param: str) -> list[dict[str, str]]:
     Raises:
       ApiError: a message that is none, has a role or a content that a text model has no use for.
     """
-    joined: list[dict[str, str]] = []
-    for number, message in enumerate(messages):
-        where = f"{param}[{number}]"
-        if not isinstance(message, Mapping) or message.get("type", "message") != "message":
-            raise wrong(where, f'{where} is {shown(message)}. Give {{"role": ..., "content": ...}}.')
-        role = _ROLES.get(message["role"]) if isinstance(message.get("role"), str) else None
-        if role is None:
-            raise wrong(
-                f"{where}.role",
-                f"{where}.role is {shown(message.get('role'))}. Use one of {', '.join(_ROLES)}.",
-            )
-        content = _content(message.get("content"), role, f"{where}.content")
-        if joined and joined[-1]["role"] == role:
-            joined[-1]["content"] += ("" if role == "assistant" else "\n\n") + content
-        else:
-            joined.append({"role": role, "content": content})
-    return joined
+    said = [_said(message, f"{param}[{number}]") for number, message in enumerate(messages)]
+    return [
+        {
+            "role": role,
+            "content": ("" if role == "assistant" else "\n\n").join(text for _, text in neighbours),
+        }
+        for role, neighbours in itertools.groupby(said, operator.itemgetter(0))
+    ]
+
+
+def _said(message: Any, where: str) -> tuple[str, str]:
+    """The role and the content of a message."""
+    if not isinstance(message, Mapping) or message.get("type", "message") != "message":
+        raise wrong(where, f'{where} is {shown(message)}. Give {{"role": ..., "content": ...}}.')
+    role = _ROLES.get(message["role"]) if isinstance(message.get("role"), str) else None
+    if role is None:
+        raise wrong(
+            f"{where}.role", f"{where}.role is {shown(message.get('role'))}. Use one of {', '.join(_ROLES)}."
+        )
+    return role, _content(message.get("content"), role, f"{where}.content")
 
 
 def _content(content: Any, role: str, where: str) -> str:
@@ -201,15 +214,20 @@ def _samplings(body: Body, defaults: Defaults, max_tokens: str) -> tuple[Samplin
     }
     given = {name: value for name, value in options.items() if value is not None}
     n = _whole(body, "n", 1, MOST_CHOICES) or 1
-    return tuple(SamplingParams(**given, seed=(first + i) % 2**64) for i in range(n))
+    sampling = SamplingParams(**given)
+    return tuple(dataclasses.replace(sampling, seed=(first + i) % 2**64) for i in range(n))
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
     stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
     try:
-        return SamplingParams(stop=stops).stop
+        texts = SamplingParams(stop=stops).stop
     except ValueError as error:
         raise wrong("stop", str(error)) from None
+    if len(texts) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in texts):
+        message = f"Give at most {MOST_STOPS} texts of at most {LONGEST_STOP} characters."
+        raise wrong("stop", f"stop={shown(stop)}: {message}")
+    return texts
 
 
 def _is_ids(value: Any) -> bool:

@@ -24,7 +24,7 @@ class Completions:
 
     def __init__(self, head: Head, asked: Asked):
         self.head, self.asked = head, asked
-        count = len(asked.requests)
+        count = asked.count
         self._drafts, self._told, self._sent = (
             [Draft() for _ in range(count)],
             [Told() for _ in range(count)],
