@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import re
+import signal
 import socket
 import threading
 import time
@@ -21,7 +22,8 @@ pytest.importorskip("uvicorn")
 
 from pasta_jax.decoding.session import Load
 from pasta_jax.decoding.streaming import Draft, Event
-from pasta_jax.serve.app import check_count
+from pasta_jax.serve import server as serve_server
+from pasta_jax.serve.app import ROOM, check_count
 from pasta_jax.serve.asked import (
     Defaults,
     asked_of_chat,
@@ -439,6 +441,20 @@ def test_clients_of_every_kind(server: Served) -> None:
 
 
 @pytest.mark.slow
+def test_clients_that_keep_a_server_waiting(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request beyond all room is refused before its body is read; a connection without one is closed."""
+    monkeypatch.setattr(server.service, "active", 6 + 64 + ROOM)
+    with Raw(server) as large:
+        large.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+        reply = large.recv(4096)
+    assert reply.startswith(b"HTTP/1.1 503") and b"overloaded" in reply
+    monkeypatch.setattr(serve_server, "BODY_S", 0.1)
+    with Raw(server) as silent:
+        silent.sendall(b"POST /v1/compl")
+        assert silent.recv(1) == b""
+
+
+@pytest.mark.slow
 def test_errors_are_openais(server: Served) -> None:
     chat = "/v1/chat/completions"
     cases = [
@@ -562,3 +578,22 @@ def test_the_end_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
     fields = [record.__dict__["fields"] for record in caplog.records if "fields" in record.__dict__]
     assert len(fields) == 12 and "rivers" not in json.dumps(fields)
     assert {each["status"] for each in fields} == {200}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signals", "end_s"), [(1, 0.2), (2, 1000.0)])
+def test_a_client_that_never_reads_does_not_hold_the_end(signals: int, end_s: float) -> None:
+    """It is given up a while after the signal; after the second, at once."""
+    with served(end_s=end_s) as server:
+        silent = Raw(server)
+        silent.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)  # more replies than buffers hold
+        time.sleep(0.5)
+        connections = server.server.server_state.connections
+        assert connections
+        for _ in range(signals):
+            server.server.handle_exit(signal.SIGTERM, None)
+        until = time.monotonic() + 30
+        while connections and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not connections
+    silent.close()

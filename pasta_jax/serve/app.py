@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import hmac
 import logging
+import math
 import pathlib
 import re
 import secrets
@@ -57,6 +58,9 @@ LOG = logging.getLogger("pasta_jax")
 BODY_S = 30.0
 """For a client to send its request."""
 
+ROOM = 64
+"""Requests that may be read, refused or sent, beside as many as have a row or wait for one."""
+
 STALLED_S = 60.0
 """A client that takes no byte for so long has left."""
 
@@ -83,6 +87,7 @@ class Settings:
       most_bytes: of a request's body.
       rate: requests of one client in a minute; 0 is no limit.
       drain_delay_s: how long requests are still taken after the signal to end, while /ready says no.
+      end_s: how long the end waits for clients that do not take the last bytes.
       log_prompts: whether the log has prompts and answers.
     """
 
@@ -92,6 +97,7 @@ class Settings:
     most_bytes: int = 2**20
     rate: int = 0
     drain_delay_s: float = 0.0
+    end_s: float = 10.0
     log_prompts: bool = False
 
 
@@ -128,29 +134,40 @@ class Service:
         self.decoder, self.settings = decoder, settings
         self.metrics, self.rates = Metrics(), Rates(settings.rate)
         self.active = 0
-        self._until: float | None = None  # when requests are no longer taken
+        self._until = math.inf  # when requests are no longer taken
+        self._forced = math.inf  # when those whose clients do not read are given up
 
     @property
     def draining(self) -> bool:
-        return self._until is not None
+        return self._until < math.inf
+
+    @property
+    def forced(self) -> bool:
+        """Whether the server was told to end twice."""
+        return self._forced < math.inf
 
     @property
     def drained(self) -> bool:
-        """Whether the server is to end and nothing is left to be sent."""
-        return self._until is not None and time.monotonic() >= self._until and not self.active
+        """Whether the server is to end, and nothing is left to be sent that is waited for."""
+        now = time.monotonic()
+        return now >= self._until and (not self.active or now >= self._forced)
 
     def drain(self) -> None:
         """Ends the server, which takes no more requests and answers those it has; twice: it breaks them off."""
-        if self._until is None:
-            self._until = time.monotonic() + self.settings.drain_delay_s
+        now = time.monotonic()
+        if not self.draining:
+            self._until = now + self.settings.drain_delay_s
         else:
-            self._until = time.monotonic()
+            self._until, self._forced = now, now + self.settings.end_s
             threading.Thread(target=self.decoder.close, kwargs={"cancel": True}, daemon=True).start()
 
     def check_taking(self) -> None:
-        """Raises ApiError once requests are no longer taken."""
-        if self._until is not None and time.monotonic() >= self._until:
+        """Raises ApiError once requests are no longer taken, and for one more than there is room for."""
+        if time.monotonic() >= self._until:
             raise busy("This server is shutting down. Send the request to another.", "shutting_down")
+        load = self.decoder.load
+        if load.queue is not None and self.active > load.rows + load.queue + ROOM:
+            raise busy("Too many requests are read and answered. Try again in a moment.")
 
     def check_key(self, request: Request) -> None:
         """Raises ApiError for a request without one of the keys."""

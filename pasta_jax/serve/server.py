@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pasta_jax.serve.app import Service, application
+from pasta_jax.serve.app import BODY_S, Service, application
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -24,10 +27,27 @@ def bound(host: str, port: int) -> socket.socket:
     return listening
 
 
+class Connection(H11Protocol):
+    """A client's connection. It is closed if no request comes by it: uvicorn waits for the first without end."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._silence = self.loop.call_later(BODY_S, self._close_if_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._silence.cancel()
+        super().connection_lost(exc)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
+
+
 class Server(uvicorn.Server):
     """Serves until it is told to end and everything is answered.
 
     Until then it goes on to listen: a request that comes too late is refused in words, not by a broken connection.
+    Then clients have some seconds to take what is still on its way to them, or none if it is told to end twice.
 
     Args:
       service: what it serves.
@@ -36,7 +56,12 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, started: Callable[[str], object]):
         options = dict(
-            log_config=None, log_level="warning", access_log=False, server_header=False, lifespan="on"
+            http=Connection,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="on",
         )
         super().__init__(uvicorn.Config(application(service), **options))  # type: ignore[arg-type]
         self._service, self._tell = service, started
@@ -46,6 +71,19 @@ class Server(uvicorn.Server):
         assert sockets is not None
         host, port = sockets[0].getsockname()[:2]
         self._tell(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        breaks = asyncio.create_task(self._break_connections())
+        await super().shutdown(sockets)  # it waits until all are closed
+        breaks.cancel()
+
+    async def _break_connections(self) -> None:
+        """Those whose clients do not take what was sent to them."""
+        until = time.monotonic() + self._service.settings.end_s
+        while time.monotonic() < until and not self._service.forced:
+            await asyncio.sleep(0.1)
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.drain()

@@ -20,10 +20,11 @@ MODEL = "chatty"
 
 
 class Served:
-    """A running server: its service, and its address."""
+    """A running server, its service, and its address."""
 
-    def __init__(self, service: Service, port: int):
-        self.service, self.port, self.url = service, port, f"http://127.0.0.1:{port}"
+    def __init__(self, server: Server, service: Service, port: int):
+        self.server, self.service = server, service
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
 
     def post(self, path: str, **body: Any) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=60)
@@ -41,7 +42,7 @@ def served(own: Decoder | None = None, *, queue: int | None = 64, **settings: An
         thread.start()
         try:
             assert ready.wait(60)
-            yield Served(service, listening.getsockname()[1])
+            yield Served(server, service, listening.getsockname()[1])
         finally:
             service.drain()
             thread.join(60)
