@@ -255,6 +255,27 @@ async def awaited(answer: PendingAnswer) -> DecodeResult:
     return await answer
 
 
+@pytest.mark.filterwarnings("ignore:Exception in thread")
+def test_whoever_waits_works_if_the_serving_thread_ends() -> None:
+    """Also on an event loop, where nobody looks again by himself."""
+
+    def leave(event: Event) -> None:
+        if threading.current_thread().name == "pasta_jax decoder":
+            raise SystemExit
+
+    async def main(server: Decoder) -> list[str]:
+        answers = [server.submit(*ask(i)) for i in range(3)]
+        waits = [asyncio.create_task(awaited(answer)) for answer in answers[1:]]
+        await asyncio.sleep(0)  # they wait for the thread
+        answers[0].on_event(leave)
+        await asyncio.wait_for(asyncio.gather(*waits), 60)
+        return [answers[0].result().text, *(task.result().text for task in waits)]
+
+    with a_decoder().serving() as server:
+        assert asyncio.run(main(server)) == [alone(i).text for i in range(3)]
+        assert not server.load.serving
+
+
 def test_a_follower_may_use_the_decoder() -> None:
     """It may submit, wait for another answer, and close, though its thread is the one that decodes."""
     texts, closed = list[str](), threading.Event()

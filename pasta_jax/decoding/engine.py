@@ -179,7 +179,9 @@ class Decoder:
             raise
 
     def close(self, *, cancel: bool = False) -> None:
-        """Takes no more requests, until it serves again, and returns when those that it took are done.
+        """Returns when all requests that it took are done; `submit` takes no more, until it serves again.
+
+        `decode` and `enqueue` may still be called; whoever calls them then works.
 
         Args:
           cancel: end them now, with the text that they have.

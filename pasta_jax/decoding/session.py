@@ -197,14 +197,16 @@ class Session:
             worker = self._worker
             self._changed.notify_all()
         if cancel:
-            for answer in self._all():
-                answer.cancelled = True
+            self._cancel_all()
+            with self._lock:  # and those that were on their way from the queue to a row, or back
+                self._cancel_all()
             self.tidy()
-        if worker is None:
-            while not self.idle:
-                self.turn()
-        elif worker is not threading.current_thread():  # else a follower's function closes
+        if worker is threading.current_thread():  # a follower's function closes
+            return
+        if worker is not None:
             worker.join()
+        while not self.idle:
+            self.turn()
 
     @property
     def served(self) -> bool:
@@ -239,8 +241,12 @@ class Session:
                     self._give_up(error)
         finally:  # whatever ends it, those who wait then work themselves
             with self._changed:
-                self._worker = None
-                self._changed.notify_all()
+                if self._worker is threading.current_thread():  # closed, and serving anew, it is another
+                    self._worker = None
+            self._news.extend(self._all())
+            while self._news:
+                with contextlib.suppress(BaseException):  # a follower's function may be what ended it
+                    self._tell()
 
     def _has_work(self) -> bool:
         """Waits until there is work; False if there will be none."""
@@ -252,12 +258,12 @@ class Session:
 
     def _give_up(self, error: Exception) -> None:
         """Ends the requests that have had their tries."""
-        for answer in [answer for answer in self._waiting.copy() if answer.failures >= TRIES]:
-            with self._changed:
+        with self._lock:  # who cancels one removes it too
+            for answer in [answer for answer in self._waiting.copy() if answer.failures >= TRIES]:
                 self._waiting.remove(answer)
                 self._failed += 1
-            answer.error = error
-            self._news.append(answer)
+                answer.error = error
+                self._news.append(answer)
         self._tell()
 
     def _tell(self) -> None:
@@ -267,6 +273,10 @@ class Session:
         with contextlib.suppress(IndexError):
             while True:
                 self._news.popleft().tell()
+
+    def _cancel_all(self) -> None:
+        for answer in self._all():
+            answer.cancelled = True
 
     def _all(self) -> list[PendingAnswer]:
         """Those that wait and those that have a row."""
