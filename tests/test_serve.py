@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import random
@@ -23,6 +24,7 @@ pytest.importorskip("uvicorn")
 from pasta_jax.decoding.session import Load
 from pasta_jax.decoding.streaming import Draft, Event
 from pasta_jax.serve import server as serve_server
+from pasta_jax.serve.__main__ import log_for_programs
 from pasta_jax.serve.app import ROOM, check_count
 from pasta_jax.serve.asked import (
     Defaults,
@@ -89,6 +91,12 @@ def test_what_is_asked() -> None:
     texts = [Joined("a"), Joined("b"), Joined("c")]
     (joined,) = conversation([{"role": "user", "content": text} for text in texts], "messages")
     assert joined["content"] == "a\n\nb\n\nc"
+    wordy = {
+        "input": "a",
+        "text": {"format": {"type": "text"}, "verbosity": "low"},
+        "metadata": {"for": "me"},
+    }
+    assert asked_of_responses(wordy, here).echoed == {"instructions": None, "metadata": {"for": "me"}}
     seeds = {asked_of_responses({"input": "a"}, here).samplings[0].seed for _ in range(3)}
     assert len(seeds) == 3, "without a seed, each request has its own"
 
@@ -132,6 +140,10 @@ class Joined(str):
         (asked_of_completions, {"prompt": "a", "logprobs": 2}, "logprobs"),
         (asked_of_responses, {"input": "a", "previous_response_id": "r"}, "previous_response_id"),
         (asked_of_responses, {"input": "a", "stop": "b"}, "stop"),
+        (asked_of_responses, {"input": "a", "instructions": ["b"]}, "instructions"),
+        (asked_of_responses, {"input": "a", "metadata": {"for": 5}}, "metadata"),
+        (asked_of_responses, {"input": "a", "metadata": {"for": "cut \ud83d"}}, "metadata"),
+        (asked_of_responses, {"input": "a", "text": 5}, "text"),
         (asked_of_responses, {"input": "a", "text": {"format": {"type": "json_schema"}}}, "text"),
     ],
 )
@@ -145,7 +157,8 @@ def test_what_cannot_be_served_is_named(read: Any, body: dict[str, Any], param: 
 
 def test_more_answers_than_are_taken_at_once() -> None:
     """They are counted before anything is made for each of them."""
-    taken = Load(6, 2, *(0,) * 4, serving=True, worked_s=0.0, reused=0, kept_bytes=0)
+    counts = dict(running=0, waiting=0, submitted=0, failed=0, reused=0, kept_bytes=0)
+    taken = Load(rows=6, queue=2, serving=True, worked_s=0.0, **counts)
     for prompts, n, param in ((4, 2, None), (4, 3, "n"), (9, 1, "prompt"), (300_000, 128, "prompt")):
         asked = asked_of_completions({"prompt": [""] * prompts, "n": n}, Defaults("m"))
         if param is None:
@@ -156,7 +169,7 @@ def test_more_answers_than_are_taken_at_once() -> None:
         assert caught.value.status == 400 and caught.value.param == param
 
 
-def test_rates() -> None:
+def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     rates = Rates(2, lambda: now)
     for client in "aab":
@@ -168,6 +181,10 @@ def test_rates() -> None:
     rates.check("a")
     with pytest.raises(ApiError):
         rates.check("a")
+    monkeypatch.setattr("pasta_jax.serve.rates.MOST_CLIENTS", 2)
+    rates.check("b")
+    rates.check("c")  # a is forgotten: its last was before b's
+    rates.check("a")
 
 
 # -------------------------------------------------------------------------------------------- branches as items
@@ -271,9 +288,12 @@ def test_every_endpoint_has_the_text_of_the_request_alone(server: Served) -> Non
         assert chat["choices"][0]["finish_reason"] == finish
         completion = server.post("/v1/completions", prompt="rivers", **fields).json()
         assert completion["choices"][0]["text"] == expected.text
-        items = fields | {"max_output_tokens": fields["max_tokens"]}
+        items = fields | {"max_output_tokens": fields["max_tokens"], "metadata": {"number": str(number)}}
         response = server.post("/v1/responses", input="rivers", **items).json()
+        assert response["metadata"] == items["metadata"] and response["instructions"] is None
         assert response["status"] == {"stop": "completed", "length": "incomplete"}[finish]
+        *others, last = (item["status"] for item in response["output"])
+        assert last == response["status"] and {*others} <= {"completed"}
         texts = [part["text"] for item in response["output"] for part in item["content"]]
         assert "".join(texts) == expected.text
         assert len(response["output"]) > len(expected.branches) or not expected.text
@@ -446,7 +466,9 @@ def test_clients_that_keep_a_server_waiting(server: Served, monkeypatch: pytest.
     monkeypatch.setattr(server.service, "active", 6 + 64 + ROOM)
     with Raw(server) as large:
         large.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
-        reply = large.recv(4096)
+        reply = b""
+        while b"overloaded" not in reply and (part := large.recv(4096)):
+            reply += part
     assert reply.startswith(b"HTTP/1.1 503") and b"overloaded" in reply
     monkeypatch.setattr(serve_server, "BODY_S", 0.1)
     with Raw(server) as silent:
@@ -502,7 +524,7 @@ def test_keys_rates_and_a_full_queue() -> None:
             assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
         assert requests.get(f"{server.url}/v1/models").status_code == 401
         assert requests.get(f"{server.url}/health").status_code == 200
-        header = {"Authorization": "Bearer two"}
+        header = {"Authorization": "bearer two"}
         statuses = list[int]()
 
         def ask() -> None:
@@ -543,6 +565,16 @@ def test_health_metrics_and_the_page(server: Served) -> None:
     page = requests.get(server.url)
     assert "'unsafe-inline'" not in page.headers["content-security-policy"]
     assert not re.search(r"(?:src|href|url\()[=\"'(]*https?:", page.text), "it needs no other host"
+
+
+def test_the_log_is_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what uvicorn says of a client that sends rubbish."""
+    shown = io.StringIO()
+    for name in ("", "pasta_jax"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [logging.StreamHandler(shown)])
+    log_for_programs()
+    logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    assert json.loads(shown.getvalue())["message"] == "Invalid HTTP request received."
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from pasta_jax.decoding.options import real, switch, whole
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.messages import shown
 from pasta_jax.serve.errors import ApiError, wrong
+from pasta_jax.tokens.tokenizer import check_text
 
 Prompt: TypeAlias = str | list[int] | list[dict[str, str]]
 """A text or a conversation, which get the model's chat format, or ids."""
@@ -41,6 +42,7 @@ class Asked:
       usage: a stream ends with the count of tokens.
       branches: who wrote what when, in the extra field `pasta`.
       logprobs: log-probabilities of the text's tokens.
+      echoed: fields of the request that are sent back as they came.
     """
 
     prompts: tuple[Prompt, ...]
@@ -49,6 +51,7 @@ class Asked:
     usage: bool = False
     branches: bool = False
     logprobs: bool = False
+    echoed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -116,13 +119,18 @@ def asked_of_completions(body: Body, defaults: Defaults) -> Asked:
 
 def asked_of_responses(body: Body, defaults: Defaults) -> Asked:
     """What a request to /v1/responses asks for. Raises ApiError."""
-    _check(body, defaults, _NOT_IN_RESPONSES)
+    text = body.get("text")
+    known = {**body, "text": {"format": text.get("format")}} if isinstance(text, Mapping) else body
+    _check(known, defaults, _NOT_IN_RESPONSES)
     given = body.get("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else _sequence(body, "input")
     if (instructions := body.get("instructions")) is not None:
+        if not isinstance(instructions, str):
+            raise wrong("instructions", f"instructions is {shown(instructions)}. Give a text.")
         items = [{"role": "system", "content": instructions}, *items]
     samplings = _samplings({**body, "n": None, "stop": None}, defaults, "max_output_tokens")
-    return Asked((conversation(items, "input"),), samplings, **_streaming(body))
+    echoed = {"instructions": instructions, "metadata": _metadata(body)}
+    return Asked((conversation(items, "input"),), samplings, echoed=echoed, **_streaming(body))
 
 
 # ------------------------------------------------------------------------------------------------ single fields
@@ -230,6 +238,19 @@ def _stops(stop: Any) -> tuple[str, ...]:
     return texts
 
 
+def _metadata(body: Body) -> dict[str, str]:
+    """Words of a client's own about its request."""
+    metadata = body.get("metadata") or {}
+    try:
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("give an object of texts.")
+        for text in (*metadata, *metadata.values()):
+            check_text(text)
+    except ValueError as error:
+        raise wrong("metadata", f"metadata={shown(metadata)}: {error}") from None
+    return metadata
+
+
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
@@ -286,7 +307,7 @@ _NOT_IN_RESPONSES = {
     **_SAMPLING,
     **dict.fromkeys(("stop", "previous_response_id", "conversation", "background", "top_logprobs"), _NOTHING),
     "n": (None, 1),
-    "text": (None, {}, *({"format": form} for form in _TEXT_FORMAT)),
+    "text": (None, *({"format": form} for form in _TEXT_FORMAT)),
 }
 """Fields that would change the answer, each with the values that ask for nothing."""
 

@@ -248,6 +248,8 @@ class Responses:
         sampling, cause = self.asked.samplings[0], None
         if result is not None and FINISH.get(result.stop_reason) == "length":
             status, cause = "incomplete", {"reason": "max_output_tokens"}
+            for item in self._items.items[-1:]:
+                item.status = status
         body: dict[str, Any] = {
             "id": self.head.id,
             "object": "response",
@@ -255,9 +257,8 @@ class Responses:
             "status": status,
             "error": None,
             "incomplete_details": cause,
-            "instructions": None,
             "max_output_tokens": sampling.max_new_tokens,
-            "metadata": {},
+            **self.asked.echoed,
             "model": self.head.model,
             "output": self._items.output,
             "parallel_tool_calls": False,
