@@ -39,6 +39,12 @@ class JsonLines(logging.Formatter):
         return json.dumps(line | getattr(record, "fields", {}))
 
 
+def log_for_programs() -> None:
+    """Makes each line of the log a JSON object, the warnings of libraries such as uvicorn included."""
+    for handler in (*LOG.handlers, *logging.getLogger().handlers):
+        handler.setFormatter(JsonLines())
+
+
 def main(argv: Sequence[str]) -> None:
     """The command. Usage errors, and a model that cannot be served, end in one line and status 2."""
     values = flags.FLAGS
@@ -52,9 +58,8 @@ def main(argv: Sequence[str]) -> None:
     except ImportError as error:
         refuse(str(error))
     begin_first()
-    for handler in LOG.handlers:
-        if not sys.stderr.isatty():
-            handler.setFormatter(JsonLines())
+    if not sys.stderr.isatty():
+        log_for_programs()
     from pasta_jax.serve.app import Service
     from pasta_jax.serve.server import Server, bound
 

@@ -173,8 +173,9 @@ class Service:
         """Raises ApiError for a request without one of the keys."""
         if not self.settings.keys:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip().encode()
-        if not any(hmac.compare_digest(given, key.encode()) for key in self.settings.keys):
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode() if scheme.lower() == "bearer" else b""
+        if not any(hmac.compare_digest(given, each.encode()) for each in self.settings.keys):
             problem = "The API key is wrong." if given else "An API key is missing."
             message = f"{problem} Send the header Authorization: Bearer KEY."
             raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
@@ -265,10 +266,11 @@ class Endpoint:
                     continue
                 if event.result is not None:
                     results[choice] = checked(event.result)
-                if event.kind == "text" and record.first_text_s is None:
-                    record.first_text_s = time.perf_counter() - record.started
-                for part in reply.add(choice, event):
+                parts = [*reply.add(choice, event)]
+                for part in parts:
                     await out.more(part)
+                if parts and event.kind == "text" and record.first_text_s is None:
+                    record.first_text_s = time.perf_counter() - record.started
         for part in reply.end():
             await out.more(part)
         await out.end()

@@ -52,7 +52,10 @@ class Histogram:
 
 
 class Metrics:
-    """What has been counted since the server started. Of one thread: that of the event loop."""
+    """What has been counted since the server started.
+
+    A counter belongs to one thread: `compilations` to that which decodes, all others to the event loop's.
+    """
 
     def __init__(self) -> None:
         self._counts = collections.Counter[tuple[str, Labels]]()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pasta_jax.serve.errors import ApiError
 
 MOST_CLIENTS = 10_000
-"""Buckets that are kept. Those that are full again are forgotten first, and say the same as none."""
+"""Buckets that are kept: of more clients, the one that took a token longest ago is forgotten."""
 
 
 class Rates:
@@ -34,6 +34,7 @@ class Rates:
             message = f"More than {self.rate} requests in a minute. Try again in {math.ceil(wait)} s."
             headers = {"Retry-After": str(math.ceil(wait))}
             raise ApiError(429, message, "rate_limit_exceeded", headers=headers)
-        if len(self._full_at) >= MOST_CLIENTS:
-            self._full_at = {name: at for name, at in self._full_at.items() if at > now}
-        self._full_at[client] = full_at
+        self._full_at.pop(client, None)
+        self._full_at[client] = full_at  # the last of all
+        if len(self._full_at) > MOST_CLIENTS:
+            del self._full_at[next(iter(self._full_at))]
