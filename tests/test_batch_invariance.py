@@ -57,7 +57,7 @@ MakeModel = Callable[[], Model]
 @functools.cache
 def decoder(model: MakeModel, batch_invariant: bool) -> Decoder:
     limits = Limits(lanes=2, threads=4, pool=126)
-    sizes: Any = dict(prompt_buckets=(16,), batch_invariant=batch_invariant)
+    sizes: Any = dict(prompt_buckets=(16,), widths=(1,), batch_invariant=batch_invariant)
     return Decoder(model(), limits=limits, rows=4, chunk=16, **sizes)
 
 

@@ -17,6 +17,7 @@ import pasta_jax
 from pasta_jax import sharding
 from pasta_jax.compile.programs import decoder_programs
 from pasta_jax.config import Config
+from pasta_jax.decoding import cpu
 from pasta_jax.decoding.api import decoder_for
 from pasta_jax.decoding.compiled import Compiled, ProgramKey
 from pasta_jax.decoding.engine import Decoder
@@ -106,6 +107,27 @@ def test_steps_of_several_rows_read_a_small_part_of_the_pool_at_first(
     model = model_of(CONFIG, int8=False, mesh=None)
     decoder = Decoder(model, limits=Limits(lanes=4, threads=4, pool=1536), rows=rows, **settings)
     assert decoder.compiled.pool_buckets == buckets
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "widths"),
+    [
+        (1, {}, (2, 3, 4)),
+        (1, {"cached_bytes": 0}, (2, 4)),
+        (8, {}, (2, 4)),
+        (8, {"widths": (1, 9)}, (1, 4)),
+        (1, {"batch_invariant": True}, (4,)),
+        (1, {"platform": "gpu"}, (4,)),
+    ],
+)
+def test_steps_have_several_widths_on_a_cpu(
+    rows: int, settings: Any, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them for one row whose weights are cached."""
+    monkeypatch.setattr(cpu, "widths_for", lambda lanes, cached: (2, 3) if cached else (2,))
+    model = model_of(CONFIG, int8=False, mesh=None)
+    decoder = Decoder(model, limits=Limits(lanes=4, threads=4, pool=62), rows=rows, **settings)
+    assert decoder.compiled.widths == widths
 
 
 def test_long_prompts_are_padded_to_powers_of_two() -> None:
