@@ -193,7 +193,7 @@ class Fake:
 
     asked = 0
 
-    def __init__(self, model: str, *sizes: int, sequential: bool = False, like: Any = None, rows: int = 1):
+    def __init__(self, model: str, *sizes: int, sequential: bool = False, **others: Any):
         self.model, self.sequential = model, sequential
 
     def __call__(self, question: Question) -> Answered:
