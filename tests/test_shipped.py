@@ -33,10 +33,7 @@ ANSWERS = MODELS / "answers.jsonl.gz"
 
 MOST_BYTES = 5_000_000
 
-shipped = pytest.mark.skipif(not (MODELS / "smollm2-135m-pasta").exists(), reason="nothing was trained yet")
 
-
-@shipped
 def test_these_are_all() -> None:
     assert {path.name for path in MODELS.iterdir()} == {*NAMES, ANSWERS.name}
 
@@ -54,7 +51,6 @@ def test_the_answers_are_to_the_recipes_prompts() -> None:
     assert not {each.prompt for each in held_out_prompts(100)} & {record["question"] for record in records}
 
 
-@shipped
 @pytest.mark.parametrize("name", NAMES)
 def test_it_fits_its_base_and_is_small(name: str) -> None:
     folder = MODELS / name
@@ -76,7 +72,6 @@ def test_it_fits_its_base_and_is_small(name: str) -> None:
         )
 
 
-@shipped
 @pytest.mark.parametrize("name", NAMES)
 def test_its_card_says_what_it_is(name: str) -> None:
     """As the Hugging Face hub reads it; with the numbers, and with nothing left to fill in."""
@@ -101,7 +96,6 @@ def test_its_card_says_what_it_is(name: str) -> None:
 
 @only_full
 @pytest.mark.skipif(not BASE.exists(), reason="their base is not at hand, in runs/real/base")
-@shipped
 @pytest.mark.parametrize("name", NAMES)
 def test_it_answers(name: str) -> None:
     model = pasta_jax.load(MODELS / name, base=BASE)
@@ -111,7 +105,6 @@ def test_it_answers(name: str) -> None:
 
 @only_full
 @pytest.mark.skipif(not BASE.exists(), reason="their base is not at hand, in runs/real/base")
-@shipped
 def test_peft_says_the_same(tmp_path: pathlib.Path) -> None:
     """On the exported base, of all ids but those that promise; the tensors are in bfloat16, computed in float32."""
     torch, transformers, peft = peft_or_skip()
