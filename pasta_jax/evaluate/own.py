@@ -62,7 +62,7 @@ class Settings:
         second pass. None: all.
       audit: workdir or checkpoint of the model that audits the answers; "" for no audit.
       plain_kinds: kinds of prompts whose answers have no independent parts.
-      drawing: temperature, min_p and seed of both models (`SamplingParams`); {} is greedy.
+      drawing: how both models sample, as options of `SamplingParams`; {} is greedy.
     """
 
     ckpt: str
