@@ -32,6 +32,7 @@ import jax
 import pytest
 
 from pasta_jax.decoding import cpu
+from tests.helpers.widths import few_widths
 
 
 def pytest_configure() -> None:
@@ -50,13 +51,9 @@ def seed() -> int:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def few_widths() -> Iterator[None]:
-    """Steps of one lane or of all: each further width takes its time to compile, and none changes an answer.
-
-    (tests/test_decode.py shows that. Tests of widths name them.)
-    """
+def fewer_programs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "widths_for", lambda lanes, *, cached: tuple(sorted({1, lanes})))
+        patch.setattr(cpu, "widths_for", few_widths)
         yield
 
 

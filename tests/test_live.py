@@ -130,7 +130,6 @@ CHATTY = """if True:
     import json, os, sys, time
     import pasta_jax
     from pasta_jax import __main__ as verb
-    from pasta_jax.decoding import cpu
     from pasta_jax.decoding.compiled import Compiled
     from pasta_jax.decoding.engine import Decoder
     from pasta_jax.testing import WordTokenizer
@@ -159,7 +158,6 @@ CHATTY = """if True:
         return decode_chunk(self, *arguments)
 
     WordTokenizer.encode_chat, Decoder.warm_up, Compiled.decode_chunk = encoded, ready, slowly
-    cpu.widths_for = lambda lanes, cached: ()
     pasta_jax.load = lambda path, **options: chatty_model()
     sys.argv = ["pasta_jax", "--ckpt=W", *sys.argv[1:]]
     verb.command()

@@ -27,8 +27,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pasta_jax.decoding import cpu
 from pasta_jax.memory import TUNABLES
-from tests.helpers import ONE_DEVICE
+from tests.helpers import FULL, ONE_DEVICE
+from tests.helpers.widths import few_widths
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -151,6 +153,8 @@ def _run(words: tuple[str, ...], cwd: str, env: Mapping[str, str], files: list[s
     os.environ.update(env)
     os.environ.setdefault(TUNABLES, "")  # else `train` would start this process anew, as what it is not
     os.chdir(cwd)
+    if not FULL:
+        cpu.widths_for = few_widths
     kind, what, *arguments = words
     sys.argv = [kind, *arguments]
     if kind == "-c":
