@@ -16,7 +16,8 @@ from pasta_jax.checkpoints.about import find_checkpoint
 from pasta_jax.checkpoints.load import load_params
 from pasta_jax.training.metrics import read_metrics
 from tests.helpers import FULL, full, only_full, several
-from tests.helpers.started import free_port, start, wait
+from tests.helpers.commands import Fork
+from tests.helpers.started import fork, free_port, start, wait
 
 MESHES = [*several.MESHES] if FULL else ["8x1"]
 """One process starts on 8x1, and two go on."""
@@ -30,11 +31,11 @@ PARTS = [*MESHES, "tell", *(["adapters", "damage", "decode", "round", "load"] if
 # ------------------------------------------------------------------------------------------ two are one (law 9)
 
 
-def pair(work: pathlib.Path, *parts: str) -> list[subprocess.Popen[bytes]]:
+def pair(work: pathlib.Path, *parts: str) -> list[Fork]:
     """Two processes, whose output goes to log-0 and log-1 beside the folder."""
     port, logs = str(free_port()), [work.parent / f"log-{index}" for index in range(2)]
     line = ["-m", "tests.helpers.several"]
-    return [start([*line, str(i), port, str(work), *parts], logs[i]) for i in range(2)]
+    return [fork([*line, str(i), port, str(work), *parts], logs[i]) for i in range(2)]
 
 
 def said(work: pathlib.Path, index: int) -> list[str]:

@@ -7,10 +7,11 @@ the end of Python) only a real one shows: `real=True`.
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import contextlib
 import fcntl
-import multiprocessing
+import multiprocessing.util
 import os
 import pathlib
 import re
@@ -24,7 +25,8 @@ import tempfile
 import termios
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from pasta_jax.decoding import cpu
@@ -67,14 +69,39 @@ def python(
     with tempfile.TemporaryDirectory() as folder:
         files = given, out, err = [pathlib.Path(folder, name) for name in ("in", "out", "err")]
         given.write_text(stdin, encoding="utf-8")
-        process = FORKS.Process(target=_run, args=(words, str(cwd), left, [*map(str, files)]))
-        process.start()
-        process.join(seconds)
-        if process.is_alive():
-            process.kill()
-            raise subprocess.TimeoutExpired(words, seconds)
-        assert process.exitcode is not None
-        return subprocess.CompletedProcess(words, process.exitcode, _read(out), _read(err))
+        status = started(words, files, cwd, left).wait(seconds)
+        return subprocess.CompletedProcess(words, status, _read(out), _read(err))
+
+
+class Fork:
+    """A command that was started; of `subprocess.Popen`, what tests use."""
+
+    def __init__(self, process: BaseProcess):
+        self._process = process
+
+    def poll(self) -> int | None:
+        """Its status, None as long as it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its status. If it takes longer, in seconds, it is killed, and `subprocess.TimeoutExpired` raised."""
+        self._process.join(timeout)
+        if (status := self.poll()) is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
+        return status
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def started(
+    words: tuple[str, ...], files: Sequence[pathlib.Path | str], cwd: pathlib.Path, env: Mapping[str, str]
+) -> Fork:
+    """Starts `python WORDS`. Files are its stdin, stdout and stderr; `env` is all of its environment."""
+    process = FORKS.Process(target=_run, args=(words, str(cwd), dict(env), [*map(str, files)]))
+    process.start()
+    return Fork(process)
 
 
 @contextlib.contextmanager
@@ -83,13 +110,12 @@ def on_terminal(*words: str, env: Mapping[str, str | None] = {}) -> Iterator[Typ
     ours, its = os.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
     settings = _settings({"TERM": "xterm", "INPUTRC": os.devnull, **env})
-    process = FORKS.Process(target=_run, args=(words, str(ROOT), settings, [os.ttyname(its)] * 3))
-    process.start()
+    fork = started(words, [os.ttyname(its)] * 3, ROOT, settings)
     try:
-        yield Typing(ours, process)
+        yield Typing(ours, fork)
     finally:
-        process.kill()
-        process.join()
+        fork.kill()
+        fork.wait()
         os.close(ours)
         os.close(its)
 
@@ -101,8 +127,8 @@ class Typing:
       shown: all that was written to it.
     """
 
-    def __init__(self, terminal: int, process: Any):
-        self._terminal, self._process, self.shown = terminal, process, ""
+    def __init__(self, terminal: int, fork: Fork):
+        self._terminal, self._fork, self.shown = terminal, fork, ""
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def until(self, pattern: str, seconds: float = 120) -> re.Match[str]:
@@ -118,11 +144,11 @@ class Typing:
     def status(self, seconds: float = 60) -> int | None:
         """Of the command, None if it goes on; what it shows meanwhile is read."""
         end = time.monotonic() + seconds
-        while self._process.is_alive() and time.monotonic() < end:
+        while self._fork.poll() is None and time.monotonic() < end:
             self._read(0.1)
         while self._read(0):
             pass
-        return self._process.exitcode
+        return self._fork.poll()
 
     def _read(self, seconds: float) -> bool:
         """Waits for something that is shown, and reads it."""
@@ -155,6 +181,8 @@ def _run(words: tuple[str, ...], cwd: str, env: Mapping[str, str], files: list[s
     os.chdir(cwd)
     if not FULL:
         cpu.widths_for = few_widths
+    # What Python runs at its end, and a fork does not.
+    multiprocessing.util.Finalize(None, atexit._run_exitfuncs, exitpriority=0)
     kind, what, *arguments = words
     sys.argv = [kind, *arguments]
     if kind == "-c":

@@ -7,8 +7,9 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 
-from tests.helpers import ONE_DEVICE
+from tests.helpers import ONE_DEVICE, commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -18,15 +19,24 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+FOUR_DEVICES = {"XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"}
+
+
+def fork(arguments: list[str], log: pathlib.Path) -> commands.Fork:
+    """As `start`, from a process that has imported jax: for tests that are not about how Python starts."""
+    files = (os.devnull, log.with_suffix(".out"), log)
+    return commands.started(tuple(arguments), files, ROOT, os.environ | FOUR_DEVICES)
+
+
 def start(arguments: list[str], log: pathlib.Path, **env: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"} | env
+    environment = os.environ | FOUR_DEVICES | env
     with log.open("wb") as err, log.with_suffix(".out").open("wb") as out:
         return subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=out, stderr=err
         )
 
 
-def wait(started: list[subprocess.Popen[bytes]], seconds: float) -> list[int]:
+def wait(started: Sequence[subprocess.Popen[bytes] | commands.Fork], seconds: float) -> list[int]:
     """The statuses with which processes end. None of them is left."""
     try:
         return [process.wait(timeout=seconds) for process in started]
