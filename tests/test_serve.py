@@ -216,6 +216,7 @@ class Accumulated:
     def __init__(self) -> None:
         self.items: dict[int, list[str]] = {}
         self.done: dict[int, str] = {}
+        self.statuses: dict[int, str] = {}
         self.ids: dict[int, str] = {}
 
     def add(self, event: dict[str, Any]) -> None:
@@ -235,6 +236,7 @@ class Accumulated:
             case "output_item.done":
                 assert event["item"]["id"] == self.ids[index] and index not in self.done
                 self.done[index] = "".join(part["text"] for part in event["item"]["content"])
+                self.statuses[index] = event["item"]["status"]
         if "item_id" in event:
             assert event["item_id"] == self.ids[index]
 
@@ -257,10 +259,13 @@ def test_items_are_the_document(seed: int) -> None:
                 client.add(sent)
                 interleaved += sent["output_index"] < last
                 last = sent["output_index"]
+        for sent in items.end("completed"):
+            client.add(sent)
         assert client.text == str(draft) == "".join(client.done[i] for i in sorted(client.items))
         assert all(part.done for item in items.items for part in item.parts)
         follows = Items("y", branches=False)
         texts = [sent.get("delta", "") for event in ordered for sent in follows.add(event)]
+        texts += [sent.get("delta", "") for sent in follows.end("completed")]
         assert "".join(texts) == str(draft)
         assert [[part.text for part in item.parts] for item in follows.items] == [*client.items.values()]
         deepest = max(deepest, *(len(parts) for parts in client.items.values()))
@@ -380,6 +385,8 @@ def test_responses_stream(server: Served) -> None:
         client.add(event)
     assert client.text == alone("rivers", asked(3)).text
     assert [item["id"] for item in last["response"]["output"]] == [*client.ids.values()]
+    assert [item["status"] for item in last["response"]["output"]] == [*client.statuses.values()]
+    assert client.statuses[len(client.statuses) - 1] == last["response"]["status"] == "incomplete"
     whole = server.post("/v1/responses", input="rivers", **fields).json()
     strip = [[part["text"] for part in item["content"]] for item in whole["output"]]
     assert strip == [*client.items.values()]
@@ -474,6 +481,13 @@ def test_clients_that_keep_a_server_waiting(server: Served, monkeypatch: pytest.
     with Raw(server) as silent:
         silent.sendall(b"POST /v1/compl")
         assert silent.recv(1) == b""
+    with Raw(server) as dribbling:
+        dribbling.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        reply = dribbling.recv(4096)
+        dribbling.sendall(b"GET /hea")
+        while part := dribbling.recv(4096):
+            reply += part
+    assert reply.startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.slow

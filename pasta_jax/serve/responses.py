@@ -119,10 +119,15 @@ class Items:
                 nested = self._nested[event.branch]
                 if nested.thread == event.branch:
                     yield from self._end_part(nested.part)
-            case "closed":
-                if not self.items:  # the answer is empty
-                    yield from self._open_item(MAIN, None)
+            case "closed" if event.branch != MAIN:
                 yield from self._close_item(event.branch)
+
+    def end(self, status: str) -> Iterator[dict[str, Any]]:
+        """What the end of the answer adds: its last item gets the status of the answer."""
+        if not self.items:  # the answer is empty
+            yield from self._open_item(MAIN, None)
+        yield from self._close_item(MAIN, status)
+        self.items[-1].status = status
 
     def _write(self, event: Event) -> Iterator[dict[str, Any]]:
         thread = event.branch
@@ -162,7 +167,7 @@ class Items:
             yield self._part_event("output_text.done", part, text=part.text, logprobs=[])
             yield self._part_event("content_part.done", part, part=part.body)
 
-    def _close_item(self, thread: int) -> Iterator[dict[str, Any]]:
+    def _close_item(self, thread: int, status: str = "completed") -> Iterator[dict[str, Any]]:
         item = self._item_of.pop(thread, None)
         if item is None:
             return
@@ -172,7 +177,7 @@ class Items:
         self._part_of.pop(thread, None)
         for part in item.parts:
             yield from self._end_part(part)
-        item.status = "completed"
+        item.status = status
         yield self._item_event("output_item.done", item)
 
     # ---------------------------------------------------------------------------------------- how it is written
@@ -218,9 +223,9 @@ class Responses:
     def whole(self, results: Sequence[DecodeResult]) -> dict[str, Any]:
         result, vocabulary = results[0], self.head.vocabulary
         for event in new_events(Consumed(), result.trace, vocabulary)[1]:
-            for _ in self._items.add(event):
-                pass
-        return self._body("completed", result)
+            collections.deque(self._items.add(event), 0)
+        collections.deque(self._items.end(_status(result)), 0)
+        return self._body(_status(result), result)
 
     def begin(self) -> Iterator[bytes]:
         for kind in ("created", "in_progress"):
@@ -232,8 +237,10 @@ class Responses:
             yield from map(self._data, self._items.add(each))
 
     def end(self) -> Iterator[bytes]:
-        body = self._body("completed", self._result)
-        yield self._data({"type": f"response.{body['status']}", "response": body})
+        assert self._result is not None
+        status = _status(self._result)
+        yield from map(self._data, self._items.end(status))
+        yield self._data({"type": f"response.{status}", "response": self._body(status, self._result)})
 
     def failed(self, error: ApiError) -> bytes:
         cause = {"code": error.code, "message": error.message}
@@ -245,18 +252,14 @@ class Responses:
 
     def _body(self, status: str, result: DecodeResult | None = None) -> dict[str, Any]:
         """The response object; with a result it is the last."""
-        sampling, cause = self.asked.samplings[0], None
-        if result is not None and FINISH.get(result.stop_reason) == "length":
-            status, cause = "incomplete", {"reason": "max_output_tokens"}
-            for item in self._items.items[-1:]:
-                item.status = status
+        sampling = self.asked.samplings[0]
         body: dict[str, Any] = {
             "id": self.head.id,
             "object": "response",
             "created_at": self.head.created,
             "status": status,
             "error": None,
-            "incomplete_details": cause,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "max_output_tokens": sampling.max_new_tokens,
             **self.asked.echoed,
             "model": self.head.model,
@@ -283,3 +286,8 @@ class Responses:
             if self.asked.branches:
                 body["pasta"] = account_of(result)
         return body
+
+
+def _status(result: DecodeResult) -> str:
+    """Of a response whose answer is this."""
+    return "incomplete" if FINISH.get(result.stop_reason) == "length" else "completed"

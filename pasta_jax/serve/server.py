@@ -28,7 +28,10 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 class Connection(H11Protocol):
-    """A client's connection. It is closed if no request comes by it: uvicorn waits for the first without end."""
+    """A client's connection. It is closed if no request comes by it.
+
+    Uvicorn waits without end for the first, and for the rest of a request that has begun.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,8 +41,13 @@ class Connection(H11Protocol):
         self._silence.cancel()
         super().connection_lost(exc)
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._silence.cancel()
+        self._silence = self.loop.call_later(BODY_S, self._close_if_silent)
+
     def _close_if_silent(self) -> None:
-        if self.cycle is None:
+        if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
 
