@@ -123,11 +123,10 @@ class Items:
                 yield from self._close_item(event.branch)
 
     def end(self, status: str) -> Iterator[dict[str, Any]]:
-        """What the end of the answer adds: its last item gets the status of the answer."""
+        """What the end of the answer adds: an item that is open is closed with the status of the answer."""
         if not self.items:  # the answer is empty
             yield from self._open_item(MAIN, None)
         yield from self._close_item(MAIN, status)
-        self.items[-1].status = status
 
     def _write(self, event: Event) -> Iterator[dict[str, Any]]:
         thread = event.branch
