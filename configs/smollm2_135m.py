@@ -1,14 +1,15 @@
 r"""SmolLM2-135M-Instruct, finetuned on its own answers: docs/real-model.md goes through all of it.
 
     T="python -m pasta_jax.train"
-    $T --config=configs/smollm2_135m.py:plain --workdir=runs/real/plain   # the sequential baseline: plain answers
-    $T --config=configs/smollm2_135m.py:apar  --workdir=runs/real/apar    # the forks of APAR's rules
     $T --config=configs/smollm2_135m.py:pasta --workdir=runs/real/pasta   # promises that the audit let pass
+    $T --config=configs/smollm2_135m.py:plain --workdir=runs/real/plain   # the sequential baseline: no tags
+    $T --config=configs/smollm2_135m.py:apar  --workdir=runs/real/apar    # the forks of APAR's rules
     $T --config=configs/smollm2_135m.py:block --workdir=runs/real/block   # marks and heads of items in the blocks
     $T --config=configs/smollm2_135m.py:bon-4 --workdir=runs/real/bon-4   # preference optimization with lambda 4
 
-`python -m pasta_jax.real_model` runs these and what comes before and after them. The adapters have rank 8, so that
-they fit into a file of 5 MB. Everything is computed in float32, in which a CPU is fastest.
+The first four learn the same answers. `python -m pasta_jax.real_model` runs these and what comes before and after
+them. The adapters have rank 8, so that they fit into a file of 5 MB. Everything is computed in float32, in which a
+CPU is fastest.
 """
 
 import dataclasses
@@ -20,10 +21,7 @@ from pasta_jax.model.presets import preset
 from pasta_jax.tokens.positions import Positions
 
 FOLDER = "runs/real"
-FILES = {"plain": "answers.jsonl", "apar": "apar.jsonl", "block": "block.jsonl", "pasta": "self.jsonl"}
-EPOCHS = {"plain": 0.85, "apar": 2.2}
-"""Others: 3. So each learns from about as many answers, for their files hold more."""
-
+FILES = {"plain": "plain.jsonl", "apar": "apar.jsonl", "block": "block.jsonl", "pasta": "self.jsonl"}
 LAMBDAS = {"bon-1": 1.0, "bon-4": 4.0, "bon-inf": math.inf}
 
 
@@ -43,7 +41,7 @@ def get_config(variant: str = "pasta") -> Config:
         optimizer=OptimizerConfig(
             lr=1e-3, warmup_steps=10, schedule="linear", final_lr=0.0, weight_decay=0.0
         ),
-        epochs=EPOCHS.get(variant, 3.0),
+        epochs=3.0,
         lora=Lora(rank=8, alpha=16.0),
         param_dtype="float32",
         log=LogConfig(every=5),

@@ -69,9 +69,7 @@ class Settings:
 
     def sampling(self, asked: Asked) -> SamplingParams:
         """Its seed depends on what is asked alone, however often the run was interrupted."""
-        import numpy as np
-
-        from pasta_jax.decoding.request import SamplingParams
+        from pasta_jax.decoding.request import SamplingParams, seed_of
 
         return SamplingParams(
             max_new_tokens=self.max_new_tokens,
@@ -80,7 +78,7 @@ class Settings:
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
-            seed=int(np.random.SeedSequence((self.seed, *asked)).generate_state(1)[0]),
+            seed=seed_of(self.seed, *asked),
             open_bias=float("-inf") if self.mode == "sequential" else 0.0,
         )
 

@@ -6,6 +6,7 @@ this machine's folders is left out; tests/test_notebooks.py says what else is as
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -14,7 +15,25 @@ import sys
 import tempfile
 from typing import Any
 
-from tests.helpers.notebooks import NOTEBOOKS, ROOT, code_cells, digest, read
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(notebook: pathlib.Path) -> Any:
+    return json.loads(notebook.read_text(encoding="utf-8"))
+
+
+def code_cells(tree: Any) -> list[Any]:
+    return [cell for cell in tree["cells"] if cell["cell_type"] == "code"]
+
+
+def source_of(cell: Any) -> str:
+    return "".join(cell["source"])
+
+
+def digest(tree: Any) -> str:
+    """Of all code, which outputs are made by."""
+    return hashlib.sha256("\n\n".join(map(source_of, code_cells(tree))).encode()).hexdigest()
 
 
 def executed(tree: Any, folder: pathlib.Path) -> Any:
@@ -27,7 +46,7 @@ def executed(tree: Any, folder: pathlib.Path) -> Any:
     import nbformat
     from nbclient import NotebookClient
 
-    notebook = nbformat.from_dict(tree)
+    notebook = nbformat.reads(json.dumps(tree), as_version=4)
     NotebookClient(
         notebook,
         timeout=None,

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pasta_jax.annotate.plain import write_plain
 from pasta_jax.annotate.protocol import Annotated, Declined, Item, Messages, Result
 from pasta_jax.annotate.report import Tally, _quantiles, one_line, write_report
 from pasta_jax.annotate.run import Line, Outcome, RunError, annotate_file, answers_of, journal_of
 from pasta_jax.annotate.structure import Structure
+from pasta_jax.data.reading import RecordError
 from pasta_jax.data.records import Example, Problem, Reader, read
 from pasta_jax.files import InUse, locked
 from pasta_jax.lang.assemble import assemble
@@ -81,6 +83,24 @@ def test_each_layout_comes_out_as_it_was(name: str, tmp_path: pathlib.Path) -> N
         ["Nile", "Rhine"]
     ] * len(examples)
     assert all(outcome.blocks and outcome.syncs == outcome.depth == 1 for outcome in line.outcomes)
+    write_plain(str(output), str(tmp_path / "plain.jsonl"), Reader())
+    assert json.loads((tmp_path / "plain.jsonl").read_text(encoding="utf-8")) == record
+
+
+def test_without_tags_an_answer_says_the_same(tmp_path: pathlib.Path) -> None:
+    """Also one that speaks of tags; what cannot be read is left out, and a file of nothing else refused."""
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    spelled = Program((Text("Write <sync/> so: "), Promise("a", 1, (Text("<async>"),))))
+    answers = [render(spelled), "</async>", "No."]
+    records = [{"prompt": "Hi", "response": each, "note": "half a character: \ud83d"} for each in answers]
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert "2 records without tags; 1 cannot be read" in write_plain(str(path), str(output), Reader())
+    first, last = (each for each in read(output) if isinstance(each, Example))
+    assert first.program == Program((Text(assemble(spelled)),)) and assemble(last.program) == answers[2]
+    path.write_text(json.dumps({"prompt": "Hi", "response": "</async>"}))
+    with pytest.raises(RecordError, match="none of 1 records"):
+        write_plain(str(path), str(tmp_path / "none.jsonl"), Reader())
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_arrays_archives_and_columns(tmp_path: pathlib.Path) -> None:

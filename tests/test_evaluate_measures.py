@@ -236,7 +236,7 @@ def test_models_of_one_workdir_side_by_side(settings: own.Settings) -> None:
     questions = questions_of(settings.prompts, {})
     for ckpt in ("runs/xy", "runs/xyz"):
         each = dataclasses.replace(settings, ckpt=ckpt)
-        found = own.answer_all(each, questions)
+        found = own.answer_all([each], questions)[0]
         markdown = contests.write_report(each, found, None, "", None)
     assert (found.timed, len(found.test), [answer.wall_s > 0 for answer in found.test]) == (
         2,
@@ -261,13 +261,32 @@ def test_models_of_one_workdir_side_by_side(settings: own.Settings) -> None:
     # The same again asks nobody. More at batch 1 asks for these only, and fewer forget none.
     asked = Fake.asked
     assert asked == 2 * (2 * 2 + 2 * 5)
-    own.answer_all(each, questions)
+    own.answer_all([each], questions)
     assert Fake.asked == asked
-    assert (
-        own.answer_all(dataclasses.replace(each, timed=4), questions).timed == 4 and Fake.asked == asked + 4
-    )
-    assert own.answer_all(each, questions).timed == 4 and Fake.asked == asked + 4
-    assert own.answer_all(dataclasses.replace(each, timed=None, rows=1), questions).batches == []
+    (more,) = own.answer_all([dataclasses.replace(each, timed=4)], questions)
+    assert more.timed == 4 and Fake.asked == asked + 4
+    assert own.answer_all([each], questions)[0].timed == 4 and Fake.asked == asked + 4
+    assert own.answer_all([dataclasses.replace(each, timed=None, rows=1)], questions)[0].batches == []
+
+
+def test_several_models_take_turns_with_one_baseline(settings: own.Settings) -> None:
+    questions = questions_of(settings.prompts, {})
+    several = [dataclasses.replace(settings, ckpt=ckpt) for ckpt in ("runs/xy", "runs/xyz", "runs/xyzt")]
+    own.answer_all(several[:2], questions)
+    assert Fake.asked == 3 * (2 + 5), "the baseline answered once"
+    together = own.answer_all(several, questions)
+    assert Fake.asked == (3 + 2) * (2 + 5), "the third asks it again, and nobody else"
+    alone = [own.answer_all([each], questions)[0] for each in several]
+    assert Fake.asked == (3 + 2) * (2 + 5)
+    assert [found.name for found in together] == ["xy-7", "xyz-7", "xyzt-7"]
+    for found, same in zip(together, alone):
+        assert (found.folder, found.test, found.baseline) == (same.folder, same.test, same.baseline)
+        assert found.batches == same.batches and len(found.test) == len(found.baseline) == 5
+    # Without a baseline each is its own.
+    Fake.asked = 0
+    itself = own.answer_all([dataclasses.replace(each, baseline="") for each in several], questions)
+    assert Fake.asked == 3 * 2 * (2 + 5)
+    assert [found.baseline_name for found in itself] == [f"{found.name}, sequential" for found in itself]
 
 
 def test_the_audit_of_an_evaluation(settings: own.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +300,7 @@ def test_the_audit_of_an_evaluation(settings: own.Settings, monkeypatch: pytest.
     monkeypatch.setattr(contests, "audit_file", audit_file)
     monkeypatch.setattr(contests, "write_audit", lambda *args: None)
     settings = dataclasses.replace(settings, audit="runs/reader")
-    found = own.answer_all(settings, questions_of(settings.prompts, {}))
+    found = own.answer_all([settings], questions_of(settings.prompts, {}))[0]
     audited = contests.audit(settings, found)
     assert read[0] == "reader" and [(example.line, example.prompt) for example in read[1:]] == [
         *enumerate(PROMPTS, 1)

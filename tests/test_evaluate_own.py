@@ -185,7 +185,7 @@ def settings_of(folder: pathlib.Path, ckpt: str = "runs/fast", baseline: str = "
 def test_an_evaluation_and_what_it_leaves(tmp_path: pathlib.Path) -> None:
     settings = settings_of(tmp_path)
     questions = questions_of(settings.prompts, {})
-    found = own.answer_all(settings, questions)
+    found = own.answer_all([settings], questions)[0]
     folder = pathlib.Path(found.folder)
     assert (found.name, found.baseline_name) == ("fast-7", "slow-7")
     outputs = json.loads((folder / "model_outputs.json").read_text())
@@ -221,7 +221,7 @@ def test_an_evaluation_and_what_it_leaves(tmp_path: pathlib.Path) -> None:
     assert "<td>fast-7</td>" in page and 'src="data:image/png;base64,' in page
     # The same again asks nobody: not the models, not the judge.
     before = (folder / "model.jsonl").read_text()
-    again = own.answer_all(settings, questions)
+    again = own.answer_all([settings], questions)[0]
     contests.judge_contests(again, asked, judge, "tests:Prefers")
     assert (folder / "model.jsonl").read_text() == before and len(judge.asked) == 4
     # A judge that does not answer everything.
@@ -243,7 +243,7 @@ def test_two_checkpoints_in_one_workdir_stay_apart_and_share_a_table(tmp_path: p
     folders = []
     for ckpt in ("runs/fast", "runs/faster"):
         settings = settings_of(tmp_path, ckpt)
-        found = own.answer_all(settings, questions_of(settings.prompts, {}))
+        found = own.answer_all([settings], questions_of(settings.prompts, {}))[0]
         asked = contests.contests_of(found, contests.baseline_as_opponent(found), "tests:Prefers")
         quality = contests.judge_contests(found, asked, Prefers("slow"), "tests:Prefers")
         markdown = contests.write_report(settings, found, quality, "tests:Prefers", asked)
@@ -258,7 +258,7 @@ def test_two_checkpoints_in_one_workdir_stay_apart_and_share_a_table(tmp_path: p
         settings_of(tmp_path, baseline="others/slow"),
         dataclasses.replace(settings_of(tmp_path), loading={"quantize": "int8"}),
     ):
-        found = own.answer_all(settings, questions_of(settings.prompts, {}))
+        found = own.answer_all([settings], questions_of(settings.prompts, {}))[0]
         asked = contests.contests_of(found, contests.baseline_as_opponent(found), "tests:Prefers")
         markdown = contests.write_report(settings, found, quality, "tests:Prefers", asked)
         assert markdown.count("| fast-7") == 1 and "| faster-7" not in markdown
@@ -271,7 +271,7 @@ def test_given_answers_are_opponents_and_must_be_of_the_same_prompts(tmp_path: p
     questions = questions_of(settings.prompts, {})
     given = contests.opponent_of(questions, settings.prompts, {})
     assert (given.name, given.answers) == ("gpt4", ["It is so."] * 3)
-    found = own.answer_all(settings, questions)
+    found = own.answer_all([settings], questions)[0]
     assert found.baseline_name == "fast-7, sequential"
     asked = contests.contests_of(found, given, "tests:Prefers")
     assert contests.judge_contests(found, asked, Prefers("fast"), "j").lost == 1
@@ -317,6 +317,10 @@ def test_how_answers_are_drawn() -> None:
         sampling = Respondent(model, 8, sequential=sequential, drawing=drawing).sampling
         assert (sampling.temperature, sampling.min_p, sampling.seed) == (0.7, 0.05, 3)
         assert sampling.open_bias == (-math.inf if sequential else 0.0)
+    # Each prompt is drawn by a seed of its own, the same for all models.
+    rivers, cities = (Question(text, None, 1, "") for text in ("rivers", "cities"))
+    one, other = (Respondent(model, 8, sequential=each, drawing=drawing) for each in (False, True))
+    assert one.sampling_of(rivers).seed == other.sampling_of(rivers).seed != one.sampling_of(cities).seed
     assert Respondent(model, 8).sampling.temperature == 0
     for word, message in (
         ("heat=1", "--sampling=heat=1: give NAME=NUMBER; the names are temperature, "),
@@ -428,7 +432,7 @@ def test_a_judge_is_known_by_what_its_verdicts_depend_on(
         return command._judge_identity(values_of(settings, given))
 
     def caution(**given: Any) -> str:
-        return command._caution(values_of(settings, {"judge": "likelihood", **given}))
+        return command._caution(values_of(settings, {"judge": "likelihood", **given}), settings.ckpt)
 
     llm = {"judge": "llm", "model": "m", "base_url": "a"}
     assert identity(**llm) == identity(**llm)
@@ -461,7 +465,7 @@ class Values:
 
 def values_of(settings: own.Settings, given: dict[str, Any]) -> Any:
     flags: dict[str, Any] = {
-        "ckpt": settings.ckpt,
+        "ckpt": [settings.ckpt],
         "baseline": settings.baseline,
         "prompts": settings.prompts,
         "workdir": "W",

@@ -15,7 +15,8 @@ import pasta_jax
 from tests.helpers import only_full
 from tests.helpers.commands import ROOT, python
 from tests.helpers.given import fault_of
-from tests.helpers.notebooks import NOTEBOOKS, as_python, code_cells, digest, escapes, read, source_of
+from tests.helpers.notebooks import as_python, escapes
+from tests.notebooks import NOTEBOOKS, code_cells, digest, read, source_of
 
 STARTS = {"01_decode", "02_annotate_and_sft", "03_preference", "04_evaluate"}
 ELSEWHERE = {"IPython", "google", "planets"}

@@ -23,6 +23,11 @@ Audits annotated answers instead: how many nats each block loses by not seeing i
 
 Measures annotated answers instead: lists whose items have one marker, doubled items, repeated topics, errors of
 promised lengths, loops. `evaluate` leaves a model's answers as annotated.jsonl, which it reads, too.
+
+    python -m pasta_jax.annotate --plain --input=annotated.jsonl --output=plain.jsonl
+
+Takes the tags out of annotated answers instead: what a sequential baseline learns, to be compared with a model that
+learned the annotated ones.
 """
 
 from __future__ import annotations
@@ -59,16 +64,19 @@ def main(argv: Sequence[str]) -> None:
         )
     if values.measure and (len(argv) > 1 or not values.input or values.audit):
         refuse("Name what to measure: --measure --input=annotated.jsonl --tokenizer=FILE.")
+    if values.plain and (values.audit or values.measure):
+        refuse("--plain writes answers without their tags. Leave --audit and --measure out.")
     makes = not (values.audit or values.measure)
     if len(argv) > 1 or not values.input or not (values.output or values.measure):
         refuse("Name both files: --input=data.jsonl --output=annotated.jsonl.")
     if makes and not values.output.endswith(".jsonl"):
         refuse(f"--output={values.output} must end in .jsonl: one record a line is written.")
-    if not values.audit and not values.tokenizer:
+    if not (values.audit or values.plain or values.tokenizer):
         refuse("Name the tokenizer of the model to train: --tokenizer=FILE, a folder, or almanac.")
     begin_alone()
     try:
-        print(audit(values) if values.audit else measure(values) if values.measure else annotate(values))
+        modes = {"audit": audit, "measure": measure, "plain": plain}
+        print(next((modes[name] for name in modes if values[name].value), annotate)(values))
     except (AnnotatorError, RunError, ConfigError, RecordError, TokenizerError, ValueError, OSError) as error:
         refuse(" ".join(str(error).split()))
 
@@ -171,6 +179,15 @@ def measure(values: flags.FlagValues) -> str:
     return report(forms, problems, values.output or "")
 
 
+def plain(values: flags.FlagValues) -> str:
+    """Writes the answers that the flags name without their tags, and says so."""
+    from pasta_jax.annotate.plain import write_plain
+
+    options: dict[str, Any] = {"max_depth": values.max_depth, "dialect": values.dialect}
+    reader = Reader(columns_of(values.columns), turns=values.turns, **options)
+    return write_plain(values.input, values.output, reader)
+
+
 def _digest(path: str) -> str:
     """Of a file's bytes; "" of what is none."""
     if path.startswith(HUB):
@@ -217,6 +234,7 @@ def command() -> None:
     endpoint_flags.define_endpoint()
     flags.adopt_module_key_flags(endpoint_flags)  # so that --help shows them
     flags.DEFINE_bool("measure", False, "Measure the annotated answers of --input; --output is a .json then.")
+    flags.DEFINE_bool("plain", False, "Write the annotated answers of --input without their tags.")
     auditing.define()
     flags.adopt_module_key_flags(auditing)
     run_main(main)

@@ -71,6 +71,6 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     about = "self and --audit: nats per token that a block may lose without its siblings."
     flags.DEFINE_float("max_loss", MAX_LOSS, about, flag_values=values)
     text("candidates", "rule:structure", "self: the annotator that proposes promises.")
-    whole("max_depth", 1, "--audit and --measure: how deep promises may nest.")
-    about = "--audit and --measure: what the answers are annotated in; apar is what rule:apar writes."
+    whole("max_depth", 1, "--audit, --measure, --plain: how deep promises may nest.")
+    about = "--audit, --measure, --plain: what the answers are annotated in; apar is what rule:apar writes."
     flags.DEFINE_enum("dialect", "pasta", [*get_args(tags.Dialect)], about, flag_values=values)

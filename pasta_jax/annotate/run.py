@@ -187,7 +187,7 @@ class _Record:
             record = json.loads(raw)
             for turn, text in self.texts.items():
                 record = replaced(record, turn, text, columns)
-            raw = _as_json(record)
+            raw = as_json(record)
         return Line(self.entry.number, outcomes), raw + "\n"
 
 
@@ -337,7 +337,7 @@ def _depth_and_syncs(program: Program) -> tuple[int, int]:
     return depth, syncs
 
 
-def _as_json(record: Mapping[str, Any]) -> str:
+def as_json(record: Mapping[str, Any]) -> str:
     """A record on one line; in ASCII if it holds half a character somewhere, which UTF-8 cannot write."""
     try:
         return json.dumps(record, ensure_ascii=False).encode().decode()

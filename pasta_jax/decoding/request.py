@@ -20,6 +20,15 @@ Conversation: TypeAlias = Sequence[Mapping[str, str]]
 """Messages {"role": "system" | "user" | "assistant", "content": text}, of which the user's is the last."""
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed made of several numbers, at least 0, so that requests with different ones are drawn independently.
+
+    >>> len({seed_of(0, 1), seed_of(1, 0), seed_of(0)})
+    3
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How one request is answered.

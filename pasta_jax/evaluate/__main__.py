@@ -11,10 +11,11 @@ again resumes. Of several processes the first does it all, on one device; the ot
 
 A file of prompts has any layout that training reads; it needs no answers. Without --judge, speed is measured. With
 one, the model's answers are compared with the baseline's, or with those of --opponent, in both orders. Without
---baseline the model's own sequential decoding is the baseline. Several models, one command each, share a workdir:
-summary-PROMPTS.html there compares them. With --rows=8 prompts are answered together, too, and --timed=50 has only
-the first answered at batch 1. --audit=WORKDIR measures what branches lose without sight of each other.
---annotations computes the win rates of a judge's annotations as AlpacaEval publishes them, and loads no model.
+--baseline the model's own sequential decoding is the baseline. Several models, --ckpt=A,B, take turns with one
+baseline; or each has a command of its own. summary-PROMPTS.html in the workdir compares all that were evaluated
+there. With --rows=8 prompts are answered together, too, and --timed=50 has only the first answered at batch 1.
+--audit=WORKDIR measures what branches lose without sight of each other. --annotations computes the win rates of a
+judge's annotations as AlpacaEval publishes them, and loads no model.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from pasta_jax.verbs import begin_first, columns_of, define_loading, define_proc
 if TYPE_CHECKING:
     from pasta_jax.evaluate.contests import Contests
     from pasta_jax.evaluate.length_controlled import Difficulties
-    from pasta_jax.evaluate.own import Evaluated
+    from pasta_jax.evaluate.own import Evaluated, Settings
     from pasta_jax.judges.protocol import Judge
 
 LOG = logging.getLogger("pasta_jax")
@@ -59,8 +60,12 @@ def main(argv: Sequence[str]) -> None:
         refuse(f"--judge={values.judge}: use {', '.join(JUDGES)} or MODULE:FUNCTION.")
     if (values.opponent or values.df_gamed) and not (values.judge or values.annotations):
         refuse("--opponent and --df_gamed are for a judge: add --judge=llm, for one.")
-    if not is_own and (values.rows > 1 or values.timed or values.audit):
-        refuse("--rows, --timed and --audit are for prompts of your own: --prompts=FILE.")
+    if not is_own and (values.rows > 1 or values.timed or values.audit or values.sampling):
+        refuse("--rows, --timed, --audit and --sampling are for prompts of your own: --prompts=FILE.")
+    if not is_own and len(values.ckpt) > 1:
+        refuse("Several models, --ckpt=A,B, are for prompts of your own: --prompts=FILE. Name one.")
+    if len({*values.ckpt}) < len(values.ckpt):
+        refuse(f"--ckpt={','.join(values.ckpt)} names a model twice.")
     if values.timed and values.rows == 1:
         refuse("--timed leaves the other prompts to batches: add --rows=8.")
     if values.dry_run is not None and (values.judge != "llm" or values.annotations):
@@ -83,9 +88,10 @@ def almanac(values: flags.FlagValues) -> None:
     """Evaluates on Almanac's held-out prompts."""
     from pasta_jax.evaluate.compare import folder_of, warn_of_strangers
 
-    tests, options = {"PASTA": values.ckpt}, loading_options(values)
-    warn_of_strangers(values.ckpt, values.baseline)
-    folder = os.path.join(values.workdir, folder_of(values.ckpt, values.baseline, options))
+    (ckpt,), options = values.ckpt, loading_options(values)
+    tests = {"PASTA": ckpt}
+    warn_of_strangers(ckpt, values.baseline)
+    folder = os.path.join(values.workdir, folder_of(ckpt, values.baseline, options))
     print(table(compare(values.baseline, tests, int(values.prompts), folder, **options)))
     LOG.info("The answers and table.md are in %s.", folder)
 
@@ -134,20 +140,24 @@ def on_own_prompts(values: flags.FlagValues) -> None:
     from pasta_jax.evaluate.report import summary_of
     from pasta_jax.loading import place_of
 
-    settings = own.Settings(
-        ckpt=values.ckpt,
-        baseline=values.baseline or "",
-        prompts=values.prompts,
-        columns=columns_of(values.columns),
-        workdir=values.workdir,
-        max_new_tokens=values.max_new_tokens,
-        loading=loading_options(values),
-        rows=values.rows,
-        timed=values.timed,
-        audit=values.audit or "",
-        plain_kinds=tuple(values.plain_kinds),
-        drawing=drawing_of(values.sampling),
-    )
+    several = [
+        own.Settings(
+            ckpt=ckpt,
+            baseline=values.baseline or "",
+            prompts=values.prompts,
+            columns=columns_of(values.columns),
+            workdir=values.workdir,
+            max_new_tokens=values.max_new_tokens,
+            loading=loading_options(values),
+            rows=values.rows,
+            timed=values.timed,
+            audit=values.audit or "",
+            plain_kinds=tuple(values.plain_kinds),
+            drawing=drawing_of(values.sampling),
+        )
+        for ckpt in values.ckpt
+    ]
+    settings = several[0]
     difficulties = _difficulties(values)
     questions = questions_of(settings.prompts, settings.columns)
     # What cannot work is said before minutes of decoding.
@@ -158,16 +168,28 @@ def on_own_prompts(values: flags.FlagValues) -> None:
         alpaca_eval.check_official(own.datasets_of(questions), difficulties)
     if values.opponent:
         contests.opponent_of(questions, values.opponent, settings.columns)
-    evaluated = own.answer_all(settings, questions)
+    for settings, evaluated in zip(several, own.answer_all(several, questions)):
+        _judge_and_report(values, settings, evaluated, difficulties)
+    if values.dry_run is None:
+        summary = summary_of(settings.workdir, settings.prompts)
+        print(f"{summary}.html compares the models that were evaluated there.")
+
+
+def _judge_and_report(
+    values: flags.FlagValues, settings: Settings, evaluated: Evaluated, difficulties: Difficulties | None
+) -> None:
+    """Has the judge compare a model's answers, and audits them; writes and prints the report."""
+    from pasta_jax.evaluate import contests
+
     asked, quality, caution = None, None, ""
     if values.judge:
         opponent = (
-            contests.opponent_of(questions, values.opponent, settings.columns)
+            contests.opponent_of(evaluated.questions, values.opponent, settings.columns)
             if values.opponent
             else contests.baseline_as_opponent(evaluated)
         )
         asked = contests.contests_of(evaluated, opponent, _judge_name(values), _judge_identity(values))
-        caution = _caution(values)
+        caution = _caution(values, settings.ckpt)
         if caution:
             LOG.warning("%s", caution)
         judge = _judge(values, evaluated, asked)
@@ -182,9 +204,6 @@ def on_own_prompts(values: flags.FlagValues) -> None:
     print(contests.write_report(settings, evaluated, quality, _judge_name(values), asked, caution, audited))
     folder = asked.folder if asked else evaluated.folder
     print(f"{os.path.join(folder, 'report.html')} has it with its figure.")
-    print(
-        f"{summary_of(settings.workdir, settings.prompts)}.html compares the models that were evaluated there."
-    )
 
 
 def _judge_name(values: flags.FlagValues) -> str:
@@ -207,16 +226,16 @@ def _judge_identity(values: flags.FlagValues) -> Any:
     return None if values.judge == "almanac" else source_of(values.judge)
 
 
-def _caution(values: flags.FlagValues) -> str:
+def _caution(values: flags.FlagValues, ckpt: str) -> str:
     """What to know of a reference model that judges what it said itself; "" if it did not."""
     from pasta_jax.loading import place_of
 
     if values.judge != "likelihood":
         return ""
     reference = place_of(values.judge_model or values.baseline)
-    opponent = "" if values.opponent else place_of(values.baseline or values.ckpt)
+    opponent = "" if values.opponent else place_of(values.baseline or ckpt)
     whose = ["the opponent's answers"] * (reference == opponent)
-    whose += ["the model's answers"] * (reference == place_of(values.ckpt))
+    whose += ["the model's answers"] * (reference == place_of(ckpt))
     if not whose:
         return ""
     return (
@@ -282,7 +301,7 @@ def _difficulties(values: flags.FlagValues) -> Difficulties | None:
 
 def command() -> None:
     """Parses the command line and runs `main`."""
-    flags.DEFINE_string("ckpt", None, "Workdir or checkpoint of the model to evaluate.")
+    flags.DEFINE_list("ckpt", [], "Workdir or checkpoint of the model to evaluate, or several: A,B.")
     flags.DEFINE_string("baseline", None, "Workdir or checkpoint of the sequential baseline.")
     define_loading()
     flags.adopt_module_key_flags(verbs)  # so that --help shows them

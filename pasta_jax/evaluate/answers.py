@@ -2,7 +2,8 @@
 
 Speeds are measured as on Almanac's prompts (`systems`): at batch 1, the second of two decodes is timed. Of batches
 each is decoded once, after a first one that is decoded twice. A prompt that a model cannot be asked is an answer
-too, an empty one that failed; nothing is asked again.
+too, an empty one that failed; nothing is asked again. Where answers are drawn, each prompt has a seed of its own,
+which is the same for all models.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from pasta_jax.data.prompts import Question
 from pasta_jax.data.records import Prompt, encode_prompt
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
-from pasta_jax.decoding.request import SamplingParams
+from pasta_jax.decoding.request import SamplingParams, seed_of
 from pasta_jax.decoding.results import DecodeResult, result
 from pasta_jax.decoding.state import MAX_POOL, Limits
 from pasta_jax.decoding.trace import Trace
+from pasta_jax.evaluate.names import sha256
 from pasta_jax.evaluate.systems import COSTS
 from pasta_jax.files import read_jsonl
 from pasta_jax.rounding import next_power_of_two
@@ -107,6 +109,11 @@ class Respondent:
         self._decoders: dict[int, Decoder] = {}
         self._warm: set[Decoder] = set()
 
+    def sampling_of(self, question: Question) -> SamplingParams:
+        """How a question is answered: with one seed for all, intervals would take their answers for independent."""
+        number = int(sha256(question.prompt)[:8], 16)
+        return dataclasses.replace(self.sampling, seed=seed_of(self.sampling.seed, number))
+
     def decoder(self, pool: int) -> Decoder:
         """That of a pool of this many tokens."""
         if pool not in self._decoders:
@@ -127,8 +134,9 @@ class Respondent:
         try:
             ids = encode_prompt(self.model.tokenizer, question.prompt)
             engine = self.decoder_of(len(ids))
-            engine.decode([ids], [self.sampling])
-            (trace,), timing = engine.decode([ids], [self.sampling])
+            asked = [ids], [self.sampling_of(question)]
+            engine.decode(*asked)
+            (trace,), timing = engine.decode(*asked)
         except ValueError as error:
             return _failed(question, error)
         return self._answered(question, trace, timing.wall_s)
@@ -146,7 +154,7 @@ class Respondent:
                 answers[number] = _failed(question, error)
         if prompts:
             engine = self.decoder_of(max(map(len, prompts.values())))
-            asked = [*prompts.values()], [self.sampling] * len(prompts)
+            asked = [*prompts.values()], [self.sampling_of(questions[number]) for number in prompts]
             if engine not in self._warm:
                 engine.decode(*asked)
                 self._warm.add(engine)

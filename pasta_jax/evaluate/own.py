@@ -20,10 +20,11 @@ evaluations in one workdir never overwrite each other; a report shows all of the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pasta_jax.data.prompts import Question, answered_record
@@ -34,7 +35,7 @@ from pasta_jax.evaluate.answers import Answered, Batch, Respondent, key_of, read
 from pasta_jax.evaluate.names import name_of, sha256, slug
 from pasta_jax.evaluate.side_by_side import SHOWN, Pair, as_html, as_markdown
 from pasta_jax.evaluate.summary import Speed, speed_of
-from pasta_jax.evaluate.systems import take_turns
+from pasta_jax.evaluate.systems import Match, take_turns
 from pasta_jax.files import replacing, write_jsonl
 from pasta_jax.loading import given_of, identity_of, load, place_of
 from pasta_jax.tokens.tokenizer import Tokenizer
@@ -130,12 +131,69 @@ def instruction_of(question: Question) -> str:
     return prompt_text(question.prompt)
 
 
-def answer_all(settings: Settings, questions: Sequence[Question]) -> Evaluated:
-    """Has model and baseline answer the prompts in turn, goes on where an earlier call was cut off, writes speeds.
+@dataclasses.dataclass(frozen=True)
+class _Entrant:
+    """A model that is evaluated, and its baseline.
+
+    Attributes:
+      folder: of the output.
+      about: identifies what is in it, as JSON can hold it.
+      name, baseline_name: of the models, for people.
+      model, baseline: where they are.
+    """
+
+    folder: str
+    about: dict[str, Any]
+    name: str
+    baseline_name: str
+    model: str
+    baseline: str
+
+
+def answer_all(several: Sequence[Settings], questions: Sequence[Question]) -> list[Evaluated]:
+    """Has models and their baseline answer the prompts in turn, and writes the answers.
+
+    It goes on where an earlier call was cut off. A baseline of several models answers once for all of them.
+
+    Args:
+      several: for each model; they differ in `ckpt` alone.
+      questions: the prompts.
 
     Raises:
       CheckpointError: a model cannot be loaded.
     """
+    first = several[0]
+    entrants = [_entrant(settings, questions) for settings in several]
+    loaded = functools.cache(lambda path: load(path, **first.loading))
+    turns = _Turns(first, questions, entrants, loaded)
+    answers = turns.one_by_one()
+    batches = turns.in_batches() if first.rows > 1 else [[] for _ in entrants]
+    found = []
+    for entrant, alone, together in zip(entrants, answers, batches):
+        slow, fast = ([answer for pair in together for answer in pair[i].answers] for i in (0, 1))
+        timed = len(alone["model"])
+        itself, given = entrant.about["itself"], {**first.drawing}
+        found.append(
+            Evaluated(
+                folder=entrant.folder,
+                name=entrant.name,
+                baseline_name=entrant.baseline_name,
+                questions=questions,
+                sha256=entrant.about["prompts"],
+                test=[*alone["model"], *fast[timed:]],
+                baseline=[*alone["baseline"], *slow[timed:]],
+                baseline_model=loaded(entrant.baseline),
+                baseline_identity=entrant.about["baseline"] | {"itself": itself} | given,
+                tokenizer=loaded(entrant.model).tokenizer,
+                timed=timed,
+                batches=together,
+            )
+        )
+        _write_answers(found[-1])
+    return found
+
+
+def _entrant(settings: Settings, questions: Sequence[Question]) -> _Entrant:
     paths = {"model": place_of(settings.ckpt)}
     paths["baseline"] = place_of(settings.baseline or settings.ckpt)
     given = given_of(settings.loading)
@@ -143,70 +201,76 @@ def answer_all(settings: Settings, questions: Sequence[Question]) -> Evaluated:
     about: dict[str, Any] = {name: identity_of(path) | given for name, path in paths.items()}
     about |= {"itself": not settings.baseline, "prompts": digest, "max_new_tokens": settings.max_new_tokens}
     if settings.drawing:
-        about["drawing"] = {**settings.drawing}
+        about["drawing"] = {"seeds": "one for each prompt", **settings.drawing}
     name, baseline_name = ("-".join([name_of(path), *_options(given)]) for path in paths.values())
     folder = os.path.join(settings.workdir, f"{name}-{sha256(about)[:8]}")
     LOG.info("Evaluating %s on %d prompts of %s; in %s.", name, len(questions), settings.prompts, folder)
-    model = load(paths["model"], **settings.loading)
-    baseline = load(paths["baseline"], **settings.loading) if settings.baseline else model
-    drawing = settings.drawing
-    sequential = Respondent(baseline, settings.max_new_tokens, sequential=True, drawing=drawing)
-    systems = {
-        "baseline": sequential,
-        "model": Respondent(model, settings.max_new_tokens, like=sequential, drawing=drawing),
-    }
-    answers = take_turns(
-        systems,
-        questions,
-        folder,
-        about,
-        read_answered,
-        lambda question, answer: answer.prompt == key_of(question.prompt),
-        first=settings.timed,
-    )
-    timed = len(answers["model"])
-    batches = _in_batches(settings, questions, folder, about, baseline, model) if settings.rows > 1 else []
-    slow, fast = ([answer for pair in batches for answer in pair[i].answers] for i in (0, 1))
-    found = Evaluated(
-        folder=folder,
-        name=name,
-        baseline_name=baseline_name if settings.baseline else f"{name}, sequential",
-        questions=questions,
-        sha256=digest,
-        test=[*answers["model"], *fast[timed:]],
-        baseline=[*answers["baseline"], *slow[timed:]],
-        baseline_model=baseline,
-        baseline_identity=about["baseline"] | {"itself": about["itself"]} | {**drawing},
-        tokenizer=model.tokenizer,
-        timed=timed,
-        batches=batches,
-    )
-    _write_answers(found)
-    return found
+    sequential = baseline_name if settings.baseline else f"{name}, sequential"
+    return _Entrant(folder, about, name, sequential, paths["model"], paths["baseline"])
 
 
-def _in_batches(
-    settings: Settings,
-    questions: Sequence[Question],
-    folder: str,
-    about: Mapping[str, Any],
-    baseline: Model,
-    model: Model,
-) -> list[tuple[Batch, Batch]]:
-    """The answers of both models to as many prompts at once as there are rows, in turn."""
-    rows, drawing = settings.rows, settings.drawing
-    sequential = Respondent(baseline, settings.max_new_tokens, sequential=True, rows=rows, drawing=drawing)
-    parallel = Respondent(model, settings.max_new_tokens, like=sequential, rows=rows, drawing=drawing)
-    found = take_turns(
-        {"baseline": sequential.together, "model": parallel.together},
-        [questions[start : start + rows] for start in range(0, len(questions), rows)],
-        os.path.join(folder, f"batches-{rows}"),
-        {**about, "rows": rows},
-        read_batches,
-        lambda some, batch: [each.prompt for each in batch.answers] == [key_of(each.prompt) for each in some],
-        units="batches",
-    )
-    return [*zip(found["baseline"], found["model"], strict=True)]
+@dataclasses.dataclass(frozen=True)
+class _Turns:
+    """Models that answer in turn.
+
+    Attributes:
+      settings: of all of them.
+      questions: the prompts.
+      entrants: the models and their baselines.
+      loaded: the model at a place.
+    """
+
+    settings: Settings
+    questions: Sequence[Question]
+    entrants: Sequence[_Entrant]
+    loaded: Callable[[str], Model]
+
+    def one_by_one(self) -> list[dict[str, list[Answered]]]:
+        """The answers of each pair at batch 1."""
+        matches = [
+            Match({"baseline": slow, "model": fast}, entrant.folder, entrant.about)
+            for entrant, slow, fast in self._pairs(rows=1)
+        ]
+        return take_turns(
+            matches,
+            self.questions,
+            read_answered,
+            lambda question, answer: answer.prompt == key_of(question.prompt),
+            first=self.settings.timed,
+        )
+
+    def in_batches(self) -> list[list[tuple[Batch, Batch]]]:
+        """The answers of each pair to as many prompts at once as there are rows."""
+        rows, questions = self.settings.rows, self.questions
+        matches = [
+            Match(
+                {"baseline": slow.together, "model": fast.together},
+                os.path.join(entrant.folder, f"batches-{rows}"),
+                {**entrant.about, "rows": rows},
+            )
+            for entrant, slow, fast in self._pairs(rows)
+        ]
+        found = take_turns(
+            matches,
+            [questions[start : start + rows] for start in range(0, len(questions), rows)],
+            read_batches,
+            lambda some, batch: (
+                [each.prompt for each in batch.answers] == [key_of(each.prompt) for each in some]
+            ),
+            units="batches",
+        )
+        return [[*zip(table["baseline"], table["model"], strict=True)] for table in found]
+
+    def _pairs(self, rows: int) -> Iterator[tuple[_Entrant, Respondent, Respondent]]:
+        """Each with its baseline and its model; entrants with one baseline share its respondent."""
+        options: dict[str, Any] = {"rows": rows, "drawing": self.settings.drawing}
+        length = self.settings.max_new_tokens
+        baselines = dict[str, Respondent]()
+        for entrant in self.entrants:
+            if (slow := baselines.get(entrant.baseline)) is None:
+                slow = Respondent(self.loaded(entrant.baseline), length, sequential=True, **options)
+                baselines[entrant.baseline] = slow
+            yield entrant, slow, Respondent(self.loaded(entrant.model), length, like=slow, **options)
 
 
 def _write_answers(found: Evaluated) -> None:

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
@@ -201,64 +201,95 @@ def evaluate(
       about: identifies the systems, as JSON can hold it.
     """
     tasks = almanac.evaluation_tasks(prompts)
-    return take_turns(
-        systems, tasks, workdir, about, read_answers, lambda task, answer: answer.prompt == task.prompt
-    )
+    match = Match(systems, workdir, about)
+    (answers,) = take_turns([match], tasks, read_answers, lambda task, answer: answer.prompt == task.prompt)
+    return answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Match(Generic[Task, Answer]):
+    """Systems that answer the same tasks, and where to: as in `evaluate`, but of any tasks and answers."""
+
+    systems: Mapping[str, Callable[[Task], Answer]]
+    workdir: str
+    about: Mapping[str, Any]
+
+    def path(self, name: str) -> str:
+        """The file of a system's answers."""
+        return os.path.join(self.workdir, f"{name}.jsonl")
 
 
 def take_turns(
-    systems: Mapping[str, Callable[[Task], Answer]],
+    matches: Sequence[Match[Task, Answer]],
     tasks: Sequence[Task],
-    workdir: str,
-    about: Mapping[str, Any],
     read: Callable[[str], list[Answer]],
     belongs: Callable[[Task, Answer], bool],
     *,
     first: int | None = None,
     units: str = "prompts",
-) -> dict[str, list[Answer]]:
-    """`evaluate` for any tasks, and any dataclass of answers.
+) -> list[dict[str, list[Answer]]]:
+    """`evaluate` for several matches, which take turns too. A system of several answers a task once for all.
 
     Args:
-      systems, workdir, about: as there.
-      tasks: what they are asked.
+      matches: each has a workdir of its own.
+      tasks: what all are asked.
       read: the answers in a file, up to the first broken line.
       belongs: whether an answer is one to this task.
       first: how many of the tasks to ask; answers that are there to more are kept and returned.
       units: what tasks are, for people.
     """
-    paths = {name: os.path.join(workdir, f"{name}.jsonl") for name in systems}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(workdir))
-        stamp = Stamp(os.path.join(workdir, "about.json"))
-        answers: dict[str, list[Answer]] = {name: [] for name in paths}
-        if not stamp.check(about):
-            answers = {name: read(path) for name, path in paths.items()}
-        done = 0  # as many of the first tasks as all systems answered
-        for task, *row in zip(tasks, *answers.values()):
-            if not all(belongs(task, answer) for answer in row):
-                break
-            done += 1
-        for name, path in paths.items():
-            answers[name] = answers[name][:done]
-            write_answers(path, answers[name])
-        stamp.write(about)  # last: until now the files may have been of other systems
-        tasks = tasks[: max(done, len(tasks) if first is None else first)]
-        if done < len(tasks):
+        for match in matches:
+            stack.enter_context(locked(match.workdir))
+        answers = [_kept(match, tasks, read, belongs) for match in matches]
+        done = [len(next(iter(table.values()))) for table in answers]
+        asked = tasks[:first]
+        names = dict.fromkeys(system for match in matches for system in match.systems)
+        if min(done) < len(asked):
             LOG.info(
                 "%d %s for %s; %d are done. The first take longer: programs are compiled.",
-                *(len(tasks), units, " and ".join(systems), done),
+                *(len(asked), units, " and ".join(names), min(done)),
             )
-        files = {name: stack.enter_context(Lines(path)) for name, path in paths.items()}
-        quiet, logged_at = not shows_progress(), time.monotonic()
-        bar = tqdm(tasks[done:], initial=done, total=len(tasks), unit=f" {units}", disable=quiet)
-        for number, task in enumerate(bar, done + 1):
-            for name, system in systems.items():
-                answers[name].append(system(task))
-                files[name].write(json_line(dataclasses.asdict(answers[name][-1])))
+        files = [
+            {name: stack.enter_context(Lines(match.path(name))) for name in match.systems}
+            for match in matches
+        ]
+        quiet, logged_at, start = not shows_progress(), time.monotonic(), min(done)
+        bar = tqdm(asked[start:], initial=start, total=len(asked), unit=f" {units}", disable=quiet)
+        for number, task in enumerate(bar, start):
+            said = dict[Callable[[Task], Answer], Answer]()
+            for match, table, count, to in zip(matches, answers, done, files):
+                for name, system in match.systems.items() if number >= count else ():
+                    if system not in said:
+                        said[system] = system(task)
+                    table[name].append(said[system])
+                    to[name].write(json_line(dataclasses.asdict(said[system])))
             if quiet and time.monotonic() - logged_at > LOG_EVERY_S:
-                LOG.info("%d of %d %s", number, len(tasks), units)
+                LOG.info("%d of %d %s", number + 1, len(asked), units)
                 logged_at = time.monotonic()
+    return answers
+
+
+def _kept(
+    match: Match[Task, Answer],
+    tasks: Sequence[Task],
+    read: Callable[[str], list[Answer]],
+    belongs: Callable[[Task, Answer], bool],
+) -> dict[str, list[Answer]]:
+    """The answers of earlier calls to as many of the first tasks as all systems answered."""
+    stamp = Stamp(os.path.join(match.workdir, "about.json"))
+    answers: dict[str, list[Answer]] = {name: [] for name in match.systems}
+    if not stamp.check(match.about):
+        answers = {name: read(match.path(name)) for name in match.systems}
+    done = 0
+    for task, *row in zip(tasks, *answers.values()):
+        if not all(belongs(task, answer) for answer in row):
+            break
+        done += 1
+    for name in answers:
+        answers[name] = answers[name][:done]
+        write_answers(match.path(name), answers[name])
+    stamp.write(match.about)  # last: until now the files may have been of other systems
     return answers
 
 

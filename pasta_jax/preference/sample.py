@@ -22,7 +22,7 @@ from pasta_jax.data.records import Prompt as Asked
 from pasta_jax.data.records import encode_prompt
 from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.model import Model
-from pasta_jax.decoding.request import SamplingParams
+from pasta_jax.decoding.request import SamplingParams, seed_of
 from pasta_jax.decoding.results import Stats, result
 from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.trace import as_document, document_order
@@ -158,8 +158,7 @@ def sample(
 
 
 def _drawn(length: int, temperature: float, *seed: int) -> SamplingParams:
-    number = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return SamplingParams(length, length, temperature, seed=number)
+    return SamplingParams(length, length, temperature, seed=seed_of(*seed))
 
 
 def _answers(decoder: Decoder, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams]) -> list[Sample]:

@@ -36,8 +36,8 @@ BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS, HELD_OUT, ROUND, TIMED = 1500, 100, 48, 16
 """At scale 1: prompts to learn from, to measure on, to ask in the second stage, and to time."""
 
-FIRST_STAGE = {"pasta": "self", "apar": "apar", "plain": "answers"}
-"""The models of the first stage, and the file of answers that each learns."""
+FIRST_STAGE = {"pasta": "self", "plain": "plain", "apar": "apar"}
+"""The models of the first stage, and the file that each learns: the same answers, annotated in its own way."""
 
 LAMBDAS = ("bon-1", "bon-4", "bon-inf")
 COMPARED = ("pasta", "apar", *LAMBDAS)
@@ -111,13 +111,16 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
     audit = "--annotator=self", f"--ckpt={base}", f"--max_loss={MAX_LOSS}"
     small, mixed = ("--min_block=12", f"--min_speedup={MIN_SPEEDUP}"), f"--keep_plain={KEEP_PLAIN}"
 
-    def annotated(name: str, title: str, *options: str) -> Step:
-        data = f"--input={answers}", f"--output={folder}/{name}.jsonl", f"--tokenizer={gguf}"
+    def annotated(name: str, title: str, source: str, *options: str) -> Step:
+        data = f"--input={folder}/{source}.jsonl", f"--output={folder}/{name}.jsonl", f"--tokenizer={gguf}"
         return command(title, "annotate", *data, *options, "--columns=prompt=question", "--length=512")
 
-    yield annotated("rule", "promises by rule", "--annotator=rule:structure", *small)
-    yield annotated("apar", "forks of APAR's rules", "--annotator=rule:apar", "--min_speedup=1", mixed)
-    yield annotated("self", "promises that pass the audit", *audit, *small, mixed)
+    yield annotated("rule", "promises by rule", "answers", "--annotator=rule:structure", *small)
+    yield annotated("self", "promises that pass the audit", "answers", *audit, *small, mixed)
+    files = f"--input={folder}/self.jsonl", f"--output={folder}/plain.jsonl"
+    yield command("the same answers without tags", "annotate", "--plain", *files, "--columns=prompt=question")
+    forks = "--annotator=rule:apar", "--min_speedup=1"
+    yield annotated("apar", "the same answers with forks of APAR's rules", "plain", *forks)
 
     def trained(name: str, file: str) -> Step:
         sources = {"init_from": base, "data.sources": f"{folder}/{file}.jsonl"}
@@ -164,7 +167,7 @@ def _steps(folder: str, scale: float, more_prompts: str) -> Iterator[Step]:
         for name in COMPARED if file else ():
             yield evaluated(name, file)
     in_block = "with marks and heads in the blocks"
-    yield annotated("block", in_block, *audit, "--marker=block", *small, mixed)
+    yield annotated("block", in_block, "plain", *audit, "--marker=block", *small)
     yield trained("block", "block")
     yield exported("block")
     yield evaluated("block", held_out)

@@ -7,8 +7,6 @@ Markdown. Everything else is Python.
 from __future__ import annotations
 
 import ast
-import hashlib
-import json
 import os
 import pathlib
 import re
@@ -17,29 +15,10 @@ import sys
 import types
 from typing import Any
 
-from tests.helpers.commands import ROOT
-
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+from tests.notebooks import code_cells, read, source_of
 
 _ESCAPE = re.compile(r"^( *)([!%])((?:.*\\\n)*.*)$", re.MULTILINE)
 """A line for the shell or IPython, with those that it goes on in."""
-
-
-def read(notebook: pathlib.Path) -> Any:
-    return json.loads(notebook.read_text(encoding="utf-8"))
-
-
-def code_cells(tree: Any) -> list[Any]:
-    return [cell for cell in tree["cells"] if cell["cell_type"] == "code"]
-
-
-def source_of(cell: Any) -> str:
-    return "".join(cell["source"])
-
-
-def digest(tree: Any) -> str:
-    """Of all code, which outputs are made by."""
-    return hashlib.sha256("\n\n".join(map(source_of, code_cells(tree))).encode()).hexdigest()
 
 
 def escapes(source: str) -> list[str]:
