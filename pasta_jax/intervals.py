@@ -1,8 +1,9 @@
 """Means over answers with 95 % intervals, and differences of two models' means over the same prompts.
 
 A mean is a sum over answers divided by another: lists with one marker by lists, logarithms of speeds by 1. Its
-standard error is that of what each answer adds to it (the delta method), and a difference is paired: it is taken
-answer by answer. Of shares of yes or no the interval is Wilson's, which is not empty at 0 % and 100 %.
+standard error is that of what each answer adds to it (the delta method), over the answers that count in it, with
+Student's t for how few they are; a difference is paired: it is taken answer by answer. Of shares of yes or no the
+interval is Wilson's, which is not empty at 0 % and 100 %; so it is of other shares there.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import special
 
-Z = 1.959964
+SIDES = 0.975
+"""The quantile at the upper end of 95 %."""
+
+Z = float(special.ndtri(SIDES))
 """Standard errors to each side of 95 % of a normal distribution."""
 
 
@@ -59,6 +64,11 @@ class Values:
         return float(self.above.sum()) / below if below else math.nan
 
     @property
+    def count(self) -> int:
+        """How many answers count."""
+        return int(np.count_nonzero(self.below))
+
+    @property
     def influence(self) -> np.ndarray:
         """What each answer adds to the mean's distance from the truth, times n: float64 [n]."""
         return (self.above - self.mean * self.below) / self.below.mean()
@@ -69,9 +79,9 @@ class Values:
 
         >>> values = Values(np.array([2.0, 6.0]), np.array([1.0, 2.0]))
         >>> tuple(round(each, 2) for each in values.interval)
-        (2.67, 1.8, 3.54)
+        (2.67, -2.98, 8.31)
         """
-        return _normal(self.mean, self.influence) if math.isfinite(self.mean) else UNKNOWN
+        return _around(self.mean, self.influence, self.below != 0) if math.isfinite(self.mean) else UNKNOWN
 
     @property
     def share(self) -> Interval:
@@ -84,22 +94,25 @@ class Values:
         if not math.isfinite(self.mean):
             return UNKNOWN
         if np.isin(self.above, (0, 1)).all() and np.isin(self.below, (0, 1)).all():
-            return _wilson(self.mean, int(self.below.sum()))
+            return _wilson(self.mean, self.count)
         mean, low, high = self.interval
+        if mean in (0, 1) and self.count > 1:
+            return _wilson(mean, self.count)
         return Interval(mean, max(low, 0.0), min(high, 1.0)) if low < high else Interval(mean, low, high)
 
     def less(self, other: Values) -> Interval:
         """The difference of two means of the same n prompts, this one's less the other's."""
         if not math.isfinite(difference := self.mean - other.mean):
             return UNKNOWN
-        return _normal(difference, self.influence - other.influence)
+        return _around(difference, self.influence - other.influence, (self.below != 0) | (other.below != 0))
 
 
-def _normal(mean: float, influence: np.ndarray) -> Interval:
-    """Without an interval where there are not two answers, or all say the same."""
-    if len(influence) < 2 or np.ptp(influence) < 1e-12:
+def _around(mean: float, influence: np.ndarray, counts: np.ndarray) -> Interval:
+    """Over the answers that count; without an interval where there are not two, or all say the same."""
+    n, adds = int(counts.sum()), influence[counts] * counts.mean()
+    if n < 2 or np.ptp(adds) < 1e-12:
         return Interval(mean, math.nan, math.nan)
-    half = Z * float(influence.std(ddof=1)) / math.sqrt(len(influence))
+    half = float(special.stdtrit(n - 1, SIDES)) * float(adds.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
 
 

@@ -52,7 +52,7 @@ def test_promises_by_kind_and_lengths_of_whole_answers() -> None:
         answered(annotated=NILE + DON),
         answered(annotated=NILE),
         answered(),
-        answered(annotated=NILE, stop_reason="length"),
+        answered(annotated=NILE, stop_reason="length", issues=("branch 1: stopped before its </async>.",)),
         Answered('"?"', error="too long"),
     ]
     kinds = ["list", "single", "story", "story", ""]
@@ -88,6 +88,10 @@ def test_speeds_of_what_was_timed_alone_and_together() -> None:
         "theoretical": math.sqrt(2 * 9), "realized": 1.6, "realized together": 3.0, "parallelism": math.sqrt(3.6),
         "efficiency": 0.8,
     })  # fmt: skip
+    branched = [dataclasses.replace(test[0], promises=2), *test[1:]]
+    apart = {name: each.interval.mean for name, each in speeds_of(baseline, branched).items()}
+    assert (apart["efficiency branched"], apart["parallelism branched"]) == pytest.approx((0.8, 1.8))
+    assert found["realized"].shown(found["realized"].interval) == "1.60x (n = 1)"
     assert found["realized together"].title == "realized speedup, batch 2"
     assert found["theoretical"].values.below.tolist() == [1, 1, 0]
     assert "realized together" not in speeds_of(baseline, test)
@@ -102,8 +106,8 @@ def test_tables_and_what_is_kept_of_them() -> None:
     assert fast.less(slow).mean == pytest.approx(2) and math.isnan(fast.less(slow).low)
     other = Measure("realized", "speed", Values(np.log([1.0, 2.0, 1.0, 4.0]), np.ones(4)))
     assert fast.less(other).mean == pytest.approx(2**0.75)
-    assert fast.less(other).high == pytest.approx(2 ** (0.75 + 1.96 / 4), rel=1e-4)
-    low = (1.5 - 1.96 / math.sqrt(12)) * math.log(2)
+    assert fast.less(other).high == pytest.approx(2 ** (0.75 + 3.182446 / 4), rel=1e-4)
+    low = (1.5 - 3.182446 / math.sqrt(12)) * math.log(2)
     assert fast.interval.low == pytest.approx(math.exp(low), rel=1e-4)
     wins = win_rate_of([0.5, None, 1.0, 0.75], "win rate")
     assert wins.interval.mean == 0.75 and wins.values.below.tolist() == [1, 0, 1, 1]
@@ -249,7 +253,7 @@ def test_models_of_one_workdir_side_by_side(settings: own.Settings) -> None:
     for page in (markdown, summary):
         assert "| false promises, of kind single or story " in page and "100.0 % (43.9 to 100.0)" in page
         line = next(line for line in page.splitlines() if line.startswith("| realized speedup, batch 1"))
-        assert [cell.strip() for cell in line.split("|")[3:5]] == ["2.00x", "3.00x"]
+        assert [cell.strip() for cell in line.split("|")[3:5]] == ["2.00x (n = 2)", "3.00x (n = 2)"]
         assert "| realized speedup, batch 2" in page and "1.50x" in page
         assert "| xy-7 less xyz-7 |" in page and "0.67x" in page
     records = [json.loads(line) for line in (folder / "annotated.jsonl").read_text().splitlines()]

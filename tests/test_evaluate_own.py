@@ -39,11 +39,14 @@ def answered(prompt: str = '"?"', text: str = "yes", **fields: Any) -> Answered:
     return Answered(prompt, text, text, **counts | fields)
 
 
+CUT = "main: stopped before its </async>."
+
+
 def test_speeds_count_every_answer_that_there_is() -> None:
     baseline = [answered(output_tokens=40, wall_s=4.0), answered(output_tokens=90), answered()]
     test = [
         answered(critical_path=20, text_tokens=36, promises=2),
-        answered(critical_path=5, text_tokens=20, wall_s=1.0, stop_reason="length", issues=("cut",)),
+        answered(critical_path=5, text_tokens=20, wall_s=1.0, stop_reason="length", issues=(CUT,)),
         answered(error="too long", text="", text_tokens=0, output_tokens=0),
     ]
     speed = speed_of(baseline, test)
@@ -56,7 +59,8 @@ def test_speeds_count_every_answer_that_there_is() -> None:
     assert math.isnan(geometric([]).mean) and str(geometric([2.0])) == "2.00x"
     assert (
         answered(issues=("a tag",)).is_malformed
-        and not answered(issues=("cut",), stop_reason="length").is_malformed
+        and not answered(issues=(CUT,), stop_reason="length").is_malformed
+        and answered(issues=("main: a stray tag.",), stop_reason="length").is_malformed
     )
 
 

@@ -119,16 +119,18 @@ def test_intervals() -> None:
         3.8415 / 53.8415, abs=1e-4
     )  # Wilson
     numbers = values([1.0, 2.0, 6.0], [1, 1, 1]).interval
-    assert numbers == pytest.approx((3.0, 3 - 1.96 * math.sqrt(7 / 3), 3 + 1.96 * math.sqrt(7 / 3)), abs=1e-4)
-    # A prompt without a list counts in no mean, and the difference is taken prompt by prompt.
+    half = 4.302653 * math.sqrt(7 / 3)  # Student's t with two degrees of freedom
+    assert numbers == pytest.approx((3.0, 3 - half, 3 + half), abs=1e-4)
+    # A prompt without a list counts in no mean and no interval; the difference is taken prompt by prompt.
     a, b = values([3, 0, 5], [4, 0, 5]), values([1, 0, 3], [4, 0, 5])
     assert a.interval.mean == pytest.approx(8 / 9) and (a.interval.high > 1, a.share.high) == (True, 1)
-    pairs = np.array([3 - 32 / 9, 0, 5 - 40 / 9]) / 3 - np.array([1 - 16 / 9, 0, 3 - 20 / 9]) / 3
-    half = 1.96 * pairs.std(ddof=1) / math.sqrt(3)
+    pairs = np.array([3 - 32 / 9, 5 - 40 / 9]) / 4.5 - np.array([1 - 16 / 9, 3 - 20 / 9]) / 4.5
+    half = 12.706205 * pairs.std(ddof=1) / math.sqrt(2)
     assert a.less(b) == pytest.approx((4 / 9, 4 / 9 - half, 4 / 9 + half), abs=1e-4)
     assert a.less(a)[0] == 0 and math.isnan(a.less(a).low), "no two prompts differ"
     assert not values([0], [0]).interval.is_known and not values([0], [0]).share.is_known
     assert values([0, 0.5], [1, 1]).share.low == 0
+    assert values([3, 1], [3, 1]).share.low == pytest.approx(2 / (2 + 3.8415), abs=1e-4), "Wilson's, of two"
     assert not a.less(values([0] * 3, [0] * 3)).is_known
     assert math.isnan(values([2], [1]).interval.low)
 

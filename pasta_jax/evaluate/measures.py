@@ -61,7 +61,13 @@ class Measure:
         scale, digits, mark = _LOOKS[self.unit]
         sign = "+" if signed and self.unit != "speed" else ""
         mean, low, high = (f"{scale * value:{sign}.{digits}f}" for value in interval)
-        return f"{mean}{mark}" if math.isnan(interval.low) else f"{mean}{mark} ({low} to {high})"
+        few = (
+            f"n = {self.values.count}"
+            if self.unit == "speed" and self.values.count < len(self.values.below)
+            else ""
+        )
+        told = "; ".join(filter(None, ["" if math.isnan(interval.low) else f"{low} to {high}", few]))
+        return f"{mean}{mark} ({told})" if told else f"{mean}{mark}"
 
     def as_json(self) -> dict[str, Any]:
         """As JSON can hold it; `measure_of` reads it."""
@@ -156,17 +162,26 @@ def speeds_of(
     timed = [bool(is_there and b.wall_s and t.wall_s) for is_there, b, t in zip(both, baseline, test)]
     theoretical = [math.log(theoretical_speedup(b, t)) for b, t in zip(baseline, test)]
     realized = [math.log(b.wall_s / t.wall_s) if yes else 0.0 for yes, b, t in zip(timed, baseline, test)]
+    branched = [is_there and t.promises > 0 for is_there, t in zip(both, test)]
+    parallel = [math.log(parallelism(each)) for each in test]
+    efficiency = np.subtract(realized, theoretical)
     full, ratios = [False] * len(test), [0.0] * len(test)
     places = itertools.accumulate((len(slow.answers) for slow, _ in batches), initial=0)
     for place, (slow, fast) in zip(places, batches):
         if len(slow.answers) == rows and slow.wall_s and fast.wall_s:
             full[place], ratios[place] = True, math.log(slow.wall_s / fast.wall_s)
-    found: dict[str, tuple[str, Any, Sequence[bool]]] = {
+    found: dict[str, tuple[str, Any, Any]] = {
         "theoretical": ("theoretical speedup", theoretical, both),
         "realized": ("realized speedup, batch 1", realized, timed),
         "realized together": (f"realized speedup, batch {rows}", ratios, full),
-        "parallelism": ("parallelism", [math.log(parallelism(each)) for each in test], both),
-        "efficiency": ("efficiency, batch 1", np.subtract(realized, theoretical), timed),
+        "efficiency": ("efficiency, batch 1", efficiency, timed),
+        "efficiency branched": (
+            "efficiency, batch 1, where any branch",
+            efficiency,
+            np.logical_and(timed, branched),
+        ),
+        "parallelism": ("parallelism", parallel, both),
+        "parallelism branched": ("parallelism, where any branch", parallel, branched),
     }
     return {
         name: Measure(title, "speed", Values(np.where(chosen, values, 0.0), np.array(chosen, np.float64)))
@@ -230,5 +245,6 @@ def pair_table(models: Mapping[str, Measures]) -> tuple[list[str], list[list[str
 
 def _in_order(names: Iterable[str]) -> list[str]:
     """The measures of quality first, then of speed, then the others as they come."""
-    first = ("win rate", "theoretical", "realized", "realized together", "efficiency", "parallelism")
+    speeds = ("theoretical", "realized", "realized together", "efficiency", "efficiency branched")
+    first = ("win rate", *speeds, "parallelism", "parallelism branched")
     return sorted(names, key=lambda name: first.index(name) if name in first else len(first))

@@ -223,10 +223,11 @@ def notes(result: Result, *, of_one: bool = True) -> list[str]:
             "rounding, and without seconds of their own." * (result.timed < result.speed.prompts),
         )
     said.append(
-        "Measures: a mean over prompts with its 95 % interval, of shares of answers Wilson's, else normal, by the "
-        "delta method where a sum is divided by another. Differences are taken prompt by prompt; of speeds they "
-        "are ratios. Efficiency: realized / theoretical. Doubled: four of five words in common with an earlier "
-        "item or paragraph. Promised lengths: in shares of the tokens of blocks, without answers that were cut off."
+        "Measures: a mean over prompts with its 95 % interval, of shares of answers Wilson's, else Student's, by "
+        "the delta method where a sum is divided by another. Differences are taken prompt by prompt; of speeds "
+        "they are ratios. Efficiency: realized / theoretical. Doubled: four of five words in common with an "
+        "earlier item or paragraph. Promised lengths: in shares of the tokens of blocks, without answers that were "
+        "cut off."
     )
     if (quality := result.quality) is not None:
         said.append(
@@ -356,7 +357,9 @@ def _draw(results: Sequence[Result], path: str) -> bool:
         axes.axhline(50, color="#bbbbbb", linewidth=1, zorder=0)
         axes.axvline(1, color="#bbbbbb", linewidth=1, zorder=0)
         axes.margins(0.2)
-        dress(axes, f"{name.capitalize()} speedup", "Win rate (%)" * (axes is panels[0]))
+        counts = sorted({each.measures[name].values.count for each in points})
+        told = f"{name.capitalize()} speedup, {' or '.join(map(str, counts))} prompts"
+        dress(axes, told, "Win rate (%)" * (axes is panels[0]))
         place(axes, labels)
     save(figure, path)
     return True

@@ -25,6 +25,18 @@ from pasta_jax.lang.render import joined
 from pasta_jax.lang.tags import TOPIC_PREFIX
 from pasta_jax.tokens.tokenizer import Vocabulary, whole_characters
 
+INCOMPLETE, LEFT_OUT, STOPPED = "incomplete tag", "left out", "stopped before its </async>"
+"""In what is listed of an answer."""
+
+
+def comes_of_a_limit(issue: str) -> bool:
+    """Whether what is listed is no fault where a limit ended the answer: a thread ends within a tag or a block.
+
+    >>> comes_of_a_limit("branch 1: stopped before its </async>.")
+    True
+    """
+    return issue.endswith(f"{STOPPED}.") or (INCOMPLETE in issue and issue.endswith(f"{LEFT_OUT}."))
+
 
 @dataclasses.dataclass(frozen=True)
 class Threads:
@@ -174,8 +186,8 @@ def scan(
             pieces.append(Piece(role, (*tokens,), fault))
 
     def break_off(role: Role) -> None:
-        kept = "kept as text" if role == Role.TEXT else "left out"
-        put(role, tag, f"incomplete tag {vocabulary.text(tag)!r} {kept}")
+        kept = "kept as text" if role == Role.TEXT else LEFT_OUT
+        put(role, tag, f"{INCOMPLETE} {vocabulary.text(tag)!r} {kept}")
         tag.clear()
 
     for index, token in enumerate(tokens, progress.index + 1):
@@ -305,7 +317,7 @@ def read(vocabulary: Vocabulary, threads: Threads, *, shortened: bool = False) -
             promises[thread] = Promise(topic, number, joined(nodes[thread]))
             nodes[parent].append(promises[thread])
             if not progress.finished:
-                issues.append(f"{name}: stopped before its </async>.")
+                issues.append(f"{name}: {STOPPED}.")
     in_order = {branch: promises[branch] for branch in tags}
     return Reading(Program(joined(nodes[0])), in_order, tuple(text), tuple(issues))
 

@@ -128,10 +128,12 @@ def _tokens(keys: Fields) -> tuple[list[str], list[int]]:
     if (
         not isinstance(kinds, list)
         or len(kinds) != len(tokens)
-        or not set(kinds) <= {*range(NORMAL, BYTE + 1)}
+        or not all(type(kind) is int and NORMAL <= kind <= BYTE for kind in kinds)
     ):
         raise keys.fault(f"{_PREFIX}token_type", f"must be a kind, 1 to 6, for each of {len(tokens)} tokens")
     size = max((i + 1 for i, kind in enumerate(kinds) if kind != UNUSED), default=0)
+    if not size:
+        raise keys.fault(f"{_PREFIX}token_type", "says that no token is used")
     return tokens[:size], kinds[:size]
 
 
@@ -193,7 +195,11 @@ def _sentencepiece(
     """A SentencePiece model of the kind BPE, which llama.cpp's vocabularies are."""
     scores = keys[f"{_PREFIX}scores"]
     scores = [-float(i) for i in range(len(tokens))] if scores is None else scores
-    if not isinstance(scores, list) or len(scores) < len(tokens):
+    if (
+        not isinstance(scores, list)
+        or len(scores) < len(tokens)
+        or not all(type(score) in (int, float) for score in scores)
+    ):
         raise keys.fault(f"{_PREFIX}scores", f"must be a number for each of {len(tokens)} tokens")
     model = sentencepiece_model_pb2.ModelProto()
     for token, kind, score in zip(tokens, kinds, scores):

@@ -51,6 +51,11 @@ VALUES = (
     ["a", "a"],
     [0],
     [7] * 319,
+    [5] * 319,
+    [2.0] * 319,
+    [True] * 319,
+    ["x"] * 319,
+    [[1]] * 319,
     [True],
 )
 """Values of keys, of all kinds that a file has."""
