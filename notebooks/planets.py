@@ -2,8 +2,8 @@
 
     python notebooks/planets.py runs/planets
 
-writes plain.jsonl, 600 questions with their answers, and questions.jsonl, twelve others, none of which is among the
-600. As a judge it is --judge=notebooks.planets:truer. The numbers are those of NASA's planetary fact sheet.
+writes plain.jsonl, 2,000 questions with their answers, and questions.jsonl, twelve others, none of which is among
+these. As a judge it is --judge=notebooks.planets:truer. The numbers are those of NASA's planetary fact sheet.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def truer(prompt: str, a: str, b: str) -> tuple[int | None, float]:
 def main(folder: pathlib.Path) -> None:
     """Writes the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = records(612)
+    made = records(2012)
     for name, part in {"plain.jsonl": made[12:], "questions.jsonl": made[:12]}.items():
         text = "".join(f"{json.dumps(each)}\n" for each in part)
         (folder / name).write_text(text, encoding="utf-8")
