@@ -3,7 +3,7 @@
 A mean is a sum over answers divided by another: lists with one marker by lists, logarithms of speeds by 1. Its
 standard error is that of what each answer adds to it (the delta method), over the answers that count in it, with
 Student's t for how few they are; a difference is paired: it is taken answer by answer. Of shares of yes or no the
-interval is Wilson's, which is not empty at 0 % and 100 %; so it is of other shares there.
+interval is Wilson's, which is not empty at 0 % and 100 %, and there of other shares too.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special
 
-SIDES = 0.975
+QUANTILE = 0.975
 """The quantile at the upper end of 95 %."""
 
-Z = float(special.ndtri(SIDES))
+Z = float(special.ndtri(QUANTILE))
 """Standard errors to each side of 95 % of a normal distribution."""
 
 
@@ -96,7 +96,7 @@ class Values:
         if np.isin(self.above, (0, 1)).all() and np.isin(self.below, (0, 1)).all():
             return _wilson(self.mean, self.count)
         mean, low, high = self.interval
-        if mean in (0, 1) and self.count > 1:
+        if mean in (0, 1):
             return _wilson(mean, self.count)
         return Interval(mean, max(low, 0.0), min(high, 1.0)) if low < high else Interval(mean, low, high)
 
@@ -112,7 +112,7 @@ def _around(mean: float, influence: np.ndarray, counts: np.ndarray) -> Interval:
     n, adds = int(counts.sum()), influence[counts] * counts.mean()
     if n < 2 or np.ptp(adds) < 1e-12:
         return Interval(mean, math.nan, math.nan)
-    half = float(special.stdtrit(n - 1, SIDES)) * float(adds.std(ddof=1)) / math.sqrt(n)
+    half = float(special.stdtrit(n - 1, QUANTILE)) * float(adds.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
 
 

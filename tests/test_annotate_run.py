@@ -460,6 +460,9 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     assert [each.reason for each in read(output) if isinstance(each, Problem)] == ["tags"]
     (example,) = (each for each in read(output, dialect="apar"))
     assert isinstance(example, Example) and assemble(example.program) == ANSWER
+    done = verb("--plain", f"--input={output}", f"--output={tmp_path / 'plain.jsonl'}", "--dialect=apar")
+    assert done.returncode == 0 and "has 1 records without tags" in done.stdout
+    assert json.loads((tmp_path / "plain.jsonl").read_text()) == json.loads(path.read_text())
 
 
 @pytest.mark.slow

@@ -286,6 +286,12 @@ def test_several_models_take_turns_with_one_baseline(settings: own.Settings) -> 
     for found, same in zip(together, alone):
         assert (found.folder, found.test, found.baseline) == (same.folder, same.test, same.baseline)
         assert found.batches == same.batches and len(found.test) == len(found.baseline) == 5
+    # More of one at batch 1 than of the others counts no more of it, for they are compared.
+    more = dataclasses.replace(several[0], timed=4)
+    own.answer_all([more], questions)
+    assert [found.timed for found in own.answer_all(several, questions)] == [2, 2, 2]
+    with pytest.raises(ValueError, match=r"--ckpt=runs/xy,runs/xy names a model twice\."):
+        own.answer_all([settings, settings], questions)
     # Without a baseline each is its own.
     Fake.asked = 0
     itself = own.answer_all([dataclasses.replace(each, baseline="") for each in several], questions)

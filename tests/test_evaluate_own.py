@@ -39,7 +39,7 @@ def answered(prompt: str = '"?"', text: str = "yes", **fields: Any) -> Answered:
     return Answered(prompt, text, text, **counts | fields)
 
 
-CUT = "main: stopped before its </async>."
+CUT = "branch 1: stopped before its </async>."
 
 
 def test_speeds_count_every_answer_that_there_is() -> None:

@@ -184,7 +184,7 @@ def plain(values: flags.FlagValues) -> str:
     from pasta_jax.annotate.plain import write_plain
 
     options: dict[str, Any] = {"max_depth": values.max_depth, "dialect": values.dialect}
-    reader = Reader(columns_of(values.columns), turns=values.turns, **options)
+    reader = Reader(columns_of(values.columns), **options)
     return write_plain(values.input, values.output, reader)
 
 

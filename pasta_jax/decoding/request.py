@@ -21,7 +21,7 @@ Conversation: TypeAlias = Sequence[Mapping[str, str]]
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed made of several numbers, at least 0, so that requests with different ones are drawn independently.
+    """A seed made of several numbers (none below 0): requests with different numbers are drawn independently.
 
     >>> len({seed_of(0, 1), seed_of(1, 0), seed_of(0)})
     3

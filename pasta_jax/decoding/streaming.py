@@ -49,7 +49,8 @@ class Event:
         characters. It is never taken back, unless it comes after a stop string.
       "promise": thread `parent` promised thread `branch`, whose text belongs where that of `parent` ends now; with
         `topic` and `promised_tokens`.
-      "closed": the text of thread `branch` is complete. After main is closed, only "done" follows.
+      "closed": the text of thread `branch` is complete, and `finished` unless the answer ended first. After main is
+        closed, only "done" follows.
       "done": the answer is complete, with `result`.
       "token": thread `branch` sampled the token `token`, spelled `text` (also tags and parts of characters), with
         `logprob`; it was fed in step `step` (state.UNFED: in none). Only on request.
@@ -59,8 +60,8 @@ class Event:
       request: index of the prompt in the call.
       branch: the thread; 0 is main.
       parent: the thread that promised the branch; -1 for main.
-      text, topic, promised_tokens, step, token, logprob, result: see the kinds. promised_tokens is in tokens, ten
-        times the tag's number.
+      text, topic, promised_tokens, step, token, logprob, result, finished: see the kinds. promised_tokens is in
+        tokens, ten times the tag's number.
       stop: the stop strings of the request, for the draft.
     """
 
@@ -75,6 +76,7 @@ class Event:
     token: int = -1
     logprob: float = 0.0
     result: DecodeResult | None = None
+    finished: bool = True
     stop: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -162,7 +164,7 @@ def new_events(
                 event("promise", branch=branch, parent=number, topic=topic, promised_tokens=10 * tens)
             )
         if closed:
-            events.append(event("closed", branch=number))
+            events.append(event("closed", branch=number, finished=progress.finished))
         threads[number] = _Thread(progress, speller.pending, closed)
     return Consumed(threads), events
 

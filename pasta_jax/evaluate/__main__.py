@@ -64,8 +64,6 @@ def main(argv: Sequence[str]) -> None:
         refuse("--rows, --timed, --audit and --sampling are for prompts of your own: --prompts=FILE.")
     if not is_own and len(values.ckpt) > 1:
         refuse("Several models, --ckpt=A,B, are for prompts of your own: --prompts=FILE. Name one.")
-    if len({*values.ckpt}) < len(values.ckpt):
-        refuse(f"--ckpt={','.join(values.ckpt)} names a model twice.")
     if values.timed and values.rows == 1:
         refuse("--timed leaves the other prompts to batches: add --rows=8.")
     if values.dry_run is not None and (values.judge != "llm" or values.annotations):

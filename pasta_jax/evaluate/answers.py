@@ -111,7 +111,7 @@ class Respondent:
         self._warm: set[Decoder] = set()
 
     def sampling_of(self, question: Question) -> SamplingParams:
-        """How a question is answered: with one seed for all, intervals would take their answers for independent."""
+        """How a question is answered. Each has a seed of its own: with one for all, answers would be correlated."""
         number = int(sha256(question.prompt)[:8], 16)
         return dataclasses.replace(self.sampling, seed=seed_of(self.sampling.seed, number))
 

@@ -63,7 +63,7 @@ class Measure:
         mean, low, high = (f"{scale * value:{sign}.{digits}f}" for value in interval)
         few = (
             f"n = {self.values.count}"
-            if self.unit == "speed" and self.values.count < len(self.values.below)
+            if self.unit == "speed" and not signed and self.values.count < len(self.values.below)
             else ""
         )
         told = "; ".join(filter(None, ["" if math.isnan(interval.low) else f"{low} to {high}", few]))

@@ -27,6 +27,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from pasta_jax.data.prompts import Question, answered_record
 from pasta_jax.data.records import prompt_text
 from pasta_jax.decoding.model import Model
@@ -146,14 +148,14 @@ class _Entrant:
     about: dict[str, Any]
     name: str
     baseline_name: str
-    model: str
-    baseline: str
+    model: epath.Path
+    baseline: epath.Path
 
 
 def answer_all(several: Sequence[Settings], questions: Sequence[Question]) -> list[Evaluated]:
     """Has models and their baseline answer the prompts in turn, and writes the answers.
 
-    It goes on where an earlier call was cut off. A baseline of several models answers once for all of them.
+    It goes on where an earlier call was cut off. A baseline answers once for all models that lack its answer.
 
     Args:
       several: for each model; they differ in `ckpt` alone.
@@ -161,18 +163,21 @@ def answer_all(several: Sequence[Settings], questions: Sequence[Question]) -> li
 
     Raises:
       CheckpointError: a model cannot be loaded.
+      ValueError: two of them are the same model.
     """
     first = several[0]
     entrants = [_entrant(settings, questions) for settings in several]
+    if len({entrant.folder for entrant in entrants}) < len(entrants):
+        raise ValueError(f"--ckpt={','.join(settings.ckpt for settings in several)} names a model twice.")
     loaded = functools.cache(lambda path: load(path, **first.loading))
     turns = _Turns(first, questions, entrants, loaded)
     answers = turns.one_by_one()
     batches = turns.in_batches() if first.rows > 1 else [[] for _ in entrants]
+    timed = min(len(alone["model"]) for alone in answers)  # as many of each, so that they can be compared
     found = []
     for entrant, alone, together in zip(entrants, answers, batches):
         slow, fast = ([answer for pair in together for answer in pair[i].answers] for i in (0, 1))
-        timed = len(alone["model"])
-        itself, given = entrant.about["itself"], {**first.drawing}
+        itself, given = entrant.about["itself"], entrant.about.get("drawing", {})
         found.append(
             Evaluated(
                 folder=entrant.folder,
@@ -180,8 +185,8 @@ def answer_all(several: Sequence[Settings], questions: Sequence[Question]) -> li
                 baseline_name=entrant.baseline_name,
                 questions=questions,
                 sha256=entrant.about["prompts"],
-                test=[*alone["model"], *fast[timed:]],
-                baseline=[*alone["baseline"], *slow[timed:]],
+                test=[*alone["model"][:timed], *fast[timed:]],
+                baseline=[*alone["baseline"][:timed], *slow[timed:]],
                 baseline_model=loaded(entrant.baseline),
                 baseline_identity=entrant.about["baseline"] | {"itself": itself} | given,
                 tokenizer=loaded(entrant.model).tokenizer,
@@ -223,7 +228,7 @@ class _Turns:
     settings: Settings
     questions: Sequence[Question]
     entrants: Sequence[_Entrant]
-    loaded: Callable[[str], Model]
+    loaded: Callable[[epath.Path], Model]
 
     def one_by_one(self) -> list[dict[str, list[Answered]]]:
         """The answers of each pair at batch 1."""
@@ -265,7 +270,7 @@ class _Turns:
         """Each with its baseline and its model; entrants with one baseline share its respondent."""
         options: dict[str, Any] = {"rows": rows, "drawing": self.settings.drawing}
         length = self.settings.max_new_tokens
-        baselines = dict[str, Respondent]()
+        baselines = dict[epath.Path, Respondent]()
         for entrant in self.entrants:
             if (slow := baselines.get(entrant.baseline)) is None:
                 slow = Respondent(self.loaded(entrant.baseline), length, sequential=True, **options)

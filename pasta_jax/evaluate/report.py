@@ -217,17 +217,18 @@ def notes(result: Result, *, of_one: bool = True) -> list[str]:
     if result.rows > 1:
         said.insert(
             1,
-            f"All prompts are answered {result.rows} at once, too, once, by the two in turn: their seconds are "
+            f"All prompts are answered {result.rows} at once, too, once, in turn: their seconds are "
             f"those of batch {result.rows}, of full batches."
             + " The answers to the prompts that were not asked at batch 1 are those of this pass: the same up to "
             "rounding, and without seconds of their own." * (result.timed < result.speed.prompts),
         )
     said.append(
-        "Measures: a mean over prompts with its 95 % interval, of shares of answers Wilson's, else Student's, by "
-        "the delta method where a sum is divided by another. Differences are taken prompt by prompt; of speeds "
-        "they are ratios. Efficiency: realized / theoretical. Doubled: four of five words in common with an "
-        "earlier item or paragraph. Promised lengths: in shares of the tokens of blocks, without answers that were "
-        "cut off."
+        "Measures: a mean over prompts with its 95 % interval, of shares of answers (and of other shares at 0 "
+        "and 100 %) Wilson's, else Student's, by the delta method where a sum is divided by another. "
+        "Differences are taken prompt by prompt; of speeds they are ratios. n: prompts, of batches full ones, "
+        "that count, where not all do. Efficiency: realized / theoretical. Doubled: four of five words in "
+        "common with an earlier item or paragraph. Promised lengths: in shares of the tokens of blocks, without "
+        "answers that were cut off."
     )
     if (quality := result.quality) is not None:
         said.append(

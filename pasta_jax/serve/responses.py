@@ -120,7 +120,7 @@ class Items:
                 if nested.thread == event.branch:
                     yield from self._end_part(nested.part)
             case "closed" if event.branch != MAIN:
-                yield from self._close_item(event.branch)
+                yield from self._close_item(event.branch, "completed" if event.finished else "incomplete")
 
     def end(self, status: str) -> Iterator[dict[str, Any]]:
         """What the end of the answer adds: an item that is open is closed with the status of the answer."""

@@ -34,6 +34,8 @@ def comes_of_a_limit(issue: str) -> bool:
 
     >>> comes_of_a_limit("branch 1: stopped before its </async>.")
     True
+    >>> [comes_of_a_limit(f"main: incomplete tag '<sync' {what}.") for what in ("left out", "kept as text")]
+    [True, False]
     """
     return issue.endswith(f"{STOPPED}.") or (INCOMPLETE in issue and issue.endswith(f"{LEFT_OUT}."))
 
