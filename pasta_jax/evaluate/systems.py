@@ -228,7 +228,7 @@ def take_turns(
     first: int | None = None,
     units: str = "prompts",
 ) -> list[dict[str, list[Answer]]]:
-    """`evaluate` for several matches, which take turns too. A system of several answers a task once for all.
+    """`evaluate` for several matches in turn. A system that several have by one name answers a task once for all.
 
     Args:
       matches: each has a workdir of its own.
@@ -257,13 +257,13 @@ def take_turns(
         quiet, logged_at, start = not shows_progress(), time.monotonic(), min(done)
         bar = tqdm(asked[start:], initial=start, total=len(asked), unit=f" {units}", disable=quiet)
         for number, task in enumerate(bar, start):
-            said = dict[Callable[[Task], Answer], Answer]()
+            said = dict[tuple[str, Callable[[Task], Answer]], Answer]()
             for match, table, count, to in zip(matches, answers, done, files):
                 for name, system in match.systems.items() if number >= count else ():
-                    if system not in said:
-                        said[system] = system(task)
-                    table[name].append(said[system])
-                    to[name].write(json_line(dataclasses.asdict(said[system])))
+                    if (name, system) not in said:
+                        said[name, system] = system(task)
+                    table[name].append(said[name, system])
+                    to[name].write(json_line(dataclasses.asdict(said[name, system])))
             if quiet and time.monotonic() - logged_at > LOG_EVERY_S:
                 LOG.info("%d of %d %s", number + 1, len(asked), units)
                 logged_at = time.monotonic()

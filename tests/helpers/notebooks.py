@@ -54,7 +54,7 @@ def execute(path: str) -> None:
 
     names: dict[str, Any] = {"__name__": "__main__", "escape": escape}
     parent: Any = types.ModuleType("IPython")
-    parent.get_ipython = lambda: None  # matplotlib asks
+    parent.get_ipython, parent.version_info = (lambda: None), (9, 0)  # matplotlib asks
     sys.modules |= {"IPython": parent, "IPython.display": _display()}
     os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for number, cell in enumerate(code_cells(read(pathlib.Path(path))), start=1):
