@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 
-from pasta_jax.annotate.run import RunError, as_json
+from pasta_jax.annotate.run import as_json, check_output
 from pasta_jax.data.layouts import Fault, replaced
 from pasta_jax.data.reading import RecordError, entries
 from pasta_jax.data.records import Reader, raw_text
@@ -23,8 +22,7 @@ def write_plain(path: str, output: str, reader: Reader) -> str:
       RunError: `output` is the file itself.
       RecordError: the file cannot be read, or none of its records.
     """
-    if os.path.realpath(output) == os.path.realpath(path):
-        raise RunError(f"--output={output} is --input itself. Give another --output.")
+    check_output(path, output)
     written, unusable = 0, 0
     with replacing(output) as file:
         for entry in entries(path):

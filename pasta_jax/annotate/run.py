@@ -125,8 +125,7 @@ def annotate_file(
       EndpointError: the annotator asks an endpoint, which does not answer any more; what is done is kept.
       InUse: another process works on the same output.
     """
-    if os.path.realpath(output) == os.path.realpath(path):
-        raise RunError(f"--output={output} is --input itself. Give another --output.")
+    check_output(path, output)
     folder, journal = f"{output}.run", _journal(output)
     records = os.path.join(folder, "records.jsonl")
     with locked(folder):
@@ -156,6 +155,12 @@ def annotate_file(
             kept = f"{progress.done} are done and kept; run the same command again to go on."
             raise EndpointError(f"{error} {kept}") from None
         _finish(path, output, journal, records, keep_plain)
+
+
+def check_output(path: str, output: str) -> None:
+    """Raises RunError for an output that is the input."""
+    if os.path.realpath(output) == os.path.realpath(path):
+        raise RunError(f"--output={output} is --input itself. Give another --output.")
 
 
 def journal_of(output: str) -> Iterator[Line]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -220,11 +221,11 @@ class Responses:
         self._result: DecodeResult | None = None
 
     def whole(self, results: Sequence[DecodeResult]) -> dict[str, Any]:
-        result, vocabulary = results[0], self.head.vocabulary
-        for event in new_events(Consumed(), result.trace, vocabulary)[1]:
-            collections.deque(self._items.add(event), 0)
-        collections.deque(self._items.end(_status(result)), 0)
-        return self._body(_status(result), result)
+        result, status = results[0], _status(results[0])
+        _, events = new_events(Consumed(), result.trace, self.head.vocabulary)
+        for _ in itertools.chain(*map(self._items.add, events), self._items.end(status)):
+            pass  # the items are what is wanted, not the events of a stream
+        return self._body(status, result)
 
     def begin(self) -> Iterator[bytes]:
         for kind in ("created", "in_progress"):
