@@ -129,6 +129,15 @@ def test_it_goes_on(
     ran.clear()
     recipe.main([""], values=values)
     assert ran == [] and f"All {len(titles)} steps are done." in capsys.readouterr().out
+    values(["real_model", "--more_prompts=none.jsonl"])  # it would be read last, after a night
+    with pytest.raises(SystemExit, match="2"):
+        recipe.main([""], values=values)
+    assert "--more_prompts: there is no file none.jsonl." in capsys.readouterr().err
+    values(["real_model", f"--workdir={tmp_path / 'base'}", "--more_prompts="])
+    (tmp_path / "base" / "mine").touch()
+    with pytest.raises(SystemExit, match="2"):
+        recipe.main([""], values=values)
+    assert "base holds other files." in capsys.readouterr().err and ran == []
     values(["real_model", f"--workdir={tmp_path}", "--scale=0.1"])  # its answers would be those of scale 1
     with pytest.raises(SystemExit, match="2"):
         recipe.main([""], values=values)

@@ -190,12 +190,18 @@ def main(argv: Sequence[str], *, values: Any) -> None:
     if len(argv) > 1:
         refuse(f"{argv[1]} is no flag. --help shows them.")
     folder = values.workdir.rstrip("/")
+    if values.more_prompts and not os.path.isfile(values.more_prompts):
+        refuse(f"--more_prompts: there is no file {values.more_prompts}. Give one with prompts.")
     steps = recipe(folder, values.scale, values.more_prompts)
     if values.dry_run:
         print("\n".join(step.line for step in steps))
         return
     begin_alone()
     own = os.path.join(folder, "recipe")  # the steps lock the folder itself
+    if os.path.isdir(folder) and os.listdir(folder) and not os.path.isdir(own):
+        refuse(
+            f"--workdir={folder} holds other files. Give a new folder, or one that this command has begun."
+        )
     with locked(own):
         path = os.path.join(own, "done.jsonl")
         done = {each.line: each for each in read_jsonl(path, lambda tree: Done(**tree))}
@@ -203,6 +209,8 @@ def main(argv: Sequence[str], *, values: Any) -> None:
         known = {step.line for step in steps}
         if any(line not in known and " pasta_jax.evaluate " not in line for line in done):
             refuse(f"{folder} was begun with another --scale, or by another version. Give another --workdir.")
+        if number := sum(step.line in done for step in steps):
+            LOG.info("%d of %d steps are done already.", number, len(steps))
         with Lines(path) as file:
             for number, step in enumerate(steps, 1):
                 if step.line in done:
@@ -231,7 +239,8 @@ def define(values: flags.FlagValues) -> None:
     """Defines the flags."""
     own: Any = {"flag_values": values}
     flags.DEFINE_string("workdir", "runs/real", "Folder of all output; the same one resumes.", **own)
-    flags.DEFINE_float("scale", 1.0, "Of the numbers of prompts.", lower_bound=0.0, upper_bound=1.0, **own)
+    help = "Factor for all numbers of prompts, each of which is at least 8."
+    flags.DEFINE_float("scale", 1.0, help, lower_bound=0.001, upper_bound=1.0, **own)
     flags.DEFINE_string("more_prompts", "", "A file with further prompts to measure on.", **own)
     flags.DEFINE_bool("dry_run", False, "Print the commands, and do nothing.", **own)
 
