@@ -60,7 +60,7 @@ def test_promises_by_kind_and_lengths_of_whole_answers() -> None:
     shares = {name: each.interval.mean for name, each in found.items()}
     assert (shares["promising"], shares["promising list"], shares["promising story"]) == (0.6, 1.0, 0.5)
     assert shares["false promises"] == pytest.approx(2 / 3)
-    assert found["false promises"].title == "false promises, of kind single or story"
+    assert found["false promises"].title == "false promises, kind single or story"
     assert shares["branches"] == pytest.approx(4 / 3)
     assert (shares["is_cut"], shares["error"], shares["is_malformed"]) == (0.2, 0.2, 0)
     # 10 tokens were promised for 3, 4 and 3 words; what was cut off had no time for them.
@@ -119,7 +119,7 @@ def test_tables_and_what_is_kept_of_them() -> None:
     ]
     assert rows[0][1] == "" and rows[0][3].startswith("1.41x (") and rows[1][2].startswith("75.0 % (")
     header, rows = pair_table({name: models[name] for name in ("fast", "slow")})
-    assert (header, rows) == (["models", "realized"], [["fast less slow", "2.00x"]])
+    assert (header, rows) == (["models", "realized"], [["fast against slow", "2.00x"]])
     again = measure_of(json.loads(json.dumps(fast.as_json())))
     assert again.interval == pytest.approx(fast.interval, rel=1e-5) and again.unit == "speed"
 
@@ -251,11 +251,11 @@ def test_models_of_one_workdir_side_by_side(settings: own.Settings) -> None:
     summary = (workdir / "summary-prompts.md").read_text()
     assert summary.startswith("# 2 models on ") and "The first 2 of 5 prompts are answered" in summary
     for page in (markdown, summary):
-        assert "| false promises, of kind single or story " in page and "100.0 % (43.9 to 100.0)" in page
+        assert "| false promises, kind single or story " in page and "100.0 % (43.9 to 100.0)" in page
         line = next(line for line in page.splitlines() if line.startswith("| realized speedup, batch 1"))
         assert [cell.strip() for cell in line.split("|")[3:5]] == ["2.00x (n = 2)", "3.00x (n = 2)"]
         assert "| realized speedup, batch 2" in page and "1.50x" in page
-        assert "| xy-7 less xyz-7 |" in page and "0.67x" in page
+        assert "| xy-7 against xyz-7 |" in page and "0.67x" in page
     records = [json.loads(line) for line in (folder / "annotated.jsonl").read_text().splitlines()]
     assert records[4] == {"kind": "story", "prompt": PROMPTS[4], "response": NILE + DON}
     assert (folder / "side_by_side.md").read_text().count("## ") == 5

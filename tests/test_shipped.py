@@ -39,7 +39,7 @@ MOST_BYTES = 5_000_000
 
 
 def test_these_are_all() -> None:
-    assert {path.name for path in MODELS.iterdir()} == {*NAMES, ANSWERS.name}
+    assert {path.name for path in MODELS.iterdir()} == {*NAMES, ANSWERS.name, "README.md"}
 
 
 def test_the_answers_are_to_the_recipes_prompts() -> None:

@@ -123,9 +123,10 @@ def measures_of(
     add("promising", "answers with promises", "share", promising, ones)
     groups = {kind: [float(each == kind) for each in kinds] for kind in dict.fromkeys(kinds) if kind}
     for kind, chosen in groups.items():
-        add(f"promising {kind}", f"of kind {kind}", "share", np.multiply(promising, chosen), chosen)
+        title = f"answers with promises, kind {kind}"
+        add(f"promising {kind}", title, "share", np.multiply(promising, chosen), chosen)
     plain = [float(kind in plain_kinds) for kind in kinds]
-    told = f"false promises, of kind {' or '.join(kind for kind in plain_kinds if kind in groups)}"
+    told = f"false promises, kind {' or '.join(kind for kind in plain_kinds if kind in groups)}"
     add("false promises", told, "share", np.multiply(promising, plain), plain)
     add("branches", "branches, where any", "number", [each.promises for each in answers], promising)
     add("tokens", "tokens without tags", "number", [each.text_tokens for each in answers], ones)
@@ -239,7 +240,7 @@ def pair_table(models: Mapping[str, Measures]) -> tuple[list[str], list[list[str
             else ""
             for name in names
         ]
-        rows.append([f"{first} less {second}", *cells])
+        rows.append([f"{first} against {second}", *cells])
     return ["models", *(titles[name] for name in names)], rows
 
 

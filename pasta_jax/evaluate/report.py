@@ -227,8 +227,8 @@ def notes(result: Result, *, of_one: bool = True) -> list[str]:
         "and 100 %) Wilson's, else Student's, by the delta method where a sum is divided by another. "
         "Differences are taken prompt by prompt; of speeds they are ratios. n: prompts, of batches full ones, "
         "that count, where not all do. Efficiency: realized / theoretical. Doubled: four of five words in "
-        "common with an earlier item or paragraph. Promised lengths: in shares of the tokens of blocks, without "
-        "answers that were cut off."
+        "common with an earlier item or paragraph. Neat: one marker style, numbers in order. Promised "
+        "lengths: in shares of the tokens of blocks, without answers that were cut off."
     )
     if (quality := result.quality) is not None:
         said.append(

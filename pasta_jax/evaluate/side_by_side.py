@@ -15,6 +15,8 @@ from pasta_jax.lang.tags import Dialect
 SHOWN = 20
 """Prompts: the first of the file, whatever the answers."""
 
+OVER = "Speedups are over the other answer to the same prompt, which may be longer or shorter."
+
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07800", "#3a8fc4")
 """Of branches in HTML, in turn."""
 
@@ -100,7 +102,7 @@ def as_markdown(pairs: Sequence[Pair], names: tuple[str, str], dialect: Dialect)
     parts = [
         f"# {names[1]} beside {names[0]}",
         f"The first {len(pairs)} prompts, as they came. ⟦1 topic, 20: ...⟧ is what branch 1 wrote, after a promise "
-        "of 20 tokens.",
+        f"of 20 tokens. {OVER}",
     ]
     for number, pair in enumerate(pairs, start=1):
         kind = f" ({pair.kind})" if pair.kind else ""
@@ -159,7 +161,6 @@ def as_html(pairs: Sequence[Pair], names: tuple[str, str], dialect: Dialect) -> 
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n<h1>{title}</h1>\n<p>The first {len(pairs)} prompts, as "
-        "they came. A label has the number of the branch, its topic, and the tokens that were promised.</p>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
+        "they came. A label has the number of the branch, its topic, and the tokens that were promised. "
+        f"{OVER}</p>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
     )

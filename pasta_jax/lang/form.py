@@ -102,16 +102,22 @@ class Share:
 SHARES: Mapping[str, Share] = {
     "one_marker": Share("lists with one marker style", "one_marker", "lists", "lists"),
     "in_order": Share("numbered lists in order", "in_order", "numbered", "numbered lists"),
-    "neat_branched": Share("lists of several branches, both", "neat_branched", "branched_lists", "lists"),
+    "neat_branched": Share("neat lists of branches", "neat_branched", "branched_lists", "lists"),
     "repeated_names": Share("repeated names of items", "repeated_names", "named", "named items"),
     "doubled": Share("doubled items and paragraphs", "doubled", "parts", "items and paragraphs"),
     "repeated_topics": Share("repeated topics", "repeated_topics", "topics", "topics"),
     "length_error": Share(
         "error of promised lengths", "length_error", "block_tokens", "tokens of blocks", is_part=False
     ),
-    "length_bias": Share("their bias", "length_bias", "block_tokens", "tokens of blocks", is_part=False),
+    "length_bias": Share(
+        "bias of promised lengths", "length_bias", "block_tokens", "tokens of blocks", is_part=False
+    ),
     "length_rounding": Share(
-        "their error by rounding alone", "length_rounding", "block_tokens", "tokens of blocks", is_part=False
+        "error of promised lengths by rounding",
+        "length_rounding",
+        "block_tokens",
+        "tokens of blocks",
+        is_part=False,
     ),
     "repetition": Share("repeated runs of four words", "repeated_ngrams", "ngrams", "runs"),
     "loops": Share("answers that end in a loop", "loops", "answers", "answers"),
