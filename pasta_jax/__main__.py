@@ -95,15 +95,19 @@ def _piped() -> str:
 def _answer(prompt: str, values: flags.FlagValues, options: dict[str, Any]) -> DecodeResult:
     """Decodes, with --stream to stdout."""
     from pasta_jax import decode, load
-    from pasta_jax.terminal import printer
+    from pasta_jax.terminal import ERASE, printer
 
+    live = values.stream and sys.stdout.isatty()
     with _refusing():
-        return decode(
-            load(values.ckpt, **loading_options(values)),
-            prompt,
-            **options,
-            stream=printer(sys.stdout, live=sys.stdout.isatty()) if values.stream else False,
-        )
+        model = load(values.ckpt, **loading_options(values))
+        try:
+            return decode(
+                model, prompt, **options, stream=printer(sys.stdout, live=live) if values.stream else False
+            )
+        except KeyboardInterrupt:
+            if live:
+                print(ERASE)  # the text behind the cursor, which is not settled
+            raise
 
 
 def _converse(values: flags.FlagValues, options: dict[str, Any]) -> None:

@@ -123,6 +123,32 @@ def test_controls_in_a_text_are_not_the_terminals():
     assert lines == [[(0, "a�[2J b �c�")]]
 
 
+STREAMED = """if True:
+    import signal, sys
+    import pasta_jax
+    from pasta_jax import Event
+    from pasta_jax import __main__ as verb
+
+    def decode(model, prompt, *, stream, **options):
+        stream(Event("text", text="Two rivers: "))
+        stream(Event("promise", branch=1, parent=0, topic="Nile"))
+        stream(Event("text", text=" Both are long."))
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    pasta_jax.decode, pasta_jax.load = decode, lambda path, **options: None
+    sys.argv = ["pasta_jax", "--ckpt=W", "--stream", "Two rivers?"]
+    verb.command()
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_the_settled_text_of_one_answer():
+    with on_terminal("-c", STREAMED) as person:
+        assert person.status() == 130
+        assert person.shown.endswith(" Both are long.\x1b[0m\x1b8\x1b[K\r\nInterrupted.\r\n"), person.shown
+
+
 # ---------------------------------------------------------------------------------------------- conversations
 
 
