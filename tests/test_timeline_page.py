@@ -99,6 +99,8 @@ def test_the_page_can_be_read_without_colours_and_with_a_keyboard(page: str) -> 
     labelled = re.findall(r"<label[^>]*>.*?</label>", page, re.DOTALL)
     assert controls and all(any(each in label for label in labelled) for each in controls)
     assert '<th scope="row">' in page, "the chart is a table too"
+    outputs = re.findall("<output[^>]*>", page)
+    assert outputs and all('aria-live="off"' in each for each in outputs), "the slider says it already"
 
 
 def luminance(colour: str) -> float:
@@ -119,6 +121,9 @@ def test_files(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "t.html").read_text(encoding="utf-8") == shown.html()
     shown.save(tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    main, branch, *_ = shown.lines
+    priced = dataclasses.replace(shown, lines=(main, dataclasses.replace(branch, topic="$1_2_3$")), tokens=())
+    priced.save(tmp_path / "priced.png")  # no formula
     with pytest.raises(ValueError, match=r"t\.svg: a timeline is a page or a figure\. Give a name that ends"):
         check_path("t.svg")
 

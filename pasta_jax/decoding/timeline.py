@@ -402,6 +402,7 @@ class Timeline:
         ratios = {"height_ratios": [threads + 0.6, lanes + 0.6]}
         above, below = figure.subplots(2, 1, sharex=True, gridspec_kw=ratios)
         names = [line.name if len(line.name) <= 24 else f"{line.name[:23]}…" for line in self.lines]
+        names = [name.replace("$", r"\$") for name in names]  # which would begin a formula
         for row, line in enumerate(self.lines):
             colour = COLOURS[_colour(line.id)]
             for run in line.runs:
