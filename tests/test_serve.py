@@ -36,6 +36,7 @@ from pasta_jax.serve.asked import (
 from pasta_jax.serve.errors import ApiError
 from pasta_jax.serve.rates import Rates
 from pasta_jax.serve.responses import InOrder, Items
+from tests.helpers.commands import python
 from tests.helpers.served import MODEL, Served, alone, asked, events_of, served
 
 SAID = [{"role": "user", "content": "rivers"}]
@@ -583,6 +584,7 @@ def test_health_metrics_and_the_page(server: Served) -> None:
     page = requests.get(server.url)
     assert "'unsafe-inline'" not in page.headers["content-security-policy"]
     assert not re.search(r"(?:src|href|url\()[=\"'(]*https?:", page.text), "it needs no other host"
+    assert '<output id="at" for="step" aria-live="off">' in page.text, "the slider says it already"
 
 
 def test_the_log_is_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -628,6 +630,27 @@ def test_the_end_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
     fields = [record.__dict__["fields"] for record in caplog.records if "fields" in record.__dict__]
     assert len(fields) == 12 and "rivers" not in json.dumps(fields)
     assert {each["status"] for each in fields} == {200}
+
+
+WARMING_UP = """if True:
+    import os, signal, sys, time
+    from pasta_jax.serve import __main__ as verb
+
+    def decoder(values):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    verb._decoder = decoder
+    sys.argv = ["pasta_jax.serve", "--ckpt=W", "--port=0"]
+    verb.command()
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_ready_ends_at_once() -> None:
+    """By a handler of its own: the first process of a container has no other."""
+    done = python("-c", WARMING_UP)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, ""), done.stderr
 
 
 @pytest.mark.slow

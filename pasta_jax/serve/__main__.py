@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -58,6 +59,8 @@ def main(argv: Sequence[str]) -> None:
     except ImportError as error:
         refuse(str(error))
     begin_first()
+    # Until the server itself listens for it. In a container, a signal that nobody asked for is lost.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not sys.stderr.isatty():
         log_for_programs()
     from pasta_jax.serve.app import Service
