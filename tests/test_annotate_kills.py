@@ -20,6 +20,13 @@ from tests.helpers.chat_server import KEY, Body, ChatServer, Rates, Status, chat
 
 CONCURRENCY = 64
 
+COMMAND = """if True:
+    import runpy
+    from pasta_jax.endpoint.client import Endpoint
+    Endpoint.__init__.__kwdefaults__["backoff"] = 0.05  # else it waits for most of the time
+    runpy.run_module("pasta_jax.annotate", run_name="__main__", alter_sys=True)
+"""
+
 
 def answered(server: ChatServer) -> int:
     return sum(each in ("altered", "answered") for each in server.counts().elements())
@@ -45,20 +52,20 @@ def test_a_run_that_is_killed_goes_on(count: int, kills: int, tmp_path: pathlib.
         return chat_models.annotator(body)
 
     with chat_server(model, Rates()) as server:
-        command = ["-m", "pasta_jax.annotate", f"--input={data}", f"--output={output}", "--annotator=llm"]
+        command = ["-c", COMMAND, f"--input={data}", f"--output={output}", "--annotator=llm"]
         command += ["--tokenizer=almanac", f"--base_url={server.url}", "--model=tiny", "--timeout=3"]
         command += [f"--concurrency={CONCURRENCY}", "--price_in=1", "--price_out=4"]
         for run in range(kills + 1):
-            process = started.start(command, tmp_path / f"log{run}", OPENAI_API_KEY=KEY)
+            process = started.fork(command, tmp_path / f"log{run}", OPENAI_API_KEY=KEY)
             while process.poll() is None and (run == kills or answered(server) < (run + 1) * count // 2):
                 time.sleep(0.05)
             if run < kills:
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
                 time.sleep(0.5)  # the server notices
                 sent = collections.Counter({name: len(each) for name, each in server.outcomes.items()})
                 before.append((kept(replies), sent))
-        assert process.returncode == 0, (tmp_path / f"log{kills}").read_text()
+        assert process.wait() == 0, (tmp_path / f"log{kills}").read_text()
 
         for names, sent in before:
             again = [name for name in names if len(server.outcomes[name]) > sent[name]]

@@ -11,8 +11,9 @@ import pytest
 from pasta_jax.checkpoints.about import checkpoints_in, read_metadata
 from pasta_jax.checkpoints.reading import restore_arrays, saved_shapes
 from pasta_jax.files import LOCK
-from tests.fuzz.kills import LATE, assert_same, started
-from tests.helpers import FULL
+from tests.fuzz.kills import LATE, assert_same
+from tests.helpers import FULL, ONE_DEVICE
+from tests.helpers.started import fork
 
 pytestmark = pytest.mark.skipif(not FULL, reason="one of .ci/run's full counts; make fuzz kills runs too")
 
@@ -37,21 +38,26 @@ def ran(workdir: pathlib.Path, seconds: float | None = None) -> float | None:
 
     Returns the seconds that the work took, or None if it was killed.
     """
-    with started(workdir, ARGUMENTS) as process:
+    log = workdir.with_name("log")
+    line = ["-m", "pasta_jax.train", *ARGUMENTS, f"--workdir={workdir}"]
+    process = fork(line, log, XLA_FLAGS=ONE_DEVICE)
+    try:
         lock, until = workdir / LOCK, time.monotonic() + LATE
         while not (lock.exists() and lock.read_text().startswith(f"{process.pid} ")):
-            assert process.poll() is None and time.monotonic() < until, process.stderr.read()
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
             time.sleep(0.01)
         began = time.monotonic()
         if seconds is not None:
             while process.poll() is None and time.monotonic() < began + seconds:
                 time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-        _, said = process.communicate(timeout=LATE)
-        if process.returncode == -signal.SIGKILL:
+            process.kill()
+        status = process.wait(LATE)
+        if status == -signal.SIGKILL:
             return None
-        assert process.returncode == 0, said[-3000:]
+        assert status == 0, log.read_text()[-3000:]
         return time.monotonic() - began
+    finally:
+        process.kill()
 
 
 def check_whole(workdir: pathlib.Path) -> int:

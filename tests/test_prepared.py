@@ -31,7 +31,7 @@ from pasta_jax.prepare.__main__ import prepare
 from pasta_jax.tokens.positions import Positions
 from tests.helpers import only_full
 from tests.helpers.programs import random_program
-from tests.helpers.started import start, wait
+from tests.helpers.started import fork, wait
 
 pytest.importorskip("array_record", reason="array_record is not installed")
 
@@ -232,7 +232,7 @@ def test_killed_at_random_it_goes_on_and_leaves_no_worker(tmp_path: pathlib.Path
         "--shard_examples=1000",
     ]
     for _ in range(3):
-        process = start(["-m", "pasta_jax.prepare", *words, "--workers=2"], tmp_path / "log")
+        process = fork(["-m", "pasta_jax.prepare", *words, "--workers=2"], tmp_path / "log")
         until, shards = time.monotonic() + 60, len([*to.glob("*.array_record-*")])
         while process.poll() is None and len([*to.glob("*.array_record-*")]) <= shards < 5:
             assert time.monotonic() < until
@@ -244,7 +244,7 @@ def test_killed_at_random_it_goes_on_and_leaves_no_worker(tmp_path: pathlib.Path
         while any(pathlib.Path(f"/proc/{child}").exists() for child in children):
             assert time.monotonic() < until, "a worker is left"
             time.sleep(0.05)
-    assert wait([start(["-m", "pasta_jax.prepare", *words], tmp_path / "log")], 60) == [0]
+    assert wait([fork(["-m", "pasta_jax.prepare", *words], tmp_path / "log")], 60) == [0]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(encoding, "BATCH", 256)  # as in the command
         prepare(

@@ -77,7 +77,7 @@ class Fork:
     """A command that was started; of `subprocess.Popen`, what tests use."""
 
     def __init__(self, process: BaseProcess):
-        self._process = process
+        self._process, self.pid = process, process.pid
 
     def poll(self) -> int | None:
         """Its status, None as long as it runs."""
@@ -90,6 +90,10 @@ class Fork:
             self.kill()
             raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
         return status
+
+    def send_signal(self, number: int) -> None:
+        if self.pid is not None and self.poll() is None:
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self._process.kill()

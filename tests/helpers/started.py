@@ -22,10 +22,13 @@ def free_port() -> int:
 FOUR_DEVICES = {"XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=4"}
 
 
-def fork(arguments: list[str], log: pathlib.Path) -> commands.Fork:
+def fork(arguments: list[str], log: pathlib.Path, **env: str) -> commands.Fork:
     """As `start`, from a process that has imported jax: for tests that are not about how Python starts."""
-    files = (os.devnull, log.with_suffix(".out"), log)
-    return commands.started(tuple(arguments), files, ROOT, os.environ | FOUR_DEVICES)
+    out = log.with_suffix(".out")
+    for file in (out, log):
+        file.write_bytes(b"")
+    files = (os.devnull, out, log)
+    return commands.started(tuple(arguments), files, ROOT, os.environ | FOUR_DEVICES | env)
 
 
 def start(arguments: list[str], log: pathlib.Path, **env: str) -> subprocess.Popen[bytes]:
