@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import signal
-import subprocess
 import time
 
 import jax
@@ -17,7 +16,7 @@ from pasta_jax.checkpoints.load import load_params
 from pasta_jax.training.metrics import read_metrics
 from tests.helpers import FULL, full, only_full, several
 from tests.helpers.commands import Fork
-from tests.helpers.started import fork, free_port, start, wait
+from tests.helpers.started import fork, free_port, wait
 
 MESHES = [*several.MESHES] if FULL else ["8x1"]
 """One process starts on 8x1, and two go on."""
@@ -25,7 +24,10 @@ MESHES = [*several.MESHES] if FULL else ["8x1"]
 STOPPED = "2x4" if FULL else "8x1"
 """Two processes start on it in the folder `stopped`, one of them gets a signal, and one process goes on."""
 
-PARTS = [*MESHES, "tell", *(["adapters", "damage", "decode", "round", "load"] if FULL else [])]
+ALIKE = {"stopped": STOPPED, "damaged": "4x2"}
+"""What two processes do in these folders ends as one process does on the mesh."""
+
+PARTS = [*MESHES, "tell", *(["adapters", "decode", "round", "load"] if FULL else [])]
 
 
 # ------------------------------------------------------------------------------------------ two are one (law 9)
@@ -51,7 +53,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathli
     for folder in (one, two):
         folder.mkdir()
     several.train(two, "8x1", stop_after=2)
-    started = pair(two, f"{STOPPED}:signal", *PARTS, "evaluate")
+    damage = ["damage"] if FULL else []
+    started = pair(two, f"{STOPPED}:signal", *PARTS, *damage, "evaluate")
     several.do(one, PARTS)
     assert wait(started, 200) == [0, 0], said(two, 0) + said(two, 1)
     several.train(two, STOPPED, workdir="stopped")
@@ -70,7 +73,7 @@ def assert_close(found: pathlib.Path, expected: pathlib.Path) -> None:
 def test_two_processes_train_like_one(runs: tuple[pathlib.Path, pathlib.Path], name: str) -> None:
     """The same losses, gradients, weights and optimizer; each also goes on where the other stopped."""
     one, two = runs
-    alike = STOPPED if name == "stopped" else name
+    alike = ALIKE.get(name, name)
     expected = read_metrics(str(one / alike / "metrics.jsonl"))
     found = read_metrics(str(two / name / "metrics.jsonl"))
     assert [line["step"] for line in found] == ([1, 2] if name == "lora" else [1, 2, 3, 4])
@@ -196,16 +199,16 @@ COMMAND = [
 ]
 
 
-def commands(work: pathlib.Path, *workdirs: pathlib.Path, saves: int = 0) -> list[subprocess.Popen[bytes]]:
+def commands(work: pathlib.Path, *workdirs: pathlib.Path, saves: int = 0) -> list[Fork]:
     port, logs = free_port(), [work.parent / f"log-{index}" for index in range(2)]
     command = [*COMMAND, f"--config.checkpoint.every_steps={saves}"]
     return [
-        start([*command, f"--workdir={folder}", f"--coordinator=127.0.0.1:{port}", f"--process_id={i}"], log)
+        fork([*command, f"--workdir={folder}", f"--coordinator=127.0.0.1:{port}", f"--process_id={i}"], log)
         for i, (folder, log) in enumerate(zip(workdirs, logs, strict=True))
     ]
 
 
-def wait_for_step(work: pathlib.Path, step: int, started: list[subprocess.Popen[bytes]]) -> None:
+def wait_for_step(work: pathlib.Path, step: int, started: list[Fork]) -> None:
     deadline = time.monotonic() + 120
     while not [line for line in read_metrics(str(work / "metrics.jsonl")) if line["step"] >= step]:
         assert time.monotonic() < deadline and started[0].poll() is None, said(work, 0)
