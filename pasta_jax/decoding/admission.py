@@ -9,8 +9,11 @@ The host gives a cost for each width, and each step has the width that feeds mos
     all       1 for every width: as many threads as are ready
     cap:N     1 up to the first width that is N or more, infinite above
     cost      the measured seconds of a step: the most tokens a second
-    cost:T    the same, but infinite where the step would take longer than the requests have: each is to have a
-              token every T seconds, and may spend what it is ahead. The narrowest step is always allowed.
+    cost:T    the same, but infinite where a request would be late: each is to have a token every T seconds, and
+              may spend what it is ahead. A step gives it a token for each of its threads that are ready, as far
+              as the width has lanes for them. Where someone is late with every width, the one with which the
+              latest has the least seconds a token is left. A request that is alone has what it has with `cost`,
+              its tokens as soon as can be.
 """
 
 from __future__ import annotations
@@ -74,22 +77,29 @@ class Admission:
         self._cap = int(found[1]) if found[1] else math.inf
         self._token_s = float(found[2]) if found[2] else math.inf
 
-    def costs(self, used: int, steps: int, pace: Iterable[tuple[int, float]]) -> np.ndarray:
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the costs follow from who is ahead and what is ready, and have to be asked for often."""
+        return math.isfinite(self._token_s)
+
+    def costs(self, used: int, steps: int, pace: Iterable[tuple[int, float, int]]) -> np.ndarray:
         """What a step of each width costs: float32 [number of widths].
 
         Args:
           used: pool entries that steps read.
           steps: how many there will be at most.
-          pace: of each request, its tokens so far and the seconds that they took.
+          pace: of each request, its tokens so far, the seconds that they took, and its threads that are ready.
         """
         widths = np.array(self._compiled.widths)
         if self.times is None:
             last = np.searchsorted(widths, self._cap)
             return np.where(np.arange(len(widths)) <= last, 1, np.inf).astype(np.float32)
         times = np.array(self.times[used], np.float32)
-        if math.isfinite(self._token_s):
-            ahead = min((self._token_s * tokens - seconds for tokens, seconds in pace), default=0.0)
-            times[1:][times[1:] > self._token_s + ahead / steps] = np.inf
+        if self.is_bounded and len(each := [*pace]) > 1:
+            tokens, seconds, ready = np.array(each).T[..., None]
+            ahead = (self._token_s * tokens - seconds) / steps
+            latest = np.max((times - ahead) / np.minimum(ready, widths), axis=0)  # seconds a token, by width
+            times[latest > max(self._token_s, latest.min())] = np.inf
         return times
 
     def measure(self, params: Any) -> None:

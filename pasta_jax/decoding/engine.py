@@ -49,8 +49,8 @@ class Decoder:
         feed again (`decoding.prefixes`). 0 is off: prompts are then fed at once, several together.
       admission: which threads a step feeds, of those that are ready in all rows; the others wait, which changes the
         schedule and no text. "all"; "cap:4", at most so many of a request; "cost", those that make most tokens a
-        second by the measured times of steps; or "cost:0.05", the same as long as each request has a token every
-        0.05 seconds, where it can (`decoding.admission`).
+        second by the measured times of steps; or "cost:0.05", the same as far as each of several requests has a
+        token every 0.05 seconds (`decoding.admission`).
       sizes: without `compiled`, the keyword arguments of `Compiled`: `limits` (static sizes), `rows` (B, requests
         answered at once), `batch_invariant` and those that are seldom needed.
 

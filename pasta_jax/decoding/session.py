@@ -28,14 +28,14 @@ from pasta_jax.decoding.pending import PendingAnswer
 from pasta_jax.decoding.prefixes import Prefixes
 from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.script import NOTHING
-from pasta_jax.decoding.state import Stop
+from pasta_jax.decoding.state import Phase, Stop
 from pasta_jax.decoding.trace import trace_of_row, trace_of_unstarted
 from pasta_jax.tokens.tokenizer import Tokenizer
 
 LOG = logging.getLogger("pasta_jax")
 
 WATCHED_STEPS = 8
-"""The most decode steps between two looks at an answer that somebody watches."""
+"""The most decode steps between two looks at an answer that somebody watches, or that has to come in time."""
 
 
 TRIES = 2
@@ -115,6 +115,7 @@ class Session:
         self._waiting: collections.deque[PendingAnswer] = collections.deque()
         self._rows: list[PendingAnswer | None] = [None] * compiled.rows
         self._cursors = np.zeros(compiled.rows, np.int64)
+        self._ready = np.ones(compiled.rows, np.int64)  # threads
         self._batch: Batch | None = None
         self._worked = self._compiling = 0.0  # seconds before this turn: of both, and of compiling alone
         self._turn_start = 0.0, 0.0  # when this turn began, and how long compiling had taken by then
@@ -377,7 +378,7 @@ class Session:
             if not self._waiting or any(answer.failures for answer in self._rows if answer):
                 break
             new[slot] = self._rows[slot] = answer = self._waiting.popleft()
-            self._cursors[slot] = len(answer.prompt)
+            self._cursors[slot], self._ready[slot] = len(answer.prompt), 1
             answer.start(*self._clock())
             answer.admitted = time.perf_counter()
         if not new:
@@ -397,25 +398,26 @@ class Session:
         if self._batch is None or not any(self._rows):
             return
         watched = any(answer and answer.looked_at for answer in self._rows)
-        steps = min(WATCHED_STEPS, self.chunk) if watched else self.chunk
+        often = watched or self.admission.is_bounded
+        steps = min(WATCHED_STEPS, self.chunk) if often else self.chunk
         cursor = max(c for c, answer in zip(self._cursors, self._rows, strict=True) if answer)
         used, refill = self.compiled.pool_bucket(int(cursor)), bool(self._waiting)
         costs = self.admission.costs(used, steps, self._pace())
         self._batch = self.compiled.decode_chunk(self._params, self._batch, steps, refill, used, costs)
 
-    def _pace(self) -> Iterator[tuple[int, float]]:
-        """Of each request that has a row: its tokens so far, and the seconds since it took the row."""
+    def _pace(self) -> Iterator[tuple[int, float, int]]:
+        """Of each request that has a row: tokens so far, seconds since it took the row, threads that are ready."""
         now = time.perf_counter()
-        for answer, cursor in zip(self._rows, self._cursors, strict=True):
+        for answer, cursor, ready in zip(self._rows, self._cursors, self._ready, strict=True):
             if answer:
-                yield int(cursor) - len(answer.prompt), now - answer.admitted
+                yield int(cursor) - len(answer.prompt), now - answer.admitted, max(1, int(ready))
 
     def _read(self) -> None:
         if self._batch is None:
             return
         rows = self._batch.rows
-        stops, cursors = sharding.on_host((rows.stop, rows.cursor))
-        self._cursors = np.array(cursors)
+        stops, cursors, phases = sharding.on_host((rows.stop, rows.cursor, rows.threads.phase))
+        self._cursors, self._ready = np.array(cursors), np.sum(phases == Phase.READY, axis=1)
         vocabulary = self.model.tokenizer.vocabulary
         stopped = {}
         for i, answer in enumerate(self._rows):
