@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -27,6 +28,26 @@ DPI = 150
 
 INK = "#222222"
 PALE = "#666666"
+
+FONTS = (
+    *(
+        "Noto Sans CJK JP",
+        "Noto Sans CJK SC",
+        "Source Han Sans",
+        "WenQuanYi Zen Hei",
+        "Hiragino Sans",
+        "PingFang SC",
+    ),
+    *(
+        "Yu Gothic",
+        "Microsoft YaHei",
+        "Malgun Gothic",
+        "Arial Unicode MS",
+        "Noto Sans Devanagari",
+        "Noto Sans Arabic",
+    ),
+)
+"""Where they are installed, they have the letters that matplotlib's own font lacks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +79,14 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def fonts() -> list[str]:
+    """The fonts of a text that a user or a model wrote: matplotlib's own, and what is installed of `FONTS`."""
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return ["sans-serif", *(name for name in FONTS if name in installed)]
+
+
 def dress(axes: Axes, x_label: str, y_label: str) -> None:
     """Labels the axes and gives them ticks and a grid, alike in all figures."""
     from matplotlib.ticker import MaxNLocator
@@ -74,9 +103,12 @@ def dress(axes: Axes, x_label: str, y_label: str) -> None:
 def save(figure: Figure, path: str | os.PathLike[str] | IO[bytes]) -> None:
     """Writes a PNG file, or to one that is open.
 
-    It names no software version, so that the same figure gives the same bytes.
+    It names no software version, so that the same figure gives the same bytes. A letter that no font has is an
+    empty box, without matplotlib's warning for each.
     """
-    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from")
+        figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
 
 
 # ---------------------------------------------------------------------------------------------------- labels

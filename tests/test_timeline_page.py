@@ -5,8 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import html
+import json
+import math
 import pathlib
 import re
+import warnings
 
 import pytest
 
@@ -93,6 +96,19 @@ def test_the_page_loads_nothing_and_says_nothing_that_is_not_escaped(page: str) 
     assert html.escape(PROMPT) in page and "{{" not in page
 
 
+@pytest.mark.parametrize("logprob", [-math.inf, math.nan])
+def test_the_page_reads_any_log_probability(logprob: float) -> None:
+    """JSON of browsers has neither infinity nor NaN."""
+    first, *others = decoded().timeline().tokens
+    shown = dataclasses.replace(decoded().timeline(), tokens=(first._replace(logprob=logprob), *others))
+    [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', shown.html())
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert json.loads(data, parse_constant=refuse)["tokens"][0][5] is None
+
+
 def test_the_page_can_be_read_without_colours_and_with_a_keyboard(page: str) -> None:
     assert '<html lang="en">' in page and "prefers-color-scheme: dark" in page and ":focus-visible" in page
     controls = re.findall(r"<(?:input|select)[^>]*>", page)
@@ -124,6 +140,12 @@ def test_files(tmp_path: pathlib.Path) -> None:
     main, branch, *_ = shown.lines
     priced = dataclasses.replace(shown, lines=(main, dataclasses.replace(branch, topic="$1_2_3$")), tokens=())
     priced.save(tmp_path / "priced.png")  # no formula
+    japanese = dataclasses.replace(
+        shown, lines=(main, dataclasses.replace(branch, topic="川と山")), tokens=()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        japanese.save(tmp_path / "japanese.png")
     with pytest.raises(ValueError, match=r"t\.svg: a timeline is a page or a figure\. Give a name that ends"):
         check_path("t.svg")
 

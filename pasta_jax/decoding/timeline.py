@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import html
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -229,7 +230,7 @@ class Timeline:
             "pool": "".join(self._pool()),
             "answer": "".join(self._answer()),
             "table": "".join(self._table_rows()),
-            "data": json.dumps(self._data()).replace("<", "\\u003c"),
+            "data": json.dumps(self._data(), allow_nan=False).replace("<", "\\u003c"),
         }
         template = TEMPLATE.read_text(encoding="utf-8")
         return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
@@ -356,7 +357,7 @@ class Timeline:
             "names": [line.name for line in self.lines],
             "colours": [_colour(line.id) for line in self.lines],
             "tokens": [
-                [t.entry, t.thread, t.step, t.lane, t.spelled, round(t.logprob, 2), int(t.critical)]
+                [t.entry, t.thread, t.step, t.lane, t.spelled, _number(t.logprob), int(t.critical)]
                 for t in self.tokens
                 if t.lane
             ],
@@ -435,7 +436,7 @@ class Timeline:
                 below.broken_barh([box], (lane - 0.36, 0.72), facecolor=COLOURS[_colour(thread)])
         figures.dress(above, "", "thread")
         figures.dress(below, "decode step", "lane")
-        above.set_yticks(range(len(names)), names)
+        above.set_yticks(range(len(names)), names, fontfamily=figures.fonts())
         below.set_yticks(range(1, lanes + 1))
         above.set_ylim(len(names) - 0.4, -0.6)
         below.set_ylim(lanes + 0.6, 0.4)
@@ -540,6 +541,11 @@ def _row(name: str, kind: str, parts: str, **data: int) -> str:
     about = "".join(f' data-{key}="{value}"' for key, value in data.items())
     cells = f'<span class="name">{name}</span><span class="track">{parts}</span>'
     return f'<div class="row {kind}"{about}>{cells}</div>'
+
+
+def _number(logprob: float) -> float | None:
+    """A log-probability for JSON, which has neither infinity (of a token that was forced) nor NaN."""
+    return round(logprob, 2) if math.isfinite(logprob) else None
 
 
 def _shortened(text: str, characters: int) -> str:
