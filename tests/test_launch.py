@@ -282,11 +282,13 @@ def test_the_servers_are_asked_and_ended_as_they_expect_it() -> None:
         assert f'Route("{path}"' in routes, path
     assert {probe["port"] for probe in probes.values()} == {check["port"]} == {port}
     assert parts["Service"]["spec"]["ports"] == [{"port": 80, "targetPort": port}]
-    seen = (
-        container["readinessProbe"]["periodSeconds"]
-        + parts["HealthCheckPolicy"]["spec"]["default"]["checkIntervalSec"]
-    )
-    assert seen < float(given["drain_delay"]), "requests come until the gateway knows"
+    ready, gateway = container["readinessProbe"], parts["HealthCheckPolicy"]["spec"]["default"]
+    for seconds, timeout, failures in (
+        (ready["periodSeconds"], ready["timeoutSeconds"], ready["failureThreshold"]),
+        (gateway["checkIntervalSec"], gateway["timeoutSec"], gateway["unhealthyThreshold"]),
+    ):
+        assert seconds * failures < float(given["drain_delay"]), "requests come until it is known"
+        assert timeout > 1 and failures > 1, "a replica that is busy is no replica that ends"
     grace, policy = pod["terminationGracePeriodSeconds"], parts["GCPBackendPolicy"]["spec"]["default"]
     assert float(given["drain_delay"]) + policy["connectionDraining"]["drainingTimeoutSec"] <= grace
     labels = parts["Deployment"]["spec"]["template"]["metadata"]["labels"]
