@@ -57,7 +57,7 @@ setup(
         "datasets": ["datasets>=3.0"],
         "tfds": ["array_record>=0.8.1", "tensorflow-datasets>=4.9.10"],
         "grain": ["array_record>=0.8.1", "grain>=0.2.15"],
-        "serve": ["starlette>=0.40.0", "uvicorn>=0.30.0"],
+        "serve": ["starlette>=0.40.0", "uvicorn>=0.31.0"],
         "inspect": ["inspect-ai>=0.3.285"],
         "lm-eval": ["lm-eval>=0.4.13"],
         "plot": ["jinja2>=3.1", "matplotlib>=3.9"],

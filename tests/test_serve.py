@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import io
 import json
 import logging
+import math
 import random
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from starlette.requests import Request
+
 from pasta_jax.decoding.session import Load
 from pasta_jax.decoding.streaming import Draft, Event
+from pasta_jax.demo import __main__ as demo_command
 from pasta_jax.serve import server as serve_server
-from pasta_jax.serve.__main__ import log_for_programs
-from pasta_jax.serve.app import ROOM, check_count
+from pasta_jax.serve import sse
+from pasta_jax.serve.__main__ import LOOPBACK, _settings, log_for_programs
+from pasta_jax.serve.app import ROOM, check_count, check_origin
 from pasta_jax.serve.asked import (
     Defaults,
     asked_of_chat,
@@ -35,7 +46,9 @@ from pasta_jax.serve.asked import (
 )
 from pasta_jax.serve.errors import ApiError
 from pasta_jax.serve.rates import Rates
+from pasta_jax.serve.replies import LEAST_LOGPROB, text_logprobs
 from pasta_jax.serve.responses import InOrder, Items
+from tests.helpers.chatty import WORDS
 from tests.helpers.commands import python
 from tests.helpers.served import MODEL, Served, alone, asked, events_of, served
 
@@ -188,6 +201,57 @@ def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     rates.check("a")
 
 
+def test_what_a_server_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a key, and where only this machine reaches it, it has this machine's names."""
+    monkeypatch.delenv("PASTA_API_KEY", raising=False)
+    values = types.SimpleNamespace(
+        key_variable="PASTA_API_KEY", host="127.0.0.1", proxies=["10.0.0.0/8", "::1"], name="m",
+        max_new_tokens=9, most_bytes=9, rate=0, drain_delay=0.0, log_prompts=False,
+    )  # fmt: skip
+    told = _settings(values)
+    assert (told.keys, told.hosts, told.proxies) == ((), LOOPBACK, ("10.0.0.0/8", "::1"))
+    values.host = "0.0.0.0"
+    assert _settings(values).hosts == ()
+    values.host = "localhost"
+    monkeypatch.setenv("PASTA_API_KEY", "one, two,")
+    assert (_settings(values).keys, _settings(values).hosts) == (("one", "two"), ())
+    for wrong in ("gateway", "10.0.0.1/8", "*", ""):
+        values.proxies = ["127.0.0.1", wrong]
+        with pytest.raises(SystemExit):
+            _settings(values)
+        assert "Give addresses or networks, such as 127.0.0.1,10.0.0.0/8." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "hosts", "code"),
+    [
+        ("localhost:8000", None, LOOPBACK, None),
+        ("LOCALHOST", None, LOOPBACK, None),
+        ("127.0.0.1:8000", "http://127.0.0.1:8000", LOOPBACK, None),
+        ("[::1]:8000", "http://[::1]:8000", LOOPBACK, None),
+        ("x.example", "https://x.example", (), None),
+        ("127.0.0.1:8000", "http://evil.example", (), "foreign_origin"),
+        ("127.0.0.1:8000", "http://localhost:8000", LOOPBACK, "foreign_origin"),
+        ("evil.example:8000", "http://evil.example:8000", LOOPBACK, "foreign_host"),
+        ("evil.example:8000", None, LOOPBACK, "foreign_host"),  # a GET of the page itself
+        ("localhost.evil.example", None, LOOPBACK, "foreign_host"),
+        ("localhost:8000:evil.example", None, LOOPBACK, "foreign_host"),
+        ("", None, LOOPBACK, "foreign_host"),
+    ],
+)
+def test_pages_of_other_hosts(
+    host: str, origin: str | None, hosts: tuple[str, ...], code: str | None
+) -> None:
+    """Also of one whose owner has pointed its name at this machine, which is then the server's to a browser."""
+    headers = {"host": host} | ({"origin": origin} if origin else {})
+    scope = {"type": "http", "headers": [(k.encode(), v.encode()) for k, v in headers.items()]}
+    if code is None:
+        return check_origin(Request(scope), hosts)
+    with pytest.raises(ApiError) as caught:
+        check_origin(Request(scope), hosts)
+    assert (caught.value.status, caught.value.code) == (403, code)
+
+
 # -------------------------------------------------------------------------------------------- branches as items
 
 
@@ -337,6 +401,28 @@ def test_several_choices_stops_and_logprobs(server: Served) -> None:
         sequential["choices"][0]["message"]["content"]
         == alone("rivers", fields | {"open_bias": -float("inf")}).text
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(server: Served) -> None:
+    """As docs/server.md has it: curl names no type of the body's."""
+    body = json.dumps({"messages": SAID, **asked(3)})
+    line = ["curl", "-s", f"{server.url}/v1/chat/completions", "-d", body]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == alone("rivers", asked(3)).text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logprob", [-math.inf, math.nan])
+def test_what_is_sent_is_json(logprob: float) -> None:
+    """It has neither infinity nor NaN, which the parsers of many clients refuse."""
+    answer = alone("rivers", asked(3))
+    trace = dataclasses.replace(answer.trace, logprob=np.full_like(answer.trace.logprob, logprob))
+    broken = dataclasses.replace(answer, trace=trace)
+    assert {value for _, value in text_logprobs(broken, WORDS.vocabulary)} == {LEAST_LOGPROB}
+    with pytest.raises(ValueError, match="JSON"):
+        sse.data({"logprob": logprob})
 
 
 # ------------------------------------------------------------------------------------------------------ streams
@@ -536,27 +622,32 @@ def test_errors_are_openais(server: Served) -> None:
 
 @pytest.mark.slow
 def test_keys_rates_and_a_full_queue() -> None:
-    with served(queue=0, keys=("one", "two"), rate=20) as server:
+    with served(queue=0, keys=("one", "two"), rate=23) as server:
         chat = f"{server.url}/v1/chat/completions"
         for key in ("", "three"):
             refused = requests.post(chat, json={"messages": SAID}, headers={"Authorization": f"Bearer {key}"})
             assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
         assert requests.get(f"{server.url}/v1/models").status_code == 401
         assert requests.get(f"{server.url}/health").status_code == 200
-        header = {"Authorization": "bearer two"}
         statuses = list[int]()
 
-        def ask() -> None:
-            body = {"messages": SAID, **asked(1)}
+        def ask(number: int) -> None:
+            body, forged = {"messages": SAID, "n": 3, **asked(1)}, {"X-Forwarded-For": f"10.0.0.{number}"}
+            header = {"Authorization": "bearer two"} | forged
             statuses.append(requests.post(chat, json=body, headers=header, timeout=60).status_code)
 
-        threads = [threading.Thread(target=ask) for _ in range(24)]
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(24)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert statuses.count(429) == 4 and statuses.count(503) >= 1 and statuses.count(200) >= 6
+        assert statuses.count(429) == 4, "three had no key, and 20 are left"
+        assert statuses.count(503) >= 1 and statuses.count(200) >= 1
         assert len(statuses) == statuses.count(200) + statuses.count(429) + statuses.count(503)
+    with served(rate=1, proxies=("127.0.0.1",)) as server:
+        clients = [{"X-Forwarded-For": f"10.0.0.{number}"} for number in (1, 2, 1)]
+        replies = [requests.get(f"{server.url}/v1/models", headers=each) for each in clients]
+        assert [reply.status_code for reply in replies] == [200, 200, 429]
 
 
 # ------------------------------------------------------------------------------------- how it is watched and ends
@@ -585,6 +676,11 @@ def test_health_metrics_and_the_page(server: Served) -> None:
     assert "'unsafe-inline'" not in page.headers["content-security-policy"]
     assert not re.search(r"(?:src|href|url\()[=\"'(]*https?:", page.text), "it needs no other host"
     assert '<output id="at" for="step" aria-live="off">' in page.text, "the slider says it already"
+    demo = inspect.getsource(demo_command)
+    for name, field in (("temperature", "temperature"), ("min_p", "min-p")):
+        [value] = re.findall(rf'<input id="{field}" [^>]* value="([\d.]+)">', page.text)
+        assert re.search(rf'"{name}", {value},', demo), "the page draws as the demo does"
+        assert f'{name}: Number($("{field}").value)' in page.text
 
 
 def test_the_log_is_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:

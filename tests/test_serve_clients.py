@@ -1,10 +1,8 @@
-"""Clients that people use, on a server in this process. Skipped where they are not installed."""
+"""Clients of Python, on a server in this process. Skipped where openai is not installed."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -139,15 +137,3 @@ def test_langchain(server: Served) -> None:
         expected = alone("rivers", given).text
         assert model.invoke("rivers").text == expected
         assert "".join(chunk.text for chunk in model.stream("rivers")) == expected
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl(server: Served) -> None:
-    body = (
-        '{"messages": [{"role": "user", "content": "rivers"}], "seed": 3, "temperature": 1, "open_bias": 3.5}'
-    )
-    line = ["curl", "-s", f"{server.url}/v1/chat/completions", "-H", "Authorization: Bearer key", "-d", body]
-    done = subprocess.run(line, capture_output=True, text=True, check=True)
-    assert openai.types.chat.ChatCompletion.model_validate_json(done.stdout).choices[0].message.content == (
-        alone("rivers", asked(3)).text
-    )

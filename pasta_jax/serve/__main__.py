@@ -6,6 +6,7 @@ it has taken is answered; a second one breaks these answers off. docs/server.md 
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("pasta_jax")
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class JsonLines(logging.Formatter):
@@ -83,11 +84,18 @@ def main(argv: Sequence[str]) -> None:
 def _settings(values: Any) -> Settings:
     from pasta_jax.serve.app import Settings
 
-    keys = os.environ.get(values.key_variable, "").split(",")
+    keys = tuple(key.strip() for key in os.environ.get(values.key_variable, "").split(",") if key.strip())
+    for proxy in values.proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError as error:
+            refuse(f"--proxies: {error}. Give addresses or networks, such as 127.0.0.1,10.0.0.0/8.")
     return Settings(
         model=values.name or os.path.basename(os.path.abspath(values.ckpt)),
         max_new_tokens=values.max_new_tokens,
-        keys=tuple(key.strip() for key in keys if key.strip()),
+        keys=keys,
+        hosts=LOOPBACK if values.host in LOOPBACK and not keys else (),
+        proxies=tuple(values.proxies),
         most_bytes=values.most_bytes,
         rate=values.rate,
         drain_delay_s=values.drain_delay,
@@ -159,7 +167,7 @@ def command() -> None:
         "admission",
         "all",
         "Which threads a step decodes: all; cap:4, at most so many of a request; cost, those that make most tokens "
-        "a second; cost:0.05, as many as leave each request a token in 0.05 s.",
+        "a second; cost:0.05, the same as far as each of several requests has a token in 0.05 s.",
     )
     flags.DEFINE_bool("batch_invariant", False, "Make answers independent of other requests, bit for bit.")
     flags.DEFINE_string(
@@ -167,6 +175,9 @@ def command() -> None:
     )
     flags.DEFINE_integer(
         "rate", 0, "Maximum requests of one client in a minute; 0: any number.", lower_bound=0
+    )
+    flags.DEFINE_list(
+        "proxies", [], "Addresses or networks of proxies, whose X-Forwarded-For says who the client is."
     )
     flags.DEFINE_integer("most_bytes", 2**20, "Maximum bytes of a request.", lower_bound=1)
     flags.DEFINE_float(

@@ -84,6 +84,8 @@ class Settings:
       model: the model's name.
       max_new_tokens: of an answer whose request does not say.
       keys: one of them must come with a request; none: all are answered.
+      hosts: names under which it may be asked (the header Host); none: any.
+      proxies: addresses and networks of proxies, which say in X-Forwarded-For who asks.
       most_bytes: of a request's body.
       rate: requests of one client in a minute; 0 is no limit.
       drain_delay_s: how long requests are still taken after the signal to end, while /ready says no.
@@ -94,6 +96,8 @@ class Settings:
     model: str
     max_new_tokens: int = 512
     keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    proxies: tuple[str, ...] = ()
     most_bytes: int = 2**20
     rate: int = 0
     drain_delay_s: float = 0.0
@@ -169,8 +173,13 @@ class Service:
         if load.queue is not None and self.active > load.rows + load.queue + ROOM:
             raise busy("Too many requests are read and answered. Try again in a moment.")
 
-    def check_key(self, request: Request) -> None:
-        """Raises ApiError for a request without one of the keys."""
+    def check_client(self, request: Request) -> None:
+        """Raises ApiError for a page of another host, for one that asks too often, and without one of the keys.
+
+        Wrong keys count as requests: nobody tries many.
+        """
+        check_origin(request, self.settings.hosts)
+        self.rates.check(request.client.host if request.client else "")
         if not self.settings.keys:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -218,10 +227,8 @@ class Endpoint:
 
     async def _respond(self, request: Request, out: _Out, record: Record) -> None:
         service, settings = self.service, self.service.settings
-        check_origin(request)
-        service.check_key(request)
         service.check_taking()
-        service.rates.check(request.client.host if request.client else "")
+        service.check_client(request)
         body = parsed(await body_of(request, settings.most_bytes))
         asked = self.read(body, Defaults(settings.model, settings.max_new_tokens))
         check_count(asked, service.decoder.load)
@@ -390,11 +397,20 @@ def request_id(request: Request) -> str:
     return given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else f"req_{secrets.token_hex(12)}"
 
 
-def check_origin(request: Request) -> None:
-    """Raises ApiError for a request that a page of another host made in the user's browser."""
-    origin = request.headers.get("origin")
-    if origin and origin.partition("://")[2] != request.headers.get("host"):
+def check_origin(request: Request, hosts: Sequence[str]) -> None:
+    """Raises ApiError for a request that a page of another host made in the user's browser.
+
+    Its owner may also have pointed the name of that host at this machine, so that to the browser both are the same.
+
+    Args:
+      hosts: the names that are this server's; none: any.
+    """
+    origin, host = request.headers.get("origin"), request.headers.get("host", "")
+    if origin and origin.partition("://")[2] != host:
         raise ApiError(403, f"Pages of {origin[:80]} may not use this server.", "foreign_origin")
+    if hosts and re.sub(r":\d*$", "", host).strip("[]").lower() not in hosts:
+        message = f"Without an API key this server is only asked as {hosts[0]}, not as {host[:80]!r}."
+        raise ApiError(403, message, "foreign_host")
 
 
 def check_count(asked: Asked, load: Load) -> None:
@@ -531,7 +547,7 @@ def application(service: Service) -> Starlette:
         )
 
     async def models(request: Request) -> Response:
-        service.check_key(request)
+        service.check_client(request)
         model = {"id": settings.model, "object": "model", "created": started, "owned_by": "pasta_jax"}
         if (name := request.path_params.get("name")) is None:
             return JSONResponse({"object": "list", "data": [model]})

@@ -20,7 +20,7 @@ FINISH = {"length": "length", "cache_full": "length"}
 """OpenAI's names for why an answer ended; the others are "stop"."""
 
 LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON lacks."""
+"""Stands for minus infinity and NaN, which JSON lacks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,4 +131,5 @@ def text_logprobs(result: DecodeResult, vocabulary: Vocabulary) -> Iterator[tupl
     for index, role, _ in characters_before(trace, vocabulary):
         if role == Role.TEXT:
             spelled = vocabulary.spelled([int(trace.tokens.token[index])])
-            yield spelled, max(float(trace.logprob[index]), LEAST_LOGPROB)
+            logprob = float(trace.logprob[index])
+            yield spelled, logprob if logprob > LEAST_LOGPROB else LEAST_LOGPROB

@@ -70,6 +70,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             lifespan="on",
+            forwarded_allow_ips=[*service.settings.proxies],
         )
         super().__init__(uvicorn.Config(application(service), **options))  # type: ignore[arg-type]
         self._service, self._tell = service, started

@@ -12,6 +12,9 @@ PING = b": ping\n\n"
 
 
 def data(tree: Any, name: str | None = None) -> bytes:
-    """An event, with a name if it has one. In ASCII: some clients take U+2028 for the end of a line."""
+    """An event, with a name if it has one. In ASCII: some clients take U+2028 for the end of a line.
+
+    Raises ValueError for NaN and infinity, which are no JSON.
+    """
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(tree, separators=(',', ':'))}\n\n".encode()
+    return f"{head}data: {json.dumps(tree, separators=(',', ':'), allow_nan=False)}\n\n".encode()
