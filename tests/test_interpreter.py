@@ -43,10 +43,7 @@ def test_compiled_interpreter_is_its_specification(setting, seed):
     lengths = rng.integers(1, 7, n)
     asks = [scripted.request(int(m), int(b)) for m, b in zip(rng.integers(5, 200, n), rng.integers(3, 40, n))]
     prompts = np.full((n, 6), scripted.A, np.int32)
-    rows = scripted.compiled(limits, positions, 6)(
-        prompts, lengths, np.stack([s.lines for s in scripts]), jax.tree.map(lambda *x: jnp.stack(x), *asks)
-    )
-    rows = jax.tree.map(np.asarray, rows)
+    rows = scripted.decoded(limits, positions, prompts, lengths, scripts, asks)
     stops, deep = set(), 0
     for i in range(n):
         views: scripted.Views = {}

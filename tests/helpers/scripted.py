@@ -53,14 +53,15 @@ def digit(d: int) -> int:
 
 
 def request(max_new_tokens: int = 200, max_branch_tokens: int = 30) -> Request:
+    """NumPy's numbers and arrays: of thousands, jax would take longer to make and to stack them than to decode."""
     return Request(
-        max_new_tokens=jnp.int32(max_new_tokens),
-        max_branch_tokens=jnp.int32(max_branch_tokens),
-        open_bias=jnp.float32(0),
-        draw=Draw(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.float32(0)),
-        key=jnp.zeros(2, jnp.uint32),
-        script=jnp.zeros((1, 0), jnp.int32),
-        script_branches=jnp.zeros((1, 0), jnp.int32),
+        max_new_tokens=np.int32(max_new_tokens),
+        max_branch_tokens=np.int32(max_branch_tokens),
+        open_bias=np.float32(0),
+        draw=Draw(np.float32(0), np.int32(0), np.float32(1), np.float32(0)),
+        key=np.zeros(2, np.uint32),
+        script=np.zeros((1, 0), np.int32),
+        script_branches=np.zeros((1, 0), np.int32),
     )
 
 
@@ -162,6 +163,30 @@ def compiled(
         return jax.lax.while_loop(lambda s: s.stop == Stop.RUNNING, step, state)
 
     return jax.jit(jax.vmap(run))
+
+
+BATCHES = 8
+
+
+def decoded(
+    limits: Limits,
+    positions: Positions,
+    prompts: np.ndarray,
+    lengths: np.ndarray,
+    scripts: list[Script],
+    asks: list[Request],
+    dialect: tags.Dialect = "pasta",
+) -> RowState:
+    """What `compiled` makes of scripts, as NumPy's arrays [B]; B is a multiple of BATCHES.
+
+    Rows of a batch run as long as the longest of them, so those that may be long share one.
+    """
+    run = compiled(limits, positions, prompts.shape[1], dialect)
+    request = jax.tree.map(lambda *x: np.stack(x), *asks)
+    given = prompts, lengths, np.stack([script.lines for script in scripts]), request
+    order = np.argsort(request.max_new_tokens)
+    parts = [run(*jax.tree.map(lambda x, i=i: x[i], given)) for i in np.split(order, BATCHES)]
+    return jax.tree.map(lambda *x: np.concatenate(x)[np.argsort(order)], *parts)
 
 
 def random_script(rng: np.random.Generator) -> Script:
