@@ -19,10 +19,13 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 # once for all processes of a run. A developer who sets JAX_COMPILATION_CACHE_DIR keeps the cache for the next run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# XLA's older code generator takes less than half the time. Later versions lack it, and refuse the flag.
+# XLA's older code generator takes less than half the time, and less again for a program in one piece: pieces are
+# for cores that have nothing else to do. Later versions lack the generator, and refuse its flag.
 os.environ["OLDER_GENERATOR"] = ""
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 10):
-    os.environ["OLDER_GENERATOR"] = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["OLDER_GENERATOR"] = (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
     os.environ["XLA_FLAGS"] += " " + os.environ["OLDER_GENERATOR"]
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="pasta_jax_compiled_")
