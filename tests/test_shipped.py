@@ -29,11 +29,16 @@ BASES = [ROOT / "runs" / name / "base" for name in ("real", "demo")]
 BASE = next((base for base in BASES if base.exists()), BASES[0])
 """That of the recipe, or of `make demo`."""
 
-NAMES = {"smollm2-135m-pasta": "pasta", "smollm2-135m-apar": "apar", "smollm2-135m-plain": "pasta"}
+NAMES = {
+    "smollm2-135m-pasta": "pasta",
+    "smollm2-135m-bon-1": "pasta",
+    "smollm2-135m-apar": "apar",
+    "smollm2-135m-plain": "pasta",
+}
 """The folders, and the dialect of each."""
 
 ANSWERS = MODELS / "answers.jsonl.gz"
-"""What all three learned from: the base's own answers."""
+"""What all of them learned from: the base's own answers."""
 
 MOST_BYTES = 5_000_000
 

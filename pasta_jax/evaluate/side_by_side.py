@@ -102,7 +102,8 @@ def as_markdown(pairs: Sequence[Pair], names: tuple[str, str], dialect: Dialect)
     parts = [
         f"# {names[1]} beside {names[0]}",
         f"The first {len(pairs)} prompts, as they came. ⟦1 topic, 20: ...⟧ is what branch 1 wrote, after a promise "
-        f"of 20 tokens. {OVER}",
+        "of 20 tokens.",
+        OVER,
     ]
     for number, pair in enumerate(pairs, start=1):
         kind = f" ({pair.kind})" if pair.kind else ""
