@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from pasta_jax.data import almanac
 from pasta_jax.data.prompts import read_questions
 from pasta_jax.decoding.model import Model
-from pasta_jax.judges import make_judge
+from pasta_jax.judges import likelihood, make_judge
 from pasta_jax.judges.likelihood import Likelihood, preferred, score
 from pasta_jax.judges.protocol import NO_VERDICT, Comparison, JudgeError, Preference, Prompt, compare_all
 from pasta_jax.lang.parse import parse
@@ -68,12 +69,29 @@ ANSWERS = ["Its capital is Lima.", "Its capital is Quito.", "- Peru: Its capital
 
 def test_swapped_answers_swap_the_winner_and_nothing_else(judge: Likelihood) -> None:
     pairs = [(a, b) for a in ANSWERS for b in ANSWERS]
-    forth = judge.compare_all([Comparison(PROMPT, a, b) for a, b in pairs])
-    back = judge.compare_all([Comparison(PROMPT, b, a) for a, b in pairs])
+    forth = [*judge.compare_all([Comparison(PROMPT, a, b) for a, b in pairs])]
+    back = [*judge.compare_all([Comparison(PROMPT, b, a) for a, b in pairs])]
     assert back == [preference.swapped for preference in forth]
     assert judge.compare(PROMPT, ANSWERS[0], ANSWERS[2]) == forth[2]
     assert {preference.winner for preference in forth} == {0, 1, None}
     assert all((said.winner is None) == (a == b) for said, (a, b) in zip(forth, pairs))
+
+
+def test_verdicts_come_while_others_are_read(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run which is stopped has kept them."""
+    read = 0
+
+    def scores(asked: Sequence[tuple[Prompt, str]]) -> list[float]:
+        nonlocal read
+        read += len(asked)
+        return [0.0] * len(asked)
+
+    monkeypatch.setattr(likelihood, "TOGETHER", 2)
+    judge = Likelihood(model)
+    monkeypatch.setattr(judge, "scores", scores)
+    pairs = [Comparison(f"prompt {n}", "a", "b") for n in range(5)]
+    said = [read for _ in judge.compare_all(pairs)]
+    assert said == [4, 4, 8, 8, 10]
 
 
 def test_an_answer_scores_as_the_reference_predicts_it(model: Model, judge: Likelihood) -> None:
@@ -99,7 +117,7 @@ def test_an_answer_scores_as_the_reference_predicts_it(model: Model, judge: Like
 def test_an_answer_without_ids_has_no_verdict(judge: Likelihood, caplog: pytest.LogCaptureFixture) -> None:
     """A character that the reference's tokenizer lacks, or half a character: the other comparisons are judged."""
     pairs = [(ANSWERS[0], "a \ud83d"), ("a \ud83d", ANSWERS[1]), (ANSWERS[0], ANSWERS[1])]
-    found = judge.compare_all([Comparison(PROMPT, a, b) for a, b in pairs])
+    found = [*judge.compare_all([Comparison(PROMPT, a, b) for a, b in pairs])]
     assert found == [NO_VERDICT, NO_VERDICT, judge.compare(PROMPT, ANSWERS[0], ANSWERS[1])]
     assert judge.compare("\ud83d", *pairs[2]) == NO_VERDICT
     assert "A comparison has no verdict: The text holds half a character" in caplog.text

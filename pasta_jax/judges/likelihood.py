@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -42,6 +42,9 @@ LOG = logging.getLogger("pasta_jax")
 RUN, REPEATED = 8, -5.0
 END_WEIGHT, LEAST_END = 0.1, -20.0
 SCALE = 0.25
+
+TOGETHER = 64
+"""Comparisons whose answers are read before their verdicts are given, to be kept."""
 
 ITS_OWN = (
     "The judge likelihood reads with %s, which gave the answers that it compares with: most others lose to what a "
@@ -76,10 +79,14 @@ class Likelihood:
 
     def compare(self, prompt: Prompt, a: str, b: str, /) -> Preference:
         """Which of two answers the reference predicts better."""
-        return self.compare_all([Comparison(prompt, a, b)])[0]
+        return self._compared([Comparison(prompt, a, b)])[0]
 
-    def compare_all(self, comparisons: Sequence[Comparison]) -> list[Preference]:
+    def compare_all(self, comparisons: Sequence[Comparison]) -> Iterator[Preference]:
         """`compare` of each, in batches; no verdict where the reference has no ids for an answer or a prompt."""
+        for first in range(0, len(comparisons), TOGETHER):
+            yield from self._compared(comparisons[first : first + TOGETHER])
+
+    def _compared(self, comparisons: Sequence[Comparison]) -> list[Preference]:
         keys = [(json.dumps(prompt), a, b) for prompt, a, b in comparisons]
         wanted = {
             (key, answer): (comparison.prompt, answer)
