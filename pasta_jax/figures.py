@@ -30,22 +30,18 @@ INK = "#222222"
 PALE = "#666666"
 
 FONTS = (
-    *(
-        "Noto Sans CJK JP",
-        "Noto Sans CJK SC",
-        "Source Han Sans",
-        "WenQuanYi Zen Hei",
-        "Hiragino Sans",
-        "PingFang SC",
-    ),
-    *(
-        "Yu Gothic",
-        "Microsoft YaHei",
-        "Malgun Gothic",
-        "Arial Unicode MS",
-        "Noto Sans Devanagari",
-        "Noto Sans Arabic",
-    ),
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Source Han Sans",
+    "WenQuanYi Zen Hei",
+    "Hiragino Sans",
+    "PingFang SC",
+    "Yu Gothic",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+    "Noto Sans Devanagari",
+    "Noto Sans Arabic",
 )
 """Where they are installed, they have the letters that matplotlib's own font lacks."""
 

@@ -239,8 +239,8 @@ def define(values: flags.FlagValues) -> None:
     """Defines the flags."""
     own: Any = {"flag_values": values}
     flags.DEFINE_string("workdir", "runs/real", "Folder of all output; the same one resumes.", **own)
-    help = "Factor for all numbers of prompts, each of which is at least 8."
-    flags.DEFINE_float("scale", 1.0, help, lower_bound=0.001, upper_bound=1.0, **own)
+    told = "Factor for all numbers of prompts, each of which is at least 8."
+    flags.DEFINE_float("scale", 1.0, told, lower_bound=0.001, upper_bound=1.0, **own)
     flags.DEFINE_string("more_prompts", "", "A file with further prompts to measure on.", **own)
     flags.DEFINE_bool("dry_run", False, "Print the commands, and do nothing.", **own)
 
