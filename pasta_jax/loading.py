@@ -105,13 +105,15 @@ def _adapted(
     """The model of PEFT's adapters and their base. Headers and sizes are checked before the base is read."""
     if base is None:
         raise ValueError(
-            f"{path} holds adapters. Say where their base is, a workdir of pasta_jax.convert or published weights: "
-            "base=WORKDIR of load, --base=WORKDIR of the commands."
+            f"{path} holds adapters, which need their base: add --base=WORKDIR, in Python base=WORKDIR, where "
+            "`make demo` or pasta_jax.convert has put it, or published weights."
         )
     folder, (kind, place) = open_adapters(path), kind_of(base)
     trained, where = folder.trained, os.fspath(base)
     if kind == "peft":
-        raise ValueError(f"base={where} holds adapters, no whole model.")
+        raise ValueError(
+            f"base={where} holds adapters, no whole model. Give the one they were trained beside."
+        )
     if kind == "workdir":
         about = read_metadata(find_checkpoint(place))
         config, own = in_dtype(about.config.model, trained.dtype or None), about.load_tokenizer()

@@ -158,7 +158,7 @@ def test_what_the_commands_refuse(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not [*tmp_path.iterdir()]
-    with pytest.raises(ValueError, match="holds adapters. Say where their base is"):
+    with pytest.raises(ValueError, match="holds adapters, which need their base: add --base=WORKDIR"):
         pasta_jax.load(written.top / "P")
     with pytest.raises(ValueError, match="has its own tokenizer"):
         pasta_jax.load(written.top / "P", base=written.base, extend_tokenizer=True)

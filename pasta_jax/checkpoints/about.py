@@ -286,10 +286,12 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
             f"python -m pasta_jax.convert --from=peft:{text} --base=WORKDIR --to=WORKDIR."
         )
     if not root.exists():
-        is_run = text.startswith("runs/") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text)
+        is_local = (
+            root.parent.is_dir() or text.startswith("runs/") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text)
+        )
         raise CheckpointError(
             f"No checkpoint at {root}: no such directory. Train a model there first, or import published weights: "
-            f"python -m pasta_jax.convert --from=hf:{'org/name' if is_run else text} --to=WORKDIR."
+            f"python -m pasta_jax.convert --from=hf:{'org/name' if is_local else text} --to=WORKDIR."
         )
     if not root.is_dir():
         raise CheckpointError(f"{root} is a file. Give the directory of a run, or of one of its checkpoints.")

@@ -85,7 +85,8 @@ def demo(workdir: Path, ckpt: str, baseline: str | None, started: float) -> None
     print(f"\n{table.table(pairs)}\n\n{legend}")
     print(f"\nIn {workdir}: table.md and answers.md are what you saw, answers.jsonl has all of it with tags.")
     where = f"--ckpt={name_of(ckpt)} {f'--base={base} ' if base else ''}--dtype={values.dtype or FASTEST}"
-    print(f'Ask it yourself:  python -m pasta_jax {where} --stream "{prompts[0]}"')
+    drawn = f"--temperature={sampling.temperature:g} --min_p={sampling.min_p:g}"
+    print(f'Ask it yourself:  python -m pasta_jax {where} {drawn} --stream "{prompts[0]}"')
     say("Done", started)
 
 
