@@ -24,6 +24,7 @@ from pasta_jax.data import almanac
 from pasta_jax.data.records import Problem, read
 from pasta_jax.decoding.model import Model
 from pasta_jax.endpoint.flags import define_endpoint
+from pasta_jax.extras import optional
 from pasta_jax.files import write_jsonl
 from pasta_jax.lang.assemble import assemble
 from pasta_jax.lang.parse import parse
@@ -293,7 +294,7 @@ def test_an_answer_that_does_not_fit_is_declined() -> None:
 
 
 def test_the_audit_of_a_file_resumes_and_reports(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers = [THREE, "Rivers", f"{ENDS} Both flow: Nile, Egypt", " ".join([THREE] * 4), ENDS]
     data, folder = tmp_path / "own.jsonl", tmp_path / "out"
@@ -335,6 +336,13 @@ def test_the_audit_of_a_file_resumes_and_reports(
     [worst] = [line for line in text.splitlines() if line.startswith("| 1 ")]
     assert "2 Rhine" in worst and f"{lost(2) / 5:.2f}" in worst and worst.rstrip(" |").endswith("river")
     assert "75.0%" in text, "of four blocks the Lena is below the limit"
+
+    (folder / "audit.png").unlink()
+    with monkeypatch.context() as patched:
+        patched.setitem(vars(audited), "new_figure", lambda *_: optional("absent", "plot", "A figure"))
+        text = audited.write_report(whole, str(folder), LIMIT - 0.5, "own.jsonl")
+    assert (folder / "audit.md").read_text() == text and "audit.png" not in text
+    assert "A figure needs absent" in caplog.text
 
 
 def test_records_that_cannot_be_read_are_counted_by_reason(tmp_path: pathlib.Path) -> None:

@@ -135,11 +135,14 @@ def _from_json(fields: dict[str, Any]) -> Audited:
 
 
 def write_report(audited: Sequence[Audited], folder: str, max_loss: float, title: str) -> str:
-    """Writes FOLDER/audit.md, and audit.png beside it if there is something to draw. Returns the text."""
+    """Writes FOLDER/audit.md, and with matplotlib audit.png if there is something to draw. Returns the text."""
     text = report(audited, max_loss, title)
     if any(each.measured for each in audited):
-        draw(audited, max_loss, os.path.join(folder, "audit.png"))
-        text += "\n![What blocks lose](audit.png)\n"
+        try:
+            draw(audited, max_loss, os.path.join(folder, "audit.png"))
+            text += "\n![What blocks lose](audit.png)\n"
+        except ImportError as error:
+            LOG.warning("%s", error)
     with replacing(os.path.join(folder, "audit.md")) as file:
         file.write(text)
     return text
