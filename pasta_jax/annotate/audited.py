@@ -140,9 +140,10 @@ def write_report(audited: Sequence[Audited], folder: str, max_loss: float, title
     if any(each.measured for each in audited):
         try:
             draw(audited, max_loss, os.path.join(folder, "audit.png"))
-            text += "\n![What blocks lose](audit.png)\n"
         except ImportError as error:
             LOG.warning("%s", error)
+        else:
+            text += "\n![What blocks lose](audit.png)\n"
     with replacing(os.path.join(folder, "audit.md")) as file:
         file.write(text)
     return text
