@@ -5,7 +5,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compiling all that is installed takes pip half of its time. Python compiles what is imported, and keeps it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo almanac reproduce readme docs notebooks test quick check pytest fuzz tokenizers clean
+.PHONY: demo almanac reproduce readme docs notebooks clients test quick check pytest fuzz tokenizers clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo-installed  ## a published model answers in parallel, and sequentially; options: make demo ARGS="..."
@@ -33,6 +33,9 @@ pytest: .venv/.test-installed
 fuzz: .venv/.test-installed  ## random and hostile inputs for 30 minutes; options: make fuzz ARGS="--minutes=5"
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
+clients: .venv/.clients-installed  ## openai and LangChain on our server, and the notebooks from top to bottom
+	PASTA_NOTEBOOKS=1 $(BIN)/python -m pytest tests/test_serve_clients.py tests/test_notebooks.py
+
 tokenizers:  ## published tokenizers for the tests, into .cache: 300 MB come once, and no code of theirs is run
 	$(PYTHON) -m tests.fetch
 
@@ -47,6 +50,9 @@ tokenizers:  ## published tokenizers for the tests, into .cache: 300 MB come onc
 
 .venv/.notebooks-installed: requirements-notebooks.txt requirements-reproduce.txt requirements.txt
 	$(call install,requirements-notebooks.txt,$@)
+
+.venv/.clients-installed: requirements-clients.txt requirements-test.txt requirements-reproduce.txt requirements.txt
+	$(call install,requirements-clients.txt,$@)
 
 .venv/.docs-installed: requirements-docs.txt
 	$(call install,requirements-docs.txt,$@)

@@ -57,8 +57,11 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
         _converse(values, options)
         return
     result = _answer(argv[1] if len(argv) > 1 else _piped(), values, options)
+    from pasta_jax.terminal import harmless, timeline
+
     if not values.stream:
-        print(result.annotated if values.annotated else result.text, flush=True)
+        text = result.annotated if values.annotated else result.text
+        print(harmless(text) if sys.stdout.isatty() else text, flush=True)
     stats = result.stats
     summary = [
         f"{stats.decode_steps} steps for {stats.text_tokens} tokens of text",
@@ -71,8 +74,6 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
     for issue in result.issues:
         print(f"[{issue}]", file=sys.stderr)
     if values.timeline:
-        from pasta_jax.terminal import timeline
-
         print(timeline(result), file=sys.stderr)
     if values.trace:
         result.timeline().save(values.trace)
@@ -122,9 +123,12 @@ def _converse(values: flags.FlagValues, options: dict[str, Any]) -> None:
 def _refusing() -> Iterator[None]:
     """What cannot be decoded is one line, and status 2."""
     from pasta_jax.checkpoints.about import CheckpointError
+    from pasta_jax.decoding.fits import DoesNotFit
 
     try:
         yield
+    except DoesNotFit as error:
+        refuse(error.for_decode)
     except (CheckpointError, ValueError) as error:
         refuse(str(error))
     except Exception as error:

@@ -7,6 +7,7 @@ random: the same data give the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import warnings
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.path import Path
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
+
+LOG = logging.getLogger("pasta_jax")
 
 DPI = 150
 
@@ -64,6 +67,16 @@ SERIES = (
     Look("#56b4e9", "P", "-"),
 )
 """Looks of a figure's lines or bars, in order of use."""
+
+
+def can_draw(what: str) -> bool:
+    """Whether matplotlib is there; if not, a line of the log says that `what` needs it, and how to install it."""
+    try:
+        optional("matplotlib.backends.backend_agg", "plot", what)
+    except ImportError as error:
+        LOG.warning("%s", error)
+        return False
+    return True
 
 
 def new_figure(width: float, height: float) -> Figure:

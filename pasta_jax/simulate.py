@@ -1,13 +1,14 @@
 """How many requests a server answers in time: requests that arrive at random, by a table of step times.
 
-    python -m pasta_jax.simulate --step_ms=1:6.65,8:6.97 --tokens=400 --branches=4 --bound=5
-    python -m pasta_jax.simulate --step_ms=1:58,8:84 --answers=mine.jsonl --tokenizer=FILE --rows=8 --rates=0.1,0.2
+    python -m pasta_jax.simulate --rows=16 --step_ms=4:8.87 --tokens=400 --branches=4 --bound=5
+    python -m pasta_jax.simulate --step_ms=1:58,4:70,8:84 --answers=mine.jsonl --tokenizer=FILE --rates=0.1,0.2
 
 The server has --rows rows and a queue, and looks at both between chunks of steps: answers that are complete leave,
-and waiting requests take free rows, prefilled one after another. A step takes what the table says for the lanes
-that it uses in all rows together. Answers have the widths of annotated answers (--answers), or of main text with
-equal branches. For each rate it prints the seconds until an answer is complete, and the goodput: requests a second
-that are answered within --bound seconds. No model is needed; docs/serving.md says what this leaves out.
+and waiting requests take free rows, prefilled one after another. All rows of a step have the same number of lanes,
+the least of the table that the widest of them needs, and the step takes what the table says. Answers have the
+widths of annotated answers (--answers), or of main text with equal branches. For each rate it prints the seconds
+until an answer is complete, and the goodput: requests a second that are answered within --bound seconds. No model
+is needed; docs/serving.md says what this leaves out.
 """
 
 from __future__ import annotations
@@ -35,12 +36,11 @@ HIGHEST = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class StepTimes:
-    """Seconds of a decode step by the lanes that it uses, of all rows together.
+    """Seconds of a decode step of all rows, by the lanes that each of them has: the widths that are compiled.
 
     Attributes:
       lanes: increasing, at least one.
-      seconds: of a step with so many lanes. Between them the time is interpolated; beyond the last it goes on as
-        between the last two, before the first it is the first's.
+      seconds: of a step with so many lanes a row.
     """
 
     lanes: tuple[int, ...]
@@ -63,15 +63,16 @@ class StepTimes:
             )
         return cls(tuple(lanes), tuple(seconds for _, seconds in found))
 
-    def upto(self, most: int) -> np.ndarray:
-        """float64 [most + 1]: the seconds by the number of lanes; 0 for none."""
-        at = np.arange(most + 1)
-        times = np.interp(at, self.lanes, self.seconds)
-        if len(self.lanes) > 1:
-            (a, b), (s, t) = self.lanes[-2:], self.seconds[-2:]
-            times = np.where(at > b, t + (at - b) * (t - s) / (b - a), times)
-        times[0] = 0.0
-        return times
+    def of(self, widest: np.ndarray) -> np.ndarray:
+        """Seconds of steps whose widest row has so many threads, at most the last lanes."""
+        return np.array(self.seconds)[np.searchsorted(self.lanes, widest)]
+
+    def in_turns(self, answer: np.ndarray) -> np.ndarray:
+        """An answer of which no step feeds more threads than there are lanes: the others have the next step."""
+        most = self.lanes[-1]
+        turns = -(-answer // most)
+        turn = np.arange(turns.sum()) - np.repeat(np.cumsum(turns) - turns, turns)
+        return np.minimum(np.repeat(answer, turns) - turn * most, most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Replica:
 
     Attributes:
       rows: requests that are decoded at once.
-      times: of its steps.
+      times: of its steps, with so many rows.
       prefill_s: seconds in which a request is prefilled, and nothing else is done.
       chunk: the most steps between two looks; a row that becomes free while a request waits ends them.
     """
@@ -131,9 +132,10 @@ def simulate(replica: Replica, arrived: np.ndarray, answers: Sequence[np.ndarray
     Args:
       replica: the server.
       arrived: float64 [n], increasing: when each request comes, in seconds.
-      answers: n answers, each the lanes that each of its steps uses: int64 [steps].
+      answers: n answers, each the threads that each of its steps feeds: int64 [steps].
     """
-    times = replica.times.upto(min(replica.rows, len(answers)) * max(int(answer.max()) for answer in answers))
+    tokens = np.array([int(answer.sum()) for answer in answers])
+    answers = [replica.times.in_turns(answer) for answer in answers]
     started, ended = np.zeros(len(answers)), np.zeros(len(answers))
     free, coming, now = replica.rows, 0, 0.0
     running: dict[int, int] = {}  # requests, and how many steps each has done
@@ -146,18 +148,18 @@ def simulate(replica: Replica, arrived: np.ndarray, answers: Sequence[np.ndarray
         left = {request: len(answers[request]) - done for request, done in running.items()}
         waits = coming < len(answers) and arrived[coming] <= now
         steps = min(replica.chunk, min(left.values()) if waits else max(left.values()))
-        lanes = np.zeros(steps, np.int64)
+        widest = np.zeros(steps, np.int64)
         for request, done in running.items():
             part = answers[request][done : done + steps]
-            lanes[: len(part)] += part
-        now += float(times[lanes].sum())
+            np.maximum(widest[: len(part)], part, out=widest[: len(part)])
+        now += float(replica.times.of(widest).sum())
         for request in left:
             running[request] += steps
             if steps >= left[request]:
                 ended[request] = now
                 del running[request]
                 free += 1
-    return Run(arrived, started, ended, np.array([int(answer.sum()) for answer in answers]))
+    return Run(arrived, started, ended, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +266,9 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command. A user's mistake ends in one line and status 2."""
     values = flags.FLAGS
     if len(argv) > 1 or not values.step_ms:
-        refuse("Give the time of a step by the lanes in use: --step_ms=1:6.65,8:6.97. --help shows the rest.")
+        refuse(
+            "Give the time of a step by the lanes of a row: --step_ms=1:6.65,8:6.97. --help shows the rest."
+        )
     try:
         rates = [float(rate) for rate in values.rates]
         if not all(rate > 0 for rate in rates):
@@ -315,7 +319,9 @@ def _answers(values: flags.FlagValues) -> list[np.ndarray]:
 
 def command() -> None:
     """Parses the command line and runs `main`."""
-    flags.DEFINE_string("step_ms", None, "Lanes and milliseconds of a step: LANES:MS,LANES:MS.")
+    flags.DEFINE_string(
+        "step_ms", None, "Lanes that each row of a step has, and its milliseconds: LANES:MS,LANES:MS."
+    )
     flags.DEFINE_float(
         "prefill_ms", 0.0, "Milliseconds to prefill a prompt.", lower_bound=0.0, upper_bound=1e9
     )

@@ -19,6 +19,15 @@ ERASE, SAVE, RESTORE, FAINT, PLAIN = "\x1b[K", "\x1b7", "\x1b8", "\x1b[2m", "\x1
 """Terminal controls: erase the rest of the line, save and restore the cursor, faint and plain text."""
 
 
+UNSEEN = "\N{REPLACEMENT CHARACTER}"
+"""Stands for controls in a text: they would be the terminal's."""
+
+
+def harmless(text: str) -> str:
+    """A text that a model wrote, for a terminal: of its controls only tabs and the ends of lines are left."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", UNSEEN, text)
+
+
 def printer(out: TextIO, *, live: bool) -> Callable[[Event], None]:
     """A callback for the events of one answer that writes its text as it settles.
 
@@ -34,7 +43,7 @@ def printer(out: TextIO, *, live: bool) -> Callable[[Event], None]:
         nonlocal shown
         draft.add(event)
         new, shown = draft.settled[shown:], len(draft.settled)
-        out.write(ERASE + new + _rest(draft) if live else new)
+        out.write(ERASE + harmless(new) + _rest(draft) if live else new)
         out.write("\n" if event.kind == "done" else "")
         out.flush()
 
@@ -46,7 +55,7 @@ def _rest(draft: Draft) -> str:
     columns = shutil.get_terminal_size().columns
     used = _width(draft.settled.rpartition("\n")[2])
     room = columns - 1 - used % columns
-    rest = re.sub(r"\s", " ", str(draft)[len(draft.settled) :])
+    rest = harmless(re.sub(r"\s", " ", str(draft)[len(draft.settled) :]))
     if not rest or (used and not used % columns):  # a full line: the cursor is not on the next one yet
         return ""
     while _width(rest) > room:

@@ -252,7 +252,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_without_matplotlib(monkeypatch):
+def test_without_matplotlib(monkeypatch, caplog):
     class Without:
         @staticmethod
         def find_spec(name, path=None, target=None):
@@ -264,6 +264,11 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [Without, *sys.meta_path])
     with pytest.raises(ImportError, match=r'pip install -e "\.\[plot\]"'):
         plots.frontier(RESULTS)
+    with caplog.at_level("WARNING", "pasta_jax"):
+        assert not figures.can_draw("The report's figure")
+    assert caplog.messages == [
+        'The report\'s figure needs matplotlib: pip install matplotlib, or in a clone: pip install -e ".[plot]".'
+    ]
 
 
 # Pages.

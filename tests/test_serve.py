@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import inspect
@@ -30,13 +31,14 @@ pytest.importorskip("uvicorn")
 
 from starlette.requests import Request
 
+from pasta_jax.decoding.compiled import Compiled
 from pasta_jax.decoding.session import Load
 from pasta_jax.decoding.streaming import Draft, Event
 from pasta_jax.demo import __main__ as demo_command
 from pasta_jax.serve import server as serve_server
 from pasta_jax.serve import sse
 from pasta_jax.serve.__main__ import LOOPBACK, _settings, log_for_programs
-from pasta_jax.serve.app import ROOM, check_count, check_origin
+from pasta_jax.serve.app import ROOM, check_count, check_origin, page
 from pasta_jax.serve.asked import (
     Defaults,
     asked_of_chat,
@@ -48,8 +50,11 @@ from pasta_jax.serve.errors import ApiError
 from pasta_jax.serve.rates import Rates
 from pasta_jax.serve.replies import LEAST_LOGPROB, text_logprobs
 from pasta_jax.serve.responses import InOrder, Items
+from pasta_jax.simulate import Replica, StepTimes
+from tests import load as loads
 from tests.helpers.chatty import WORDS
 from tests.helpers.commands import python
+from tests.helpers.contrast import contrast
 from tests.helpers.served import MODEL, Served, alone, asked, events_of, served
 
 SAID = [{"role": "user", "content": "rivers"}]
@@ -509,6 +514,22 @@ RUBBISH = (
 )
 
 
+def test_a_load_that_comes_at_random(server: Served) -> None:
+    """Each answer has its text and its tokens, and a simulation of the same requests gives each its steps."""
+    load = loads.Load(server.url, 40, ("rivers", "the"))
+    arrivals = asyncio.run(load.at_random(40.0, 10, seed=0))
+    assert not load.faults and len(arrivals.answers) == 10
+    assert (arrivals.latency > 0).all() and (np.diff(arrivals.arrived) > 0).all()
+    alike = alone("the", asked(1, max_tokens=40, open_bias=0.0, min_p=0.05))
+    assert load.texts[1] == {alike.text}
+    assert (load.widths[1].sum(), len(load.widths[1])) == (
+        alike.stats.output_tokens,
+        alike.stats.decode_steps,
+    )
+    simulated = arrivals.simulated(Replica(8, StepTimes((1, 8), (1.0, 2.0))))
+    assert (simulated.latency >= [len(answer) for answer in arrivals.answers]).all()
+
+
 @pytest.mark.slow
 def test_clients_of_every_kind(server: Served) -> None:
     """64 at once: some slow, some vanish, some send rubbish. Each other has the text of its request alone."""
@@ -600,7 +621,7 @@ def test_errors_are_openais(server: Served) -> None:
         (server.post(chat, messages=[{"role": "assistant", "content": "a"}]), 400, "invalid_value", None),
         (server.post(chat, messages=SAID, n=100), 400, "invalid_value", "n"),
         (server.post("/v1/completions", prompt=[""] * 100), 400, "invalid_value", "prompt"),
-        (requests.get(server.url + chat), 405, "not_found", None),
+        (requests.get(server.url + chat), 405, "method_not_allowed", None),
         (requests.get(server.url + "/v1/nothing"), 404, "not_found", None),
         (requests.get(server.url + "/v1/models/gpt"), 404, "model_not_found", "model"),
         (
@@ -683,6 +704,24 @@ def test_health_metrics_and_the_page(server: Served) -> None:
         assert f'{name}: Number($("{field}").value)' in page.text
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_can_be_read(scheme: str) -> None:
+    """Text and the parts of controls and charts stand out, and every control has a label."""
+    text, _ = page()
+    colours = dict[str, str]()
+    for block in re.findall(r":root \{(.*?)\}", text, re.DOTALL)[: 1 + (scheme == "dark")]:
+        colours |= dict(re.findall(r"--([\w-]+): (#\w{6});", block))
+    for paper in ("paper", "panel"):
+        for ink, least in {"ink": 4.5, "quiet": 4.5, "bad": 4.5, "accent": 3, "line": 3}.items():
+            assert contrast(colours[ink], colours[paper]) >= least, (ink, paper)
+        for hue in range(8):
+            assert contrast(colours[f"hue-{hue}"], colours[paper]) >= 3, (hue, paper)
+    assert contrast(colours["on-accent"], colours["accent"]) >= 4.5
+    for control in re.findall(r"<(?:input|textarea)\b[^>]*>", text):
+        named = re.search(r'\bid="([\w-]+)"', control)
+        assert "aria-label=" in control or (named and f'for="{named[1]}"' in text), control
+
+
 def test_the_log_is_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what uvicorn says of a client that sends rubbish."""
     shown = io.StringIO()
@@ -726,6 +765,77 @@ def test_the_end_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
     fields = [record.__dict__["fields"] for record in caplog.records if "fields" in record.__dict__]
     assert len(fields) == 12 and "rivers" not in json.dumps(fields)
     assert {each["status"] for each in fields} == {200}
+
+
+@pytest.mark.slow
+def test_what_clients_see_of_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first bytes its status, after them the last event of the stream; then the server goes on."""
+    body = asked(4) | {"max_output_tokens": 60}
+
+    def breaks(*_: Any) -> Any:
+        raise MemoryError("no memory")
+
+    with served() as server, monkeypatch.context() as patch:
+        patch.setattr(Compiled, "decode_chunk", breaks)
+        whole = server.post("/v1/chat/completions", messages=SAID, **body)
+        chat = events_of(server.post("/v1/chat/completions", messages=SAID, stream=True, **body))
+        items = events_of(server.post("/v1/responses", input="rivers", stream=True, **body))
+        patch.undo()
+        reply = server.post("/v1/completions", prompt="rivers", **asked(4))
+        assert reply.json()["choices"][0]["text"] == alone("rivers", asked(4)).text
+    assert (whole.status_code, whole.json()["error"]["code"]) == (500, "server_error")
+    assert chat[-1]["error"] == whole.json()["error"] and "no memory" not in whole.text
+    assert items[-1]["type"] == "response.failed" and items[-1]["response"]["error"]["code"] == "server_error"
+
+
+@pytest.mark.slow
+def test_a_second_signal_breaks_answers_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an error: a stream's last event, a whole reply's status."""
+    decodes, may_go_on, decode_chunk = threading.Event(), threading.Event(), Compiled.decode_chunk
+
+    def slow(self: Compiled, *args: Any) -> Any:
+        decodes.set()
+        may_go_on.wait(60)
+        return decode_chunk(self, *args)
+
+    monkeypatch.setattr(Compiled, "decode_chunk", slow)
+    replies = dict[bool, requests.Response]()
+    with served() as server:
+
+        def ask(stream: bool) -> None:
+            body = asked(4) | {"messages": SAID, "stream": stream}  # 42 steps, more than a chunk
+            replies[stream] = server.post("/v1/chat/completions", **body)
+
+        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
+        for thread in threads:
+            thread.start()
+        session, until = server.service.decoder.session, time.monotonic() + 30
+        while not (decodes.is_set() and len(session._all()) == 2) and time.monotonic() < until:
+            time.sleep(0.001)
+        for _ in range(2):
+            server.server.handle_exit(signal.SIGTERM, None)
+        while not all(answer.cancelled for answer in session._all()) and time.monotonic() < until:
+            time.sleep(0.001)
+        may_go_on.set()
+        for thread in threads:
+            thread.join(60)
+    assert (replies[False].status_code, replies[False].json()["error"]["code"]) == (503, "shutting_down")
+    assert events_of(replies[True])[-1]["error"]["code"] == "shutting_down"
+
+
+@pytest.mark.slow
+def test_a_reply_that_nobody_takes_is_given_up(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also its last bytes, which are on their way when the answer is done."""
+    monkeypatch.setattr(serve_server, "BODY_S", 0.2)
+    monkeypatch.setattr(serve_server, "STALLED_S", 0.2)
+    with Raw(server) as silent:
+        silent.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)  # more replies than buffers hold
+        connections, until = server.server.server_state.connections, time.monotonic() + 30
+        while not connections and time.monotonic() < until:
+            time.sleep(0.001)
+        while connections and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not connections
 
 
 WARMING_UP = """if True:

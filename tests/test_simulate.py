@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import re
 
@@ -12,9 +13,10 @@ import pytest
 from pasta_jax.simulate import Replica, StepTimes, Traffic, costs, equal_branches, simulate, table
 from tests.helpers import only_full
 from tests.helpers.commands import ROOT, python
+from tests.load import widths_of
 
 SECOND = StepTimes((1,), (1.0,))
-"""A step takes a second, whatever its lanes."""
+"""A step of one lane a row takes a second."""
 
 
 def steps(count: int) -> np.ndarray:
@@ -40,18 +42,24 @@ def test_one_row_and_unequal_answers_is_m_g_1() -> None:
     assert waited([steps(1), steps(9)], load, mean) == pytest.approx(expected, rel=0.05)
 
 
-def test_steps_that_take_as_long_as_they_are_wide_share_the_processor() -> None:
-    """Whatever the length of the answers, one of S seconds then takes S / (1 - load) (M/G/1-PS)."""
-    by_width, load = StepTimes((1, 2), (0.02, 0.04)), 0.3
-    traffic = Traffic.drawn([steps(20), steps(80)], 2_000, seed=2)
-    run = traffic.at(Replica(1000, by_width, chunk=1), load)  # an answer takes a second on average
-    load = 0.02 * float(run.tokens.sum()) / run.arrived[-1]  # as it was drawn
-    for length in (20, 80):
-        chosen = np.array([len(answer) == length for answer in traffic.answers])
-        assert run.latency[chosen].mean() == pytest.approx(length / 50 / (1 - load), rel=0.1)
+@pytest.mark.parametrize(("rows", "load"), [(2, 0.7), (4, 0.8)])
+def test_several_rows_and_random_lengths_is_m_m_c(rows: int, load: float) -> None:
+    """The formula of Erlang for the share that waits, and how long all do on average. Steps are short."""
+    rng = np.random.default_rng(2)
+    answers = [steps(1 + int(length)) for length in rng.exponential(60, 4_000)]
+    traffic = Traffic.drawn(answers, 12_000, seed=2)
+    mean = float(np.mean([len(answer) for answer in traffic.answers])) / 100
+    run = traffic.at(Replica(rows, StepTimes((1,), (0.01,)), chunk=1), load * rows / mean)
+    offered = mean * len(traffic.answers) / float(run.arrived[-1])  # as they were drawn
+    terms = [offered**k / math.factorial(k) for k in range(rows)]
+    last = offered**rows / math.factorial(rows) * rows / (rows - offered)
+    waits = last / (sum(terms) + last)
+    assert float((run.started - run.arrived).mean()) == pytest.approx(
+        waits * mean / (rows - offered), rel=0.1
+    )
 
 
-def test_steps_that_cost_the_same_at_any_width_delay_nobody() -> None:
+def test_as_many_rows_as_requests_delay_nobody() -> None:
     run = Traffic.drawn([steps(100)], 500, seed=3).at(Replica(500, StepTimes((1,), (0.01,)), chunk=1), 2.0)
     assert run.latency.min() >= 1.0 - 1e-9 and run.latency.max() <= 1.01 + 1e-9, (
         "a step is waited for at most"
@@ -59,23 +67,24 @@ def test_steps_that_cost_the_same_at_any_width_delay_nobody() -> None:
 
 
 def test_a_worked_schedule() -> None:
-    """Two rows, chunks of 4 steps, a prefill of half a second; a step of w lanes takes w seconds."""
-    replica = Replica(2, StepTimes((1, 2), (1.0, 2.0)), prefill_s=0.5, chunk=4)
-    answers = [np.array([1, 2, 2, 1, 1]), steps(2), steps(3)]
+    """Two rows, chunks of 4 steps, a prefill of half a second; steps of 1, 2, 4 lanes take 1, 2, 4 seconds."""
+    replica = Replica(2, StepTimes((1, 2, 4), (1.0, 2.0, 4.0)), prefill_s=0.5, chunk=4)
+    answers = [np.array([1, 3, 2, 1, 1]), steps(2), np.array([1, 1, 5])]
     run = simulate(replica, np.array([0.0, 0.0, 1.0]), answers)
-    # Both are prefilled until 1; the third waits from 1 on, so the chunk ends with the second answer: steps of 2
-    # and 3 lanes. The third is prefilled from 6 on; steps of 3, 2 and 2 lanes, in which nobody waits.
+    # Both are prefilled until 1; the third waits from 1 on, so the chunk ends with the second answer: steps of 1
+    # and 4 lanes a row. The third is prefilled from 6 on; then steps of 2, 1 and 4 lanes, and one of 1 for the last
+    # of its five threads.
     assert run.started.tolist() == [0.0, 0.5, 6.0]
-    assert run.ended.tolist() == [13.5, 6.0, 13.5]
-    assert run.tokens.tolist() == [7, 2, 3] and run.span == 13.5
-    assert run.goodput(6.0) == pytest.approx(1 / 13.5)
-    assert run.in_system == pytest.approx((13.5 + 6.0 + 12.5) / 13.5)
+    assert run.ended.tolist() == [14.5, 6.0, 14.5]
+    assert run.tokens.tolist() == [8, 2, 7] and run.span == 14.5
+    assert run.goodput(6.0) == pytest.approx(1 / 14.5)
+    assert run.in_system == pytest.approx((14.5 + 6.0 + 13.5) / 14.5)
 
 
 def test_tables_of_step_times() -> None:
     times = StepTimes.read("1:10, 3:20,4:40")
-    assert times.upto(6).tolist() == pytest.approx([0.0, 0.010, 0.015, 0.020, 0.040, 0.060, 0.080])
-    assert StepTimes.read("4:2").upto(8).tolist() == [0.0, *[0.002] * 8]
+    assert times.of(np.arange(1, 5)).tolist() == [0.010, 0.020, 0.020, 0.040]
+    assert times.in_turns(np.array([1, 9, 4, 5])).tolist() == [1, 4, 4, 1, 4, 4, 1]
     for text in ("", "1", "2:5,1:6", "0:1", "1:0", "1:5,1:6", "1:5,x"):
         with pytest.raises(ValueError, match="write increasing lanes with milliseconds"):
             StepTimes.read(text)
@@ -109,6 +118,12 @@ def test_costs() -> None:
     assert costs(0.0, 500.0, chips=1, dollars_per_chip_hour=1.0, demand=1.0)[0].startswith(
         "No replica answers"
     )
+
+
+def test_the_widths_of_an_answer_that_a_server_tells() -> None:
+    """Main has steps 1, 2 and 6 alone, and of the branch's steps the first two."""
+    told = {"steps": 6, "branches": [{"start_step": 3, "end_step": 5}]}
+    assert widths_of(told, 8).tolist() == [1, 1, 2, 2, 1, 1]
 
 
 @only_full

@@ -10,6 +10,7 @@ import math
 import pathlib
 import re
 import warnings
+from collections.abc import Sequence
 
 import pytest
 
@@ -18,6 +19,7 @@ from pasta_jax.decoding.state import Limits
 from pasta_jax.decoding.timeline import COLOURS, FED, HELD, QUEUED, Timeline, check_path
 from pasta_jax.testing import WordTokenizer
 from pasta_jax.tokens.cost import critical_tokens
+from tests.helpers.contrast import contrast
 from tests.helpers.replayed import replayed
 
 PROMPT = "Two rivers <b>, and </script> which is long?"
@@ -27,9 +29,9 @@ ANSWER = """Here: <promise topic="the Nile" tokens=2 /><async>The Nile flows nor
 TOKENIZER = WordTokenizer(f"{PROMPT} {ANSWER} 2")
 
 
-def decoded(answer: str = ANSWER, lanes: int = 8) -> DecodeResult:
+def decoded(answer: str = ANSWER, lanes: int = 8, stop: Sequence[str] = ()) -> DecodeResult:
     trace = replayed(answer, PROMPT, TOKENIZER, Limits(lanes=lanes))
-    return result(TOKENIZER, trace, wall_s=0.5)
+    return result(TOKENIZER, trace, wall_s=0.5, stop=stop)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,18 @@ def test_it_agrees_with_the_trace() -> None:
     assert [line.first for line in shown.lines[1:]] == [branch.start_step for branch in found.branches]
     assert [line.last for line in shown.lines[1:]] == [branch.end_step for branch in found.branches]
     assert any(run.what == HELD for run in shown.lines[0].runs), "main waits at the sync"
+
+
+def test_the_answer_ends_at_a_stop_string() -> None:
+    """What was decoded beyond is on the charts, and no part of the text."""
+    whole, stopped = decoded(), decoded(stop=("dry",))
+    shown = stopped.timeline()
+    assert (
+        "".join(token.text for token in shown.tokens) == stopped.text == "Here: The Nile flows north through "
+    )
+    assert shown.text_tokens == stopped.stats.text_tokens < whole.stats.text_tokens
+    assert (shown.stop_reason, shown.steps) == ("stop", whole.stats.decode_steps)
+    assert len(shown.tokens) == len(whole.timeline().tokens)
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 8])
@@ -119,16 +133,9 @@ def test_the_page_can_be_read_without_colours_and_with_a_keyboard(page: str) -> 
     assert outputs and all('aria-live="off"' in each for each in outputs), "the slider says it already"
 
 
-def luminance(colour: str) -> float:
-    """Relative luminance (WCAG 2.2)."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
 @pytest.mark.parametrize("colour", COLOURS)
 def test_colours_stand_out_on_light_and_dark(colour: str) -> None:
-    assert 1.05 / (luminance(colour) + 0.05) >= 3 and (luminance(colour) + 0.05) / 0.05 >= 6
+    assert contrast(colour, "#ffffff") >= 3 and contrast(colour, "#000000") >= 6
 
 
 def test_files(tmp_path: pathlib.Path) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from pasta_jax.annotate.audit import Auditor, Part
 from pasta_jax.arrays import ThreadedTokens
 from pasta_jax.data.records import Example, Problem
-from pasta_jax.figures import INK, SERIES, dress, new_figure, save
+from pasta_jax.figures import INK, SERIES, can_draw, dress, new_figure, save
 from pasta_jax.files import Lines, Stamp, json_line, locked, read_jsonl, replacing, shows_progress
 from pasta_jax.lang.program import Program
 from pasta_jax.terminal import markdown_table
@@ -137,13 +137,9 @@ def _from_json(fields: dict[str, Any]) -> Audited:
 def write_report(audited: Sequence[Audited], folder: str, max_loss: float, title: str) -> str:
     """Writes FOLDER/audit.md, and with matplotlib audit.png if there is something to draw. Returns the text."""
     text = report(audited, max_loss, title)
-    if any(each.measured for each in audited):
-        try:
-            draw(audited, max_loss, os.path.join(folder, "audit.png"))
-        except ImportError as error:
-            LOG.warning("%s", error)
-        else:
-            text += "\n![What blocks lose](audit.png)\n"
+    if any(each.measured for each in audited) and can_draw("The audit's figure"):
+        draw(audited, max_loss, os.path.join(folder, "audit.png"))
+        text += "\n![What blocks lose](audit.png)\n"
     with replacing(os.path.join(folder, "audit.md")) as file:
         file.write(text)
     return text

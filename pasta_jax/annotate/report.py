@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import array
 import collections
-import importlib.util
-import logging
 import math
 import os
 import textwrap
@@ -15,11 +13,9 @@ from typing import Any, cast
 import numpy as np
 
 from pasta_jax.annotate.run import Line, Outcome
-from pasta_jax.extras import advice
+from pasta_jax.figures import PALE, SERIES, can_draw, dress, new_figure, save
 from pasta_jax.files import replacing, write_json
 from pasta_jax.terminal import markdown_table
-
-LOG = logging.getLogger("pasta_jax")
 
 LISTED = 1000
 """Answers that stayed as they were, named in the report; the journal has all."""
@@ -139,13 +135,11 @@ def write_report(output: str, lines: Iterable[Line], about: Mapping[str, Any]) -
     figures = tally.figures()
     write_json(f"{output}.report.json", {"about": dict(about), **figures})
     picture = f"{output}.report.png"
-    has_picture = figures["annotated"] and importlib.util.find_spec("matplotlib") is not None
+    has_picture = bool(figures["annotated"]) and can_draw("The report's figure")
     with replacing(f"{output}.report.md") as file:
         file.write(_markdown(figures, about, os.path.basename(picture) if has_picture else ""))
     if has_picture:
         _draw(picture, tally, figures)
-    elif figures["annotated"]:
-        LOG.warning("No figure, which needs matplotlib: %s.", advice("matplotlib", "plot"))
     return figures
 
 
@@ -190,8 +184,6 @@ def _markdown(figures: Mapping[str, Any], about: Mapping[str, Any], picture: str
 
 def _draw(path: str, tally: Tally, figures: Mapping[str, Any]) -> None:
     """Speedups, branches, lengths of blocks, and reasons."""
-    from pasta_jax.figures import PALE, SERIES, dress, new_figure, save
-
     figure = new_figure(11, 6.4)
     above, below = cast("Any", figure.subfigures(2, 1))
     speeds, branches, lengths = above.subplots(1, 3)

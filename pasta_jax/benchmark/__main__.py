@@ -18,7 +18,6 @@ results.json and a figure for each part.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from etils import epath
 
-from pasta_jax.extras import advice
+from pasta_jax.figures import can_draw
 from pasta_jax.files import write_json
 from pasta_jax.verbs import begin, refuse, run_main
 
@@ -167,10 +166,7 @@ def for_json(point: TableRow) -> dict[str, Any]:
 def _write(out: str, part: str, results: dict[str, Any]) -> None:
     write_json(os.path.join(out, RESULTS), results, allow_nan=False)
     points = results["parts"][part].get("points")
-    if not points:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        LOG.warning("No figure of %s, which needs matplotlib: %s.", part, advice("matplotlib", "plot"))
+    if not points or not can_draw(f"The figure of {part}"):
         return
     from pasta_jax.benchmark.figures import draw
 

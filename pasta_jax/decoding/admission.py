@@ -68,8 +68,8 @@ class Admission:
             )
         if policy != "all" and len(compiled.widths) == 1:
             raise ValueError(
-                f"admission={policy} has no choice: every step has {compiled.limits.lanes} lanes. Give several "
-                "widths, such as widths=(1, 4), and no batch_invariant."
+                f"admission={policy} has no choice: every step has {compiled.limits.lanes} lanes. Leave it out, or "
+                "give several widths, such as widths=(1, 4), and no batch_invariant."
             )
         self.policy = policy
         self.times: Mapping[int, tuple[float, ...]] | None = None

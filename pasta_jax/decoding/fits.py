@@ -16,11 +16,16 @@ POOL_NAMES = "Limits.pool", "cache_len"
 
 
 class DoesNotFit(ValueError):
-    """A pool or a prompt that is too large; `for_decode` says it to those who called `decode`."""
+    """A pool or a prompt that is too large.
+
+    Attributes:
+      problem: what is too large.
+      for_decode: the same, and what those who called `decode` can do.
+    """
 
     def __init__(self, problem: str, advice: str, for_decode: str):
         super().__init__(f"{problem} {advice}")
-        self.for_decode = f"{problem} {for_decode}"
+        self.problem, self.for_decode = problem, f"{problem} {for_decode}"
 
 
 def check_pool(compiled: Compiled, kept: int = 0) -> None:

@@ -122,7 +122,8 @@ class DecodeResult:
         """Its threads over the decode steps, to `save` as a page or a figure."""
         stats = self.stats
         seconds = {"wall_s": stats.wall_s or None, "sequential_wall_s": stats.sequential_wall_s}
-        return Timeline.of(self.trace, self.vocabulary, **seconds)
+        stopped = len(self.text) if self.stop_reason == "stop" else None
+        return Timeline.of(self.trace, self.vocabulary, stopped=stopped, **seconds)
 
     def _repr_html_(self) -> str:
         """In a notebook: the text, and a small chart of its threads."""

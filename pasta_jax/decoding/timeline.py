@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pasta_jax import figures
-from pasta_jax.decoding.state import MAIN, UNFED
+from pasta_jax.decoding.state import MAIN, UNFED, Stop
 from pasta_jax.decoding.stops import characters_before
 from pasta_jax.decoding.trace import Trace
 from pasta_jax.files import replacing
@@ -96,7 +96,8 @@ class Token(NamedTuple):
     """A token of the answer: who wrote it, when and where, and what a reader gets of it.
 
     `lane` counts from 1 and is 0 for a token that was never fed, as its `step` is UNFED; `entry` is its place in
-    the pool, from 0. `text` is what it adds to the reader's text, "" of a tag; `spelled` is the token itself.
+    the pool, from 0. `text` is what it adds to the reader's text; `spelled` is the token itself. `is_text` is false
+    for tags, and for what was decoded beyond a stop string.
     """
 
     thread: int
@@ -107,7 +108,7 @@ class Token(NamedTuple):
     spelled: str
     logprob: float
     critical: bool
-    is_tag: bool
+    is_text: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,16 +141,19 @@ class Timeline:
     sequential_wall_s: float | None = None
 
     @classmethod
-    def of(cls, trace: Trace, vocabulary: Vocabulary, **seconds: float | None) -> Timeline:
+    def of(
+        cls, trace: Trace, vocabulary: Vocabulary, *, stopped: int | None = None, **seconds: float | None
+    ) -> Timeline:
         """The timeline of a trace, also of a row that still runs.
 
         Args:
           trace: of one answer.
           vocabulary: of the model's tokenizer, `model.tokenizer.vocabulary`.
+          stopped: the characters of the text before a stop string; None: there was none.
           seconds: wall_s and sequential_wall_s, if they are known.
         """
         threads, indices = trace.threads, trace.answer_indices
-        topics, whole = read(vocabulary, threads).promises, _text(trace, vocabulary)
+        topics, whole = read(vocabulary, threads).promises, _text(trace, vocabulary, stopped)
         critical = {int(indices[thread][index]) for thread, index in critical_tokens(threads, vocabulary)}
         lane = _lanes(trace)
         tokens = tuple(
@@ -162,9 +166,9 @@ class Timeline:
                 spelled=vocabulary.text([int(trace.tokens.token[index])]),
                 logprob=float(trace.logprob[index]),
                 critical=index in critical,
-                is_tag=role != Role.TEXT,
+                is_text=is_text,
             )
-            for index, role, text in whole
+            for index, is_text, text in whole
         )
         lines = tuple(
             Line(
@@ -186,14 +190,14 @@ class Timeline:
             lanes=int(trace.widths.max(initial=0)),
             critical_path=critical_path(threads, vocabulary),
             prompt_tokens=trace.prompt_length,
-            stop_reason=trace.stop.reason,
+            stop_reason=trace.stop.reason if stopped is None else Stop.STOP.reason,
             **seconds,
         )
 
     @functools.cached_property
     def text_tokens(self) -> int:
         """The tokens of the answer's text, which are the steps of writing it one token at a time."""
-        return sum(not token.is_tag for token in self.tokens)
+        return sum(token.is_text for token in self.tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a page (.html), or a figure (.png), which needs matplotlib.
@@ -335,7 +339,7 @@ class Timeline:
             if token.thread != before and self.lines[token.thread].parent == before:
                 yield f'<sup class="c{_colour(token.thread)}" data-s="{step}">{token.thread}</sup>'
             before = token.thread
-            number += not token.is_tag
+            number += token.is_text
             if token.text:
                 place = f'data-i="{token.entry}" data-s="{step}" data-n="{number}"'
                 yield f'<span class="c{_colour(token.thread)}" {place}>{html.escape(token.text)}</span>'
@@ -465,12 +469,15 @@ def check_path(path: str | os.PathLike[str]) -> None:
 # ----------------------------------------------------------------------------------------- from the trace
 
 
-def _text(trace: Trace, vocabulary: Vocabulary) -> list[tuple[int, Role, str]]:
-    """The answer's tokens in document order: index in the trace, role, and what each adds to the reader's text."""
-    whole = assemble(read(vocabulary, trace.threads).program)
+def _text(trace: Trace, vocabulary: Vocabulary, stopped: int | None) -> list[tuple[int, bool, str]]:
+    """The tokens in document order: index in the trace, `is_text`, and what each adds to the reader's text."""
+    whole = assemble(read(vocabulary, trace.threads).program)[:stopped]
     found = [*characters_before(trace, vocabulary)]
     ends = [*(before for _, _, before in found[1:]), len(whole)]
-    return [(index, role, whole[before:end]) for (index, role, before), end in zip(found, ends)]
+    return [
+        (index, role == Role.TEXT and (stopped is None or before < stopped), whole[before:end])
+        for (index, role, before), end in zip(found, ends)
+    ]
 
 
 def _lanes(trace: Trace) -> np.ndarray:

@@ -7,7 +7,6 @@ import dataclasses
 import glob
 import html
 import json
-import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -19,12 +18,10 @@ from pasta_jax.evaluate.alpaca_eval import Estimate
 from pasta_jax.evaluate.measures import Measures, measure_of, measure_table, pair_table
 from pasta_jax.evaluate.names import slug
 from pasta_jax.evaluate.summary import Quality, Ratio, Speed
-from pasta_jax.figures import PALE, SERIES, Label, dress, new_figure, place, save
+from pasta_jax.figures import PALE, SERIES, Label, can_draw, dress, new_figure, place, save
 from pasta_jax.files import BROKEN, json_line, replacing, write_json
 from pasta_jax.intervals import Interval
 from pasta_jax.terminal import markdown_table
-
-LOG = logging.getLogger("pasta_jax")
 
 MEASURES = "measures.json"
 
@@ -323,24 +320,25 @@ def as_html(title: str, told: Sequence[str], others: Sequence[Result], figure: s
 
 def _draw(results: Sequence[Result], path: str) -> bool:
     """Win rate against realized and theoretical speedup; False, with a line in the log, without matplotlib."""
-    try:
-        figure = new_figure(9.5, 4.6)
-    except ImportError as error:
-        LOG.info("%s", error)
+    if not can_draw("The report's figure"):
         return False
+    figure = new_figure(9.5, 4.6)
     first = results[0]
     told = f"{first.speed.prompts} prompts, against {first.opponent}, judged by {first.judge}; 95 % intervals"
     figure.suptitle(told if len(told) <= 120 else f"{told[:117]}...", fontsize=10, color=PALE)
     panels = figure.subplots(1, 2, sharey=True)
     is_baseline = results[0].opponent == results[0].baseline
     for axes, name in zip(panels, ("realized", "theoretical")):
-        points = [each for each in results if each.quality and {name, "win rate"} <= each.measures.keys()]
+        points = [
+            (SERIES[number % len(SERIES)], each)
+            for number, each in enumerate(results)
+            if each.quality and {name, "win rate"} <= each.measures.keys()
+        ]
         labels = []
         if is_baseline:
             axes.plot([1.0], [50.0], "s", color="#4d4d4d", markersize=7, zorder=3)
             labels.append(Label(1.0, 50.0, results[0].baseline, "#4d4d4d"))
-        for number, each in enumerate(points):
-            look = SERIES[number % len(SERIES)]
+        for look, each in points:
             speed, win = each.measures[name].interval, each.measures["win rate"].interval
             axes.errorbar(
                 speed.mean,
@@ -358,7 +356,7 @@ def _draw(results: Sequence[Result], path: str) -> bool:
         axes.axhline(50, color="#bbbbbb", linewidth=1, zorder=0)
         axes.axvline(1, color="#bbbbbb", linewidth=1, zorder=0)
         axes.margins(0.2)
-        counts = sorted({each.measures[name].values.count for each in points})
+        counts = sorted({each.measures[name].values.count for _, each in points})
         told = f"{name.capitalize()} speedup, {' or '.join(map(str, counts))} prompts"
         dress(axes, told, "Win rate (%)" * (axes is panels[0]))
         place(axes, labels)

@@ -13,7 +13,7 @@ from pasta_jax.decoding.pending import PendingAnswer
 from pasta_jax.decoding.results import DecodeResult
 from pasta_jax.decoding.state import MAIN
 from pasta_jax.decoding.streaming import Draft, Event
-from pasta_jax.terminal import ERASE, FAINT, PLAIN
+from pasta_jax.terminal import ERASE, FAINT, PLAIN, UNSEEN
 
 UP, ERASE_BELOW, HIDE, SHOW = "\x1b[{}F", "\x1b[J", "\x1b[?25l", "\x1b[?25h"
 """Terminal controls: some lines up, erase the rest of the screen, hide and show the cursor."""
@@ -23,10 +23,6 @@ COLOURS = ("36", "33", "32", "35", "34", "31")
 
 GROWING = "▌"
 """Ends the text of a thread that is still being decoded."""
-
-
-UNSEEN = "\N{REPLACEMENT CHARACTER}"
-"""Stands for controls in a text: they would be the terminal's."""
 
 
 class Document:

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     begin_first()
     # Until the server itself listens for it. In a container, a signal that nobody asked for is lost.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if not sys.stderr.isatty():
+    if values.log_prompts or not sys.stderr.isatty():
         log_for_programs()
     from pasta_jax.serve.app import Service
     from pasta_jax.serve.server import Server, bound
@@ -107,6 +107,7 @@ def _decoder(values: Any) -> Decoder:
     """Loads the model and compiles everything. What cannot be served is one line, and status 2."""
     from pasta_jax.checkpoints.about import CheckpointError
     from pasta_jax.decoding.engine import Decoder
+    from pasta_jax.decoding.fits import DoesNotFit
     from pasta_jax.decoding.prefixes import PROMPT_BLOCK
     from pasta_jax.decoding.state import Limits
     from pasta_jax.loading import load
@@ -136,6 +137,8 @@ def _decoder(values: Any) -> Decoder:
             batch_invariant=values.batch_invariant,
         )
         decoder.warm_up()
+    except DoesNotFit as error:
+        refuse(f"{error.problem} Lower --rows, --cache_len or --max_branches.")
     except (CheckpointError, ValueError) as error:
         refuse(str(error))
     LOG.info("Loaded and compiled in %.0f s.", time.monotonic() - start)

@@ -64,6 +64,9 @@ ROOM = 64
 STALLED_S = 60.0
 """A client that takes no byte for so long has left."""
 
+PIECE = 2**16
+"""Bytes of a whole reply that are sent at once."""
+
 PING_S = 15.0
 """Between two signs of life in a stream that has nothing to tell."""
 
@@ -291,7 +294,7 @@ class Endpoint:
         record.branches = sum(len(result.branches) for result in results)
         record.finish = tuple(result.stop_reason for result in results)
         count("prompt_tokens", record.prompt_tokens)
-        count("reused_tokens", sum(each.reused_tokens for each in stats))
+        count("reused_tokens", sum(each.reused_tokens for each in stats[:: asked.n]))
         count("output_tokens", record.output_tokens)
         count("text_tokens", sum(each.text_tokens for each in stats))
         count("decode_steps", sum(each.decode_steps for each in stats))
@@ -330,7 +333,7 @@ class _Answers:
                 "This server is shutting down. Send the request to another.", "shutting_down"
             ) from None
         except DoesNotFit as error:
-            raise wrong(None, error.for_decode, "context_length_exceeded") from None
+            raise wrong(None, f"{error.problem} Shorten it.", "context_length_exceeded") from None
         except ValueError as error:
             raise wrong(None, str(error)) from None
 
@@ -506,7 +509,12 @@ class _Out:
             "headers": response.raw_headers,
         }
         await self._put(start)
-        await self._put({"type": "http.response.body", "body": bytes(response.body)})
+        body = bytes(response.body)
+        for place in range(0, len(body), PIECE):  # in pieces, so that a client who takes none is noticed
+            more = place + PIECE < len(body)
+            await self._put(
+                {"type": "http.response.body", "body": body[place : place + PIECE], "more_body": more}
+            )
 
     async def _put(self, message: Message) -> None:
         self._begun = True
@@ -569,11 +577,12 @@ def application(service: Service) -> Starlette:
 
     async def refused(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            what = {404: "There is no such path", 405: "This path takes another method"}.get(
-                error.status_code
-            )
-            message = f"{what or error.detail}: {request.method} {request.url.path[:80]}."
-            error = ApiError(error.status_code, message, "not_found", headers=error.headers)
+            what, code = {
+                404: ("There is no such path", "not_found"),
+                405: ("This path takes another method", "method_not_allowed"),
+            }.get(error.status_code, (error.detail, "invalid_value"))
+            message = f"{what}: {request.method} {request.url.path[:80]}."
+            error = ApiError(error.status_code, message, code, headers=error.headers)
         assert isinstance(error, ApiError)
         return JSONResponse(error.body, error.status, headers=error.headers)
 

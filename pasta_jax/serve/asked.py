@@ -122,6 +122,8 @@ def asked_of_responses(body: Body, defaults: Defaults) -> Asked:
     text = body.get("text")
     known = {**body, "text": {"format": text.get("format")}} if isinstance(text, Mapping) else body
     _check(known, defaults, _NOT_IN_RESPONSES)
+    if isinstance(body.get("include"), list) and "message.output_text.logprobs" in body["include"]:
+        raise wrong("include", "Log-probabilities are not in responses. Leave them out.", "unsupported_value")
     given = body.get("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else _sequence(body, "input")
     if (instructions := body.get("instructions")) is not None:

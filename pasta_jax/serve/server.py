@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pasta_jax.serve.app import BODY_S, Service, application
+from pasta_jax.serve.app import BODY_S, STALLED_S, Service, application
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -28,14 +28,15 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 class Connection(H11Protocol):
-    """A client's connection. It is closed if no request comes by it.
+    """A client's connection. It is closed if no request comes by it, or if the client takes nothing.
 
-    Uvicorn waits without end for the first, and for the rest of a request that has begun.
+    Uvicorn waits without end for the first request, for the rest of one that has begun, and for the client to take
+    the last of a reply.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._silence = self.loop.call_later(BODY_S, self._close_if_silent)
+        self._watch(BODY_S, 0)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._silence.cancel()
@@ -44,10 +45,19 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._silence.cancel()
-        self._silence = self.loop.call_later(BODY_S, self._close_if_silent)
+        self._watch(BODY_S, 0)
 
-    def _close_if_silent(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+    def _watch(self, seconds: float, unsent: int) -> None:
+        self._silence = self.loop.call_later(seconds, self._close_if_silent, unsent)
+
+    def _close_if_silent(self, before: int) -> None:
+        """Looks again later, if a reply is on its way. `before` are the bytes that were unsent at the last look."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent == before:
+            self.transport.abort()
+        elif unsent or not (self.cycle is None or self.cycle.response_complete):
+            self._watch(STALLED_S, unsent)
+        else:
             self.transport.close()
 
 

@@ -61,6 +61,7 @@ def alone(prompt: str, fields: dict[str, Any]) -> DecodeResult:
         max_new_tokens=fields["max_tokens"],
         seed=fields["seed"],
         temperature=fields["temperature"],
+        min_p=fields.get("min_p", 0.0),
         open_bias=fields["open_bias"],
         stop=stop,
     )
