@@ -405,7 +405,7 @@ def test_the_figure_has_numbers_and_thin_bars(
 ) -> None:
     """With blocks of one length, and one reason."""
     drawn: list[Any] = []
-    monkeypatch.setattr("pasta_jax.figures.save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("pasta_jax.annotate.report.save", lambda figure, path: drawn.append(figure))
     outcome = Outcome(0, notes={"short": 3}, blocks=(37, 37), depth=1, tokens=100, steps=60)
     write_report(str(tmp_path / "out.jsonl"), [Line(1, (outcome,))], ABOUT)
     *_, lengths, reasons = drawn[0].axes
