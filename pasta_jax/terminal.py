@@ -24,7 +24,11 @@ UNSEEN = "\N{REPLACEMENT CHARACTER}"
 
 
 def harmless(text: str) -> str:
-    """A text that a model wrote, for a terminal: of its controls only tabs and the ends of lines are left."""
+    r"""A text that a model wrote, for a terminal: of its controls only tabs and the ends of lines are left.
+
+    >>> harmless("a\x1b[2Jb\tc\n")
+    'a�[2Jb\tc\n'
+    """
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", UNSEEN, text)
 
 

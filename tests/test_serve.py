@@ -825,7 +825,7 @@ def test_a_second_signal_breaks_answers_off(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_a_reply_that_nobody_takes_is_given_up(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also its last bytes, which are on their way when the answer is done."""
+    """The connection is closed, though its next request waits for the reply before it."""
     monkeypatch.setattr(serve_server, "BODY_S", 0.2)
     monkeypatch.setattr(serve_server, "STALLED_S", 0.2)
     with Raw(server) as silent:

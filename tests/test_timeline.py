@@ -107,3 +107,19 @@ def test_an_answer_in_a_terminal_as_it_comes(monkeypatch: pytest.MonkeyPatch) ->
     assert re.fullmatch(
         f"({re.escape(live.ERASE)}|[^\x1b]|{faint}(?={re.escape(live.ERASE)}))*", screen.getvalue()
     )
+
+
+def test_a_text_does_not_control_the_terminal() -> None:
+    """Neither what is settled nor what is not; in a pipe the text is as the model wrote it."""
+    events = [
+        Event("text", text="a\x1b[2Jb"),
+        Event("promise", branch=1, parent=0, topic="Nile"),
+        Event("text", text="\x07 c"),
+    ]
+    for is_live in (True, False):
+        out = io.StringIO()
+        write = live.printer(out, live=is_live)
+        for event in events:
+            write(event)
+        assert ("\x1b[2J" in out.getvalue()) != is_live and "\x07" not in out.getvalue()
+        assert ("a\ufffd[2Jb" in out.getvalue()) == is_live
