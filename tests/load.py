@@ -20,6 +20,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import resource
@@ -66,7 +67,7 @@ class Load:
         return await asyncio.open_connection(self.host.hostname, self.host.port)
 
     async def ask(self, number: int, *, pause: float = 0.0, leave: bool = False) -> float:
-        """Streams an answer, and returns the seconds that it took."""
+        """Streams an answer, and returns the seconds that it took: NaN if it did not come whole."""
         start = time.perf_counter()
         reader, writer = await self.opened()
         kind = number % (4 * len(self.prompts))
@@ -88,14 +89,14 @@ class Load:
                 break
             await asyncio.sleep(pause)
         writer.close()
-        if not leave:
-            self.note(kind, data)
-        return time.perf_counter() - start
+        whole = not leave and self.note(kind, data)
+        return time.perf_counter() - start if whole else math.nan
 
-    def note(self, kind: int, data: bytes) -> None:
+    def note(self, kind: int, data: bytes) -> bool:
+        """Keeps an answer, or what is wrong with it; whether it is whole."""
         if not data.endswith(b"data: [DONE]\n\n"):
             self.faults.append(f"an answer is not whole: {data[-200:]!r}")
-            return
+            return False
         chunks = [json.loads(line[6:]) for line in data.decode().split("\n") if line.startswith("data: {")]
         text = "".join(each["delta"].get("content", "") for chunk in chunks for each in chunk["choices"])
         told = [event for chunk in chunks for event in chunk.get("pasta", ()) if event["kind"] == "done"]
@@ -103,6 +104,7 @@ class Load:
         self.texts[kind].add(text)
         if len(self.texts[kind]) > 1:
             self.faults.append(f"request {kind} has two answers: {sorted(self.texts[kind])}")
+        return True
 
     async def steady(self, requests: int, clients: int, pid: int | None) -> list[float]:
         numbers, seconds = iter(range(requests)), list[float]()
@@ -127,9 +129,9 @@ class Load:
             seconds[number] = await self.ask(number)
 
         await asyncio.gather(*map(client, range(requests)))
-        kinds = np.arange(requests) % (4 * len(self.prompts))
-        whole = np.array([kind in self.widths for kind in kinds])
-        return Arrivals(arrived[whole], seconds[whole], [self.widths[kind] for kind in kinds[whole]])
+        (whole,) = np.nonzero(np.isfinite(seconds))
+        kinds = whole % (4 * len(self.prompts))
+        return Arrivals(arrived[whole], seconds[whole], [self.widths[kind] for kind in kinds])
 
     async def of_every_kind(self, clients: int = 64) -> None:
         async def rubbish(number: int) -> None:
@@ -236,11 +238,11 @@ def main() -> int:
     start = time.perf_counter()
     seconds = asyncio.run(load.steady(given.requests, given.clients, given.pid))
     rate = len(seconds) / (time.perf_counter() - start)
-    median, high = statistics.median(seconds), statistics.quantiles(seconds, n=20)[-1]
+    median, high, longest = np.nanquantile(seconds, [0.5, 0.95, 1.0])
     print(
         f"steady: {len(seconds):,} requests of {given.clients} clients, {rate:.1f} a second; "
         f"median {median:.3f} s, 95th percentile {high:.3f} s, {high / median:.2f} times the median; "
-        f"longest {max(seconds):.3f} s"
+        f"longest {longest:.3f} s"
     )
     asyncio.run(load.of_every_kind())
     compiled = load.metric("pasta_compilations_total")
@@ -254,6 +256,8 @@ def random_load(load: Load, given: Any) -> int:
     times = StepTimes.read(given.step_ms)
     one = Load(given.url, 1, load.prompts)
     prefill_s = statistics.median(asyncio.run(one.steady(4 * len(load.prompts), 1, None))) - times.seconds[0]
+    if one.faults:
+        return outcome(one)
     print(f"a prefill takes {1000 * prefill_s:.1f} ms")
     replica = Replica(given.rows, times, max(0.0, prefill_s))
     measured = [asyncio.run(load.at_random(rate, given.requests, given.seed)) for rate in rates]

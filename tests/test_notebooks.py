@@ -110,6 +110,14 @@ def test_they_run(tmp_path: pathlib.Path) -> None:
     for notebook in NOTEBOOKS:
         executed(notebook)
         code = f"from tests.helpers.notebooks import execute; execute({str(notebook)!r})"
-        env = {"PASTA_TINY": "1", "MPLBACKEND": "agg"}
+        # Programs are compiled as a reader's, not with the tests' haste: here they run for longer.
+        env = {
+            "PASTA_TINY": "1",
+            "MPLBACKEND": "agg",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": None,
+            "XLA_FLAGS": None,
+        }
         done = python("-c", code, cwd=tmp_path, env=env, seconds=900, real=True)
         assert done.returncode == 0, f"{notebook.name}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        took = re.findall(r"^cell \d+: .*$", done.stdout, re.MULTILINE)
+        print(notebook.name, *took, sep="\n  ")  # with pytest -rP
