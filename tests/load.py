@@ -63,6 +63,10 @@ class Load:
         self.widths: dict[int, np.ndarray] = {}  # of the answers, by the kind of request
         self.faults: list[str] = []
 
+    def kind(self, number: int) -> int:
+        """Requests of one kind are equal: each prompt comes with four seeds."""
+        return number % (4 * len(self.prompts))
+
     async def opened(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(self.host.hostname, self.host.port)
 
@@ -70,7 +74,7 @@ class Load:
         """Streams an answer, and returns the seconds that it took: NaN if it did not come whole."""
         start = time.perf_counter()
         reader, writer = await self.opened()
-        kind = number % (4 * len(self.prompts))
+        kind = self.kind(number)
         body = json.dumps(
             {
                 "messages": [{"role": "user", "content": self.prompts[kind % len(self.prompts)]}],
@@ -130,8 +134,8 @@ class Load:
 
         await asyncio.gather(*map(client, range(requests)))
         (whole,) = np.nonzero(np.isfinite(seconds))
-        kinds = whole % (4 * len(self.prompts))
-        return Arrivals(arrived[whole], seconds[whole], [self.widths[kind] for kind in kinds])
+        widths = [self.widths[self.kind(int(number))] for number in whole]
+        return Arrivals(arrived[whole], seconds[whole], widths)
 
     async def of_every_kind(self, clients: int = 64) -> None:
         async def rubbish(number: int) -> None:
