@@ -180,6 +180,28 @@ def test_nothing_is_compiled_after_the_warm_up(
     assert compiled == [] and all(result.stats.compile_s == 0 for result in results)
 
 
+def test_the_warm_up_may_run_each_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a request that is alone may need has run before it comes."""
+    sizes: dict[str, Any] = dict(
+        limits=LIMITS, rows=2, prompt_buckets=(16,), pool_buckets=(20,), widths=(1, 2)
+    )
+    decoder = Decoder(model_of(CONFIG, int8=False, mesh=None), **sizes)
+    ran, run = [], Compiled._run
+
+    def noted(self: Compiled, program: ProgramKey, *args: Any) -> Any:
+        ran.append(program)
+        return run(self, program, *args)
+
+    monkeypatch.setattr(Compiled, "_run", noted)
+    decoder.warm_up(run=True)
+    needed = {key for key in decoder.compiled.programs if key.verb in ("admit", "decode") and key.rows <= 1}
+    assert len(needed) == 2 + 2 and needed <= set(ran)
+    assert ran.count(ProgramKey("decode", length=20)) == len(decoder.compiled.widths) > 1
+    ran.clear()
+    decoder.decode([WORDS.encode_prompt("ab")], [SamplingParams(40, temperature=1.0, seed=1)])
+    assert needed >= {key for key in ran if key.verb in ("admit", "decode")} > set()
+
+
 def any_sampling(rng: random.Random) -> SamplingParams:
     return SamplingParams(
         max_new_tokens=rng.randint(1, 80),

@@ -450,6 +450,10 @@ class Compiled:
         until = np.int32(steps), np.bool_(refill), costs
         return self._run(program, params, self._placed_rules, batch, *until)
 
+    def only(self, index: int) -> np.ndarray:
+        """Costs with which every step has one width, that of this index: float32 [number of widths]."""
+        return np.where(np.arange(len(self.widths)) == index, 1, np.inf).astype(np.float32)
+
     def release(self, batch: Batch, stop: np.ndarray) -> Batch:
         """Stops rows: `stop` is int32 [B], a `Stop` each, RUNNING for rows that go on."""
         return self._run(ProgramKey("release", script=_script_size(batch)), batch, stop)

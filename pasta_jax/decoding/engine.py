@@ -11,6 +11,7 @@ from typing import Any, Unpack
 
 from pasta_jax.decoding.admission import Admission
 from pasta_jax.decoding.compiled import Compiled, Sizes
+from pasta_jax.decoding.first_run import run_once
 from pasta_jax.decoding.fits import check_pool
 from pasta_jax.decoding.model import Model, check_model
 from pasta_jax.decoding.options import whole
@@ -111,16 +112,21 @@ class Decoder:
             admission=self.admission.policy,
         )
 
-    def warm_up(self) -> float:
+    def warm_up(self, *, run: bool = False) -> float:
         """Compiles all that requests without scripts may need, in parallel, and returns the seconds that it took.
 
         Nothing is compiled afterwards, whatever is requested. The log tells of each program. If branches are
         admitted by cost, the times of steps are measured too, or read where an earlier start has kept them.
+
+        Args:
+          run: also run each program that a request alone may need, once: the first run takes longer than others.
         """
         start = time.perf_counter()
         params = self.model.params_as(self.compiled.form)
         self.compiled.compile_all()
         self.admission.measure(params)
+        if run:
+            run_once(self.compiled, params)
         return time.perf_counter() - start
 
     def submit(

@@ -136,7 +136,7 @@ def _decoder(values: Any) -> Decoder:
             admission=values.admission,
             batch_invariant=values.batch_invariant,
         )
-        decoder.warm_up()
+        decoder.warm_up(run=True)
     except DoesNotFit as error:
         refuse(f"{error.problem} Lower --rows, --cache_len or --max_branches.")
     except (CheckpointError, ValueError) as error:
