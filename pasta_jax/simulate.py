@@ -326,23 +326,31 @@ def command() -> None:
         "prefill_ms", 0.0, "Milliseconds to prefill a prompt.", lower_bound=0.0, upper_bound=1e9
     )
     flags.DEFINE_integer("rows", 8, "Requests that are decoded at once.", lower_bound=1)
-    flags.DEFINE_integer("chunk", 8, "Most steps between two looks: 8 of streams, else 64.", lower_bound=1)
-    flags.DEFINE_string("answers", None, "Annotated records, whose widths the answers have.")
-    flags.DEFINE_string("tokenizer", None, "That counts their tokens: a file, a folder, or almanac.")
     flags.DEFINE_integer(
-        "tokens", 256, "Of an answer, without --answers.", lower_bound=1, upper_bound=1_000_000
+        "chunk", 8, "Maximum steps between two looks of the host: 8 for streams, otherwise 64.", lower_bound=1
+    )
+    flags.DEFINE_string("answers", None, "Annotated records, whose widths the answers have.")
+    flags.DEFINE_string(
+        "tokenizer", None, "Tokenizer that counts their tokens: a file, a folder, or almanac."
     )
     flags.DEFINE_integer(
-        "branches", 4, "Of an answer, without --answers; 0: none.", lower_bound=0, upper_bound=1_000
+        "tokens", 256, "Tokens of an answer, without --answers.", lower_bound=1, upper_bound=1_000_000
+    )
+    flags.DEFINE_integer(
+        "branches", 4, "Branches of an answer, without --answers; 0: none.", lower_bound=0, upper_bound=1_000
     )
     flags.DEFINE_list(
         "rates", [], "Requests a second; by default shares of the most that the server answers."
     )
     flags.DEFINE_float("bound", 10.0, "Seconds within which an answer is in time.", lower_bound=0.0)
-    flags.DEFINE_float("share", 0.95, "Of requests that are to be in time.", lower_bound=0.0, upper_bound=1.0)
-    flags.DEFINE_integer("requests", 2000, "How many arrive.", lower_bound=1, upper_bound=1_000_000)
-    flags.DEFINE_integer("seed", 0, "Of their arrival.", lower_bound=0)
-    flags.DEFINE_integer("chips", 1, "Of a server.", lower_bound=1)
+    flags.DEFINE_float(
+        "share", 0.95, "Share of requests that are to be in time.", lower_bound=0.0, upper_bound=1.0
+    )
+    flags.DEFINE_integer(
+        "requests", 2000, "Number of requests that arrive.", lower_bound=1, upper_bound=1_000_000
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of their arrival.", lower_bound=0)
+    flags.DEFINE_integer("chips", 1, "Chips of one server.", lower_bound=1)
     flags.DEFINE_float("dollars_per_chip_hour", 0.0, "What a chip costs an hour.", lower_bound=0.0)
     flags.DEFINE_float(
         "demand",

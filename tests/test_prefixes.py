@@ -137,7 +137,7 @@ def test_a_server_tells_what_it_reused() -> None:
 
 def test_nothing_is_compiled_after_the_warm_up(seed: int) -> None:
     decoder = chatty()
-    decoder.warm_up()
+    decoder.warm_up(run=True)
     rng = random.Random(seed)
     with compilations() as compiled:
         asked = [rng.choices(range(10), k=rng.randint(1, 8 * C - 1)) for _ in range(12)]

@@ -32,13 +32,14 @@ pytest.importorskip("uvicorn")
 from starlette.requests import Request
 
 from pasta_jax.decoding.compiled import Compiled
+from pasta_jax.decoding.engine import Decoder
 from pasta_jax.decoding.session import Load
 from pasta_jax.decoding.streaming import Draft, Event
 from pasta_jax.demo import __main__ as demo_command
 from pasta_jax.serve import server as serve_server
 from pasta_jax.serve import sse
 from pasta_jax.serve.__main__ import LOOPBACK, _settings, log_for_programs
-from pasta_jax.serve.app import ROOM, check_count, check_origin, page
+from pasta_jax.serve.app import ROOM, Service, Settings, check_count, check_origin, page
 from pasta_jax.serve.asked import (
     Defaults,
     asked_of_chat,
@@ -52,7 +53,7 @@ from pasta_jax.serve.replies import LEAST_LOGPROB, text_logprobs
 from pasta_jax.serve.responses import InOrder, Items
 from pasta_jax.simulate import Replica, StepTimes
 from tests import load as loads
-from tests.helpers.chatty import WORDS
+from tests.helpers.chatty import WORDS, chatty_model, decoder
 from tests.helpers.commands import python
 from tests.helpers.contrast import contrast
 from tests.helpers.served import MODEL, Served, alone, asked, events_of, served
@@ -409,6 +410,18 @@ def test_several_choices_stops_and_logprobs(server: Served) -> None:
 
 
 @pytest.mark.slow
+def test_tokens_have_their_places_in_the_text(server: Served) -> None:
+    """Also behind a character that several tokens spell."""
+    choice = server.post("/v1/completions", prompt="rivers", logprobs=0, **asked(4)).json()["choices"][0]
+    logprobs, whole_before = choice["logprobs"], True
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        is_whole = "\N{REPLACEMENT CHARACTER}" not in token
+        assert not (whole_before and is_whole) or choice["text"].startswith(token, offset)
+        whole_before = is_whole
+    assert logprobs["text_offset"][-1] < sum(map(len, logprobs["tokens"][:-1])), "there is no such character"
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(server: Served) -> None:
     """As docs/server.md has it: curl names no type of the body's."""
@@ -425,7 +438,7 @@ def test_what_is_sent_is_json(logprob: float) -> None:
     answer = alone("rivers", asked(3))
     trace = dataclasses.replace(answer.trace, logprob=np.full_like(answer.trace.logprob, logprob))
     broken = dataclasses.replace(answer, trace=trace)
-    assert {value for _, value in text_logprobs(broken, WORDS.vocabulary)} == {LEAST_LOGPROB}
+    assert {value for _, value, _ in text_logprobs(broken, WORDS.vocabulary)} == {LEAST_LOGPROB}
     with pytest.raises(ValueError, match="JSON"):
         sse.data({"logprob": logprob})
 
@@ -600,6 +613,12 @@ def test_clients_that_keep_a_server_waiting(server: Served, monkeypatch: pytest.
         while part := dribbling.recv(4096):
             reply += part
     assert reply.startswith(b"HTTP/1.1 200")
+    with Raw(server) as idle:  # a gateway's, that keeps it for its next request
+        for _ in range(2):
+            idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert idle.recv(4096).startswith(b"HTTP/1.1 200")
+            time.sleep(0.5)
+    assert server.server.config.timeout_keep_alive > 600, "Google's load balancers keep them for so long"
 
 
 @pytest.mark.slow
@@ -615,10 +634,23 @@ def test_errors_are_openais(server: Served) -> None:
             server.post(chat, messages=[{"role": "user", "content": "the " * 500}]),
             400,
             "context_length_exceeded",
-            None,
+            "messages",
         ),
-        (server.post(chat, messages=[{"role": "user", "content": "cut \ud83d"}]), 400, "invalid_value", None),
-        (server.post(chat, messages=[{"role": "assistant", "content": "a"}]), 400, "invalid_value", None),
+        (
+            server.post(chat, messages=[{"role": "user", "content": "cut \ud83d"}]),
+            400,
+            "invalid_value",
+            "messages",
+        ),
+        (
+            server.post(chat, messages=[{"role": "assistant", "content": "a"}]),
+            400,
+            "invalid_value",
+            "messages",
+        ),
+        (server.post("/v1/completions", prompt="the " * 500), 400, "context_length_exceeded", "prompt"),
+        (server.post("/v1/completions", prompt="a", logprobs=1), 400, "unsupported_value", "logprobs"),
+        (server.post("/v1/responses", input="the " * 500), 400, "context_length_exceeded", "input"),
         (server.post(chat, messages=SAID, n=100), 400, "invalid_value", "n"),
         (server.post("/v1/completions", prompt=[""] * 100), 400, "invalid_value", "prompt"),
         (requests.get(server.url + chat), 405, "method_not_allowed", None),
@@ -765,6 +797,18 @@ def test_the_end_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
     fields = [record.__dict__["fields"] for record in caplog.records if "fields" in record.__dict__]
     assert len(fields) == 12 and "rivers" not in json.dumps(fields)
     assert {each["status"] for each in fields} == {200}
+
+
+@pytest.mark.slow
+def test_a_third_signal_postpones_nothing() -> None:
+    own = Decoder(chatty_model(), compiled=decoder().compiled)
+    service = Service(own, Settings(model=MODEL, end_s=0.05))
+    service.active = 1
+    for _ in range(2):
+        service.drain()
+    time.sleep(0.06)
+    service.drain()
+    assert service.drained
 
 
 @pytest.mark.slow

@@ -255,6 +255,28 @@ async def awaited(answer: PendingAnswer) -> DecodeResult:
     return await answer
 
 
+def test_a_follower_that_waits_holds_up_nobody() -> None:
+    """Also if it was told of past events in the thread that named it, and there is more to tell meanwhile."""
+    heard, begun = list[Event](), threading.Event()
+
+    def hear(event: Event) -> None:
+        if not heard:
+            begun.set()
+            others.append(server.submit(*ask(2)).result(timeout=60).text)
+        heard.append(event)
+
+    others = list[str]()
+    with a_decoder().serving() as server:
+        answer = server.submit(*ask(1))
+        next(iter(answer.events()))  # there is an event that is past
+        answer.on_event(hear)
+        texts = [server.submit(*ask(i)).result(timeout=60).text for i in (3, 4)]
+        assert begun.is_set()
+        answer.result(timeout=60)
+    assert joined(heard) == alone(1).text and heard[-1].kind == "done"
+    assert [*texts, *others] == [alone(i).text for i in (3, 4, 2)]
+
+
 @pytest.mark.filterwarnings("ignore:Exception in thread")
 def test_whoever_waits_works_if_the_serving_thread_ends() -> None:
     """Also on an event loop, where nobody looks again by himself."""

@@ -143,6 +143,7 @@ class Admission:
             batch = compiled.decode_chunk(params, batch, STEPS, False, used, compiled.only(index))
             if done := _steps(batch) - before:
                 best[index] = min(best[index], (time.perf_counter() - start) / done)
+            del batch  # its memory is needed for the next one
         return tuple(best)
 
 

@@ -27,10 +27,18 @@ def run_once(compiled: Compiled, params: Any) -> None:
     LOG.info("running each program once")
     bos = compiled.vocabulary.bos
     request = SamplingParams(2**30, temperature=1.0, open_bias=-math.inf).request()
-    for length in compiled.prompt_buckets:
-        compiled.admit(params, compiled.empty_batch(), {0: ([bos] * max(1, length - 1), request)})
+    for length, size in itertools.product(compiled.prompt_buckets, compiled.part_sizes or [0]):
+        batch = compiled.empty_batch()
+        if size and compiled.prompt_block:
+            start = length - compiled.prompt_block
+            batch = compiled.feed(params, batch, 0, [bos] * (start + size), request, start)
+            batch = compiled.reuse(batch, 0, start, compiled.keep(batch, 0, start))
+        else:
+            batch = compiled.admit(params, batch, {0: ([bos] * max(1, length - 1), request)})
+        compiled.read(batch, 0)
+        del batch  # its memory is needed for the next one
     for used, index in itertools.product(compiled.pool_buckets, range(len(compiled.widths))):
         batch = compiled.admit(params, compiled.empty_batch(), {0: ([bos], request)})
         batch = compiled.decode_chunk(params, batch, 1, False, used, compiled.only(index))
         compiled.read(batch, 0)
-        del batch  # its memory is needed for the next one
+        del batch

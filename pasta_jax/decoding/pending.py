@@ -173,24 +173,38 @@ class PendingAnswer:
         yield self._done_event()
 
     def on_event(self, callback: Callable[[Event], object]) -> None:
-        """Calls a function with each event, past ones included, from the thread that decodes: it should be quick.
+        """Calls a function with each event, past ones included: one call at a time, in the order of the events.
 
-        An error of the function is logged, and stops nothing. If the request ends with an error, the last event,
-        "done", has no result, and `error` tells.
+        Calls come from the thread that decodes, so that the function should be quick, and those of past events from
+        this one. An error of the function is logged, and stops nothing. If the request ends with an error, the last
+        event, "done", has no result, and `error` tells.
         """
-        reader, lock, events = _Reader(self), threading.RLock(), collections.deque[Event]()
+        reader, lock, events = _Reader(self), threading.Lock(), collections.deque[Event]()
+        calling = False
 
         def call() -> None:
-            with lock:  # calls are in the order of the events, also if the function waits for other answers
+            nonlocal calling
+            with lock:
                 if not reader.ended:
                     events.extend(reader.read()[1])
                     if reader.ended:
                         events.append(Event("done") if self.error else self._done_event())
-                while events:
-                    try:
-                        callback(events.popleft())
-                    except Exception:
-                        LOG.exception("A function that follows an answer failed.")
+                if calling:  # the function may wait for other answers, and nobody waits for it
+                    return
+                calling = True
+            while True:
+                with lock:
+                    if not events:
+                        calling = False
+                        return
+                    event = events.popleft()
+                try:
+                    callback(event)
+                except Exception:
+                    LOG.exception("A function that follows an answer failed.")
+                except BaseException:
+                    calling = False
+                    raise
 
         self._followers.append((call, True))
         call()

@@ -20,6 +20,7 @@ from absl import flags
 
 from pasta_jax import verbs
 from pasta_jax.extras import optional
+from pasta_jax.memory import is_out_of_memory
 from pasta_jax.verbs import begin_first, define_loading, define_processes, loading_options, refuse
 
 if TYPE_CHECKING:
@@ -141,6 +142,10 @@ def _decoder(values: Any) -> Decoder:
         refuse(f"{error.problem} Lower --rows, --cache_len or --max_branches.")
     except (CheckpointError, ValueError) as error:
         refuse(str(error))
+    except Exception as error:
+        if not is_out_of_memory(error):  # where it is not known how much is free
+            raise
+        refuse(f"Out of memory. Lower --rows, --cache_len or --max_branches. {error}".splitlines()[0])
     LOG.info("Loaded and compiled in %.0f s.", time.monotonic() - start)
     return decoder
 

@@ -164,7 +164,7 @@ class Service:
         now = time.monotonic()
         if not self.draining:
             self._until = now + self.settings.drain_delay_s
-        else:
+        elif not self.forced:
             self._until, self._forced = now, now + self.settings.end_s
             threading.Thread(target=self.decoder.close, kwargs={"cancel": True}, daemon=True).start()
 
@@ -333,9 +333,10 @@ class _Answers:
                 "This server is shutting down. Send the request to another.", "shutting_down"
             ) from None
         except DoesNotFit as error:
-            raise wrong(None, f"{error.problem} Shorten it.", "context_length_exceeded") from None
+            field = self._asked.field
+            raise wrong(field, f"{error.problem} Shorten it.", "context_length_exceeded") from None
         except ValueError as error:
-            raise wrong(None, str(error)) from None
+            raise wrong(self._asked.field, str(error)) from None
 
     def _submit(self) -> list[PendingAnswer]:
         for prompt, sampling in self._asked.requests:

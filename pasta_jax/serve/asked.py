@@ -36,6 +36,7 @@ class Asked:
     """What a request asks for.
 
     Attributes:
+      field: of the request, that the prompts come from.
       prompts: each to be answered `n` times.
       samplings: how each of the n answers to a prompt is drawn.
       stream: events instead of one reply.
@@ -45,6 +46,7 @@ class Asked:
       echoed: fields of the request that are sent back as they came.
     """
 
+    field: str
     prompts: tuple[Prompt, ...]
     samplings: tuple[SamplingParams, ...]
     stream: bool = False
@@ -94,6 +96,7 @@ def asked_of_chat(body: Body, defaults: Defaults) -> Asked:
     tokens = _first(body, "max_completion_tokens", "max_tokens")
     messages = conversation(_sequence(body, "messages"), "messages")
     return Asked(
+        "messages",
         (messages,),
         _samplings(body, defaults, tokens),
         logprobs=_switch(body, "logprobs"),
@@ -112,9 +115,12 @@ def asked_of_completions(body: Body, defaults: Defaults) -> Asked:
         or not all(isinstance(p, str) or _is_ids(p) for p in prompts)
     ):
         raise wrong("prompt", f"prompt is {shown(prompt)}. Give a text, a list of ids, or a list of either.")
-    logprobs = body.get("logprobs") is not None and _whole(body, "logprobs", 0, 0) == 0
+    if alternatives := _whole(body, "logprobs", 0, 5):
+        message = f"logprobs={alternatives} asks for alternatives to each token, which are not given. Give 0."
+        raise wrong("logprobs", message, "unsupported_value")
+    logprobs = alternatives is not None
     samplings = _samplings(body, defaults, "max_tokens")
-    return Asked(tuple(prompts), samplings, logprobs=logprobs, **_streaming(body))
+    return Asked("prompt", tuple(prompts), samplings, logprobs=logprobs, **_streaming(body))
 
 
 def asked_of_responses(body: Body, defaults: Defaults) -> Asked:
@@ -132,7 +138,8 @@ def asked_of_responses(body: Body, defaults: Defaults) -> Asked:
         items = [{"role": "system", "content": instructions}, *items]
     samplings = _samplings({**body, "n": None, "stop": None}, defaults, "max_output_tokens")
     echoed = {"instructions": instructions, "metadata": _metadata(body)}
-    return Asked((conversation(items, "input"),), samplings, echoed=echoed, **_streaming(body))
+    prompt = conversation(items, "input")
+    return Asked("input", (prompt,), samplings, echoed=echoed, **_streaming(body))
 
 
 # ------------------------------------------------------------------------------------------------ single fields

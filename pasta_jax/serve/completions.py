@@ -80,12 +80,11 @@ class Completions:
         """Those of the whole answer, in the choice that says that it is finished."""
         if result is None or not self.asked.logprobs:
             return None
-        tokens, values, offsets, end = list[str](), list[float](), list[int](), 0
-        for spelled, value in text_logprobs(result, self.head.vocabulary):
+        tokens, values, offsets = list[str](), list[float](), list[int]()
+        for spelled, value, before in text_logprobs(result, self.head.vocabulary):
             tokens.append(spelled.decode(errors="replace"))
             values.append(value)
-            offsets.append(end)
-            end += len(tokens[-1])
+            offsets.append(before)
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -148,6 +147,6 @@ class ChatCompletions(Completions):
                 "bytes": [*spelled],
                 "top_logprobs": [],
             }
-            for spelled, value in text_logprobs(result, self.head.vocabulary)
+            for spelled, value, _ in text_logprobs(result, self.head.vocabulary)
         ]
         return {"content": content, "refusal": None}

@@ -123,13 +123,16 @@ class Told:
                 return {"kind": "done", **account_of(event.result)}
 
 
-def text_logprobs(result: DecodeResult, vocabulary: Vocabulary) -> Iterator[tuple[bytes, float]]:
-    """The tokens of an answer's text in document order, tags left out: their bytes, and log-probabilities."""
+def text_logprobs(result: DecodeResult, vocabulary: Vocabulary) -> Iterator[tuple[bytes, float, int]]:
+    """The tokens of an answer's text in document order, tags left out.
+
+    Of each its bytes, its log-probability, and the characters of text before it.
+    """
     trace = result.trace
     if result.stop_reason == "stop":
         trace = cut(trace, vocabulary, len(result.text))
-    for index, role, _ in characters_before(trace, vocabulary):
+    for index, role, before in characters_before(trace, vocabulary):
         if role == Role.TEXT:
             spelled = vocabulary.spelled([int(trace.tokens.token[index])])
             logprob = float(trace.logprob[index])
-            yield spelled, logprob if logprob > LEAST_LOGPROB else LEAST_LOGPROB
+            yield spelled, logprob if logprob > LEAST_LOGPROB else LEAST_LOGPROB, before

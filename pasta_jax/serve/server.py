@@ -27,16 +27,29 @@ def bound(host: str, port: int) -> socket.socket:
     return listening
 
 
+IDLE_S = 620
+"""A connection is kept after a reply. Google's load balancers keep theirs for 600 s and send a request by one that
+is there still: who closes it sooner, loses requests."""
+
+
 class Connection(H11Protocol):
     """A client's connection. It is closed if no request comes by it, or if the client takes nothing.
 
     Uvicorn waits without end for the first request, for the rest of one that has begun, and for the client to take
-    the last of a reply.
+    the last of a reply. It does close what is idle after a reply.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._idle = False
         self._watch(BODY_S, 0)
+
+    def data_received(self, data: bytes) -> None:
+        if self._idle:
+            self._idle = False
+            self._silence.cancel()
+            self._watch(BODY_S, 0)
+        super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._silence.cancel()
@@ -44,6 +57,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._idle = not self.conn.trailing_data[0]  # of the next request
         self._silence.cancel()
         self._watch(BODY_S, 0)
 
@@ -57,7 +71,7 @@ class Connection(H11Protocol):
             self.transport.abort()
         elif unsent or not (self.cycle is None or self.cycle.response_complete):
             self._watch(STALLED_S, unsent)
-        else:
+        elif not self._idle:
             self.transport.close()
 
 
@@ -79,6 +93,7 @@ class Server(uvicorn.Server):
             log_level="warning",
             access_log=False,
             server_header=False,
+            timeout_keep_alive=IDLE_S,
             lifespan="on",
             forwarded_allow_ips=[*service.settings.proxies],
         )
