@@ -20,6 +20,8 @@ LOG = logging.getLogger("pasta_jax")
 def run_once(compiled: Compiled, params: Any) -> None:
     """Runs what a request that is alone may need: a prefill of each length, a step of each width and pool bucket.
 
+    Where prompts go block by block, a prefill is each size of block at each place, which is then kept and reused.
+
     Args:
       compiled: the programs.
       params: in their form.
