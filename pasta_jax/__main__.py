@@ -8,6 +8,7 @@ terminal it is a conversation.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -56,7 +57,8 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
     if is_conversation:
         _converse(values, options)
         return
-    result = _answer(argv[1] if len(argv) > 1 else _piped(), values, options)
+    prompt = argv[1] if len(argv) > 1 else _piped()
+    result = _answer(prompt, values, options)
     from pasta_jax.terminal import harmless, timeline
 
     if not values.stream:
@@ -76,7 +78,7 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
     if values.timeline:
         print(timeline(result), file=sys.stderr)
     if values.trace:
-        result.timeline().save(values.trace)
+        dataclasses.replace(result.timeline(), title=prompt).save(values.trace)
         print(f"[{values.trace} has the threads over time]", file=sys.stderr)
 
 

@@ -124,6 +124,7 @@ class Timeline:
       steps, lanes: decode steps, and the most threads that were fed in one.
       critical_path: the steps that unlimited lanes would take.
       prompt_tokens: entries of the pool that the prompt took, before those of the answer.
+      title: of the page; by default the beginning of the prompt.
       stop_reason: why the answer ended; "running" if it has not.
       wall_s, sequential_wall_s: seconds of the answer, and of the same prompt answered without promises; None: not
         measured.
@@ -139,10 +140,17 @@ class Timeline:
     stop_reason: str
     wall_s: float | None = None
     sequential_wall_s: float | None = None
+    title: str = ""
 
     @classmethod
     def of(
-        cls, trace: Trace, vocabulary: Vocabulary, *, stopped: int | None = None, **seconds: float | None
+        cls,
+        trace: Trace,
+        vocabulary: Vocabulary,
+        *,
+        stopped: int | None = None,
+        wall_s: float | None = None,
+        sequential_wall_s: float | None = None,
     ) -> Timeline:
         """The timeline of a trace, also of a row that still runs.
 
@@ -150,7 +158,7 @@ class Timeline:
           trace: of one answer.
           vocabulary: of the model's tokenizer, `model.tokenizer.vocabulary`.
           stopped: the characters of the text before a stop string; None: there was none.
-          seconds: wall_s and sequential_wall_s, if they are known.
+          wall_s, sequential_wall_s: as attributes; None: not known.
         """
         threads, indices = trace.threads, trace.answer_indices
         topics, whole = read(vocabulary, threads).promises, _text(trace, vocabulary, stopped)
@@ -191,7 +199,8 @@ class Timeline:
             critical_path=critical_path(threads, vocabulary),
             prompt_tokens=trace.prompt_length,
             stop_reason=trace.stop.reason if stopped is None else Stop.STOP.reason,
-            **seconds,
+            wall_s=wall_s,
+            sequential_wall_s=sequential_wall_s,
         )
 
     @functools.cached_property
@@ -221,7 +230,7 @@ class Timeline:
     def html(self) -> str:
         """The page. It needs no network; without scripts it is the charts and the text."""
         parts = {
-            "title": html.escape(_shortened(self.prompt, 60) or "An answer"),
+            "title": html.escape(_shortened(self.title or self.prompt, 60) or "An answer"),
             "prompt": html.escape(self.prompt),
             "facts": "".join(f"<div><dt>{name}</dt><dd>{fact}</dd></div>" for name, fact in self._facts()),
             "colours": "".join(f".c{i}{{--c:{colour}}}" for i, colour in enumerate(COLOURS)),

@@ -61,8 +61,10 @@ def main(argv: Sequence[str]) -> None:
     except ImportError as error:
         refuse(str(error))
     begin_first()
-    # Until the server itself listens for it. In a container, a signal that nobody asked for is lost.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Until the server itself listens for them. In a container, a signal that nobody asked for is lost; and so is an
+    # exception of a handler that is called within a callback of jax's.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     if values.log_prompts or not sys.stderr.isatty():
         log_for_programs()
     from pasta_jax.serve.app import Service
