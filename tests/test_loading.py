@@ -72,6 +72,10 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for source, message in (
         ("gemma-2b-pasta", "No checkpoint at .*gemma-2b-pasta: no such directory.*hf:org/name"),
         ("runs/gemma-2b", "No checkpoint at .*runs/gemma-2b: no such directory.*hf:org/name"),
+        (
+            "runs/demo/nothing",
+            "No checkpoint at .*runs/demo/nothing: no such directory. Run `make demo` first",
+        ),
         ("google/gemma-2b", "import published weights: python -m .* --from=hf:google/gemma-2b --to=WORKDIR"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -286,6 +286,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> epath.Path:
             f"python -m pasta_jax.convert --from=peft:{text} --base=WORKDIR --to=WORKDIR."
         )
     if not root.exists():
+        if made := re.match(r"(?:\./)?runs/(almanac|demo)\b", text):
+            raise CheckpointError(f"No checkpoint at {root}: no such directory. Run `make {made[1]}` first.")
         is_local = (
             root.parent.is_dir() or text.startswith("runs/") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text)
         )
