@@ -104,6 +104,12 @@ def test_an_answer_that_a_limit_cut_off_is_shown_as_far_as_it_is() -> None:
     assert not {str(token.entry) for token in unfed} & {*drawn}
 
 
+def test_the_page_has_the_title_that_it_is_given() -> None:
+    """A prompt may begin with what the model's makers say to it, which is the same in all."""
+    named = dataclasses.replace(decoded().timeline(), title="Four tips & more")
+    assert "<title>Four tips &amp; more" in named.html() and html.escape(PROMPT) in named.html()
+
+
 def test_the_page_loads_nothing_and_says_nothing_that_is_not_escaped(page: str) -> None:
     assert not re.search(r"""(?:src|href|url|import|fetch)\s*[=(]\s*["']?(?:https?:)?//""", page)
     assert page.count("<script") == page.count("</script>") and "<b>, and" not in page

@@ -31,7 +31,7 @@ def run_once(compiled: Compiled, params: Any) -> None:
     request = SamplingParams(2**30, temperature=1.0, open_bias=-math.inf).request()
     for length, size in itertools.product(compiled.prompt_buckets, compiled.part_sizes or [0]):
         batch = compiled.empty_batch()
-        if size and compiled.prompt_block:
+        if compiled.prompt_block:
             start = length - compiled.prompt_block
             batch = compiled.feed(params, batch, 0, [bos] * (start + size), request, start)
             batch = compiled.reuse(batch, 0, start, compiled.keep(batch, 0, start))

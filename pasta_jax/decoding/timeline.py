@@ -124,10 +124,10 @@ class Timeline:
       steps, lanes: decode steps, and the most threads that were fed in one.
       critical_path: the steps that unlimited lanes would take.
       prompt_tokens: entries of the pool that the prompt took, before those of the answer.
-      title: of the page; by default the beginning of the prompt.
       stop_reason: why the answer ended; "running" if it has not.
       wall_s, sequential_wall_s: seconds of the answer, and of the same prompt answered without promises; None: not
         measured.
+      title: of the page; by default the beginning of the prompt.
     """
 
     prompt: str

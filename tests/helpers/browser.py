@@ -65,7 +65,7 @@ class Page:
             time.sleep(0.02)
 
     def press(self, key: str, *, control: bool = False) -> None:
-        codes = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowRight": 39}
+        codes = {"Tab": 9, "Enter": 13}
         about = dict(key=key, code=key, windowsVirtualKeyCode=codes[key], modifiers=2 * control)
         for kind in ("rawKeyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, **about)
