@@ -102,13 +102,13 @@ def test_a_stranger_holds_up_nobody() -> None:
 
         def drip() -> None:
             with contextlib.suppress(OSError):
-                for _ in range(60):
+                for _ in range(400):
                     far.sendall(b".")
                     time.sleep(0.05)
 
         threading.Thread(target=drip).start()
         assert meeting._read_line(near, 0.3) is None
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 10  # of the 20 that the last stranger takes
 
 
 WAITING = """
