@@ -23,6 +23,10 @@ window.fetch = (url, options) => window.reach(url, options && options.body && op
   ? {...options, body: options.body.replace("{", '{"open_bias": 3.5, ')} : options)"""
 """The random model opens few by itself."""
 
+NO_SEQUENTIAL = """window.before = window.fetch;
+window.fetch = (url, options) => options && options.body && options.body.includes('"sequential"')
+  ? Promise.reject(new TypeError("no network")) : window.before(url, options)"""
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
@@ -69,8 +73,14 @@ def test_the_page_of_the_server(page: Page) -> None:
             )
             page.until("$('status').textContent == 'Stopped.' && !$('answer').disabled")
             assert page.faults == []
+        page.js(NO_SEQUENTIAL)
+        page.js("$('answer').click()")
+        page.until("$('error').textContent == 'The server cannot be reached.'")
+        assert page.js("$('status').textContent") == "Only the answer in parallel is whole."
+        assert page.js("$('parallel').textContent")
     page.js("$('answer').click()")
-    page.until("$('error').textContent == 'The server cannot be reached.'")
+    page.until("$('status').textContent == 'No answer.'")
+    assert page.js("$('error').textContent") == "The server cannot be reached."
 
 
 def focusable(page: Page) -> list[str]:
