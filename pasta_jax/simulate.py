@@ -14,6 +14,7 @@ is needed; docs/serving.md says what this leaves out.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import re
@@ -270,9 +271,7 @@ def main(argv: Sequence[str]) -> None:
             "Give the time of a step by the lanes of a row: --step_ms=1:6.65,8:6.97. --help shows the rest."
         )
     try:
-        rates = [float(rate) for rate in values.rates]
-        if not all(rate > 0 for rate in rates):
-            raise ValueError(f"--rates={','.join(values.rates)} must be above 0.")
+        rates = _rates(values.rates)
         times = StepTimes.read(values.step_ms)
         answers = _answers(values)
     except (ValueError, OSError) as error:
@@ -289,6 +288,15 @@ def main(argv: Sequence[str]) -> None:
     price = dict(dollars_per_chip_hour=values.dollars_per_chip_hour, demand=values.demand)
     for line in costs(rate, tokens, chips=values.chips, **price):
         print(line)
+
+
+def _rates(words: Sequence[str]) -> list[float]:
+    """The numbers of --rates. Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        rates = [float(word) for word in words]
+        if all(0 < rate < math.inf for rate in rates):
+            return rates
+    raise ValueError(f"--rates={','.join(words)}: give numbers above 0, such as --rates=0.5,1.")
 
 
 def _answers(values: flags.FlagValues) -> list[np.ndarray]:

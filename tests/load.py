@@ -51,6 +51,10 @@ RUBBISH = (
 )
 
 
+PATIENCE_S = 600.0
+"""An answer that is not whole by then is lost."""
+
+
 class Load:
     """Requests to one server, the texts that came back, and what went wrong."""
 
@@ -87,12 +91,18 @@ class Load:
         head = f"POST /v1/chat/completions HTTP/1.0\r\n{self.fields}Content-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         data = b""
-        while part := await reader.read(256 if pause else 65536):
-            data += part
-            if leave:
-                break
-            await asyncio.sleep(pause)
-        writer.close()
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while part := await reader.read(256 if pause else 65536):
+                    data += part
+                    if leave:
+                        break
+                    await asyncio.sleep(pause)
+        except TimeoutError:
+            self.faults.append(f"request {kind} has no whole answer after {PATIENCE_S:g} s")
+            return math.nan
+        finally:
+            writer.close()
         whole = not leave and self.note(kind, data)
         return time.perf_counter() - start if whole else math.nan
 
@@ -265,7 +275,8 @@ def random_load(load: Load, given: Any) -> int:
     print(f"a prefill takes {1000 * prefill_s:.1f} ms")
     replica = Replica(given.rows, times, max(0.0, prefill_s))
     measured = [asyncio.run(load.at_random(rate, given.requests, given.seed)) for rate in rates]
-    print(held_against(rates, measured, replica))
+    if all(len(arrivals.latency) for arrivals in measured):
+        print(held_against(rates, measured, replica))
     return outcome(load)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import pathlib
 from typing import Any
@@ -131,8 +132,14 @@ def test_requests_have_their_tokens_in_time() -> None:
     assert Admission(programs(), "cap:9").costs(124, 8, []).tolist() == [1, 1, 1]
 
 
-def test_times_are_measured_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the warm up, for each width and part of the pool, without compiling more; the next start reads them."""
+def test_times_are_measured_once(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the warm up, for each width and part of the pool, without compiling more; the next start reads them.
+
+    Each start logs them.
+    """
+    caplog.set_level(logging.INFO, "pasta_jax")
     monkeypatch.setattr(kept, "programs", str(tmp_path))
     programs().compile_all()
     first = a_decoder("cost")
@@ -142,6 +149,8 @@ def test_times_are_measured_once(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     assert first.admission.times.keys() == {124}
     assert all(len(times) == 3 and min(times) > 0 for times in first.admission.times.values())
     (file,) = tmp_path.glob("*-times")
+    (table,) = [message for message in caplog.messages if message.startswith("steps over 124 entries, of ")]
+    caplog.clear()
 
     def not_again(*_: Any) -> Any:
         raise AssertionError
@@ -151,6 +160,7 @@ def test_times_are_measured_once(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
         second = a_decoder("cost:1")
         second.warm_up()
         assert second.admission.times == first.admission.times
+        assert caplog.messages[-2].endswith(f"delete {file}") and caplog.messages[-1] == table
         a_decoder("all").warm_up()
     for damaged in ("", "[]", json.dumps({"20": [1, 2, 3]})):
         file.write_text(damaged)

@@ -33,13 +33,26 @@ from starlette.requests import Request
 
 from pasta_jax.decoding.compiled import Compiled
 from pasta_jax.decoding.engine import Decoder
+from pasta_jax.decoding.pending import PendingAnswer
 from pasta_jax.decoding.session import Load
+from pasta_jax.decoding.state import Stop
 from pasta_jax.decoding.streaming import Draft, Event
 from pasta_jax.demo import __main__ as demo_command
+from pasta_jax.serve import app as serve_app
 from pasta_jax.serve import server as serve_server
 from pasta_jax.serve import sse
 from pasta_jax.serve.__main__ import LOOPBACK, _settings, log_for_programs
-from pasta_jax.serve.app import ROOM, Service, Settings, check_count, check_origin, page
+from pasta_jax.serve.app import (
+    ROOM,
+    Endpoint,
+    Record,
+    Service,
+    Settings,
+    _Out,
+    check_count,
+    check_origin,
+    page,
+)
 from pasta_jax.serve.asked import (
     Defaults,
     asked_of_chat,
@@ -618,12 +631,103 @@ def test_clients_that_keep_a_server_waiting(server: Served, monkeypatch: pytest.
         while part := dribbling.recv(4096):
             reply += part
     assert reply.startswith(b"HTTP/1.1 200")
-    with Raw(server) as idle:  # a gateway's, that keeps it for its next request
-        for _ in range(2):
-            idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert idle.until(b"}").startswith(b"HTTP/1.1 200")
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.slow
+def test_connections_are_kept_for_their_next_request(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the last one was refused before its body came, as gateways send it; but not too many."""
+    monkeypatch.setattr(serve_server, "BODY_S", 0.1)
+    with Raw(server) as idle, monkeypatch.context() as patch:
+        patch.setattr(server.service, "active", 6 + 64 + ROOM)
+        idle.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
+        assert b"HTTP/1.1 503" in idle.until(b"overloaded")
+        for rest in (b"late", b""):
+            idle.sendall(rest)
             time.sleep(0.5)
-    assert server.server.config.timeout_keep_alive > 600, "Google's load balancers keep them for so long"
+            idle.sendall(HEALTH)
+            assert idle.until(b'"ready"').count(b"HTTP/1.1 200") == 1
+    with Raw(server) as silent:  # the rest of a request that is answered
+        silent.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
+        assert b"HTTP/1.1 200" in silent.until(b"}")
+        assert silent.recv(1) == b""
+    assert serve_server.IDLE_S > 600, "Google's load balancers keep them for so long"
+    monkeypatch.setattr(serve_server, "MOST_IDLE", 2)
+    with contextlib.ExitStack() as stack:
+        several = [stack.enter_context(Raw(server)) for _ in range(3)]
+        for each in several:
+            each.sendall(HEALTH)
+            each.until(b"}")
+        assert several[0].recv(1) == b""
+        for each in several[1:]:
+            each.sendall(HEALTH)
+            assert b"HTTP/1.1 200" in each.until(b"}")
+    monkeypatch.setattr(serve_server, "IDLE_S", 0.2)
+    with Raw(server) as idle:
+        idle.sendall(HEALTH)
+        idle.until(b"}")
+        assert idle.recv(1) == b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_has_the_answer_cancelled(
+    server: Served, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    begun, has_left, stops = threading.Event(), threading.Event(), list[Stop]()
+    decode_chunk, end = Compiled.decode_chunk, PendingAnswer.end
+
+    def slow(self: Compiled, *args: Any) -> Any:
+        begun.set()
+        assert has_left.wait(60)
+        return decode_chunk(self, *args)
+
+    def noted(self: PendingAnswer, trace: Any) -> None:
+        end(self, trace)
+        stops.append(Stop(trace.stop))
+
+    monkeypatch.setattr(Compiled, "decode_chunk", slow)
+    monkeypatch.setattr(PendingAnswer, "end", noted)
+    with Raw(server) as leaves:
+        leaves.ask("/v1/chat/completions", messages=SAID, stream=stream, **asked(4))  # more than a chunk
+        assert begun.wait(60)
+    session, until = server.service.decoder.session, time.monotonic() + 30
+    while not all(answer.cancelled for answer in session._all()) and time.monotonic() < until:
+        time.sleep(0.001)
+    has_left.set()
+    while not (stops and server.service.active == 0) and time.monotonic() < until:
+        time.sleep(0.001)
+    assert stops == [Stop.CANCELLED] and server.service.active == 0
+
+
+def test_a_stream_that_has_nothing_to_send_shows_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while there are events of which nothing can be sent yet."""
+    monkeypatch.setattr(serve_app, "PING_S", 0.1)
+    sent = list[bytes]()
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    async def events(quiet: float, count: int) -> Any:
+        for _ in range(count):
+            await asyncio.sleep(quiet)
+            yield Event("text", branch=2, text="x")
+        yield Event("done", result=types.SimpleNamespace(stop_reason="end"))  # type: ignore[arg-type]
+
+    reply = types.SimpleNamespace(begin=list, end=list, add=lambda *_: [], failed=None)
+    endpoint = Endpoint(None, "/", "p", None, None)  # type: ignore[arg-type]
+    for quiet, count in ((0.02, 40), (0.8, 1)):
+        answers = types.SimpleNamespace(submitted=lambda: ready([events(quiet, count)]))  # noqa: B023
+        sent.clear()
+        asyncio.run(endpoint._stream(answers, reply, _Out(send, {}), Record("/", "id", 0.0)))  # type: ignore[arg-type]
+        assert sent[:1] == [b""] and sent[-1] == b"" and len(sent) > 4
+        assert set(sent[1:-1]) == {sse.PING}
+
+
+async def ready(value: Any) -> Any:
+    return value
 
 
 @pytest.mark.slow

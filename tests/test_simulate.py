@@ -150,7 +150,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     )
     for wrong, message in {
         (): "Give the time of a step",
-        ("--step_ms=1:10", "--rates=0"): "--rates=0 must be above 0",
+        ("--step_ms=1:10", "--rates=0"): "--rates=0: give numbers above 0",
         ("--step_ms=1:10", f"--answers={file}"): "Name the tokenizer",
         ("--step_ms=1:10", "--answers=no/such", "--tokenizer=almanac"): "",
     }.items():

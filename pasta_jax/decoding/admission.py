@@ -23,6 +23,7 @@ import itertools
 import json
 import logging
 import math
+import pathlib
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -111,24 +112,30 @@ class Admission:
         if self.times is not None or not self.policy.startswith("cost"):
             return
         compiled, file = self._compiled, self._compiled.file_of_times()
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            if file is not None:
-                found = json.loads(file.read_text(encoding="utf-8"))
-                self.times = {used: tuple(map(float, found[str(used)])) for used in compiled.pool_buckets}
+        if file is not None and (times := self._kept(file)):
+            LOG.info("steps take what an earlier start measured; to measure anew, delete %s", file)
+        else:
+            times = {used: self._measured(params, used) for used in compiled.pool_buckets}
+            if not all(map(math.isfinite, itertools.chain(*times.values()))):
+                LOG.warning(
+                    "The times of steps could not be measured: each answer ended at once. No branch waits."
+                )
                 return
-        times = {used: self._measured(params, used) for used in compiled.pool_buckets}
-        if not all(map(math.isfinite, itertools.chain(*times.values()))):
-            LOG.warning(
-                "The times of steps could not be measured: each answer ended at once. No branch waits."
-            )
-            return
+            if file is not None:
+                with contextlib.suppress(OSError), replacing(file) as out:
+                    json.dump(times, out)
         for used, seconds in times.items():
             each = ", ".join(f"{1000 * s:.3g}" for s in seconds)
             LOG.info("steps over %d entries, of %s lanes: %s ms", used, compiled.widths, each)
         self.times = times
-        if file is not None:
-            with contextlib.suppress(OSError), replacing(file) as out:
-                json.dump(times, out)
+
+    def _kept(self, file: pathlib.Path) -> dict[int, tuple[float, ...]] | None:
+        """The times in a file; None if they are not there, or not those of these programs."""
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return {used: tuple(map(float, found[str(used)])) for used in self._compiled.pool_buckets}
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
     def _measured(self, params: Any, used: int) -> tuple[float, ...]:
         """Seconds of a step of each width, in rows that each have one thread: idle lanes cost what others do."""

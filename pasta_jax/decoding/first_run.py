@@ -36,7 +36,9 @@ def run_once(compiled: Compiled, params: Any) -> None:
             batch = compiled.feed(params, batch, 0, [bos] * (start + size), request, start)
             batch = compiled.reuse(batch, 0, start, compiled.keep(batch, 0, start))
         else:
-            batch = compiled.admit(params, batch, {0: ([bos] * max(1, length - 1), request)})
+            batch = compiled.admit(
+                params, batch, {0: ([bos] * min(length, compiled.limits.pool - 1), request)}
+            )
         compiled.read(batch, 0)
         del batch  # its memory is needed for the next one
     for used, index in itertools.product(compiled.pool_buckets, range(len(compiled.widths))):

@@ -175,9 +175,9 @@ class PendingAnswer:
     def on_event(self, callback: Callable[[Event], object]) -> None:
         """Calls a function with each event, past ones included: one call at a time, in the order of the events.
 
-        Calls come from the thread that decodes, so that the function should be quick, and those of past events from
-        this one. An error of the function is logged, and stops nothing. If the request ends with an error, the last
-        event, "done", has no result, and `error` tells.
+        The calls for past events, and for those that come meanwhile, are made here; the others by the thread that
+        decodes, so that the function should be quick. An error of the function is logged, and stops nothing. If the
+        request ends with an error, the last event, "done", has no result, and `error` tells.
         """
         reader, lock, events = _Reader(self), threading.Lock(), collections.deque[Event]()
         calling = False

@@ -271,9 +271,12 @@ class Session:
         """Wakes who waits, and tells those who follow an answer with news. Not under the lock: they may submit."""
         with self._changed:
             self._changed.notify_all()
-        with contextlib.suppress(IndexError):
-            while True:
-                self._news.popleft().tell()
+        while True:
+            try:
+                answer = self._news.popleft()
+            except IndexError:  # another thread may have taken the last one
+                return
+            answer.tell()
 
     def _cancel_all(self) -> None:
         for answer in self._all():

@@ -68,7 +68,7 @@ PIECE = 2**16
 """Bytes of a whole reply that are sent at once."""
 
 PING_S = 15.0
-"""Between two signs of life in a stream that has nothing to tell."""
+"""After so long without a byte, a stream sends a sign of life."""
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 """What jax says when it has compiled a program, or read it from the cache."""
@@ -220,10 +220,11 @@ class Endpoint:
         except ClientLeft:
             record.status = LEFT
         except Exception:
-            record.status = 500
             LOG.exception("A request failed.")
+            failure = ApiError(500, "The server failed; its log says why.", "server_error")
+            record.status, record.code = failure.status, failure.code
             with contextlib.suppress(ClientLeft):
-                await out.error(ApiError(500, "The server failed; its log says why.", "server_error"))
+                await out.error(failure)
         finally:
             service.active -= 1
             self._note(record)
@@ -269,7 +270,8 @@ class Endpoint:
         for part in reply.begin():
             await out.more(part)
         results = dict[int, DecodeResult]()
-        async with contextlib.aclosing(merged(pending)) as events:
+        due = lambda: out.sent + PING_S - time.monotonic()  # noqa: E731
+        async with contextlib.aclosing(merged(pending, due)) as events:
             async for choice, event in events:
                 if event is None:
                     await out.more(sse.PING)
@@ -363,8 +365,15 @@ def checked(result: DecodeResult) -> DecodeResult:
     return result
 
 
-async def merged(answers: Sequence[PendingAnswer]) -> AsyncGenerator[tuple[int, Event | None], None]:
-    """The events of several answers as they come, each with the answer's index; None while nothing happens."""
+async def merged(
+    answers: Sequence[PendingAnswer], due: Callable[[], float]
+) -> AsyncGenerator[tuple[int, Event | None], None]:
+    """The events of several answers as they come, each with the answer's index.
+
+    Args:
+      answers: to follow.
+      due: in how many seconds something is to be sent; if nothing happens before, the event is None.
+    """
     queue = asyncio.Queue[tuple[int, Event | Exception]](1)
 
     async def follow(index: int, answer: PendingAnswer) -> None:
@@ -379,7 +388,7 @@ async def merged(answers: Sequence[PendingAnswer]) -> AsyncGenerator[tuple[int, 
         missing = len(tasks)
         while missing:
             try:
-                index, event = await asyncio.wait_for(queue.get(), PING_S)
+                index, event = await asyncio.wait_for(queue.get(), due())
             except TimeoutError:
                 yield 0, None
                 continue
@@ -472,12 +481,14 @@ class _Out:
 
     Attributes:
       failed: the bytes that end a stream after an error.
+      sent: when something was sent, by `time.monotonic`.
     """
 
     def __init__(self, send: Send, headers: dict[str, str]):
         self._send, self._headers = send, headers
         self._begun = False
         self.failed: Callable[[ApiError], bytes] | None = None
+        self.sent = time.monotonic()
 
     async def json(self, tree: Any) -> None:
         await self._reply(JSONResponse(tree, headers=self._headers))
@@ -523,6 +534,7 @@ class _Out:
             await asyncio.wait_for(self._send(message), STALLED_S)
         except (TimeoutError, OSError):
             raise ClientLeft from None
+        self.sent = time.monotonic()
 
 
 # ------------------------------------------------------------------------------------------------ the application

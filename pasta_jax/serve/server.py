@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -31,25 +32,27 @@ IDLE_S = 620
 """A connection is kept after a reply. Google's load balancers keep theirs for 600 s and send a request by one that
 is there still: who closes it sooner, loses requests."""
 
+MOST_IDLE = 512
+"""Connections that are kept so. Of more, the one that has been idle longest is closed: each takes one of the files
+that the system lets a process open."""
+
 
 class Connection(H11Protocol):
     """A client's connection. It is closed if no request comes by it, or if the client takes nothing.
 
-    Uvicorn waits without end for the first request, for the rest of one that has begun, and for the client to take
-    the last of a reply. It does close what is idle after a reply.
+    Uvicorn closes what is idle after a reply, unless a byte comes after it, and waits without end for the first
+    request, for the rest of one that has begun, and for the client to take the last of a reply.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._idle = False
-        self._watch(BODY_S, 0)
+        self._expect(idle=False)
 
     def data_received(self, data: bytes) -> None:
-        if self._idle:
-            self._idle = False
-            self._silence.cancel()
-            self._watch(BODY_S, 0)
         super().data_received(data)
+        if self._idle != (idle := self._is_between_requests()):
+            self._silence.cancel()
+            self._expect(idle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._silence.cancel()
@@ -57,9 +60,22 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._idle = not self.conn.trailing_data[0]  # of the next request
         self._silence.cancel()
+        self._expect(self._is_between_requests())
+
+    def _is_between_requests(self) -> bool:
+        """Whether the last request is answered and there in full, and nothing of a next one."""
+        answered = self.cycle is not None and self.cycle.response_complete
+        return answered and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+
+    def _expect(self, idle: bool) -> None:
+        """The client has some time from now for its next request, or for the rest of the one that has begun."""
+        self._idle, self._until = idle, self.loop.time() + (IDLE_S if idle else BODY_S)
         self._watch(BODY_S, 0)
+        if idle:
+            kept = [each for each in self.connections if isinstance(each, Connection) and each._idle]
+            if len(kept) > MOST_IDLE:
+                min(kept, key=lambda each: each._until).transport.close()
 
     def _watch(self, seconds: float, unsent: int) -> None:
         self._silence = self.loop.call_later(seconds, self._close_if_silent, unsent)
@@ -71,7 +87,9 @@ class Connection(H11Protocol):
             self.transport.abort()
         elif unsent or not (self.cycle is None or self.cycle.response_complete):
             self._watch(STALLED_S, unsent)
-        elif not self._idle:
+        elif (left := self._until - self.loop.time()) > 0:
+            self._watch(left, 0)
+        else:
             self.transport.close()
 
 
