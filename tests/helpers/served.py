@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from tests.helpers.chatty import WORDS, chatty_model, decoder, ids
 
 MODEL = "chatty"
 
+SAID = [{"role": "user", "content": "rivers"}]
+
 
 class Served:
     """A running server, its service, and its address."""
@@ -28,6 +31,28 @@ class Served:
 
     def post(self, path: str, **body: Any) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=60)
+
+
+class Raw(socket.socket):
+    """A client that sends what it likes and reads when it likes."""
+
+    def __init__(self, server: Served):
+        super().__init__()
+        self.settimeout(60)
+        self.connect(("127.0.0.1", server.port))
+
+    def ask(self, path: str, **body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+        )
+
+    def until(self, end: bytes) -> bytes:
+        """What comes, as far as this text or the end."""
+        reply = b""
+        while end not in reply and (part := self.recv(4096)):
+            reply += part
+        return reply
 
 
 @contextlib.contextmanager
