@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,15 @@ from absl import flags
 
 from pasta_jax import __version__, verbs
 from pasta_jax.memory import is_out_of_memory
-from pasta_jax.verbs import begin_first, define_loading, define_processes, loading_options, refuse
+from pasta_jax.verbs import begin_first, define_loading, define_processes, loading_options, refuse, say
 
 if TYPE_CHECKING:
     from pasta_jax.decoding.results import DecodeResult
 
 MODES = ["parallel", "sequential", "both"]
+
+CUT = {"length": "cut off by --max_new_tokens", "cache_full": "cut off by --cache_len"}
+"""Why an answer is not complete, by its stop_reason."""
 
 
 def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
@@ -68,10 +72,13 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
     summary = [
         f"{stats.decode_steps} steps for {stats.text_tokens} tokens of text",
         f"{len(result.branches)} branches",
-        f"{stats.wall_s:.3f} s{'' if values.mode == 'both' else ' (first decode)'}",
+        f"{stats.wall_s:.3f} s{'' if values.mode == 'both' else ' without loading and compiling'}",
     ]
+    if cut := CUT.get(result.stop_reason):
+        summary.append(cut)
     if stats.measured_speedup:
-        summary.append(f"{stats.measured_speedup:.2f}x as fast as without promises")
+        other = f"{stats.sequential_text_tokens} tokens in {stats.sequential_wall_s:.3f} s"
+        summary.append(f"without promises {other}: {stats.measured_speedup:.2f}x the tokens per second")
     print(f"[{', '.join(summary)}]", file=sys.stderr)
     for issue in result.issues:
         print(f"[{issue}]", file=sys.stderr)
@@ -100,9 +107,13 @@ def _answer(prompt: str, values: flags.FlagValues, options: dict[str, Any]) -> D
     from pasta_jax import decode, load
     from pasta_jax.terminal import ERASE, printer
 
-    live = values.stream and sys.stdout.isatty()
+    live, started = values.stream and sys.stdout.isatty(), time.monotonic()
     with _refusing():
+        if sys.stderr.isatty():
+            say("Loading", started)
         model = load(values.ckpt, **loading_options(values))
+        if sys.stderr.isatty():
+            say("Answering. What was never compiled for these sizes is compiled first, and kept", started)
         try:
             return decode(
                 model, prompt, **options, stream=printer(sys.stdout, live=live) if values.stream else False

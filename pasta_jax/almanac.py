@@ -20,7 +20,7 @@ from pasta_jax.decoding.model import Model
 from pasta_jax.evaluate.compare import compare, overview, table
 from pasta_jax.files import replacing
 from pasta_jax.overrides import load_config
-from pasta_jax.verbs import begin, config_file, run_main, say
+from pasta_jax.verbs import begin, config_file, refuse, run_main, say
 
 STAGES = {
     "base": "the base model, on facts as plain text and plain instructions",
@@ -42,7 +42,8 @@ engine, second of two runs.
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
-    del argv
+    if len(argv) > 1:
+        refuse(f"{argv[1]!r} is no flag. --help shows them.")
     from pasta_jax.loading import load
 
     started = time.monotonic()

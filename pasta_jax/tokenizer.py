@@ -64,7 +64,9 @@ def main(argv: Sequence[str], *, values: flags.FlagValues, overrides: Sequence[s
         )
         with replacing(values.to, "wb") as file:
             file.write(made.model)
-    except (ConfigError, RecordError, TokenizerError, OSError) as error:
+    except OSError as error:
+        refuse(f"Cannot use {error.filename}: {error.strerror}." if error.filename else str(error))
+    except (ConfigError, RecordError, TokenizerError) as error:
         refuse(" ".join(str(error).split()))
     print(made.report(values.to))
 

@@ -247,6 +247,10 @@ def main() -> int:
         parser.error("--rate is held against a simulation, which needs --step_ms.")
     prompts = pathlib.Path(given.prompts).read_text("utf-8").splitlines() if given.prompts else PROMPTS
     load = Load(given.url, given.max_tokens, prompts)
+    try:
+        load.metric("pasta_compilations_total")
+    except OSError:
+        parser.error(f"--url={given.url}: no server answers there. Start python -m pasta_jax.serve first.")
     if given.rate:
         return random_load(load, given)
     start = time.perf_counter()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pasta_jax
+from pasta_jax.decoding.api import _with_speedup
 from pasta_jax.decoding.interpreter import rules_for
 from pasta_jax.decoding.results import result as result_of
 from pasta_jax.decoding.state import Limits
@@ -89,7 +90,10 @@ def test_both_measures_the_speedup() -> None:
     assert what_was_said(result) == what_was_said(results()[0])
     stats = result.stats
     assert stats.sequential_wall_s is not None and stats.measured_speedup is not None
-    assert stats.measured_speedup == pytest.approx(stats.sequential_wall_s / stats.wall_s)
+    other = dataclasses.replace(result, stats=dataclasses.replace(stats, text_tokens=10, wall_s=1.0))
+    long = dataclasses.replace(result, stats=dataclasses.replace(stats, text_tokens=60, wall_s=3.0))
+    both = _with_speedup(long, other).stats
+    assert (both.sequential_text_tokens, both.sequential_wall_s, both.measured_speedup) == (10, 1.0, 2.0)
 
 
 def test_a_list_gives_a_list() -> None:

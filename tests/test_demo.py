@@ -132,15 +132,15 @@ PAIRS = [
 
 def test_the_table():
     assert table.table(PAIRS).splitlines() == [
-        "| prompt              | branches | steps | tokens | theoretical | realized |",
-        "|:--------------------|---------:|------:|-------:|------------:|---------:|",
-        "| Rivers?             |        4 |    50 |    200 |       4.00x |    2.00x |",
-        "| Cats?               |        2 |    90 |     90 |       1.00x |    0.50x |",
-        "| Who?                |        0 |    30 |     30 |       1.00x |    1.00x |",
-        "| geometric mean      |          |       |        |       1.59x |    1.00x |",
-        "| with branches alone |          |       |        |       2.00x |    1.00x |",
+        "| prompt                 | branches | steps | tokens | theoretical | realized |",
+        "|:-----------------------|---------:|------:|-------:|------------:|---------:|",
+        "| Rivers?                |        4 |    50 |    200 |       4.00x |    2.00x |",
+        "| Cats?                  |        2 |    90 |     90 |       1.00x |    0.50x |",
+        "| Who?                   |        0 |    30 |     30 |       1.00x |    1.00x |",
+        "| geometric mean         |          |       |        |       1.59x |    1.00x |",
+        "| of those with branches |          |       |        |       2.00x |    1.00x |",
     ]
-    assert "with branches alone" not in table.table(PAIRS[2:])
+    assert "of those with branches" not in table.table(PAIRS[2:])
 
 
 @pytest.mark.parametrize("baseline", [None, "models/smollm2-135m-plain"])

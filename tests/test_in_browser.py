@@ -53,8 +53,11 @@ def test_the_page_of_the_server(page: Page) -> None:
                 "tokens": "60",
             }.items():
                 page.js(f"$('{field}').value = '{value}'")
+            page.js("$('answer').focus()")
             page.press("Enter", control=True)
+            page.until("document.activeElement.id == 'stop' || !$('cost').hidden")
             page.until("!$('cost').hidden || !$('error').hidden")
+            page.until("document.activeElement.id == 'answer'")
             assert page.js("$('error').textContent") == ""
             assert page.js("$('status').textContent").startswith(f"Done: {len(expected.branches)} branches; ")
             assert page.js("$('lanes').children.length") == 1 + len(expected.branches) + 1
@@ -85,7 +88,7 @@ def test_the_page_of_the_server(page: Page) -> None:
 
 def focusable(page: Page) -> list[str]:
     """What the Tab key comes to, in order; each shows that it has the focus."""
-    page.js("document.activeElement.blur()")
+    page.js("document.body.tabIndex = -1; document.body.focus(); document.body.removeAttribute('tabindex')")
     found = list[str]()
     while True:
         page.press("Tab")

@@ -29,7 +29,7 @@ from pasta_jax.decoding.streaming import Event
 from pasta_jax.serve import app as serve_app
 from pasta_jax.serve import server as serve_server
 from pasta_jax.serve import sse
-from pasta_jax.serve.app import ROOM, Endpoint, Record, Service, Settings, _Out
+from pasta_jax.serve.app import ROOM, Endpoint, Record, Service, Settings, _Out, merged
 from pasta_jax.simulate import Replica, StepTimes
 from tests import load as loads
 from tests.helpers.chatty import chatty_model, decoder
@@ -168,6 +168,7 @@ def test_connections_are_kept_for_their_next_request(server: Served, monkeypatch
             several.append(stack.enter_context(Raw(server)))
             several[-1].sendall(HEALTH)
             several[-1].until(b"}")
+            time.sleep(0.01)  # clocks of event loops may count milliseconds
         assert several[0].recv(1) == b""
         for each in several[1:]:
             each.sendall(HEALTH)
@@ -208,6 +209,35 @@ def test_who_leaves_has_the_answer_cancelled(
     while not (stops and server.service.active == 0) and time.monotonic() < until:
         time.sleep(0.001)
     assert stops == [Stop.CANCELLED] and server.service.active == 0
+
+
+@pytest.mark.parametrize("turns", range(10))
+def test_who_leaves_in_the_middle_of_an_event(turns: int) -> None:
+    """`wait_for` of Python 3.11 forgets that it was cancelled, if what it waits for is there in the same moment."""
+
+    async def is_cancelled() -> bool:
+        comes = asyncio.Event()
+
+        async def events() -> Any:
+            await comes.wait()
+            yield Event("text", text="x")
+            await asyncio.Event().wait()
+
+        async def follow() -> None:
+            async for _ in merged([events()], lambda: 60.0):
+                pass
+
+        following = asyncio.create_task(follow())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        comes.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        following.cancel()
+        await asyncio.wait([following], timeout=1)
+        return following.cancelled()
+
+    assert asyncio.run(is_cancelled())
 
 
 def test_a_stream_that_has_nothing_to_send_shows_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,11 @@ pytestmark = pytest.mark.slow
             "Add --from=hf:google/gemma-2b-it or --from=gguf:FILE and --to=WORKDIR to import",
         ),
         (["pasta_jax.prepare"], "Add --sources=FILE.jsonl --tokenizer=FILE.model --to=FOLDER."),
+        (["pasta_jax.almanac", "it"], "'it' is no flag. --help shows them."),
+        (
+            ["pasta_jax.tokenizer", "--text=/x", "--vocab_size=9", "--to=t.model"],
+            "Cannot use /x: No such file",
+        ),
         (["pasta_jax.tokenizer"], "Add --text=FILE,FILE --vocab_size=8000 --to=FILE.model."),
         (["pasta_jax.evaluate"], "Name both models: --ckpt=runs/pasta --baseline=runs/baseline."),
         (["pasta_jax.evaluate", "--ckpt=W", "--baseline=B", "--judge=llm"], "--judge and --opponent are for"),

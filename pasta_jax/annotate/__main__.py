@@ -1,4 +1,4 @@
-"""Annotates answers: text in, the same text with promises out.
+r"""Annotates answers: text in, the same text with promises out.
 
     python -m pasta_jax.annotate --input=data.jsonl --output=annotated.jsonl --annotator=rule:structure \
         --tokenizer=tokenizer.model

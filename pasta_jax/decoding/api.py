@@ -324,9 +324,11 @@ def _call_back(events: Events, callback: Callback) -> list[DecodeResult]:
 
 
 def _with_speedup(parallel: DecodeResult, sequential: DecodeResult) -> DecodeResult:
+    rate, other = (max(1, each.stats.text_tokens) / each.stats.wall_s for each in (parallel, sequential))
     stats = dataclasses.replace(
         parallel.stats,
+        sequential_text_tokens=sequential.stats.text_tokens,
         sequential_wall_s=sequential.stats.wall_s,
-        measured_speedup=sequential.stats.wall_s / parallel.stats.wall_s,
+        measured_speedup=rate / other,
     )
     return dataclasses.replace(parallel, stats=stats)

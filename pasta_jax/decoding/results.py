@@ -62,8 +62,9 @@ class Stats:
       compile_s: seconds of compiling in that time.
       tokens_per_s: output_tokens / wall_s.
       max_width, mean_width: lanes used per step.
-      sequential_wall_s, measured_speedup: with mode="both", wall_s of the same prompt decoded without promises, and
-        sequential_wall_s / wall_s.
+      sequential_text_tokens, sequential_wall_s: with mode="both", of the same prompt decoded without promises.
+      measured_speedup: with mode="both", text_tokens / wall_s of this answer over those of the other one, which may
+        be longer or shorter.
       reused_tokens: those of the prompt that were not fed, because an earlier prompt began alike.
     """
 
@@ -78,6 +79,7 @@ class Stats:
     tokens_per_s: float
     max_width: int
     mean_width: float
+    sequential_text_tokens: int | None = None
     sequential_wall_s: float | None = None
     measured_speedup: float | None = None
     reused_tokens: int = 0
@@ -121,7 +123,7 @@ class DecodeResult:
     def timeline(self) -> Timeline:
         """Its threads over the decode steps, to `save` as a page or a figure."""
         stats = self.stats
-        seconds = {"wall_s": stats.wall_s or None, "sequential_wall_s": stats.sequential_wall_s}
+        seconds = {"wall_s": stats.wall_s or None, "measured_speedup": stats.measured_speedup}
         stopped = len(self.text) if self.stop_reason == "stop" else None
         return Timeline.of(self.trace, self.vocabulary, stopped=stopped, **seconds)
 

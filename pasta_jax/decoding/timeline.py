@@ -125,8 +125,8 @@ class Timeline:
       critical_path: the steps that unlimited lanes would take.
       prompt_tokens: entries of the pool that the prompt took, before those of the answer.
       stop_reason: why the answer ended; "running" if it has not.
-      wall_s, sequential_wall_s: seconds of the answer, and of the same prompt answered without promises; None: not
-        measured.
+      wall_s: seconds of the answer; None: not measured.
+      measured_speedup: its tokens a second over those of the same prompt answered without promises; None: likewise.
       title: of the page; by default the beginning of the prompt.
     """
 
@@ -139,7 +139,7 @@ class Timeline:
     prompt_tokens: int
     stop_reason: str
     wall_s: float | None = None
-    sequential_wall_s: float | None = None
+    measured_speedup: float | None = None
     title: str = ""
 
     @classmethod
@@ -150,7 +150,7 @@ class Timeline:
         *,
         stopped: int | None = None,
         wall_s: float | None = None,
-        sequential_wall_s: float | None = None,
+        measured_speedup: float | None = None,
     ) -> Timeline:
         """The timeline of a trace, also of a row that still runs.
 
@@ -158,7 +158,7 @@ class Timeline:
           trace: of one answer.
           vocabulary: of the model's tokenizer, `model.tokenizer.vocabulary`.
           stopped: the characters of the text before a stop string; None: there was none.
-          wall_s, sequential_wall_s: as attributes; None: not known.
+          wall_s, measured_speedup: as attributes.
         """
         threads, indices = trace.threads, trace.answer_indices
         topics, whole = read(vocabulary, threads).promises, _text(trace, vocabulary, stopped)
@@ -200,7 +200,7 @@ class Timeline:
             prompt_tokens=trace.prompt_length,
             stop_reason=trace.stop.reason if stopped is None else Stop.STOP.reason,
             wall_s=wall_s,
-            sequential_wall_s=sequential_wall_s,
+            measured_speedup=measured_speedup,
         )
 
     @functools.cached_property
@@ -257,15 +257,14 @@ class Timeline:
         alone = self.text_tokens
         yield "decode steps", f"{self.steps}"
         yield "one token at a time", f"{alone} steps"
-        yield "fewer steps", f"{alone / max(self.steps, 1):.2f}×"
+        yield "theoretical speedup", f"{alone / max(self.steps, 1):.2f}×"
         yield "critical path", f"{self.critical_path} steps"
         yield "branches", f"{len(self.lines) - 1}"
         yield "lanes in use", f"up to {self.lanes}"
         if self.wall_s:
             yield "seconds", f"{self.wall_s:.3g}"
-        if self.wall_s and self.sequential_wall_s:
-            yield "without promises", f"{self.sequential_wall_s:.3g} s"
-            yield "as fast", f"{self.sequential_wall_s / self.wall_s:.2f}×"
+        if self.measured_speedup:
+            yield "measured speedup", f"{self.measured_speedup:.2f}×"
         yield "ended by", html.escape(self.stop_reason)
 
     def _box(self, first: int, last: int) -> str:
@@ -400,7 +399,7 @@ class Timeline:
             )
         about = f"{self.steps} decode steps, {self.text_tokens} one token at a time"
         if len(self.lines) > 1:
-            about += f" ({self.text_tokens / max(self.steps, 1):.2f}× fewer)"
+            about += f" (theoretical speedup {self.text_tokens / max(self.steps, 1):.2f}×)"
         return (
             f'<div role="img" aria-label="Threads over decode steps: {html.escape(about)}" '
             f'style="max-width:60em;margin-top:6px;font:12px sans-serif">{"".join(rows)}'

@@ -9,6 +9,7 @@ what README.md shows.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -86,8 +87,15 @@ def demo(workdir: Path, ckpt: str, baseline: str | None, started: float) -> None
     print(f"\nIn {workdir}: table.md and answers.md are what you saw, answers.jsonl has all of it with tags.")
     where = f"--ckpt={name_of(ckpt)} {f'--base={base} ' if base else ''}--dtype={values.dtype or FASTEST}"
     drawn = f"--temperature={sampling.temperature:g} --min_p={sampling.min_p:g}"
-    print(f'Ask it yourself:  python -m pasta_jax {where} {drawn} --stream "{prompts[0]}"')
+    print(f'Ask it yourself:  {python()} -m pasta_jax {where} {drawn} --stream "{prompts[0]}"')
     say("Done", started)
+
+
+def python() -> str:
+    """The command that starts this Python, as short as can be: `make demo` leaves its environment inactive."""
+    if os.path.dirname(shutil.which("python") or "") == os.path.dirname(sys.executable):
+        return "python"
+    return os.path.relpath(sys.executable) if sys.prefix.startswith(os.getcwd()) else sys.executable
 
 
 ABOUT = """\

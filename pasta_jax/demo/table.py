@@ -49,7 +49,7 @@ def table(pairs: Sequence[Shown]) -> str:
     ]
     means = {
         "geometric mean": pairs,
-        "with branches alone": [pair for pair in pairs if pair.parallel.promises],
+        "of those with branches": [pair for pair in pairs if pair.parallel.promises],
     }
     for name, some in means.items():
         if some:

@@ -388,7 +388,8 @@ async def merged(
         missing = len(tasks)
         while missing:
             try:
-                index, event = await asyncio.wait_for(queue.get(), due())
+                async with asyncio.timeout(due()):
+                    index, event = await queue.get()
             except TimeoutError:
                 yield 0, None
                 continue
@@ -451,7 +452,8 @@ async def body_of(request: Request, most: int) -> bytes:
                 return
 
     try:
-        await asyncio.wait_for(read(), BODY_S)
+        async with asyncio.timeout(BODY_S):
+            await read()
     except TimeoutError:
         raise ApiError(408, f"The request was not complete after {BODY_S:g} s.", "timeout") from None
     return b"".join(parts)
@@ -531,7 +533,8 @@ class _Out:
     async def _put(self, message: Message) -> None:
         self._begun = True
         try:
-            await asyncio.wait_for(self._send(message), STALLED_S)
+            async with asyncio.timeout(STALLED_S):
+                await self._send(message)
         except (TimeoutError, OSError):
             raise ClientLeft from None
         self.sent = time.monotonic()

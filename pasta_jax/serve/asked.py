@@ -83,6 +83,10 @@ def parsed(body: bytes) -> Body:
     """The JSON object of a request's body. Raises ApiError."""
     try:
         tree = json.loads(body)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        message = f"The request is no JSON: {error.msg}, {place}. Send an object."
+        raise wrong(None, message, "invalid_json") from None
     except (ValueError, RecursionError):
         raise wrong(None, "The request is no JSON. Send an object.", "invalid_json") from None
     if not isinstance(tree, dict):
