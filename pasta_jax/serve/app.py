@@ -270,8 +270,7 @@ class Endpoint:
         for part in reply.begin():
             await out.more(part)
         results = dict[int, DecodeResult]()
-        due = lambda: out.sent + PING_S - time.monotonic()  # noqa: E731
-        async with contextlib.aclosing(merged(pending, due)) as events:
+        async with contextlib.aclosing(merged(pending, out.due)) as events:
             async for choice, event in events:
                 if event is None:
                     await out.more(sse.PING)
@@ -483,14 +482,17 @@ class _Out:
 
     Attributes:
       failed: the bytes that end a stream after an error.
-      sent: when something was sent, by `time.monotonic`.
     """
 
     def __init__(self, send: Send, headers: dict[str, str]):
         self._send, self._headers = send, headers
         self._begun = False
         self.failed: Callable[[ApiError], bytes] | None = None
-        self.sent = time.monotonic()
+        self._sent = time.monotonic()
+
+    def due(self) -> float:
+        """Seconds until a stream is to send a sign of life."""
+        return self._sent + PING_S - time.monotonic()
 
     async def json(self, tree: Any) -> None:
         await self._reply(JSONResponse(tree, headers=self._headers))
@@ -537,7 +539,7 @@ class _Out:
                 await self._send(message)
         except (TimeoutError, OSError):
             raise ClientLeft from None
-        self.sent = time.monotonic()
+        self._sent = time.monotonic()
 
 
 # ------------------------------------------------------------------------------------------------ the application
