@@ -182,7 +182,7 @@ def test_mistakes_are_one_line(
     assert said(to="x.json") == "--to=x.json must end in .model, by which a SentencePiece model is known.\n"
     assert said(to=str(ROOT / "LICENSE")).startswith("--to=")
     assert said(text=["no/such.jsonl"]).startswith("Cannot read no/such.jsonl")
-    assert said(text=["no/such.txt"]).startswith("[Errno 2] No such file or directory: 'no/such.txt'")
+    assert said(text=["no/such.txt"]).startswith("Cannot use no/such.txt: No such file or directory.")
     assert said(text=[str(tmp_path / "latin.txt")]).startswith(
         f"{tmp_path}/latin.txt is not text in UTF-8. Save"
     )
