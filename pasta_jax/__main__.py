@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 MODES = ["parallel", "sequential", "both"]
 
-CUT = {"length": "cut off by --max_new_tokens", "cache_full": "cut off by --cache_len"}
-"""Why an answer is not complete, by its stop_reason."""
-
 
 def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
     """The command; `decoding` are the flags that `decode` takes. Usage errors end in one line and status 2."""
@@ -63,7 +60,7 @@ def main(argv: Sequence[str], decoding: Sequence[flags.FlagHolder]) -> None:
         return
     prompt = argv[1] if len(argv) > 1 else _piped()
     result = _answer(prompt, values, options)
-    from pasta_jax.terminal import harmless, timeline
+    from pasta_jax.terminal import CUT, harmless, timeline
 
     if not values.stream:
         text = result.annotated if values.annotated else result.text
@@ -113,7 +110,7 @@ def _answer(prompt: str, values: flags.FlagValues, options: dict[str, Any]) -> D
             say("Loading", started)
         model = load(values.ckpt, **loading_options(values))
         if sys.stderr.isatty():
-            say("Answering. What was never compiled for these sizes is compiled first, and kept", started)
+            say("Answering (programs are compiled the first time, and kept)", started)
         try:
             return decode(
                 model, prompt, **options, stream=printer(sys.stdout, live=live) if values.stream else False

@@ -18,6 +18,12 @@ from pasta_jax.rounding import ceil_div
 ERASE, SAVE, RESTORE, FAINT, PLAIN = "\x1b[K", "\x1b7", "\x1b8", "\x1b[2m", "\x1b[0m"
 """Terminal controls: erase the rest of the line, save and restore the cursor, faint and plain text."""
 
+CUT = {
+    "cancelled": "broken off",
+    "length": "cut off by --max_new_tokens",
+    "cache_full": "cut off by --cache_len",
+}
+"""Why an answer is not complete, by its stop_reason."""
 
 UNSEEN = "\N{REPLACEMENT CHARACTER}"
 """Stands for controls in a text: they would be the terminal's."""

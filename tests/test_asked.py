@@ -21,6 +21,7 @@ from pasta_jax.serve.asked import (
     asked_of_completions,
     asked_of_responses,
     conversation,
+    parsed,
 )
 from pasta_jax.serve.errors import ApiError
 from pasta_jax.serve.rates import Rates
@@ -130,6 +131,11 @@ def test_what_cannot_be_served_is_named(read: Any, body: dict[str, Any], param: 
     error = caught.value.body["error"]
     assert error["param"] == param and param.partition("[")[0] in error["message"].lower() and error["code"]
     assert caught.value.status == (404 if param == "model" else 400)
+
+
+def test_where_a_body_is_no_json() -> None:
+    with pytest.raises(ApiError, match=r"no JSON: .*, line 2, column 5\. Send an object"):
+        parsed(b'{"a":\n 1, }')
 
 
 def test_more_answers_than_are_taken_at_once() -> None:

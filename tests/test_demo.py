@@ -194,6 +194,25 @@ def test_the_base_is_made_once_and_only_for_adapters(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_command_that_starts_this_python(tmp_path, monkeypatch):
+    """`make demo` leaves its environment inactive: there `python` is another one, or none."""
+    for folder in ("here/.venv/bin", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "python").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "here/.venv/bin/python"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "here/.venv"))
+    for path, expected in (
+        ("here/.venv/bin", "python"),
+        ("other", ".venv/bin/python"),
+        ("", ".venv/bin/python"),
+    ):
+        monkeypatch.setenv("PATH", str(tmp_path / path))
+        assert command.python() == expected
+    monkeypatch.chdir(tmp_path / "other")
+    assert command.python() == sys.executable
+
+
 def test_two_prompts_by_a_tiny_model(tmp_path, capsys):
     """Its words are nonsense, in several threads."""
     prompts = [answers.PROMPT, answers.OTHER]

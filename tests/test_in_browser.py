@@ -79,7 +79,7 @@ def test_the_page_of_the_server(page: Page) -> None:
         page.js(NO_SEQUENTIAL)
         page.js("$('answer').click()")
         page.until("$('error').textContent == 'The server cannot be reached.'")
-        assert page.js("$('status').textContent") == "Only the answer in parallel is whole."
+        assert page.js("$('status').textContent") == "Only the parallel answer is complete."
         assert page.js("$('parallel').textContent")
     page.js("$('answer').click()")
     page.until("$('status').textContent == 'No answer.'")

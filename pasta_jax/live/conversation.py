@@ -18,6 +18,7 @@ from pasta_jax.decoding.request import SamplingParams
 from pasta_jax.decoding.results import DecodeResult
 from pasta_jax.decoding.state import Limits
 from pasta_jax.live import screen
+from pasta_jax.terminal import CUT
 
 POOL = 2048
 """Tokens that a conversation may have, if the user does not say."""
@@ -29,13 +30,6 @@ HELP = """\
 /reset  begins a new conversation
 /quit   ends this one, as Ctrl-D does
 Ctrl-C  breaks an answer off; what there is of it stays in the conversation"""
-
-CUT = {
-    "cancelled": "broken off",
-    "length": "cut off by --max_new_tokens",
-    "cache_full": "cut off by --cache_len: /reset begins a new conversation",
-}
-"""Why an answer is not complete, by its stop_reason."""
 
 
 def converse(
@@ -121,6 +115,8 @@ def _ctrl_c_cancels(answer: PendingAnswer) -> Iterator[None]:
 def _account(result: DecodeResult) -> str:
     """What an answer took, and why it ended early, if it did."""
     stats, cut = result.stats, CUT.get(result.stop_reason)
+    if result.stop_reason == "cache_full":
+        cut = f"{cut}: /reset begins a new conversation"
     counts = f"branches: {len(result.branches)}, steps: {stats.decode_steps}, seconds: {stats.wall_s:.1f}"
     return f"[{counts}{f'; {cut}' if cut else ''}]"
 

@@ -68,7 +68,7 @@ PIECE = 2**16
 """Bytes of a whole reply that are sent at once."""
 
 PING_S = 15.0
-"""After so long without a byte, a stream sends a sign of life."""
+"""A stream that has sent no byte for so long sends a sign of life."""
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 """What jax says when it has compiled a program, or read it from the cache."""

@@ -83,12 +83,11 @@ def parsed(body: bytes) -> Body:
     """The JSON object of a request's body. Raises ApiError."""
     try:
         tree = json.loads(body)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        message = f"The request is no JSON: {error.msg}, {place}. Send an object."
-        raise wrong(None, message, "invalid_json") from None
-    except (ValueError, RecursionError):
-        raise wrong(None, "The request is no JSON. Send an object.", "invalid_json") from None
+    except (ValueError, RecursionError) as error:
+        place = ""
+        if isinstance(error, json.JSONDecodeError):
+            place = f": {error.msg}, line {error.lineno}, column {error.colno}"
+        raise wrong(None, f"The request is no JSON{place}. Send an object.", "invalid_json") from None
     if not isinstance(tree, dict):
         raise wrong(None, "The request is JSON, but no object.", "invalid_json")
     return tree

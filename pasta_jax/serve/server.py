@@ -33,8 +33,8 @@ IDLE_S = 620
 is there still: who closes it sooner, loses requests."""
 
 MOST_IDLE = 512
-"""Connections that are kept so. Of more, the one that has been idle longest is closed: each takes one of the files
-that the system lets a process open."""
+"""Idle connections that are kept. Of more, the one that has been idle longest is closed: each takes a file
+descriptor, and a process may have only so many."""
 
 
 class Connection(H11Protocol):
@@ -64,7 +64,7 @@ class Connection(H11Protocol):
         self._expect(self._is_between_requests())
 
     def _is_between_requests(self) -> bool:
-        """Whether the last request is answered and there in full, and nothing of a next one."""
+        """Whether the last request has come in full and is answered, and no byte of the next one has come."""
         answered = self.cycle is not None and self.cycle.response_complete
         return answered and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
 
